@@ -1,0 +1,34 @@
+# make setup | demo | test | soak | clean: each sets up .venv by itself.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# `onnxruntime` and `onnxruntime-gpu` exclude each other: the GPU extra only where an NVIDIA driver answers.
+EXTRA  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint soak clean
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRA),demo,dev]'
+	$(BIN)/python -m pip check
+	touch $@
+
+demo: setup
+	$(BIN)/python -m ldmseg_fast.demo --out demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m 'not soak'
+
+soak: setup
+	$(BIN)/python -m pytest -m soak
+
+clean:
+	rm -rf build dist *.egg-info demo

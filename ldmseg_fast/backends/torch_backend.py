@@ -1,0 +1,73 @@
+"""PyTorch, eager or compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldmseg_fast.backends.base import ModelInfo
+from ldmseg_fast.checkpoint import load_component
+from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.panoptic import PanopticResult, postprocess
+
+
+class TorchBackend:
+    """The model folder's networks in PyTorch.
+
+    Args:
+        info: from `read_model_info`.
+        device: default the first GPU, or the CPU.
+        dtype: default bfloat16 on a GPU and float32 on a CPU.
+        compile_networks: `torch.compile` for the denoiser and the encoder; the first call takes a minute or more.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        compile_networks: bool = False,
+        attention: str = "auto",
+    ) -> None:
+        self.info = info
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.unet = self._load("unet", attention)
+        self.mask_vae = self._load("mask_vae")
+        self.image_vae = self._load("image_vae")
+        self.unet.fuse_qkv()
+        self._denoise = torch.compile(self.unet) if compile_networks else self.unet
+        self._encode = torch.compile(self.image_vae) if compile_networks else self.image_vae
+
+    def _load(self, name: str, attention: str = "auto") -> Any:
+        module = load_component(self.info.folder, name, attention)
+        return module.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def encode_image(self, images: Tensor) -> Tensor:
+        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
+        return self._encode(images).to(self.dtype)
+
+    @torch.inference_mode()
+    def denoise(self, unet_input: Tensor, timesteps: Tensor) -> Tensor:
+        return self._denoise(unet_input.to(self.dtype), timesteps)
+
+    @torch.inference_mode()
+    def decode_mask(
+        self,
+        latents: Tensor,
+        size: tuple[int, int],
+        output: str = "panoptic",
+        thresholds: PostprocessConfig | None = None,
+    ) -> list[PanopticResult] | Tensor:
+        logits = self.mask_vae.decode_latents(latents.to(self.device, self.dtype))  # [B, Q, h 2^u, w 2^u]
+        network_size = (self.info.image_size, self.info.image_size)
+        if output == "logits":
+            logits = F.interpolate(logits.float(), network_size, mode="bilinear", align_corners=False)
+            return F.interpolate(logits, size, mode="bilinear", align_corners=False) if size != network_size else logits
+        if self.device.type == "cpu":
+            logits = logits.float()
+        return postprocess(logits, network_size, [size] * len(latents), thresholds or self.info.postprocess)

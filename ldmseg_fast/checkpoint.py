@@ -1,0 +1,223 @@
+"""Model folders (diffusers' layout, safetensors only) and training checkpoints.
+
+MODEL_DIR/  model_index.json   unet/  mask_vae/  image_vae/  scheduler/     each with config.json (+ model.safetensors)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldmseg_fast import __version__
+from ldmseg_fast.config import (
+    ConfigError,
+    ImageEncoderConfig,
+    MaskVAEConfig,
+    PostprocessConfig,
+    SchedulerConfig,
+    UNetConfig,
+    from_dict,
+    to_dict,
+)
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+COMPONENTS = {
+    "unet": UNetConfig,
+    "mask_vae": MaskVAEConfig,
+    "image_vae": ImageEncoderConfig,
+    "scheduler": SchedulerConfig,
+}
+
+
+class CheckpointError(ValueError):
+    """A folder that is no model, of another architecture, or damaged."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Raises CheckpointError naming the file where it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; is {path.parent} a model folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: damaged, no JSON ({error}); save the model again") from None
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Put the finished folder `temporary` in the place of `final`; the old one stays until then."""
+    old = final.with_name(f".{final.name}.old.{os.getpid()}")
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file, on disk when this returns."""
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Raises CheckpointError where the file is missing or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; model folders hold their weights in {WEIGHTS}")
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own type, which is not exported
+        raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or save it again") from None
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """`load_state_dict` with one error that lists what is missing, extra, or of another shape."""
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    extra = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    problems = [
+        f"{len(items)} {kind}: {', '.join(items[:5])}{', ...' if len(items) > 5 else ''}"
+        for kind, items in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+        if items
+    ]
+    if problems:
+        raise CheckpointError(f"{source}: weights of another architecture; " + "; ".join(problems))
+    module.load_state_dict(state)
+
+
+def save_component(
+    folder: Path, name: str, config: Any, state: dict[str, Tensor] | None, extra: dict | None = None
+) -> None:
+    """One component of a model folder, written beside the old one and then put in its place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.new.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    if state is not None:
+        save_weights(state, temporary / WEIGHTS)
+    write_json(temporary / "config.json", to_dict(config) | (extra or {}))
+    replace_folder(temporary, folder / name)
+
+
+def save_index(folder: Path, components: list[str], settings: dict[str, Any]) -> None:
+    """`model_index.json`: the format's version, the components, and how the model is meant to be sampled."""
+    index = {"_class_name": "LDMSegPipeline", "format_version": FORMAT_VERSION, "ldmseg_fast": __version__}
+    write_json(folder / "model_index.json", index | {"components": sorted(components)} | settings)
+
+
+def load_index(folder: str | Path) -> dict[str, Any]:
+    """`model_index.json` of a model folder.
+
+    Raises:
+        CheckpointError: no such folder, no model folder, or a format this version does not read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such model folder")
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{folder}: no model_index.json in it, so it is no model folder; train or convert one first"
+        )
+    index = read_json(folder / "model_index.json")
+    version = index.get("format_version") if isinstance(index, dict) else None
+    if version != FORMAT_VERSION:
+        known = "newer" if isinstance(version, int) and version > FORMAT_VERSION else "foreign or older"
+        cure = "update ldmseg_fast" if known == "newer" else "convert it again with `ldmseg convert`"
+        raise CheckpointError(
+            f"{folder}: {known} model format {version!r}, this version reads {FORMAT_VERSION}; {cure}"
+        )
+    return index
+
+
+def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str, Any]]:
+    """The component's config dataclass, and what else its config.json holds."""
+    path = Path(folder) / name / "config.json"
+    values = read_json(path)
+    extra = {key: values.pop(key) for key in list(values) if key.startswith("_")}
+    try:
+        return from_dict(COMPONENTS[name], values), extra
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_component(folder: str | Path, name: str, attention: str = "auto") -> nn.Module:
+    """`unet`, `mask_vae` or `image_vae` of a model folder, in evaluation mode, with its weights.
+
+    Raises:
+        CheckpointError: missing or damaged files, or weights that do not fit the configuration.
+    """
+    from ldmseg_fast.models.image_vae import build_image_encoder
+    from ldmseg_fast.models.mask_vae import MaskVAE
+    from ldmseg_fast.models.unet import UNet
+
+    config, extra = load_component_config(folder, name)
+    path = Path(folder) / name / WEIGHTS
+    module: nn.Module
+    if name == "unet":
+        module = UNet(config, attention)
+    elif name == "mask_vae":
+        module = MaskVAE(config)
+    else:
+        module = build_image_encoder(config, extra.get("_vae_config"))
+    load_state(module, load_weights(path), str(path))
+    return module.eval().requires_grad_(False)
+
+
+def postprocess_settings(config: PostprocessConfig) -> dict[str, Any]:
+    return {"postprocess": asdict(config)}
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: its shard under ZeRO 3, all of it otherwise."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+class Ema:
+    """Exponential moving average of the trainable parameters, in float32; under ZeRO 3 each rank averages its shards.
+
+    The decay is min(decay, (1 + step) / (10 + step)), so that early averages are not the initialisation.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: _local(p).float().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in module.named_parameters():
+            if name in self.shadow:
+                self.shadow[name].lerp_(_local(parameter).float(), 1.0 - decay)
+
+    @torch.no_grad()
+    def swap(self, module: nn.Module) -> None:
+        """Exchange averages and weights; called twice it changes nothing."""
+        for name, parameter in module.named_parameters():
+            if name in self.shadow:
+                current = _local(parameter).float().clone()
+                _local(parameter).copy_(self.shadow[name])
+                self.shadow[name] = current

@@ -1,0 +1,419 @@
+"""Every setting of a run: frozen dataclasses, presets, `key=value` overrides.
+
+An unknown key, a value of the wrong type or a value out of range is a `ConfigError` that names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, has the wrong type, or contradicts another."""
+
+
+@dataclass(frozen=True)
+class MaskVAEConfig:
+    """Mask auto-encoder. The defaults are the released size, 2.02 M parameters."""
+
+    num_bits: int = 7  # K, bit planes in
+    num_slots: int = 128  # Q, logits out; slot 0 is void
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (32, 64, 128, 256)  # encoder; one stride-2 step between neighbours
+    decoder_width: int = 256
+    num_upscalers: int = 2
+    num_mid_blocks: int = 0
+    norm_groups: int = 32
+    parametrization: Literal["gaussian", "auto", "discrete", "gumbel"] = "gaussian"
+    bottleneck: Literal["none", "tanh", "sigmoid", "clip", "l2"] = "none"  # output activation of "auto"
+    codebook_size: int = 128  # entries of "discrete" and "gumbel"
+    scaling_factor: float = 0.18215  # latents are multiplied by it before diffusion; 0: 1 / their deviation in training
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Denoiser. The defaults are Stable Diffusion 1.4's UNet without cross-attention, 815.6 M parameters."""
+
+    sample_size: int = 64
+    in_channels: int = 12  # noisy mask latents + image latents (+ self-condition)
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention: tuple[bool, ...] = (True, True, True, False)  # per level, down path; the up path mirrors it
+    layers_per_block: int = 2
+    num_heads: tuple[int, ...] = (8, 8, 8, 8)
+    transformer_layers: int = 1
+    linear_projection: bool = False  # SD 2.x
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    mid_attention: bool = True
+    conditioning: Literal["none", "learned", "clip_image", "clip_text"] = "none"
+    cross_attention_dim: int = 0  # 0: no attn2, norm2
+    separate_conv_in: bool = False  # one input convolution per part, summed
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """What turns the image into `image_latents`."""
+
+    kind: Literal["conv", "taesd", "autoencoder_kl"] = "autoencoder_kl"
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (32, 64, 128)  # "conv" only
+    blocks: int = 1  # "conv" only: residual blocks per level
+    norm_groups: int = 8
+    downsampling: int = 8
+    scaling_factor: float = 0.18215
+    path: str = ""  # weights: a diffusers folder (autoencoder_kl) or a .safetensors file (taesd)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    num_train_timesteps: int = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    rescale_zero_snr: bool = False
+    timestep_spacing: Literal["trailing", "leading"] = "trailing"
+    loss_weighting: Literal["none", "max_clamp_snr", "fixed", "linear", "inverse_log_snr"] = "max_clamp_snr"
+    max_snr: float = 2.0
+    fixed_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PostprocessConfig:
+    """Thresholds of METHOD section 5; `count_threshold` is in pixels of the output map."""
+
+    mask_threshold: float = 0.5
+    count_threshold: int = 512
+    overlap_threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str = ""
+    train_split: str = "train2017"
+    val_split: str = "val2017"
+    image_size: int = 512
+    num_workers: int = 4
+    cache: bool = False  # decoded images stay in memory
+    flip: float = 0.5
+    scale_min: float = 1.0  # random scale/crop, off at 1
+    color_jitter: float = 0.0
+    min_area: int = 10  # smaller segments are void in training
+    id_assignment: Literal["random", "position", "position_spread", "position_cell", "area"] = "random"
+    limit: int = 0  # first images of the training split only; 0: all
+    val_limit: int = 200
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    mask_vae: str = ""  # second stage: MODEL_DIR of the trained auto-encoder
+    init_from: str = ""  # a Stable Diffusion folder, or a MODEL_DIR of ours
+    init_noisy: Literal["copy", "zero", "mean", "half", "random"] = "copy"
+    init_image: Literal["copy", "zero", "mean", "half", "random"] = "zero"
+    init_condition: Literal["copy", "zero", "mean", "half", "random"] = "zero"
+    freeze: tuple[str, ...] = ("time_embedding",)  # parameter-name prefixes of the UNet
+    attention: Literal["auto", "triton", "sdpa", "xformers"] = "auto"
+    kernels: bool = True  # our kernels for bits, norms, head and step where they exist for the device
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Auto-encoder's loss, METHOD section 2."""
+
+    ce: float = 1.0
+    bce: float = 1.0
+    dice: float = 1.0
+    kl: float = 0.0
+    num_points: int = 12544
+    oversample: float = 3.0
+    importance: float = 0.75
+    drop_blocks: float = 0.0  # largest share of blocks set to void in the input
+    drop_block_size: int = 32
+    latent_noise: float = 0.0  # standard deviation, relative to that of the latents, added before decoding
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    self_condition: float = 1.0  # share of steps that train with the model's own estimate; 0: no condition channels
+    loss: Literal["l2", "l1", "smooth_l1"] = "l2"
+    mask_void: bool = True
+    image_noise: float = 0.0  # standard deviation added to image latents
+    sample_posterior: bool = False
+    task_loss: float = 0.0  # weight of the decoded x0 estimate's auto-encoder loss
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 200_000
+    batch_size: int = 256  # over all ranks and accumulation steps
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    image_encoder_lr: float = 1.0  # factor on learning_rate
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    warmup: int = 1000
+    min_lr: float = 0.0  # share of learning_rate at the end of the cosine
+    zero_stage: int = 1
+    offload: bool = False
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile: bool = False
+    channels_last: bool = True
+    checkpointing: bool = False  # activation checkpointing of the UNet's blocks
+    ema: float = 0.9999  # 0: off
+    seed: int = 0
+    log_every: int = 20
+    validate_every: int = 5000
+    save_every: int = 2000
+    keep: int = 3
+    max_minutes: float = 0.0  # stop (and save) after this wall time; 0: no limit
+    threads: int = 0  # CPU threads per rank; 0: cores / ranks
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    mask_vae: MaskVAEConfig = field(default_factory=MaskVAEConfig)
+    image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    num_inference_steps: int = 50
+    output_dir: str = ""
+
+
+T = TypeVar("T")
+
+
+def _convert(value: Any, annotation: Any, key: str) -> Any:
+    """`value` (a string of the command line, or YAML/JSON) as `annotation`; raises ConfigError naming `key`."""
+    origin = typing.get_origin(annotation)
+    if is_dataclass(annotation):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key}: a group of settings, not {value!r}")
+        return from_dict(typing.cast(type, annotation), value, key + ".")
+    if origin is Literal:
+        allowed = typing.get_args(annotation)
+        if value not in allowed:
+            raise ConfigError(f"{key}={value!r}: one of {', '.join(map(str, allowed))} expected")
+        return value
+    if origin is tuple:
+        items = json.loads(f"[{value.strip('()[]')}]") if isinstance(value, str) and '"' in value else value
+        if isinstance(items, str):
+            items = [part.strip() for part in items.strip("()[]").split(",") if part.strip()]
+        if not isinstance(items, (list, tuple)):
+            raise ConfigError(f"{key}={value!r}: a list expected, such as 32,64,128")
+        args = typing.get_args(annotation)
+        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        if len(kinds) != len(items):
+            raise ConfigError(f"{key}={value!r}: {len(kinds)} values expected")
+        return tuple(_convert(item, kind, key) for item, kind in zip(items, kinds))
+    if annotation is bool:
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in known:
+            return known[str(value).lower()]
+        raise ConfigError(f"{key}={value!r}: true or false expected")
+    if annotation is str:
+        if isinstance(value, (str, Path)):
+            return str(value)
+        raise ConfigError(f"{key}={value!r}: text expected")
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if annotation is int:
+            if number != int(number):
+                raise ValueError
+            return int(value) if isinstance(value, int) else int(number)
+        return number
+    except (TypeError, ValueError, OverflowError):
+        kind = "a whole number" if annotation is int else "a number"
+        raise ConfigError(f"{key}={value!r}: {kind} expected") from None
+
+
+def from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
+    """A config dataclass from plain values. Raises ConfigError on an unknown key or a wrong type."""
+    return update(cls(), values, prefix)
+
+
+def update(config: T, values: dict[str, Any], prefix: str = "") -> T:
+    """`config` with `values` (nested dictionaries) put in. Raises ConfigError on an unknown key or a wrong type."""
+    hints = typing.get_type_hints(type(config))
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(sorted(hints))}"
+            raise ConfigError(f"unknown setting {prefix}{name}{hint}")
+        old = getattr(config, name)
+        if is_dataclass(old) and isinstance(value, dict):
+            changed[name] = update(old, value, f"{prefix}{name}.")
+        else:
+            changed[name] = _convert(value, hints[name], prefix + name)
+    return replace(typing.cast(Any, config), **changed)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values that `from_dict` and JSON take."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def load_config(name_or_file: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """A preset (`tiny`, `coco`) or a YAML/JSON file, with `key=value` overrides.
+
+    Raises:
+        ConfigError: no such preset or file, an unknown key, a wrong type, values that contradict each other.
+    """
+    if name_or_file in PRESETS:
+        config = PRESETS[name_or_file]
+    else:
+        config = update(Config(), _read_file(Path(name_or_file)))
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{item!r}: settings are written key=value, such as train.steps=1000")
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        config = update(config, nested)
+    return validate(config)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: neither a preset ({', '.join(PRESETS)}) nor a file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML or JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a mapping of settings expected")
+    return values
+
+
+def validate(config: Config) -> Config:
+    """`config` itself. Raises ConfigError where two settings contradict each other."""
+    vae, unet, train = config.mask_vae, config.unet, config.train
+    condition = vae.latent_channels if config.diffusion.self_condition > 0 else 0
+    needed = vae.latent_channels + config.image_encoder.latent_channels + condition
+    checks = [
+        (2**vae.num_bits >= vae.num_slots, f"mask_vae.num_bits={vae.num_bits} cannot name {vae.num_slots} slots"),
+        (unet.in_channels == needed, f"unet.in_channels={unet.in_channels}: mask + image + condition make {needed}"),
+        (unet.out_channels == vae.latent_channels, "unet.out_channels must equal mask_vae.latent_channels"),
+        (2**vae.num_upscalers <= vae.downsampling, f"mask_vae.num_upscalers={vae.num_upscalers} overshoots"),
+        (
+            len(unet.block_out_channels) == len(unet.attention) == len(unet.num_heads),
+            "unet.block_out_channels, unet.attention and unet.num_heads must be equally long",
+        ),
+        (
+            config.image_encoder.downsampling == vae.downsampling,
+            f"image_encoder.downsampling={config.image_encoder.downsampling} and the mask auto-encoder's "
+            f"{vae.downsampling} must agree",
+        ),
+        (
+            config.data.image_size % (vae.downsampling * 2 ** (len(unet.block_out_channels) - 1)) == 0,
+            f"data.image_size={config.data.image_size} must be a multiple of "
+            f"{vae.downsampling * 2 ** (len(unet.block_out_channels) - 1)} for these models",
+        ),
+        (train.steps > 0 and train.batch_size > 0, "train.steps and train.batch_size must be positive"),
+        (train.batch_size % train.accumulation == 0, "train.batch_size must be a multiple of train.accumulation"),
+        (train.zero_stage in (0, 1, 2, 3), f"train.zero_stage={train.zero_stage}: 0, 1, 2 or 3"),
+        (0 <= train.ema < 1, f"train.ema={train.ema}: at least 0 and under 1"),
+        (0 <= config.diffusion.self_condition <= 1, "diffusion.self_condition is a share from 0 to 1"),
+    ]
+    for ok, message in checks:
+        if not ok:
+            raise ConfigError(message)
+    return config
+
+
+def describe(config: Any, prefix: str = "") -> list[str]:
+    """`key=value` lines, one a setting."""
+    lines = []
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            lines += describe(value, f"{prefix}{item.name}.")
+        else:
+            lines.append(f"{prefix}{item.name}={value}")
+    return lines
+
+
+# 64x64 pictures on a CPU, minutes.
+TINY = Config(
+    data=DataConfig(image_size=64, num_workers=0, cache=True, id_assignment="position"),
+    mask_vae=MaskVAEConfig(
+        num_bits=5,
+        num_slots=32,
+        widths=(32, 64, 128),
+        decoder_width=64,
+        num_upscalers=1,
+        norm_groups=8,
+        scaling_factor=0.2,
+    ),
+    image_encoder=ImageEncoderConfig(
+        kind="conv", latent_channels=32, widths=(32, 64, 96), downsampling=4, scaling_factor=1.0
+    ),
+    unet=UNetConfig(
+        sample_size=16,
+        in_channels=40,
+        block_out_channels=(64, 128, 192),
+        attention=(False, True, True),
+        num_heads=(4, 4, 4),
+        layers_per_block=1,
+        norm_groups=8,
+    ),
+    model=ModelConfig(freeze=()),
+    loss=LossConfig(num_points=1024),
+    train=TrainConfig(
+        steps=3000,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup=100,
+        ema=0.998,
+        precision="bf16",
+        zero_stage=1,
+        validate_every=1000,
+        save_every=500,
+    ),
+    postprocess=PostprocessConfig(count_threshold=8),
+    num_inference_steps=10,
+)
+
+# The paper's run: COCO, Stable Diffusion 1.4, 8 GPUs.
+COCO = Config(
+    data=DataConfig(num_workers=8),
+    train=TrainConfig(checkpointing=True, compile=True),
+)
+
+PRESETS: dict[str, Config] = {"tiny": TINY, "coco": COCO}
+
+__all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and name.endswith("Config")] + [
+    "ConfigError",
+    "PRESETS",
+    "describe",
+    "from_dict",
+    "load_config",
+    "to_dict",
+    "update",
+    "validate",
+]

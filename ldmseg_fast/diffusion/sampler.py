@@ -1,0 +1,82 @@
+"""Samplers: pure functions over a `denoise` callable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.kernels.ddim_step import ddim_step, make_ddim_table
+
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (unet_input [B, C_in, h, w], timesteps [B]) -> model_output [B, C, h, w]
+Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, timestep, noisy_latents, pred_original_sample)
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part, the same on every machine."""
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def image_noise(seed: int, image_ids: Sequence[int | str], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise [B, *shape], float32 on the CPU: each image's from (seed, its id), whatever its batch."""
+    rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed_of(seed, i))) for i in image_ids]
+    return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+
+def unet_input(noisy_latents: Tensor, image_latents: Tensor, condition: Tensor | None) -> Tensor:
+    """Noisy mask latents, image latents (, self-condition) along the channels: [B, C_in, h, w]."""
+    parts = [noisy_latents, image_latents] + ([] if condition is None else [condition])
+    return torch.cat([part.to(image_latents.dtype) for part in parts], dim=1)
+
+
+@torch.no_grad()
+def ddim(
+    denoise: Denoise,
+    noise: Tensor,
+    image_latents: Tensor,
+    scheduler: Scheduler,
+    num_inference_steps: int,
+    self_condition: bool = True,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DDIM with eta 0 (Song et al. 2021, equation 12), the condition being the last step's estimate of x_0.
+
+    Args:
+        denoise: the network; takes its whole input and the timesteps.
+        noise: x_T, [B, C, h, w].
+        image_latents: [B, C_image, h, w]; their dtype is the network's.
+        scheduler: alphas, timesteps and prediction type.
+        num_inference_steps: 1 to the schedule's length.
+        self_condition: whether the network's input ends in C condition channels; they start at zero.
+        callback: called after each step with (step, timestep, noisy_latents, pred_original_sample).
+
+    Returns:
+        The last step's estimate of x_0, [B, C, h, w] float32: scaled mask latents.
+    """
+    times, previous = scheduler.timesteps(num_inference_steps)
+    table = make_ddim_table(scheduler.alphas_cumprod, torch.tensor(times), torch.tensor(previous)).to(noise.device)
+    time_table = torch.tensor(times, device=noise.device)
+    step_indices = torch.arange(num_inference_steps, device=noise.device)
+
+    latents = noise.float()
+    condition = torch.zeros_like(latents) if self_condition else None
+    network_input = unet_input(latents, image_latents, condition)
+    for step, time in enumerate(times):
+        model_output = denoise(network_input, time_table[step].expand(noise.shape[0]))
+        latents, estimate, network_input = ddim_step(
+            model_output,
+            latents,
+            image_latents,
+            step_indices[step],
+            table,
+            scheduler.config.prediction_type,
+            self_condition,
+            image_latents.dtype,
+        )
+        if callback is not None:
+            callback(step, time, latents, estimate)
+    return latents

@@ -1,0 +1,120 @@
+"""Noise schedule: alphas, timesteps, the three predictions, loss weights. Tables in float32, as the method has them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.config import SchedulerConfig
+
+
+def make_betas(config: SchedulerConfig) -> Tensor:
+    """beta_t, [num_train_timesteps] float32."""
+    count, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
+    if config.beta_schedule == "linear":  # Ho et al. 2020, section 4
+        return torch.linspace(start, end, count, dtype=torch.float32)
+    if config.beta_schedule == "scaled_linear":  # Rombach et al. 2022: linear in the square root
+        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
+    if config.beta_schedule == "sigmoid":  # Xu et al. 2022 (GeoDiff)
+        return torch.sigmoid(torch.linspace(-6, 6, count)) * (end - start) + start
+
+    def alpha_bar(time: float) -> float:  # Nichol & Dhariwal 2021, equation 17
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - alpha_bar((i + 1) / count) / alpha_bar(i / count), 0.999) for i in range(count)]
+    return torch.tensor(betas, dtype=torch.float32)
+
+
+def rescale_zero_snr(betas: Tensor) -> Tensor:
+    """Betas whose last cumulative product is zero (Lin et al. 2024, algorithm 1)."""
+    roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    roots = (roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))
+    squared = roots**2
+    alphas = torch.cat([squared[:1], squared[1:] / squared[:-1]])
+    return 1.0 - alphas
+
+
+class Scheduler:
+    """The forward process q(x_t | x_0) = N(sqrt(a_t) x_0, 1 - a_t) and what training and sampling need of it.
+
+    Attributes:
+        alphas_cumprod: a_t, [T] float32. Before step 0 it is a_0, not 1.
+        loss_weights: w(t), [T] float32.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        betas = make_betas(config)
+        if config.rescale_zero_snr:
+            if config.prediction_type == "epsilon":
+                raise ValueError("scheduler.rescale_zero_snr needs v_prediction: noise is no target at t = T")
+            betas = rescale_zero_snr(betas)
+        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        self.loss_weights = self._loss_weights()
+
+    def to(self, device: torch.device | str) -> Scheduler:
+        """Tables on `device`; self."""
+        self.alphas_cumprod = self.alphas_cumprod.to(device)
+        self.loss_weights = self.loss_weights.to(device)
+        return self
+
+    def _loss_weights(self) -> Tensor:
+        """w(t) of the noise error, times what makes an error in x_0 or v count as much as the noise error it equals."""
+        snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+        factor = {"epsilon": 1.0, "sample": snr, "v_prediction": snr / (snr + 1.0)}[self.config.prediction_type]
+        return self._epsilon_weights(snr) * factor
+
+    def _epsilon_weights(self, snr: Tensor) -> Tensor:
+        config = self.config
+        if config.loss_weighting == "max_clamp_snr":  # min-SNR (Hang et al. 2023, section 3.4)
+            return snr.clamp(max=config.max_snr) / snr.clamp(min=1e-12)
+        if config.loss_weighting == "inverse_log_snr":
+            return (1.0 / torch.log1p(snr)).clamp(max=1.0)
+        if config.loss_weighting == "linear":
+            return torch.arange(1, len(snr) + 1) / len(snr)
+        return torch.full_like(snr, config.fixed_weight if config.loss_weighting == "fixed" else 1.0)
+
+    def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, *[1] * (like.ndim - 1))
+        return alphas.sqrt(), (1.0 - alphas).sqrt()
+
+    def add_noise(self, mask_latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise; all [B, C, h, w], timesteps [B] (Ho et al. 2020, equation 4)."""
+        signal, sigma = self._coefficients(timesteps, mask_latents)
+        return signal * mask_latents + sigma * noise
+
+    def target(self, mask_latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet is to predict; v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans & Ho 2022, appendix D)."""
+        if self.config.prediction_type == "epsilon":
+            return noise
+        if self.config.prediction_type == "sample":
+            return mask_latents
+        signal, sigma = self._coefficients(timesteps, mask_latents)
+        return signal * noise - sigma * mask_latents
+
+    def pred_original_sample(self, model_output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The estimate of x_0 that `model_output` stands for, [B, C, h, w]."""
+        if self.config.prediction_type == "sample":
+            return model_output
+        signal, sigma = self._coefficients(timesteps, noisy_latents)
+        if self.config.prediction_type == "epsilon":
+            return (noisy_latents - sigma * model_output) / signal
+        return signal * noisy_latents - sigma * model_output
+
+    def timesteps(self, num_inference_steps: int) -> tuple[list[int], list[int]]:
+        """Timesteps from noise to data, and the one that follows each (-1: the data itself).
+
+        With N steps and r = T // N, trailing spacing is t = r i + r - 1 for i = N-1..0, leading t = r i.
+
+        Raises:
+            ValueError: fewer than 1 step, or more than the schedule has.
+        """
+        total = self.config.num_train_timesteps
+        if not 1 <= num_inference_steps <= total:
+            raise ValueError(f"num_inference_steps={num_inference_steps}: from 1 to {total}")
+        ratio = total // num_inference_steps
+        offset = ratio - 1 if self.config.timestep_spacing == "trailing" else 0
+        times = [ratio * i + offset for i in reversed(range(num_inference_steps))]
+        return times, [time - ratio for time in times]

@@ -1,0 +1,1 @@
+"""Networks: mask auto-encoder, image encoders, denoiser."""

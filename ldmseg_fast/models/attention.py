@@ -1,0 +1,42 @@
+"""Attention behind one function, so that the backend is a setting and not a property of the model."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldmseg_fast.kernels.attention import attention as kernel_attention
+from ldmseg_fast.kernels.attention.dispatch import MAX_HEAD_SIZE
+
+BACKENDS = ("auto", "triton", "sdpa", "xformers")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, not causal.
+
+    Args:
+        q, k, v: [B, N, heads, d], any strides; `k` and `v` may have another N.
+        backend: "auto" (our kernel on CUDA, PyTorch's elsewhere), "triton", "sdpa" or "xformers".
+
+    Returns:
+        [B, N, heads, d].
+
+    Raises:
+        ValueError: an unknown backend; "triton" where the tensors are not on a GPU.
+        ImportError: "xformers" where it is not installed.
+    """
+    if backend == "auto":
+        backend = "kernel" if q.shape[-1] % 8 == 0 and q.shape[-1] <= MAX_HEAD_SIZE else "sdpa"
+    if backend == "kernel":
+        return kernel_attention(q, k, v)
+    if backend == "triton":
+        if q.device.type != "cuda":
+            raise ValueError(f"attention=triton needs a GPU, the tensors are on {q.device}; use auto or sdpa")
+        return kernel_attention(q, k, v)
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q, k, v)
+    raise ValueError(f"attention={backend!r}: one of {', '.join(BACKENDS)} expected")

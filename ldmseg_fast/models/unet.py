@@ -1,0 +1,179 @@
+"""The denoiser: Stable Diffusion's UNet without (or with) cross-attention.
+
+Parameter names and arithmetic are those of diffusers' `UNet2DConditionModel`, so its checkpoints load; written to be
+compiled and exported: nothing in `forward` depends on data, and attention stands behind one function.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldmseg_fast.config import UNetConfig
+from ldmseg_fast.models.layers import (
+    Attention,
+    Downsample,
+    GroupNormSiLU,
+    ResnetBlock,
+    SpatialTransformer,
+    TimestepMLP,
+    Upsample,
+    timestep_embedding,
+)
+
+
+class Block(nn.Module):
+    """One resolution: residual blocks, each with its transformer where the level has attention."""
+
+    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
+        self.has_attention = bool(attentions)
+
+    def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+        x = self.resnets[index](x, time)
+        return self.attentions[index](x, context) if self.has_attention else x
+
+
+class DownBlock(Block):
+    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], downsample: Downsample | None) -> None:
+        super().__init__(resnets, attentions)
+        if downsample is not None:
+            self.downsamplers = nn.ModuleList([downsample])
+        self.has_downsample = downsample is not None
+
+
+class UpBlock(Block):
+    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], upsample: Upsample | None) -> None:
+        super().__init__(resnets, attentions)
+        if upsample is not None:
+            self.upsamplers = nn.ModuleList([upsample])
+        self.has_upsample = upsample is not None
+
+
+class MidBlock(nn.Module):
+    def __init__(self, first: ResnetBlock, attention: SpatialTransformer | None, second: ResnetBlock) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([first, second])
+        if attention is not None:
+            self.attentions = nn.ModuleList([attention])
+        self.has_attention = attention is not None
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+        x = self.resnets[0](x, time)
+        if self.has_attention:
+            x = self.attentions[0](x, context)
+        return self.resnets[1](x, time)
+
+
+class UNet(nn.Module):
+    """Predicts noise, sample or velocity of `mask_latents` from the noisy latents, the image and its own estimate.
+
+    Args:
+        config: widths, heads, attention levels; the defaults are SD 1.4's.
+        attention: backend of every attention layer (`models.attention.BACKENDS`).
+    """
+
+    def __init__(self, config: UNetConfig, attention: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        widths, groups, eps = config.block_out_channels, config.norm_groups, config.norm_eps
+        embed = widths[0] * 4
+
+        def resnet(in_channels: int, out_channels: int) -> ResnetBlock:
+            return ResnetBlock(in_channels, out_channels, embed, groups, eps)
+
+        def transformer(level: int) -> SpatialTransformer:
+            return SpatialTransformer(
+                widths[level],
+                config.num_heads[level],
+                groups,
+                config.transformer_layers,
+                config.cross_attention_dim,
+                config.linear_projection,
+                attention,
+            )
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepMLP(widths[0], embed)
+
+        last = len(widths) - 1
+        channels = widths[0]
+        skips = [channels]
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            resnets, transformers = [], []
+            for _ in range(config.layers_per_block):
+                resnets.append(resnet(channels, width))
+                transformers += [transformer(level)] if config.attention[level] else []
+                channels = width
+                skips.append(channels)
+            skips += [channels] if level < last else []
+            self.down_blocks.append(DownBlock(resnets, transformers, Downsample(width) if level < last else None))
+
+        mid_transformer = transformer(last) if config.mid_attention else None
+        self.mid_block = MidBlock(resnet(channels, channels), mid_transformer, resnet(channels, channels))
+
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            resnets, transformers = [], []
+            for _ in range(config.layers_per_block + 1):
+                resnets.append(resnet(channels + skips.pop(), widths[level]))
+                transformers += [transformer(level)] if config.attention[level] else []
+                channels = widths[level]
+            self.up_blocks.append(UpBlock(resnets, transformers, Upsample(channels) if level else None))
+
+        self.conv_norm_out = GroupNormSiLU(groups, channels, eps)
+        self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
+
+    def forward(self, sample: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        """One evaluation of the denoiser.
+
+        Args:
+            sample: [B, in_channels, h, w]: noisy mask latents, image latents (, condition), in that order.
+            timesteps: [B], from 0 to num_train_timesteps - 1.
+            context: [B, M, cross_attention_dim] where the configuration has cross-attention.
+
+        Returns:
+            [B, out_channels, h, w].
+        """
+        time = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(sample.dtype)
+        return self.denoise(sample, F.silu(self.time_embedding(time)), context)
+
+    def denoise(self, sample: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
+        """`forward` from the activated time embedding [B, E] on, which a sampler may tabulate once for all steps."""
+        x = self.conv_in(sample)
+        skips = [x]
+        for block in self.down_blocks:
+            for index in range(len(block.resnets)):
+                x = self._layer(block, index, x, time, context)
+                skips.append(x)
+            if block.has_downsample:
+                x = block.downsamplers[0](x)
+                skips.append(x)
+
+        x = self.mid_block(x, time, context)
+
+        for block in self.up_blocks:
+            for index in range(len(block.resnets)):
+                x = self._layer(block, index, torch.cat([x, skips.pop()], dim=1), time, context)
+            if block.has_upsample:
+                x = block.upsamplers[0](x)
+        return self.conv_out(self.conv_norm_out(x))
+
+    def _layer(self, block: Block, index: int, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(block.layer, index, x, time, context, use_reentrant=False)
+        return block.layer(index, x, time, context)
+
+    def fuse_qkv(self) -> None:
+        """For inference: one product makes q, k and v of each self-attention. The weights must not change after."""
+        for module in self.modules():
+            if isinstance(module, Attention) and module.to_k.in_features == module.to_q.in_features:
+                weights = [module.to_q.weight, module.to_k.weight, module.to_v.weight]
+                module.fused_qkv = torch.cat([weight.detach() for weight in weights])

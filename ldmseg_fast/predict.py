@@ -1,0 +1,78 @@
+"""`ldmseg predict`: pictures on disk -> map PNG, overlay PNG and JSON beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from ldmseg_fast.data.folders import read_image
+from ldmseg_fast.draw import overlay
+from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.pipeline import LDMSegPipeline
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
+    """Files as they are, folders as the pictures in them. Raises FileNotFoundError, or ValueError where two files would write the same names."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            if not inside:
+                raise FileNotFoundError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"{path}: no such file or folder")
+    names: dict[str, Path] = {}
+    for path in found:
+        other = names.setdefault(path.stem, path)
+        if other != path:
+            raise ValueError(
+                f"{path} and {other} would both be written as {path.stem}.png; segment them into two folders"
+            )
+    return found
+
+
+def predict_files(
+    pipe: LDMSegPipeline, files: Sequence[Path], out: Path, num_inference_steps: int | None, seed: int, batch_size: int
+) -> list[Path]:
+    """Segment `files`; writes OUT/NAME.png (ids as COCO colours), OUT/NAME_overlay.png and OUT/NAME.json each.
+
+    Returns:
+        The JSON files.
+
+    Raises:
+        DataError: a file that is no readable picture, named.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    progress = tqdm(total=len(files), desc="predict", unit="image", disable=None)
+    for start in range(0, len(files), batch_size):
+        chunk = files[start : start + batch_size]
+        images = [read_image(file) for file in chunk]
+        ids = [file.stem for file in chunk]
+        results = pipe(images, num_inference_steps, seed=seed, image_ids=ids, batch_size=batch_size)
+        for file, image, result in zip(chunk, images, results):
+            write_panoptic_png(out / f"{file.stem}.png", result.segmentation)
+            Image.fromarray(overlay(image, result.segmentation)).save(out / f"{file.stem}_overlay.png")
+            height, width = result.segmentation.shape
+            record = {
+                "image": file.name,
+                "file_name": f"{file.stem}.png",
+                "height": height,
+                "width": width,
+                "segments_info": result.segments_info,
+            }
+            path = out / f"{file.stem}.json"
+            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            written.append(path)
+        progress.update(len(chunk))
+    progress.close()
+    return written

@@ -1,0 +1,94 @@
+"""Install `ldmseg_fast`, with two top-level folders inside it and one C++ extension.
+
+    kernels/ -> ldmseg_fast.kernels    export/ -> ldmseg_fast.export    csrc/ -> ldmseg_fast._C
+
+Mapped this way, nothing called `kernels` or `export` becomes a top-level import.
+"""
+
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import find_namespace_packages, find_packages, setup
+
+ROOT = Path(__file__).parent
+PACKAGE_DIR = {
+    "ldmseg_fast": "ldmseg_fast",
+    "ldmseg_fast.kernels": "kernels",
+    "ldmseg_fast.export": "export",
+}
+
+EXTRAS = {
+    "cpu": ["onnx>=1.20,<2", "onnxscript>=0.6", "onnxruntime>=1.25"],
+    "gpu": ["onnx>=1.20,<2", "onnxscript>=0.6", "onnxruntime-gpu>=1.25"],  # never beside onnxruntime: they overwrite each other
+    "trt": ["tensorrt-cu13>=11.4"],
+    "xformers": ["xformers>=0.0.35"],
+    "demo": ["matplotlib>=3.8"],
+    "dev": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "mypy>=1.13",
+        "pycocotools>=2.0.8",
+        "hotcoco>=1.3; platform_system=='Linux'",
+        "types-PyYAML",
+    ],
+}
+
+
+def find_mapped_packages():
+    """`kernels` itself has no __init__.py (transformers would take it for the PyPI package), so it is a namespace."""
+    return [
+        package
+        for root, folder in PACKAGE_DIR.items()
+        for package in (
+            root,
+            *(f"{root}.{name}" for name in (find_namespace_packages if folder == "kernels" else find_packages)(folder)),
+        )
+        if "__pycache__" not in package
+    ]
+
+
+def sources(pattern):
+    """Files of csrc/, relative to setup.py as build_ext wants them."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(pattern))
+
+
+setup(
+    name="ldmseg_fast",
+    version="0.1.0",
+    description="Latent diffusion for panoptic segmentation, optimised for speed",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11,<3.13",
+    package_dir=PACKAGE_DIR,
+    packages=find_mapped_packages(),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.9; platform_system=='Linux'",
+        "numpy>=2.0",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "tqdm>=4.66",
+        "PyYAML>=6",
+        "diffusers>=0.36",
+        "transformers>=5.0",
+        "deepspeed>=0.19",
+        "tensorboard>=2.18",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["ldmseg = ldmseg_fast.cli:main"]},
+    ext_modules=[
+        Pybind11Extension(
+            "ldmseg_fast._C",
+            sources("*.cpp"),
+            depends=sources("*.hpp"),  # or the sdist leaves the headers out
+            cxx_std=17,
+            extra_compile_args=["-O3"],
+            optional=True,  # no compiler: install without it
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+    zip_safe=False,
+)
