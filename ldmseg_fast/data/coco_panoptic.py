@@ -1,0 +1,217 @@
+"""Any COCO-panoptic folder as a torch data set of uint8 pictures and uint8 ids.
+
+Bit planes are made on the device: an item carries dense ids (1 byte per pixel) and the table that turns them into
+slots, `encode_mask_bits(segment_ids, num_bits, table)`.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ldmseg_fast.data.folders import DataError, find_split, read_image
+from ldmseg_fast.data.transforms import (
+    Augmentation,
+    color_jitter,
+    compact_ids,
+    crop_box,
+    dense_ids,
+    make_remap_table,
+    resize_ids,
+    resize_image,
+)
+from ldmseg_fast.panoptic_format import PanopticFormatError, load_panoptic_json, read_panoptic_png
+
+__all__ = ["CocoPanoptic", "DataError", "collate"]
+
+_Item = tuple[np.ndarray, np.ndarray, int, tuple[int, int]]  # rgb [S, S, 3], ids [S, S], segments, original H, W
+
+
+class _Packed:
+    """A list of JSON values in two arrays: worker processes share them, where Python objects would be copied."""
+
+    def __init__(self, values: list) -> None:
+        blobs = [json.dumps(value).encode() for value in values]
+        self.bytes = np.frombuffer(b"".join(blobs), np.uint8)
+        self.ends = np.cumsum([len(blob) for blob in blobs], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Any:
+        start = self.ends[index - 1] if index else 0
+        return json.loads(self.bytes[start : self.ends[index]].tobytes())
+
+
+class CocoPanoptic(Dataset):
+    """One item per annotated map (an image annotated three times makes three items). `dataset[i]` is a dict:
+
+    - image: uint8 [3, S, S], Pillow's bicubic, aspect not preserved
+    - segment_ids: uint8 [S, S], 0 void, the segments that are there numbered 1..num_segments
+    - table: uint8 [256], dense id -> slot in 1..num_slots-1 (see `make_remap_table`), 0 elsewhere
+    - num_segments: int; image_id: int or str; original_size: (H, W)
+
+    With `train`, crowds and segments under `min_area` pixels (of the original map) are void and `augmentation`
+    applies: random crop before the resize, flip and colour jitter after it. Of more than num_slots - 1 segments the
+    largest stay (METHOD section 1; the paper's rules). What is random is drawn from (seed, epoch, index), so items do
+    not depend on workers or order; the epoch is the one of `set_epoch`, or the first of an (epoch, index) pair as
+    `EpochSampler` gives. Without `train` it is always 0.
+
+    `cache` keeps resized pictures and maps in memory, 4 S^2 bytes an item, in each process that reads: best without
+    worker processes. It excludes random crops.
+
+    Raises DataError, here for a missing folder, JSON, picture or map and for an empty split, and on access for a file
+    that cannot be read or does not match its annotation.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        split: str,
+        size: int,
+        *,
+        train: bool = False,
+        num_slots: int = 128,
+        id_assignment: str = "random",
+        min_area: int = 10,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        cache: bool = False,
+        limit: int = 0,
+    ) -> None:
+        if size < 1 or seed < 0:
+            raise ValueError(f"size={size} must be positive and seed={seed} not negative")
+        make_remap_table(np.zeros((1, 1), np.uint8), 0, num_slots, id_assignment, np.random.default_rng(0))
+        self.root, self.split, self.size, self.train = Path(root), split, size, train
+        self.num_slots, self.id_assignment, self.min_area, self.seed = num_slots, id_assignment, min_area, seed
+        self.augmentation = augmentation if augmentation is not None else Augmentation()
+        if cache and train and self.augmentation.scale_min < 1:
+            raise ValueError("the cache holds resized pictures and cannot be cropped from: cache=false or scale_min=1")
+        self.folders = find_split(root, split)
+        self.epoch = 0
+        try:
+            content = load_panoptic_json(self.folders.annotations)
+        except PanopticFormatError as error:
+            raise DataError(str(error)) from error
+        self.categories: list[dict] = content["categories"]
+        self._entries = _Packed(self._join(content)[: limit or None])
+        cached = len(self) if cache else 0  # zeros cost no memory until they are written
+        self._cached = np.zeros((cached, 4), np.int32)  # 1 once there, number of segments, H, W
+        self._cached_rgb = np.zeros((cached, size, size, 3), np.uint8)
+        self._cached_ids = np.zeros((cached, size, size), np.uint8)
+
+    def _join(self, content: dict) -> list[dict]:
+        """Annotations with their picture's file name; every file has to be there."""
+        annotations = self.folders.annotations
+        images = {image["id"]: image for image in content["images"]}
+        if not content["annotations"]:
+            raise DataError(f"{annotations}: the split is empty, no annotations")
+        nameless = [image["id"] for image in content["images"] if not isinstance(image.get("file_name"), str)]
+        if nameless:
+            raise DataError(f"{annotations}: image {nameless[0]!r} has no file_name")
+        entries = [
+            {**annotation, "image_name": images[annotation["image_id"]]["file_name"]}
+            for annotation in content["annotations"]
+        ]
+        folders = ((self.folders.images, "image_name", "picture"), (self.folders.maps, "file_name", "map"))
+        for folder, key, what in folders:
+            present = {path.name for path in folder.iterdir()}  # one listing, not 118 000 questions to a file server
+            lost = [e[key] for e in entries if e[key] not in present and not (folder / e[key]).is_file()]
+            if lost:
+                raise DataError(
+                    f"{len(lost)} of {len(entries)} {what}s of {annotations} are not in {folder}, first {lost[0]}: "
+                    f"fetch them again; `ldmseg data check {self.root}` lists all"
+                )
+        return entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of plain integer indices; call it before worker processes start."""
+        self.epoch = epoch
+
+    def image_id(self, index: int) -> int | str:
+        return self._entries[index]["image_id"]
+
+    def load_image(self, index: int) -> np.ndarray:
+        """The picture as stored, uint8 [H, W, 3]."""
+        return read_image(self.folders.images / self._entries[index]["image_name"])
+
+    def ground_truth(self, index: int) -> tuple[np.ndarray, list[dict]]:
+        """The map as stored, ids int32 [H, W] (0 void), and its segments_info; no rule applied."""
+        entry = self._entries[index]
+        try:
+            return read_panoptic_png(self.folders.maps / entry["file_name"]), entry["segments_info"]
+        except (PanopticFormatError, OSError) as error:
+            raise DataError(str(error)) from error
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")  # IndexError is what ends a plain for loop
+        rng = np.random.Generator(np.random.PCG64([self.seed, epoch if self.train else 0, index]))
+        rgb, segment_ids, num_segments, original_size = self._cached_item(index) or self._decoded_item(index, rng)
+        if self.train:
+            if rng.random() < self.augmentation.flip:
+                rgb, segment_ids = rgb[:, ::-1], segment_ids[:, ::-1]
+            if self.augmentation.color_jitter > 0:
+                rgb = color_jitter(rgb, self.augmentation.color_jitter, rng)
+        table = make_remap_table(segment_ids, num_segments, self.num_slots, self.id_assignment, rng)
+        return {
+            "image": torch.from_numpy(rgb.transpose(2, 0, 1).copy()),
+            "segment_ids": torch.from_numpy(segment_ids.copy()),
+            "table": torch.from_numpy(table),
+            "num_segments": num_segments,
+            "image_id": self.image_id(index),
+            "original_size": original_size,
+        }
+
+    def _cached_item(self, index: int) -> _Item | None:
+        if not len(self._cached) or not self._cached[index, 0]:
+            return None
+        _, num_segments, height, width = self._cached[index].tolist()
+        return self._cached_rgb[index], self._cached_ids[index], num_segments, (height, width)
+
+    def _decoded_item(self, index: int, rng: np.random.Generator) -> _Item:
+        """Decoded, freed of crowds and crumbs, cropped and resized."""
+        rgb = self.load_image(index)
+        ids, segments_info = self.ground_truth(index)
+        path = self.folders.maps / self._entries[index]["file_name"]
+        height, width = ids.shape
+        if rgb.shape[:2] != ids.shape:
+            turned = rgb.shape[1::-1] == ids.shape
+            raise DataError(
+                f"{path}: the map is {width}x{height}, its picture {rgb.shape[1]}x{rgb.shape[0]}"
+                + (": was one of them rotated? COCO maps follow the stored pixels, not EXIF" if turned else "")
+            )
+        segment_list = [segment["id"] for segment in segments_info]
+        crowd = [self.train and bool(segment.get("iscrowd", 0)) for segment in segments_info]
+        try:
+            dense = dense_ids(ids, segment_list, crowd=crowd, min_area=self.min_area if self.train else 0)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}; `ldmseg data check {self.root}` lists all such ids") from error
+        cropped = self.train and self.augmentation.scale_min < 1
+        box = crop_box(height, width, self.augmentation.scale_min, rng) if cropped else None
+        rgb = resize_image(rgb, self.size, box)
+        segment_ids, num_segments = compact_ids(resize_ids(dense, self.size, box), self.num_slots - 1)
+        if len(self._cached):
+            self._cached_rgb[index], self._cached_ids[index] = rgb, segment_ids
+            self._cached[index] = 1, num_segments, height, width
+        return rgb, segment_ids, num_segments, (height, width)
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack items: image uint8 [B, 3, S, S], segment_ids uint8 [B, S, S], table uint8 [B, 256], num_segments int64
+    [B]; image_id and original_size stay lists."""
+    batch: dict[str, Any] = {
+        key: torch.stack([item[key] for item in items]) for key in ("image", "segment_ids", "table")
+    }
+    batch["num_segments"] = torch.tensor([item["num_segments"] for item in items])
+    for key in ("image_id", "original_size"):
+        batch[key] = [item[key] for item in items]
+    return batch

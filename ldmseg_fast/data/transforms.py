@@ -1,0 +1,202 @@
+"""From 24-bit ids to slots, and the augmentations. NumPy and Pillow; random draws come from a given generator only.
+
+Shapes: H W the picture as stored, S the side that the networks see, Q slots (slot 0 is void).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+__all__ = [
+    "ID_SCHEMES",
+    "TABLE_SIZE",
+    "Augmentation",
+    "color_jitter",
+    "compact_ids",
+    "crop_box",
+    "dense_ids",
+    "make_remap_table",
+    "present_ids",
+    "resize_ids",
+    "resize_image",
+]
+
+ID_SCHEMES = ("random", "position", "position_spread", "position_cell", "area")
+TABLE_SIZE = 256  # dense ids are uint8
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Training only. flip: probability. scale_min: smallest side of a random crop, as a share (1: no crop).
+    color_jitter: largest relative change of brightness, contrast and saturation (0: none)."""
+
+    flip: float = 0.5
+    scale_min: float = 1.0
+    color_jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("flip", 0, 1), ("scale_min", 0.05, 1), ("color_jitter", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)}: a number from {low} to {high} expected")
+
+
+def _runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and start positions of the runs of equal ids in raster order: maps have few of them."""
+    flat = ids.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    return flat[starts], starts
+
+
+def present_ids(ids: np.ndarray) -> np.ndarray:
+    """Sorted distinct ids of a map [H, W], void included."""
+    return np.unique(_runs(ids)[0])
+
+
+def dense_ids(
+    ids: np.ndarray, segment_ids: Sequence[int], *, crowd: Sequence[bool] = (), min_area: int = 0
+) -> np.ndarray:
+    """Number the segments of a map by their place in `segment_ids`: int32 [H, W] with 0 void and 1..len(segment_ids).
+
+    Segments marked in `crowd` (as long as `segment_ids`, or empty) and those under `min_area` pixels become void.
+    Raises ValueError naming the first id of the map that the list lacks.
+    """
+    values, starts = _runs(ids)
+    lengths = np.diff(starts, append=ids.size)
+    known = np.array([0, *segment_ids], np.int64)
+    order = np.argsort(known, kind="stable")
+    place = np.minimum(np.searchsorted(known, values, sorter=order), len(known) - 1)
+    numbers = order[place]
+    unknown = known[numbers] != values
+    if unknown.any():
+        raise ValueError(f"segment id {values[unknown][0]} is in the map but not in segments_info")
+    kept = np.arange(len(known), dtype=np.int32)
+    kept[np.bincount(numbers, lengths, len(known)) < min_area] = 0
+    kept[np.flatnonzero(crowd) + 1] = 0
+    return np.repeat(kept[numbers], lengths).reshape(ids.shape)
+
+
+def compact_ids(dense: np.ndarray, max_segments: int) -> tuple[np.ndarray, int]:
+    """Renumber a map without gaps: uint8 [S, S] with 1..n in the old order, and n.
+
+    Of more than `max_segments` segments the largest are kept and the rest become void.
+    """
+    area = np.bincount(dense.ravel())
+    area[0] = 0
+    kept = np.flatnonzero(area)
+    if len(kept) > max_segments:
+        kept = np.sort(kept[np.argsort(-area[kept], kind="stable")[:max_segments]])
+    numbers = np.zeros(len(area), np.uint8)
+    numbers[kept] = np.arange(1, len(kept) + 1)
+    return numbers[dense], len(kept)
+
+
+def crop_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> Box:
+    """A random box of the picture's own aspect, its sides `scale_min`..1 of the picture's."""
+    scale = rng.uniform(scale_min, 1)
+    box_height, box_width = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
+    return left, top, left + box_width, top + box_height
+
+
+def resize_image(rgb: np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
+    """uint8 [H, W, 3] -> [S, S, 3], Pillow's bicubic (with antialiasing); the aspect is not preserved."""
+    return np.array(Image.fromarray(rgb).resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def resize_ids(ids: np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
+    """int32 [H, W] -> [S, S], Pillow's nearest."""
+    return np.array(Image.fromarray(ids).resize((size, size), Image.Resampling.NEAREST, box=box))
+
+
+def color_jitter(rgb: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [S, S, 3] with brightness, contrast and saturation each scaled by a random 1 - strength..1 + strength."""
+    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3).astype(np.float32)
+    luma = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's "L"
+    picture = rgb.astype(np.float32) * brightness
+    mean = (picture @ luma).mean()
+    picture = mean + contrast * (picture - mean)
+    grey = (picture @ luma)[..., None]
+    picture = grey + saturation * (picture - grey)
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def make_remap_table(
+    segment_ids: np.ndarray, num_segments: int, num_slots: int, scheme: str, rng: np.random.Generator
+) -> np.ndarray:
+    """Dense id -> slot, uint8 [256]: distinct slots in 1..Q-1 for 1..num_segments, 0 (void) for all other ids.
+
+    segment_ids: uint8 [S, S] as from `compact_ids`. Schemes:
+
+    - "random": a random subset of the slots without replacement, as the paper trains.
+    - "position": slots 1, 2, 3, ... in raster order of the centroids, by coarse rows (an eighth of the side).
+    - "position_spread": the same order, spread evenly over all slots.
+    - "position_cell": the slot of the grid cell that holds the centroid, or the nearest free one; what a segment gets
+      then hardly depends on which others there are.
+    - "area": slots 1, 2, 3, ... by falling area.
+
+    All but "random" are functions of the map. Raises ValueError for an unknown scheme or too many segments.
+    """
+    if scheme not in ID_SCHEMES:
+        raise ValueError(f"id_assignment={scheme!r}: one of {', '.join(ID_SCHEMES)} expected")
+    if not 2 <= num_slots <= TABLE_SIZE:
+        raise ValueError(f"num_slots={num_slots}: 2..{TABLE_SIZE} expected")
+    if not 0 <= num_segments < num_slots:
+        raise ValueError(f"{num_segments} segments do not fit {num_slots - 1} slots: void the smallest (compact_ids)")
+    table = np.zeros(TABLE_SIZE, np.uint8)
+    if num_segments == 0:
+        return table
+    free = num_slots - 1
+    consecutive = np.arange(1, num_segments + 1)
+    if scheme == "random":
+        slots = rng.permutation(free)[:num_segments] + 1
+    elif scheme == "area":
+        area = np.bincount(segment_ids.ravel(), minlength=num_segments + 1)[1 : num_segments + 1]
+        slots = _by_rank(np.argsort(-area, kind="stable"), consecutive)
+    else:
+        y, x = _centroids(segment_ids, num_segments)
+        if scheme == "position_cell":
+            slots = _cells(y, x, free)
+        else:
+            order = np.lexsort((x, np.floor(y * 8)))
+            if scheme == "position_spread":
+                consecutive = 1 + (2 * consecutive - 1) * free // (2 * num_segments)
+            slots = _by_rank(order, consecutive)
+    table[1 : num_segments + 1] = slots
+    return table
+
+
+def _by_rank(order: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    assigned = np.empty_like(slots)
+    assigned[order] = slots
+    return assigned
+
+
+def _centroids(segment_ids: np.ndarray, num_segments: int) -> tuple[np.ndarray, np.ndarray]:
+    """y, x [num_segments] in [0, 1); segments without pixels at the end of the raster."""
+    height, width = segment_ids.shape
+    flat, length = segment_ids.ravel(), num_segments + 1
+    area = np.bincount(flat, minlength=length)[1:length]
+    rows = np.bincount(flat, np.repeat(np.arange(height, dtype=np.float64), width), length)[1:length]
+    columns = np.bincount(flat, np.tile(np.arange(width, dtype=np.float64), height), length)[1:length]
+    last = 1 - 1e-9
+    present = np.maximum(area, 1)
+    y, x = (rows / present + 0.5) / height, (columns / present + 0.5) / width
+    return np.where(area > 0, y, last), np.where(area > 0, x, last)
+
+
+def _cells(y: np.ndarray, x: np.ndarray, free: int) -> np.ndarray:
+    """Slots 1..free in a near-square raster of cells; in order of the ids, a taken slot gives way to the nearest."""
+    columns = max(1, int(np.floor(np.sqrt(free))))
+    rows = free // columns
+    wanted = np.floor(y * rows).astype(int) * columns + np.floor(x * columns).astype(int)
+    taken = np.zeros(free, bool)
+    slots = np.empty(len(y), int)
+    for segment, cell in enumerate(wanted):
+        vacant = np.flatnonzero(~taken)
+        slots[segment] = vacant[np.argmin(np.abs(vacant - cell))]
+        taken[slots[segment]] = True
+    return slots + 1

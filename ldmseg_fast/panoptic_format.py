@@ -1,0 +1,285 @@
+"""COCO panoptic files: PNG <-> segment ids, and the JSON beside them.
+
+A pixel's id is R + 256 G + 65536 B and 0 is void (Kirillov et al., "Panoptic Segmentation", CVPR 2019;
+cocodataset.org/#format-data).
+"""
+
+import io
+import json
+import secrets
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmseg_fast.native import _C
+
+try:
+    import deflate  # libdeflate: inflates label maps about ten times faster than zlib
+except ImportError:
+    deflate = None  # type: ignore[assignment]
+
+MAX_ID = 2**24 - 1
+MAX_PIXELS = 2**26  # 8192 x 8192: far above any photograph, far below what exhausts memory
+VOID_ID = 0
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_COLOUR_TYPES = {0: "greyscale", 2: "RGB", 3: "palette", 4: "greyscale with alpha", 6: "RGBA"}
+
+
+class PanopticFormatError(ValueError):
+    """A panoptic PNG or JSON that breaks the format; the message names the file, the value and the cure."""
+
+
+def rgb_to_ids(rgb: np.ndarray) -> np.ndarray:
+    """RGB [H, W, 3] uint8 -> segment ids [H, W] int32."""
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+        raise PanopticFormatError(f"expected an RGB map [H, W, 3] uint8, got {list(rgb.shape)} {rgb.dtype}")
+    ids = rgb[..., 2].astype(np.int32)
+    ids <<= 8
+    ids |= rgb[..., 1]
+    ids <<= 8
+    ids |= rgb[..., 0]
+    return ids
+
+
+def ids_to_rgb(ids: np.ndarray) -> np.ndarray:
+    """Segment ids [H, W], any integer type -> RGB [H, W, 3] uint8.
+
+    Ids outside 0..2^24-1 are a `PanopticFormatError`.
+    """
+    ids = check_ids(ids)
+    return np.ascontiguousarray(ids.astype("<u4")).view(np.uint8).reshape(*ids.shape, 4)[..., :3].copy()
+
+
+def check_ids(ids: np.ndarray) -> np.ndarray:
+    """`ids` unchanged; raises `PanopticFormatError` unless it is an integer map [H, W] with values in 0..2^24-1."""
+    if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
+        raise PanopticFormatError(f"expected integer ids [H, W], got {list(ids.shape)} {ids.dtype}")
+    if ids.min() < 0 or ids.max() > MAX_ID:
+        raise PanopticFormatError(
+            f"segment ids must lie in 0..{MAX_ID} to fit three bytes, found {ids.min()}..{ids.max()}; renumber them"
+        )
+    return ids
+
+
+def two_channel_to_ids(channels: np.ndarray) -> tuple[np.ndarray, list[dict[str, int]]]:
+    """The two-channel form (channel 0: category, channel 1: instance number; category 0 is void) as ids and segments.
+
+    channels: [H, W, 2 or 3] uint8, a third channel must be zero.
+    Returns ids [H, W] int32 with id = category + 256 instance, and `[{"id", "category_id", "iscrowd", "area"}]`.
+    """
+    if channels.dtype != np.uint8 or channels.ndim != 3 or channels.shape[2] not in (2, 3):
+        raise PanopticFormatError(f"expected [H, W, 2 or 3] uint8, got {list(channels.shape)} {channels.dtype}")
+    if channels.shape[2] == 3 and channels[..., 2].any():
+        raise PanopticFormatError("the third channel of a two-channel map must be zero; is this a three-byte map?")
+    ids = channels[..., 0].astype(np.int32) | (channels[..., 1].astype(np.int32) << 8)
+    ids[channels[..., 0] == 0] = VOID_ID
+    present, areas = np.unique(ids, return_counts=True)
+    return ids, [
+        {"id": int(segment_id), "category_id": int(segment_id) & 255, "iscrowd": 0, "area": int(area)}
+        for segment_id, area in zip(present, areas)
+        if segment_id != VOID_ID
+    ]
+
+
+def read_png_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of a panoptic PNG from its first 29 bytes; `PanopticFormatError` if it cannot hold ids."""
+    with Path(path).open("rb") as file:
+        return _check_header(file.read(29), path, max_pixels)
+
+
+def read_panoptic_png(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Segment ids [H, W] int32 of an 8-bit RGB PNG.
+
+    The header is checked before any pixel is decoded, so that a tiny file cannot claim gigabytes.
+    Raises `PanopticFormatError` for palette, grey, RGBA, 16-bit, oversized, truncated or damaged files, and
+    `FileNotFoundError` where there is no file.
+    """
+    content = Path(path).read_bytes()
+    height, width = _check_header(content[:29], path, max_pixels)
+    interlaced = content[28] != 0
+    try:
+        if _C is None or interlaced:
+            return _decode_pillow(content)
+        return _C.unfilter_ids(_inflate(_image_data(content), height * (1 + 3 * width)), height, width)
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        raise PanopticFormatError(f"{path}: damaged or truncated PNG ({error}); write or download it again") from error
+
+
+def write_panoptic_png(path: str | Path, ids: np.ndarray) -> None:
+    """Writes segment ids [H, W] as an 8-bit RGB PNG at compression level 1; the file appears whole or not at all."""
+    if _C is None:
+        content = _encode_pillow(ids_to_rgb(ids))
+    else:
+        height, width = check_ids(ids).shape
+        rows = _deflate(_C.filter_ids(np.ascontiguousarray(ids, np.int32)))
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        content = _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[str, Any]:
+    """A COCO panoptic JSON with its `images`, `annotations` and `categories` validated.
+
+    With `predictions=True` only `annotations` is required, as in panopticapi; what is there is still checked.
+    Raises `PanopticFormatError` naming the file and the entry: missing keys, wrong types, duplicate image ids,
+    category ids, annotations of one image or segment ids of one annotation, ids outside 1..2^24-1, segments of a
+    category or annotations of an image that the file does not list.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PanopticFormatError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise PanopticFormatError(f"{path}: expected an object with `annotations`, got a {type(content).__name__}")
+    required = ("annotations",) if predictions else ("images", "annotations", "categories")
+    for key in ("images", "annotations", "categories"):
+        if key not in content and key in required:
+            raise PanopticFormatError(f"{path}: `{key}` is missing; a COCO panoptic JSON has {', '.join(required)}")
+        if not isinstance(content.get(key, []), list):
+            raise PanopticFormatError(f"{path}: `{key}` must be a list, got {type(content[key]).__name__}")
+    image_ids = _unique(path, content, "images", "id")
+    category_ids = _unique(path, content, "categories", "id")
+    annotated = _unique(path, content, "annotations", "image_id")
+    if image_ids is not None and annotated is not None and not annotated <= image_ids:
+        missing = sorted(annotated - image_ids, key=str)
+        raise PanopticFormatError(f"{path}: annotations of images that `images` does not list: {_some(missing)}")
+    for annotation in content["annotations"]:
+        _check_annotation(path, annotation, category_ids)
+    return content
+
+
+def _image_data(content: bytes) -> bytes:
+    """The joined IDAT chunks of a PNG; `ValueError` where the file ends early or a checksum fails."""
+    parts, offset = [], len(_SIGNATURE)
+    while True:
+        if offset + 12 > len(content):
+            raise ValueError("the file ends before its IEND chunk")
+        length, kind = struct.unpack_from(">I4s", content, offset)
+        body = content[offset + 8 : offset + 8 + length]
+        if offset + 12 + length > len(content):
+            raise ValueError(f"the file ends inside its {kind!r} chunk")
+        if kind in (b"IHDR", b"IDAT"):
+            (checksum,) = struct.unpack_from(">I", content, offset + 8 + length)
+            if zlib.crc32(body, zlib.crc32(kind)) != checksum:
+                raise ValueError(f"checksum of the {kind!r} chunk does not match")
+        if kind == b"IDAT":
+            parts.append(body)
+        if kind == b"IEND":
+            return b"".join(parts)
+        offset += 12 + length
+
+
+def _chunk(kind: bytes, body: bytes | bytearray) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
+
+
+def _inflate(compressed: bytes, size: int) -> bytes | bytearray:
+    """Exactly `size` bytes; `ValueError` if the stream holds fewer or more. Never allocates beyond `size`."""
+    if deflate is not None:
+        try:
+            content: bytes | bytearray = deflate.zlib_decompress(compressed, size)
+        except deflate.DeflateError as error:
+            raise ValueError(f"pixel data: {error}") from error
+    else:
+        stream = zlib.decompressobj()
+        content = stream.decompress(compressed, size)
+        if stream.decompress(stream.unconsumed_tail, 1) or not stream.eof:
+            raise ValueError("pixel data is longer than the header says, or cut off")
+    if len(content) != size:
+        raise ValueError(f"{len(content)} bytes of pixel data where the header asks for {size}")
+    return content
+
+
+def _deflate(content: np.ndarray) -> bytes | bytearray:
+    return zlib.compress(content, 1) if deflate is None else deflate.zlib_compress(content, 1)
+
+
+def _decode_pillow(content: bytes) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return rgb_to_ids(np.asarray(image))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+
+
+def _encode_pillow(rgb: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_header(header: bytes, path: str | Path, max_pixels: int) -> tuple[int, int]:
+    if len(header) < 29 or header[:8] != _SIGNATURE or header[12:16] != b"IHDR":
+        raise PanopticFormatError(f"{path}: not a PNG file; panoptic maps are 8-bit RGB PNGs")
+    width, height, depth, colour, _, _, _ = struct.unpack(">IIBBBBB", header[16:29])
+    if colour != 2 or depth != 8:
+        raise PanopticFormatError(
+            f"{path}: {depth}-bit {_COLOUR_TYPES.get(colour, f'colour type {colour}')} PNG; "
+            "segment ids need 8-bit RGB (id = R + 256 G + 65536 B): write it with write_panoptic_png"
+        )
+    if width == 0 or height == 0 or width * height > max_pixels:
+        raise PanopticFormatError(f"{path}: header claims {width}x{height}; between 1 and {max_pixels} pixels are read")
+    return height, width
+
+
+def _check_annotation(path: str | Path, annotation: dict[str, Any], category_ids: set | None) -> None:
+    where = f"{path}: image {annotation['image_id']!r}"
+    if not isinstance(annotation.get("file_name"), str) or not annotation["file_name"]:
+        raise PanopticFormatError(f"{where}: `file_name` must name a PNG, got {annotation.get('file_name')!r}")
+    segments = annotation.get("segments_info")
+    if not isinstance(segments, list):
+        raise PanopticFormatError(f"{where}: `segments_info` must be a list, got {segments!r:.80}")
+    seen = set()
+    for segment in segments:
+        segment_id = segment.get("id") if isinstance(segment, dict) else None
+        if type(segment_id) is not int or not 1 <= segment_id <= MAX_ID:
+            raise PanopticFormatError(f"{where}: a segment id must be an integer in 1..{MAX_ID}, got {segment_id!r}")
+        if segment_id in seen:
+            raise PanopticFormatError(f"{where}: segment id {segment_id} appears twice in segments_info")
+        seen.add(segment_id)
+        category_id = segment.get("category_id")
+        if type(category_id) is not int or (category_ids is not None and category_id not in category_ids):
+            raise PanopticFormatError(f"{where}: segment {segment_id} has unknown category_id {category_id!r}")
+
+
+def _unique(path: str | Path, content: dict[str, Any], key: str, field: str) -> set | None:
+    """The values of `field` over the list `key`, each there once; None where the file has no such list."""
+    if key not in content:
+        return None
+    seen: set = set()
+    for index, entry in enumerate(content[key]):
+        value = entry.get(field) if isinstance(entry, dict) else None
+        if not isinstance(value, int | str) or isinstance(value, bool):
+            raise PanopticFormatError(f"{path}: {key}[{index}] has no usable `{field}` (got {value!r})")
+        if value in seen:
+            raise PanopticFormatError(f"{path}: {key}[{index}]: `{field}` {value!r} appears twice; keep one entry")
+        seen.add(value)
+    return seen
+
+
+def _some(values: list, limit: int = 20) -> str:
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(str, values[:limit])) + more
