@@ -209,9 +209,8 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, parameter in module.named_parameters():
-            if name in self.shadow:
-                self.shadow[name].lerp_(_local(parameter).float(), 1.0 - decay)
+        current = [_local(p).float() for name, p in module.named_parameters() if name in self.shadow]
+        torch._foreach_lerp_(list(self.shadow.values()), current, 1.0 - decay)
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:

@@ -25,7 +25,9 @@ class MaskVAEConfig:
     num_slots: int = 128  # Q, logits out; slot 0 is void
     latent_channels: int = 4
     widths: tuple[int, ...] = (32, 64, 128, 256)  # encoder; one stride-2 step between neighbours
+    middle_width: int = 0  # encoder, after its last step; 0: the last of `widths`
     decoder_width: int = 256
+    upscale_width: int = 0  # decoder, from the first upscaler on; 0: decoder_width
     num_upscalers: int = 2
     num_mid_blocks: int = 0
     norm_groups: int = 32
@@ -58,6 +60,8 @@ class UNetConfig:
     conditioning: Literal["none", "learned", "clip_image", "clip_text"] = "none"
     cross_attention_dim: int = 0  # 0: no attn2, norm2
     separate_conv_in: bool = False  # one input convolution per part, summed
+    separate_image_encoder: bool = False  # a second down path sees the image alone; its features are added
+    image_channels: int = 4  # of in_channels; read where one of the two above is set
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,21 @@ class ImageEncoderConfig:
     kind: Literal["conv", "taesd", "autoencoder_kl"] = "autoencoder_kl"
     latent_channels: int = 4
     widths: tuple[int, ...] = (32, 64, 128)  # "conv" only
-    blocks: int = 1  # "conv" only: residual blocks per level
+    blocks: tuple[int, ...] = (0, 1, 1)  # "conv" only: residual blocks per level
     norm_groups: int = 8
     downsampling: int = 8
     scaling_factor: float = 0.18215
     path: str = ""  # weights: a diffusers folder (autoencoder_kl) or a .safetensors file (taesd)
+
+
+@dataclass(frozen=True)
+class ConditioningConfig:
+    """What the UNet's cross-attention sees; `unet.conditioning` says which kind, and "none" reads nothing here."""
+
+    num_queries: int = 128  # "learned"
+    path: str = ""  # "clip_image", "clip_text": a transformers CLIP folder, or a Stable Diffusion folder
+    guidance_scale: float = 7.5  # "clip_text"; 1: off
+    caption_dropout: float = 0.1  # "clip_text": share of captions emptied in training
 
 
 @dataclass(frozen=True)
@@ -187,6 +201,7 @@ class Config:
     mask_vae: MaskVAEConfig = field(default_factory=MaskVAEConfig)
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -318,12 +333,28 @@ def validate(config: Config) -> Config:
     checks = [
         (2**vae.num_bits >= vae.num_slots, f"mask_vae.num_bits={vae.num_bits} cannot name {vae.num_slots} slots"),
         (unet.in_channels == needed, f"unet.in_channels={unet.in_channels}: mask + image + condition make {needed}"),
+        (
+            config.image_encoder.kind != "conv" or len(config.image_encoder.blocks) == len(config.image_encoder.widths),
+            "image_encoder.widths and image_encoder.blocks must be equally long",
+        ),
         (unet.out_channels == vae.latent_channels, "unet.out_channels must equal mask_vae.latent_channels"),
         (2**vae.num_upscalers <= vae.downsampling, f"mask_vae.num_upscalers={vae.num_upscalers} overshoots"),
         (
             len(unet.block_out_channels) == len(unet.attention) == len(unet.num_heads),
             "unet.block_out_channels, unet.attention and unet.num_heads must be equally long",
         ),
+        (
+            (unet.conditioning == "none") == (unet.cross_attention_dim == 0),
+            f"unet.conditioning={unet.conditioning} and unet.cross_attention_dim={unet.cross_attention_dim} contradict "
+            f"each other: cross-attention and what it sees come together",
+        ),
+        (
+            not (unet.separate_conv_in or unet.separate_image_encoder)
+            or unet.image_channels == config.image_encoder.latent_channels,
+            f"unet.image_channels={unet.image_channels} must be image_encoder.latent_channels, "
+            f"{config.image_encoder.latent_channels}",
+        ),
+        (0 <= config.conditioning.caption_dropout <= 1, "conditioning.caption_dropout is a share from 0 to 1"),
         (
             config.image_encoder.downsampling == vae.downsampling,
             f"image_encoder.downsampling={config.image_encoder.downsampling} and the mask auto-encoder's "

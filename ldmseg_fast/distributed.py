@@ -35,6 +35,23 @@ def launched() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
+def start() -> None:
+    """Join the launcher's process group, NCCL on GPUs and gloo on CPUs; nothing without a launcher."""
+    if not launched() or is_distributed():
+        return
+    on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")  # DeepSpeed would ask for more to find out
+    if on_gpu:
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+
+
+def stop() -> None:
+    """Leave the process group, so that no rank waits for another at exit."""
+    if is_distributed():
+        dist.destroy_process_group()
+
+
 def device() -> torch.device:
     """The device of this rank."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")

@@ -39,7 +39,7 @@ def _uncertain_points(
     candidates = _random_points(rows, int(config.num_points * config.oversample), like, generator)
     with torch.no_grad():
         uncertainty = uncertainty_of(candidates)
-    chosen = uncertainty.topk(num_important, dim=1).indices  # [R, P_important]
+    chosen = uncertainty.topk(num_important, dim=1, sorted=False).indices  # [R, P_important]
     important = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
     return torch.cat([important, _random_points(rows, config.num_points - num_important, like, generator)], dim=1)
 

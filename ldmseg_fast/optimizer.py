@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,9 +64,8 @@ def make_optimizer(stage: Stage, config: Config) -> Optimizer:
 
 def _adamw(stage: Stage, config: Config) -> torch.optim.AdamW:
     settings = config.train
-    fused = torch.cuda.is_available() and not settings.offload
     return torch.optim.AdamW(
-        stage.parameter_groups(), lr=settings.learning_rate, betas=settings.betas, fused=True if fused else None
+        stage.parameter_groups(), lr=settings.learning_rate, betas=settings.betas, fused=not settings.offload
     )
 
 
@@ -225,15 +223,3 @@ class DeepSpeedOptimizer(Optimizer):
 
     def _ema_name(self) -> str:
         return f"ema-{distributed.rank()}.safetensors" if self.config.zero_stage == 3 else "ema.safetensors"
-
-
-def start_process_group() -> None:
-    """Join the launcher's process group, NCCL on GPUs and gloo on CPUs."""
-    if not distributed.launched() or distributed.is_distributed():
-        return
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(distributed.local_rank())
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

@@ -39,15 +39,18 @@ def main(argv: list[str] | None = None) -> int:
         for key, value in (("data.root", config.data.root), ("output_dir", config.output_dir)):
             if not value:
                 raise ConfigError(f"{key} is missing; write {key}=FOLDER")
+        from ldmseg_fast import distributed
         from ldmseg_fast.engine import train
-        from ldmseg_fast.optimizer import start_process_group
 
-        start_process_group()
+        distributed.start()
         folder = train(args.stage, config, args.resume)
+        main_rank = distributed.is_main()
+        distributed.stop()
     except (ConfigError, CheckpointError, PanopticFormatError, FileNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"model folder: {folder}")
+    if main_rank:
+        print(f"model folder: {folder}")
     return 0
 
 

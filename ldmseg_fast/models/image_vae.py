@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmseg_fast.config import ImageEncoderConfig
-from ldmseg_fast.models.layers import ResnetBlock
+from ldmseg_fast.models.attention import attention
+from ldmseg_fast.models.layers import GroupNormSiLU, ResnetBlock
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] to float in [-1, 1]."""
-    return images.float() * (2.0 / 255.0) - 1.0
+def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [B, 3, H, W] to [-1, 1] in `dtype`."""
+    return (images.float() * (2.0 / 255.0) - 1.0).to(dtype)
 
 
 class ConvEncoder(nn.Module):
@@ -26,16 +27,16 @@ class ConvEncoder(nn.Module):
         self.config = config
         widths, groups = config.widths, config.norm_groups
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
-        for width, next_width in itertools.pairwise(widths):
-            layers += [ResnetBlock(width, width, 0, groups, 1e-6) for _ in range(config.blocks)]
-            layers.append(nn.Conv2d(width, next_width, 3, stride=2, padding=1))
-        layers += [ResnetBlock(widths[-1], widths[-1], 0, groups, 1e-6) for _ in range(config.blocks)]
+        for level, width in enumerate(widths):
+            if level:
+                layers.append(nn.Conv2d(widths[level - 1], width, 3, stride=2, padding=1))
+            layers += [ResnetBlock(width, width, 0, groups, 1e-6) for _ in range(config.blocks[level])]
         layers += [nn.GroupNorm(groups, widths[-1], eps=1e-6), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> [B, C, H/f, W/f]."""
-        return self.layers(normalize(images)) * self.config.scaling_factor
+        return self.layers(normalize(images, self.layers[0].weight.dtype)) * self.config.scaling_factor
 
 
 class _TaesdBlock(nn.Module):
@@ -66,30 +67,138 @@ class TaesdEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> [B, 4, H/8, W/8]."""
-        return self.layers(images.float() / 255.0) * self.config.scaling_factor
+        return self.layers((images.float() / 255.0).to(self.layers[0].weight.dtype)) * self.config.scaling_factor
+
+
+class _KLAttention(nn.Module):
+    """One head over all cells, with its own norm and shortcut."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
+        q, k, v = (layer(tokens)[:, :, None] for layer in (self.to_q, self.to_k, self.to_v))  # [B, N, 1, C]
+        out = self.to_out[0](attention(q, k, v)[:, :, 0])
+        return x + out.transpose(1, 2).reshape(x.shape)
+
+
+class _KLDownsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as Esser et al. 2021 trained it
+
+
+class _KLDownBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, 0, groups, 1e-6) for a, b in itertools.pairwise(widths))
+        if downsample:
+            self.downsamplers = nn.ModuleList([_KLDownsample(out_channels)])
+        self.has_downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return self.downsamplers[0](x) if self.has_downsample else x
+
+
+class _KLMidBlock(nn.Module):
+    def __init__(self, channels: int, groups: int, has_attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, 0, groups, 1e-6) for _ in range(2))
+        if has_attention:
+            self.attentions = nn.ModuleList([_KLAttention(channels, groups)])
+        self.has_attention = has_attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        return self.resnets[1](self.attentions[0](x) if self.has_attention else x)
+
+
+class _KLEncoderNetwork(nn.Module):
+    """[B, 3, H, W] -> moments [B, 2 C, H/f, W/f]. Parameter names are those of diffusers' `Encoder`."""
+
+    def __init__(self, vae: dict) -> None:
+        super().__init__()
+        widths, groups = vae["block_out_channels"], vae["norm_num_groups"]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(vae["in_channels"], widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            _KLDownBlock(widths[max(level - 1, 0)], width, vae["layers_per_block"], groups, level < last)
+            for level, width in enumerate(widths)
+        )
+        self.mid_block = _KLMidBlock(widths[-1], groups, vae["mid_block_add_attention"])
+        self.conv_norm_out = GroupNormSiLU(groups, widths[-1], 1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * vae["latent_channels"], 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
 
 
 class KLEncoder(nn.Module):
-    """The encoder half of diffusers' `AutoencoderKL`; its decoder is dropped."""
+    """The encoder of diffusers' `AutoencoderKL` (Rombach et al. 2022, appendix G), from its `config.json`.
+
+    Args:
+        config: `scaling_factor` multiplies the latents.
+        vae_config: default Stable Diffusion's.
+
+    Raises:
+        ValueError: settings that this encoder does not have; the message names them.
+    """
 
     def __init__(self, config: ImageEncoderConfig, vae_config: dict | None = None) -> None:
         super().__init__()
-        from diffusers import AutoencoderKL
-
         self.config = config
-        self.vae_config = vae_config or SD_VAE_CONFIG
-        vae = AutoencoderKL.from_config(self.vae_config)
-        self.encoder = vae.encoder
-        self.quant_conv = vae.quant_conv
+        self.vae_config = dict(vae_config or SD_VAE_CONFIG)
+        vae = KL_DEFAULTS | self.vae_config
+        vae["down_block_types"] = sorted(set(vae["down_block_types"]))
+        wrong = [f"{key}={vae[key]!r}" for key, value in KL_REQUIRED.items() if vae.get(key, value) != value]
+        if wrong:
+            raise ValueError(f"image VAE: {', '.join(wrong)}: only Stable Diffusion 1.x and 2.x's AutoencoderKL is known")
+        self.encoder = _KLEncoderNetwork(vae)
+        channels = 2 * vae["latent_channels"]
+        self.quant_conv = nn.Conv2d(channels, channels, 1) if vae["use_quant_conv"] else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> the posterior's mean times `scaling_factor`, [B, 4, H/8, W/8]."""
-        dtype = next(self.encoder.parameters()).dtype
-        moments = self.encoder(normalize(images).to(dtype))
+        """uint8 [B, 3, H, W] -> the posterior's mean times `scaling_factor`, [B, C, H/f, W/f]."""
+        moments = self.encoder(normalize(images, self.encoder.conv_in.weight.dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         return moments.chunk(2, dim=1)[0] * self.config.scaling_factor
 
+
+# diffusers' defaults of AutoencoderKL, and what its encoder must be
+KL_DEFAULTS: dict[str, Any] = {
+    "in_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"],
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+}
+KL_REQUIRED: dict[str, Any] = {
+    "in_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"],
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
 
 # AutoencoderKL of Stable Diffusion 1.x and 2.x
 SD_VAE_CONFIG = {
@@ -108,8 +217,10 @@ SD_VAE_CONFIG = {
 def build_image_encoder(config: ImageEncoderConfig, vae_config: dict | None = None) -> nn.Module:
     """The encoder that `config.kind` names, with fresh weights.
 
+    `vae_config`: "autoencoder_kl" only, diffusers' config.json; default Stable Diffusion's.
+
     Raises:
-        ImportError: `autoencoder_kl` without diffusers.
+        ValueError: a `vae_config` that is not Stable Diffusion's kind.
     """
     if config.kind == "conv":
         return ConvEncoder(config)
@@ -118,38 +229,17 @@ def build_image_encoder(config: ImageEncoderConfig, vae_config: dict | None = No
     return KLEncoder(config, vae_config)
 
 
-def load_pretrained(encoder: nn.Module, path: str | Path) -> nn.Module:
-    """Weights that others made: a TAESD `.safetensors` file, or the `vae/` folder of a Stable Diffusion model.
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: tensors that do not fit the encoder; the message lists them.
-    """
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if isinstance(encoder, TaesdEncoder):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"image_encoder.path={path}: no such file; a TAESD encoder in safetensors is expected"
-            )
-        state = {f"layers.{key}": value for key, value in load_file(path).items()}
-    else:
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        files = sorted(folder.glob("diffusion_pytorch_model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"image_encoder.path={path}: no vae folder with a .safetensors file in it")
-        state = load_file(files[0])
-        state = {key: value for key, value in state.items() if key.startswith(("encoder.", "quant_conv."))}
-    missing, unexpected = encoder.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"{path}: missing tensors {missing[:5]}, unexpected tensors {unexpected[:5]}")
-    return encoder
+OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def read_vae_config(folder: Path) -> dict:
-    """`config.json` of a diffusers AutoencoderKL folder."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing; a diffusers AutoencoderKL folder has one")
-    return json.loads(file.read_text(encoding="utf-8"))
+def modern_attention_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of an AutoencoderKL under today's names: SD 1.x's files call the attention's layers query, key, value."""
+    renamed = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if "attentions" in parts and parts[-2] in OLD_ATTENTION_NAMES:
+            key = ".".join([*parts[:-2], OLD_ATTENTION_NAMES[parts[-2]], parts[-1]])
+        if "attentions" in parts and value.ndim == 4 and value.shape[2:] == (1, 1):
+            value = value[:, :, 0, 0]  # older still: 1x1 convolutions
+        renamed[key] = value
+    return renamed

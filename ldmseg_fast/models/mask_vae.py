@@ -54,10 +54,11 @@ def _encoder(config: MaskVAEConfig, out_channels: int) -> nn.Sequential:
             nn.Conv2d(width, next_width, 3, stride=2, padding=1),
             nn.SiLU(),
         ]
-    layers.append(nn.Conv2d(widths[-1], widths[-1], 3, padding=1))
-    layers += [MidBlock(widths[-1], config.norm_groups) for _ in range(config.num_mid_blocks)] or [nn.Identity()]
-    layers += [nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6), nn.SiLU()]
-    return nn.Sequential(*layers, nn.Conv2d(widths[-1], out_channels, 3, padding=1))
+    width = config.middle_width or widths[-1]
+    layers.append(nn.Conv2d(widths[-1], width, 3, padding=1))
+    layers += [MidBlock(width, config.norm_groups) for _ in range(config.num_mid_blocks)] or [nn.Identity()]
+    layers += [nn.GroupNorm(config.norm_groups, width, eps=1e-6), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(width, out_channels, 3, padding=1))
 
 
 def _decoder(config: MaskVAEConfig) -> nn.Sequential:
@@ -65,7 +66,9 @@ def _decoder(config: MaskVAEConfig) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, width, 3, padding=1)]
     layers.append(MidBlock(width, config.norm_groups) if config.num_mid_blocks else nn.Identity())
     for _ in range(config.num_upscalers):
-        layers += [nn.ConvTranspose2d(width, width, 2, stride=2), ChannelLayerNorm(width), nn.SiLU()]
+        wide = config.upscale_width or config.decoder_width
+        layers += [nn.ConvTranspose2d(width, wide, 2, stride=2), ChannelLayerNorm(wide), nn.SiLU()]
+        width = wide
     layers += [nn.GroupNorm(config.norm_groups, width, eps=1e-5), nn.SiLU()]
     return nn.Sequential(*layers, nn.Conv2d(width, config.num_slots, 3, padding=1))
 

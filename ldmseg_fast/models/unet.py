@@ -70,6 +70,22 @@ class MidBlock(nn.Module):
         return self.resnets[1](x, time)
 
 
+class SeparateConvIn(nn.Module):
+    """One convolution per part of the input, summed: noisy latents, image latents (, condition)."""
+
+    def __init__(self, channels: list[int], out_channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.parts = nn.ModuleList(nn.Conv2d(part, out_channels, 3, padding=1) for part in channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.split(self.channels, dim=1)
+        out = self.parts[0](parts[0])
+        for conv, part in zip(self.parts[1:], parts[1:]):
+            out = out + conv(part)
+        return out
+
+
 class UNet(nn.Module):
     """Predicts noise, sample or velocity of `mask_latents` from the noisy latents, the image and its own estimate.
 
@@ -99,22 +115,33 @@ class UNet(nn.Module):
                 attention,
             )
 
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        if config.separate_conv_in:
+            self.conv_in: nn.Module = SeparateConvIn(input_parts(config), widths[0])
+        else:
+            self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepMLP(widths[0], embed)
 
         last = len(widths) - 1
-        channels = widths[0]
-        skips = [channels]
-        self.down_blocks = nn.ModuleList()
-        for level, width in enumerate(widths):
-            resnets, transformers = [], []
-            for _ in range(config.layers_per_block):
-                resnets.append(resnet(channels, width))
-                transformers += [transformer(level)] if config.attention[level] else []
-                channels = width
-                skips.append(channels)
-            skips += [channels] if level < last else []
-            self.down_blocks.append(DownBlock(resnets, transformers, Downsample(width) if level < last else None))
+
+        def down_path() -> tuple[nn.ModuleList, list[int]]:
+            """Blocks, and the channels of what they hand to the up path."""
+            blocks, channels, skips = nn.ModuleList(), widths[0], [widths[0]]
+            for level, width in enumerate(widths):
+                resnets, transformers = [], []
+                for _ in range(config.layers_per_block):
+                    resnets.append(resnet(channels, width))
+                    transformers += [transformer(level)] if config.attention[level] else []
+                    channels = width
+                    skips.append(channels)
+                skips += [channels] if level < last else []
+                blocks.append(DownBlock(resnets, transformers, Downsample(width) if level < last else None))
+            return blocks, skips
+
+        self.down_blocks, skips = down_path()
+        channels = widths[-1]
+        if config.separate_image_encoder:
+            self.image_conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
+            self.image_down_blocks, _ = down_path()
 
         mid_transformer = transformer(last) if config.mid_attention else None
         self.mid_block = MidBlock(resnet(channels, channels), mid_transformer, resnet(channels, channels))
@@ -141,23 +168,24 @@ class UNet(nn.Module):
 
         Returns:
             [B, out_channels, h, w].
+
+        Raises:
+            ValueError: no `context` where the configuration has cross-attention.
         """
+        if self.config.cross_attention_dim and context is None:
+            raise ValueError(f"unet.conditioning={self.config.conditioning}: the UNet needs `context` for it")
         time = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(sample.dtype)
         return self.denoise(sample, F.silu(self.time_embedding(time)), context)
 
     def denoise(self, sample: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
         """`forward` from the activated time embedding [B, E] on, which a sampler may tabulate once for all steps."""
-        x = self.conv_in(sample)
-        skips = [x]
-        for block in self.down_blocks:
-            for index in range(len(block.resnets)):
-                x = self._layer(block, index, x, time, context)
-                skips.append(x)
-            if block.has_downsample:
-                x = block.downsamplers[0](x)
-                skips.append(x)
+        skips = self._down(self.conv_in(sample), self.down_blocks, time, context)
+        if self.config.separate_image_encoder:
+            image_latents = sample.split(input_parts(self.config), dim=1)[1]
+            features = self._down(self.image_conv_in(image_latents), self.image_down_blocks, time, context)
+            skips = [skip + feature for skip, feature in zip(skips, features)]
 
-        x = self.mid_block(x, time, context)
+        x = self.mid_block(skips[-1], time, context)
 
         for block in self.up_blocks:
             for index in range(len(block.resnets)):
@@ -165,6 +193,16 @@ class UNet(nn.Module):
             if block.has_upsample:
                 x = block.upsamplers[0](x)
         return self.conv_out(self.conv_norm_out(x))
+
+    def _down(self, x: Tensor, blocks: nn.ModuleList, time: Tensor, context: Tensor | None) -> list[Tensor]:
+        """What the up path needs of a down path, from x [B, C, h, w] itself to the deepest features."""
+        skips = [x]
+        for block in blocks:
+            for index in range(len(block.resnets)):
+                skips.append(self._layer(block, index, skips[-1], time, context))
+            if block.has_downsample:
+                skips.append(block.downsamplers[0](skips[-1]))
+        return skips
 
     def _layer(self, block: Block, index: int, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
         if self.checkpointing and self.training:
@@ -177,3 +215,9 @@ class UNet(nn.Module):
             if isinstance(module, Attention) and module.to_k.in_features == module.to_q.in_features:
                 weights = [module.to_q.weight, module.to_k.weight, module.to_v.weight]
                 module.fused_qkv = torch.cat([weight.detach() for weight in weights])
+
+
+def input_parts(config: UNetConfig) -> list[int]:
+    """Channels of the input's parts: noisy latents, image latents (, condition)."""
+    condition = config.in_channels - config.out_channels - config.image_channels
+    return [config.out_channels, config.image_channels] + ([condition] if condition else [])

@@ -1,0 +1,163 @@
+"""`ldmseg`: command line only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ldmseg", description="Latent-diffusion panoptic segmentation.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    predict = commands.add_parser("predict", help="segment pictures")
+    predict.add_argument("model_dir")
+    predict.add_argument("images", nargs="+", help="files or folders")
+    predict.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
+    predict.add_argument("--seed", type=int, default=0)
+    _add_backend_arguments(predict)
+    predict.set_defaults(run=run_predict)
+
+    evaluate = commands.add_parser("evaluate", help="panoptic quality of a model on a COCO-panoptic folder")
+    evaluate.add_argument("model_dir")
+    evaluate.add_argument("--data", required=True, help="COCO-panoptic folder")
+    evaluate.add_argument("--split", default="val2017")
+    evaluate.add_argument("--mask-th", type=float, help="least softmax probability of a pixel")
+    evaluate.add_argument("--count-th", type=int, help="least area of a segment in pixels")
+    evaluate.add_argument("--overlap-th", type=float, help="least share of a segment's own area that it must win")
+    evaluate.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction (random, position, ...)")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--limit", type=int, default=0, help="first N images only")
+    evaluate.add_argument("--out", help="folder for COCO panoptic results (JSON + PNG)")
+    evaluate.add_argument("--json", type=Path, help="report file")
+    _add_backend_arguments(evaluate)
+    evaluate.set_defaults(run=run_evaluate)
+
+    from ldmseg_fast.metrics.pq_command import add_pq_arguments, run_pq
+
+    pq = commands.add_parser("pq", help="panoptic quality of result files, as panopticapi computes it")
+    add_pq_arguments(pq)
+    pq.set_defaults(run=run_pq)
+
+    from ldmseg_fast.convert import add_convert_arguments, run_convert
+
+    convert = commands.add_parser("convert", help="a published LDMSeg checkpoint as a model folder")
+    add_convert_arguments(convert)
+    convert.set_defaults(run=run_convert)
+
+    data = commands.add_parser("data", help="check a data set, or generate one").add_subparsers(required=True)
+    check = data.add_parser("check", help="look for damaged or inconsistent files")
+    check.add_argument("root")
+    check.set_defaults(run=run_data_check)
+    scenes = data.add_parser("scenes", help="generate scenes in COCO-panoptic layout")
+    scenes.add_argument("out", type=Path)
+    scenes.add_argument("--images", type=int, required=True, help="training scenes; a tenth more for validation")
+    scenes.add_argument("--size", type=int, default=64, help="side in pixels")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("--sheet", type=Path, help="also write a 10x10 contact sheet")
+    scenes.set_defaults(run=run_data_scenes)
+
+    doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
+    doctor.set_defaults(run=run_doctor)
+    return parser
+
+
+def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="torch", help="torch, compile, onnxruntime or tensorrt")
+    parser.add_argument("--engine-dir", help="exported graphs or engines")
+    parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
+    parser.add_argument("--batch-size", type=int, default=16)
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    from ldmseg_fast.pipeline import LDMSegPipeline
+    from ldmseg_fast.predict import find_pictures, predict_files
+
+    files = find_pictures(args.images)
+    pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir)
+    written = predict_files(pipe, files, args.out, args.steps, args.seed, args.batch_size)
+    print(f"{len(written)} images segmented: {args.out}")
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from ldmseg_fast import distributed
+    from ldmseg_fast.checkpoint import write_json
+    from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report
+
+    distributed.start()
+    options = EvaluationOptions(
+        split=args.split,
+        steps=args.steps,
+        mask_threshold=args.mask_th,
+        count_threshold=args.count_th,
+        overlap_threshold=args.overlap_th,
+        seed=args.seed,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        id_assignment=args.ids,
+        backend=args.backend,
+        engine_dir=args.engine_dir,
+        out=args.out,
+    )
+    report = evaluate(args.model_dir, args.data, options)
+    if distributed.is_main():
+        print(format_report(report))
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.json, report)
+    return 0
+
+
+def run_data_check(args: argparse.Namespace) -> int:
+    from ldmseg_fast.data.check import check_folder
+
+    report = check_folder(args.root)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def run_data_scenes(args: argparse.Namespace) -> int:
+    from ldmseg_fast.data.scenes import write_scenes
+
+    write_scenes(args.out, args.images, args.size, args.seed)
+    if args.sheet:
+        from ldmseg_fast.draw import contact_sheet
+
+        contact_sheet(args.out, "train2017").save(args.sheet)
+    print(f"scenes: {args.out}")
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from ldmseg_fast.doctor import examine, format_table
+
+    findings = examine()
+    print(format_table(findings))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 the answer is no, 2 wrong input."""
+    args = build_parser().parse_args(argv)
+    from ldmseg_fast.backends import BackendError
+    from ldmseg_fast.checkpoint import CheckpointError
+    from ldmseg_fast.config import ConfigError
+    from ldmseg_fast.data.folders import DataError
+    from ldmseg_fast.panoptic_format import PanopticFormatError
+
+    expected = (BackendError, CheckpointError, ConfigError, DataError, PanopticFormatError, OSError, ValueError)
+    try:
+        return args.run(args)
+    except expected as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except json.JSONDecodeError as error:
+        print(f"error: no JSON: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

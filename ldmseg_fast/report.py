@@ -1,0 +1,114 @@
+"""One offline HTML page of a run: panoptic quality, curves, pictures, timings. Everything is embedded in the file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #8884; } th:first-child, td:first-child
+{ text-align: left; } tr.strong td { font-weight: 650; }
+img { max-width: 100%; height: auto; border-radius: 4px; } figure { margin: 1rem 0; }
+figcaption, .note { color: #777; font-size: .9rem; } pre { overflow-x: auto; font-size: .8rem; }
+"""
+
+
+@dataclass
+class Page:
+    """Collects the parts of the page, in order."""
+
+    title: str
+    parts: list[str] = field(default_factory=list)
+
+    def heading(self, text: str) -> None:
+        self.parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def text(self, text: str, kind: str = "") -> None:
+        self.parts.append(f'<p class="{kind}">{html.escape(text)}</p>')
+
+    def table(self, header: list[str], rows: list[list[str]], strong: int | None = None) -> None:
+        """`strong`: the row that is set in bold."""
+        lines = ["<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
+        for number, row in enumerate(rows):
+            lines.append(f'<tr class="{"strong" if number == strong else ""}">')
+            lines.append("".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+        self.parts.append("".join(lines) + "</table>")
+
+    def picture(self, png: bytes, caption: str) -> None:
+        data = base64.b64encode(png).decode()
+        text = html.escape(caption)
+        self.parts.append(
+            f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+        )
+
+    def details(self, summary: str, text: str) -> None:
+        self.parts.append(f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>")
+
+    def write(self, path: Path) -> None:
+        """The whole page, atomically."""
+        title = html.escape(self.title)
+        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+        body = f"<h1>{title}</h1>" + "\n".join(self.parts)
+        page = f"<!doctype html><html><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n"
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `logs/log.jsonl`; empty where there are none."""
+    path = run / "logs" / "log.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def curves(run: Path) -> bytes:
+    """Loss (log axis) and validation PQ of a run against the step, as a PNG. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_log(run)
+    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    quality = [(row["step"], row["val/pq"]) for row in rows if "val/pq" in row]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.2), dpi=110)
+    for axis, points, label, marker in ((axes[0], losses, "loss", ""), (axes[1], quality, "validation PQ, %", "o")):
+        if points:
+            steps, values = zip(*points)
+            axis.plot(steps, values, marker=marker, linewidth=1.4, color="#2b6cb0")
+        axis.set_xlabel("step")
+        axis.set_title(label, fontsize=11)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    if losses and min(value for _, value in losses) > 0:
+        axes[0].set_yscale("log")
+    if quality:
+        axes[1].set_ylim(0, max(100.0 if max(v for _, v in quality) > 60 else 1.15 * max(v for _, v in quality), 1.0))
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def last_picture(run: Path) -> bytes | None:
+    """The newest picture grid of a run's validation."""
+    pictures = sorted((run / "pictures").glob("step-*.png"))
+    return pictures[-1].read_bytes() if pictures else None
+
+
+def quality_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Rows of name, PQ, SQ, RQ for the model and the baselines of an evaluation report."""
+    named = {"model": report["class_agnostic"]} | report["baselines"]
+    return [[name, *(f"{row[key]:.1f}" for key in ("pq", "sq", "rq"))] for name, row in named.items()]
