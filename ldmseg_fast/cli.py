@@ -115,7 +115,7 @@ def run_data_check(args: argparse.Namespace) -> int:
     from ldmseg_fast.data.check import check_folder
 
     report = check_folder(args.root)
-    print(report)
+    print(report.table())
     return 0 if report.ok else 1
 
 

@@ -22,7 +22,7 @@ from ldmseg_fast.config import Config, ConfigError, TrainConfig, describe, to_di
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.sampler import EpochSampler
 from ldmseg_fast.data.transforms import Augmentation
-from ldmseg_fast.draw import overlay, picture_grid
+from ldmseg_fast.draw import enlarge, overlay, picture_grid
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.optimizer import Optimizer, make_optimizer
 from ldmseg_fast.resume import TrainingCheckpoints
@@ -165,7 +165,8 @@ def validate(stage: Stage, dataset: CocoPanoptic, device: torch.device, pictures
             stat.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
             if distributed.is_main() and len(rows) < 8:
                 image = dataset.load_image(index)
-                rows.append([image, overlay(image, ids), overlay(image, result.segmentation)])
+                picture, truth, guess = (enlarge(array, 256) for array in (image, ids, result.segmentation))
+                rows.append([picture, overlay(picture, truth), overlay(picture, guess)])
     parts = distributed.gather_objects(stat)
     merged = parts[0]
     for part in parts[1:]:
@@ -202,7 +203,7 @@ def train(stage_name: str, config: Config, resume: bool = False) -> Path:
     torch.manual_seed(settings.seed)
 
     stage = STAGES[stage_name](config).to(device)
-    if settings.channels_last:
+    if settings.channels_last and not distributed.launched():  # DeepSpeed's flat buffers hold contiguous weights
         stage = stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     num_slots = stage.mask_vae.config.num_slots
     dataset = make_dataset(config, config.data.train_split, num_slots, train=True)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -19,8 +18,10 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.metrics.baselines import BASELINES, segments_of
 from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.panoptic import PanopticResult, ResultsWriter, postprocess
+from ldmseg_fast.panoptic import postprocess
+from ldmseg_fast.panoptic_format import read_panoptic_png
 from ldmseg_fast.pipeline import LDMSegPipeline
+from ldmseg_fast.results import PanopticResult, ResultsWriter
 
 OBJECT = [{"id": 1, "name": "object", "supercategory": "object", "isthing": 1}]
 Predict = Callable[[list[int]], list[PanopticResult]]
@@ -75,26 +76,31 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
 
     stat = PQStat(OBJECT, class_agnostic=True)
     baselines = {name: PQStat(OBJECT, class_agnostic=True) for name in BASELINES} if options.baselines else {}
-    writer = ResultsWriter(options.out, "panoptic") if options.out else None
+    settings = {"model": str(model_dir), "thresholds": asdict(thresholds), **facts}
+    writer = ResultsWriter(options.out, "panoptic", OBJECT, settings) if options.out else None
     indices = list(range(distributed.rank(), len(dataset), distributed.world_size()))
-    seconds = 0.0
+    seconds, predicted = 0.0, 0
     for chunk in _chunks(indices, options.batch_size):
+        results = {index: read_back(writer, dataset.image_id(index)) for index in chunk} if writer else {}
+        missing = [index for index in chunk if results.get(index) is None]
         start = time.perf_counter()
-        results = predict(chunk)
-        seconds += time.perf_counter() - start
-        for index, result in zip(chunk, results):
+        results.update(zip(missing, predict(missing) if missing else []))
+        seconds, predicted = seconds + time.perf_counter() - start, predicted + len(missing)
+        for index in chunk:
+            result = results[index]
+            assert result is not None
             ids, segments = dataset.ground_truth(index)
             stat.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
             for name, baseline in baselines.items():
                 guess = BASELINES[name](*ids.shape)
                 baseline.add(ids, segments, guess, segments_of(guess), image_id=index)
-            if writer is not None:
+            if writer is not None and index in missing:
                 writer.add(dataset.image_id(index), result)
     stat = merge(stat)
     baselines = {name: merge(baseline) for name, baseline in baselines.items()}
     distributed.barrier()
     if writer is not None and distributed.is_main():
-        writer.close()
+        writer.finish()
     return {
         "mode": "reconstruction" if reconstruct else "class-agnostic",
         "model": Path(model_dir).name,
@@ -104,7 +110,7 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
         "baselines": {name: in_percent(baseline.result()) for name, baseline in baselines.items()},
         "thresholds": asdict(thresholds),
         "images": len(dataset),
-        "seconds_per_image": seconds / max(len(indices), 1),
+        "seconds_per_image": seconds / max(predicted, 1),
         **facts,
     }
 
@@ -153,6 +159,14 @@ def reconstruction_predictor(
         return postprocess(mask_logits, (size, size), batch["original_size"], thresholds)
 
     return dataset, predict, {"backend": "torch", "id_assignment": scheme, "seed": options.seed}
+
+
+def read_back(writer: ResultsWriter, image_id: int | str) -> PanopticResult | None:
+    """What an interrupted evaluation with the same settings wrote for an image; None where it did not get there."""
+    if image_id not in writer.written:
+        return None
+    segmentation = read_panoptic_png(writer.png_path(image_id))
+    return PanopticResult(segmentation, segments_of(segmentation))
 
 
 def in_percent(result: dict[str, Any]) -> dict[str, Any]:

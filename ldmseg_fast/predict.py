@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -14,11 +15,17 @@ from ldmseg_fast.draw import overlay
 from ldmseg_fast.panoptic_format import write_panoptic_png
 from ldmseg_fast.pipeline import LDMSegPipeline
 
+OVERLAY_SIDE = 2048
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as they are, folders as the pictures in them. Raises FileNotFoundError, or ValueError where two files would write the same names."""
+    """Files as they are, folders as the pictures in them.
+
+    Raises:
+        FileNotFoundError: a path that is not there, or a folder without pictures.
+        ValueError: two files whose results would have the same name.
+    """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -40,10 +47,21 @@ def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
     return found
 
 
+def save_overlay(path: Path, image: np.ndarray, segmentation: np.ndarray) -> None:
+    """Picture uint8 [H, W, 3] and map int32 [H, W] as one PNG for the eye, at most OVERLAY_SIDE pixels long."""
+    longest = max(segmentation.shape)
+    if longest > OVERLAY_SIDE:
+        height, width = (max(1, round(side * OVERLAY_SIDE / longest)) for side in segmentation.shape)
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
+        segmentation = np.asarray(Image.fromarray(segmentation).resize((width, height), Image.Resampling.NEAREST))
+    Image.fromarray(overlay(image, segmentation)).save(path)
+
+
 def predict_files(
     pipe: LDMSegPipeline, files: Sequence[Path], out: Path, num_inference_steps: int | None, seed: int, batch_size: int
 ) -> list[Path]:
     """Segment `files`; writes OUT/NAME.png (ids as COCO colours), OUT/NAME_overlay.png and OUT/NAME.json each.
+    The overlay is scaled down to OVERLAY_SIDE pixels where the picture is larger.
 
     Returns:
         The JSON files.
@@ -61,7 +79,7 @@ def predict_files(
         results = pipe(images, num_inference_steps, seed=seed, image_ids=ids, batch_size=batch_size)
         for file, image, result in zip(chunk, images, results):
             write_panoptic_png(out / f"{file.stem}.png", result.segmentation)
-            Image.fromarray(overlay(image, result.segmentation)).save(out / f"{file.stem}_overlay.png")
+            save_overlay(out / f"{file.stem}_overlay.png", image, result.segmentation)
             height, width = result.segmentation.shape
             record = {
                 "image": file.name,

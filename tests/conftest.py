@@ -20,3 +20,45 @@ def shared() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip("no ../shared folder with golden values and real images beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training and 8 validation scenes of 64x64 pixels."""
+    from ldmseg_fast.data.scenes import write_scenes
+
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", 24, 64, 0)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model folder with random weights, narrow, for 64x64 pictures."""
+    return make_model(tmp_path_factory.mktemp("models") / "diffusion")
+
+
+NARROW = [
+    "mask_vae.widths=8,16,32",
+    "mask_vae.decoder_width=16",
+    "image_encoder.widths=8,16,16",
+    "image_encoder.latent_channels=8",
+    "unet.in_channels=16",
+    "unet.block_out_channels=16,32",
+    "unet.attention=false,true",
+    "unet.num_heads=2,4",
+    "loss.num_points=128",
+    "train.batch_size=4",
+    "train.precision=fp32",
+    "train.threads=1",
+]
+
+
+def make_model(folder: Path, settings: tuple[str, ...] = ()) -> Path:
+    """Both stages with random weights saved into `folder`; the auto-encoder alone into `folder`-autoencoder."""
+    from ldmseg_fast.config import load_config
+    from ldmseg_fast.stages import AutoencoderStage, DiffusionStage
+
+    torch.manual_seed(0)
+    autoencoder = folder.with_name(folder.name + "-autoencoder")
+    AutoencoderStage(load_config("tiny", [*NARROW, *settings])).save(autoencoder)
+    DiffusionStage(load_config("tiny", [*NARROW, *settings, f"model.mask_vae={autoencoder}"])).save(folder)
+    return folder

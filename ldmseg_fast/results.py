@@ -1,0 +1,174 @@
+"""One image's result, and result files: COCO panoptic (JSON + PNGs) and COCO instances (run lengths)."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmseg_fast import distributed
+from ldmseg_fast.panoptic_format import PanopticFormatError, replacing, write_panoptic_png
+from ldmseg_fast.segments import segment_shapes
+
+_COCO_KEYS = ("id", "category_id", "iscrowd", "area", "bbox", "score")
+
+
+@dataclass(frozen=True)
+class PanopticResult:
+    """One image's panoptic segmentation.
+
+    segmentation: int32 [H, W], 0 = void, otherwise slot + 1.
+    segments_info: one entry per segment in ascending id, with `id`, `category_id`, `isthing`, `iscrowd`, `area`
+    (pixels), `bbox` ([x, y, width, height], pixels) and `score` (mean softmax probability over the segment's pixels),
+    as in COCO, and `label_id` and `was_fused` as in transformers' `post_process_panoptic_segmentation`.
+    """
+
+    segmentation: np.ndarray
+    segments_info: list[dict[str, Any]]
+
+
+class ResultsWriter:
+    """Writes FOLDER/NAME.json and FOLDER/NAME/*.png, which panopticapi, detectron2 and hotcoco read.
+
+        with ResultsWriter(folder, "panoptic_val2017", categories) as writer:
+            for image in images:
+                if image.id not in writer.written:
+                    writer.add(image.id, predict(image))
+            # where there are ranks: a barrier, then on the main one
+            writer.finish()
+
+    Every image is on disk once `add` returns: its PNG, then a line of the journal FOLDER/.NAME.RANK.jsonl, from which
+    `finish` makes the JSON. A new writer on the same folder knows what all ranks have written (`written`).
+    settings: whatever the results depend on (JSON values); going on with other settings is a `ValueError`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        categories: Sequence[Mapping[str, Any]] = ({"id": 1, "name": "object", "isthing": 1},),
+        settings: Mapping[str, Any] | None = None,
+        rank: int | None = None,
+    ):
+        self.folder, self.name = Path(folder), name
+        self.png_folder = self.folder / name
+        self.categories = [dict(category) for category in categories]
+        self.settings = json.loads(json.dumps(settings or {}))  # as it will be read back
+        self.png_folder.mkdir(parents=True, exist_ok=True)
+        journal = self.folder / f".{name}.{distributed.rank() if rank is None else rank}.jsonl"
+        _drop_torn_line(journal)
+        entries = self._entries()
+        self.written = {entry["image"]["id"] for entry in entries}
+        self._image_of_png = {entry["annotation"]["file_name"]: entry["image"]["id"] for entry in entries}
+        self._journal = journal.open("a", encoding="utf-8")
+        if journal.stat().st_size == 0:
+            self._write({"settings": self.settings})
+
+    def add(
+        self, image_id: int | str, result: PanopticResult, png_name: str | None = None, image_name: str | None = None
+    ) -> None:
+        """Writes one image. png_name: its file in FOLDER/NAME (default: the image id); image_name: the photograph's."""
+        png_name = png_name or self.png_path(image_id).name
+        if (owner := self._image_of_png.get(png_name, image_id)) != image_id:
+            raise ValueError(f"{png_name}: image {owner} has this name already; give {image_id} its own")
+        write_panoptic_png(self.png_folder / png_name, result.segmentation)
+        height, width = result.segmentation.shape
+        segments = [{key: segment[key] for key in _COCO_KEYS if key in segment} for segment in result.segments_info]
+        image = {"id": image_id, "file_name": image_name or png_name, "height": height, "width": width}
+        self._write(
+            {"image": image, "annotation": {"image_id": image_id, "file_name": png_name, "segments_info": segments}}
+        )
+        self.written.add(image_id)
+        self._image_of_png[png_name] = image_id
+
+    def png_path(self, image_id: int | str) -> Path:
+        """Where an image's map goes unless `add` is told another name."""
+        return self.png_folder / (f"{image_id:012d}.png" if isinstance(image_id, int) else f"{image_id}.png")
+
+    def finish(self) -> Path:
+        """Writes the JSON over what all ranks have written so far, in ascending image id, and returns its path."""
+        by_id = {entry["image"]["id"]: entry for entry in self._entries()}
+        entries = [by_id[key] for key in sorted(by_id, key=lambda key: (isinstance(key, str), key))]
+        path = self.folder / f"{self.name}.json"
+        content = {
+            "images": [entry["image"] for entry in entries],
+            "annotations": [entry["annotation"] for entry in entries],
+            "categories": self.categories,
+        }
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+        return path
+
+    def close(self) -> None:
+        """Ends the journal. What `add` wrote stays, and a later writer on the same folder goes on from there."""
+        self._journal.close()
+
+    def __enter__(self) -> "ResultsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        self._journal.write(json.dumps(entry) + "\n")
+        self._journal.flush()
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """What the journals of all ranks list and whose PNG is there."""
+        entries = []
+        for journal in sorted(self.folder.glob(f".{self.name}.*.jsonl")):
+            for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
+                if not line.endswith("\n"):
+                    break  # torn by an interruption, or being written by another rank
+                entry = json.loads(line)
+                if "settings" not in entry:
+                    entries.append(entry)
+                elif entry["settings"] != self.settings:
+                    raise ValueError(
+                        f"{journal}: holds results of other settings ({entry['settings']}, now {self.settings}); "
+                        "choose another folder, or delete this one to start again"
+                    )
+        return [entry for entry in entries if (self.png_folder / entry["annotation"]["file_name"]).is_file()]
+
+
+def instances_of(image_id: int | str, result: PanopticResult) -> list[dict[str, Any]]:
+    """A map's segments as COCO instance results: image_id, category_id, score, segmentation (RLE).
+
+    Without `bbox`, from which pycocotools would take the area; it finds both in the run lengths itself.
+    """
+    segments = {segment["id"]: segment for segment in result.segments_info}
+    shapes = segment_shapes(result.segmentation, rle=True)
+    if unlisted := [shape["id"] for shape in shapes if shape["id"] not in segments]:
+        raise PanopticFormatError(f"image {image_id}: ids in the map but not in segments_info: {unlisted[:20]}")
+    return [
+        {
+            "image_id": image_id,
+            "category_id": segments[shape["id"]]["category_id"],
+            "score": segments[shape["id"]].get("score", 1.0),
+            "segmentation": shape["segmentation"],
+        }
+        for shape in shapes
+    ]
+
+
+def write_instances_json(path: str | Path, results: Iterable[tuple[int | str, PanopticResult]]) -> None:
+    """A file for pycocotools' `COCO.loadRes`, from (image id, result) pairs, one image in memory at a time."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        separator = "["
+        for image_id, result in results:
+            for instance in instances_of(image_id, result):
+                file.write(separator + json.dumps(instance))
+                separator = ",\n"
+        file.write("]\n" if separator != "[" else "[]\n")
+
+
+def _drop_torn_line(journal: Path) -> None:
+    """Cuts off what follows the last line end, so that the next line starts on its own."""
+    if journal.is_file():
+        content = journal.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with journal.open("r+b") as file:
+                file.truncate(len(whole))

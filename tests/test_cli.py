@@ -1,0 +1,115 @@
+"""Commands as a user types them: exit codes, one clear line for wrong input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldmseg_fast.cli import main
+from ldmseg_fast.panoptic_format import read_panoptic_png
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_predict_writes_three_files_a_picture(model_dir, scenes, tmp_path, capsys):
+    pictures = sorted((scenes / "val2017").iterdir())[:3]
+    arguments = ["predict", str(model_dir), *map(str, pictures), "--out", str(tmp_path), "--steps", "2"]
+    assert main(arguments) == 0
+    for picture in pictures:
+        segmentation = read_panoptic_png(tmp_path / f"{picture.stem}.png")
+        record = json.loads((tmp_path / f"{picture.stem}.json").read_text())
+        assert segmentation.shape == (record["height"], record["width"]) == (64, 64)
+        assert {segment["id"] for segment in record["segments_info"]} == set(np.unique(segmentation)) - {0}
+        assert (tmp_path / f"{picture.stem}_overlay.png").is_file()
+    assert "3 images segmented" in capsys.readouterr().out
+
+
+def test_predict_takes_folders_and_odd_pictures(model_dir, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("L", (1, 1)).save(folder / "dot.png")
+    Image.new("CMYK", (30, 20)).save(folder / "print.jpg")
+    (folder / "notes.txt").write_text("no picture")
+    assert main(["predict", str(model_dir), str(folder), "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == ["dot.json", "print.json"]
+
+
+def test_a_large_picture_works(model_dir, tmp_path):
+    Image.new("RGB", (8000, 6000), (90, 120, 30)).save(tmp_path / "large.jpg")
+    assert main(["predict", str(model_dir), str(tmp_path / "large.jpg"), "--out", str(tmp_path / "o"), "--steps", "1"]) == 0
+    assert read_panoptic_png(tmp_path / "o" / "large.png").shape == (6000, 8000)
+
+
+@pytest.fixture
+def broken(scenes, tmp_path):
+    """Files that a user might give by mistake."""
+    whole = next((scenes / "val2017").iterdir()).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("no picture at all")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "{model}", "{broken}/cut.png", "--out", "{out}"], "cut.png"),
+        (["predict", "{model}", "{broken}/text.jpg", "--out", "{out}"], "text.jpg"),
+        (["predict", "{model}", "{broken}/none.jpg", "--out", "{out}"], "none.jpg: no such file"),
+        (["predict", "{model}", "{broken}/empty", "--out", "{out}"], "no pictures in this folder"),
+        (["predict", "{broken}/empty", "{broken}/cut.png", "--out", "{out}"], "no model_index.json"),
+        (["predict", "{model}", "{broken}/cut.png", "--out", "{out}", "--backend", "magic"], "backend='magic'"),
+        (["evaluate", "{model}", "--data", "{broken}/empty"], "empty"),
+        (["evaluate", "{model}", "--data", "{scenes}", "--split", "test2017"], "test2017"),
+        (["evaluate", "{model}", "--data", "{scenes}", "--steps", "5000"], "num_inference_steps=5000"),
+        (["data", "check", "{broken}/nowhere"], "nowhere"),
+        (["data", "scenes", "{broken}", "--images", "4"], "not"),
+        (["pq", "{broken}/gt.json", "{broken}/pred.json"], "gt.json"),
+        (["convert", "{broken}/none.pt", "--out", "{out}"], "none.pt"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_it(arguments, message, model_dir, scenes, broken, capsys):
+    values = {"model": model_dir, "scenes": scenes, "broken": broken, "out": broken / "out"}
+    assert main([argument.format(**values) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error
+    assert "Traceback" not in error
+
+
+def test_evaluate_writes_its_report(model_dir, scenes, tmp_path, capsys):
+    path = tmp_path / "deep" / "report.json"
+    assert main(["evaluate", str(model_dir), "--data", str(scenes), "--steps", "1", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert set(report["class_agnostic"]) >= {"pq", "sq", "rq", "pq_crowd_correct", "tp", "fp", "fn"}
+    assert "halves" in capsys.readouterr().out
+
+
+def test_data_check_of_a_good_and_a_bad_folder(scenes, tmp_path, capsys):
+    assert main(["data", "check", str(scenes)]) == 0
+    assert main(["data", "scenes", str(tmp_path / "s"), "--images", "2", "--size", "32"]) == 0
+    next((tmp_path / "s" / "panoptic_val2017").iterdir()).unlink()
+    assert main(["data", "check", str(tmp_path / "s")]) == 1
+    assert "missing" in capsys.readouterr().out
+
+
+def test_pq_of_a_set_with_itself(scenes, tmp_path):
+    truth = str(scenes / "annotations" / "panoptic_val2017.json")
+    folder = str(scenes / "panoptic_val2017")
+    report = tmp_path / "pq.json"
+    arguments = ["pq", truth, truth, "--gt-folder", folder, "--pred-folder", folder, "--json", str(report)]
+    assert main(arguments) == 0
+    assert json.loads(report.read_text())["All"]["pq"] == 1.0
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    assert "PyTorch" in capsys.readouterr().out
+
+
+def test_the_installed_command_runs():
+    command = [sys.executable, "-m", "ldmseg_fast.cli", "--help"]
+    assert "predict" in subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout

@@ -1,0 +1,105 @@
+"""The public face: LDMSegPipeline."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.checkpoint import CheckpointError
+from ldmseg_fast.config import PostprocessConfig
+
+ANYTHING_GOES = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pipe(model_dir):
+    return LDMSegPipeline.from_pretrained(model_dir)
+
+
+def test_maps_have_the_pictures_own_sizes(pipe):
+    images = [picture(64, 64), Image.fromarray(picture(48, 100)), picture(1, 1), picture(300, 7)]
+    results = pipe(images, num_inference_steps=2, thresholds=ANYTHING_GOES)
+    assert [result.segmentation.shape for result in results] == [(64, 64), (48, 100), (1, 1), (300, 7)]
+    for result in results:
+        assert result.segmentation.dtype == np.int32
+        ids = [segment["id"] for segment in result.segments_info]
+        assert sorted(ids) == sorted(set(np.unique(result.segmentation)) - {0})
+        assert sum(segment["area"] for segment in result.segments_info) == (result.segmentation > 0).sum()
+
+
+def test_results_do_not_depend_on_the_batch(pipe):
+    images = [picture(64, 64, seed) for seed in range(5)]
+    together = pipe(images, 3, output_type="latent", image_ids=list("abcde"))
+    alone = torch.cat([pipe([image], 3, output_type="latent", image_ids=[name]) for image, name in zip(images, "abcde")])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    pairs = pipe(images, 3, output_type="latent", image_ids=list("abcde"), batch_size=2)
+    torch.testing.assert_close(together, pairs, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_can_be_given(pipe):
+    noise = torch.randn(2, *pipe.info.latent_shape, generator=torch.Generator().manual_seed(3))
+    images = [picture(64, 64, seed) for seed in range(2)]
+    given = pipe(images, 2, latents=noise, output_type="latent")
+    drawn = pipe(images, 2, generator=torch.Generator().manual_seed(3), output_type="latent")
+    torch.testing.assert_close(given, drawn)
+    assert not torch.allclose(given, pipe(images, 2, seed=1, output_type="latent"))
+
+
+def test_logits_decode_to_the_same_map(pipe):
+    image = picture(64, 64)
+    logits = pipe(image, 2, output_type="logits")
+    assert logits.shape == (1, pipe.info.mask_vae.num_slots, 64, 64)
+    result = pipe(image, 2, thresholds=ANYTHING_GOES)[0]
+    labels = logits[0].argmax(0).numpy()
+    assert (np.where(labels > 0, labels + 1, 0) == result.segmentation).mean() > 0.999
+
+
+def test_callback_sees_every_step(pipe):
+    seen = []
+    pipe(picture(64, 64), 4, output_type="latent", callback=lambda step, time, latents, x0: seen.append((step, time)))
+    assert seen == [(0, 999), (1, 749), (2, 499), (3, 249)]
+
+
+def test_grey_and_transparent_pictures_work(pipe):
+    for mode in ("L", "RGBA", "P", "CMYK", "1"):
+        assert pipe(Image.new(mode, (20, 30)), 1)[0].segmentation.shape == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": np.zeros((4, 4), np.uint8)}, r"images\[0\]: uint8 of shape \(4, 4\)"),
+        ({"images": [np.zeros((4, 4, 3), np.float32)]}, "float32"),
+        ({"output_type": "mask"}, "output_type='mask'"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001"),
+        ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents: shape \(1, 4, 3, 3\)"),
+        ({"image_ids": [1, 2]}, "2 ids for 1 images"),
+    ],
+)
+def test_wrong_arguments_are_named(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**({"images": picture(8, 8), "num_inference_steps": 1} | arguments))
+
+
+def test_save_pretrained_copies_bit_for_bit(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "copy")
+    again = LDMSegPipeline.from_pretrained(tmp_path / "copy")
+    image = picture(64, 64)
+    assert torch.equal(pipe(image, 2, output_type="latent"), again(image, 2, output_type="latent"))
+    with pytest.raises(FileExistsError, match="not empty"):
+        pipe.save_pretrained(tmp_path / "copy")
+
+
+def test_folders_that_are_no_models(model_dir, tmp_path):
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        LDMSegPipeline.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="no model_index.json"):
+        LDMSegPipeline.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="it is a mask auto-encoder"):
+        LDMSegPipeline.from_pretrained(f"{model_dir}-autoencoder")
