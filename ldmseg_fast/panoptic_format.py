@@ -4,12 +4,13 @@ A pixel's id is R + 256 G + 65536 B and 0 is void (Kirillov et al., "Panoptic Se
 cocodataset.org/#format-data).
 """
 
+import gc
 import io
 import json
 import secrets
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,15 +101,12 @@ def read_panoptic_png(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.n
     Raises `PanopticFormatError` for palette, grey, RGBA, 16-bit, oversized, truncated or damaged files, and
     `FileNotFoundError` where there is no file.
     """
-    content = Path(path).read_bytes()
-    height, width = _check_header(content[:29], path, max_pixels)
-    interlaced = content[28] != 0
-    try:
-        if _C is None or interlaced:
-            return _decode_pillow(content)
-        return _C.unfilter_ids(_inflate(_image_data(content), height * (1 + 3 * width)), height, width)
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        raise PanopticFormatError(f"{path}: damaged or truncated PNG ({error}); write or download it again") from error
+    return _decode(path, max_pixels, _C.unfilter_ids if _C else None)
+
+
+def read_panoptic_runs(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Any:
+    """The same map for matching only: as runs of equal ids (`_C.RunMap`), or as an array where C++ cannot read it."""
+    return _decode(path, max_pixels, _C.unfilter_runs if _C else None)
 
 
 def write_panoptic_png(path: str | Path, ids: np.ndarray) -> None:
@@ -133,7 +131,7 @@ def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[s
     category or annotations of an image that the file does not list.
     """
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = _load_json(Path(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PanopticFormatError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(content, dict):
@@ -153,6 +151,19 @@ def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[s
     for annotation in content["annotations"]:
         _check_annotation(path, annotation, category_ids)
     return content
+
+
+def _decode(path: str | Path, max_pixels: int, unfilter: Callable[[Any, int, int], Any] | None) -> Any:
+    content = Path(path).read_bytes()
+    height, width = _check_header(content[:29], path, max_pixels)
+    interlaced = content[28] != 0
+    try:
+        compressed = _image_data(content)
+        if unfilter is None or interlaced:
+            return _decode_pillow(content)
+        return unfilter(_inflate(compressed, height * (1 + 3 * width)), height, width)
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        raise PanopticFormatError(f"{path}: damaged or truncated PNG ({error}); write or download it again") from error
 
 
 def _image_data(content: bytes) -> bytes:
@@ -243,6 +254,17 @@ def _check_header(header: bytes, path: str | Path, max_pixels: int) -> tuple[int
     if width == 0 or height == 0 or width * height > max_pixels:
         raise PanopticFormatError(f"{path}: header claims {width}x{height}; between 1 and {max_pixels} pixels are read")
     return height, width
+
+
+def _load_json(path: Path) -> Any:
+    """Without the garbage collector, which would go over the growing tree of dicts again and again and find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(path.read_bytes())
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check_annotation(path: str | Path, annotation: dict[str, Any], category_ids: set | None) -> None:

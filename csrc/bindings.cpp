@@ -1,0 +1,212 @@
+// The Python face of the C++ helpers. Arguments are C-contiguous numpy arrays; every function releases the GIL.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+
+#include "matching.hpp"
+#include "panoptic_head.hpp"
+#include "png.hpp"
+#include "segments.hpp"
+
+namespace py = pybind11;
+using namespace ldmseg;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+void require(bool condition, const char* message) {
+    if (!condition) throw py::value_error(message);
+}
+
+std::pair<size_t, size_t> map_size(const Array<int32_t>& ids) {
+    require(ids.ndim() == 2 && ids.size() > 0, "expected ids int32 [H, W]");
+    return {ids.shape(0), ids.shape(1)};
+}
+
+std::vector<Segment> segments(const Array<int64_t>& table) {
+    require(table.ndim() == 2 && table.shape(1) == 4, "expected a segment table int64 [S, 4]");
+    std::vector<Segment> rows;
+    for (py::ssize_t row = 0; row < table.shape(0); ++row)
+        rows.push_back({table.at(row, 0), table.at(row, 1), table.at(row, 2), table.at(row, 3)});
+    return rows;
+}
+
+template <typename T>
+Array<T> to_array(const std::vector<T>& rows) {
+    return Array<T>(static_cast<py::ssize_t>(rows.size()), rows.data());
+}
+
+const uint8_t* png_rows(const py::buffer_info& rows, size_t height, size_t width) {
+    require(height > 0 && width > 0 && static_cast<size_t>(rows.size * rows.itemsize) == height * (1 + 3 * width),
+            "expected height x (1 + 3 width) bytes");
+    return static_cast<const uint8_t*>(rows.ptr);
+}
+
+Array<int32_t> py_unfilter_ids(const py::buffer& buffer, size_t height, size_t width) {
+    const py::buffer_info info = buffer.request();
+    const uint8_t* rows = png_rows(info, height, width);
+    Array<int32_t> ids({height, width});
+    int32_t* out = ids.mutable_data();
+    bool known;
+    {
+        py::gil_scoped_release release;
+        known = unfilter_ids(rows, height, width, out);
+    }
+    require(known, "unknown PNG filter");
+    return ids;
+}
+
+RunMap py_unfilter_runs(const py::buffer& buffer, size_t height, size_t width) {
+    const py::buffer_info info = buffer.request();
+    const uint8_t* rows = png_rows(info, height, width);
+    RunMap map(height, width);
+    bool known;
+    {
+        py::gil_scoped_release release;
+        known = unfilter_runs(rows, map);
+    }
+    require(known, "unknown PNG filter");
+    return map;
+}
+
+RunMap py_run_map(const Array<int32_t>& ids) {
+    const auto [height, width] = map_size(ids);
+    const int32_t* in = ids.data();
+    py::gil_scoped_release release;
+    return RunMap(in, height, width);
+}
+
+py::array py_filter_ids(const Array<int32_t>& ids) {
+    const auto [height, width] = map_size(ids);
+    Array<uint8_t> rows(static_cast<py::ssize_t>(height * (1 + 3 * width)));
+    const int32_t* in = ids.data();
+    uint8_t* out = rows.mutable_data();
+    py::gil_scoped_release release;
+    filter_ids(in, height, width, out);
+    return std::move(rows);
+}
+
+Array<Overlap> py_joint_histogram(const RunMap& gt, const RunMap& pred) {
+    std::vector<Overlap> overlaps;
+    {
+        py::gil_scoped_release release;
+        overlaps = joint_histogram(gt, pred);
+    }
+    return to_array(overlaps);
+}
+
+Array<Match> py_match_segments(const RunMap& gt, const Array<int64_t>& gt_segments, const RunMap& pred,
+                               const Array<int64_t>& pred_segments, size_t boundary_distance) {
+    const std::vector<Segment> gt_rows = segments(gt_segments), pred_rows = segments(pred_segments);
+    std::vector<Match> matches;
+    {
+        py::gil_scoped_release release;
+        matches = match_segments(gt, gt_rows, pred, pred_rows, boundary_distance);
+    }
+    return to_array(matches);
+}
+
+Array<uint8_t> py_boundary_mask(const RunMap& map, size_t distance) {
+    require(distance > 0, "distance must be at least 1 pixel");
+    Array<uint8_t> mask({map.height, map.width});
+    uint8_t* out = mask.mutable_data();
+    {
+        py::gil_scoped_release release;
+        const BitRows boundary = boundary_rows(map, distance);
+        for (size_t y = 0; y < map.height; ++y)
+            for (size_t x = 0; x < map.width; ++x) *out++ = boundary.row(y)[x / 64] >> (x % 64) & 1;
+    }
+    return mask;
+}
+
+py::tuple py_panoptic_head(const Array<float>& logits, std::array<size_t, 2> network, std::array<size_t, 2> target,
+                           float mask_threshold, int64_t count_threshold, double overlap_threshold, size_t threads,
+                           int simd) {
+    require(logits.ndim() == 4 && logits.size() > 0, "expected mask logits float32 [B, Q, h, w]");
+    require(network[0] > 0 && network[1] > 0 && target[0] > 0 && target[1] > 0, "sizes must be at least 1x1");
+    const size_t batch = logits.shape(0), slots = logits.shape(1), height = target[0], width = target[1];
+    const Size source{static_cast<size_t>(logits.shape(2)), static_cast<size_t>(logits.shape(3))};
+    Array<int32_t> segmentation({batch, height, width}), area({batch, slots}), box({batch, slots, size_t{4}});
+    Array<float> probability({batch, height, width}), score({batch, slots});
+    const float* in = logits.data();
+    const HeadOutput first{segmentation.mutable_data(), probability.mutable_data(), area.mutable_data(), box.mutable_data(),
+                           score.mutable_data()};
+    {
+        py::gil_scoped_release release;
+        for (size_t b = 0; b < batch; ++b) {
+            const HeadOutput output{first.segmentation + b * height * width, first.probability + b * height * width,
+                                    first.area + b * slots, first.box + 4 * b * slots, first.score + b * slots};
+            panoptic_head(in + b * slots * source.height * source.width, slots, source, {network[0], network[1]},
+                          {height, width}, {mask_threshold, count_threshold, overlap_threshold}, threads,
+                          static_cast<Simd>(simd), output);
+        }
+    }
+    return py::make_tuple(segmentation, probability, area, box, score);
+}
+
+// (ids [S], areas [S], boxes [S, 4], compressed counts [S])
+py::tuple py_segment_shapes(const Array<int32_t>& ids, bool rle) {
+    const auto [height, width] = map_size(ids);
+    const int32_t* in = ids.data();
+    std::vector<SegmentShape> shapes;
+    {
+        py::gil_scoped_release release;
+        shapes = segment_shapes(in, height, width, rle);
+    }
+    Array<int32_t> segment_ids(shapes.size()), boxes({shapes.size(), size_t{4}});
+    Array<int64_t> areas(shapes.size());
+    py::list counts;
+    for (size_t k = 0; k < shapes.size(); ++k) {
+        const SegmentShape& shape = shapes[k];
+        segment_ids.mutable_at(k) = shape.id;
+        areas.mutable_at(k) = shape.area;
+        boxes.mutable_at(k, 0) = shape.left;
+        boxes.mutable_at(k, 1) = shape.top;
+        boxes.mutable_at(k, 2) = shape.right - shape.left + 1;
+        boxes.mutable_at(k, 3) = shape.bottom - shape.top + 1;
+        if (rle) counts.append(py::bytes(shape.rle));
+    }
+    return py::make_tuple(segment_ids, areas, boxes, counts);
+}
+
+Array<int32_t> py_clean_segments(const Array<int32_t>& ids, int64_t min_island, int64_t max_hole) {
+    const auto [height, width] = map_size(ids);
+    Array<int32_t> cleaned({height, width});
+    const int32_t* in = ids.data();
+    int32_t* out = cleaned.mutable_data();
+    {
+        py::gil_scoped_release release;
+        std::copy(in, in + height * width, out);
+        clean_segments(out, height, width, min_island, max_hole);
+    }
+    return cleaned;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "native helpers of ldmseg_fast; each has a twin in numpy or torch beside its caller";
+    PYBIND11_NUMPY_DTYPE(Match, image, category_id, outcome, gt_id, pred_id, area, iou, boundary_iou);
+    PYBIND11_NUMPY_DTYPE(Overlap, gt_id, pred_id, pixels);
+    py::register_exception<Inconsistent>(m, "Inconsistent", PyExc_ValueError);
+    m.def("unfilter_ids", &py_unfilter_ids, py::arg("rows"), py::arg("height"), py::arg("width"));
+    m.def("unfilter_runs", &py_unfilter_runs, py::arg("rows"), py::arg("height"), py::arg("width"));
+    m.def("filter_ids", &py_filter_ids, py::arg("ids").noconvert());
+    py::class_<RunMap>(m, "RunMap", "A map [H, W] as the runs of its rows; what matching works on.")
+        .def(py::init(&py_run_map), py::arg("ids").noconvert())
+        .def_property_readonly("shape", [](const RunMap& map) { return py::make_tuple(map.height, map.width); });
+    m.def("joint_histogram", &py_joint_histogram, py::arg("gt"), py::arg("pred"));
+    m.def("match_segments", &py_match_segments, py::arg("gt"), py::arg("gt_segments").noconvert(), py::arg("pred"),
+          py::arg("pred_segments").noconvert(), py::arg("boundary_distance") = 0);
+    m.def("boundary_mask", &py_boundary_mask, py::arg("map"), py::arg("distance"));
+    m.def("segment_shapes", &py_segment_shapes, py::arg("ids").noconvert(), py::arg("rle"));
+    m.def("clean_segments", &py_clean_segments, py::arg("ids").noconvert(), py::arg("min_island"), py::arg("max_hole"));
+    m.def("panoptic_head", &py_panoptic_head, py::arg("mask_logits").noconvert(), py::arg("network_size"),
+          py::arg("target_size"), py::arg("mask_threshold"), py::arg("count_threshold"), py::arg("overlap_threshold"),
+          py::arg("threads") = 0, py::arg("simd") = 2);
+}

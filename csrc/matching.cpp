@@ -1,0 +1,184 @@
+#include "matching.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <unordered_map>
+
+#include "key_index.hpp"
+
+namespace ldmseg {
+namespace {
+
+constexpr int32_t kTruePositive = 0, kFalseNegative = 1, kFalsePositive = 2, kFalsePositiveOneCrowd = 3;
+
+struct Pair {
+    uint64_t key;  // gt_id << 24 | pred_id
+    int64_t pixels = 0, gt_boundary = 0, pred_boundary = 0, both_boundary = 0;
+
+    int32_t gt_id() const { return static_cast<int32_t>(key >> 24); }
+    int32_t pred_id() const { return static_cast<int32_t>(key & 0xffffffu); }
+};
+
+// Goes over pieces of rows in which both ids are constant. Without boundaries their counts stay 0.
+inline __attribute__((always_inline)) std::vector<Pair> count_pieces(const RunMap& gt, const RunMap& pred,
+                                                                     const BitRows* gt_boundary,
+                                                                     const BitRows* pred_boundary) {
+    KeyIndex index;
+    std::vector<Pair> pairs;
+    // the runs that the piece lies in; every row begins with a new run of either map
+    const int32_t *gt_id = gt.ids.data() - 1, *pred_id = pred.ids.data() - 1;
+    for (size_t y = 0; y < gt.height; ++y) {
+        for (size_t word = 0; word < gt.starts.words; ++word) {
+            const int end_of_word = static_cast<int>(std::min<size_t>(64, gt.width - 64 * word));
+            const uint64_t gt_starts = gt.starts.row(y)[word], pred_starts = pred.starts.row(y)[word];
+            uint64_t cuts = gt_starts | pred_starts | 1;
+            while (cuts) {
+                const int begin = lowest_bit(cuts);
+                cuts &= cuts - 1;
+                const int end = cuts ? lowest_bit(cuts) : end_of_word;
+                gt_id += gt_starts >> begin & 1;
+                pred_id += pred_starts >> begin & 1;
+                if ((*gt_id | *pred_id) & 0xff000000) throw Inconsistent("ids outside 0..2^24-1");
+                const uint64_t key = static_cast<uint64_t>(*gt_id) << 24 | static_cast<uint64_t>(*pred_id);
+                const size_t at = index[key];
+                if (at == pairs.size()) pairs.push_back({key});
+                Pair& pair = pairs[at];
+                pair.pixels += end - begin;
+                if (gt_boundary) {
+                    const uint64_t mask = ~uint64_t{0} >> (64 - (end - begin)) << begin;
+                    const uint64_t gb = gt_boundary->row(y)[word] & mask, pb = pred_boundary->row(y)[word] & mask;
+                    pair.gt_boundary += count_bits(gb);
+                    pair.pred_boundary += count_bits(pb);
+                    pair.both_boundary += count_bits(gb & pb);
+                }
+            }
+        }
+    }
+    return pairs;
+}
+
+std::vector<Pair> count_pieces_plain(const RunMap& gt, const RunMap& pred, const BitRows* gb, const BitRows* pb) {
+    return count_pieces(gt, pred, gb, pb);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("popcnt,bmi"))) std::vector<Pair> count_pieces_popcnt(const RunMap& gt, const RunMap& pred,
+                                                                          const BitRows* gb, const BitRows* pb) {
+    return count_pieces(gt, pred, gb, pb);
+}
+#endif
+
+std::vector<Pair> count_pairs(const RunMap& gt, const RunMap& pred, size_t distance) {
+    if (gt.height != pred.height || gt.width != pred.width) throw Inconsistent("maps differ in size");
+    auto count = count_pieces_plain;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (__builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi")) count = count_pieces_popcnt;
+#endif
+    std::vector<Pair> pairs;
+    if (distance > 0) {
+        const BitRows gt_boundary = boundary_rows(gt, distance), pred_boundary = boundary_rows(pred, distance);
+        pairs = count(gt, pred, &gt_boundary, &pred_boundary);
+    } else {
+        pairs = count(gt, pred, nullptr, nullptr);
+    }
+    std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.key < b.key; });
+    return pairs;
+}
+
+struct Side {  // what is summed per segment of one map
+    const Segment* segment;
+    int64_t area = 0, boundary = 0, on_void = 0, on_last_crowd = 0, on_crowds = 0;
+    bool matched = false;
+};
+
+using Sides = std::unordered_map<int64_t, Side>;
+
+Sides index_segments(const std::vector<Segment>& segments) {
+    Sides sides;
+    for (const Segment& segment : segments)
+        if (segment.id < 1 || !sides.try_emplace(segment.id, Side{&segment}).second) throw Inconsistent("segment ids");
+    return sides;
+}
+
+Side& find(Sides& sides, int64_t id) {
+    const auto found = sides.find(id);
+    if (found == sides.end()) throw Inconsistent("an id of the map is not in segments_info");
+    return found->second;
+}
+
+}  // namespace
+
+std::vector<Overlap> joint_histogram(const RunMap& gt, const RunMap& pred) {
+    std::vector<Overlap> overlaps;
+    for (const Pair& pair : count_pairs(gt, pred, 0)) overlaps.push_back({pair.gt_id(), pair.pred_id(), pair.pixels});
+    return overlaps;
+}
+
+std::vector<Match> match_segments(const RunMap& gt, const std::vector<Segment>& gt_segments, const RunMap& pred,
+                                  const std::vector<Segment>& pred_segments, size_t boundary_distance) {
+    const std::vector<Pair> pairs = count_pairs(gt, pred, boundary_distance);
+    Sides gt_sides = index_segments(gt_segments), pred_sides = index_segments(pred_segments);
+    std::unordered_map<int64_t, int64_t> last_crowd;  // category -> id, as panopticapi remembers it
+    for (const Segment& segment : gt_segments)
+        if (segment.iscrowd) last_crowd[segment.category_id] = segment.id;
+
+    for (const Pair& pair : pairs) {
+        const int64_t gt_id = pair.gt_id(), pred_id = pair.pred_id();
+        if (gt_id != 0) {
+            Side& side = find(gt_sides, gt_id);
+            side.area += pair.pixels;
+            side.boundary += pair.gt_boundary;
+        }
+        if (pred_id == 0) continue;
+        Side& side = find(pred_sides, pred_id);
+        side.area += pair.pixels;
+        if (gt_id == 0) {
+            side.on_void += pair.pixels;
+            continue;
+        }
+        side.boundary += pair.pred_boundary;
+        const Segment& crowd = *find(gt_sides, gt_id).segment;
+        if (crowd.iscrowd && crowd.category_id == side.segment->category_id) {
+            side.on_crowds += pair.pixels;
+            if (last_crowd.at(crowd.category_id) == gt_id) side.on_last_crowd += pair.pixels;
+        }
+    }
+    for (const Sides* sides : {&gt_sides, &pred_sides})
+        for (const auto& [id, side] : *sides)
+            if (side.area == 0) throw Inconsistent("an id of segments_info is not in the map");
+    for (auto& [id, side] : gt_sides)
+        if (side.segment->area >= 0) side.area = side.segment->area;
+
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+    std::vector<Match> matches;
+    for (const Pair& pair : pairs) {
+        if (pair.gt_id() == 0 || pair.pred_id() == 0) continue;
+        Side &g = find(gt_sides, pair.gt_id()), &p = find(pred_sides, pair.pred_id());
+        if (g.segment->iscrowd || g.segment->category_id != p.segment->category_id) continue;
+        const int64_t joined = p.area + g.area - pair.pixels - p.on_void;
+        if (joined < pair.pixels) throw Inconsistent("a ground-truth area of the JSON");
+        const double iou = static_cast<double>(pair.pixels) / static_cast<double>(joined);
+        if (iou <= 0.5) continue;
+        g.matched = p.matched = true;
+        const double boundary_union = static_cast<double>(g.boundary + p.boundary - pair.both_boundary);
+        matches.push_back({0, static_cast<int32_t>(p.segment->category_id), kTruePositive, pair.gt_id(), pair.pred_id(), g.area,
+                           iou, boundary_distance ? static_cast<double>(pair.both_boundary) / boundary_union : nan});
+    }
+    for (const Segment& segment : gt_segments) {
+        const Side& g = find(gt_sides, segment.id);
+        if (!g.matched && !segment.iscrowd)
+            matches.push_back({0, static_cast<int32_t>(segment.category_id), kFalseNegative, static_cast<int32_t>(segment.id), 0,
+                               g.area, 0.0, nan});
+    }
+    for (const Segment& segment : pred_segments) {
+        const Side& p = find(pred_sides, segment.id);
+        const double area = static_cast<double>(p.area);
+        if (p.matched || static_cast<double>(p.on_void + p.on_last_crowd) / area > 0.5) continue;
+        const bool excused = static_cast<double>(p.on_void + p.on_crowds) / area > 0.5;
+        matches.push_back({0, static_cast<int32_t>(segment.category_id), excused ? kFalsePositiveOneCrowd : kFalsePositive, 0,
+                           static_cast<int32_t>(segment.id), p.area, 0.0, nan});
+    }
+    return matches;
+}
+
+}  // namespace ldmseg

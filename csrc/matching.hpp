@@ -1,0 +1,43 @@
+// Segments of two id maps, matched by panopticapi's rules. The definition, line by line, is metrics/matching.py.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "run_map.hpp"
+
+namespace ldmseg {
+
+// Maps and segment tables disagree. The numpy twin tells how.
+struct Inconsistent : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+struct Match {  // MATCH_DTYPE
+    int32_t image, category_id, outcome, gt_id, pred_id;
+    int64_t area;
+    double iou, boundary_iou;
+};
+
+struct Segment {  // a row of segment_table(); area -1: count it
+    int64_t id, category_id, iscrowd, area;
+};
+
+struct Overlap {
+    int32_t gt_id, pred_id;
+    int64_t pixels;
+};
+
+// Pixels of each pair of ids that occurs, in ascending order. Throws Inconsistent for ids outside 0..2^24-1, and for maps
+// that differ in size.
+std::vector<Overlap> joint_histogram(const RunMap& gt, const RunMap& pred);
+
+// boundary_distance 0: no boundary IoU (NaN).
+std::vector<Match> match_segments(const RunMap& gt, const std::vector<Segment>& gt_segments, const RunMap& pred,
+                                  const std::vector<Segment>& pred_segments, size_t boundary_distance);
+
+// Pixels whose (2 distance + 1)^2 window holds another id or reaches over the edge. Bits past the width are undefined.
+BitRows boundary_rows(const RunMap& map, size_t distance);
+
+}  // namespace ldmseg

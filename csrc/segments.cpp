@@ -1,0 +1,161 @@
+#include "segments.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "key_index.hpp"
+#include "run_map.hpp"
+
+namespace ldmseg {
+namespace {
+
+// Run lengths in COCO's order, down the columns: zeros, ones, zeros, ...
+struct Runs {
+    std::vector<uint32_t> counts;
+    size_t end = 0;  // just past the last one
+
+    void add(size_t start, size_t length) {
+        if (!counts.empty() && start == end) {
+            counts.back() += static_cast<uint32_t>(length);
+        } else {
+            counts.push_back(static_cast<uint32_t>(start - end));
+            counts.push_back(static_cast<uint32_t>(length));
+        }
+        end = start + length;
+    }
+};
+
+// COCO's string: differences to the count before last, five bits a character, lowest first, bit 5 = more to come.
+std::string compress(const std::vector<uint32_t>& counts) {
+    std::string text;
+    for (size_t k = 0; k < counts.size(); ++k) {
+        int64_t value = counts[k];
+        if (k > 2) value -= counts[k - 2];
+        for (bool more = true; more;) {
+            int character = value & 0x1f;
+            value >>= 5;
+            more = character & 0x10 ? value != -1 : value != 0;
+            text.push_back(static_cast<char>((more ? character | 0x20 : character) + 48));
+        }
+    }
+    return text;
+}
+
+struct Piece {  // a run of one row, [begin, end)
+    int32_t id, row, begin, end;
+};
+
+size_t root(std::vector<size_t>& parent, size_t k) {
+    while (parent[k] != k) k = parent[k] = parent[parent[k]];
+    return k;
+}
+
+}  // namespace
+
+std::vector<SegmentShape> segment_shapes(const int32_t* ids, size_t height, size_t width, bool rle) {
+    constexpr size_t block = 16;  // columns at a time: one cache line of a row
+    KeyIndex index;
+    std::vector<SegmentShape> shapes;
+    std::vector<Runs> runs;
+    std::vector<int32_t> columns(block * height);
+    for (size_t first = 0; first < width; first += block) {
+        const size_t count = std::min(block, width - first);
+        for (size_t y = 0; y < height; ++y)
+            for (size_t k = 0; k < count; ++k) columns[k * height + y] = ids[y * width + first + k];
+        for (size_t k = 0; k < count; ++k) {
+            const int32_t* column = columns.data() + k * height;
+            const auto x = static_cast<int32_t>(first + k);
+            for (size_t y = 0, end; y < height; y = end) {
+                for (end = y + 1; end < height && column[end] == column[y];) ++end;
+                if (column[y] == 0) continue;
+                const size_t at = index[static_cast<uint32_t>(column[y])];
+                if (at == shapes.size()) {
+                    shapes.push_back({column[y], 0, x, x, std::numeric_limits<int32_t>::max(), -1, {}});
+                    runs.emplace_back();
+                }
+                SegmentShape& shape = shapes[at];
+                shape.area += static_cast<int64_t>(end - y);
+                shape.right = x;
+                shape.top = std::min(shape.top, static_cast<int32_t>(y));
+                shape.bottom = std::max(shape.bottom, static_cast<int32_t>(end) - 1);
+                if (rle) runs[at].add((first + k) * height + y, end - y);
+            }
+        }
+    }
+    for (size_t at = 0; rle && at < shapes.size(); ++at) {
+        if (runs[at].end < height * width) runs[at].counts.push_back(static_cast<uint32_t>(height * width - runs[at].end));
+        shapes[at].rle = compress(runs[at].counts);
+    }
+    std::sort(shapes.begin(), shapes.end(), [](const SegmentShape& a, const SegmentShape& b) { return a.id < b.id; });
+    return shapes;
+}
+
+// Union-find over the runs of rows: runs of equal id that overlap from one row to the next are joined.
+static void relabel(int32_t* ids, size_t height, size_t width, bool holes, int64_t limit) {
+    const RunMap map(ids, height, width);
+    std::vector<Piece> pieces;
+    std::vector<size_t> first_of_row(height + 1);
+    for (size_t y = 0; y < height; ++y) {
+        first_of_row[y] = pieces.size();
+        for (size_t word = 0; word < map.starts.words; ++word)
+            for (uint64_t bits = map.starts.row(y)[word]; bits; bits &= bits - 1) {
+                const auto x = static_cast<int32_t>(64 * word) + lowest_bit(bits);
+                if (pieces.size() > first_of_row[y]) pieces.back().end = x;
+                pieces.push_back({ids[y * width + x], static_cast<int32_t>(y), x, static_cast<int32_t>(width)});
+            }
+    }
+    first_of_row[height] = pieces.size();
+
+    std::vector<size_t> parent(pieces.size());
+    std::iota(parent.begin(), parent.end(), size_t{0});
+    std::vector<std::pair<size_t, size_t>> touching;  // vertical neighbours of different ids
+    for (size_t y = 1; y < height; ++y) {
+        for (size_t a = first_of_row[y - 1], b = first_of_row[y]; a < first_of_row[y] && b < first_of_row[y + 1];) {
+            if (pieces[a].id == pieces[b].id)
+                parent[root(parent, b)] = root(parent, a);
+            else if (holes)
+                touching.emplace_back(a, b);
+            const int32_t a_end = pieces[a].end, b_end = pieces[b].end;
+            a += a_end <= b_end;
+            b += b_end <= a_end;
+        }
+    }
+    std::vector<int64_t> area(pieces.size(), 0);
+    for (size_t k = 0; k < pieces.size(); ++k) area[root(parent, k)] += pieces[k].end - pieces[k].begin;
+
+    // What surrounds a piece of void: 0 nothing yet, -1 the edge or several segments, otherwise the one segment.
+    std::vector<int32_t> around(holes ? pieces.size() : 0, 0);
+    const auto meet = [&](size_t k, int32_t id) {
+        int32_t& known = around[root(parent, k)];
+        known = known == 0 || known == id ? id : -1;
+    };
+    if (holes) {
+        for (const auto& [a, b] : touching) {
+            meet(a, pieces[b].id);
+            meet(b, pieces[a].id);
+        }
+        for (size_t k = 0; k < pieces.size(); ++k) {
+            const Piece& piece = pieces[k];
+            const bool edge_row = piece.row == 0 || piece.row + 1 == static_cast<int32_t>(height);
+            if (edge_row || piece.begin == 0 || piece.end == static_cast<int32_t>(width)) meet(k, -1);
+            if (piece.begin > 0) meet(k, pieces[k - 1].id);
+            if (piece.end < static_cast<int32_t>(width)) meet(k, pieces[k + 1].id);
+        }
+    }
+    for (size_t k = 0; k < pieces.size(); ++k) {
+        const Piece& piece = pieces[k];
+        const size_t whole = root(parent, k);
+        int32_t id = piece.id;
+        if (!holes && id != 0 && area[whole] < limit) id = 0;
+        if (holes && id == 0 && area[whole] <= limit && around[whole] > 0) id = around[whole];
+        if (id != piece.id) std::fill(ids + piece.row * width + piece.begin, ids + piece.row * width + piece.end, id);
+    }
+}
+
+void clean_segments(int32_t* ids, size_t height, size_t width, int64_t min_island, int64_t max_hole) {
+    if (min_island > 1) relabel(ids, height, width, false, min_island);
+    if (max_hole > 0) relabel(ids, height, width, true, max_hole);
+}
+
+}  // namespace ldmseg

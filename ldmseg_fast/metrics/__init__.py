@@ -1,0 +1,1 @@
+"""Panoptic quality, mIoU and the inpainting protocol."""

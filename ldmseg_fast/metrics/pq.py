@@ -1,0 +1,178 @@
+"""Panoptic quality in memory: add images, merge ranks, read the result.
+
+PQ = sum of matched IoU / (TP + FP/2 + FN/2) per category, averaged over the categories that occur (Kirillov et al.,
+"Panoptic Segmentation", CVPR 2019, equation 1).
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ldmseg_fast.metrics.matching import (
+    FALSE_NEGATIVE,
+    FALSE_POSITIVE,
+    FALSE_POSITIVE_ONE_CROWD,
+    MATCH_DTYPE,
+    TRUE_POSITIVE,
+    match_segments,
+    segment_table,
+)
+from ldmseg_fast.panoptic_format import PanopticFormatError
+
+OBJECT_CATEGORY: dict[str, Any] = {"id": 1, "name": "object", "isthing": 1}
+SIZE_BINS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}  # COCO's areas, in pixels
+
+
+class PQStat:
+    """Accumulates matches of images; the result does not depend on the order of images or on how ranks shared them.
+
+    categories: COCO entries with `id` and `isthing`. With `class_agnostic` every segment is one category ("object"),
+    the given categories are ignored, and `result()` also holds the crowd-correct numbers.
+    Kept per image: one row of `MATCH_DTYPE` per segment that counts.
+    """
+
+    def __init__(self, categories: Iterable[Mapping[str, Any]], class_agnostic: bool = False, boundary: bool = False):
+        self.class_agnostic = class_agnostic
+        self.boundary = boundary
+        chosen = [OBJECT_CATEGORY] if class_agnostic else categories
+        self.categories = {int(category["id"]): dict(category) for category in chosen}
+        self.image_ids: list[int | str] = []
+        self._matches: list[np.ndarray] = []
+
+    def add(
+        self,
+        gt_ids: np.ndarray,
+        gt_segments: Sequence[Mapping[str, Any]],
+        pred_ids: np.ndarray,
+        pred_segments: Sequence[Mapping[str, Any]],
+        image_id: int | str | None = None,
+        use_gt_area: bool = False,
+    ) -> np.ndarray:
+        """Matches one image (maps [H, W] of integer ids, 0 = void) and returns its rows of `MATCH_DTYPE`.
+
+        image_id: by default the number of images so far; needed where ranks are merged.
+        use_gt_area: take the ground truth's areas from `gt_segments`, as panopticapi does, instead of counting pixels.
+        Raises `PanopticFormatError` naming the image where maps and `segments_info` disagree.
+        """
+        image_id = len(self.image_ids) if image_id is None else image_id
+        try:
+            gt_table = segment_table(gt_segments, self.class_agnostic, use_gt_area)
+            pred_table = segment_table(pred_segments, self.class_agnostic)
+            self.check_categories(gt_table, "ground truth")
+            self.check_categories(pred_table, "prediction")
+            matches = match_segments(gt_ids, gt_table, pred_ids, pred_table, self.boundary)
+        except PanopticFormatError as error:
+            raise PanopticFormatError(f"image {image_id}: {error}") from None
+        self.add_matches(image_id, matches)
+        return matches
+
+    def check_categories(self, table: np.ndarray, name: str) -> None:
+        """Raises `PanopticFormatError` if a row of a segment table has a category that is not among the categories."""
+        if unknown := set(table[:, 1].tolist()) - self.categories.keys():
+            raise PanopticFormatError(f"{name}: category ids {sorted(unknown)} are not among the categories")
+
+    def add_matches(self, image_id: int | str, matches: np.ndarray) -> None:
+        """Adds rows that `match_segments` returned."""
+        matches["image"] = len(self.image_ids)
+        self.image_ids.append(image_id)
+        self._matches.append(matches)
+
+    def merge(self, other: "PQStat") -> "PQStat":
+        """Adds the images of `other` (another rank's part). Raises `ValueError` if one was added by both."""
+        if self.categories != other.categories or self.class_agnostic != other.class_agnostic:
+            raise ValueError("statistics over different categories cannot be merged")
+        if both := set(self.image_ids) & set(other.image_ids):
+            raise ValueError(f"images counted twice, give each rank its own: {sorted(both, key=str)[:20]}")
+        for image_id, matches in zip(other.image_ids, other._matches):
+            self.add_matches(image_id, matches.copy())
+        return self
+
+    def result(self) -> dict[str, Any]:
+        """Fractions as panopticapi's: `All`, `Things`, `Stuff` -> pq, sq, rq, n.
+
+        `per_category`, keyed by str(id), has tp, fp, fn, iou, pq, sq, rq of the categories that occur. `sizes` has the
+        averages over small, medium and large segments (a match or a miss counts at the ground truth's area, a false
+        positive at its own).
+        With `boundary`, each also has `boundary_pq`: a match needs min(IoU, boundary IoU) > 0.5 and adds that minimum.
+        Class-agnostic results add `class_agnostic` (with tp, fp, fn, iou), and `crowd_correct` and `pq_crowd_correct`,
+        which excuse false positives on every crowd region instead of panopticapi's last one per category.
+        """
+        matches = self.matches()
+        per_category = self._per_category(matches)
+        result = self._averages(per_category)
+        result["per_category"] = {
+            str(key): entry
+            | {"name": self.categories[key].get("name", str(key)), "isthing": self.categories[key].get("isthing", 1)}
+            for key, entry in per_category.items()
+        }
+        result["images"] = len(self.image_ids)
+        result["sizes"] = {
+            name: self._averages(self._per_category(matches[(matches["area"] >= low) & (matches["area"] < high)]))[
+                "All"
+            ]
+            for name, (low, high) in SIZE_BINS.items()
+        }
+        if self.class_agnostic:
+            correct = self._per_category(matches[matches["outcome"] != FALSE_POSITIVE_ONE_CROWD])
+            result["class_agnostic"] = self._total(per_category)
+            result["crowd_correct"] = self._total(correct)
+            result["pq_crowd_correct"] = result["All"]["pq_crowd_correct"] = result["crowd_correct"]["pq"]
+        return result
+
+    def matches(self) -> np.ndarray:
+        """All rows so far; `image` is the place in `image_ids`."""
+        return np.concatenate([np.empty(0, MATCH_DTYPE), *self._matches])
+
+    def _per_category(self, matches: np.ndarray) -> dict[int, dict[str, Any]]:
+        """Counts and qualities of the categories that occur, in the order of `categories`."""
+        entries = {}
+        for category_id in self.categories:
+            rows = matches[matches["category_id"] == category_id]
+            if len(rows):
+                entries[category_id] = self._quality(rows)
+        return entries
+
+    def _quality(self, rows: np.ndarray) -> dict[str, Any]:
+        matched = rows[rows["outcome"] == TRUE_POSITIVE]
+        tp, fn = len(matched), int((rows["outcome"] == FALSE_NEGATIVE).sum())
+        fp = int((rows["outcome"] >= FALSE_POSITIVE).sum())
+        quality = {"tp": tp, "fp": fp, "fn": fn, **_ratios(tp, fp, fn, math.fsum(matched["iou"].tolist()))}
+        if self.boundary:
+            minimum = np.minimum(matched["iou"], matched["boundary_iou"])
+            kept = minimum[minimum > 0.5].tolist()
+            lost = tp - len(kept)
+            quality["boundary_pq"] = _ratios(len(kept), fp + lost, fn + lost, math.fsum(kept))["pq"]
+        return quality
+
+    def _averages(self, per_category: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        groups = {
+            "All": list(per_category),
+            "Things": [key for key in per_category if self.categories[key].get("isthing", 1) == 1],
+            "Stuff": [key for key in per_category if self.categories[key].get("isthing", 1) != 1],
+        }
+        names = ("pq", "sq", "rq") + (("boundary_pq",) if self.boundary else ())
+        return {
+            group: {name: _mean([per_category[key][name] for key in keys]) for name in names} | {"n": len(keys)}
+            for group, keys in groups.items()
+        }
+
+    def _total(self, per_category: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        """The one category of class-agnostic counting, in the shape of an average."""
+        entry = per_category.get(OBJECT_CATEGORY["id"]) or {"tp": 0, "fp": 0, "fn": 0, **_ratios(0, 0, 0, 0.0)}
+        return {"n": len(per_category), **entry}
+
+
+def _ratios(tp: int, fp: int, fn: int, iou: float) -> dict[str, float]:
+    weight = tp + 0.5 * fp + 0.5 * fn
+    return {
+        "iou": iou,
+        "pq": iou / weight if weight else 0.0,
+        "sq": iou / tp if tp else 0.0,
+        "rq": tp / weight if weight else 0.0,
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0

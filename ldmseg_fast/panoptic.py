@@ -1,0 +1,79 @@
+"""Mask logits -> panoptic map and `segments_info` (Van Gansbeke and De Brabandere, arXiv 2401.10227, section 3.3)."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.kernels.panoptic_head import panoptic_head
+from ldmseg_fast.results import PanopticResult, ResultsWriter
+from ldmseg_fast.segments import clean_segments, segment_shapes
+
+__all__ = ["PanopticResult", "ResultsWriter", "clean_up", "postprocess"]
+
+
+def postprocess(
+    mask_logits: Tensor,
+    network_size: tuple[int, int],
+    target_sizes: Sequence[tuple[int, int]],
+    thresholds: PostprocessConfig,
+) -> list[PanopticResult]:
+    """Class-agnostic panoptic maps at each image's own size.
+
+    mask_logits: [B, Q, h, w], one slot per segment, slot 0 never kept; resized bilinearly to `network_size`, then to
+    the image's entry of `target_sizes` (height, width). Images of one size are processed together.
+    """
+    if mask_logits.ndim != 4 or len(target_sizes) != len(mask_logits):
+        shape = list(mask_logits.shape)
+        raise ValueError(
+            f"expected mask_logits [B, Q, h, w] and B target sizes, got {shape} and {len(target_sizes)} sizes"
+        )
+    images_of_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, (height, width) in enumerate(target_sizes):
+        images_of_size[int(height), int(width)].append(index)
+    results: dict[int, PanopticResult] = {}
+    for size, images in images_of_size.items():
+        segmentation, _, *statistics = panoptic_head(
+            mask_logits if len(images) == len(mask_logits) else mask_logits[images],
+            network_size,
+            size,
+            thresholds.mask_threshold,
+            thresholds.count_threshold,
+            thresholds.overlap_threshold,
+        )
+        maps = segmentation.cpu().numpy()
+        area, box, score = (tensor.cpu().numpy() for tensor in statistics)
+        for row, image in enumerate(images):
+            results[image] = PanopticResult(maps[row], make_segments_info(area[row], box[row], score[row]))
+    return [results[image] for image in range(len(results))]
+
+
+def clean_up(result: PanopticResult, min_island: int = 0, max_hole: int = 0) -> PanopticResult:
+    """Without specks under `min_island` pixels and pinholes of at most `max_hole` pixels (see `clean_segments`).
+
+    Areas and boxes are those of the new map, scores stay; segments of which nothing is left are dropped.
+    """
+    segmentation = clean_segments(result.segmentation, min_island, max_hole)
+    shapes = {shape["id"]: shape for shape in segment_shapes(segmentation)}
+    return PanopticResult(segmentation, [s | shapes[s["id"]] for s in result.segments_info if s["id"] in shapes])
+
+
+def make_segments_info(area: np.ndarray, box: np.ndarray, score: np.ndarray) -> list[dict[str, Any]]:
+    """`segments_info` from each slot's area [Q], box [Q, 4] and score [Q]; slots of area 0 have no entry."""
+    return [
+        {
+            "id": slot + 1,
+            "category_id": 1,
+            "label_id": 1,
+            "isthing": True,
+            "iscrowd": 0,
+            "was_fused": False,
+            "area": int(area[slot]),
+            "bbox": box[slot].tolist(),
+            "score": float(score[slot]),
+        }
+        for slot in np.flatnonzero(area).tolist()
+    ]

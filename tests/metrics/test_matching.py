@@ -1,0 +1,179 @@
+"""Matches of one image: C++, numpy twin and a mask-by-mask implementation agree, and faults are named."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ldmseg_fast.metrics import matching
+from ldmseg_fast.metrics.matching import (
+    FALSE_NEGATIVE,
+    FALSE_POSITIVE,
+    FALSE_POSITIVE_ONE_CROWD,
+    TRUE_POSITIVE,
+    match_segments,
+    segment_table,
+)
+from ldmseg_fast.native import _C
+from ldmseg_fast.panoptic_format import MAX_ID, PanopticFormatError
+
+IDS = [0, 1, 2, 3, 7, 255, 256, 65535, 65536, MAX_ID - 1, MAX_ID]
+
+
+@st.composite
+def _images(draw):
+    """Ground truth and prediction: blocks of segments, void, crowds, specks; one time in three unrelated."""
+    height, width = draw(st.integers(1, 14)), draw(st.integers(1, 140))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    gt = _blocks(rng, height, width, draw(st.integers(1, len(IDS))))
+    if draw(st.integers(0, 2)):
+        shift = draw(st.integers(0, 3))
+        pred = np.roll(gt, shift, axis=1)
+        noisy = rng.random(gt.shape) < draw(st.sampled_from([0.0, 0.05, 0.4]))
+        pred = np.where(noisy, rng.choice(IDS, gt.shape), pred)
+    else:
+        pred = _blocks(rng, height, width, draw(st.integers(1, len(IDS))))
+    categories = draw(st.integers(1, 3))
+    gt_segments = _segments(rng, gt, categories, draw(st.sampled_from([0.0, 0.3, 0.8])))
+    pred_segments = _segments(rng, pred, categories, 0.0)
+    if draw(st.booleans()):  # categories that follow the ground truth where ids are shared
+        category = {segment["id"]: segment["category_id"] for segment in gt_segments}
+        for segment in pred_segments:
+            segment["category_id"] = category.get(segment["id"], segment["category_id"])
+    return gt.astype(np.int32), gt_segments, pred.astype(np.int32), pred_segments
+
+
+def _blocks(rng, height, width, count):
+    size = rng.integers(1, 8)
+    small = rng.choice(IDS[:count], (height // size + 1, width // size + 1))
+    return np.kron(small, np.ones((size, size), int))[:height, :width]
+
+
+def _segments(rng, ids, categories, crowds):
+    present = rng.permutation([i for i in np.unique(ids) if i])
+    return [
+        {"id": int(i), "category_id": int(rng.integers(1, categories + 1)), "iscrowd": int(rng.random() < crowds)}
+        for i in present
+    ]
+
+
+def _counts(matches, every_crowd):
+    counts = {}
+    for row in matches:
+        count = counts.setdefault(int(row["category_id"]), [0, 0, 0, 0.0])
+        if row["outcome"] == TRUE_POSITIVE:
+            count[0] += 1
+            count[3] += float(row["iou"])
+        elif row["outcome"] == FALSE_NEGATIVE:
+            count[2] += 1
+        elif row["outcome"] == FALSE_POSITIVE or not every_crowd:
+            count[1] += 1
+    return {category: count for category, count in counts.items() if any(count)}
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(image=_images(), class_agnostic=st.booleans())
+def test_equals_the_mask_by_mask_implementation(plain_pq, image, class_agnostic):
+    gt, gt_segments, pred, pred_segments = image
+    tables = segment_table(gt_segments, class_agnostic), segment_table(pred_segments, class_agnostic)
+    matches = match_segments(gt, tables[0], pred, tables[1], boundary=True)
+    twin = matching._match_numpy(gt, tables[0], pred, tables[1], True)
+    assert matches.dtype == twin.dtype == matching.MATCH_DTYPE
+    for name in matching.MATCH_DTYPE.names:
+        np.testing.assert_array_equal(matches[name], twin[name], err_msg=name)
+    if class_agnostic:
+        gt_segments = [segment | {"category_id": 1} for segment in gt_segments]
+        pred_segments = [segment | {"category_id": 1} for segment in pred_segments]
+    for every_crowd in (False, True):
+        expected = plain_pq.match_by_masks(gt, gt_segments, pred, pred_segments, every_crowd)
+        found = _counts(matches, every_crowd)
+        assert found.keys() == expected.keys()
+        for category, count in expected.items():
+            assert found[category][:3] == count[:3]
+            assert found[category][3] == pytest.approx(count[3], abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (63, 65), (64, 1), (37, 200)], ids=str)
+@pytest.mark.parametrize("distance", [1, 2, 7, 16, 40, 70])
+def test_boundary_mask_is_a_segment_minus_its_erosion(shape, distance):
+    ids = _blocks(np.random.default_rng(0), *shape, 5).astype(np.int32)
+    expected = np.zeros(shape, bool)
+    for y, x in np.ndindex(shape):
+        top, left = max(y - distance, 0), max(x - distance, 0)
+        window = ids[top : y + distance + 1, left : x + distance + 1]
+        expected[y, x] = window.size < (2 * distance + 1) ** 2 or (window != ids[y, x]).any()
+    np.testing.assert_array_equal(matching._boundary_mask_numpy(ids, distance), expected)
+    np.testing.assert_array_equal(matching.boundary_mask(ids, distance), expected)
+
+
+def test_boundary_iou_by_hand():
+    # one segment of 20 x 20, predicted one pixel to the right; boundary width 1: frames of 76 pixels
+    gt, pred = np.zeros((40, 40), np.int32), np.zeros((40, 40), np.int32)
+    gt[10:30, 10:30], pred[10:30, 11:31] = 1, 1
+    segments = segment_table([{"id": 1, "category_id": 1}], False)
+    gt[gt == 0], pred[pred == 0] = 2, 2
+    segments = segment_table([{"id": 1, "category_id": 1}, {"id": 2, "category_id": 2}], False)
+    (match,) = [row for row in match_segments(gt, segments, pred, segments, boundary=True) if row["gt_id"] == 1]
+    assert matching.boundary_distance(40, 40) == 1
+    assert match["iou"] == 380 / 420
+    # shared: 19 pixels of the upper and lower sides; the left and right sides do not meet
+    assert match["boundary_iou"] == 38 / (76 + 76 - 38)
+
+
+def test_one_crowd_per_category_against_every_crowd():
+    gt = np.array([[1, 1, 1, 2, 2, 2, 3, 3]], np.int32)
+    pred = np.array([[9, 9, 9, 9, 9, 9, 0, 0]], np.int32)
+    gt_segments = [{"id": i, "category_id": 1, "iscrowd": int(i != 3)} for i in (1, 2, 3)]
+    matches = match_segments(
+        gt, segment_table(gt_segments, False), pred, segment_table([{"id": 9, "category_id": 1}], False)
+    )
+    assert matches["outcome"].tolist() == [FALSE_NEGATIVE, FALSE_POSITIVE_ONE_CROWD]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    ("gt", "gt_ids", "pred", "pred_ids", "message"),
+    [
+        ([[1, 2]], [1], [[1, 1]], [1], "ground truth: ids in the map but not in segments_info: 2"),
+        ([[1, 1]], [1, 5], [[1, 1]], [1], "ground truth: ids in segments_info but not in the map: 5"),
+        ([[1, 1]], [1], [[4, 4]], [1], "prediction: ids in the map but not in segments_info: 4"),
+        ([[1, 1]], [1], [[4, 4]], [4, 6], "prediction: ids in segments_info but not in the map: 6"),
+        ([[1, 1]], [1], [[4, 4]], [4, 4], "prediction: segments_info lists an id twice"),
+        ([[1, 1]], [1], [[-4, 4]], [4], "prediction: ids must lie in 0..16777215"),
+        ([[1, 2**24]], [1], [[4, 4]], [4], "ground truth: ids must lie in 0..16777215"),
+        ([[1, 1]], [1], [[4, 4, 4]], [4], "ground truth is 2x1, prediction is 3x1"),
+        ([1, 1], [1], [[4, 4]], [4], "expected integer ids"),
+        ([[1.0, 1.0]], [1], [[4, 4]], [4], "expected integer ids"),
+    ],
+)
+def test_faults_are_named(monkeypatch, native, gt, gt_ids, pred, pred_ids, message):
+    monkeypatch.setattr(matching, "_C", _C if native else None)
+    tables = [segment_table([{"id": i, "category_id": 1} for i in ids], False) for ids in (gt_ids, pred_ids)]
+    with pytest.raises(PanopticFormatError, match=message):
+        match_segments(np.array(gt), tables[0], np.array(pred), tables[1])
+
+
+def test_an_impossible_area_of_the_json_is_named():
+    gt = np.ones((4, 4), np.int32)
+    table = segment_table([{"id": 1, "category_id": 1, "area": 3}], False, use_area=True)
+    with pytest.raises(PanopticFormatError, match="segment 1: area 3"):
+        match_segments(gt, table, gt, segment_table([{"id": 1, "category_id": 1}], False))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64])
+def test_any_integer_type_and_memory_order(dtype):
+    ids = np.asfortranarray(np.random.default_rng(0).integers(1, 5, (30, 20)).astype(dtype))
+    table = segment_table([{"id": i, "category_id": 1} for i in range(1, 5)], False)
+    assert match_segments(ids, table, ids, table)["iou"].tolist() == [1.0] * 4
+
+
+def test_without_the_extension_one_warning(monkeypatch):
+    from ldmseg_fast.native import warn_slow
+
+    monkeypatch.setattr(matching, "_C", None)
+    warn_slow.cache_clear()
+    ids, table = np.ones((2, 2), np.int32), segment_table([{"id": 1, "category_id": 1}], False)
+    with pytest.warns(RuntimeWarning, match="_C is not built") as caught:
+        match_segments(ids, table, ids, table)
+        match_segments(ids, table, ids, table)
+    assert len(caught) == 1

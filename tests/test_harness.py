@@ -1,0 +1,93 @@
+"""The benchmark harness: what is recorded, what is refused."""
+
+import copy
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def harness():
+    spec = importlib.util.spec_from_file_location("harness", ROOT / "benchmarks" / "harness.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run(harness, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "harness.py"), *arguments])
+    run = harness.Run("trial", quick=True)
+    timings = harness.measure({"slow": lambda: time.sleep(2e-3), "fast": lambda: None}, warmup=1, rounds=6)
+    run.add("sleep", timings, baseline="slow", case={"ms": 2}, target=2.0, items=2)
+    run.add_value("pq", 51.7, "percent")
+    return run
+
+
+def test_a_run_is_saved_whole(harness, monkeypatch, tmp_path, capsys):
+    run = _run(harness, monkeypatch, "--data", str(ROOT / "tests"), "--out=/nowhere/private/place", "--quick")
+    run.check("equal", True)
+    path = run.save(tmp_path)
+    record = json.loads(path.read_text())
+    harness.validate(record)
+    assert record["environment"]["command"] == "python benchmarks/harness.py --data tests --out=.../place --quick"
+    assert str(ROOT) not in path.read_text()
+    assert {"cuda", "gpu", "commit", "cpu", "packages"} <= record["environment"].keys()
+    slow, fast, value = record["results"]
+    assert slow["ratio"] == 1.0
+    assert fast["ratio"] > 2
+    assert 1.0 <= slow["p50"] < 20  # two items a call
+    assert slow["p5"] <= slow["p20"] <= slow["p50"] <= slow["p99"]
+    assert value["value"] == 51.7
+    with pytest.raises(FileExistsError):  # records are never overwritten
+        run.save(tmp_path)
+    assert "sleep" in capsys.readouterr().out
+
+
+def test_a_red_check_records_nothing(harness, monkeypatch, tmp_path):
+    run = _run(harness, monkeypatch)
+    with pytest.raises(harness.BenchmarkError, match="check failed, nothing is recorded: equal"):
+        run.check("equal", False)
+    with pytest.raises(harness.BenchmarkError, match="red checks"):
+        run.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("suite"), "`suite`"),
+        (lambda r: r["environment"].pop("commit"), "environment.commit"),
+        (lambda r: r["environment"].pop("cuda"), "environment.cuda"),
+        (lambda r: r["environment"].update(gpu=None), "environment.gpu.name"),
+        (lambda r: r.update(results=[]), "`results` is empty"),
+        (lambda r: r["results"][0].update(p50=float("nan")), r"results\[0\].p50"),
+        (lambda r: r["results"][0].pop("variant"), r"results\[0\].variant"),
+        (lambda r: r["results"][2].update(value=None), r"results\[2\].value"),
+    ],
+)
+def test_the_schema_is_kept(harness, monkeypatch, tmp_path, change, message):
+    run = _run(harness, monkeypatch)
+    record = json.loads(run.save(tmp_path).read_text())
+    broken = copy.deepcopy(record)
+    change(broken)
+    with pytest.raises(harness.BenchmarkError, match=message):
+        harness.validate(broken)
+
+
+def test_saved_results_follow_the_schema(harness):
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        harness.validate(json.loads(path.read_text()))
+
+
+def test_peak_memory_sees_a_temporary(harness):
+    needed = harness.peak_memory(lambda: bytearray(64 * 2**20))
+    if needed is None:
+        pytest.skip("this system does not tell peak memory")
+    assert 60 * 2**20 < needed < 80 * 2**20

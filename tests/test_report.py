@@ -1,0 +1,51 @@
+"""The HTML page, and the README's tables."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from ldmseg_fast.report import Page, quality_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def benchmarks_report():
+    spec = importlib.util.spec_from_file_location("benchmarks_report", ROOT / "benchmarks" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_escapes_and_embeds(tmp_path):
+    page = Page("A < B")
+    page.table(["x", "y"], [["<b>", "1"]], strong=0)
+    page.picture(b"png", "a & b")
+    page.details("more", "a\n<c>")
+    page.write(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "A &lt; B" in text and "&lt;b&gt;" in text and "base64,cG5n" in text and "<b>" not in text
+
+
+def test_quality_rows():
+    row = {"pq": 12.345, "sq": 50.0, "rq": 24.69}
+    rows = quality_rows({"class_agnostic": row, "baselines": {"halves": row}})
+    assert rows == [["model", "12.3", "50.0", "24.7"], ["halves", "12.3", "50.0", "24.7"]]
+
+
+def test_readme_tables_are_current():
+    assert benchmarks_report().main(["--check"]) == 0
+
+
+def test_a_newer_row_replaces_the_older(tmp_path):
+    report = benchmarks_report()
+    environment = {
+        "gpu": {"name": None},
+        "cpu": {"name": "cpu", "cores": 2},
+        "packages": {},
+        "time": "2026-01-01T00:00:00Z",
+    }
+    for number, value in enumerate((1.0, 2.0)):
+        row = {"name": "PQ", "variant": "ours", "case": {"steps": 1}, "unit": "%", "value": value}
+        record = {"quick": False, "environment": environment, "results": [row]}
+        (tmp_path / f"quality-{number}.json").write_text(json.dumps(record))
+    assert [row["value"] for row in report.load_rows("quality", tmp_path)] == [2.0]
