@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldmseg_fast import __version__
 from ldmseg_fast.config import (
+    ConditioningConfig,
     ConfigError,
     ImageEncoderConfig,
     MaskVAEConfig,
@@ -35,6 +37,7 @@ COMPONENTS = {
     "mask_vae": MaskVAEConfig,
     "image_vae": ImageEncoderConfig,
     "scheduler": SchedulerConfig,
+    "conditioning": ConditioningConfig,
 }
 
 
@@ -72,11 +75,61 @@ def replace_folder(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file, on disk when this returns."""
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
-    with path.open("rb") as file:
+    """A safetensors file, on disk when this returns; tensors are copied to the CPU one at a time."""
+    header: dict[str, Any] = {}
+    end = 0
+    # widest elements first, so that every tensor starts at a multiple of its element's size
+    names = sorted(state, key=lambda name: (-state[name].element_size(), name))
+    for name in names:
+        tensor = state[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            if state[name].numel():
+                data = state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                file.write(data.numpy().data)
+        file.flush()
         os.fsync(file.fileno())
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """`path` itself, once it lies in `folder` after all links.
+
+    Raises:
+        CheckpointError: a link out of the folder; a download cache's own links, snapshots/ to blobs/, are followed.
+    """
+    root, real = folder.resolve(), path.resolve()
+    roots = [root] + [parent.parent.parent / "blobs" for parent in (root, *root.parents) if _is_snapshot(parent)]
+    if not any(real.is_relative_to(each) for each in roots):
+        raise CheckpointError(f"{path}: a link out of the folder, to {real}; put a copy of the file in its place")
+    return path
+
+
+def _is_snapshot(folder: Path) -> bool:
+    return folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -90,8 +143,20 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """`load_state_dict` with one error that lists what is missing, extra, or of another shape."""
-    own = module.state_dict()
+    """`load_state_dict` with one error that lists what is missing, extra, or of another shape.
+
+    A module on the meta device takes the tensors themselves, in float32, instead of copying them.
+    """
+    check_state(module.state_dict(), state, source)
+    if any(parameter.is_meta for parameter in module.parameters()):
+        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        module.load_state_dict(state, assign=True)
+    else:
+        module.load_state_dict(state)
+
+
+def check_state(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+    """Raises CheckpointError listing what `state` lacks, has too much, or has in another shape than `own`."""
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
     shapes = [
@@ -106,19 +171,28 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None
     ]
     if problems:
         raise CheckpointError(f"{source}: weights of another architecture; " + "; ".join(problems))
-    module.load_state_dict(state)
 
 
 def save_component(
-    folder: Path, name: str, config: Any, state: dict[str, Tensor] | None, extra: dict | None = None
+    folder: Path,
+    name: str,
+    config: Any,
+    state: dict[str, Tensor] | None,
+    extra: dict | None = None,
+    write_files: Callable[[Path], object] | None = None,
 ) -> None:
-    """One component of a model folder, written beside the old one and then put in its place."""
+    """One component of a model folder, written beside the old one and then put in its place.
+
+    `extra`: more entries of config.json, their names starting with "_". `write_files(folder)` adds files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.new.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     if state is not None:
         save_weights(state, temporary / WEIGHTS)
+    if write_files is not None:
+        write_files(temporary)
     write_json(temporary / "config.json", to_dict(config) | (extra or {}))
     replace_folder(temporary, folder / name)
 
@@ -142,7 +216,7 @@ def load_index(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: no model_index.json in it, so it is no model folder; train or convert one first"
         )
-    index = read_json(folder / "model_index.json")
+    index = read_json(inside(folder, folder / "model_index.json"))
     version = index.get("format_version") if isinstance(index, dict) else None
     if version != FORMAT_VERSION:
         known = "newer" if isinstance(version, int) and version > FORMAT_VERSION else "foreign or older"
@@ -155,8 +229,10 @@ def load_index(folder: str | Path) -> dict[str, Any]:
 
 def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str, Any]]:
     """The component's config dataclass, and what else its config.json holds."""
-    path = Path(folder) / name / "config.json"
+    path = inside(Path(folder), Path(folder) / name / "config.json")
     values = read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: a mapping of settings expected; save the model again")
     extra = {key: values.pop(key) for key in list(values) if key.startswith("_")}
     try:
         return from_dict(COMPONENTS[name], values), extra
@@ -164,25 +240,33 @@ def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str,
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def load_component(folder: str | Path, name: str, attention: str = "auto") -> nn.Module:
-    """`unet`, `mask_vae` or `image_vae` of a model folder, in evaluation mode, with its weights.
+def load_component(folder: str | Path, name: str, attention: str = "auto") -> Any:
+    """`unet`, `mask_vae`, `image_vae` or `conditioning` of a model folder, in evaluation mode, with its weights.
 
     Raises:
         CheckpointError: missing or damaged files, or weights that do not fit the configuration.
     """
+    from ldmseg_fast.models.conditioning import build_conditioning
     from ldmseg_fast.models.image_vae import build_image_encoder
     from ldmseg_fast.models.mask_vae import MaskVAE
     from ldmseg_fast.models.unet import UNet
 
     config, extra = load_component_config(folder, name)
-    path = Path(folder) / name / WEIGHTS
-    module: nn.Module
-    if name == "unet":
-        module = UNet(config, attention)
-    elif name == "mask_vae":
-        module = MaskVAE(config)
+    path = inside(Path(folder), Path(folder) / name / WEIGHTS)
+    module: Any
+    if name == "conditioning":  # transformers' models have buffers that no file holds
+        tokenizer = path.parent / "tokenizer"
+        module = build_conditioning(
+            load_component_config(folder, "unet")[0], config, extra.get("_clip_config"), tokenizer
+        )
     else:
-        module = build_image_encoder(config, extra.get("_vae_config"))
+        with torch.device("meta"):  # no random numbers for weights that are read anyway
+            if name == "unet":
+                module = UNet(config, attention)
+            elif name == "mask_vae":
+                module = MaskVAE(config)
+            else:
+                module = build_image_encoder(config, extra.get("_vae_config"))
     load_state(module, load_weights(path), str(path))
     return module.eval().requires_grad_(False)
 

@@ -126,6 +126,9 @@ class DataConfig:
     id_assignment: Literal["random", "position", "position_spread", "position_cell", "area"] = "random"
     limit: int = 0  # first images of the training split only; 0: all
     val_limit: int = 200
+    bad_items: float = 0.001  # share of the training split that may be unreadable: named, replaced; beyond it an error
+    timeout: float = 300.0  # seconds without a batch after which a loader process counts as hung
+    latent_cache: str = ""  # folder of `ldmseg data cache`; "auto": beside the data; "": encode images in every step
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class DiffusionConfig:
     self_condition: float = 1.0  # share of steps that train with the model's own estimate; 0: no condition channels
     loss: Literal["l2", "l1", "smooth_l1"] = "l2"
     mask_void: bool = True
+    latent_scale: float = 1.0  # factor on the auto-encoder's scaling_factor; below 1 the image matters more
     image_noise: float = 0.0  # standard deviation added to image latents
     sample_posterior: bool = False
     task_loss: float = 0.0  # weight of the decoded x0 estimate's auto-encoder loss
@@ -173,7 +177,9 @@ class TrainConfig:
     accumulation: int = 1
     learning_rate: float = 1e-4
     image_encoder_lr: float = 1.0  # factor on learning_rate
+    lr_factors: tuple[str, ...] = ()  # more such factors, by parameter-name prefix: unet.conv_in:10,unet.time:0.1
     weight_decay: float = 0.05
+    no_decay: tuple[str, ...] = ("norm", "bias")  # kinds of parameters without weight decay: norm, bias, embedding
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
     schedule: Literal["cosine", "constant", "step"] = "cosine"
@@ -182,15 +188,20 @@ class TrainConfig:
     zero_stage: int = 1
     offload: bool = False
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    compile: bool = False
+    compile: Literal["none", "blocks", "model"] = "none"  # torch.compile: the repeated blocks, or whole networks
+    compile_backend: str = "inductor"
     channels_last: bool = True
-    checkpointing: bool = False  # activation checkpointing of the UNet's blocks
+    checkpointing: Literal["none", "blocks", "all"] = "none"  # recompute: the UNet's blocks; the other networks too
     ema: float = 0.9999  # 0: off
     seed: int = 0
     log_every: int = 20
     validate_every: int = 5000
     save_every: int = 2000
-    keep: int = 3
+    keep: int = 3  # newest checkpoints that stay
+    keep_best: int = 1  # and those of the best validations
+    max_skipped: int = 10  # steps in a row without finite loss and gradients before training ends; 0: never
+    peer_timeout: float = 30.0  # seconds of silence after which a rank counts as dead
+    wandb: str = ""  # project name for Weights & Biases; "": off
     max_minutes: float = 0.0  # stop (and save) after this wall time; 0: no limit
     threads: int = 0  # CPU threads per rank; 0: cores / ranks
 
@@ -366,8 +377,30 @@ def validate(config: Config) -> Config:
             f"{vae.downsampling * 2 ** (len(unet.block_out_channels) - 1)} for these models",
         ),
         (train.steps > 0 and train.batch_size > 0, "train.steps and train.batch_size must be positive"),
-        (train.batch_size % train.accumulation == 0, "train.batch_size must be a multiple of train.accumulation"),
+        (
+            train.batch_size % max(train.accumulation, 1) == 0,
+            "train.batch_size must be a multiple of train.accumulation",
+        ),
         (train.zero_stage in (0, 1, 2, 3), f"train.zero_stage={train.zero_stage}: 0, 1, 2 or 3"),
+        (train.accumulation > 0, "train.accumulation must be positive"),
+        (
+            min(train.log_every, train.validate_every, train.save_every, train.keep) > 0,
+            "train.log_every, train.validate_every, train.save_every and train.keep must be positive",
+        ),
+        (
+            train.compile == "none" or train.zero_stage < 3,
+            f"train.compile={train.compile}: ZeRO 3 fetches weights layer by layer, which cannot be compiled; "
+            f"set train.compile=none or train.zero_stage=2",
+        ),
+        (
+            not train.offload or train.zero_stage > 0,
+            "train.offload moves what ZeRO has cut to the CPU; set train.zero_stage=1, 2 or 3",
+        ),
+        (
+            set(train.no_decay) <= {"norm", "bias", "embedding"},
+            f"train.no_decay={','.join(train.no_decay)}: of norm, bias and embedding",
+        ),
+        (0 <= config.data.bad_items <= 1, "data.bad_items is a share from 0 to 1"),
         (0 <= train.ema < 1, f"train.ema={train.ema}: at least 0 and under 1"),
         (0 <= config.diffusion.self_condition <= 1, "diffusion.self_condition is a share from 0 to 1"),
     ]
@@ -399,7 +432,7 @@ TINY = Config(
         decoder_width=64,
         num_upscalers=1,
         norm_groups=8,
-        scaling_factor=0.2,
+        scaling_factor=0.0,
     ),
     image_encoder=ImageEncoderConfig(
         kind="conv", latent_channels=32, widths=(32, 64, 96), downsampling=4, scaling_factor=1.0
@@ -414,7 +447,10 @@ TINY = Config(
         norm_groups=8,
     ),
     model=ModelConfig(freeze=()),
-    loss=LossConfig(num_points=1024),
+    scheduler=SchedulerConfig(prediction_type="sample", loss_weighting="none"),
+    loss=LossConfig(num_points=1024, kl=1e-6, latent_noise=0.3),
+    # with latents scaled down most steps are noise to the network, which then has to look at the picture
+    diffusion=DiffusionConfig(self_condition=0.5, latent_scale=0.5),
     train=TrainConfig(
         steps=3000,
         batch_size=32,
@@ -433,7 +469,7 @@ TINY = Config(
 # The paper's run: COCO, Stable Diffusion 1.4, 8 GPUs.
 COCO = Config(
     data=DataConfig(num_workers=8),
-    train=TrainConfig(checkpointing=True, compile=True),
+    train=TrainConfig(checkpointing="blocks", compile="blocks"),
 )
 
 PRESETS: dict[str, Config] = {"tiny": TINY, "coco": COCO}

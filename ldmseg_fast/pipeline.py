@@ -65,7 +65,9 @@ class LDMSegPipeline:
         if target.exists() and any(target.iterdir()):
             raise FileExistsError(f"{target}: not empty; choose another folder, or remove it first")
         target.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(self.info.folder / "model_index.json", target)
+        for name in ("model_index.json", "README.md"):
+            if (self.info.folder / name).is_file():
+                shutil.copy2(self.info.folder / name, target)
         for name in self.info.index["components"]:
             shutil.copytree(self.info.folder / name, target / name)
 
@@ -82,6 +84,7 @@ class LDMSegPipeline:
         image_ids: Sequence[int | str] | None = None,
         thresholds: PostprocessConfig | None = None,
         batch_size: int = 16,
+        captions: Sequence[str] | None = None,
         callback: Callback | None = None,
     ) -> list[PanopticResult] | Tensor:
         """Segment images.
@@ -96,6 +99,7 @@ class LDMSegPipeline:
                 result does not depend on the batch; the ids default to 0, 1, 2, ...
             thresholds: of the post-processing; default the model's own.
             batch_size: how many images go through the networks at once.
+            captions: one per image, of models with unet.conditioning=clip_text.
             callback: see `diffusion.sampler.Callback`.
 
         Returns:
@@ -103,7 +107,7 @@ class LDMSegPipeline:
             "latent": the sampler's output [B, C, h, w], still scaled.
 
         Raises:
-            ValueError: an image that is none, an unknown output_type, latents of another shape.
+            ValueError: an image that is none, an unknown output_type, latents or captions that do not fit.
         """
         # 1. Check the input
         if output_type not in OUTPUT_TYPES:
@@ -111,6 +115,12 @@ class LDMSegPipeline:
         arrays = [as_array(image, index) for index, image in enumerate(_as_list(images))]
         steps = self.info.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.scheduler.timesteps(steps)  # a number of steps that cannot be is refused before any work
+
+        if captions is not None and (self.info.conditioning != "clip_text" or len(captions) != len(arrays)):
+            raise ValueError(
+                f"captions: {len(captions)} for {len(arrays)} images of a model with unet.conditioning="
+                f"{self.info.conditioning}; clip_text takes one per image, the others none"
+            )
 
         # 2. Initial noise, on the CPU, so that a seed means the same on every device
         shape = self.info.latent_shape
@@ -127,15 +137,16 @@ class LDMSegPipeline:
             image_latents = self.backend.encode_image(inputs)  # [B, C_image, h, w]
 
             # 5. Denoise
-            mask_latents = ddim(
-                self.backend.denoise,
-                noise[start : start + batch_size].to(self.backend.device),
-                image_latents,
-                self.scheduler,
-                steps,
-                self.info.self_condition,
-                callback,
-            )  # [B, C, h, w]
+            chunk_noise = noise[start : start + batch_size].to(self.backend.device)
+            if self.info.conditioning == "none":
+                mask_latents = self.backend.sample(chunk_noise, image_latents, self.scheduler, steps, callback)
+            else:
+                backend: Any = self.backend  # PyTorch's: `load_backend` gives no other for such a model
+                denoise = backend.conditioned(inputs, captions and captions[start : start + batch_size])
+                self_condition = self.info.self_condition
+                mask_latents = ddim(
+                    denoise, chunk_noise, image_latents, self.scheduler, steps, self_condition, callback
+                )  # [B, C, h, w]
 
             # 6. Decode
             if output_type == "latent":

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ldmseg_fast.checkpoint import CheckpointError, load_component_config, load_index
 from ldmseg_fast.config import ConfigError, MaskVAEConfig, PostprocessConfig, SchedulerConfig, from_dict
+from ldmseg_fast.diffusion.sampler import Callback
+from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.panoptic import PanopticResult
 
 BACKENDS = ("torch", "compile", "onnxruntime", "tensorrt")
@@ -28,6 +30,9 @@ class ModelInfo:
     image_size: int
     num_inference_steps: int
     self_condition: bool
+    image_latent_channels: int
+    unet_levels: int
+    conditioning: str
     mask_vae: MaskVAEConfig
     scheduler: SchedulerConfig
     postprocess: PostprocessConfig
@@ -51,11 +56,15 @@ def read_model_info(model_dir: str | Path) -> ModelInfo:
         )
     try:
         postprocess = from_dict(PostprocessConfig, index.get("postprocess", {}), "postprocess.")
+        unet = load_component_config(folder, "unet")[0]
         return ModelInfo(
             folder=folder,
             image_size=int(index["image_size"]),
             num_inference_steps=int(index["num_inference_steps"]),
             self_condition=bool(index["self_condition"]),
+            image_latent_channels=load_component_config(folder, "image_vae")[0].latent_channels,
+            unet_levels=len(unet.block_out_channels),
+            conditioning=unet.conditioning,
             mask_vae=load_component_config(folder, "mask_vae")[0],
             scheduler=load_component_config(folder, "scheduler")[0],
             postprocess=postprocess,
@@ -66,7 +75,7 @@ def read_model_info(model_dir: str | Path) -> ModelInfo:
 
 
 class Backend(Protocol):
-    """Runs the three networks of a model.
+    """Runs the three networks of a model; `sample` is the loop over `denoise`.
 
     Attributes:
         info: the model's configuration.
@@ -84,6 +93,17 @@ class Backend(Protocol):
 
     def denoise(self, unet_input: Tensor, timesteps: Tensor) -> Tensor:
         """Network input [B, C_in, h, w] and timesteps [B] -> model output [B, C, h, w]."""
+        ...
+
+    def sample(
+        self,
+        noise: Tensor,
+        image_latents: Tensor,
+        scheduler: Scheduler,
+        num_inference_steps: int,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """`diffusion.sampler.ddim` over `denoise`, in this backend's fastest form: noise [B, C, h, w] -> x_0."""
         ...
 
     def decode_mask(
@@ -111,11 +131,30 @@ def load_backend(
         BackendError: an unknown name, a missing package, or an `engine_dir` that is missing or not meant for it.
         CheckpointError: a folder that is no model.
     """
+    if name not in BACKENDS:
+        raise BackendError(f"backend={name!r}: one of {', '.join(BACKENDS)} expected")
     info = read_model_info(model_dir)
     if name in ("torch", "compile"):
+        if engine_dir is not None:
+            raise BackendError(f"engine_dir={engine_dir}: backend={name} runs MODEL_DIR itself; leave engine_dir out")
         from ldmseg_fast.backends.torch_backend import TorchBackend
 
         return TorchBackend(info, device, dtype, compile_networks=name == "compile")
-    if name not in BACKENDS:
-        raise BackendError(f"backend={name!r}: one of {', '.join(BACKENDS)} expected")
-    raise BackendError(f"backend={name!r} is not part of this version; use torch or compile")
+    if engine_dir is None:
+        script = "to_onnx.py" if name == "onnxruntime" else "to_trt.py"
+        raise BackendError(
+            f"backend={name} needs engine_dir; make it with `python export/{script} {model_dir} --out DIR`"
+        )
+    if info.conditioning != "none":
+        raise BackendError(
+            f"{model_dir}: unet.conditioning={info.conditioning}; graphs take no context, use backend=torch"
+        )
+    if dtype is not None:
+        raise BackendError(f"dtype={dtype}: fixed when the graphs were exported; export again with --precision")
+    if name == "onnxruntime":
+        from ldmseg_fast.backends.onnx_backend import load_onnx_backend
+
+        return load_onnx_backend(info, engine_dir, device)
+    from ldmseg_fast.backends.trt_backend import load_trt_backend
+
+    return load_trt_backend(info, engine_dir, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.backends.base import ModelInfo
+from ldmseg_fast.backends.graphs import DenoiserGraph
+from ldmseg_fast.backends.lanes import Lane, LanePool
+from ldmseg_fast.backends.loop import TorchRunner
+from ldmseg_fast.backends.specs import GraphOptions, denoiser
 from ldmseg_fast.checkpoint import load_component
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.diffusion.sampler import Callback, Denoise, ddim
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.models.conditioning import with_context
 from ldmseg_fast.panoptic import PanopticResult, postprocess
 
 
@@ -22,6 +30,7 @@ class TorchBackend:
         device: default the first GPU, or the CPU.
         dtype: default bfloat16 on a GPU and float32 on a CPU.
         compile_networks: `torch.compile` for the denoiser and the encoder; the first call takes a minute or more.
+        cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps.
     """
 
     def __init__(
@@ -31,6 +40,7 @@ class TorchBackend:
         dtype: torch.dtype | None = None,
         compile_networks: bool = False,
         attention: str = "auto",
+        cuda_graph: bool = False,
     ) -> None:
         self.info = info
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -38,9 +48,18 @@ class TorchBackend:
         self.unet = self._load("unet", attention)
         self.mask_vae = self._load("mask_vae")
         self.image_vae = self._load("image_vae")
+        self.conditioning = None if info.conditioning == "none" else self._load("conditioning")
         self.unet.fuse_qkv()
         self._denoise = torch.compile(self.unet) if compile_networks else self.unet
         self._encode = torch.compile(self.image_vae) if compile_networks else self.image_vae
+        self.cuda_graph = cuda_graph and self.device.type == "cuda"
+        self._lanes = LanePool(self._make_lane, 1)
+
+    def _make_lane(self) -> Lane:
+        dtype = str(self.dtype).removeprefix("torch.")
+        spec = denoiser(self.info, GraphOptions(dtype))
+        module = DenoiserGraph(self._denoise, self.info.scheduler.prediction_type).to(self.device)
+        return Lane({spec.name: TorchRunner(spec, module)}, torch.cuda.Stream(self.device), capture=True)
 
     def _load(self, name: str, attention: str = "auto") -> Any:
         module = load_component(self.info.folder, name, attention)
@@ -52,8 +71,28 @@ class TorchBackend:
         return self._encode(images).to(self.dtype)
 
     @torch.inference_mode()
-    def denoise(self, unet_input: Tensor, timesteps: Tensor) -> Tensor:
-        return self._denoise(unet_input.to(self.dtype), timesteps)
+    def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._denoise(unet_input.to(self.dtype), timesteps, context)
+
+    @torch.inference_mode()
+    def conditioned(self, images: Tensor, captions: Sequence[str] | None = None) -> Denoise:
+        """`denoise` with the context of these uint8 images [B, 3, S, S] and their captions."""
+        return with_context(self.denoise, self.conditioning, images.to(self.device), captions)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        noise: Tensor,
+        image_latents: Tensor,
+        scheduler: Scheduler,
+        num_inference_steps: int,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        if not self.cuda_graph or callback is not None or scheduler.config != self.info.scheduler:
+            self_condition = self.info.self_condition
+            return ddim(self.denoise, noise, image_latents, scheduler, num_inference_steps, self_condition, callback)
+        with self._lanes.lane() as lane:
+            return lane.loop(self.info, image_latents, num_inference_steps)(noise, image_latents)
 
     @torch.inference_mode()
     def decode_mask(

@@ -61,15 +61,14 @@ class Scheduler:
         return self
 
     def _loss_weights(self) -> Tensor:
-        """w(t) of the noise error, times what makes an error in x_0 or v count as much as the noise error it equals."""
-        snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
-        factor = {"epsilon": 1.0, "sample": snr, "v_prediction": snr / (snr + 1.0)}[self.config.prediction_type]
-        return self._epsilon_weights(snr) * factor
-
-    def _epsilon_weights(self, snr: Tensor) -> Tensor:
+        """w(t) of the squared error of what is predicted."""
         config = self.config
-        if config.loss_weighting == "max_clamp_snr":  # min-SNR (Hang et al. 2023, section 3.4)
-            return snr.clamp(max=config.max_snr) / snr.clamp(min=1e-12)
+        snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+        if (
+            config.loss_weighting == "max_clamp_snr"
+        ):  # min-SNR (Hang et al. 2023, section 3.4), one weight of x_0 for all
+            per_type = {"epsilon": snr.clamp(min=1e-12), "sample": torch.ones_like(snr), "v_prediction": snr + 1.0}
+            return snr.clamp(max=config.max_snr) / per_type[config.prediction_type]
         if config.loss_weighting == "inverse_log_snr":
             return (1.0 / torch.log1p(snr)).clamp(max=1.0)
         if config.loss_weighting == "linear":

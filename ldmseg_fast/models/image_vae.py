@@ -36,7 +36,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> [B, C, H/f, W/f]."""
-        return self.layers(normalize(images, self.layers[0].weight.dtype)) * self.config.scaling_factor
+        return self.layers(normalize(images, next(self.parameters()).dtype)) * self.config.scaling_factor
 
 
 class _TaesdBlock(nn.Module):
@@ -67,7 +67,7 @@ class TaesdEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> [B, 4, H/8, W/8]."""
-        return self.layers((images.float() / 255.0).to(self.layers[0].weight.dtype)) * self.config.scaling_factor
+        return self.layers((images.float() / 255.0).to(next(self.parameters()).dtype)) * self.config.scaling_factor
 
 
 class _KLAttention(nn.Module):
@@ -167,7 +167,7 @@ class KLEncoder(nn.Module):
         vae["down_block_types"] = sorted(set(vae["down_block_types"]))
         wrong = [f"{key}={vae[key]!r}" for key, value in KL_REQUIRED.items() if vae.get(key, value) != value]
         if wrong:
-            raise ValueError(f"image VAE: {', '.join(wrong)}: only Stable Diffusion 1.x and 2.x's AutoencoderKL is known")
+            raise ValueError(f"image VAE: {', '.join(wrong)}: only Stable Diffusion's AutoencoderKL is known")
         self.encoder = _KLEncoderNetwork(vae)
         channels = 2 * vae["latent_channels"]
         self.quant_conv = nn.Conv2d(channels, channels, 1) if vae["use_quant_conv"] else None

@@ -6,6 +6,9 @@ compiled and exported: nothing in `forward` depends on data, and attention stand
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +30,7 @@ from ldmseg_fast.models.layers import (
 class Block(nn.Module):
     """One resolution: residual blocks, each with its transformer where the level has attention."""
 
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module]) -> None:
+    def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module]) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         if attentions:
@@ -40,7 +43,9 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], downsample: Downsample | None) -> None:
+    def __init__(
+        self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], downsample: Downsample | None
+    ) -> None:
         super().__init__(resnets, attentions)
         if downsample is not None:
             self.downsamplers = nn.ModuleList([downsample])
@@ -48,7 +53,9 @@ class DownBlock(Block):
 
 
 class UpBlock(Block):
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], upsample: Upsample | None) -> None:
+    def __init__(
+        self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], upsample: Upsample | None
+    ) -> None:
         super().__init__(resnets, attentions)
         if upsample is not None:
             self.upsamplers = nn.ModuleList([upsample])
@@ -142,6 +149,10 @@ class UNet(nn.Module):
         if config.separate_image_encoder:
             self.image_conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
             self.image_down_blocks, _ = down_path()
+            # zero at the start, so that a pre-trained UNet begins undisturbed (Zhang et al. 2023, section 3.1)
+            self.image_projections = nn.ModuleList(nn.Conv2d(width, width, 1) for width in skips)
+            for parameter in self.image_projections.parameters():
+                nn.init.zeros_(parameter)
 
         mid_transformer = transformer(last) if config.mid_attention else None
         self.mid_block = MidBlock(resnet(channels, channels), mid_transformer, resnet(channels, channels))
@@ -183,10 +194,12 @@ class UNet(nn.Module):
         if self.config.separate_image_encoder:
             image_latents = sample.split(input_parts(self.config), dim=1)[1]
             features = self._down(self.image_conv_in(image_latents), self.image_down_blocks, time, context)
-            skips = [skip + feature for skip, feature in zip(skips, features)]
+            projected = [layer(feature) for layer, feature in zip(self.image_projections, features)]
+            skips = [skip + feature for skip, feature in zip(skips, projected)]
 
         x = self.mid_block(skips[-1], time, context)
 
+        block: Any
         for block in self.up_blocks:
             for index in range(len(block.resnets)):
                 x = self._layer(block, index, torch.cat([x, skips.pop()], dim=1), time, context)
@@ -194,7 +207,7 @@ class UNet(nn.Module):
                 x = block.upsamplers[0](x)
         return self.conv_out(self.conv_norm_out(x))
 
-    def _down(self, x: Tensor, blocks: nn.ModuleList, time: Tensor, context: Tensor | None) -> list[Tensor]:
+    def _down(self, x: Tensor, blocks: Iterable[Any], time: Tensor, context: Tensor | None) -> list[Tensor]:
         """What the up path needs of a down path, from x [B, C, h, w] itself to the deepest features."""
         skips = [x]
         for block in blocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +15,48 @@ from ldmseg_fast.checkpoint import load_component, load_index, postprocess_setti
 from ldmseg_fast.config import Config, ConfigError
 from ldmseg_fast.diffusion.sampler import ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.init_from import load_image_encoder, load_unet, resolve_start
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.losses import mask_losses
-from ldmseg_fast.models.image_vae import build_image_encoder, load_pretrained
+from ldmseg_fast.model_card import write_model_card
+from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, saved_conditioning, with_context
+from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.panoptic import PanopticResult, postprocess
-from ldmseg_fast.stages.base import Stage, remap
+from ldmseg_fast.stages.base import Stage, per_image, remap
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 class DiffusionStage(Stage):
     def __init__(self, config: Config) -> None:
+        start = resolve_start(config)
+        config = start.config
         super().__init__(config)
         if not config.model.mask_vae:
             raise ConfigError("model.mask_vae: the diffusion stage needs the MODEL_DIR of a trained mask auto-encoder")
         load_index(config.model.mask_vae)
         self.mask_vae: Any = load_component(config.model.mask_vae, "mask_vae")
+        vae_config = self.mask_vae.config
+        self.mask_vae.config = replace(
+            vae_config, scaling_factor=vae_config.scaling_factor * config.diffusion.latent_scale
+        )
         if self.mask_vae.config.latent_channels != config.unet.out_channels:
             raise ConfigError(
                 f"model.mask_vae={config.model.mask_vae}: {self.mask_vae.config.latent_channels} latent channels, "
                 f"unet.out_channels is {config.unet.out_channels}"
             )
-        self.image_vae = build_image_encoder(config.image_encoder)
+        self.image_vae = build_image_encoder(config.image_encoder, start.vae_config)
+        load_image_encoder(self.image_vae, start)
         self.trains_image_vae = config.image_encoder.kind == "conv"
         if not self.trains_image_vae:
-            load_pretrained(self.image_vae, config.image_encoder.path)
             self.image_vae.eval().requires_grad_(False)
         self.unet = UNet(config.unet, config.model.attention)
-        self.unet.checkpointing = config.train.checkpointing
+        load_unet(self.unet, start)
+        self.unet.checkpointing = config.train.checkpointing != "none"
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_(not name.startswith(config.model.freeze))
+        self.conditioning = build_conditioning(config.unet, config.conditioning)
         self.scheduler = Scheduler(config.scheduler)
         self.self_condition = config.diffusion.self_condition > 0
 
@@ -53,13 +65,15 @@ class DiffusionStage(Stage):
         self.mask_vae.eval()
         if not self.trains_image_vae:
             self.image_vae.eval()
+        if hasattr(self.conditioning, "encoder"):
+            self.conditioning.encoder.eval()
         return self
 
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> image latents [B, C, h, w]; with gradients where the encoder is trained."""
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(self.trains_image_vae and torch.is_grad_enabled()):
-            return self.image_vae(images)
+            return self.recompute(self.image_vae, images)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         config, scheduler = self.config.diffusion, self.scheduler
@@ -71,21 +85,29 @@ class DiffusionStage(Stage):
                 mask_latents = self.mask_vae.encode_latents(bits).float()  # [B, C, h, w]
             image_latents = self.encode_images(batch["image"])  # [B, C_image, h, w]
 
-            generator = self.generator(step, batch["image_id"], "diffusion")
-            noise = torch.randn(mask_latents.shape, generator=generator).to(device)
+            generators = self.generators(step, batch, "diffusion")
+            noise = per_image(torch.randn, mask_latents.shape[1:], generators)  # [B, C, h, w]
             total = self.config.scheduler.num_train_timesteps
-            timesteps = torch.randint(0, total, (len(noise),), generator=generator).to(device)
+            timesteps = torch.cat([torch.randint(0, total, (1,), generator=g, device=device) for g in generators])
             if config.image_noise:
-                extra = torch.randn(image_latents.shape, generator=generator).to(image_latents)
+                extra = per_image(torch.randn, image_latents.shape[1:], generators).to(image_latents)
                 image_latents = image_latents + config.image_noise * extra
             noisy_latents = scheduler.add_noise(mask_latents, noise, timesteps)
+            context = None
+            if self.conditioning is not None:
+                captions = drop_captions(
+                    batch.get("captions"),
+                    self.config.conditioning.caption_dropout,
+                    self.generator(step, batch, "captions", "cpu"),
+                )
+                context = self.conditioning(batch["image"], captions)  # [B, M, D]
 
             condition = torch.zeros_like(noisy_latents) if self.self_condition else None
-            if self.self_condition and torch.rand((), generator=generator) < config.self_condition:
+            if self.self_condition and self.chance(step, "self_condition") < config.self_condition:
                 with torch.no_grad():
-                    output = self.unet(unet_input(noisy_latents, image_latents, condition), timesteps)
+                    output = self.unet(unet_input(noisy_latents, image_latents, condition), timesteps, context)
                     condition = scheduler.pred_original_sample(output.float(), noisy_latents, timesteps)
-            output = self.unet(unet_input(noisy_latents, image_latents, condition), timesteps).float()
+            output = self.unet(unet_input(noisy_latents, image_latents, condition), timesteps, context).float()
 
         target = scheduler.target(mask_latents, noise, timesteps)
         error = LOSSES[config.loss](output, target, reduction="none")  # [B, C, h, w]
@@ -97,23 +119,36 @@ class DiffusionStage(Stage):
         if config.task_loss:
             estimate = scheduler.pred_original_sample(output, noisy_latents, timesteps)
             with self.autocast():
-                mask_logits = self.mask_vae.decode_latents(estimate)
-            losses["task"] = mask_losses(mask_logits, slots, self.config.loss, generator).total
+                mask_logits = self.recompute(self.mask_vae.decode_latents, estimate)
+            losses["task"] = mask_losses(
+                mask_logits, slots, self.config.loss, self.generator(step, batch, "points")
+            ).total
             losses["loss"] = loss + config.task_loss * losses["task"]
         return losses
 
     @torch.no_grad()
-    def sample(self, images: Tensor, image_ids: Sequence[int | str], num_inference_steps: int, seed: int = 0) -> Tensor:
+    def sample(
+        self,
+        images: Tensor,
+        image_ids: Sequence[int | str],
+        num_inference_steps: int,
+        seed: int = 0,
+        captions: Sequence[str] | None = None,
+    ) -> Tensor:
         """Scaled mask latents [B, C, h, w] of uint8 images [B, 3, H, W]."""
         size = [side // self.mask_vae.config.downsampling for side in images.shape[-2:]]
         noise = image_noise(seed, image_ids, [self.mask_vae.config.latent_channels, *size]).to(images.device)
         with self.autocast():
             image_latents = self.encode_images(images)
-            return ddim(self.unet, noise, image_latents, self.scheduler, num_inference_steps, self.self_condition)
+            denoise: Any = self.unet
+            if self.conditioning is not None:
+                denoise = with_context(self.unet, self.conditioning, images, captions)
+            return ddim(denoise, noise, image_latents, self.scheduler, num_inference_steps, self.self_condition)
 
     @torch.no_grad()
     def predict(self, batch: dict[str, Any], target_sizes: Sequence[tuple[int, int]]) -> list[PanopticResult]:
-        latents = self.sample(batch["image"], batch["image_id"], self.config.num_inference_steps)
+        captions = batch.get("captions")
+        latents = self.sample(batch["image"], batch["image_id"], self.config.num_inference_steps, captions=captions)
         with self.autocast():
             mask_logits = self.mask_vae.decode_latents(latents)
         size = tuple(batch["image"].shape[-2:])
@@ -127,11 +162,14 @@ class DiffusionStage(Stage):
         extra = {"_vae_config": dict(vae_config)} if vae_config else None
         save_component(folder, "image_vae", config.image_encoder, self.image_vae.state_dict(), extra)
         save_component(folder, "scheduler", config.scheduler, None)
+        components = ["unet", "mask_vae", "image_vae", "scheduler"]
+        if self.conditioning is not None:
+            save_component(folder, "conditioning", *saved_conditioning(self.conditioning))
+            components.append("conditioning")
         settings = {
             "image_size": config.data.image_size,
             "num_inference_steps": config.num_inference_steps,
             "self_condition": self.self_condition,
         }
-        save_index(
-            folder, ["unet", "mask_vae", "image_vae", "scheduler"], settings | postprocess_settings(config.postprocess)
-        )
+        save_index(folder, components, settings | postprocess_settings(config.postprocess))
+        write_model_card(folder, {"stage": "diffusion", "data": config.data.root, "config": config})

@@ -1,0 +1,78 @@
+"""`ldmseg convert`: a checkpoint of the original LDMSeg code as a model folder. Nothing in the checkpoint is run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="the .pt file: an auto-encoder, or a whole model")
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--unet-config", type=Path, help="diffusers' config.json of the UNet before it was changed")
+    parser.add_argument("--image-vae", type=Path, help="diffusers' AutoencoderKL: its folder or its config.json")
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    print(f"model folder: {convert_checkpoint(args.checkpoint, args.out, args.unet_config, args.image_vae)}")
+    return 0
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    unet_config: str | Path | None = None,
+    image_vae: str | Path | None = None,
+) -> Path:
+    """Write `out`, a model folder with the checkpoint's weights, whole or not at all.
+
+    Args:
+        checkpoint: {"vae", "p"} of the auto-encoder, or {"unet", "vae_semseg", "vae_image", "p"} of the whole model.
+        out: must not exist, or be an empty folder.
+        unet_config: diffusers' configuration of the UNet before its input was widened; default Stable Diffusion 1.4's,
+            where the widths are its own.
+        image_vae: diffusers' configuration of the image VAE; default what the tensors say. A folder gives the weights
+            too where the checkpoint has none.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: a checkpoint that is damaged, of another kind, asks for code, or does not fit the
+            configurations; the message lists what is wrong.
+        FileExistsError: `out` holds something.
+    """
+    from ldmseg_fast.checkpoint import save_component, save_index
+    from ldmseg_fast.model_card import write_model_card
+    from ldmseg_fast.original_checkpoint import read_parts
+    from ldmseg_fast.safe_pickle import load_torch_file
+
+    source, target = Path(checkpoint), Path(out)
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise FileExistsError(f"{target}: there is something already; choose another --out, or remove it first")
+    # 1. Shapes and settings are read and checked before anything is written; tensors stay on the disk
+    parts, settings = read_parts(
+        load_torch_file(source),
+        str(source),
+        None if unet_config is None else Path(unet_config),
+        None if image_vae is None else Path(image_vae),
+    )
+
+    # 2. A folder beside `out`, each tensor from the checkpoint straight into its file, then a rename
+    temporary = target.parent / f".{target.name}.new.{os.getpid()}"
+    temporary.mkdir(parents=True)
+    try:
+        for part in parts:
+            save_component(temporary, part.name, part.config, part.state, part.extra)
+        save_index(temporary, [part.name for part in parts], settings)
+        write_model_card(
+            temporary, {"converted from": source.name} | settings | {part.name: part.config for part in parts}
+        )
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target

@@ -1,0 +1,153 @@
+"""Folders in diffusers' layout (Stable Diffusion 1.x, 2.x): their configurations as ours, and their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldmseg_fast.checkpoint import CheckpointError, inside, load_weights, read_json
+
+# diffusers' UNet2DConditionModel: its defaults where the file says nothing, and what ours cannot differ in
+UNET_DEFAULTS: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": None,
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": False,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "cross_attention_dim": 1280,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+UNET_REQUIRED: dict[str, Any] = {
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "encoder_hid_dim": None,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+}
+DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+BETA_KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+
+
+def read_config(path: Path, part: str) -> dict[str, Any]:
+    """A diffusers `config.json`: the file itself, its folder, or a whole model with a folder called `part`."""
+    if path.is_dir():
+        folder = path / part if (path / part).is_dir() else path
+        path = inside(path, folder / "config.json")
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: a mapping of settings expected")
+    return values
+
+
+def unet_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """`UNetConfig` fields of a UNet2DConditionModel's configuration; `attention_head_dim` counts heads, as there.
+
+    Raises:
+        CheckpointError: listing settings that the UNet of this package does not have.
+    """
+    merged = UNET_DEFAULTS | {key: value for key, value in values.items() if value is not None}
+    widths = merged["block_out_channels"]
+    heads = merged["num_attention_heads"] or merged["attention_head_dim"]
+    heads = [heads] * len(widths) if isinstance(heads, int) else heads
+    down, up = merged["down_block_types"], merged["up_block_types"]
+    wrong = [
+        f"{key}={values[key]!r} (only {value!r} is known)"
+        for key, value in UNET_REQUIRED.items()
+        if values.get(key, value) != value
+    ]
+    for key in ("layers_per_block", "transformer_layers_per_block"):
+        numbers = set(merged[key]) if isinstance(merged[key], (list, tuple)) else {merged[key]}
+        if len(numbers) != 1 or not all(isinstance(number, int) for number in numbers):
+            wrong.append(f"{key}={merged[key]!r} (one number for all blocks is known)")
+        else:
+            merged[key] = numbers.pop()
+    if not set(down) <= set(DOWN_BLOCKS) or not set(up) <= set(UP_BLOCKS):
+        wrong.append(f"down_block_types={down}, up_block_types={up} (only Stable Diffusion's block types are known)")
+    elif [DOWN_BLOCKS[kind] for kind in down] != [UP_BLOCKS[kind] for kind in reversed(up)]:
+        wrong.append(f"up_block_types={up} do not mirror down_block_types={down}")
+    elif not len(widths) == len(down) == len(heads):
+        wrong.append(f"{len(widths)} block_out_channels, {len(down)} down_block_types, {len(heads)} head counts")
+    else:
+        wrong += [
+            f"{heads[level]} heads do not divide {width} channels"
+            for level, width in enumerate(widths)
+            if (DOWN_BLOCKS[down[level]] or level == len(widths) - 1) and width % heads[level]
+        ]
+    groups = merged["norm_num_groups"]
+    wrong += [f"{groups} norm groups do not divide {width} channels" for width in widths if width % groups]
+    if wrong:
+        raise CheckpointError(f"{source}: {'; '.join(wrong)}")
+    return {
+        "block_out_channels": tuple(widths),
+        "attention": tuple(DOWN_BLOCKS[kind] for kind in down),
+        "layers_per_block": merged["layers_per_block"],
+        "num_heads": tuple(heads),
+        "transformer_layers": merged["transformer_layers_per_block"],
+        "linear_projection": merged["use_linear_projection"],
+        "norm_groups": groups,
+        "norm_eps": merged["norm_eps"],
+        "out_channels": merged["out_channels"],
+        "mid_attention": True,
+    }
+
+
+def scheduler_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """`SchedulerConfig` fields of a diffusers scheduler's configuration. Raises CheckpointError on fixed betas."""
+    if values.get("trained_betas") is not None:
+        raise CheckpointError(f"{source}: trained_betas are not known; give beta_schedule, beta_start and beta_end")
+    found = {key: values[key] for key in BETA_KEYS if key in values}
+    return found | {"rescale_zero_snr": bool(values.get("rescale_betas_zero_snr", False))}
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a component's folder, in one or several safetensors files, full precision before half.
+
+    Raises:
+        CheckpointError: none there, pickles only, damaged, or links out of the folder.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    names = {file.name: file for file in found}
+    shards = [file for file in found if file.stem.startswith("diffusion_pytorch_model-")]
+    for name in ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "model.fp16"):
+        if f"{name}.safetensors" in names:
+            return load_weights(inside(folder, names[f"{name}.safetensors"]))
+    if shards:
+        state: dict[str, Tensor] = {}
+        for file in shards:
+            state |= load_weights(inside(folder, file))
+        return state
+    if any(folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{folder}: only pickled weights (.bin), which can run code when they are read; take the same model's "
+            f".safetensors file, or load it in diffusers on a machine you can lose and save_pretrained it"
+        )
+    raise CheckpointError(f"{folder}: no diffusion_pytorch_model.safetensors in it")

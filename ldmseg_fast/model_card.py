@@ -1,0 +1,70 @@
+"""`README.md` of a model folder: what the model is, where it comes from, and how good it was."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ldmseg_fast import __version__
+from ldmseg_fast.config import describe
+
+USE = """```python
+from ldmseg_fast import LDMSegPipeline
+
+result = LDMSegPipeline.from_pretrained(MODEL_DIR)(image)[0]
+result.segmentation, result.segments_info
+```"""
+
+
+def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `folder`/README.md.
+
+    Args:
+        facts: a value, a mapping or a configuration dataclass each; values become lines of a table, the others a
+            section with one `key=value` a line. What the run's own log says about steps and PQ is added.
+    """
+    table = {"ldmseg_fast": __version__} | {key: value for key, value in facts.items() if not _is_group(value)}
+    table |= training_facts(folder)
+    lines = ["# Latent diffusion for panoptic segmentation", ""]
+    if (folder / "unet").is_dir():
+        lines += [USE, ""]
+    else:
+        lines += ["A mask auto-encoder; the diffusion stage takes it as `model.mask_vae`.", ""]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in table.items()]
+    for key, value in facts.items():
+        if _is_group(value):
+            entries = describe(value) if is_dataclass(value) else [f"{name}={item}" for name, item in value.items()]
+            lines += ["", f"## {key}", "", "```", *entries, "```"]
+    temporary = folder / ".README.md.new"
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.replace(folder / "README.md")
+
+
+def training_facts(folder: Path) -> dict[str, Any]:
+    """Last step, and last validation, of the run whose log lies in `folder`; empty where there is none."""
+    path = folder / "logs" / "log.jsonl"
+    if not path.is_file():
+        return {}
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
+            records.append(json.loads(line))
+    facts: dict[str, Any] = {"steps": records[-1]["step"]} if records else {}
+    validated = [record for record in records if "val/pq" in record]
+    if validated:
+        last = validated[-1]
+        facts["class-agnostic PQ on the validation split"] = f"{last['val/pq']:.2f} at step {last['step']}"
+        facts |= {f"{name.upper()}": f"{last[f'val/{name}']:.2f}" for name in ("sq", "rq") if f"val/{name}" in last}
+    return facts
+
+
+def _is_group(value: Any) -> bool:
+    return is_dataclass(value) or isinstance(value, dict)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,161 @@
+"""Settings: presets, overrides, files, and errors that name the key."""
+
+import json
+from dataclasses import fields, is_dataclass
+
+import pytest
+
+from ldmseg_fast.config import PRESETS, Config, ConfigError, describe, from_dict, load_config, to_dict, update, validate
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name):
+    assert validate(load_config(name)) == PRESETS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip(name):
+    config = PRESETS[name]
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_description_leads_back(name):
+    """What a run prints can be given to another run."""
+    lines = describe(PRESETS[name])
+    settings = [line for line in lines if not line.endswith("=")]
+    rebuilt = Config()
+    for line in settings:
+        key, _, value = line.partition("=")
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        rebuilt = update(rebuilt, json.loads(json.dumps(value).replace("'", "")))
+    assert rebuilt == PRESETS[name]
+
+
+def test_every_setting_can_be_overridden_by_its_own_default():
+    def keys(config, prefix=""):
+        for item in fields(config):
+            value = getattr(config, item.name)
+            yield from (
+                keys(value, f"{prefix}{item.name}.") if is_dataclass(value) else [(f"{prefix}{item.name}", value)]
+            )
+
+    for key, value in keys(PRESETS["tiny"]):
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert load_config("tiny", [f"{key}={text}"]) == PRESETS["tiny"], key
+
+
+def test_overrides_of_every_type():
+    config = load_config(
+        "tiny",
+        [
+            "train.steps=1e3",
+            "train.learning_rate=3e-4",
+            "train.clip=2",
+            "data.cache=FALSE",
+            "train.channels_last=no",
+            "unet.num_heads=(4, 4, 2)",
+            "unet.attention=[true,no,1]",
+            "model.freeze=",
+            "data.root=/data/coco=2017",
+            "train.betas=0.9,0.95",
+        ],
+    )
+    assert (config.train.steps, config.train.learning_rate, config.train.clip) == (1000, 3e-4, 2.0)
+    assert (config.data.cache, config.train.channels_last) == (False, False)
+    assert (config.unet.num_heads, config.unet.attention) == ((4, 4, 2), (True, False, True))
+    assert (config.model.freeze, config.data.root, config.train.betas) == ((), "/data/coco=2017", (0.9, 0.95))
+    assert load_config("tiny", ["model.freeze=time_embedding,conv_in"]).model.freeze == ("time_embedding", "conv_in")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.step=5", r"unknown setting train\.step; did you mean train\.steps\?"),
+        ("trian.steps=5", r"unknown setting trian; did you mean train\?"),
+        ("zzz=5", "unknown setting zzz; known: .*unet"),
+        ("train.steps.more=5", r"train\.steps="),
+        ("train=5", "train"),
+        ("train.steps=many", r"train\.steps='many': a whole number expected"),
+        ("train.steps=1.5", r"train\.steps='1\.5': a whole number expected"),
+        ("train.steps=inf", "a whole number expected"),
+        ("train.steps=nan", "a whole number expected"),
+        ("train.clip=much", r"train\.clip='much': a number expected"),
+        ("data.cache=maybe", r"data\.cache='maybe': true or false expected"),
+        ("unet.num_heads=4,x,4", r"unet\.num_heads='x': a whole number expected"),
+        ("train.betas=0.9", r"train\.betas='0\.9': 2 values expected"),
+        ("scheduler.prediction_type=noise", "one of epsilon, sample, v_prediction expected"),
+        ("train.steps", "settings are written key=value"),
+        ("=5", "settings are written key=value"),
+    ],
+)
+def test_wrong_settings_are_named(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("tiny", [setting])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["mask_vae.num_bits=4"], "mask_vae.num_bits=4 cannot name 32 slots"),
+        (["diffusion.self_condition=0"], "unet.in_channels=40: mask \\+ image \\+ condition make 36"),
+        (["unet.out_channels=8"], "unet.out_channels"),
+        (["unet.num_heads=4,4"], "equally long"),
+        (["image_encoder.downsampling=8"], "image_encoder.downsampling=8"),
+        (["data.image_size=60"], "data.image_size=60 must be a multiple of 16"),
+        (["mask_vae.num_upscalers=3"], "overshoots"),
+        (["train.steps=0"], "must be positive"),
+        (["train.accumulation=0"], "train.accumulation must be positive"),
+        (["train.accumulation=3"], "a multiple of train.accumulation"),
+        (["train.ema=1"], "train.ema=1.0"),
+        (["diffusion.self_condition=1.5"], "a share from 0 to 1"),
+        (["unet.conditioning=learned"], "contradict each other"),
+        (["unet.cross_attention_dim=16"], "contradict each other"),
+        (["unet.separate_conv_in=true"], "unet.image_channels=4 must be image_encoder.latent_channels, 32"),
+        (["conditioning.caption_dropout=2"], "caption_dropout is a share"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("tiny", settings)
+
+
+def test_files(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  steps: 12\n  betas: [0.8, 0.9]\nunet:\n  attention: [true, true, true, true]\n")
+    config = load_config(str(file), ["train.steps=13"])
+    assert (config.train.steps, config.train.betas) == (13, (0.8, 0.9))
+    assert config.unet.attention == (True,) * 4
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(to_dict(PRESETS["tiny"])))
+    assert load_config(str(file)) == PRESETS["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {steps: x}", r"train\.steps='x'"),
+        ("train:\n  stepz: 3", r"did you mean train\.steps"),
+        ("train: 3", "train"),
+        ("train: {steps: true}", r"train\.steps=True: a whole number expected"),
+        ("data: {root: 3}", r"data\.root=3: text expected"),
+        ("unet: {num_heads: 4}", r"unet\.num_heads=4: a list expected"),
+        ("- a\n- b", "a mapping of settings expected"),
+        ("", "a mapping of settings expected"),
+        ("a: [", "not readable as YAML or JSON"),
+        ("!!python/object/apply:os.system ['true']", "not readable as YAML or JSON"),
+    ],
+)
+def test_wrong_files(text, message, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(tmp_path / "run.yaml"))
+
+
+def test_neither_preset_nor_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"neither a preset \(tiny, coco.*\) nor a file"):
+        load_config(str(tmp_path / "nothing.yaml"))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match="not readable"):
+        load_config(str(tmp_path / "binary.yaml"))
