@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="val2017")
     parser.add_argument("--steps", type=int, nargs="+", default=[], help="denoising steps; default the model's own")
     parser.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction")
+    parser.add_argument("--size", type=int, help="side in pixels of an auto-encoder's reconstruction")
+    parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="16 images, nothing is saved")
     args = parser.parse_args(argv)
@@ -51,10 +53,20 @@ def main(argv: list[str] | None = None) -> int:
         facts = training_facts(model_dir)
         reconstruction = load_index(model_dir).get("components") == ["mask_vae"]
         for steps in [None] if reconstruction or not args.steps else args.steps:
-            options = EvaluationOptions(split=args.split, steps=steps, limit=limit, id_assignment=args.ids)
+            options = EvaluationOptions(
+                split=args.split,
+                steps=steps,
+                limit=limit,
+                id_assignment=args.ids,
+                image_size=args.size,
+                count_threshold=args.count_th,
+            )
             report = evaluate(model_dir, args.data, options)
             case = {"data": report["data"], "split": args.split, "images": report["images"], "mode": report["mode"]}
-            case |= {"ids": report["id_assignment"]} if reconstruction else {"steps": report["num_inference_steps"]}
+            if reconstruction:
+                case |= {"ids": report["id_assignment"], "size": report["image_size"]}
+            else:
+                case |= {"steps": report["num_inference_steps"]}
             rows = {name or model_dir.name: report["class_agnostic"]} | report["baselines"]
             for variant, values in rows.items():
                 own = values is report["class_agnostic"]

@@ -53,7 +53,7 @@ def quality(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         case = row["case"]
-        how = f"{case['steps']} steps" if "steps" in case else f"{case['ids']} ids"
+        how = f"{case['steps']} steps" if "steps" in case else f"{case['ids']} ids, {case['size']} px"
         cost = f"{row['cpu_minutes']:g}" if "cpu_minutes" in row else ""
         data = f"{case['data']} {case['split']}, {case['images']}"
         lines.append([row["variant"], data, how, f"{row['value']:.1f}", f"{row['sq']:.1f}", f"{row['rq']:.1f}", cost])

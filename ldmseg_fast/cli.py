@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--count-th", type=int, help="least area of a segment in pixels")
     evaluate.add_argument("--overlap-th", type=float, help="least share of a segment's own area that it must win")
     evaluate.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction (random, position, ...)")
+    evaluate.add_argument("--size", type=int, help="side in pixels of an auto-encoder's reconstruction")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--limit", type=int, default=0, help="first N images only")
     evaluate.add_argument("--out", help="folder for COCO panoptic results (JSON + PNG)")
@@ -98,6 +99,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         limit=args.limit,
         batch_size=args.batch_size,
         id_assignment=args.ids,
+        image_size=args.size,
         backend=args.backend,
         engine_dir=args.engine_dir,
         out=args.out,

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ldmseg_fast import distributed
+from ldmseg_fast.agreement import TorchAgreement, format_agreement
 from ldmseg_fast.checkpoint import load_component, load_index
 from ldmseg_fast.config import PostprocessConfig, from_dict
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
@@ -40,8 +41,10 @@ class EvaluationOptions:
     limit: int = 0
     batch_size: int = 16
     id_assignment: str | None = None  # of an auto-encoder's reconstruction
+    image_size: int | None = None  # likewise: it is convolutional and reconstructs maps of any size
     backend: str = "torch"
     engine_dir: str | None = None
+    agreement_images: int = 64  # of a backend other than torch, compared with torch; per rank
     baselines: bool = True
     out: str | None = None  # folder for the COCO results files
 
@@ -64,7 +67,8 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
 
     Returns:
         The report: `class_agnostic` (pq, sq, rq, pq_crowd_correct in percent, tp, fp, fn), `baselines`, `thresholds`,
-        `mode`, `images`, `seconds_per_image`. The same on every rank and for any number of ranks, but for the timings.
+        `mode`, `images`, `seconds_per_image`, and for a backend other than torch `agreement`. The same on every rank
+        and for any number of ranks, but for the timings and the images that are compared with torch.
 
     Raises:
         CheckpointError, BackendError, DataError: a folder that is not what it should be.
@@ -79,6 +83,16 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
     settings = {"model": str(model_dir), "thresholds": asdict(thresholds), **facts}
     writer = ResultsWriter(options.out, "panoptic", OBJECT, settings) if options.out else None
     indices = list(range(distributed.rank(), len(dataset), distributed.world_size()))
+    agreement = None
+    if options.backend != "torch" and not reconstruct and options.agreement_images > 0:
+        agreement = TorchAgreement(
+            model_dir,
+            facts["num_inference_steps"],
+            options.seed,
+            thresholds,
+            lambda: PQStat(OBJECT, class_agnostic=True),
+            options.agreement_images,
+        )
     seconds, predicted = 0.0, 0
     for chunk in _chunks(indices, options.batch_size):
         results = {index: read_back(writer, dataset.image_id(index)) for index in chunk} if writer else {}
@@ -96,6 +110,8 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
                 baseline.add(ids, segments, guess, segments_of(guess), image_id=index)
             if writer is not None and index in missing:
                 writer.add(dataset.image_id(index), result)
+        if agreement is not None:
+            agreement.add(dataset, chunk, [result for index in chunk if (result := results[index]) is not None])
     stat = merge(stat)
     baselines = {name: merge(baseline) for name, baseline in baselines.items()}
     distributed.barrier()
@@ -112,6 +128,7 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
         "images": len(dataset),
         "seconds_per_image": seconds / max(predicted, 1),
         **facts,
+        **({"agreement": agreement.report()} if agreement is not None else {}),
     }
 
 
@@ -122,7 +139,9 @@ def diffusion_predictor(
     dataset = CocoPanoptic(
         data, options.split, pipe.info.image_size, num_slots=pipe.info.mask_vae.num_slots, limit=options.limit
     )
-    steps = options.steps or pipe.info.num_inference_steps
+    if options.image_size not in (None, pipe.info.image_size):
+        raise ValueError(f"--size {options.image_size}: this model works at {pipe.info.image_size} pixels")
+    steps = pipe.info.num_inference_steps if options.steps is None else options.steps
     pipe.scheduler.timesteps(steps)
 
     def predict(indices: list[int]) -> list[PanopticResult]:
@@ -140,7 +159,9 @@ def reconstruction_predictor(
     index = load_index(model_dir)
     vae: Any = load_component(model_dir, "mask_vae")
     scheme = options.id_assignment or index.get("id_assignment", "random")
-    size = int(index.get("image_size", 512))
+    size = options.image_size or int(index.get("image_size", 512))
+    if size % vae.config.downsampling:
+        raise ValueError(f"--size {size}: not a multiple of {vae.config.downsampling}, the auto-encoder's reduction")
     dataset = CocoPanoptic(
         data,
         options.split,
@@ -158,7 +179,7 @@ def reconstruction_predictor(
         mask_logits = vae.decode(vae.encode(bits).mode())
         return postprocess(mask_logits, (size, size), batch["original_size"], thresholds)
 
-    return dataset, predict, {"backend": "torch", "id_assignment": scheme, "seed": options.seed}
+    return dataset, predict, {"backend": "torch", "id_assignment": scheme, "image_size": size, "seed": options.seed}
 
 
 def read_back(writer: ResultsWriter, image_id: int | str) -> PanopticResult | None:
@@ -208,4 +229,6 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"{name:14s} {numbers} " + " ".join(f"{row[key]:7d}" for key in ("tp", "fp", "fn")))
     lines.append(f"PQ, every crowd region counted: {report['class_agnostic']['pq_crowd_correct']:.2f}")
     lines.append(f"{1000 * report['seconds_per_image']:.1f} ms per image ({report['backend']})")
+    if "agreement" in report:
+        lines.append(format_agreement(report["agreement"], report["seconds_per_image"]))
     return "\n".join(lines)

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests are small; threads that wait for each other cost more than they give
+
 import pytest
 import torch
 

@@ -40,7 +40,10 @@ def test_predict_takes_folders_and_odd_pictures(model_dir, tmp_path):
 
 def test_a_large_picture_works(model_dir, tmp_path):
     Image.new("RGB", (8000, 6000), (90, 120, 30)).save(tmp_path / "large.jpg")
-    assert main(["predict", str(model_dir), str(tmp_path / "large.jpg"), "--out", str(tmp_path / "o"), "--steps", "1"]) == 0
+    assert (
+        main(["predict", str(model_dir), str(tmp_path / "large.jpg"), "--out", str(tmp_path / "o"), "--steps", "1"])
+        == 0
+    )
     assert read_panoptic_png(tmp_path / "o" / "large.png").shape == (6000, 8000)
 
 

@@ -13,13 +13,37 @@ LAYERS = [
     {"config", "native", "panoptic_format", "distributed", "segments", "results"},
     {"kernels"},
     {"models", "diffusion", "losses", "panoptic", "metrics"},
-    {"data", "checkpoint", "convert", "draw", "model_card", "original_checkpoint", "original_sizes", "init_from", "safe_pickle", "diffusers_folder"},
-    {"backends", "pipeline", "stages", "engine", "optimizer", "resume", "report", "predict", "evaluation", "agreement"},
+    {
+        "data",
+        "checkpoint",
+        "convert",
+        "draw",
+        "model_card",
+        "original_checkpoint",
+        "original_sizes",
+        "init_from",
+        "safe_pickle",
+        "diffusers_folder",
+    },
+    {
+        "backends",
+        "pipeline",
+        "stages",
+        "engine",
+        "training",
+        "optimizer",
+        "resume",
+        "report",
+        "predict",
+        "evaluation",
+        "agreement",
+    },
     {"train", "cli", "demo", "doctor", "runs", "export", "benchmarks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 THIRD_PARTY = {
-    "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "hotcoco", "hypothesis", "kernels", "matplotlib", "modelopt",
+    "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "hotcoco", "hypothesis", "kernels", "matplotlib",
+    "modelopt",
     "numpy", "onnx", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "safetensors",
     "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "transformers", "triton", "wandb", "xformers", "yaml",
 }  # fmt: skip
@@ -56,11 +80,19 @@ def test_imports_point_one_way(path):
 
 
 def test_no_module_hides_an_import():
-    scripts = ["ldmseg_fast", "export", "benchmarks", "tests", *(f"kernels/{p.name}" for p in (ROOT / "kernels").iterdir())]
+    scripts = [
+        "ldmseg_fast",
+        "export",
+        "benchmarks",
+        "tests",
+        *(f"kernels/{p.name}" for p in (ROOT / "kernels").iterdir()),
+    ]
     for folder in scripts:
         if not (ROOT / folder).is_dir():
             continue
-        names = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+        names = {
+            path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+        }
         hidden = names & (sys.stdlib_module_names | THIRD_PARTY)
         assert not hidden, f"{folder}: {hidden} hide other modules from scripts in this folder"
 
@@ -83,6 +115,8 @@ def test_import_is_quick():
 
 def test_heavy_packages_stay_out_of_the_import():
     code = "import sys, ldmseg_fast; from ldmseg_fast import LDMSegPipeline; print(*sys.modules)"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     heavy = {"deepspeed", "diffusers", "transformers", "tensorrt", "onnxruntime", "xformers", "matplotlib", "gradio"}
     assert not loaded & heavy

@@ -1,0 +1,318 @@
+"""Kernels against torch, torch.compile and the libraries that can be imported; red tests, no numbers.
+
+    python benchmarks/bench_kernels.py --all            every case, within --minutes (default 8)
+    python benchmarks/bench_kernels.py --quick          the cases that targets are stated for, without torch.compile
+    python benchmarks/bench_kernels.py --only attention
+    python benchmarks/bench_kernels.py --tune configs.json    try launch configurations, write the best ones found
+
+Every variant is captured in a CUDA graph, so that the time of the GPU is compared and not that of Python. Cases marked
+"forward, backward" time both for everybody. Without a GPU the rows say "not measured" and carry the floor instead.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import ROOT, BenchmarkError, Run, Timing, measure
+from torch import Tensor
+
+from ldmseg_fast.kernels import configs
+from ldmseg_fast.kernels.backend import KERNELS
+from ldmseg_fast.kernels.cases import Case, all_cases
+from ldmseg_fast.kernels.roofline import GPUS, find_gpu, floor_us
+
+Variant = Callable[[], Any]
+# (rtol, atol in units of the largest value) between a kernel and torch, both in the dtype of the case
+AGREEMENT = {torch.float32: (1e-3, 1e-4), torch.float16: (1e-2, 2e-2), torch.bfloat16: (2e-2, 5e-2)}
+SECONDS_TO_COMPILE = 30  # what one torch.compile may take: none is started later than this before the end
+
+
+class Deadline:
+    """How much of the time budget is left."""
+
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+
+    @property
+    def seconds_left(self) -> float:
+        return self.end - time.monotonic()
+
+
+def run_tests(kernels: Sequence[str], deadline: Deadline) -> None:
+    """The tests of `kernels`, in parallel where pytest-xdist is installed.
+
+    Raises:
+        BenchmarkError: they fail, or do not end within half of the time.
+    """
+    files = [f"tests/kernels/test_{kernel}.py" for kernel in kernels]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *files]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, timeout=deadline.seconds_left / 2, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BenchmarkError(f"the tests took longer than {error.timeout:.0f} s") from error
+    if done.returncode:
+        raise BenchmarkError("the kernels' tests fail: nothing is measured")
+
+
+def attention_peers(case: Case) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """Other implementations of softmax attention, as functions of q, k, v [B, N, heads, d] and the scale."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def through(backend: SDPBackend) -> Callable[..., Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            with sdpa_kernel(backend):
+                out = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+            return out.transpose(1, 2)
+
+        return run
+
+    yield "sdpa flash", through(SDPBackend.FLASH_ATTENTION)
+    yield "sdpa cudnn", through(SDPBackend.CUDNN_ATTENTION)
+    yield "sdpa efficient", through(SDPBackend.EFFICIENT_ATTENTION)
+    if importlib.util.find_spec("xformers"):
+        from xformers.ops import memory_efficient_attention
+
+        yield "xformers", lambda q, k, v, scale: memory_efficient_attention(q, k, v, scale=scale)
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_func
+
+        yield "flash-attn", lambda q, k, v, scale: flash_attn_func(q, k, v, softmax_scale=scale)
+
+
+def differentiated(function: Callable[..., Tensor], arguments: tuple[Any, ...], leaves: tuple[int, ...]) -> Variant:
+    """Forward and the gradients of a sum, as a function of no arguments; the forward alone without leaves."""
+    if not leaves:
+        return lambda: function(*arguments)
+    inputs = [value.detach().requires_grad_() if i in leaves else value for i, value in enumerate(arguments)]
+    wanted = [inputs[i] for i in leaves]
+
+    def run() -> tuple[Tensor, ...]:
+        out = function(*inputs)
+        return out.detach(), *torch.autograd.grad(out, wanted, torch.ones_like(out))
+
+    return run
+
+
+def captured(function: Variant) -> Variant:
+    """`function` as a replay of a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def variants(case: Case, arguments: tuple[Any, ...], compile_too: bool) -> Iterator[tuple[str, Callable[[], Variant]]]:
+    """(name, something that makes the function to time); making one may fail where a library refuses the case"""
+    yield "triton", lambda: lambda: case.triton(*arguments)
+    yield "torch", lambda: differentiated(case.torch, arguments, case.leaves)
+    if case.kernel == "attention":
+        for name, peer in attention_peers(case):
+            yield name, partial(differentiated, peer, arguments, case.leaves)
+    elif compile_too:
+        yield "torch.compile", lambda: differentiated(torch.compile(case.torch), arguments, case.leaves)
+
+
+def agree(case: Case, arguments: tuple[Any, ...]) -> bool:
+    """The kernel equals plain torch at the full shape, where offsets are large."""
+    ours, theirs = case.triton(*arguments), differentiated(case.torch, arguments, case.leaves)()
+    ours, theirs = ((each,) if isinstance(each, Tensor) else tuple(each) for each in (ours, theirs))
+    rtol, atol = AGREEMENT[case.dtype]
+    for one, other in zip(ours, theirs):
+        if not one.is_floating_point():
+            if (one != other).float().mean() > 1e-4:  # a pixel whose probability is the threshold, within rounding
+                return False
+            continue
+        if case.kernel == "panoptic_head" and one.ndim == 2:
+            continue  # a score moves by such a pixel
+        largest = float(other.abs().max()) if other.numel() else 0.0
+        if not torch.allclose(one.float(), other.float(), rtol=rtol, atol=atol * largest):
+            return False
+    return True
+
+
+def measure_case(run: Run, case: Case, compile_too: bool, deadline: Deadline) -> None:
+    """All variants of one case, interleaved; a variant that cannot run is named with its reason."""
+    torch.manual_seed(0)
+    arguments = case.make(torch.device("cuda"))
+    run.check(f"{case.kernel} {case.name} {case.dtype} equals torch", agree(case, arguments))
+    functions: dict[str, Variant] = {}
+    for name, make in variants(case, arguments, compile_too):
+        if name == "torch.compile" and deadline.seconds_left < SECONDS_TO_COMPILE:
+            print_not_measured(case, name, "time budget")
+            continue
+        try:
+            functions[name] = captured(make())
+        except Exception as error:  # a peer's refusal, whatever its type, is a row and not the end
+            torch.cuda.synchronize()
+            print_not_measured(case, name, f"{type(error).__name__}: {error}".splitlines()[0])
+    timings = measure(functions, device="cuda", rounds=30, max_seconds=max(1.0, min(8.0, deadline.seconds_left / 4)))
+    gpu = find_gpu(run.environment["gpu"]["name"])
+    run.add(
+        f"{case.kernel} {case.name}",
+        timings,
+        baseline="torch",
+        case={"dtype": str(case.dtype).removeprefix("torch."), "batch": case.batch},
+        bytes_moved=case.bytes_moved,
+        flops=case.operations or None,
+        floor_ms=floor_us(case, gpu) / 1e3 if gpu else None,
+    )
+    print_rates(case, timings["triton"])
+
+
+def print_rates(case: Case, timing: Timing) -> None:
+    seconds = timing.median / 1e3
+    rates = f"  triton: {case.bytes_moved / seconds / 1e9:.0f} GB/s"
+    if case.operations:
+        rates += f", {case.operations / seconds / 1e12:.0f} TFLOP/s"
+    print(rates + f"   p20 {timing.percentile(20):.4f} p50 {timing.median:.4f} p80 {timing.percentile(80):.4f} ms")
+
+
+def print_not_measured(case: Case, variant: str, reason: str) -> None:
+    floors = "  ".join(f"{gpu.name} {floor_us(case, gpu):.1f}" for gpu in GPUS)
+    dtype = str(case.dtype).removeprefix("torch.")
+    print(f"{case.kernel} {case.name} {dtype} {variant}: not measured ({reason})  floor in us: {floors}", flush=True)
+
+
+def measure_ceilings(run: Run) -> None:
+    """What this GPU reaches: a copy, and a large bfloat16 matrix product on random data."""
+    size = 2**29
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    timings = measure({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device="cuda", rounds=10)
+    run.add_value("copy bandwidth", 2 * size / timings["copy"].median / 1e6, "GB/s", variant="torch")
+    run.add_value("bfloat16 matmul", 2 * 8192**3 / timings["matmul"].median / 1e9, "TFLOP/s", variant="torch")
+
+
+def benchmark(cases: Sequence[Case], options: argparse.Namespace) -> int:
+    deadline = Deadline(options.minutes)
+    if not torch.cuda.is_available():
+        for case in cases:
+            print_not_measured(case, "triton", "no CUDA device")
+        return 0
+    run = Run("kernels", quick=options.quick)
+    kernels = sorted({case.kernel for case in cases})
+    if not options.no_tests:
+        run_tests(kernels, deadline)
+        run.check(f"tests of {', '.join(kernels)}", True)
+    measure_ceilings(run)
+    for case in sorted(cases, key=lambda case: not case.headline):
+        if deadline.seconds_left < 5:
+            print_not_measured(case, "triton", "time budget")
+            continue
+        measure_case(run, case, case.headline and not options.quick, deadline)
+        torch.cuda.empty_cache()
+    if not options.no_tests:
+        run.save()
+    return 0
+
+
+TILED = [configs.Config({"ELEMENTS": e}, w, 1) for e, w in itertools.product((1024, 2048, 4096, 8192), (4, 8))]
+ATTENTION = [
+    configs.Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
+    for m, n, warps, stages in itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
+]
+CANDIDATES: Mapping[str, list[configs.Config]] = {
+    "encode_mask_bits": [
+        configs.Config({"BLOCK": b}, w, 1) for b, w in itertools.product((512, 1024, 2048, 4096), (2, 4, 8))
+    ],
+    "decode_mask_bits": [
+        configs.Config({"BLOCK": b}, w, 1) for b, w in itertools.product((256, 512, 1024, 2048), (4, 8))
+    ],
+    "attention_forward": ATTENTION,
+    "attention_backward_kv": ATTENTION,
+    "attention_backward_q": ATTENTION,
+    "panoptic_head": [
+        configs.Config({"BLOCK_X": x, "BLOCK_Y": y}, w, s)
+        for x, y, w, s in itertools.product((32, 64), (8, 16, 32), (4, 8), (1, 2))
+    ],
+    "group_norm_silu_forward": TILED,
+    "group_norm_silu_backward": TILED,
+    "point_logits": [
+        configs.Config({"BLOCK_P": p, "BLOCK_Q": q}, 4, 1) for p, q in itertools.product((8, 16, 32, 64), (8, 32, 128))
+    ],
+    "sample_ce": [
+        configs.Config({"BLOCK_P": p, "BLOCK_Q": q}, 4, 1) for p, q in itertools.product((8, 16, 32, 64), (8, 32, 128))
+    ],
+}
+
+
+def tune(cases: Sequence[Case], path: Path, deadline: Deadline) -> int:
+    """Time every candidate of every table entry that the cases reach, first the headline ones; write the best."""
+    if not torch.cuda.is_available():
+        print("--tune: not measured (no CUDA device)")
+        return 0
+    sm = configs.current_architecture()
+    best: dict[str, dict[int, dict[str, configs.Config]]] = {}
+    done: set[tuple[str, str]] = set()
+    for case in sorted(cases, key=lambda case: not case.headline):
+        arguments = case.make(torch.device("cuda"))
+        with configs.trace_lookups() as reached:
+            case.triton(*arguments)
+        for kernel, shape_class in sorted(reached - done):
+            shipped = configs.find_config(kernel, shape_class)
+            names = set(shipped.constants)
+            candidates = [c for c in CANDIDATES.get(kernel, []) if set(c.constants) == names]
+            entry = configs.TABLE[kernel].setdefault(sm, {})
+            had = shape_class in entry
+            times: list[tuple[float, configs.Config]] = []  # the shipped one first
+            for config in [shipped, *candidates]:
+                if deadline.seconds_left < 5:
+                    break
+                entry[shape_class] = config
+                try:
+                    timing = measure({"": captured(lambda: case.triton(*arguments))}, device="cuda", rounds=10)  # noqa: B023
+                except Exception:  # out of resources, or a block that the compiler refuses: not a candidate here
+                    torch.cuda.synchronize()
+                    continue
+                times.append((timing[""].median, config))
+            if had:
+                entry[shape_class] = shipped
+            else:
+                del entry[shape_class]
+            if times:
+                done.add((kernel, shape_class))
+                least, winner = min(times, key=lambda timed: timed[0])
+                best.setdefault(kernel, {}).setdefault(sm, {})[shape_class] = winner
+                print(f"{kernel} {shape_class}: {times[0][0]:.4f} -> {least:.4f} ms {winner}", flush=True)
+        torch.cuda.empty_cache()
+    path.write_text(configs.dump_configs(best) + "\n", encoding="utf-8")
+    print(f"saved {path}; use it by {configs.ENVIRONMENT_VARIABLE}={path}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every case (the default)")
+    parser.add_argument("--quick", action="store_true", help="headline cases, no torch.compile")
+    parser.add_argument("--only", nargs="+", choices=KERNELS, help="these kernels only")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time budget, tests included")
+    parser.add_argument("--no-tests", action="store_true", help="skip the tests; the run is not saved")
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="write the best configurations found to FILE")
+    options = parser.parse_args(arguments)
+    cases = [case for case in all_cases() if not options.only or case.kernel in options.only]
+    if options.quick:
+        cases = [case for case in cases if case.headline]
+    if options.tune:
+        return tune(cases, options.tune, Deadline(options.minutes))
+    return benchmark(cases, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

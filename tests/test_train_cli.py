@@ -1,0 +1,174 @@
+"""`train.py` from outside: exit codes, one clear line for each mistake, both launchers, several machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ldmseg_fast.train import main
+from tests.training.conftest import autoencoder, one_thread, scenes, start  # noqa: F401 (fixtures)
+from tests.training.helpers import ROOT, TINY, TRAIN, Job, deepspeed, free_port, losses, torchrun, train_command
+
+
+@pytest.fixture
+def empty_split(scenes: Path, tmp_path: Path) -> Path:  # noqa: F811
+    root = tmp_path / "no-annotations"
+    for folder in ("annotations", "train2017", "panoptic_train2017"):
+        (root / folder).mkdir(parents=True)
+    content = json.loads((scenes / "annotations" / "panoptic_train2017.json").read_text())
+    content["annotations"] = []
+    (root / "annotations" / "panoptic_train2017.json").write_text(json.dumps(content))
+    return root
+
+
+MISTAKES = {
+    "unknown stage": (["segmenter"], "autoencoder"),
+    "unknown option": (["autoencoder", "--resum"], "--resum"),
+    "unknown setting": (["autoencoder", "train.step=3"], "did you mean train.steps?"),
+    "not key=value": (["autoencoder", "train.steps"], "key=value"),
+    "wrong type": (["autoencoder", "train.steps=many"], "a whole number expected"),
+    "no such preset": (["autoencoder", "--config", "huge"], "neither a preset"),
+    "no data": (["autoencoder", "data.root="], "data.root is missing"),
+    "no output": (["autoencoder", "output_dir="], "output_dir is missing"),
+    "wrong path": (["autoencoder", "data.root=/nowhere"], "/nowhere"),
+    "no such split": (["autoencoder", "data.train_split=train2018"], "train2017, val2017"),
+    "no auto-encoder": (["diffusion"], "model.mask_vae"),
+    "auto-encoder's path": (["diffusion", "model.mask_vae=/nowhere"], "/nowhere"),
+    "nothing to resume": (["autoencoder", "--resume"], "leave out --resume"),
+    "no DeepSpeed file": (["autoencoder", "--deepspeed_config", "/nowhere.json"], "/nowhere.json"),
+    "batch": (["autoencoder", "train.batch_size=5", "train.accumulation=2"], "multiple of train.accumulation"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(
+    mistake: str,
+    scenes: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    arguments, words = MISTAKES[mistake]
+    config = [] if "--config" in arguments else ["--config", str(TINY)]
+    assert main([arguments[0], *config, f"data.root={scenes}", f"output_dir={tmp_path / 'run'}", *arguments[1:]]) == 2
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert words in error
+
+
+def test_an_empty_split(empty_split: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert main(["autoencoder", "--config", str(TINY), f"data.root={empty_split}", f"output_dir={tmp_path / 'x'}"]) == 2
+    assert "the split is empty" in capfd.readouterr().err
+
+
+def test_dry_run(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert main(["diffusion", "--config", "coco", "--dry-run", "train.batch_size=64"]) == 0
+    text = capsys.readouterr().out
+    assert "train.batch_size=64" in text and '"train_batch_size": 64' in text
+    assert re.search(r"unet +815,556,484", text)  # 815.6 M
+    assert len(re.findall(r"ZeRO \d: +\d+\.\d+", text)) == 4 and "train.checkpointing=blocks" in text
+    assert main(["autoencoder", "--dry-run"]) == 0
+    assert re.search(r"mask_vae +334,600", capsys.readouterr().out)
+
+
+def test_dry_run_merges_a_deepspeed_file(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 12345}}))
+    assert main(["autoencoder", "--deepspeed", "--deepspeed_config", str(file), "--dry-run"]) == 0
+    assert '"reduce_bucket_size": 12345' in capsys.readouterr().out
+
+
+def test_ranks_speak_once(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:  # noqa: F811
+    settings = ["train.batch_size=6", "train.accumulation=2"]
+    job = start(deepspeed(2, *train_command("autoencoder", tmp_path / "run", scenes, *settings)))
+    assert job.wait() == 2
+    lines = [line for line in job.output.splitlines() if "error: " in line]
+    assert len(lines) == 1 and "train.batch_size=4 can" in lines[0]
+    assert "Traceback" not in job.output and not job.members()
+
+
+def test_two_machines_under_torchrun(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:  # noqa: F811
+    """Two launchers with node ranks 0 and 1 on this machine; the result is that of one process."""
+    port, folder = free_port(), tmp_path / "run"
+    rendezvous = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
+    jobs = []
+    for node in (0, 1):
+        launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--node_rank", node]
+        jobs.append(start([*launcher, *train_command("autoencoder", folder, scenes, "train.steps=3")]))
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
+    state = json.loads((folder / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert state["world_size"] == 2 and len(losses(folder)) == 3
+
+
+@pytest.mark.soak
+def test_two_machines_under_torchrun_rendezvous(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:  # noqa: F811
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "7"]
+    jobs = []
+    for _ in (0, 1):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, *rendezvous]
+        jobs.append(start([*launcher, *train_command("autoencoder", tmp_path / "run", scenes, "train.steps=3")]))
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
+
+
+@pytest.mark.soak
+def test_two_machines_under_deepspeed_hostfile(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:  # noqa: F811
+    """DeepSpeed's launcher on each machine by itself (--no_ssh), with one hostfile."""
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    port, folder = free_port(), tmp_path / "run"
+    jobs = []
+    for node in (0, 1):
+        launcher = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--hostfile",
+            hosts,
+            "--no_ssh",
+            "--node_rank",
+            node,
+        ]
+        launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
+        jobs.append(start([*launcher, *train_command("autoencoder", folder, scenes, "train.steps=3")]))
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
+    state = json.loads((folder / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert state["world_size"] == 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+def test_both_stages_under_both_launchers(
+    launcher: Callable,
+    scenes: Path,
+    tmp_path: Path,
+    start: Callable[..., Job],  # noqa: F811
+) -> None:
+    job = start(launcher(2, *train_command("autoencoder", tmp_path / "first", scenes)))
+    assert job.wait() == 0, job.output
+    settings = [f"model.mask_vae={tmp_path / 'first'}", "train.zero_stage=2"]
+    job = start(launcher(2, *train_command("diffusion", tmp_path / "second", scenes, *settings)))
+    assert job.wait() == 0, job.output
+    assert f"model folder: {tmp_path / 'second'}" in job.output
+
+
+def test_an_empty_folder_is_refused_quickly(tmp_path: Path, scenes: Path) -> None:  # noqa: F811
+    """Before the model is built or DeepSpeed imported."""
+    code = (
+        "import sys, time; import torch; start = time.perf_counter(); from ldmseg_fast.train import main; "
+        "code = main(sys.argv[1:]); assert 'deepspeed' not in sys.modules; print(code, time.perf_counter() - start)"
+    )
+    command = [sys.executable, "-c", code, *map(str, train_command("autoencoder", tmp_path, scenes, "--resume")[1:])]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    exit_code, seconds = done.stdout.split()
+    assert exit_code == "2" and float(seconds) < 5 and "is empty" in done.stderr
+
+
+def test_the_script_is_where_the_readme_says() -> None:
+    assert TRAIN.relative_to(ROOT).as_posix() == "ldmseg_fast/train.py"
