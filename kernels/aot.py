@@ -1,0 +1,226 @@
+"""Compile every kernel and shipped configuration ahead of time, with no GPU, and print what ptxas says.
+
+    python -m ldmseg_fast.kernels.aot --sm 80 90 [--only attention] [--details] [--json FILE]
+
+One row per kernel (its folder) and architecture: the largest register count and shared memory of its builds, the sum of
+spilled bytes, and how many matrix instructions were emitted. Exits with 1 on a spill, on more than 227 KiB of shared
+memory, on a kernel that does not build, and on an entry of the configuration table that no case reaches.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_SHARED_MEMORY = 227 * 1024
+POINTERS = {
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "float32": "*fp32",
+    "float64": "*fp64",
+    "uint8": "*u8",
+    "int16": "*i16",
+    "int32": "*i32",
+    "int64": "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One specialisation of one @triton.jit function."""
+
+    kernel: str  # its folder
+    function: str
+    sm: int
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+    shared_memory: int = 0
+    spill_bytes: int = 0
+    wgmma: int = 0
+    mma: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def faults(self) -> list[str]:
+        named = {
+            f"does not build: {self.error}": bool(self.error),
+            f"spills {self.spill_bytes} bytes": self.spill_bytes > 0,
+            f"needs {self.shared_memory} bytes of shared memory": self.shared_memory > MAX_SHARED_MEMORY,
+        }
+        return [fault for fault, present in named.items() if present]
+
+
+def specialise(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """(signature, constants, attributes) as Triton's own launcher would choose them: 1 and None become constants,
+    16-byte pointers and integers divisible by 16 are marked."""
+    import torch
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    divisible = [["tt.divisibility", 16]]
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constants[index,] = "constexpr", launch.constants[name]
+            continue
+        value = launch.arguments[index]
+        if isinstance(value, torch.Tensor):
+            signature[name], attributes[index,] = POINTERS[str(value.dtype).removeprefix("torch.")], divisible
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name], constants[index,] = "constexpr", value
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[index,] = divisible
+    return signature, constants, attributes
+
+
+def collect(sm: int) -> tuple[list[tuple[str, Any]], list[str]]:
+    """(kernel folder, launch) of every distinct build, and the table's entries for `sm` that no case reaches."""
+    import torch
+
+    from ldmseg_fast.kernels import configs
+    from ldmseg_fast.kernels.cases import all_cases
+    from ldmseg_fast.kernels.launch import record
+
+    distinct: dict[str, tuple[str, Any]] = {}
+    with configs.architecture(sm), configs.trace_lookups() as reached:
+        for case in all_cases():
+            with record() as launches:
+                case.triton(*case.make(torch.device("meta")))
+            for launch in launches:
+                key = repr((launch.kernel.__name__, launch.config, launch.constants, specialise(launch)))
+                distinct.setdefault(key, (case.kernel, launch))
+    shipped = {
+        (kernel, shape_class)
+        for kernel, per_sm in configs.TABLE.items()
+        for entry in per_sm.values()
+        for shape_class in entry
+    }
+    unreached = [f"{kernel} {shape_class} sm_{sm}" for kernel, shape_class in sorted(shipped - reached)]
+    return list(distinct.values()), unreached
+
+
+def build(sm: int, index: int) -> Build:
+    """Compile the `index`-th build of `sm`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, launch = _collected(sm)[index]
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    about = {"kernel": kernel, "function": launch.kernel.__name__, "sm": sm, "constants": launch.constants, **options}
+    signature, constants, attributes = specialise(launch)
+    started = time.perf_counter()
+    log = io.StringIO()
+    try:
+        source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    except Exception as error:  # whatever the compiler raises is this build's result, not the end of the run
+        return Build(**about, error=f"{type(error).__name__}: {error}"[:2000])
+    report = log.getvalue()
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = re.findall(r"Used (\d+) registers", report)
+    if not spills or not registers:
+        return Build(**about, error=f"ptxas printed no resource usage: {report[:200]!r}")
+    ptx = compiled.asm["ptx"]
+    return Build(
+        **about,
+        registers=max(map(int, registers)),
+        shared_memory=compiled.metadata.shared,
+        spill_bytes=sum(int(number) for pair in spills for number in pair),
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=ptx.count("mma.sync"),
+        seconds=time.perf_counter() - started,
+    )
+
+
+_cache: dict[int, list[tuple[str, Any]]] = {}
+
+
+def _collected(sm: int) -> list[tuple[str, Any]]:
+    if sm not in _cache:
+        _cache[sm] = collect(sm)[0]
+    return _cache[sm]
+
+
+def _prepare_worker() -> None:
+    """Before triton is imported: compile for real, each build once, and let ptxas talk."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+
+
+def format_table(builds: Sequence[Build], details: bool) -> str:
+    groups: dict[tuple[str, int], list[Build]] = {}
+    for each in builds:
+        groups.setdefault((each.kernel, each.sm), []).append(each)
+    header = f"{'kernel':<28}{'sm':>4}{'builds':>8}{'registers':>11}{'shared':>9}{'spill':>7}{'wgmma':>7}{'mma':>6}"
+    lines = [header]
+    for (kernel, sm), group in groups.items():
+        lines.append(
+            f"{kernel:<28}{sm:>4}{len(group):>8}{max(b.registers for b in group):>11}"
+            f"{max(b.shared_memory for b in group):>9}{sum(b.spill_bytes for b in group):>7}"
+            f"{sum(b.wgmma for b in group):>7}{sum(b.mma for b in group):>6}"
+        )
+        if details:
+            for b in group:
+                constants = " ".join(f"{name}={int(value)}" for name, value in b.constants.items())
+                lines.append(
+                    f"  {b.function:<30}{b.registers:>19}{b.shared_memory:>9}{b.spill_bytes:>7}{b.wgmma:>7}{b.mma:>6}"
+                    f"  {b.seconds:4.1f}s warps={b.num_warps} stages={b.num_stages} {constants}"
+                )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="compute capabilities, as 80 for 8.0")
+    parser.add_argument("--only", nargs="+", help="kernels (folders) to compile")
+    parser.add_argument("--details", action="store_true", help="one line per build as well")
+    parser.add_argument("--json", type=Path, help="write every build to this file")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args(arguments)
+
+    _prepare_worker()
+    started = time.perf_counter()
+    jobs, faults = [], []
+    for sm in options.sm:
+        launches, unreached = collect(sm)
+        faults += [f"{entry}: no case reaches this configuration" for entry in unreached]
+        jobs += [(sm, i) for i, (kernel, _) in enumerate(launches) if not options.only or kernel in options.only]
+    with tempfile.TemporaryDirectory() as cache:  # a cached build would leave ptxas nothing to say
+        os.environ["TRITON_CACHE_DIR"] = cache
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(min(options.jobs, max(len(jobs), 1)), initializer=_prepare_worker) as pool:
+            builds = pool.starmap(build, jobs, chunksize=1)
+
+    print(format_table(builds, options.details))
+    for each in builds:
+        faults += [f"{each.kernel} sm_{each.sm} {each.function} {each.constants}: {fault}" for fault in each.faults]
+    for fault in faults:
+        print(f"FAULT {fault}", file=sys.stderr)
+    print(f"{len(builds)} builds, {len(faults)} faults, {time.perf_counter() - started:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(each) for each in builds], indent=1), encoding="utf-8")
+    return 1 if faults or not builds else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

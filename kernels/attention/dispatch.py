@@ -1,0 +1,122 @@
+"""Public entry point: Triton on CUDA for float16 and bfloat16, torch's own attention otherwise."""
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.kernels.attention import reference
+from ldmseg_fast.kernels.backend import require, require_same_device, runs_reference
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
+MAX_HEAD_SIZE = 160
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(q k^T scale) v over all tokens, accumulated in float32.
+
+    Args:
+        q: [B, N, heads, d], d a multiple of 8 up to 160. Slices of one fused projection are read in place.
+        k, v: [B, M, heads, d] of q's dtype.
+        scale: positive; 1 / sqrt(d) by default.
+
+    Returns:
+        [B, N, heads, d] of q's dtype. float32 and float64 always go to torch's own attention.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, head size or scale.
+    """
+    if scale is None:
+        scale = max(q.shape[-1], 1) ** -0.5
+    if runs_reference("attention", q) or q.dtype not in HALVES:
+        check(q, k, v, scale)
+        return reference.attention(q, k, v, scale)
+    return attention_forward_op(q, k, v, scale)[0]
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        require(tensor.ndim == 4, "{}: expected [B, N, heads, d], got shape {}", name, tensor.shape)
+        require(tensor.dtype in FLOATS, "{}: expected a float tensor, got {}", name, tensor.dtype)
+        require(tensor.dtype == q.dtype, "{}: dtype {} differs from q's {}", name, tensor.dtype, q.dtype)
+        require(
+            tensor.shape[0] == q.shape[0] and tensor.shape[2:] == q.shape[2:],
+            "{}: shape {} does not fit q's {} in B, heads and d",
+            name,
+            tensor.shape,
+            q.shape,
+        )
+    require(k.shape == v.shape, "v: shape {} differs from k's {}", v.shape, k.shape)
+    require(k.shape[1] > 0, "k: no tokens to attend to")
+    require(
+        q.shape[-1] % 8 == 0 and 8 <= q.shape[-1] <= MAX_HEAD_SIZE,
+        "q: head size {} is not a multiple of 8 up to {}",
+        q.shape[-1],
+        MAX_HEAD_SIZE,
+    )
+    require(scale > 0, "scale: expected a positive number, got {}", scale)
+    require_same_device(q, k=k, v=v)
+
+
+@torch.library.custom_op("ldmseg_fast::attention_forward", mutates_args=())
+def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [B, N, heads, d], logsumexp [B, heads, N])"""
+    check(q, k, v, scale)
+    out, logsumexp = reference.attention_forward(q, k, v, scale)
+    return out.contiguous(), logsumexp
+
+
+@attention_forward_op.register_kernel("cuda")
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from ldmseg_fast.kernels.attention import kernel  # Triton is imported on CUDA only
+
+    check(q, k, v, scale)
+    return kernel.attention_forward(q, k, v, scale)
+
+
+@attention_forward_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    check(q, k, v, scale)
+    batch, tokens, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=_logsumexp_dtype(q))
+
+
+@torch.library.custom_op("ldmseg_fast::attention_backward", mutates_args=())
+def attention_backward_op(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = reference.attention_backward(grad_out, q, k, v, out, logsumexp, scale)
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+
+
+@attention_backward_op.register_kernel("cuda")
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ldmseg_fast.kernels.attention import kernel
+
+    return kernel.attention_backward(grad_out, q, k, v, out, logsumexp, scale)
+
+
+@attention_backward_op.register_fake
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _logsumexp_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, ctx.scale = inputs
+    out, logsumexp = output
+    ctx.save_for_backward(q, k, v, out, logsumexp)
+    ctx.mark_non_differentiable(logsumexp)
+
+
+def _backward(ctx, grad_out: Tensor, _grad_logsumexp: Tensor | None):
+    return *attention_backward_op(grad_out, *ctx.saved_tensors, ctx.scale), None
+
+
+attention_forward_op.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,78 @@
+"""Which implementation a public function runs, and the one way in which kernels refuse an argument."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+KERNELS = ("mask_bits", "attention", "panoptic_head", "group_norm_silu", "ddim_step", "point_loss")
+BACKENDS = ("auto", "torch")
+_backends = dict.fromkeys(KERNELS, "auto")
+
+
+def set_backend(kernel: str, backend: str) -> None:
+    """Choose for the whole process: "auto" = Triton on CUDA and torch elsewhere, "torch" = the reference everywhere.
+
+    Raises:
+        ValueError: unknown kernel or backend.
+    """
+    require(kernel in KERNELS, "kernel: {!r} is not one of {}", kernel, ", ".join(KERNELS))
+    require(backend in BACKENDS, "backend: {!r} is not one of {}", backend, ", ".join(BACKENDS))
+    _backends[kernel] = backend
+
+
+def get_backend(kernel: str) -> str:
+    return _backends[kernel]
+
+
+@contextmanager
+def backend(kernel: str, name: str) -> Iterator[None]:
+    """`set_backend` for the length of a `with` block."""
+    before = get_backend(kernel)
+    set_backend(kernel, name)
+    try:
+        yield
+    finally:
+        set_backend(kernel, before)
+
+
+def runs_reference(kernel: str, tensor: Tensor) -> bool:
+    """True where the public function composes torch ops itself.
+
+    An exporter must see those ops, because no runtime knows ours, and on a CPU autograd and inductor do better with
+    them than with an opaque op.
+    """
+    return (
+        torch.compiler.is_exporting()
+        or torch.onnx.is_in_onnx_export()
+        or tensor.device.type != "cuda"
+        or _backends[kernel] == "torch"
+    )
+
+
+def require(condition: bool, message: str, *values: object) -> None:
+    """Raise `ValueError` unless `condition`; the message starts with the argument's name.
+
+    The values are formatted only on failure: formatting a symbolic size would pin it under torch.compile.
+    """
+    if not condition:
+        raise ValueError(message.format(*(tuple(v) if isinstance(v, torch.Size) else v for v in values)))
+
+
+def require_same_device(first: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{name}: on {tensor.device}, the other tensors are on {first.device}")
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; float32 and float64 stay what they are."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A copy with exactly the strides that `torch.empty` gives, also where sizes of 1 leave several that would do."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format).copy_(
+        tensor
+    )

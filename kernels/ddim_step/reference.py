@@ -1,0 +1,32 @@
+"""Plain torch: what the kernel must equal."""
+
+import torch
+from torch import Tensor
+
+
+def ddim_step(
+    model_output: Tensor,  # [B, C, h, w]
+    noisy_latents: Tensor,  # [B, C, h, w]
+    image_latents: Tensor,  # [B, Ci, h, w]
+    step_index: Tensor,  # one integer
+    table: Tensor,  # [N, 4] sqrt(a_t), sqrt(1 - a_t), sqrt(a_prev), sqrt(1 - a_prev)
+    prediction_type: str,
+    self_condition: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    row = table.index_select(0, step_index.reshape(1))[0]
+    sqrt_alpha, sqrt_one_minus_alpha, sqrt_prev, sqrt_one_minus_prev = row[0], row[1], row[2], row[3]
+    output, noisy = model_output.float(), noisy_latents.float()
+    if prediction_type == "epsilon":
+        epsilon = output
+        x0 = (noisy - sqrt_one_minus_alpha * epsilon) / sqrt_alpha
+    elif prediction_type == "sample":
+        x0 = output
+        epsilon = (noisy - sqrt_alpha * x0) / sqrt_one_minus_alpha
+    else:
+        x0 = sqrt_alpha * noisy - sqrt_one_minus_alpha * output
+        epsilon = sqrt_alpha * output + sqrt_one_minus_alpha * noisy
+    prev = sqrt_prev * x0 + sqrt_one_minus_prev * epsilon  # Song et al., equation 12 with sigma = 0
+    parts = (prev, image_latents, x0) if self_condition else (prev, image_latents)
+    next_unet_input = torch.cat([part.to(dtype) for part in parts], 1)
+    return prev, x0, next_unet_input.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,104 @@
+"""Plain torch: what the kernels must equal."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldmseg_fast.kernels.backend import at_least_float32
+
+
+def group_norm_silu(
+    x: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    num_groups: int,
+    eps: float,
+    scale: Tensor | None = None,  # [B, C]
+    shift: Tensor | None = None,  # [B, C]
+    residual: Tensor | None = None,  # [B, C, H, W]
+    silu: bool = True,
+) -> Tensor:
+    y = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    if scale is not None:
+        y = y * (1 + scale.to(x.dtype)[:, :, None, None])
+    if shift is not None:
+        y = y + shift.to(x.dtype)[:, :, None, None]
+    if silu:
+        y = F.silu(y)
+    return y if residual is None else y + residual
+
+
+def group_norm_silu_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean [B, G], rstd [B, G]), all arithmetic in float32 or better."""
+    groups = at_least_float32(x).reshape(x.shape[0], num_groups, -1)  # [B, G, C/G * H * W]
+    variance, mean = torch.var_mean(groups, 2, correction=0)
+    rstd = (variance + eps).rsqrt()
+    normalised = ((groups - mean[..., None]) * rstd[..., None]).view(x.shape)
+    gain, offset = _fold(weight, bias, scale, shift)  # [B or 1, C]
+    y = normalised * gain[:, :, None, None] + offset[:, :, None, None]
+    if silu:
+        y = F.silu(y)
+    if residual is not None:
+        y = y + residual
+    return y.to(x.dtype), mean, rstd
+
+
+def group_norm_silu_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias [C], scale and shift [B, C]; the residual's is `grad_y` itself.
+
+    With n the normalised input and u = n gain + offset, everything but the first follows from the two sums over pixels
+    of du and du n.
+    """
+    batch, num_groups = mean.shape
+    n = (at_least_float32(x).reshape(batch, num_groups, -1) - mean[..., None]) * rstd[..., None]
+    n = n.reshape(batch, x.shape[1], -1)  # [B, C, H W]
+    gain, offset = _fold(weight, bias, scale, shift)
+    du = at_least_float32(grad_y).reshape(n.shape)
+    if silu:
+        u = n * gain[..., None] + offset[..., None]
+        sigmoid = u.sigmoid()
+        du = du * sigmoid * (1 + u * (1 - sigmoid))
+    sum_du, sum_du_n = du.sum(2), (du * n).sum(2)  # [B, C]
+
+    per_group = (batch, num_groups, -1)
+    count = n.numel() // max(batch * num_groups, 1)
+    mean_dn = (gain * sum_du).reshape(per_group).sum(2) / count  # [B, G]
+    mean_dn_n = (gain * sum_du_n).reshape(per_group).sum(2) / count
+    dn, n_grouped = (du * gain[..., None]).reshape(per_group), n.reshape(per_group)
+    grad_x = rstd[..., None] * (dn - mean_dn[..., None] - n_grouped * mean_dn_n[..., None])
+
+    one_plus_scale = 1.0 if scale is None else 1 + at_least_float32(scale)
+    grad_weight = (one_plus_scale * sum_du_n).sum(0)
+    grad_bias = (one_plus_scale * sum_du).sum(0)
+    grad_scale = at_least_float32(weight) * sum_du_n + at_least_float32(bias) * sum_du
+    return grad_x.view(x.shape).to(x.dtype), grad_weight, grad_bias, grad_scale, sum_du
+
+
+def _fold(weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(n weight + bias) (1 + scale) + shift = n gain + offset"""
+    gain, offset = at_least_float32(weight)[None], at_least_float32(bias)[None]
+    if scale is not None:
+        gain, offset = gain * (1 + scale), offset * (1 + scale)
+    if shift is not None:
+        offset = offset + shift
+    return gain, offset

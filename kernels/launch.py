@@ -1,0 +1,61 @@
+"""Every Triton launch goes through `launch`, so that a check without a GPU can see exactly what would run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.kernels.configs import Config
+
+UNIT = 8  # strides are passed to kernels in units of 8 elements, so that the compiler sees 16-byte accesses
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with the arguments it would have been started with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    config: Config
+    constants: dict[str, Any]
+
+
+_recorder: Callable[[Launch], None] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, **constants: Any) -> None:
+    """Start `kernel` on the device of its first tensor, or hand it to `record`; an empty grid starts nothing."""
+    known = {name: value for name, value in config.constants.items() if name in kernel.arg_names}
+    constants = {**known, **constants}
+    if _recorder is not None:
+        _recorder(Launch(kernel, grid, arguments, config, constants))
+        return
+    if 0 in grid:
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect launches instead of starting them; arguments may be meta tensors."""
+    global _recorder
+    launches: list[Launch] = []
+    before, _recorder = _recorder, launches.append
+    try:
+        yield launches
+    finally:
+        _recorder = before
+
+
+def in_units(tensor: Tensor) -> Tensor:
+    """`tensor` itself where it starts on 16 bytes, its last axis is dense and its strides are multiples of `UNIT`."""
+    dense = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    whole = all(stride % UNIT == 0 for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1]) if size > 1)
+    aligned = tensor.is_meta or tensor.data_ptr() % 16 == 0
+    return tensor if dense and whole and aligned else tensor.contiguous()

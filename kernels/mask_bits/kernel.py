@@ -1,0 +1,135 @@
+"""Triton: ids are read once and each bit is written once, in 16-byte accesses, in either memory format."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldmseg_fast.kernels.configs import find_config
+from ldmseg_fast.kernels.launch import launch
+
+
+@triton.jit
+def load_codes(ids_ptr, table_ptr, table_size, inside, HAS_TABLE: tl.constexpr):
+    """int32 ids, remapped; an id without an entry in the table becomes void"""
+    ids = tl.load(ids_ptr, mask=inside, other=0)
+    if HAS_TABLE:
+        ids = ids.to(tl.int64)
+        known = (ids >= 0) & (ids < table_size)
+        ids = tl.load(table_ptr + ids, mask=inside & known, other=0)
+    return ids.to(tl.int32)
+
+
+@triton.jit
+def encode_planes_kernel(
+    ids_ptr,  # [B, P] integer
+    table_ptr,  # [B, T] integer
+    bits_ptr,  # [B, K, P]
+    num_pixels,  # P
+    table_size,  # T
+    NUM_BITS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < num_pixels
+    codes = load_codes(
+        ids_ptr + image * num_pixels + pixel, table_ptr + image * table_size, table_size, inside, HAS_TABLE
+    )
+    for k in tl.static_range(NUM_BITS):
+        bit = tl.where(codes == 0, 0, (codes >> k & 1) * 2 - 1)
+        plane_ptr = bits_ptr + (image * NUM_BITS + k) * num_pixels
+        tl.store(plane_ptr + pixel, bit.to(bits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def encode_channels_last_kernel(
+    ids_ptr,  # [B, P] integer
+    table_ptr,  # [B, T] integer
+    bits_ptr,  # [B, P, K]
+    num_pixels,  # P
+    table_size,  # T
+    NUM_BITS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements of the output, so that stores are dense for every K
+):
+    image = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    element = first + tl.arange(0, BLOCK)
+    inside = element < num_pixels.to(tl.int64) * NUM_BITS
+    local = (first % NUM_BITS).to(tl.int32) + tl.arange(0, BLOCK)
+    pixel = first // NUM_BITS + local // NUM_BITS
+    codes = load_codes(
+        ids_ptr + image * num_pixels + pixel, table_ptr + image * table_size, table_size, inside, HAS_TABLE
+    )
+    bit = tl.where(codes == 0, 0, (codes >> (local % NUM_BITS) & 1) * 2 - 1)
+    tl.store(bits_ptr + image * num_pixels * NUM_BITS + element, bit.to(bits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def decode_kernel(
+    bits_ptr,  # [B, K, P], any strides
+    ids_ptr,  # [B, P] int32
+    num_pixels,  # P
+    image_stride,
+    plane_stride,
+    pixel_stride,
+    NUM_BITS: tl.constexpr,
+    BITS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, BITS_PADDED)
+    inside = pixel < num_pixels
+    pointers = (
+        bits_ptr
+        + image * image_stride
+        + pixel.to(tl.int64)[:, None] * pixel_stride
+        + k.to(tl.int64)[None, :] * plane_stride
+    )
+    bits = tl.load(pointers, mask=inside[:, None] & (k < NUM_BITS)[None, :], other=0.0).to(tl.float32)
+    ids = tl.sum((bits > 0).to(tl.int32) << k[None, :], 1)
+    tl.store(ids_ptr + image * num_pixels + pixel, ids, mask=inside)
+
+
+def encode_mask_bits(
+    segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    batch, height, width = segment_ids.shape
+    segment_ids = segment_ids.contiguous()
+    table = None if table is None else table.contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    bits = torch.empty(
+        (batch, num_bits, height, width), dtype=dtype, device=segment_ids.device, memory_format=memory_format
+    )
+    config = find_config("encode_mask_bits", "channels_last" if channels_last else "planes")
+    elements = height * width * (num_bits if channels_last else 1)
+    launch(
+        encode_channels_last_kernel if channels_last else encode_planes_kernel,
+        (triton.cdiv(elements, config.constants["BLOCK"]), batch),
+        *(segment_ids, segment_ids if table is None else table, bits, height * width),
+        1 if table is None else table.shape[1],
+        config=config,
+        NUM_BITS=num_bits,
+        HAS_TABLE=table is not None,
+    )
+    return bits
+
+
+def decode_mask_bits(bits: Tensor) -> Tensor:
+    batch, num_bits, height, width = bits.shape
+    if bits.stride(2) != width * bits.stride(3):
+        bits = bits.contiguous()
+    ids = torch.empty((batch, height, width), dtype=torch.int32, device=bits.device)
+    config = find_config("decode_mask_bits", "all")
+    launch(
+        decode_kernel,
+        (triton.cdiv(height * width, config.constants["BLOCK"]), batch),
+        *(bits, ids, height * width, bits.stride(0), bits.stride(1), bits.stride(3)),
+        config=config,
+        NUM_BITS=num_bits,
+        BITS_PADDED=triton.next_power_of_2(num_bits),
+    )
+    return ids

@@ -1,0 +1,24 @@
+"""Plain torch: what the kernel must equal."""
+
+import torch
+from torch import Tensor
+
+
+def encode_mask_bits(
+    segment_ids: Tensor,  # [B, H, W] integer
+    num_bits: int,
+    table: Tensor | None,  # [B, T] integer, id -> new id
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:  # [B, K, H, W]
+    if table is not None:
+        segment_ids = table.gather(1, segment_ids.flatten(1).long()).view(segment_ids.shape)
+    segment_ids = segment_ids.int()[:, None]  # [B, 1, H, W]
+    shifts = torch.arange(num_bits, dtype=torch.int32, device=segment_ids.device)[:, None, None]  # [K, 1, 1]
+    bits = (segment_ids >> shifts & 1).to(dtype).mul_(2).sub_(1).mul_(segment_ids != 0)
+    return bits.contiguous(memory_format=torch.channels_last) if channels_last else bits
+
+
+def decode_mask_bits(bits: Tensor) -> Tensor:  # [B, K, H, W] -> [B, H, W]
+    shifts = torch.arange(bits.shape[1], dtype=torch.int32, device=bits.device)[:, None, None]  # [K, 1, 1]
+    return ((bits > 0).int() << shifts).sum(1, dtype=torch.int32)

@@ -1,0 +1,11 @@
+"""The mask auto-encoder's loss on sampled points (PointRend, arXiv 1912.08193): sampling fused with the terms."""
+
+from ldmseg_fast.kernels.point_loss.dispatch import (
+    point_logits,
+    point_margin,
+    sample_bce_dice,
+    sample_ce,
+    slot_logits,
+)
+
+__all__ = ["point_logits", "point_margin", "sample_bce_dice", "sample_ce", "slot_logits"]

@@ -1,0 +1,403 @@
+"""Public entry points: Triton on CUDA, the reference elsewhere; no step waits for the device."""
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.kernels.backend import at_least_float32, require, require_same_device, runs_reference
+from ldmseg_fast.kernels.point_loss import reference
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def point_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
+    """Logits of all slots at points: bilinear, align_corners false, zero outside.
+
+    Args:
+        mask_logits: [B, Q, h, w] float, either memory format.
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        float32 [B, Q, P] (float64 for float64 logits).
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+    """
+    if _runs_reference(mask_logits) or _needs_grad(mask_logits):
+        check_points(mask_logits, points)
+        return reference.point_logits(mask_logits, points)
+    return point_logits_op(mask_logits, points)
+
+
+def point_margin(mask_logits: Tensor, points: Tensor) -> Tensor:
+    """Best minus second best logit at points, [B, P] float32: minus the uncertainty by which CE points are chosen.
+
+    Arguments and errors as for `point_logits`; at least two slots. Not differentiable.
+    """
+    mask_logits = mask_logits.detach()
+    if _runs_reference(mask_logits):
+        check_points(mask_logits, points, least_slots=2)
+        return reference.point_margin(mask_logits, points)
+    return point_margin_op(mask_logits, points)
+
+
+def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:
+    """Logit of one slot per row at the row's own points; minus its absolute value is the uncertainty of BCE and Dice.
+
+    Args:
+        mask_logits: [B, Q, h, w] float, either memory format.
+        image_index, slots: int64 [M].
+        points: float32 [M, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        float32 [M, P] (float64 for float64 logits).
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+    """
+    if _runs_reference(mask_logits) or _needs_grad(mask_logits):
+        check_rows(mask_logits, image_index, slots, points)
+        return reference.slot_logits(mask_logits, image_index, slots, points)
+    return slot_logits_op(mask_logits, image_index, slots, points)
+
+
+def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy over slots at points, void ignored (slot = id, so there is no matching).
+
+    Args:
+        mask_logits: [B, Q, h, w] float, either memory format.
+        segment_ids: [B, H, W] integer below Q; 0 is void. H, W need not be h, w.
+        points: float32 [B, P, 2], (x, y) in [0, 1]. The target is the id of the pixel that holds the point.
+
+    Returns:
+        the loss summed over points, differentiable in `mask_logits`, and the number of points that were not void;
+        both float32 scalars, so that sums over ranks can be formed before dividing.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+    """
+    if _runs_reference(mask_logits):
+        check_points(mask_logits, points)
+        check_ids(mask_logits, segment_ids)
+        return reference.sample_ce(mask_logits, segment_ids, points)
+    loss, count, _ = sample_ce_op(mask_logits, segment_ids, points)
+    return loss, count
+
+
+def sample_bce_dice(
+    mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Binary cross entropy and Dice (+1 smoothing) of present segments, each on its own slot's logit plane.
+
+    Args:
+        mask_logits: [B, Q, h, w] float, either memory format.
+        segment_ids: [B, H, W] integer; 0 is void.
+        image_index, slots: int64 [M], which segment each row is. Rows with slot 0 add nothing, so that a list of fixed
+            length needs no count on the host.
+        points: float32 [M, P, 2], (x, y) in [0, 1]. The binary mask `segment_ids == slot` is sampled bilinearly.
+
+    Returns:
+        sum over rows of the mean BCE and sum over rows of the Dice loss; float32 scalars, differentiable in
+        `mask_logits`.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+    """
+    if _runs_reference(mask_logits):
+        check_rows(mask_logits, image_index, slots, points)
+        check_ids(mask_logits, segment_ids)
+        return reference.sample_bce_dice(mask_logits, segment_ids, image_index, slots, points)
+    bce, dice, _ = sample_bce_dice_op(mask_logits, segment_ids, image_index, slots, points)
+    return bce, dice
+
+
+def _runs_reference(mask_logits: Tensor) -> bool:
+    return runs_reference("point_loss", mask_logits) or mask_logits.dtype == torch.float64
+
+
+def _needs_grad(mask_logits: Tensor) -> bool:
+    return mask_logits.requires_grad and torch.is_grad_enabled()
+
+
+def check_points(mask_logits: Tensor, points: Tensor, least_slots: int = 1) -> None:
+    _check_logits(mask_logits, least_slots)
+    require(
+        points.ndim == 3 and points.shape[0] == mask_logits.shape[0] and points.shape[2] == 2,
+        "points: expected [{}, P, 2], got shape {}",
+        mask_logits.shape[0],
+        points.shape,
+    )
+    _check_coordinates(mask_logits, points)
+
+
+def check_rows(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> None:
+    _check_logits(mask_logits, 1)
+    for name, tensor in (("image_index", image_index), ("slots", slots)):
+        require(tensor.ndim == 1, "{}: expected [M], got shape {}", name, tensor.shape)
+        require(tensor.dtype == torch.int64, "{}: expected int64, got {}", name, tensor.dtype)
+    require(
+        slots.shape == image_index.shape,
+        "slots: shape {} differs from image_index's {}",
+        slots.shape,
+        image_index.shape,
+    )
+    require(
+        points.ndim == 3 and points.shape[0] == slots.shape[0] and points.shape[2] == 2,
+        "points: expected [{}, P, 2], got shape {}",
+        slots.shape[0],
+        points.shape,
+    )
+    _check_coordinates(mask_logits, points)
+    require_same_device(mask_logits, image_index=image_index, slots=slots)
+
+
+def check_ids(mask_logits: Tensor, segment_ids: Tensor) -> None:
+    require(
+        segment_ids.ndim == 3 and segment_ids.shape[0] == mask_logits.shape[0],
+        "segment_ids: expected [{}, H, W], got shape {}",
+        mask_logits.shape[0],
+        segment_ids.shape,
+    )
+    require(segment_ids.dtype in INTEGERS, "segment_ids: expected an integer tensor, got {}", segment_ids.dtype)
+    require_same_device(mask_logits, segment_ids=segment_ids)
+
+
+def _check_logits(mask_logits: Tensor, least_slots: int) -> None:
+    require(mask_logits.ndim == 4, "mask_logits: expected [B, Q, h, w], got shape {}", mask_logits.shape)
+    require(mask_logits.dtype in FLOATS, "mask_logits: expected a float tensor, got {}", mask_logits.dtype)
+    require(
+        mask_logits.shape[1] >= least_slots,
+        "mask_logits: expected at least {} slots, got shape {}",
+        least_slots,
+        mask_logits.shape,
+    )
+
+
+def _check_coordinates(mask_logits: Tensor, points: Tensor) -> None:
+    expected = (torch.float32, torch.float64) if mask_logits.dtype == torch.float64 else (torch.float32,)
+    require(points.dtype in expected, "points: expected float32, got {}", points.dtype)
+    require_same_device(mask_logits, points=points)
+
+
+@torch.library.custom_op("ldmseg_fast::point_logits", mutates_args=())
+def point_logits_op(mask_logits: Tensor, points: Tensor) -> Tensor:
+    check_points(mask_logits, points)
+    return reference.point_logits(mask_logits, points).contiguous()
+
+
+@point_logits_op.register_kernel("cuda")
+def _(mask_logits: Tensor, points: Tensor) -> Tensor:
+    from ldmseg_fast.kernels.point_loss import kernel  # Triton is imported on CUDA only
+
+    check_points(mask_logits, points)
+    return kernel.point_logits(mask_logits, points)
+
+
+@point_logits_op.register_fake
+def _(mask_logits: Tensor, points: Tensor) -> Tensor:
+    check_points(mask_logits, points)
+    return points.new_empty((points.shape[0], mask_logits.shape[1], points.shape[1]))
+
+
+@torch.library.custom_op("ldmseg_fast::point_margin", mutates_args=())
+def point_margin_op(mask_logits: Tensor, points: Tensor) -> Tensor:
+    check_points(mask_logits, points, least_slots=2)
+    return reference.point_margin(mask_logits, points)
+
+
+@point_margin_op.register_kernel("cuda")
+def _(mask_logits: Tensor, points: Tensor) -> Tensor:
+    from ldmseg_fast.kernels.point_loss import kernel
+
+    check_points(mask_logits, points, least_slots=2)
+    return kernel.point_margin(mask_logits, points)
+
+
+@point_margin_op.register_fake
+def _(mask_logits: Tensor, points: Tensor) -> Tensor:
+    check_points(mask_logits, points, least_slots=2)
+    return points.new_empty(points.shape[:2])
+
+
+@torch.library.custom_op("ldmseg_fast::slot_logits", mutates_args=())
+def slot_logits_op(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:
+    check_rows(mask_logits, image_index, slots, points)
+    return reference.slot_logits(mask_logits, image_index, slots, points).contiguous()
+
+
+@slot_logits_op.register_kernel("cuda")
+def _(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:
+    from ldmseg_fast.kernels.point_loss import kernel
+
+    check_rows(mask_logits, image_index, slots, points)
+    return kernel.slot_logits(mask_logits, image_index, slots, points)
+
+
+@slot_logits_op.register_fake
+def _(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:
+    check_rows(mask_logits, image_index, slots, points)
+    return points.new_empty(points.shape[:2])
+
+
+@torch.library.custom_op("ldmseg_fast::sample_ce", mutates_args=())
+def sample_ce_op(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_sum, count, logsumexp [B, P])"""
+    check_points(mask_logits, points)
+    check_ids(mask_logits, segment_ids)
+    return reference.sample_ce_forward(mask_logits, segment_ids, points)
+
+
+@sample_ce_op.register_kernel("cuda")
+def _(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from ldmseg_fast.kernels.point_loss import kernel
+
+    check_points(mask_logits, points)
+    check_ids(mask_logits, segment_ids)
+    return kernel.sample_ce_forward(mask_logits, segment_ids, points)
+
+
+@sample_ce_op.register_fake
+def _(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_points(mask_logits, points)
+    check_ids(mask_logits, segment_ids)
+    dtype = at_least_float32(mask_logits).dtype
+    return (
+        points.new_empty((), dtype=dtype),
+        points.new_empty((), dtype=dtype),
+        points.new_empty(points.shape[:2], dtype=dtype),
+    )
+
+
+@torch.library.custom_op("ldmseg_fast::sample_ce_backward", mutates_args=())
+def sample_ce_backward_op(
+    grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor
+) -> Tensor:
+    grad = reference.sample_ce_backward(grad_loss, mask_logits, segment_ids, points, logsumexp)
+    return _like(grad, mask_logits)
+
+
+@sample_ce_backward_op.register_kernel("cuda")
+def _(grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor) -> Tensor:
+    from ldmseg_fast.kernels.point_loss import kernel
+
+    return kernel.sample_ce_backward(grad_loss, mask_logits, segment_ids, points, logsumexp)
+
+
+@sample_ce_backward_op.register_fake
+def _(grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor) -> Tensor:
+    return torch.empty_like(mask_logits)
+
+
+@torch.library.custom_op("ldmseg_fast::sample_bce_dice", mutates_args=())
+def sample_bce_dice_op(
+    mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(bce_sum, dice_sum, sums [M, 3] over the points: p t, p and t)"""
+    check_rows(mask_logits, image_index, slots, points)
+    check_ids(mask_logits, segment_ids)
+    return reference.sample_bce_dice_forward(mask_logits, segment_ids, image_index, slots, points)
+
+
+@sample_bce_dice_op.register_kernel("cuda")
+def _(
+    mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ldmseg_fast.kernels.point_loss import kernel
+
+    check_rows(mask_logits, image_index, slots, points)
+    check_ids(mask_logits, segment_ids)
+    return kernel.sample_bce_dice_forward(mask_logits, segment_ids, image_index, slots, points)
+
+
+@sample_bce_dice_op.register_fake
+def _(
+    mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows(mask_logits, image_index, slots, points)
+    check_ids(mask_logits, segment_ids)
+    dtype = at_least_float32(mask_logits).dtype
+    return (
+        points.new_empty((), dtype=dtype),
+        points.new_empty((), dtype=dtype),
+        points.new_empty((slots.shape[0], 3), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("ldmseg_fast::sample_bce_dice_backward", mutates_args=())
+def sample_bce_dice_backward_op(
+    grad_bce: Tensor,
+    grad_dice: Tensor,
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    points: Tensor,
+    sums: Tensor,
+) -> Tensor:
+    grad = reference.sample_bce_dice_backward(
+        grad_bce, grad_dice, mask_logits, segment_ids, image_index, slots, points, sums
+    )
+    return _like(grad, mask_logits)
+
+
+@sample_bce_dice_backward_op.register_kernel("cuda")
+def _(
+    grad_bce: Tensor,
+    grad_dice: Tensor,
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    points: Tensor,
+    sums: Tensor,
+) -> Tensor:
+    from ldmseg_fast.kernels.point_loss import kernel
+
+    return kernel.sample_bce_dice_backward(
+        grad_bce, grad_dice, mask_logits, segment_ids, image_index, slots, points, sums
+    )
+
+
+@sample_bce_dice_backward_op.register_fake
+def _(
+    grad_bce: Tensor,
+    grad_dice: Tensor,
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    points: Tensor,
+    sums: Tensor,
+) -> Tensor:
+    return torch.empty_like(mask_logits)
+
+
+def _like(grad: Tensor, mask_logits: Tensor) -> Tensor:
+    """In the memory format of `mask_logits`, as the fake function promises."""
+    return torch.empty_like(mask_logits).copy_(grad)
+
+
+def _save_ce(ctx, inputs, output) -> None:
+    mask_logits, segment_ids, points = inputs
+    _, count, logsumexp = output
+    ctx.save_for_backward(mask_logits, segment_ids, points, logsumexp)
+    ctx.mark_non_differentiable(count, logsumexp)
+
+
+def _backward_ce(ctx, grad_loss: Tensor, _grad_count: Tensor | None, _grad_logsumexp: Tensor | None):
+    return sample_ce_backward_op(grad_loss, *ctx.saved_tensors), None, None
+
+
+def _save_bce_dice(ctx, inputs, output) -> None:
+    sums = output[2]
+    ctx.save_for_backward(*inputs, sums)
+    ctx.mark_non_differentiable(sums)
+
+
+def _backward_bce_dice(ctx, grad_bce: Tensor, grad_dice: Tensor, _grad_sums: Tensor | None):
+    grad = sample_bce_dice_backward_op(grad_bce, grad_dice, *ctx.saved_tensors)
+    return grad, None, None, None, None
+
+
+sample_ce_op.register_autograd(_backward_ce, setup_context=_save_ce)
+sample_bce_dice_op.register_autograd(_backward_bce_dice, setup_context=_save_bce_dice)

@@ -1,0 +1,138 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldmseg_fast.kernels.attention import attention, dispatch, kernel, reference
+
+CUDA = torch.cuda.is_available()
+DTYPES = [torch.float16, *([torch.bfloat16] if CUDA else [])]
+# (B, N, M, heads, d)
+SHAPES = [(2, 63, 63, 2, 40), (1, 100, 33, 2, 80), (1, 65, 130, 1, 160), (1, 16, 64, 2, 8), (1, 70, 70, 1, 64)]
+SHAPES += [(1, 500, 500, 1, 40), *([(2, 1023, 1023, 8, 40), (1, 4096, 4096, 8, 80)] if CUDA else [])]
+
+
+def make_inputs(shape, dtype, device):
+    batch, tokens, keys, heads, head_size = shape
+    q, grad = (torch.randn(batch, tokens, heads, head_size, device=device).to(dtype) for _ in range(2))
+    k, v = (torch.randn(batch, keys, heads, head_size, device=device).to(dtype) for _ in range(2))
+    return q, k, v, grad
+
+
+def torch_attention(q, k, v, grad):
+    """Result and gradients of torch's own attention, in the dtype of its inputs"""
+    q, k, v = (each.detach().clone().requires_grad_() for each in (q, k, v))
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_more_than_twice_the_error_of_torch(shape, dtype, device, poison):
+    q, k, v, grad = make_inputs(shape, dtype, device)
+    scale = shape[-1] ** -0.5
+    out, logsumexp = kernel.attention_forward(q, k, v, scale)
+    names = ["out", "grad_q", "grad_k", "grad_v"]
+    actual = [out]
+    if shape[1] != 500 or CUDA:  # the interpreter takes its time
+        actual += kernel.attention_backward(grad, q, k, v, out, logsumexp, scale)
+    exact = torch_attention(*(each.double() for each in (q, k, v, grad)))
+    theirs = torch_attention(q, k, v, grad)
+    for name, ours, best, usual in zip(names, actual, exact, theirs):
+        error, their_error = (float((each.double() - best).abs().max()) for each in (ours, usual))
+        rounding = torch.finfo(dtype).eps * float(best.abs().max())
+        assert error <= 2 * max(their_error, rounding / 2), f"{name}: {error:.1e} against torch's {their_error:.1e}"
+    scores = torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double()) * scale
+    torch.testing.assert_close(logsumexp.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_slices_of_a_fused_projection(device, poison):
+    heads, head_size, scale = 2, 40, 0.2
+    qkv = torch.randn(2, 50, 3, heads, head_size, device=device).half()
+    q, k, v = qkv.unbind(2)
+    assert kernel.in_units(q).data_ptr() == q.data_ptr(), "the slices are meant to be read where they lie"
+    out, logsumexp = kernel.attention_forward(q, k, v, scale)
+    plain, _ = kernel.attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), scale)
+    assert torch.equal(out, plain)
+    grad = torch.randn(2, heads, 50, head_size, device=device).half().transpose(1, 2)
+    strided = kernel.attention_backward(grad, q, k, v, out, logsumexp, scale)
+    dense = kernel.attention_backward(
+        grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, logsumexp, scale
+    )
+    for one, other in zip(strided, dense):
+        assert torch.equal(one, other)
+
+
+def test_rows_off_sixteen_bytes_are_copied(device):
+    wide = torch.randn(1, 9, 2, 44, device=device).half()
+    q = wide[..., 1:41]
+    out, _ = kernel.attention_forward(q, q, q, 0.2)
+    assert torch.equal(out, kernel.attention_forward(*(q.contiguous(),) * 3, 0.2)[0])
+
+
+def test_empty_batch_and_no_queries(device):
+    for batch, tokens in ((0, 5), (2, 0)):
+        q = torch.zeros(batch, tokens, 2, 8, device=device).half()
+        k = torch.zeros(batch, 5, 2, 8, device=device).half()
+        out, logsumexp = kernel.attention_forward(q, k, k, 1.0)
+        assert out.shape == q.shape and logsumexp.shape == (batch, 2, tokens)
+        grads = kernel.attention_backward(out, q, k, k, out, logsumexp, 1.0)
+        assert [grad.shape for grad in grads] == [q.shape, k.shape, k.shape]
+        assert not any(grad.isnan().any() for grad in grads[1:])
+
+
+@pytest.mark.parametrize("head_size", range(8, 161, 8))
+def test_split_covers_the_head(head_size):
+    first, second = kernel.split_head(head_size)
+    assert first >= 16 and second >= 16 and first & (first - 1) == 0 and second & (second - 1) == 0
+    paid = first if first >= head_size else first + second
+    assert head_size <= paid <= 2 * max(head_size, 16)
+    assert {40: 48, 80: 80, 160: 160}.get(head_size, paid) == paid
+
+
+def test_gradients_of_the_op(device):
+    q, k, v = (torch.randn(2, n, 2, 8, device=device, dtype=torch.float64, requires_grad=True) for n in (5, 4, 4))
+    if not CUDA:
+        assert torch.autograd.gradcheck(lambda *args: dispatch.attention_forward_op(*args, 0.3)[0], (q, k, v))
+    assert torch.autograd.gradcheck(lambda *args: attention(*args, 0.3), (q, k, v))
+
+
+def test_public_function(device):
+    q, k, v, grad = make_inputs((2, 33, 20, 2, 40), torch.float16 if CUDA else torch.float32, device)
+    inputs = [each.requires_grad_() for each in (q, k, v)]
+    out = attention(*inputs)
+    grads = torch.autograd.grad(out, inputs, grad)
+    exact = torch_attention(*(each.detach().double() for each in (q, k, v, grad)))
+    for actual, expected in zip([out, *grads], exact):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2 if CUDA else 1e-5)
+
+
+def test_op(device, check_op):
+    dtype = torch.float16 if CUDA else torch.float32
+    q, k, v, grad = (each.requires_grad_() for each in make_inputs((2, 9, 5, 3, 8), dtype, device))
+    check_op(dispatch.attention_forward_op, (q, k, v, 0.3))
+    out, logsumexp = (each.detach() for each in dispatch.attention_forward_op(q, k, v, 0.3))
+    args = (grad.detach(), q.detach(), k.detach(), v.detach(), out, logsumexp, 0.3)
+    check_op(dispatch.attention_backward_op, args)
+
+
+def test_reference_backward_is_the_gradient_of_its_forward(device):
+    q, k, v, grad = (each.double() for each in make_inputs((1, 7, 6, 2, 8), torch.float32, device))
+    out, logsumexp = reference.attention_forward(q, k, v, 8**-0.5)
+    exact = torch_attention(q, k, v, grad)
+    for actual, expected in zip([out, *reference.attention_backward(grad, q, k, v, out, logsumexp, 8**-0.5)], exact):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_bad_input(device, refuses):
+    q = torch.zeros(2, 4, 2, 8, device=device)
+    op = dispatch.attention_forward_op
+    refuses("q", attention, op, (q[0], q, q, 1.0))
+    refuses("q", attention, op, (q.long(), q, q, 1.0))
+    refuses("q", attention, op, (q[..., :5],) * 3 + (1.0,))
+    refuses("q", attention, op, (torch.zeros(1, 1, 1, 168, device=device),) * 3 + (1.0,))
+    refuses("k", attention, op, (q, q[:1], q, 1.0))
+    refuses("k", attention, op, (q, q.double(), q, 1.0))
+    refuses("k", attention, op, (q, q[:, :0], q[:, :0], 1.0))
+    refuses("v", attention, op, (q, q, q[:, :3], 1.0))
+    refuses("scale", attention, op, (q, q, q, 0.0))
+    refuses("k", attention, op, (q, q.to("meta"), q, 1.0), fake=False)

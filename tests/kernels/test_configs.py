@@ -1,0 +1,133 @@
+"""The table of launch configurations, recorded launches, and what the roofline makes of the cases."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldmseg_fast.kernels import configs, launch, roofline
+from ldmseg_fast.kernels.attention import kernel as attention
+from ldmseg_fast.kernels.backend import KERNELS
+from ldmseg_fast.kernels.cases import all_cases
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_nearest_older_architecture_is_taken():
+    table = configs.TABLE["attention_forward"]
+    for sm, entry in ((80, 80), (86, 80), (89, 80), (90, 90), (120, 90)):
+        with configs.architecture(sm):
+            assert configs.find_config("attention_forward", "d48") is table[entry]["d48"]
+    with configs.architecture(90):
+        only = configs.TABLE["ddim_step"][80]["all"]
+        assert configs.find_config("ddim_step", "all") is only
+        with pytest.raises(KeyError, match="no configuration of ddim_step"):
+            configs.find_config("ddim_step", "other")
+
+
+def test_every_kernel_has_an_entry_for_the_oldest_architecture():
+    for kernel, per_sm in configs.TABLE.items():
+        classes = {name for entry in per_sm.values() for name in entry}
+        assert set(per_sm[80]) == classes, kernel
+
+
+def test_a_file_overrides_the_table(tmp_path, monkeypatch):
+    mine = configs.Config({"BLOCK": 64}, num_warps=2, num_stages=1)
+    path = tmp_path / "configs.json"
+    path.write_text(configs.dump_configs({"ddim_step": {90: {"all": mine}}}))
+    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
+    configs._overrides.cache_clear()
+    try:
+        with configs.architecture(90):
+            assert configs.find_config("ddim_step", "all") == mine
+            assert configs.find_config("attention_forward", "d48") is configs.TABLE["attention_forward"][90]["d48"]
+        with configs.architecture(80):
+            assert configs.find_config("ddim_step", "all") is configs.TABLE["ddim_step"][80]["all"]
+    finally:
+        configs._overrides.cache_clear()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"ddim_step": {"90": {"all": {"warps": 4}}}}', '{"a": {"b": {}}}'])
+def test_a_broken_file_is_named(content, tmp_path):
+    path = tmp_path / "configs.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"configs\.json"):
+        configs.load_configs(path)
+    with pytest.raises(ValueError, match=r"missing\.json"):
+        configs.load_configs(tmp_path / "missing.json")
+
+
+def test_recorded_launches_start_nothing():
+    q = torch.empty(2, 100, 2, 40, dtype=torch.float16, device="meta")
+    with configs.architecture(90), launch.record() as launches:
+        out, logsumexp = attention.attention_forward(q, q, q, 1.0)
+    assert out.is_meta and logsumexp.shape == (2, 2, 100)
+    (only,) = launches
+    assert only.kernel is attention.attention_forward_kernel
+    assert only.grid == (1, 4) and only.constants["D"] == 40 and only.constants["BLOCK_M"] == 128
+
+
+def test_views_with_whole_units_are_read_in_place():
+    base = torch.zeros(2, 6, 4, 16, dtype=torch.float16)
+    assert launch.in_units(base[:, ::2]).data_ptr() == base.data_ptr()
+    for odd in (base[..., 1:9], base.transpose(2, 3), torch.zeros(2, 3, 4, 12, dtype=torch.float16)[..., :8]):
+        assert launch.in_units(odd).is_contiguous()
+
+
+def test_cases_cover_every_kernel():
+    assert {case.kernel for case in all_cases()} == set(KERNELS)
+    names = [(case.kernel, case.name, case.dtype, case.batch) for case in all_cases()]
+    assert len(names) == len(set(names))
+
+
+def test_floors():
+    """A memory-bound case by hand, and the exponentials of attention."""
+    cases = {(case.kernel, case.name, case.batch): case for case in all_cases()}
+    h200 = roofline.find_gpu("NVIDIA H200")
+    assert h200 is not None and roofline.find_gpu("GeForce RTX 4090").name == "4090"
+    assert roofline.find_gpu("Some GPU") is None and roofline.find_gpu(None) is None
+    encode = cases["mask_bits", "encode 512x512", 16]
+    assert encode.bytes_moved == 16 * 512 * 512 * 15
+    assert roofline.floor_us(encode, h200) == pytest.approx(1e6 * encode.bytes_moved / 4.8e12)
+    forward = cases["attention", "forward [1, 4096, 8, 40]", 1]
+    assert forward.exponentials == 8 * 4096**2 and forward.operations == 4 * 8 * 4096**2 * 40
+    assert roofline.floor_us(forward, h200) == pytest.approx(1e6 * forward.exponentials / h200.exponentials)
+
+
+def test_roofline_prints_every_case(capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    assert roofline.main(["--only", "mask_bits", "ddim_step", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert {row["kernel"] for row in rows} == {"mask_bits", "ddim_step"}
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
+    assert all(floor > 0 for row in rows for floor in row["floor_us"].values())
+
+
+def test_kernels_build_ahead_of_time(tmp_path):
+    """Registers, shared memory and spills of every kernel and configuration, with no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = tmp_path / "builds.json"
+    command = [sys.executable, "-m", "ldmseg_fast.kernels.aot", "--sm", "90", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    builds = json.loads(path.read_text())
+    assert {build["kernel"] for build in builds} == set(KERNELS)
+    by_function = {build["function"]: build for build in builds}
+    assert by_function["attention_forward_kernel"]["wgmma"] > 0
+    assert all(0 < build["registers"] <= 255 and build["spill_bytes"] == 0 for build in builds)
+    for kernel in KERNELS:
+        assert sum(line.startswith(kernel) for line in done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("fault", ["spill_bytes", "shared_memory", "error"])
+def test_faults_of_a_build(fault):
+    from ldmseg_fast.kernels.aot import MAX_SHARED_MEMORY, Build
+
+    about = {"kernel": "k", "function": "f", "sm": 90, "constants": {}, "num_warps": 4, "num_stages": 1}
+    value = {"spill_bytes": 4, "shared_memory": MAX_SHARED_MEMORY + 1, "error": "no"}[fault]
+    assert not Build(**about, shared_memory=MAX_SHARED_MEMORY).faults
+    assert len(Build(**about, **{fault: value}).faults) == 1

@@ -1,0 +1,175 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldmseg_fast.kernels import point_loss
+from ldmseg_fast.kernels.point_loss import dispatch, kernel, reference
+
+CUDA = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+# (B, Q, h, w), (H, W), points, rows
+SHAPES = [((2, 6, 5, 7), (10, 14), 100, 5), ((1, 130, 9, 8), (31, 33), 63, 4), ((2, 128, 16, 16), (64, 64), 50, 3)]
+
+
+def make_inputs(shape, ids_size, count, rows, dtype, memory_format, device):
+    """Logits, ids, points of images, and image index, slot (one of them void) and points of rows"""
+    batch, slots = shape[:2]
+    logits = (3 * torch.randn(shape, device=device)).to(dtype).contiguous(memory_format=memory_format)
+    ids = torch.randint(0, slots, (batch, *ids_size), dtype=torch.uint8, device=device)
+    points = torch.rand(batch, count, 2, device=device)
+    points[:, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.5, 0.0], [0.0, 1.0]], device=device)
+    image_index = torch.randint(0, batch, (rows,), device=device)
+    chosen = torch.randint(1, slots, (rows,), device=device)
+    chosen[0] = 0
+    return logits, ids, points, image_index, chosen, torch.rand(rows, count, 2, device=device)
+
+
+@pytest.mark.parametrize(("shape", "ids_size", "count", "rows"), SHAPES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_equal_reference(shape, ids_size, count, rows, memory_format, dtype, device, poison, close):
+    args = make_inputs(shape, ids_size, count, rows, dtype, memory_format, device)
+    logits, ids, points, image_index, slots, row_points = args
+    exact, exact_points, exact_rows = logits.double(), points.double(), row_points.double()
+    close(kernel.point_logits(logits, points), reference.point_logits(exact, exact_points))
+    close(kernel.point_margin(logits, points), reference.point_margin(exact, exact_points))
+    rows_args = (image_index, slots, row_points)
+    close(kernel.slot_logits(logits, *rows_args), reference.slot_logits(exact, image_index, slots, exact_rows))
+
+    leaf = exact.clone().requires_grad_()
+    loss, count_exact = reference.sample_ce(leaf, ids, exact_points)
+    (grad_exact,) = torch.autograd.grad(1.5 * loss, leaf)
+    ce, valid, logsumexp = kernel.sample_ce_forward(logits, ids, points)
+    close(ce, loss.detach())
+    assert valid.item() == count_exact.item()
+    grad = kernel.sample_ce_backward(torch.tensor(1.5, device=device), logits, ids, points, logsumexp)
+    close(grad, grad_exact)
+    assert grad.stride() == logits.stride()
+
+    bce, dice = reference.sample_bce_dice(leaf, ids, image_index, slots, exact_rows)
+    (grad_exact,) = torch.autograd.grad(1.5 * bce - 2 * dice, leaf)
+    ours = kernel.sample_bce_dice_forward(logits, ids, image_index, slots, row_points)
+    close(ours[0], bce.detach())
+    close(ours[1], dice.detach())
+    weights = (torch.tensor(1.5, device=device), torch.tensor(-2.0, device=device))
+    grad = kernel.sample_bce_dice_backward(*weights, logits, ids, image_index, slots, row_points, ours[2])
+    close(grad, grad_exact)
+    assert grad.stride() == logits.stride()
+
+
+def test_reference_samples_as_grid_sample_does(device):
+    """Logits and binary masks, bilinear with zeros outside, also at and beyond the border."""
+    logits, ids, _, image_index, slots, points = make_inputs(
+        (2, 6, 5, 7), (10, 14), 200, 5, torch.float64, torch.contiguous_format, device
+    )
+    points = points.double() * 1.2 - 0.1
+    grid = 2 * points[:, :, None] - 1
+    expected = F.grid_sample(logits[image_index, slots][:, None], grid, align_corners=False)[:, 0, :, 0]
+    torch.testing.assert_close(reference.slot_logits(logits, image_index, slots, points), expected)
+    masks = (ids[image_index] == slots[:, None, None]).double()[:, None]
+    expected = F.grid_sample(masks, grid, align_corners=False)[:, 0, :, 0]
+    torch.testing.assert_close(reference.slot_targets(ids, image_index, slots, points), expected)
+
+
+def test_ids_are_those_of_the_pixel_that_holds_the_point():
+    ids = torch.arange(12).view(1, 3, 4)
+    centres = torch.stack(torch.meshgrid((torch.arange(4) + 0.5) / 4, (torch.arange(3) + 0.5) / 3, indexing="xy"), -1)
+    assert torch.equal(reference.point_ids(ids, centres.view(1, 12, 2)), torch.arange(12)[None])
+    assert reference.point_ids(ids, torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])).tolist() == [[11, 0]]
+
+
+def test_void_counts_for_nothing(device):
+    logits = torch.randn(1, 4, 6, 6, device=device)
+    ids = torch.zeros(1, 8, 8, dtype=torch.int64, device=device)
+    points = torch.rand(1, 20, 2, device=device)
+    loss, count, logsumexp = kernel.sample_ce_forward(logits, ids, points)
+    assert (loss.item(), count.item()) == (0.0, 0.0)
+    assert not kernel.sample_ce_backward(torch.ones((), device=device), logits, ids, points, logsumexp).any()
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    bce, dice, sums = kernel.sample_bce_dice_forward(logits, ids, index, index, points)
+    assert (bce.item(), dice.item()) == (0.0, 0.0)
+    one = torch.ones((), device=device)
+    assert not kernel.sample_bce_dice_backward(one, one, logits, ids, index, index, points, sums).any()
+
+
+def test_padding_rows_change_nothing(device):
+    args = make_inputs((2, 6, 5, 7), (10, 14), 50, 4, torch.float32, torch.contiguous_format, device)
+    logits, ids, _, image_index, slots, points = args
+    padded = (torch.cat([image_index, image_index]), torch.cat([slots, 0 * slots]), torch.cat([points, points]))
+    for function in (reference.sample_bce_dice, lambda *a: kernel.sample_bce_dice_forward(*a)[:2]):
+        for one, other in zip(function(logits, ids, image_index, slots, points), function(logits, ids, *padded)):
+            torch.testing.assert_close(one, other)
+
+
+def test_nothing_to_sample(device):
+    args = make_inputs((2, 6, 5, 7), (10, 14), 9, 3, torch.float32, torch.contiguous_format, device)
+    logits, ids, points, image_index, slots, row_points = args
+    rows = (image_index[:0], slots[:0], row_points[:0])
+    bce, dice, sums = kernel.sample_bce_dice_forward(logits, ids, *rows)
+    assert (bce.item(), dice.item(), sums.shape) == (0.0, 0.0, (0, 3))
+    one = torch.ones((), device=device)
+    assert not kernel.sample_bce_dice_backward(one, one, logits, ids, *rows, sums).any()
+    loss, count, _ = kernel.sample_ce_forward(logits[:0], ids[:0], points[:0])
+    assert (loss.item(), count.item()) == (0.0, 0.0)
+    public_bce, public_dice = point_loss.sample_bce_dice(logits.requires_grad_(), ids, *rows)
+    (public_bce + public_dice).backward()
+    assert not logits.grad.any()
+
+
+@pytest.mark.skipif(CUDA, reason="the CUDA kernels take no float64")
+def test_gradients_of_the_ops(device):
+    args = make_inputs((2, 6, 4, 5), (8, 9), 11, 3, torch.float64, torch.contiguous_format, device)
+    logits, ids, points, image_index, slots, row_points = args
+    logits.requires_grad_()
+    points, rows = points.double(), (image_index, slots, row_points.double())
+    assert torch.autograd.gradcheck(lambda x: dispatch.sample_ce_op(x, ids, points)[0], logits)
+    assert torch.autograd.gradcheck(lambda x: dispatch.sample_bce_dice_op(x, ids, *rows)[:2], logits)
+    assert torch.autograd.gradcheck(lambda x: point_loss.point_logits(x, points), logits)
+    assert torch.autograd.gradcheck(lambda x: point_loss.slot_logits(x, *rows), logits)
+
+
+def test_ops(device, check_op):
+    args = make_inputs((2, 6, 5, 7), (10, 14), 13, 3, torch.float32, torch.channels_last, device)
+    logits, ids, points, image_index, slots, row_points = args
+    rows = (image_index, slots, row_points)
+    check_op(dispatch.point_logits_op, (logits, points))
+    check_op(dispatch.point_margin_op, (logits, points))
+    check_op(dispatch.slot_logits_op, (logits, *rows))
+    one = torch.ones((), device=device)
+    check_op(dispatch.sample_ce_op, (logits.clone().requires_grad_(), ids, points))
+    check_op(dispatch.sample_bce_dice_op, (logits.clone().requires_grad_(), ids, *rows))
+    check_op(dispatch.sample_ce_backward_op, (one, logits, ids, points, torch.zeros(2, 13, device=device)))
+    check_op(dispatch.sample_bce_dice_backward_op, (one, one, logits, ids, *rows, torch.zeros(3, 3, device=device)))
+
+
+def test_public_functions(device):
+    args = make_inputs((2, 6, 5, 7), (10, 14), 13, 3, torch.float32, torch.channels_last, device)
+    logits, ids, points, image_index, slots, row_points = args
+    rows = (image_index, slots, row_points)
+    torch.testing.assert_close(point_loss.point_margin(logits, points), reference.point_margin(logits, points))
+    torch.testing.assert_close(point_loss.slot_logits(logits, *rows), reference.slot_logits(logits, *rows))
+    logits.requires_grad_()
+    ce, count = point_loss.sample_ce(logits, ids, points)
+    bce, dice = point_loss.sample_bce_dice(logits, ids, *rows)
+    assert count.dtype == torch.float32 and not count.requires_grad
+    (ce / count + bce + dice).backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad.any()
+
+
+def test_bad_input(device, refuses):
+    args = make_inputs((2, 6, 5, 7), (10, 14), 13, 3, torch.float32, torch.contiguous_format, device)
+    logits, ids, points, image_index, slots, row_points = args
+    ce, op = point_loss.sample_ce, dispatch.sample_ce_op
+    refuses("mask_logits", ce, op, (logits[0], ids, points))
+    refuses("mask_logits", ce, op, (logits.long(), ids, points))
+    refuses("points", ce, op, (logits, ids, points[:1]))
+    refuses("points", ce, op, (logits, ids, points.double()))
+    refuses("segment_ids", ce, op, (logits, ids[:1], points))
+    refuses("segment_ids", ce, op, (logits, ids.float(), points))
+    refuses("segment_ids", ce, op, (logits, ids.to("meta"), points), fake=False)
+    refuses("mask_logits", point_loss.point_margin, dispatch.point_margin_op, (logits[:, :1], points))
+    both, op = point_loss.sample_bce_dice, dispatch.sample_bce_dice_op
+    refuses("image_index", both, op, (logits, ids, image_index.int(), slots, row_points))
+    refuses("slots", both, op, (logits, ids, image_index, slots[:1], row_points))
+    refuses("slots", both, op, (logits, ids, image_index, slots[None], row_points))
+    refuses("points", both, op, (logits, ids, image_index, slots, row_points[:2]))
