@@ -3,10 +3,10 @@
     python benchmarks/bench_evaluation.py [--quick] [--data ROOT] [--images N]
 
 Generated maps of 480x640 (and with --data the maps of a COCO-panoptic folder's train2017, perturbed for predictions)
-are written as PNGs by Pillow, then scored in memory and from files by ldmseg_fast, the usual numpy joint histogram,
-panopticapi's algorithm (benchmarks/plain_pq.py), and hotcoco, torchmetrics and panopticapi where they can be imported. All
-on one thread, but for the rows that say otherwise. Times from files are the difference of the wall times at 4N and N images,
-so that start-up costs drop out.
+are written as PNGs by Pillow, then scored in memory and from files: by ldmseg_fast, by the usual numpy joint histogram,
+by panopticapi's algorithm (benchmarks/plain_pq.py), and by hotcoco, torchmetrics and panopticapi where they can be
+imported. All on one thread, but for the rows that say otherwise. Times from files are the difference of the wall times
+at 4N and N images, so that start-up costs drop out.
 """
 
 import argparse

@@ -77,6 +77,45 @@ inline bool all_equal(const uint32_t* pixels, uint32_t value) {
     return different == 0;
 }
 
+void add_rows(const uint32_t* from, size_t width, uint32_t* to) {
+    const auto* in = reinterpret_cast<const uint8_t*>(from);
+    auto* out = reinterpret_cast<uint8_t*>(to);
+    for (size_t k = 0; k < 4 * width; ++k) out[k] = static_cast<uint8_t>(out[k] + in[k]);
+}
+
+bool all_zero(const uint8_t* bytes, size_t count) {
+    uint64_t any = 0, eight;
+    size_t k = 0;
+    for (; k + 8 <= count; k += 8) {
+        std::memcpy(&eight, bytes + k, 8);
+        any |= eight;
+    }
+    for (; k < count; ++k) any |= bytes[k];
+    return any == 0;
+}
+
+// A row filtered by Up is the one above plus differences, most of them zero: only the words with others are touched.
+void add_differences(const uint8_t* bytes, size_t y, uint32_t* row, RunMap& map, Widen widen_row) {
+    static constexpr int32_t zeros[64] = {};
+    uint32_t differences[64];
+    uint64_t *starts = map.starts.row(y), *steps = map.steps.row(y);
+    const uint64_t* starts_above = map.starts.row(y - 1);
+    bool previous_changed = false;
+    for (size_t word = 0; word < map.starts.words; ++word) {
+        const size_t first = 64 * word, count = std::min<size_t>(64, map.width - first);
+        const bool changed = !all_zero(bytes + 3 * first, 3 * count);
+        if (changed) {
+            widen_row(bytes + 3 * first, count, differences);
+            add_rows(differences, count, row + first);
+            unequal_bits(reinterpret_cast<const int32_t*>(differences), zeros, count, steps + word);
+        }
+        starts[word] = changed || previous_changed ? map.start_bits(reinterpret_cast<const int32_t*>(row), word)
+                                                   : starts_above[word];
+        previous_changed = changed;
+    }
+    map.add_ids(y, reinterpret_cast<const int32_t*>(row));
+}
+
 // Turns one row's differences, already widened, into pixels. False if the filter is unknown.
 bool unfilter_row(uint8_t filter, const uint32_t* up, size_t width, uint32_t* row) {
     uint32_t left = 0, corner = 0;
@@ -86,12 +125,9 @@ bool unfilter_row(uint8_t filter, const uint32_t* up, size_t width, uint32_t* ro
         case 1:
             for (size_t x = 0; x < width; ++x) row[x] = left = add_bytes(row[x], left);
             return true;
-        case 2: {
-            const auto* above = reinterpret_cast<const uint8_t*>(up);
-            auto* bytes = reinterpret_cast<uint8_t*>(row);
-            for (size_t k = 0; k < 4 * width; ++k) bytes[k] = static_cast<uint8_t>(bytes[k] + above[k]);
+        case 2:
+            add_rows(up, width, row);
             return true;
-        }
         case 3:
             for (size_t x = 0; x < width; ++x) row[x] = left = add_bytes(row[x], average_bytes(left, up[x]));
             return true;
@@ -131,13 +167,17 @@ bool unfilter_ids(const uint8_t* rows, size_t height, size_t width, int32_t* ids
 
 bool unfilter_runs(const uint8_t* rows, RunMap& map) {
     static const Widen widen_row = best_widen();
-    std::vector<uint32_t> up(map.width, 0), row(map.width);
+    std::vector<uint32_t> row(map.width, 0), next(map.width);
     for (size_t y = 0; y < map.height; ++y, rows += 1 + 3 * map.width) {
-        widen_row(rows + 1, map.width, row.data());
-        if (!unfilter_row(rows[0], up.data(), map.width, row.data())) return false;
-        const auto* above = y > 0 ? reinterpret_cast<const int32_t*>(up.data()) : nullptr;
+        if (rows[0] == 2 && y > 0) {
+            add_differences(rows + 1, y, row.data(), map, widen_row);
+            continue;
+        }
+        widen_row(rows + 1, map.width, next.data());
+        if (!unfilter_row(rows[0], row.data(), map.width, next.data())) return false;
+        std::swap(row, next);
+        const auto* above = y > 0 ? reinterpret_cast<const int32_t*>(next.data()) : nullptr;
         map.add_row(y, reinterpret_cast<const int32_t*>(row.data()), above);
-        std::swap(up, row);
     }
     return true;
 }

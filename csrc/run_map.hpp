@@ -36,6 +36,10 @@ struct RunMap {
 
     // Rows are added from top to bottom.
     void add_row(size_t y, const int32_t* row, const int32_t* above);
+
+    // The parts of add_row: one word of `starts`, and the ids of the runs once the row's `starts` are there.
+    uint64_t start_bits(const int32_t* row, size_t word) const;
+    void add_ids(size_t y, const int32_t* row);
 };
 
 }  // namespace ldmseg

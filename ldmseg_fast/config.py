@@ -124,6 +124,7 @@ class DataConfig:
     color_jitter: float = 0.0
     min_area: int = 10  # smaller segments are void in training
     id_assignment: Literal["random", "position", "position_spread", "position_cell", "area"] = "random"
+    resize: Literal["pillow", "torch"] = "pillow"  # of training pictures; torch's is faster and differs by a grey level
     limit: int = 0  # first images of the training split only; 0: all
     val_limit: int = 200
     bad_items: float = 0.001  # share of the training split that may be unreadable: named, replaced; beyond it an error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,20 +32,33 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def local_size() -> int:
+    """Ranks on this machine; torchrun and deepspeed tell it by different names."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def launched() -> bool:
     """Whether a launcher (deepspeed, torchrun) started this process."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
-def start() -> None:
-    """Join the launcher's process group, NCCL on GPUs and gloo on CPUs; nothing without a launcher."""
+def start(minutes: float = 30.0) -> None:
+    """Join the launcher's process group, NCCL on GPUs and gloo on CPUs; nothing without a launcher.
+
+    minutes: how long a rank waits for the others in a collective before it gives up.
+    """
     if not launched() or is_distributed():
         return
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")  # DeepSpeed would ask for more to find out
     if on_gpu:
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=minutes))
 
 
 def stop() -> None:
@@ -78,6 +93,19 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor(int(flag), device=device())
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def run_on_main(function: Callable[[], None]) -> None:
+    """Call `function` on rank 0 while the others wait. Raises OSError on every rank where it raised one."""
+    problem = ""
+    if is_main():
+        try:
+            function()
+        except OSError as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem:
+        raise OSError(problem)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -2,56 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
 from tqdm import tqdm
 
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoint import write_json
 from ldmseg_fast.config import Config, ConfigError, TrainConfig, describe, to_dict
-from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
-from ldmseg_fast.data.sampler import EpochSampler
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.data.loader import Prefetcher, TrainingBatches
 from ldmseg_fast.data.transforms import Augmentation
-from ldmseg_fast.draw import enlarge, overlay, picture_grid
-from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.optimizer import Optimizer, make_optimizer
-from ldmseg_fast.resume import TrainingCheckpoints
-from ldmseg_fast.stages import STAGES, Stage
-
-OBJECT = [{"id": 1, "name": "object", "isthing": 1}]
-
-
-class Interrupt:
-    """SIGTERM and SIGINT ask for a stop after the step in flight; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+from ldmseg_fast.kernels.backend import KERNELS, set_backend
+from ldmseg_fast.optimizer import make_optimizer
+from ldmseg_fast.resume import Progress, TrainingCheckpoints
+from ldmseg_fast.stages import STAGES
+from ldmseg_fast.training.compilation import compile_stage
+from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, OutOfMemory, is_out_of_memory
+from ldmseg_fast.training.liveness import Heartbeat, Interrupt, Stopped
+from ldmseg_fast.training.run_log import RunLog
+from ldmseg_fast.training.validation import validate
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -68,44 +44,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * share
 
 
-class RunLog:
-    """Scalars to `log.jsonl` and TensorBoard, on rank 0. On a resume, lines after the checkpoint's step are dropped."""
-
-    def __init__(self, folder: Path, start_step: int) -> None:
-        self.path = folder / "log.jsonl"
-        self.writer: Any = None
-        if not distributed.is_main():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if start_step and self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if not distributed.is_main():
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | {key: round(value, 6) for key, value in values.items()}) + "\n")
-        if self.writer is not None:
-            for key, value in values.items():
-                self.writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
-
-
 def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> CocoPanoptic:
     data = config.data
     return CocoPanoptic(
@@ -119,174 +57,282 @@ def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> Coc
         augmentation=Augmentation(data.flip, data.scale_min, data.color_jitter),
         seed=config.train.seed,
         cache=data.cache,
+        resize=data.resize if train else "pillow",
         limit=data.limit if train else data.val_limit,
     )
 
 
-def training_batches(dataset: CocoPanoptic, config: Config, start_step: int) -> Iterator[dict[str, Any]]:
-    """Micro-batches of this rank from `start_step` on, endless; the global batches do not depend on the ranks."""
-    micro_batch = config.train.batch_size // config.train.accumulation
+def check_batch(config: Config) -> None:
+    """Raises ConfigError where the batch cannot be shared among the ranks."""
     world = distributed.world_size()
+    micro_batch = config.train.batch_size // config.train.accumulation
     if micro_batch % world:
-        raise ConfigError(f"train.batch_size / train.accumulation = {micro_batch} must be a multiple of {world} ranks")
-    sampler = EpochSampler(
-        len(dataset),
-        micro_batch // world,
-        distributed.rank(),
-        world,
-        config.train.seed,
-        start_step * config.train.accumulation,
-    )
-    loader = DataLoader(
+        fitting = max(world, micro_batch - micro_batch % world) * config.train.accumulation
+        raise ConfigError(
+            f"train.batch_size / train.accumulation = {micro_batch} cannot be shared among {world} ranks; "
+            f"train.batch_size={fitting} can"
+        )
+
+
+def make_batches(dataset: CocoPanoptic, config: Config, first_item: int = 0) -> TrainingBatches:
+    """This rank's micro-batches, from what all ranks together have not seen yet."""
+    world = distributed.world_size()
+    return TrainingBatches(
         dataset,
-        batch_sampler=sampler,
+        config.train.batch_size // config.train.accumulation // world,
+        rank=distributed.rank(),
+        world_size=world,
+        seed=config.train.seed,
+        first_item=first_item,
         num_workers=config.data.num_workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=config.data.num_workers > 0,
+        timeout=config.data.timeout,
     )
-    return iter(loader)
 
 
-@torch.no_grad()
-def validate(stage: Stage, dataset: CocoPanoptic, device: torch.device, pictures: Path | None) -> dict[str, float]:
-    """Class-agnostic PQ in percent over the split, shared among the ranks; a grid of pictures from rank 0."""
-    stage.eval()
-    stat = PQStat(OBJECT, class_agnostic=True)
-    rows: list[list[Any]] = []
-    size = max(1, min(32, stage.config.train.batch_size // distributed.world_size()))
-    mine = range(distributed.rank(), len(dataset), distributed.world_size())
-    for start in range(0, len(mine), size):
-        indices = mine[start : start + size]
-        batch = to_device(collate([dataset[index] for index in indices]), device)
-        truths = [dataset.ground_truth(index) for index in indices]
-        results = stage.predict(batch, [truth[0].shape for truth in truths])
-        for index, (ids, segments), result in zip(indices, truths, results):
-            stat.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
-            if distributed.is_main() and len(rows) < 8:
-                image = dataset.load_image(index)
-                picture, truth, guess = (enlarge(array, 256) for array in (image, ids, result.segmentation))
-                rows.append([picture, overlay(picture, truth), overlay(picture, guess)])
-    parts = distributed.gather_objects(stat)
-    merged = parts[0]
-    for part in parts[1:]:
-        merged = merged.merge(part)
-    result = merged.result()
-    if distributed.is_main() and pictures is not None and rows:
-        pictures.parent.mkdir(parents=True, exist_ok=True)
-        picture_grid(rows, ["image", "truth", "prediction"]).save(pictures)
-    stage.train()
-    values = result["All"]
-    return {f"val/{key}": 100.0 * values[key] for key in ("pq", "sq", "rq")}
+class Window:
+    """What is averaged between two lines of the log. Losses stay on the device until then."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.finite: Any = 0  # steps whose loss was a number; the others are left out
+        self.steps, self.started = 0, time.monotonic()
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        finite = torch.isfinite(losses["loss"])
+        self.steps, self.finite = self.steps + 1, self.finite + finite
+        for key, value in losses.items():
+            self.sums[key] = self.sums.get(key, 0.0) + torch.where(finite, value.float(), 0.0)
+
+    def means(self, batch_size: int) -> dict[str, float]:
+        """Over steps and ranks; all ranks call it."""
+        names = list(self.sums)
+        totals = distributed.all_reduce_mean(torch.stack([*self.sums.values(), self.finite.float()]))
+        means = (totals[:-1] / totals[-1]).tolist()
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return dict(zip(names, means)) | {"images_per_s": self.steps * batch_size / seconds}
 
 
-def train(stage_name: str, config: Config, resume: bool = False) -> Path:
+class Agreement:
+    """What the ranks decide together after each step: whether to stop, and how many items were unreadable.
+
+    The exchange runs beside the next step's work, so a decision takes effect one step after it was asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: tuple[Tensor, Any] | None = None
+
+    def exchange(self, stop: bool, bad_items: int) -> tuple[bool, int]:
+        """(stop, number of unreadable items): the ranks' sums as of the call before, on one rank as of this call."""
+        if distributed.world_size() == 1:
+            return stop, bad_items
+        before, self._pending = self._pending, self._send(stop, bad_items)
+        if before is None:
+            return False, 0
+        before[1].wait()
+        stopping, bad = before[0].tolist()
+        return stopping > 0, int(bad)
+
+    def _send(self, stop: bool, bad_items: int) -> tuple[Tensor, Any]:
+        values = torch.tensor([int(stop), bad_items], dtype=torch.int64).to(self.device, non_blocking=True)
+        return values, torch.distributed.all_reduce(values, async_op=True)
+
+
+class Run:
+    """One training run from its settings to its model folder; `loop` is the whole story."""
+
+    def __init__(
+        self,
+        stage_name: str,
+        config: Config,
+        interrupt: Interrupt,
+        resume: bool = False,
+        user_config: dict[str, Any] | None = None,
+        trust: bool = False,
+    ) -> None:
+        self.folder, self.device, self.interrupt = Path(config.output_dir), distributed.device(), interrupt
+        settings = config.train
+        self.checkpoints = TrainingCheckpoints(self.folder / "checkpoints", settings.keep, settings.keep_best)
+        self.checkpoints.check_start(resume, trust)
+        torch.set_num_threads(settings.threads or max(1, distributed.cores() // distributed.local_size()))
+        torch.manual_seed(settings.seed)
+        for kernel in KERNELS:
+            set_backend(kernel, "auto" if config.model.kernels else "torch")
+
+        self.stage = STAGES[stage_name](config).to(self.device)
+        self.config = config = self.stage.config  # with what pre-trained folders say
+        if settings.channels_last and not distributed.launched():
+            self.stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        num_slots = self.stage.mask_vae.config.num_slots
+        self.train_set = make_dataset(config, config.data.train_split, num_slots, train=True)
+        self.val_set = make_dataset(config, config.data.val_split, num_slots, train=False)
+        check_batch(config)
+        compile_stage(self.stage, settings.compile, settings.compile_backend)
+        self.optimizer = make_optimizer(self.stage, config, user_config)
+        self.progress = Progress(stage_name)
+        if resume:
+            self.progress = self.checkpoints.load(self.stage, self.optimizer, stage_name, self.say)
+            self.say(f"resumed at step {self.progress.step} of {settings.steps}")
+        self.stage.train()
+
+        self.batches = make_batches(self.train_set, config, self.progress.items)
+        self.prefetched = Prefetcher(self.batches, self.device)
+        self.bad_items = BadItems(len(self.train_set), config.data.bad_items)
+        logs = self.folder / "logs"
+        self.guard = NonFiniteGuard(logs / f"nonfinite-{distributed.rank()}.jsonl", settings.max_skipped)
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "config.json", {"stage": stage_name} | to_dict(config))
+            (self.folder / "settings.txt").write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
+        self.log = RunLog(logs, self.progress.step, settings.wandb, to_dict(config))
+        self.agreement, self.window = Agreement(self.device), Window()
+        self.started, self.cpu_started = time.monotonic(), time.process_time()
+        quiet = None if distributed.is_main() else True  # None: silent where there is no terminal
+        self.bar = tqdm(total=settings.steps, initial=self.progress.step, desc=stage_name, unit="step", disable=quiet)
+
+    def loop(self) -> None:
+        """Until train.steps, a signal, or train.max_minutes."""
+        settings, progress = self.config.train, self.progress
+        stop = progress.step >= settings.steps
+        while not stop:
+            self.window.add(self.take_step())
+            last = progress.step == settings.steps
+            out_of_time = settings.max_minutes > 0 and time.monotonic() - self.started > 60 * settings.max_minutes
+            stop, bad_items = self.agreement.exchange(
+                self.interrupt.requested or out_of_time, len(self.bad_items.messages)
+            )
+            self.bad_items.check(bad_items)
+            if progress.step % settings.log_every == 0 or last:
+                self.write_log()
+            improved = False
+            if (progress.step % settings.validate_every == 0 and not stop) or last:
+                improved = self.validate()
+            stop = stop or last
+            if progress.step % settings.save_every == 0 or stop or (improved and settings.keep_best > 0):
+                self.save()
+
+    def take_step(self) -> dict[str, Tensor]:
+        """One optimiser step over `accumulation` micro-batches; the losses averaged over them, this rank's."""
+        settings, progress = self.config.train, self.progress
+        self.optimizer.set_learning_rate(learning_rate(progress.step, settings))
+        totals: dict[str, Tensor] = {}
+        image_ids: list[Any] = []
+        for micro_step in range(settings.accumulation):
+            batch = next(self.prefetched)
+            for message in self.bad_items.add(batch["failures"]):
+                self.say(f"warning: rank {distributed.rank()}: {message}; another image takes its place")
+            losses = self.optimizer.forward(batch, progress.step)
+            self.optimizer.backward(losses["loss"], last=micro_step == settings.accumulation - 1)
+            self.prefetched.fetch()
+            image_ids += batch["image_id"]
+            for key, value in losses.items():
+                totals[key] = totals.get(key, 0.0) + value.detach() / settings.accumulation
+        skipped = self.optimizer.step()
+        progress.step, progress.items = progress.step + 1, progress.items + settings.batch_size
+        self.settle(self.guard.watch(progress.step, image_ids, totals["loss"], skipped))
+        self.bar.update()
+        return totals
+
+    def settle(self, verdicts: list[bool]) -> None:
+        """Take note of which steps were skipped."""
+        for skipped in verdicts:
+            self.optimizer.scale.update(skipped)
+            self.progress.skipped += skipped
+
+    def write_log(self) -> None:
+        values = self.window.means(self.config.train.batch_size)
+        seconds = max(time.monotonic() - self.window.started, 1e-9)
+        values["lr"] = learning_rate(self.progress.step - 1, self.config.train)
+        values["data_wait"] = self.batches.waited / seconds  # share of the time
+        values["cpu_seconds"] = time.process_time() - self.cpu_started
+        if self.progress.skipped:
+            values["skipped"] = self.progress.skipped
+        if self.optimizer.scale.enabled:
+            values["loss_scale"] = self.optimizer.scale.value
+        if self.device.type == "cuda":
+            values["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_s']:.0f}")
+        self.log.write(self.progress.step, values)
+        self.batches.waited, self.window = 0.0, Window()
+
+    def validate(self) -> bool:
+        """Whether the averaged weights are the best so far."""
+        step = self.progress.step
+        pictures = self.folder / "pictures" / f"step-{step:08d}.png"
+        with self.optimizer.averaged_weights():
+            metrics = validate(self.stage, self.val_set, self.device, pictures)
+        self.log.write(step, metrics)
+        if distributed.is_main():
+            self.log.picture(step, pictures)
+            if not self.bar.disable:
+                self.say(f"step {step}: " + "  ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
+        improved = metrics["val/pq"] > max(self.progress.best.values(), default=-1.0)
+        self.progress.best[step] = metrics["val/pq"]
+        if improved and self.config.train.keep_best:
+            self.export(self.folder / "best")
+        self.window, self.batches.waited = Window(), 0.0
+        return improved
+
+    def save(self) -> None:
+        """A checkpoint to go on from, and the averaged weights as a model folder."""
+        self.settle(self.guard.flush())
+        self.checkpoints.save(self.stage, self.optimizer, self.progress)
+        self.export(self.folder)
+        self.window, self.batches.waited = Window(), 0.0
+
+    def export(self, folder: Path) -> None:
+        with self.optimizer.averaged_weights(), self.optimizer.whole_parameters():
+            distributed.run_on_main(lambda: self.stage.save(folder))
+
+    def say(self, message: str) -> None:
+        if distributed.is_main():
+            tqdm.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.log.close()
+        self.batches.close()
+
+
+def train(
+    stage_name: str,
+    config: Config,
+    resume: bool = False,
+    deepspeed_config: dict[str, Any] | None = None,
+    trust: bool = False,
+) -> Path:
     """Train one stage.
 
     Args:
         stage_name: "autoencoder" or "diffusion".
         config: everything; `output_dir` becomes the MODEL_DIR.
-        resume: continue from the newest checkpoint in `output_dir`.
+        resume: continue from the newest whole checkpoint in `output_dir`.
+        deepspeed_config: a user's DeepSpeed settings, merged with ours.
+        trust: a checkpoint that DeepSpeed itself pickled may be resumed from.
 
     Returns:
         The model folder.
 
     Raises:
         ConfigError: settings that cannot work here.
-        CheckpointError: nothing to resume, a checkpoint of another architecture, or finished weights in the way.
+        CheckpointError: nothing to resume, a checkpoint of another architecture, a run in the way, a full disk.
+        DataError: a data set that cannot be read.
+        NonFiniteError: too many steps in a row without finite gradients.
+        OutOfMemory: with the settings that help most.
+        Stopped: SIGTERM or SIGINT came; the run has saved.
     """
-    folder, settings, device = Path(config.output_dir), config.train, distributed.device()
-    checkpoints = TrainingCheckpoints(folder / "checkpoints", settings.keep)
-    checkpoints.check_start(resume)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // local_ranks))
-    torch.manual_seed(settings.seed)
-
-    stage = STAGES[stage_name](config).to(device)
-    if settings.channels_last and not distributed.launched():  # DeepSpeed's flat buffers hold contiguous weights
-        stage = stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    num_slots = stage.mask_vae.config.num_slots
-    dataset = make_dataset(config, config.data.train_split, num_slots, train=True)
-    val_dataset = make_dataset(config, config.data.val_split, num_slots, train=False)
-    optimizer = make_optimizer(stage, config)
-    start_step = checkpoints.load(stage, optimizer) if resume else 0
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", {"stage": stage_name} | to_dict(config))
-        (folder / "settings.txt").write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
-
-    log = RunLog(folder / "logs", start_step)
-    batches = training_batches(dataset, config, start_step)
-    started, cpu_started, best = time.monotonic(), time.process_time(), -1.0
-    bar = tqdm(total=settings.steps, initial=start_step, desc=stage_name, unit="step", disable=_quiet())
-    with Interrupt() as interrupt:
-        step, stop = start_step, start_step >= settings.steps
-        window_start, window_step = time.monotonic(), start_step
-        while not stop:
-            optimizer.set_learning_rate(learning_rate(step, settings))
-            losses = _step(stage, optimizer, batches, config, step, device)
-            step += 1
-            bar.update()
-            out_of_time = settings.max_minutes > 0 and time.monotonic() - started > 60 * settings.max_minutes
-            last = step == settings.steps
-            if step % settings.log_every == 0 or last:
-                seconds = time.monotonic() - window_start
-                values = {key: float(value) for key, value in losses.items()}
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(
-                        f"loss is {values['loss']} at step {step}; resume with a lower train.learning_rate or precision=fp32"
-                    )
-                values["lr"] = learning_rate(step - 1, settings)
-                values["images_per_s"] = (step - window_step) * settings.batch_size / max(seconds, 1e-9)
-                values["cpu_seconds"] = time.process_time() - cpu_started
-                bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_s']:.0f}")
-                log.write(step, values)
-                window_start, window_step = time.monotonic(), step
-            # ranks agree on a stop every few steps only: it costs them a collective
-            if step % min(settings.log_every, 10) == 0 or distributed.world_size() == 1:
-                stop = distributed.any_rank(interrupt.requested or out_of_time)
-            stop = stop or last
-            if step % settings.validate_every == 0 or last:
-                with optimizer.averaged_weights(stage):
-                    metrics = validate(stage, val_dataset, device, folder / "pictures" / f"step-{step:08d}.png")
-                log.write(step, metrics)
-                best = max(best, metrics["val/pq"])
-                bar.write(f"step {step}: " + "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())) if (
-                    not bar.disable
-                ) else None
-                window_start, window_step = time.monotonic(), step
-            if step % settings.save_every == 0 or stop:
-                checkpoints.save(stage, optimizer, step)
-                with optimizer.averaged_weights(stage), optimizer.full_weights(stage):
-                    if distributed.is_main():
-                        stage.save(folder)
-                distributed.barrier()
-    bar.close()
-    log.close()
-    return folder
-
-
-def _quiet() -> bool | None:
-    """tqdm's `disable`: silent on other ranks and without a terminal."""
-    return None if distributed.is_main() else True
-
-
-def _step(
-    stage: Stage,
-    optimizer: Optimizer,
-    batches: Iterator[dict[str, Any]],
-    config: Config,
-    step: int,
-    device: torch.device,
-) -> dict[str, torch.Tensor]:
-    """One optimiser step over `accumulation` micro-batches; the losses averaged over them, this rank's."""
-    totals: dict[str, torch.Tensor] = {}
-    count = config.train.accumulation
-    for micro_step in range(count):
-        batch = to_device(next(batches), device)
-        losses = optimizer.forward(batch, step * count + micro_step)
-        optimizer.backward(losses["loss"])
-        for key, value in losses.items():
-            totals[key] = totals.get(key, 0.0) + value.detach() / count
-    optimizer.step(stage)
-    return totals
+    with Interrupt() as interrupt, Heartbeat(config.train.peer_timeout, lambda: interrupt.request(signal.SIGTERM)):
+        run = None
+        try:
+            run = Run(stage_name, config, interrupt, resume, deepspeed_config, trust)
+            run.loop()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory(stage_name, config, distributed.world_size(), str(error)) from error
+            raise
+        finally:
+            if run is not None:
+                run.close()
+    if interrupt.requested and run.progress.step < config.train.steps:
+        raise Stopped(run.progress.step, interrupt.signal)
+    return run.folder

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,214 +14,273 @@ import torch
 from torch import Tensor, nn
 
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoint import CheckpointError, Ema, load_weights, save_weights
+from ldmseg_fast.checkpoint import CheckpointError
 from ldmseg_fast.config import Config
 from ldmseg_fast.stages import Stage
+from ldmseg_fast.training.deepspeed_settings import deepspeed_config, merge_user_config
+from ldmseg_fast.training.shards import Averages, Shard, flat_shards, parameter_shards, whole_shards
+
+
+class LossScale:
+    """Keeps float16 gradients in range (Micikevicius et al. 2018): halved by an overflow, doubled after quiet steps."""
+
+    def __init__(self, enabled: bool, start: float = 2.0**16, patience: int = 2000) -> None:
+        self.enabled, self.patience = enabled, patience
+        self.value, self.quiet_steps = (start if enabled else 1.0), 0
+
+    def update(self, overflow: bool) -> None:
+        if not self.enabled:
+            return
+        self.quiet_steps = 0 if overflow else self.quiet_steps + 1
+        if overflow:
+            self.value = max(self.value / 2, 1.0)
+        elif self.quiet_steps % self.patience == 0:
+            self.value = min(self.value * 2, 2.0**24)
 
 
 class Optimizer(abc.ABC):
-    """Forward, backward and step of a stage, its averaged weights, and their state on disk."""
+    """Forward, backward and step of a stage, and this rank's share of the state: weights, moments, averages."""
 
-    ema: Ema | None
+    shards: list[Shard]
 
-    @abc.abstractmethod
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]: ...
+    def __init__(self, stage: Stage, config: Config) -> None:
+        self.stage, self.config = stage, config.train
+        self.scale = LossScale(config.train.precision == "fp16")
+        self.steps = 0  # updates so far, for the averages
 
-    @abc.abstractmethod
-    def backward(self, loss: Tensor) -> None: ...
-
-    @abc.abstractmethod
-    def step(self, stage: Stage) -> None: ...
-
-    @abc.abstractmethod
-    def set_learning_rate(self, rate: float) -> None: ...
+    def _start(self, shards: list[Shard]) -> None:
+        self.shards = shards
+        self.averages = Averages(shards, self.config.ema) if self.config.ema else None
 
     @abc.abstractmethod
-    def save(self, folder: Path, stage: Stage) -> None: ...
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Losses of a micro-batch."""
 
     @abc.abstractmethod
-    def load(self, folder: Path, stage: Stage) -> None: ...
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a micro-batch; `last` of its step."""
+
+    @abc.abstractmethod
+    def _update(self) -> Tensor | bool:
+        """Change the weights; whether gradients were not finite, so that nothing changed."""
+
+    @abc.abstractmethod
+    def _adamw(self) -> torch.optim.AdamW: ...
+
+    @abc.abstractmethod
+    def refresh(self) -> None:
+        """Make the weights that the forward pass uses follow the shards' after these were written to."""
+
+    def step(self) -> Tensor | bool:
+        """One update of weights and averages. Returns whether gradients were not finite: then nothing changed."""
+        skipped = self._update()
+        if not isinstance(skipped, bool) or not skipped:
+            self.steps += 1
+            if self.averages is not None:
+                self.averages.update(self.steps)
+        return skipped
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self._adamw().param_groups:
+            group["lr"] = rate * group.get("lr_factor", 1.0)
+
+    def counters(self) -> dict[str, float]:
+        """What a checkpoint holds beside the shards; `set_counters` takes it."""
+        adam_steps = next((int(state["step"]) for state in self._adamw().state.values()), 0)
+        scale = {"loss_scale": self.scale.value, "quiet_steps": self.scale.quiet_steps}
+        return {"steps": self.steps, "adam_steps": adam_steps} | scale
+
+    def set_counters(self, counters: dict[str, float]) -> None:
+        self.steps = int(counters["steps"])
+        for state in self._adamw().state.values():
+            state["step"].fill_(float(counters["adam_steps"]))
+        if self.scale.enabled:
+            self.scale.value, self.scale.quiet_steps = counters["loss_scale"], int(counters["quiet_steps"])
+
+    def own_shards(self) -> list[tuple[Shard, Tensor | None]]:
+        """What this rank writes into a checkpoint, with the averages: together the ranks write each piece once."""
+        averages: list[Any] = [None] * len(self.shards) if self.averages is None else self.averages.values
+        return list(zip(self.shards, averages))
+
+    def load_foreign(self, folder: Path) -> int:
+        """Load a checkpoint that DeepSpeed itself wrote, by unpickling it; returns its step.
+
+        Raises:
+            CheckpointError: it cannot be loaded here.
+        """
+        raise CheckpointError(
+            f"{folder}: written by DeepSpeed, so start training with deepspeed or torchrun to load it"
+        )
 
     @contextlib.contextmanager
-    def full_weights(self, stage: Stage) -> Iterator[None]:
-        """Inside, every rank sees whole parameters."""
+    def whole_parameters(self, frozen_only: bool = False, write: bool = False) -> Iterator[None]:
+        """Inside, every rank sees whole parameters; with `write`, what rank 0 puts into them stays."""
         yield
 
     @contextlib.contextmanager
-    def averaged_weights(self, stage: Stage) -> Iterator[None]:
+    def averaged_weights(self) -> Iterator[None]:
         """Inside, the stage holds its moving averages."""
-        if self.ema is None:
+        if self.averages is None:
             yield
             return
-        self.ema.swap(stage)
+        self.averages.swap()
+        self.refresh()
         try:
             yield
         finally:
-            self.ema.swap(stage)
+            self.averages.swap()
+            self.refresh()
 
 
-def make_optimizer(stage: Stage, config: Config) -> Optimizer:
-    return DeepSpeedOptimizer(stage, config) if distributed.launched() else PlainOptimizer(stage, config)
+def make_optimizer(stage: Stage, config: Config, user_config: dict[str, Any] | None = None) -> Optimizer:
+    """`user_config` is a DeepSpeed configuration of the user's, merged with ours.
+
+    Raises:
+        ConfigError: it contradicts our settings.
+    """
+    if distributed.launched():
+        return DeepSpeedOptimizer(stage, config, user_config or {})
+    return PlainOptimizer(stage, config)
 
 
-def _adamw(stage: Stage, config: Config) -> torch.optim.AdamW:
+def _make_adamw(stage: Stage, config: Config, fused: bool) -> torch.optim.AdamW:
     settings = config.train
-    return torch.optim.AdamW(
-        stage.parameter_groups(), lr=settings.learning_rate, betas=settings.betas, fused=not settings.offload
-    )
+    groups = stage.parameter_groups()
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
 
 
-def _set_rate(groups: list[dict[str, Any]], rate: float) -> None:
-    for group in groups:
-        group["lr"] = rate * group.get("lr_factor", 1.0)
+def _norm_and_scale(gradients: list[Tensor], clip: float, loss_scale: float) -> tuple[Tensor, Tensor]:
+    """Norm of the unscaled gradients, and what to divide the scaled ones by: the loss scale, times the clipping."""
+    norm = nn.utils.get_total_norm(gradients) / loss_scale
+    excess = torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else torch.ones_like(norm)
+    return norm, excess * loss_scale
 
 
 class PlainOptimizer(Optimizer):
-    """One process: AdamW, clipping, gradient accumulation, fp16 loss scaling."""
+    """One process: AdamW, clipping, gradient accumulation, loss scaling; nothing in it waits for the device."""
 
     def __init__(self, stage: Stage, config: Config) -> None:
-        self.config = config.train
-        self.stage = stage
-        self.adamw = _adamw(stage, config)
+        super().__init__(stage, config)
+        self.adamw: Any = _make_adamw(stage, config, fused=True)
         self.parameters = [p for p in stage.parameters() if p.requires_grad]
-        self.scaler = torch.amp.GradScaler(enabled=self.config.precision == "fp16")
-        self.call: Any = torch.compile(stage) if self.config.compile else stage
-        self.ema = Ema(stage, self.config.ema) if self.config.ema else None
-        self.steps = 0
+        self._start(whole_shards(stage, self.adamw))
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        return self.call(batch, step)
+        return self.stage(batch, step)
 
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss / self.config.accumulation).backward()
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss * (self.scale.value / self.config.accumulation)).backward()
 
-    def step(self, stage: Stage) -> None:
-        self.scaler.unscale_(self.adamw)
-        nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
-        self.scaler.step(self.adamw)
-        self.scaler.update()
+    def _update(self) -> Tensor | bool:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm, divisor = _norm_and_scale(gradients, self.config.clip, self.scale.value)
+        skipped = ~torch.isfinite(norm)
+        # the fused kernel divides, and leaves everything as it is where found_inf is 1, without asking the CPU
+        self.adamw.grad_scale, self.adamw.found_inf = divisor, skipped.float()
+        self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        self.steps += 1
-        if self.ema is not None:
-            self.ema.update(stage, self.steps)
+        return skipped
 
-    def set_learning_rate(self, rate: float) -> None:
-        _set_rate(self.adamw.param_groups, rate)
+    def _adamw(self) -> torch.optim.AdamW:
+        return self.adamw
 
-    def save(self, folder: Path, stage: Stage) -> None:
-        save_weights(dict(stage.state_dict()), folder / "weights.safetensors")
-        state = {"scale": torch.tensor(self.scaler.get_scale()), "steps": torch.tensor(self.steps)}
-        for name, parameter in stage.named_parameters():
-            for key, value in self.adamw.state.get(parameter, {}).items():
-                state[f"{key}/{name}"] = value
-        save_weights(state, folder / "optimizer.safetensors")
-        if self.ema is not None:
-            save_weights(self.ema.shadow, folder / "ema.safetensors")
-
-    def load(self, folder: Path, stage: Stage) -> None:
-        _load_stage(stage, folder)
-        state = load_weights(folder / "optimizer.safetensors")
-        self.steps = int(state["steps"])
-        for name, parameter in stage.named_parameters():
-            moments = {key.split("/")[0]: value for key, value in state.items() if key.partition("/")[2] == name}
-            if moments:
-                step = moments.pop("step")
-                self.adamw.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
-                self.adamw.state[parameter]["step"] = step
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": float(state["scale"])})
-        _load_ema(self.ema, folder)
-
-
-def _load_stage(stage: Stage, folder: Path) -> None:
-    from ldmseg_fast.checkpoint import load_state
-
-    load_state(stage, load_weights(folder / "weights.safetensors"), str(folder))
-
-
-def _load_ema(ema: Ema | None, folder: Path, name: str = "ema.safetensors") -> None:
-    if ema is None:
-        return
-    shadow = load_weights(folder / name)
-    if shadow.keys() != ema.shadow.keys():
-        raise CheckpointError(f"{folder / name}: averages of other parameters; was train.ema off or the model changed?")
-    for key, value in shadow.items():
-        ema.shadow[key].copy_(value)
-
-
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's settings, derived from ours. Autocast is the stage's own, so DeepSpeed sees float32 weights."""
-    train = config.train
-    zero: dict[str, Any] = {"stage": train.zero_stage, "contiguous_gradients": True, "overlap_comm": False}
-    if train.offload and train.zero_stage:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.batch_size // train.accumulation // world_size,
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
+    def refresh(self) -> None:
+        pass  # the shards are the parameters
 
 
 class DeepSpeedOptimizer(Optimizer):
     """Several ranks: DeepSpeed ZeRO 0-3 around the same AdamW."""
 
-    def __init__(self, stage: Stage, config: Config) -> None:
+    def __init__(self, stage: Stage, config: Config, user_config: dict[str, Any]) -> None:
         import deepspeed
 
-        self.config = config.train
+        super().__init__(stage, config)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # dozens of lines per rank otherwise
+        warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
         with contextlib.suppress(ImportError, AttributeError):
             from deepspeed.ops import __compatible_ops__
 
             __compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes two minutes and serves CPU ranks only
-        settings = deepspeed_config(config, distributed.world_size())
-        self.engine, *_ = deepspeed.initialize(model=stage, optimizer=_adamw(stage, config), config=settings)
-        if self.config.compile:
-            self.engine.compile()
-        self.ema = Ema(stage, self.config.ema) if self.config.ema else None
-        self.steps = 0
+        train, on_gpu = config.train, torch.cuda.is_available()
+        count = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+        settings = deepspeed_config(config, distributed.world_size(), count, on_gpu)
+        settings = merge_user_config(settings, user_config, train.clip)
+        adamw = _make_adamw(stage, config, fused=not train.offload)
+        self.engine, *_ = deepspeed.initialize(model=stage, optimizer=adamw, config=settings)
+        self.zero: Any = self.engine.optimizer
+        self.zero_stage = train.zero_stage
+        if self.zero_stage == 0:
+            self.parameters = [p for p in stage.parameters() if p.requires_grad]
+            if train.channels_last:  # ZeRO's flat buffers hold contiguous weights only
+                stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._start(self._cut(stage))
+
+    def _cut(self, stage: Stage) -> list[Shard]:
+        if self.zero_stage == 0:
+            return whole_shards(stage, self._adamw())
+        if self.zero_stage < 3:
+            return flat_shards(stage, self.zero)
+        return parameter_shards(stage, self.zero, distributed.rank())
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         return self.engine(batch, step)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if self.zero_stage == 0:
+            loss = loss * self.scale.value
+        elif self.scale.enabled:
+            self.zero.override_loss_scale(self.scale.value)
         self.engine.backward(loss)
-        self.engine.step()  # counts micro-batches itself; weights change at the last one
+        if not last:
+            self.engine.step()  # counts micro-batches only
 
-    def step(self, stage: Stage) -> None:
-        self.steps += 1
-        if self.ema is not None:
-            self.ema.update(stage, self.steps)
+    def _update(self) -> Tensor | bool:
+        if self.zero_stage:
+            self.engine.step()
+            return bool(self.zero.overflow)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm, divisor = _norm_and_scale(gradients, self.config.clip, self.scale.value)
+        skipped = not bool(torch.isfinite(norm))  # the same on all ranks, which hold the same gradients
+        if skipped:
+            self.engine.zero_grad()
+        else:
+            torch._foreach_div_(gradients, divisor)
+        self.engine.step()
+        return skipped
 
-    def set_learning_rate(self, rate: float) -> None:
-        _set_rate(self.engine.optimizer.param_groups, rate)
+    def _adamw(self) -> torch.optim.AdamW:
+        return self.zero.optimizer if self.zero_stage else self.zero
+
+    def own_shards(self) -> list[tuple[Shard, Tensor | None]]:
+        own = super().own_shards()
+        return own if self.zero_stage else own[distributed.rank() :: distributed.world_size()]
+
+    def load_foreign(self, folder: Path) -> int:
+        path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint in it")
+        self.steps = self.engine.global_steps
+        self._start(self._cut(self.stage))
+        return self.steps
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self.zero_stage in (1, 2):
+            self.zero.update_lp_params()
+        elif self.zero_stage == 3:
+            self.zero._partition_all_parameters()
+            for group in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            if self.zero.persistent_parameters:
+                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     @contextlib.contextmanager
-    def full_weights(self, stage: Stage) -> Iterator[None]:
-        if self.config.zero_stage < 3:
+    def whole_parameters(self, frozen_only: bool = False, write: bool = False) -> Iterator[None]:
+        if self.zero_stage < 3:
             yield
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(stage.parameters())):
+        wanted = [p for p in self.stage.parameters() if not (frozen_only and p.requires_grad)]
+        with deepspeed.zero.GatheredParameters(wanted, modifier_rank=0 if write else None):
             yield
-
-    def save(self, folder: Path, stage: Stage) -> None:
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", client_state={"steps": self.steps}, save_latest=False)
-        if self.ema is not None and (self.config.zero_stage == 3 or distributed.is_main()):
-            save_weights(self.ema.shadow, folder / self._ema_name())
-
-    def load(self, folder: Path, stage: Stage) -> None:
-        path, client_state = self.engine.load_checkpoint(str(folder), tag="deepspeed")
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in it")
-        self.steps = int(client_state["steps"])
-        _load_ema(self.ema, folder, self._ema_name())
-
-    def _ema_name(self) -> str:
-        return f"ema-{distributed.rank()}.safetensors" if self.config.zero_stage == 3 else "ema.safetensors"

@@ -1,71 +1,307 @@
-"""Training checkpoints: OUTPUT_DIR/checkpoints/step-00000500/, each complete or not there at all."""
+"""Training checkpoints: OUTPUT_DIR/checkpoints/step-00000500/, each complete or not there at all.
+
+A folder is written under a temporary name, flushed to disk, listed with sizes and SHA-256 sums in manifest.json, and
+then renamed. It holds safetensors and JSON only: reading it runs no code.
+
+    manifest.json  state.json  shard-00000-of-00002.safetensors ...  fixed.safetensors  random-00000.safetensors ...
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import random
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoint import CheckpointError, read_json, write_json
+from ldmseg_fast.checkpoint import CheckpointError, check_state, load_weights, read_json, save_weights, write_json
 from ldmseg_fast.optimizer import Optimizer
 from ldmseg_fast.stages import Stage
+from ldmseg_fast.training.shards import ShardReader, save_shards
+
+FORMAT_VERSION = 1
+MANIFEST, STATE, FIXED = "manifest.json", "state.json", "fixed.safetensors"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
+
+@dataclass
+class Progress:
+    """Where a run is. `items` counts training items seen by all ranks, which is the sampler's place."""
+
+    stage: str
+    step: int = 0
+    items: int = 0
+    best: dict[int, float] = field(default_factory=dict)  # PQ of validations, by the step of their checkpoint
+    skipped: int = 0
 
 
 class TrainingCheckpoints:
-    """The checkpoints of one run. `state.json` is written last, so a folder without it is incomplete."""
+    """The checkpoints of one run: the newest `keep`, and those of the best `keep_best` validations."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
+    def __init__(self, folder: Path, keep: int, keep_best: int = 0) -> None:
+        self.folder, self.keep, self.keep_best = folder, keep, keep_best
+        self.foreign: Path | None = None
 
     def steps(self) -> list[int]:
-        """Steps of complete checkpoints, ascending."""
+        """Steps of complete checkpoints, ascending. A manifest is what makes one complete; `latest` is not asked."""
         found = []
         for path in self.folder.glob("step-*"):
             match = re.fullmatch(r"step-(\d+)", path.name)
-            if match and (path / "state.json").is_file():
+            if match and (path / MANIFEST).is_file():
                 found.append(int(match[1]))
         return sorted(found)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def check_start(self, resume: bool) -> None:
-        """Raises CheckpointError where there is nothing to resume, or where a fresh start would hide an older run."""
-        steps = self.steps()
-        if resume and not steps:
-            raise CheckpointError(f"--resume: no complete checkpoint in {self.folder}; start without --resume")
+    def check_start(self, resume: bool, trust: bool = False) -> None:
+        """Raises CheckpointError where there is nothing to resume, or where a fresh start would hide an older run.
+
+        With `trust`, a checkpoint that DeepSpeed itself wrote there will do; `foreign` is its folder then.
+        """
+        steps, run = self.steps(), self.folder.parent
+        self.foreign = None
         if not resume and steps:
             raise CheckpointError(
-                f"{self.folder.parent} holds a run at step {steps[-1]}; continue it with --resume or take another output_dir"
+                f"{run} holds a run at step {steps[-1]}; continue it with --resume or take another output_dir"
             )
+        if not resume or steps:
+            return
+        pickles = sorted(path for path in run.rglob("*") if path.suffix in PICKLES) if run.is_dir() else []
+        if pickles and trust and pickles[0].name.endswith("_states.pt"):
+            self.foreign = pickles[0].parent
+            return
+        if pickles:
+            raise CheckpointError(
+                f"--resume: {pickles[0]} is a pickle, which can run any code when it is read. If it is a checkpoint of "
+                f"DeepSpeed's that you wrote yourself, add --trust; `ldmseg convert` reads published weights safely"
+            )
+        what = "is empty" if run.is_dir() and not any(run.iterdir()) else "holds no complete checkpoint"
+        what = what if run.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"--resume: {run} {what}; give the output_dir of an interrupted run, or leave out --resume"
+        )
 
-    def save(self, stage: Stage, optimizer: Optimizer, step: int) -> None:
-        """Write the checkpoint of `step` and drop the oldest; all ranks call it."""
-        temporary = self.folder / f".new-{step:08d}"
+    def save(self, stage: Stage, optimizer: Optimizer, progress: Progress) -> None:
+        """Write the checkpoint of `progress.step` and drop what need not stay; all ranks call it.
+
+        Raises:
+            CheckpointError: on every rank where one of them cannot write; older checkpoints stay as they are.
+        """
+        rank, world = distributed.rank(), distributed.world_size()
+        temporary = self.folder / f".new-{progress.step:08d}"
+        self._prepare(temporary, progress.step)
+        with optimizer.whole_parameters(frozen_only=True):
+            fixed = _fixed_state(stage) if distributed.is_main() else {}
+            shapes = {name: list(_full_shape(p)) for name, p in stage.named_parameters()}
+            written: dict[str, Callable[[Path], None]] = {
+                f"shard-{rank:05d}-of-{world:05d}.safetensors": lambda path: save_shards(path, optimizer.own_shards()),
+                f"random-{rank:05d}.safetensors": lambda path: save_weights(_random_state(), path),
+            }
+            if distributed.is_main():
+                state = {
+                    "format_version": FORMAT_VERSION,
+                    "world_size": world,
+                    "zero_stage": optimizer.config.zero_stage,
+                    "progress": vars(progress) | {"best": {str(k): v for k, v in progress.best.items()}},
+                    "counters": optimizer.counters(),
+                    "shapes": shapes,
+                }
+                written[FIXED] = lambda path: save_weights(fixed, path)
+                written[STATE] = lambda path: write_json(path, state)
+            result = _write(temporary, written)
+        files: dict[str, Any] = {}
+        errors = []
+        for part in distributed.gather_objects(result):
+            if isinstance(part, str):
+                errors.append(part)
+            else:
+                files |= part
+        if not errors and distributed.is_main():
+            try:
+                self._publish(temporary, progress, files)
+            except OSError as error:
+                errors.append(_reason(error, temporary))
+        self._agree(errors[0] if errors else "", temporary, progress.step)
+
+    def _prepare(self, temporary: Path, step: int) -> None:
+        error = ""
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        distributed.barrier()
-        optimizer.save(temporary, stage)
-        distributed.barrier()
-        if distributed.is_main():
-            write_json(temporary / "state.json", {"step": step, "world_size": distributed.world_size()})
-            shutil.rmtree(self.path(step), ignore_errors=True)
-            temporary.rename(self.path(step))
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old), ignore_errors=True)
-        distributed.barrier()
+            try:
+                temporary.mkdir(parents=True)
+            except OSError as failure:
+                error = _reason(failure, temporary)
+        self._agree(error, temporary, step)
 
-    def load(self, stage: Stage, optimizer: Optimizer) -> int:
-        """Load the newest checkpoint; returns its step."""
-        step = self.steps()[-1]
-        state = read_json(self.path(step) / "state.json")
-        if state["world_size"] != distributed.world_size():
-            raise CheckpointError(
-                f"{self.path(step)} was written by {state['world_size']} ranks, this run has {distributed.world_size()}; "
-                f"start it with as many"
-            )
-        optimizer.load(self.path(step), stage)
-        return step
+    def _agree(self, error: str, temporary: Path, step: int) -> None:
+        """Raise rank 0's error on every rank."""
+        error = distributed.broadcast_object(error)
+        if not error:
+            return
+        if distributed.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        left = f"the newest complete one is of step {self.steps()[-1]}" if self.steps() else "there is none yet"
+        raise CheckpointError(f"checkpoint of step {step} not saved: {error}; {left}")
+
+    def _publish(self, temporary: Path, progress: Progress, files: dict[str, Any]) -> None:
+        write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+        _sync_folder(temporary)
+        final = self.path(progress.step)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        write_json(self.folder / "latest", final.name)
+        _sync_folder(self.folder)
+        steps = self.steps()
+        best = sorted((step for step in progress.best if step in steps), key=lambda step: -progress.best[step])
+        for step in set(steps[: -self.keep]) - set(best[: self.keep_best]):
+            shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def load(self, stage: Stage, optimizer: Optimizer, stage_name: str, say: Callable[[str], None]) -> Progress:
+        """Load the newest checkpoint that is whole; all ranks call it, as many as like.
+
+        A damaged one is named through `say` and the one before it taken. Where `check_start` found a trusted checkpoint
+        of DeepSpeed's own instead, that is loaded.
+
+        Raises:
+            CheckpointError: all are damaged, or of another architecture, stage or version.
+        """
+        if distributed.is_main():
+            for leftover in self.folder.glob(".new-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        if self.foreign is not None:
+            step = optimizer.load_foreign(self.foreign)
+            batch_size = optimizer.config.batch_size
+            say(f"loaded DeepSpeed's checkpoint {self.foreign}: step {step}; averages start anew")
+            return Progress(stage_name, step, step * batch_size)
+        damage = ""
+        for step in reversed(self.steps()):
+            damage = self.damage(step)
+            if not damage:
+                return self._load(self.path(step), stage, optimizer, stage_name)
+            say(f"warning: {damage}; going back to the checkpoint before it")
+        raise CheckpointError(f"--resume: no checkpoint in {self.folder} is whole; the last one tried: {damage}")
+
+    def damage(self, step: int) -> str:
+        """What is wrong with a checkpoint's files by its manifest, "" if nothing; the ranks share the reading."""
+        folder = self.path(step)
+        problem = ""
+        try:
+            files = read_json(folder / MANIFEST)["files"]
+            for name in sorted(files)[distributed.rank() :: distributed.world_size()]:
+                problem = problem or _damage_of(folder / name, files[name])
+        except (CheckpointError, KeyError, TypeError) as error:
+            problem = f"{folder / MANIFEST}: damaged ({error})"
+        return next((found for found in distributed.gather_objects(problem) if found), "")
+
+    def _load(self, folder: Path, stage: Stage, optimizer: Optimizer, stage_name: str) -> Progress:
+        state = read_json(folder / STATE)
+        if state.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(f"{folder}: checkpoint format {state.get('format_version')!r}, this version reads 1")
+        values = state["progress"] | {"best": {int(k): v for k, v in state["progress"]["best"].items()}}
+        progress = Progress(**values)
+        if progress.stage != stage_name:
+            raise CheckpointError(f"{folder}: a run of the {progress.stage} stage, not of the {stage_name}")
+        own = {name: torch.empty(_full_shape(p), device="meta") for name, p in stage.named_parameters()}
+        saved = {name: torch.empty(shape, device="meta") for name, shape in state["shapes"].items()}
+        check_state(own, saved, str(folder))
+        reader = ShardReader(folder)
+        reader.load(optimizer.shards, optimizer.averages)
+        optimizer.set_counters(state["counters"])
+        fixed = load_weights(folder / FIXED)
+        with optimizer.whole_parameters(frozen_only=True, write=True), torch.no_grad():
+            for name, tensor in _fixed_state(stage).items():
+                if name in fixed and tensor.shape == fixed[name].shape:
+                    tensor.copy_(fixed[name])
+                elif name in fixed and distributed.is_main():
+                    raise CheckpointError(f"{folder}: {name} has another shape there; other settings?")
+        optimizer.refresh()
+        random_file = folder / f"random-{distributed.rank():05d}.safetensors"
+        if state["world_size"] == distributed.world_size() and random_file.is_file():
+            _set_random_state(load_weights(random_file))
+        return progress
+
+
+def _full_shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 leaves an empty tensor in its place
+
+
+def _fixed_state(stage: Stage) -> dict[str, Tensor]:
+    """What is not trained: frozen parameters and buffers."""
+    frozen = {name: p.detach() for name, p in stage.named_parameters() if not p.requires_grad}
+    saved = stage.state_dict(keep_vars=True)
+    return frozen | {name: buffer for name, buffer in stage.named_buffers() if name in saved}
+
+
+def _write(folder: Path, written: dict[str, Callable[[Path], None]]) -> dict[str, Any] | str:
+    """Write files; their sizes and sums for the manifest, or why it failed."""
+    files = {}
+    for name, write in written.items():
+        try:
+            write(folder / name)
+            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        except OSError as error:
+            return _reason(error, folder / name)
+    return files
+
+
+def _reason(error: OSError, path: Path) -> str:
+    existing = next(parent for parent in path.parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free / 2**20
+    cure = "; free some space, or lower train.keep" if error.errno in (28, 122) else ""
+    return f"{path}: {error.strerror or error} ({free:.0f} MiB free{cure})"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damage_of(path: Path, known: dict[str, Any]) -> str:
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != known["bytes"]:
+        return f"{path}: {path.stat().st_size} bytes instead of {known['bytes']}"
+    return "" if _sha256(path) == known["sha256"] else f"{path}: damaged, its SHA-256 is not the manifest's"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _random_state() -> dict[str, Tensor]:
+    """Every generator that code outside ours might draw from; our own draws depend on (seed, item) alone."""
+    _, words, gauss = random.getstate()
+    kind: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(kind[1]).astype(np.int64)),
+        "numpy_place": torch.tensor([kind[2], kind[3]], dtype=torch.int64),
+        "gauss": torch.tensor([float("nan") if gauss is None else gauss, kind[4]], dtype=torch.float64),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    gauss, numpy_gauss = state["gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))
+    place, has_gauss = state["numpy_place"].tolist()
+    words = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, place, has_gauss, numpy_gauss))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -6,51 +6,83 @@ deepspeed ldmseg_fast/train.py {autoencoder|diffusion} [--config NAME_OR_FILE] [
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ldmseg_fast.config import Config, ConfigError, describe, load_config
-from ldmseg_fast.panoptic_format import PanopticFormatError
+from ldmseg_fast import distributed
+from ldmseg_fast.config import Config, ConfigError, load_config
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is an error like any other, said once and not by every rank."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"{message}; {self.prog} --help lists what there is")
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(prog="train.py", description="Train a stage; settings are written key=value.")
+    parser = Parser(prog="train.py", description="Train a stage; settings are written key=value.")
     parser.add_argument("stage", choices=["autoencoder", "diffusion"])
     parser.add_argument("--config", default="tiny", help="a preset (tiny, coco) or a YAML/JSON file; default tiny")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--trust", action="store_true", help="with --resume: also from pickles that DeepSpeed wrote")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, parameters and memory, and stop")
+    parser.add_argument(
+        "--deepspeed_config", metavar="JSON", help="more DeepSpeed settings, merged with what ours mean"
+    )
+    parser.add_argument(
+        "--deepspeed", action="store_true", help=argparse.SUPPRESS
+    )  # what other scripts are started with
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("settings", nargs="*", help="key=value, such as train.steps=1000")
     args = parser.parse_intermixed_args(argv)
     return args, load_config(args.config, args.settings)
 
 
-def main(argv: list[str] | None = None) -> int:
-    from ldmseg_fast.checkpoint import CheckpointError
+def run(argv: list[str] | None) -> None:
+    args, config = parse(argv)
+    user_config = None
+    if args.deepspeed_config:
+        from ldmseg_fast.training.deepspeed_settings import read_user_config
 
-    try:
-        args, config = parse(argv)
-        if args.dry_run:
-            print("\n".join(describe(config)))
-            return 0
-        for key, value in (("data.root", config.data.root), ("output_dir", config.output_dir)):
-            if not value:
-                raise ConfigError(f"{key} is missing; write {key}=FOLDER")
-        from ldmseg_fast import distributed
-        from ldmseg_fast.engine import train
+        user_config = read_user_config(args.deepspeed_config)
+    if args.dry_run:
+        from ldmseg_fast.training.dry_run import dry_run
 
-        distributed.start()
-        folder = train(args.stage, config, args.resume)
-        main_rank = distributed.is_main()
-        distributed.stop()
-    except (ConfigError, CheckpointError, PanopticFormatError, FileNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if main_rank:
+        if distributed.is_main():
+            print("\n".join(dry_run(args.stage, config, user_config)))
+        return
+    for key, value in (("data.root", config.data.root), ("output_dir", config.output_dir)):
+        if not value:
+            raise ConfigError(f"{key} is missing; write {key}=FOLDER")
+    from ldmseg_fast.engine import train
+
+    folder = train(args.stage, config, args.resume, user_config, args.trust)
+    if distributed.is_main():
         print(f"model folder: {folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 wrong input or a fault (one line says which and what to do), 143 or 130 stopped by a signal
+    after saving."""
+    from ldmseg_fast.training.failures import exit_code_of
+
+    distributed.start()
+    try:
+        run(argv)
+    except Exception as error:
+        code = exit_code_of(error)
+        if code is None:
+            raise
+        if distributed.launched():
+            sys.stdout.flush()
+            os._exit(code)  # leaving the process group would wait for ranks that may be stuck in a collective
+        return code
+    distributed.stop()
     return 0
 
 

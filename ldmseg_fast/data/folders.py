@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldmseg_fast.panoptic_format import MAX_PIXELS
 
-__all__ = ["DataError", "SplitFolders", "find_split", "list_splits", "read_image"]
+__all__ = ["DataError", "SplitFolders", "find_split", "list_splits", "open_image", "read_image"]
 
 _PREFIX, _SUFFIX = "panoptic_", ".json"
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # what has eight bits and a meaning as RGB
@@ -65,7 +65,12 @@ def _first_folder(candidates: list[Path], contents: str) -> Path:
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """A picture as uint8 RGB [H, W, 3], in the layout it is stored in.
+    """A picture as uint8 RGB [H, W, 3], in the layout it is stored in. As `open_image` otherwise."""
+    return np.array(open_image(path))
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """A decoded RGB picture, in the layout it is stored in.
 
     Grey, palette, CMYK and transparent files are converted. An EXIF orientation is not applied: COCO's maps, and the
     sizes in its JSON, follow the stored pixels. Raises DataError for a missing, truncated, damaged, oversized or
@@ -77,7 +82,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
                 raise DataError(f"{path}: {image.width}x{image.height} is over {MAX_PIXELS} pixels: scale it down")
             if image.mode not in _MODES:
                 raise DataError(f"{path}: pixel format {image.mode} has more than 8 bits: save it as 8-bit RGB")
-            return np.array(image.convert("RGB"))
+            return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: no such picture") from None
     except Image.DecompressionBombError:

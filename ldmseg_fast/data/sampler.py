@@ -15,7 +15,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     The epochs, each a permutation drawn from (seed, epoch), form one endless line; global batch g is its next
     `batch_size_per_rank * world_size` items, of which a rank takes its consecutive share. So no item is dropped, no
     batch is short, a data set smaller than a batch works, and a run that goes on at `start_step`, on any number of
-    ranks with the same global batch, sees what it would have seen. The epoch travels with the index because worker
+    ranks with the same global batch, sees what it would have seen. `first_item` moves the start of the line: a run that
+    has seen that many items goes on there, with any batch size. The epoch travels with the index because worker
     processes that read ahead could not be told otherwise.
     """
 
@@ -27,15 +28,16 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         world_size: int = 1,
         seed: int = 0,
         start_step: int = 0,
+        first_item: int = 0,
     ) -> None:
         if num_items < 1 or batch_size_per_rank < 1:
             raise ValueError(f"num_items={num_items} and batch_size_per_rank={batch_size_per_rank} must be positive")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is not one of {world_size} ranks")
-        if start_step < 0 or seed < 0:
-            raise ValueError(f"start_step={start_step} and seed={seed} must not be negative")
+        if start_step < 0 or seed < 0 or first_item < 0:
+            raise ValueError(f"start_step={start_step}, seed={seed}, first_item={first_item} must not be negative")
         self.num_items, self.batch_size, self.rank, self.world_size = num_items, batch_size_per_rank, rank, world_size
-        self.seed, self.start_step = seed, start_step
+        self.seed, self.start_step, self.first_item = seed, start_step, first_item
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.start_step
@@ -45,7 +47,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """This rank's (epoch, index) pairs of one step."""
-        first = (step * self.world_size + self.rank) * self.batch_size
+        first = self.first_item + (step * self.world_size + self.rank) * self.batch_size
         places = (divmod(place, self.num_items) for place in range(first, first + self.batch_size))
         return [(epoch, int(_permutation(self.num_items, self.seed, epoch)[place])) for epoch, place in places]
 

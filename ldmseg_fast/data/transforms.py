@@ -1,4 +1,4 @@
-"""From 24-bit ids to slots, and the augmentations. NumPy and Pillow; random draws come from a given generator only.
+"""From 24-bit ids to slots, and the augmentations. NumPy, Pillow and torch on the CPU; random draws come from a given generator only.
 
 Shapes: H W the picture as stored, S the side that the networks see, Q slots (slot 0 is void).
 """
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "present_ids",
     "resize_ids",
     "resize_image",
+    "resize_image_fast",
 ]
 
 ID_SCHEMES = ("random", "position", "position_spread", "position_cell", "area")
@@ -59,7 +62,8 @@ def present_ids(ids: np.ndarray) -> np.ndarray:
 def dense_ids(
     ids: np.ndarray, segment_ids: Sequence[int], *, crowd: Sequence[bool] = (), min_area: int = 0
 ) -> np.ndarray:
-    """Number the segments of a map by their place in `segment_ids`: int32 [H, W] with 0 void and 1..len(segment_ids).
+    """Number the segments of a map by their place in `segment_ids`: [H, W] with 0 void and 1..len(segment_ids), uint8
+    where that is enough and int32 otherwise.
 
     Segments marked in `crowd` (as long as `segment_ids`, or empty) and those under `min_area` pixels become void.
     Raises ValueError naming the first id of the map that the list lacks.
@@ -73,7 +77,7 @@ def dense_ids(
     unknown = known[numbers] != values
     if unknown.any():
         raise ValueError(f"segment id {values[unknown][0]} is in the map but not in segments_info")
-    kept = np.arange(len(known), dtype=np.int32)
+    kept = np.arange(len(known), dtype=np.uint8 if len(known) <= 256 else np.int32)
     kept[np.bincount(numbers, lengths, len(known)) < min_area] = 0
     kept[np.flatnonzero(crowd) + 1] = 0
     return np.repeat(kept[numbers], lengths).reshape(ids.shape)
@@ -84,13 +88,16 @@ def compact_ids(dense: np.ndarray, max_segments: int) -> tuple[np.ndarray, int]:
 
     Of more than `max_segments` segments the largest are kept and the rest become void.
     """
-    area = np.bincount(dense.ravel())
+    # Pillow counts and looks up bytes several times faster than numpy does
+    area = np.array(Image.fromarray(dense).histogram()) if dense.dtype == np.uint8 else np.bincount(dense.ravel())
     area[0] = 0
     kept = np.flatnonzero(area)
     if len(kept) > max_segments:
         kept = np.sort(kept[np.argsort(-area[kept], kind="stable")[:max_segments]])
     numbers = np.zeros(len(area), np.uint8)
     numbers[kept] = np.arange(1, len(kept) + 1)
+    if dense.dtype == np.uint8:
+        return np.array(Image.fromarray(dense).point(numbers.tolist())), len(kept)
     return numbers[dense], len(kept)
 
 
@@ -102,13 +109,21 @@ def crop_box(height: int, width: int, scale_min: float, rng: np.random.Generator
     return left, top, left + box_width, top + box_height
 
 
-def resize_image(rgb: np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
+def resize_image(rgb: np.ndarray | Image.Image, size: int, box: Box | None = None) -> np.ndarray:
     """uint8 [H, W, 3] -> [S, S, 3], Pillow's bicubic (with antialiasing); the aspect is not preserved."""
-    return np.array(Image.fromarray(rgb).resize((size, size), Image.Resampling.BICUBIC, box=box))
+    image = Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def resize_image_fast(image: Image.Image, size: int, box: Box | None = None) -> np.ndarray:
+    """As `resize_image`, by torch's integer arithmetic: a few pixels in a hundred differ by 1 or 2."""
+    picture = torch.from_numpy(np.array(image.crop(box) if box else image)).permute(2, 0, 1)[None]
+    small = F.interpolate(picture, (size, size), mode="bicubic", antialias=True, align_corners=False)
+    return small[0].permute(1, 2, 0).numpy()
 
 
 def resize_ids(ids: np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
-    """int32 [H, W] -> [S, S], Pillow's nearest."""
+    """uint8 or int32 [H, W] -> [S, S], Pillow's nearest."""
     return np.array(Image.fromarray(ids).resize((size, size), Image.Resampling.NEAREST, box=box))
 
 

@@ -78,7 +78,7 @@ def int32_map(ids: np.ndarray) -> np.ndarray:
 def boundary_mask(ids: np.ndarray, distance: int) -> np.ndarray:
     """Pixels [H, W] whose (2 distance + 1)^2 window holds another id or reaches over the image's edge.
 
-    This is each segment minus its erosion: the boundary region of Cheng et al., "Boundary IoU", CVPR 2021, equation 2.
+    This is each segment minus its erosion: the boundary region of Cheng et al., "Boundary IoU", CVPR 2021.
     """
     if _C is not None:
         return _C.boundary_mask(_C.RunMap(int32_map(ids)), distance).view(bool)
@@ -160,8 +160,23 @@ def _set_boundary_iou(matches: np.ndarray, gt_ids: np.ndarray, pred_ids: np.ndar
         matches["boundary_iou"][matches["gt_id"] == match["gt_id"]] = intersection / union
 
 
+def joint_histogram(gt_ids: np.ndarray, pred_ids: np.ndarray) -> dict[tuple[int, int], int]:
+    """Pixels of each (ground-truth id, predicted id) that occurs, for two maps [H, W] of ids in 0..2^24-1."""
+    check_map(gt_ids, "ground truth")
+    check_map(pred_ids, "prediction")
+    if gt_ids.shape != pred_ids.shape:
+        raise PanopticFormatError(
+            f"ground truth is {_size(gt_ids)}, prediction is {_size(pred_ids)}; sizes must be equal"
+        )
+    if _C is None:
+        warn_slow()
+        return _joint_histogram(gt_ids, pred_ids)
+    overlaps = _C.joint_histogram(_C.RunMap(int32_map(gt_ids)), _C.RunMap(int32_map(pred_ids)))
+    pairs = zip(overlaps["gt_id"].tolist(), overlaps["pred_id"].tolist())
+    return dict(zip(pairs, overlaps["pixels"].tolist()))
+
+
 def _joint_histogram(gt_ids: np.ndarray, pred_ids: np.ndarray) -> dict[tuple[int, int], int]:
-    """Pixels of each (ground-truth id, predicted id) that occurs."""
     pairs, counts = np.unique(gt_ids.astype(np.int64) << 24 | pred_ids, return_counts=True)
     return {(int(pair) >> 24, int(pair) & MAX_ID): int(count) for pair, count in zip(pairs, counts)}
 

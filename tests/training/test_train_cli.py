@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from ldmseg_fast.train import main
-from tests.training.conftest import autoencoder, one_thread, scenes, start  # noqa: F401 (fixtures)
 from tests.training.helpers import ROOT, TINY, TRAIN, Job, deepspeed, free_port, losses, torchrun, train_command
 
 
 @pytest.fixture
-def empty_split(scenes: Path, tmp_path: Path) -> Path:  # noqa: F811
+def empty_split(scenes: Path, tmp_path: Path) -> Path:
     root = tmp_path / "no-annotations"
     for folder in ("annotations", "train2017", "panoptic_train2017"):
         (root / folder).mkdir(parents=True)
@@ -84,7 +83,7 @@ def test_dry_run_merges_a_deepspeed_file(capsys: pytest.CaptureFixture, tmp_path
     assert '"reduce_bucket_size": 12345' in capsys.readouterr().out
 
 
-def test_ranks_speak_once(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:  # noqa: F811
+def test_ranks_speak_once(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
     settings = ["train.batch_size=6", "train.accumulation=2"]
     job = start(deepspeed(2, *train_command("autoencoder", tmp_path / "run", scenes, *settings)))
     assert job.wait() == 2
@@ -93,7 +92,7 @@ def test_ranks_speak_once(scenes: Path, tmp_path: Path, start: Callable[..., Job
     assert "Traceback" not in job.output and not job.members()
 
 
-def test_two_machines_under_torchrun(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:  # noqa: F811
+def test_two_machines_under_torchrun(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
     """Two launchers with node ranks 0 and 1 on this machine; the result is that of one process."""
     port, folder = free_port(), tmp_path / "run"
     rendezvous = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
@@ -107,7 +106,7 @@ def test_two_machines_under_torchrun(scenes: Path, tmp_path: Path, start: Callab
 
 
 @pytest.mark.soak
-def test_two_machines_under_torchrun_rendezvous(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:  # noqa: F811
+def test_two_machines_under_torchrun_rendezvous(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "7"]
     jobs = []
     for _ in (0, 1):
@@ -117,7 +116,7 @@ def test_two_machines_under_torchrun_rendezvous(scenes: Path, tmp_path: Path, st
 
 
 @pytest.mark.soak
-def test_two_machines_under_deepspeed_hostfile(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:  # noqa: F811
+def test_two_machines_under_deepspeed_hostfile(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
     """DeepSpeed's launcher on each machine by itself (--no_ssh), with one hostfile."""
     hosts = tmp_path / "hostfile"
     hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
@@ -147,7 +146,7 @@ def test_both_stages_under_both_launchers(
     launcher: Callable,
     scenes: Path,
     tmp_path: Path,
-    start: Callable[..., Job],  # noqa: F811
+    start: Callable[..., Job],
 ) -> None:
     job = start(launcher(2, *train_command("autoencoder", tmp_path / "first", scenes)))
     assert job.wait() == 0, job.output
@@ -157,7 +156,7 @@ def test_both_stages_under_both_launchers(
     assert f"model folder: {tmp_path / 'second'}" in job.output
 
 
-def test_an_empty_folder_is_refused_quickly(tmp_path: Path, scenes: Path) -> None:  # noqa: F811
+def test_an_empty_folder_is_refused_quickly(tmp_path: Path, scenes: Path) -> None:
     """Before the model is built or DeepSpeed imported."""
     code = (
         "import sys, time; import torch; start = time.perf_counter(); from ldmseg_fast.train import main; "

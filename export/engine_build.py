@@ -1,0 +1,240 @@
+"""A folder of ONNX graphs -> TensorRT engines with passports; locked, cached, and never half-written."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ldmseg_fast.backends.base import BackendError
+from ldmseg_fast.backends.manifest import FILE_NAME, GraphFile, Manifest, check_files, read_manifest
+from ldmseg_fast.backends.passport import (
+    Passport,
+    Range,
+    engine_file,
+    passport_file,
+    read_passport,
+)
+from ldmseg_fast.backends.specs import GraphSpec
+from ldmseg_fast.backends.trt_api import RTX_TARGETS, BuildSettings, Shapes, TrtApi, check_driver
+from ldmseg_fast.export.model_export import disk_full_named
+
+MAX_OPSET = 22
+TIMING_CACHE = "timing.cache"
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Sizes the engines take.
+
+    `profiles`: (least, best, largest) batch of each. `max_side`: largest side of a map, in pixels. `sides`: of
+    pictures, for graphs without a fixed size.
+    """
+
+    profiles: tuple[Range, ...] = ((1, 1, 8),)
+    max_side: int = 1024
+    sides: Range | None = None
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    settings: BuildSettings
+    ranges: Ranges
+    command: str
+    timing_cache: Path | None = None
+    progress: Callable[[str], None] = field(default=lambda _: None, compare=False)
+
+
+def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list[Passport]:
+    """One engine per graph of `onnx_dir`, those that are there already with equal settings excepted.
+
+    Raises:
+        BackendError: files that differ from their manifest, settings that TensorRT does not take, a failed build, a
+            full disk. Engines that were finished before it stay; none is ever half-written.
+    """
+    manifest = read_manifest(onnx_dir)
+    check_files(onnx_dir, manifest, tuple(manifest.graphs))
+    if manifest.opset > MAX_OPSET:
+        raise BackendError(
+            f"{onnx_dir}: opset {manifest.opset}; TensorRT takes up to {MAX_OPSET}, export with --opset 21"
+        )
+    check_targets(api, job.settings)
+    out.mkdir(parents=True, exist_ok=True)
+    with exclusive(out / ".lock"), disk_full_named(out):
+        passports = []
+        for name, graph in manifest.graphs.items():
+            profiles: list[dict[str, Range]] = []
+            for batch in job.ranges.profiles:
+                profile = axis_ranges(graph.spec, manifest, batch, job.ranges)
+                profiles += [profile] if profile not in profiles else []
+            passports.append(_build_one(onnx_dir, out, manifest, graph, tuple(profiles), job, api))
+            job.progress(f"{name}: {passports[-1].engine_bytes / 2**20:.1f} MiB, {passports[-1].build_seconds:.1f} s")
+        # the manifest last: a folder without it is not loaded
+        for file in (FILE_NAME, "parity.json"):
+            if (onnx_dir / file).is_file() and onnx_dir.resolve() != out.resolve():
+                _replace(out / file, (onnx_dir / file).read_bytes())
+    return passports
+
+
+def check_targets(api: TrtApi, settings: BuildSettings) -> None:
+    """Raises BackendError for targets that this flavour cannot build for on this machine."""
+    targets = settings.targets
+    if api.flavour == "rtx":
+        unknown = [t for t in targets if t not in (*RTX_TARGETS, "portable", "current")]
+        if unknown:
+            raise BackendError(
+                f"--target {','.join(unknown)}: TensorRT-RTX builds for {', '.join(RTX_TARGETS)} or portable"
+            )
+        if "current" in targets:
+            check_driver(api.machine)
+        return
+    check_driver(api.machine)  # TensorRT tries kernels out on the GPU that it builds for
+    here = "sm" + api.machine.compute_capability.replace(".", "")
+    if targets not in (("current",), ("portable",), (here,)):
+        raise BackendError(
+            f"--target {','.join(targets)}: TensorRT builds for the GPU it runs on, {here}; use current, or "
+            f"portable for Ampere and later, or --flavour rtx"
+        )
+
+
+def axis_ranges(spec: GraphSpec, manifest: Manifest, batch: Range, ranges: Ranges) -> dict[str, Range]:
+    """Least, best and largest size of every dynamic axis of a graph, and of the map's height and width."""
+    found: dict[str, Range] = {}
+    for axis in spec.axes:
+        if axis == "batch":
+            # the panoptic head holds every slot at the map's size: one image at a time
+            found[axis] = (1, 1, 1) if "label" in spec.tensors else batch
+            continue
+        if ranges.sides is None:
+            raise BackendError(f"{spec.name}: exported for any picture size; give --image-sizes LEAST,BEST,LARGEST")
+        multiple = manifest.size_multiple
+        if any(side % multiple for side in ranges.sides):
+            raise BackendError(f"--image-sizes {ranges.sides}: this model needs multiples of {multiple} pixels")
+        least, best, largest = (side // manifest.downsampling for side in ranges.sides)
+        found[axis] = (least, best, largest)
+    if "size" in spec.tensors:
+        best = min(manifest.image_size or (ranges.sides or (0, 1, 0))[1], ranges.max_side)
+        found |= dict.fromkeys(("height", "width"), (1, best, ranges.max_side))
+    return found
+
+
+def shapes_of(spec: GraphSpec, profile: Mapping[str, Range]) -> tuple[Shapes, Shapes]:
+    """A profile as TensorRT wants it: ranges of shapes, and of shape inputs' values."""
+    shapes, values = {}, {}
+    ends = [{axis: span[end] for axis, span in profile.items()} for end in range(3)]
+    for tensor in spec.inputs:
+        if tensor.is_shape:
+            values[tensor.name] = tuple((end["height"], end["width"]) for end in ends)
+        else:
+            shapes[tensor.name] = tuple(tensor.resolve(end) for end in ends)
+    return shapes, values  # type: ignore[return-value]
+
+
+def build_key(graph: GraphFile, profiles: tuple[dict[str, Range], ...], settings: BuildSettings, api: TrtApi) -> str:
+    """Equal keys make equal engines."""
+    machine = asdict(api.machine) if settings.targets == ("current",) else {}
+    parts = [graph.sha256, profiles, asdict(settings), api.flavour, api.version, machine]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _build_one(
+    onnx_dir: Path,
+    out: Path,
+    manifest: Manifest,
+    graph: GraphFile,
+    profiles: tuple[dict[str, Range], ...],
+    job: BuildJob,
+    api: TrtApi,
+) -> Passport:
+    name = graph.spec.name
+    key = build_key(graph, profiles, job.settings, api)
+    there = _cached(out, name, key)
+    if there is not None:
+        return there
+    cache_file = job.timing_cache or out / TIMING_CACHE
+    cache = cache_file.read_bytes() if cache_file.is_file() else b""
+    start = time.perf_counter()
+    built = api.build(onnx_dir / graph.file, [shapes_of(graph.spec, p) for p in profiles], job.settings, cache)
+    passport_file(out, name).unlink(missing_ok=True)  # from here on an older engine is not loaded any more
+    _replace(engine_file(out, name), built.engine)
+    if built.timing_cache:
+        _replace(cache_file, built.timing_cache)
+    if job.settings.detailed:
+        _replace(out / f"{name}.layers.txt", ("\n".join(built.layers) + "\n").encode())
+    passport = Passport(
+        graph=name,
+        engine_sha256=hashlib.sha256(built.engine).hexdigest(),
+        engine_bytes=len(built.engine),
+        flavour=api.flavour,
+        version=api.version,
+        gpu=api.machine.gpu,
+        compute_capability=api.machine.compute_capability,
+        driver=api.machine.driver,
+        targets=job.settings.targets,
+        onnx_sha256=graph.sha256,
+        model_hash=manifest.model_hash,
+        precision=manifest.precision,
+        image_size=manifest.image_size,
+        profiles=profiles,
+        version_compatible=job.settings.version_compatible,
+        key=key,
+        build_seconds=round(time.perf_counter() - start, 2),
+        built=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        command=job.command,
+        parity=parity_summary(onnx_dir),
+    )
+    passport.write(out)
+    return passport
+
+
+def _cached(out: Path, name: str, key: str) -> Passport | None:
+    """The passport of an engine that was built with the same key and is whole."""
+    try:
+        passport = read_passport(out, name)
+        engine = engine_file(out, name).read_bytes() if passport.key == key else b""
+    except (BackendError, OSError):
+        return None
+    whole = len(engine) == passport.engine_bytes and hashlib.sha256(engine).hexdigest() == passport.engine_sha256
+    return passport if passport.key == key and whole else None
+
+
+def parity_summary(onnx_dir: Path) -> dict[str, float]:
+    """Each comparison of the export's parity report; empty where the export has none."""
+    path = onnx_dir / "parity.json"
+    if not path.is_file():
+        return {}
+    return {row["what"]: row["value"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside the file and rename: a reader sees the old one or the new one."""
+    free = shutil.disk_usage(path.parent).free
+    if free < len(content):
+        raise BackendError(
+            f"{path}: {len(content) / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free here; free some space"
+        )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One builder per folder: a second one waits here, and then finds the engines done."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

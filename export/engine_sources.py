@@ -1,0 +1,86 @@
+"""What `to_trt.py` builds from: its settings checked, and graphs exported first where a model folder was given."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldmseg_fast.backends.base import BackendError
+from ldmseg_fast.backends.manifest import FILE_NAME, read_manifest
+from ldmseg_fast.backends.passport import Range
+from ldmseg_fast.backends.trt_api import BuildSettings
+from ldmseg_fast.checkpoint import CheckpointError
+from ldmseg_fast.export.engine_build import BuildJob, Ranges
+from ldmseg_fast.export.model_export import ExportSettings, export_model
+from ldmseg_fast.export.parity import ParityReport
+
+DEFAULT_PRECISION = "fp16"
+
+
+def make_job(args: argparse.Namespace, command: str) -> BuildJob:
+    """Raises BackendError naming the option that is wrong."""
+    targets = tuple(part.strip().lower() for part in args.target.split(",") if part.strip())
+    if len(targets) > 1 and {"portable", "current"} & set(targets):
+        raise BackendError(f"--target {args.target}: portable and current stand alone")
+    settings = BuildSettings(
+        targets=targets or (("portable",) if args.flavour == "rtx" else ("current",)),
+        level=args.level,
+        workspace_gib=args.workspace,
+        strip=args.strip,
+        refit=args.refit,
+        version_compatible=args.version_compatible,
+        detailed=args.verbose,
+    )
+    batches = [_range("--profile", text) for text in args.profile]
+    if not batches:
+        if not 1 <= args.min_batch <= args.opt_batch <= args.max_batch:
+            raise BackendError(
+                f"--min-batch {args.min_batch}, --opt-batch {args.opt_batch}, --max-batch {args.max_batch}: from 1 on, "
+                f"in this order"
+            )
+        batches = [(args.min_batch, args.opt_batch, args.max_batch)]
+    if args.max_side < 1 or args.workspace < 0:
+        raise BackendError(f"--max-side {args.max_side}, --workspace {args.workspace}: must be positive")
+    sides = _range("--image-sizes", args.image_sizes) if args.image_sizes else None
+    return BuildJob(settings, Ranges(tuple(batches), args.max_side, sides), command, args.timing_cache, print)
+
+
+def _range(option: str, text: str) -> Range:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise BackendError(f"{option} {text}: three numbers expected, such as 1,4,8")
+    least, best, largest = (int(part) for part in parts)
+    if not 1 <= least <= best <= largest:
+        raise BackendError(f"{option} {text}: least, best and largest, from 1 on, in this order")
+    return least, best, largest
+
+
+def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityReport | None]:
+    """The folder of graphs to build from, and the parity report of an export that was made now.
+
+    Raises:
+        CheckpointError: a folder that is neither an export nor a model.
+        BackendError: an export in another precision than the one asked for.
+    """
+    source = Path(args.source)
+    if (source / FILE_NAME).is_file():
+        manifest = read_manifest(source)
+        if args.precision not in (None, manifest.precision):
+            raise BackendError(
+                f"{source}: exported in {manifest.precision}, --precision {args.precision} was asked for; precision is "
+                f"part of the graphs: give MODEL_DIR, or export it again with --precision {args.precision}"
+            )
+        return source, None
+    if not (source / "model_index.json").is_file():
+        raise CheckpointError(f"{source}: neither a model folder (model_index.json) nor exported graphs ({FILE_NAME})")
+    settings = ExportSettings(
+        precision=args.precision or DEFAULT_PRECISION,
+        head=args.head,
+        size="dynamic" if args.image_sizes else "model",
+        sampler_steps=args.sampler_steps,
+        parity=not args.no_parity,
+        data=args.data,
+        command=command,
+    )
+    graphs = args.out / "onnx"
+    return graphs, export_model(source, graphs, settings)

@@ -1,0 +1,267 @@
+"""Exported graphs against PyTorch in float32, on pictures and maps of a data set, at fixed noise."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.agreement import same_pixels
+from ldmseg_fast.backends.base import ModelInfo
+from ldmseg_fast.backends.graph_backend import GraphBackend
+from ldmseg_fast.backends.manifest import Manifest
+from ldmseg_fast.backends.onnx_backend import load_onnx_backend
+from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
+from ldmseg_fast.data.scenes import write_scenes
+from ldmseg_fast.diffusion.sampler import image_noise, unet_input
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.evaluation import OBJECT, in_percent
+from ldmseg_fast.kernels.mask_bits import encode_mask_bits
+from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.panoptic import PanopticResult
+
+BATCHES = (1, 2, 5)
+STEPS = (4, 10)
+# Largest differences, relative to the reference's largest magnitude where that is above 1; smallest cosines.
+MAX_ABS = {"image_encoder": 1e-3, "denoiser": 1e-3, "mask_decoder": 1e-4}
+LOOP_ERROR, ARGMAX_AGREEMENT, PQ_DIFFERENCE = 1e-3, 0.999, 0.5
+COSINE = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.998, "fp8": 0.99, "int8": 0.98}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `limit` None: reported only. `at_least`: the value must reach it, instead of staying below."""
+
+    what: str
+    value: float
+    limit: float | None = None
+    at_least: bool = False
+
+    @property
+    def ok(self) -> bool:
+        if self.limit is None:
+            return True
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Every comparison; `latency` in milliseconds for one denoising step at batch 1 on this CPU."""
+
+    precision: str
+    images: int
+    source: str
+    rows: list[Row]
+    latency: dict[str, float]
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [asdict(row) | {"ok": row.ok} for row in self.rows]
+        return {key: value for key, value in vars(self).items() if key != "rows"} | {"ok": self.ok, "rows": rows}
+
+    def table(self) -> str:
+        width = max(len(row.what) for row in self.rows)
+        lines = [f"parity of {self.precision} with PyTorch float32, {self.images} images of {self.source}"]
+        for row in self.rows:
+            sign = ">=" if row.at_least else "<="
+            limit = "" if row.limit is None else f"  {sign} {row.limit:g}"
+            lines.append(f"{'ok ' if row.ok else 'NO '} {row.what:<{width}}  {row.value:11.6g}{limit}")
+        step = self.latency
+        lines.append(
+            f"one step at batch 1: torch {step['torch']:.1f} ms, onnxruntime {step['onnxruntime']:.1f} ms, "
+            f"ratio {step['ratio']:.2f}"
+        )
+        return "\n".join(lines)
+
+
+def measure_parity(
+    info: ModelInfo,
+    folder: Path,
+    manifest: Manifest,
+    data: str | None = None,
+    split: str = "val2017",
+    images: int = 8,
+    batches: tuple[int, ...] = BATCHES,
+) -> ParityReport:
+    """Compare a folder of exported graphs with the model, through ONNX Runtime on the CPU.
+
+    Args:
+        data: a COCO-panoptic folder; default generated scenes.
+        images: how many of its images.
+        batches: sizes that the graphs are run at, as far as their batch is dynamic.
+    """
+    fixed = manifest.options.batch
+    batches = (fixed,) if fixed else batches
+    source = "generated scenes" if data is None else f"{Path(data).name}/{split}"
+    with comparison_data(info, data, split, images) as dataset:
+        batch = collate([dataset[index] for index in range(len(dataset))])
+        truth = [dataset.ground_truth(index) for index in range(len(dataset))]
+    if manifest.precision == "bf16":
+        from ldmseg_fast.export.float_twin import float_twin
+
+        with tempfile.TemporaryDirectory() as scratch:
+            twin = float_twin(folder, manifest, Path(scratch))
+            graphs = load_onnx_backend(info, twin, "cpu")
+            return _compare(info, graphs, "bf16", batch, truth, source, batches)
+    graphs = load_onnx_backend(info, folder, "cpu")
+    return _compare(info, graphs, manifest.precision, batch, truth, source, batches)
+
+
+@contextmanager
+def comparison_data(info: ModelInfo, data: str | None, split: str, images: int) -> Iterator[CocoPanoptic]:
+    """The first images of a data set's split; of generated scenes where `data` is None."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if data is None:
+            side = max(info.image_size, 32)
+            data = str(write_scenes(Path(scratch) / "scenes", 10 * images, side, 0, workers=1))
+            split = "val2017"
+        yield CocoPanoptic(data, split, info.image_size, num_slots=info.mask_vae.num_slots, limit=images)
+
+
+@torch.inference_mode()
+def _compare(
+    info: ModelInfo,
+    graphs: GraphBackend,
+    precision: str,
+    batch: dict[str, Any],
+    truth: list,
+    source: str,
+    batches: tuple[int, ...],
+) -> ParityReport:
+    reference = TorchBackend(graphs.info, "cpu", torch.float32)
+    info, exact = graphs.info, precision == "fp32"
+    pictures = batch["image"]
+    bits = encode_mask_bits(batch["segment_ids"], info.mask_vae.num_bits, batch["table"])
+    mask_latents = reference.mask_vae.encode_latents(bits).float()  # [B, C, h, w]
+    noise = image_noise(0, list(range(len(pictures))), tuple(mask_latents.shape[1:]))
+    rows: list[Row] = []
+
+    def compare(graph: str, size: int, ours: Tensor, theirs: Tensor) -> None:
+        error = (ours.float() - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
+        rows.append(Row(f"{graph}, batch {size}: max abs", error, MAX_ABS[graph] if exact else None))
+        cosine = torch.cosine_similarity(ours.double().flatten(), theirs.double().flatten(), dim=0).item()
+        rows.append(Row(f"{graph}, batch {size}: cosine", cosine, COSINE[precision], at_least=True))
+
+    # one evaluation of each graph, on real latents
+    has_logits = "mask_logits" in graphs.specs["mask_decoder"].tensors
+    for size in batches:
+        image_latents = reference.encode_image(take(pictures, size))
+        compare("image_encoder", size, graphs.encode_image(take(pictures, size)), image_latents)
+        inputs, times = denoiser_inputs(info, take(mask_latents, size), take(noise, size), image_latents)
+        compare("denoiser", size, graphs.denoise(inputs, times), reference.denoise(inputs, times))
+        if has_logits:
+            latents = take(mask_latents, size)
+            ours, theirs = decoder_logits(graphs, latents), reference.mask_vae.decode_latents(latents)
+            compare("mask_decoder", size, ours, theirs)
+            share = (ours.argmax(1) == theirs.argmax(1)).double().mean().item()
+            limit = ARGMAX_AGREEMENT if exact else None
+            rows.append(Row(f"mask_decoder, batch {size}: argmax agreement", share, limit, at_least=True))
+
+    # whole loops and maps; thresholds at zero keep every pixel, or random weights would leave only void to compare
+    fixed = graphs.specs["denoiser"].inputs[0].shape[0]
+    chunk = fixed if isinstance(fixed, int) else len(pictures)
+    open_thresholds = replace(info.postprocess, mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
+    final: dict[str, Tensor] = {}
+    whole = [int(name.removeprefix("sampler_")) for name in graphs.specs if name.startswith("sampler_")]
+    for steps in sorted({*STEPS, *whole}):
+        final = {
+            name: _loop(backend, take(pictures, chunk), take(noise, chunk), steps)
+            for name, backend in (("graphs", graphs), ("torch", reference))
+        }
+        error = ((final["graphs"] - final["torch"]).norm() / final["torch"].norm()).item()
+        rows.append(Row(f"latents after {steps} steps: relative error", error, LOOP_ERROR if exact else None))
+    maps = {
+        name: b.decode_mask(final[name], (info.image_size, info.image_size), "panoptic", open_thresholds)
+        for name, b in (("graphs", graphs), ("torch", reference))
+    }
+    limit = ARGMAX_AGREEMENT if exact else None
+    same, total = same_pixels(maps["graphs"], maps["torch"])  # type: ignore[arg-type]
+    rows.append(Row("maps: pixel agreement", same / total, limit, at_least=True))
+    difference = _pq_difference(graphs, reference, final, truth)
+    rows.append(Row("maps: PQ difference", difference, PQ_DIFFERENCE if exact else None))
+    latency = _latency(info, graphs, reference, mask_latents[:1], noise[:1], pictures[:1])
+    return ParityReport(precision, len(pictures), source, rows, latency)
+
+
+def denoiser_inputs(
+    info: ModelInfo, mask_latents: Tensor, noise: Tensor, image_latents: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The UNet's input and timesteps for real mask latents, noised to times spread over the schedule."""
+    scheduler = Scheduler(info.scheduler)
+    total = info.scheduler.num_train_timesteps
+    times = (torch.arange(1, len(noise) + 1) * total // (len(noise) + 1)).clamp(max=total - 1)
+    noisy = scheduler.add_noise(mask_latents, noise, times)
+    return unet_input(noisy, image_latents, mask_latents if info.self_condition else None), times
+
+
+def decoder_logits(graphs: GraphBackend, latents: Tensor) -> Tensor:
+    """The mask decoder's raw logits for all latents in one call."""
+    spec, info = graphs.specs["mask_decoder"], graphs.info
+    inputs = {"latents": latents}
+    if "size" in spec.tensors:
+        inputs["size"] = torch.tensor([info.image_size, info.image_size])
+        inputs["mask_threshold"] = torch.tensor([info.postprocess.mask_threshold])
+    return graphs.run_graph("mask_decoder", inputs, height=info.image_size, width=info.image_size)["mask_logits"]
+
+
+def take(values: Tensor, size: int) -> Tensor:
+    """The first `size` rows, repeated from the start where there are fewer."""
+    return values.repeat(-(-size // len(values)), *[1] * (values.ndim - 1))[:size]
+
+
+def _loop(backend: Any, pictures: Tensor, noise: Tensor, steps: int) -> Tensor:
+    return backend.sample(noise, backend.encode_image(pictures), Scheduler(backend.info.scheduler), steps)
+
+
+def _pq_difference(graphs: GraphBackend, reference: TorchBackend, final: dict[str, Tensor], truth: list) -> float:
+    """Absolute difference in points of class-agnostic PQ."""
+    fixed = graphs.specs["mask_decoder"].inputs[0].shape[0]
+    batch = fixed if isinstance(fixed, int) else 1
+    scores = []
+    for backend, latents in ((graphs, final["graphs"]), (reference, final["torch"])):
+        stat = PQStat(OBJECT, class_agnostic=True)
+        for index, (ids, segments) in enumerate(truth[: len(latents)]):
+            rows = take(latents[index : index + 1], batch)
+            result: list[PanopticResult] | Any = backend.decode_mask(rows, ids.shape)
+            stat.add(ids, segments, result[0].segmentation, result[0].segments_info, image_id=index)
+        scores.append(in_percent(stat.result())["pq"])
+    return abs(scores[0] - scores[1])
+
+
+def _latency(
+    info: ModelInfo,
+    graphs: GraphBackend,
+    reference: TorchBackend,
+    mask_latents: Tensor,
+    noise: Tensor,
+    pictures: Tensor,
+) -> dict[str, float]:
+    if graphs.specs["denoiser"].inputs[0].shape[0] not in (1, "batch"):
+        return {"torch": float("nan"), "onnxruntime": float("nan"), "ratio": float("nan")}
+    inputs, times = denoiser_inputs(info, mask_latents, noise, reference.encode_image(pictures))
+    ours, theirs = best_times(
+        lambda: graphs.denoise(inputs.to(graphs.dtype), times), lambda: reference.denoise(inputs, times)
+    )
+    return {"torch": theirs, "onnxruntime": ours, "ratio": theirs / ours}
+
+
+def best_times(*calls: Callable[[], Any], rounds: int = 7) -> list[float]:
+    """Milliseconds of each call, the best of interleaved rounds, so that a busy machine slows all alike."""
+    best = [float("inf")] * len(calls)
+    for _ in range(rounds):
+        for index, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[index] = min(best[index], 1000 * (time.perf_counter() - start))
+    return best

@@ -1,0 +1,136 @@
+"""Post-training quantisation of the denoiser through nvidia-modelopt: calibrated on real sampling, exported with Q/DQ.
+
+The image encoder and the mask decoder stay in half: each runs once per image, the denoiser N times.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.manifest import GraphFile, hash_files
+from ldmseg_fast.backends.specs import GraphSpec, sample_inputs
+from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.diffusion.sampler import ddim, image_noise
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.export.graph_export import EMBEDDED_BYTES, check_graph, example_sizes
+
+OPSET = 20  # the newest that the tracing exporter writes; modelopt's nodes need that exporter
+# first and last convolution and the time embedding: few FLOPs, and errors there reach every step; norms gain nothing
+SENSITIVE = ("*conv_in*", "*conv_out*", "*time_embedding*", "*time_emb_proj*", "*norm*")
+CALIBRATION_STEPS = 4
+
+
+def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Module:
+    """The UNet in half with quantisers around every other convolution and linear layer.
+
+    Args:
+        precision: "fp8" (E4M3) or "int8".
+        pictures: uint8 [B, 3, S, S]; scales come from sampling their maps.
+
+    Raises:
+        BackendError: nvidia-modelopt is not installed.
+    """
+    mtq = _modelopt()
+    backend = TorchBackend(info, "cpu", torch.float32)
+    unet: Any = backend.unet
+    for module in unet.modules():
+        if getattr(module, "fused_qkv", None) is not None:
+            module.fused_qkv = None  # modelopt knows linear layers, not bare products
+    image_latents = backend.encode_image(pictures)
+    noise = image_noise(0, list(range(len(pictures))), info.latent_shape)
+
+    def calibrate(model: nn.Module) -> None:
+        scheduler = Scheduler(info.scheduler)
+        ddim(model, noise, image_latents, scheduler, CALIBRATION_STEPS, info.self_condition)
+
+    config = mtq.FP8_DEFAULT_CFG if precision == "fp8" else mtq.INT8_DEFAULT_CFG
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unet = mtq.quantize(unet, config, calibrate)
+        for pattern in SENSITIVE:
+            mtq.disable_quantizer(unet, pattern)
+    for module in unet.modules():
+        if hasattr(module, "trt_high_precision_dtype"):
+            module.trt_high_precision_dtype = "Half"  # scales in the type of what they scale
+    return unet.half()
+
+
+def _modelopt() -> Any:
+    try:
+        import modelopt.torch.quantization as mtq
+    except ImportError as error:
+        raise BackendError(
+            f"--precision fp8 and int8 need nvidia-modelopt ({error}); pip install 'ldmseg_fast[quantize]'"
+        ) from None
+    return mtq
+
+
+def export_quantized(
+    spec: GraphSpec, module: nn.Module, info: ModelInfo, folder: Path, metadata: dict[str, str]
+) -> GraphFile:
+    """`graph_export.export_graph` for a quantised module, through the tracing exporter."""
+    import onnx
+
+    inputs = sample_inputs(spec, info, example_sizes(spec, info))
+    file = f"{spec.name}.onnx"
+    axes = {
+        tensor.name: {index: axis for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
+        for tensor in (*spec.inputs, *spec.outputs)
+    }
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            module,
+            tuple(inputs[tensor.name] for tensor in spec.inputs),
+            str(folder / file),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            dynamic_axes=axes,
+        )
+    model = onnx.load(str(folder / file))
+    for stray in folder.iterdir():  # over 2 GB the exporter writes one file per tensor
+        if stray.suffix not in (".onnx", ".data", ".json"):
+            stray.unlink()
+    standard_float8(model, onnx)
+    del model.graph.value_info[:]  # types from before
+    for value, tensor in zip(model.graph.output, spec.outputs):  # the tracer loses sizes behind the quantisers
+        kind = value.type.tensor_type.elem_type
+        value.CopyFrom(onnx.helper.make_tensor_value_info(tensor.name, kind, list(tensor.shape)))
+    onnx.helper.set_model_props(model, metadata)
+    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EMBEDDED_BYTES
+    weights = f"{file}.data" if external else None
+    onnx.save(model, str(folder / file), save_as_external_data=external, location=weights)
+    check_graph(folder / file, spec)
+    return GraphFile(spec, file, weights, hash_files(folder, file, weights))
+
+
+def standard_float8(model: Any, onnx: Any) -> None:
+    """modelopt's own float8 nodes as ONNX's QuantizeLinear and DequantizeLinear, which every runtime reads."""
+    zero = "float8_zero"
+    used = False
+    for node in model.graph.node:
+        if node.domain != "trt":
+            continue
+        node.domain, used = "", True
+        if node.op_type == "TRT_FP8QuantizeLinear":
+            node.op_type = "QuantizeLinear"
+            node.input.append(zero)
+        else:
+            node.op_type = "DequantizeLinear"
+        del node.attribute[:]
+    if used:
+        empty = onnx.helper.make_tensor(zero, onnx.TensorProto.FLOAT8E4M3FN, [], [0.0])
+        model.graph.initializer.append(empty)
+    kept = [opset for opset in model.opset_import if opset.domain != "trt"]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)

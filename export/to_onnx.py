@@ -1,0 +1,72 @@
+"""A model folder as ONNX graphs, checked against PyTorch.
+
+python export/to_onnx.py MODEL_DIR --out DIR [--precision fp32|fp16|bf16] [--data ROOT]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ldmseg_fast.backends.base import BackendError
+from ldmseg_fast.backends.specs import HEADS
+from ldmseg_fast.checkpoint import CheckpointError
+from ldmseg_fast.config import ConfigError
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="to_onnx.py", description="Export a model folder as ONNX graphs.")
+    parser.add_argument("model_dir")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the graphs; an older export is replaced")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16"])
+    parser.add_argument("--opset", type=int, help="of ONNX, 18 to 23; default 21, for bf16 22")
+    parser.add_argument("--batch", default="dynamic", help="a fixed batch size; default dynamic")
+    parser.add_argument("--size", default="model", help="side of the pictures, or dynamic; default the model's")
+    parser.add_argument("--head", default="panoptic", choices=HEADS, help="what the mask decoder returns")
+    parser.add_argument("--sampler-steps", default="", help="also whole samplers of these numbers of steps, as 1,2,4")
+    parser.add_argument("--data", help="COCO-panoptic folder for the parity report; default generated scenes")
+    parser.add_argument("--split", default="val2017")
+    parser.add_argument("--parity-images", type=int, default=8)
+    parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a tolerance is missed (nothing is left in DIR), 2 wrong input."""
+    args = parse(argv)
+    try:
+        from ldmseg_fast.export.model_export import ExportSettings, export_model
+
+        settings = ExportSettings(
+            precision=args.precision,
+            opset=args.opset,
+            batch=args.batch,
+            size=args.size,
+            head=args.head,
+            sampler_steps=args.sampler_steps,
+            parity=not args.no_parity,
+            parity_images=args.parity_images,
+            data=args.data,
+            split=args.split,
+            command="python export/to_onnx.py " + shlex.join(sys.argv[1:] if argv is None else argv),
+        )
+        report = export_model(args.model_dir, args.out, settings)
+    except (BackendError, CheckpointError, ConfigError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if report is not None:
+        print(report.table())
+        if not report.ok:
+            print(f"error: a tolerance is missed, see above; {args.out} was not written", file=sys.stderr)
+            return 1
+    print(f"graphs: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""A model folder, or its ONNX graphs, as TensorRT engines.
+
+python export/to_trt.py MODEL_DIR|ONNX_DIR --out DIR [--flavour tensorrt|rtx] [--target sm80,sm89|portable|current]
+    [--precision fp16|bf16|fp8|int8] [--max-batch N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ldmseg_fast.backends.base import BackendError
+from ldmseg_fast.backends.specs import HEADS
+from ldmseg_fast.checkpoint import CheckpointError
+from ldmseg_fast.config import ConfigError
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="to_trt.py", description="Build TensorRT engines.")
+    parser.add_argument("source", metavar="MODEL_DIR|ONNX_DIR")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the engines and their passports")
+    parser.add_argument("--flavour", default="tensorrt", choices=["tensorrt", "rtx"])
+    parser.add_argument(
+        "--target", default="", help="sm80,sm89,... or portable or current; default current, rtx: portable"
+    )
+    parser.add_argument(
+        "--precision", default=None, choices=["fp32", "fp16", "bf16", "fp8", "int8"], help="default fp16"
+    )
+    parser.add_argument("--min-batch", type=int, default=1)
+    parser.add_argument("--opt-batch", type=int, default=1, help="the batch to be fastest at")
+    parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument(
+        "--profile", action="append", default=[], metavar="MIN,OPT,MAX", help="batches of one profile; may be repeated"
+    )
+    parser.add_argument("--max-side", type=int, default=1024, help="largest side of a map in pixels")
+    parser.add_argument(
+        "--image-sizes", metavar="MIN,OPT,MAX", help="of pictures, for graphs exported with --size dynamic"
+    )
+    parser.add_argument("--level", type=int, default=3, choices=range(6), help="builder optimisation level")
+    parser.add_argument("--workspace", type=float, default=0.0, help="GiB of scratch memory; default no limit")
+    parser.add_argument("--timing-cache", type=Path, help="default DIR/timing.cache")
+    parser.add_argument("--strip", action="store_true", help="engines without weights, to be refitted")
+    parser.add_argument("--refit", action="store_true", help="weights can be replaced")
+    parser.add_argument("--version-compatible", action="store_true", help="loadable by later versions of this major")
+    parser.add_argument("--verbose", action="store_true", help="write a layer report beside each engine")
+    parser.add_argument("--head", default="panoptic", choices=HEADS, help="MODEL_DIR only, as the next three")
+    parser.add_argument("--sampler-steps", default="", help="also whole samplers of these numbers of steps, as 1,2,4")
+    parser.add_argument("--data", help="COCO-panoptic folder for calibration and the parity report")
+    parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a parity tolerance is missed, 2 wrong input or a build that fails."""
+    args = parse(argv)
+    command = "python export/to_trt.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    try:
+        from ldmseg_fast.backends.trt_api import load_api
+        from ldmseg_fast.export.engine_build import build_engines, check_targets
+        from ldmseg_fast.export.engine_sources import find_graphs, make_job
+
+        job = make_job(args, command)
+        api = load_api(args.flavour)
+        check_targets(api, job.settings)
+        graphs, report = find_graphs(args, command)
+        if report is not None:
+            print(report.table())
+            if not report.ok:
+                print("error: a tolerance is missed, see above; nothing was built", file=sys.stderr)
+                return 1
+        passports = build_engines(graphs, args.out, job, api)
+    except (BackendError, CheckpointError, ConfigError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    where = passports[0].gpu or "no GPU, ahead of time"
+    print(f"engines: {args.out} ({api.name}, {passports[0].precision}, built on {where})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""How far a backend's maps agree with the torch backend's: pixels, panoptic quality, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmseg_fast import distributed
+from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.pipeline import LDMSegPipeline
+
+
+def same_pixels(one: Sequence[PanopticResult], other: Sequence[PanopticResult]) -> tuple[int, int]:
+    """Pixels with the same id, and all pixels. Ids are slots, so equal noise gives equal ids.
+
+    Raises:
+        ValueError: not the same images.
+    """
+    if len(one) != len(other) or any(a.segmentation.shape != b.segmentation.shape for a, b in zip(one, other)):
+        raise ValueError(f"agreement: {len(one)} and {len(other)} maps of different images")
+    same = sum(int(np.count_nonzero(a.segmentation == b.segmentation)) for a, b in zip(one, other))
+    return same, sum(a.segmentation.size for a in one)
+
+
+class TorchAgreement:
+    """Runs the torch backend on an evaluation's images, with the same noise, and compares.
+
+    Args:
+        model_dir: MODEL_DIR.
+        steps, seed, thresholds: the evaluation's.
+        make_stat: an empty PQStat as the evaluation uses it.
+        limit: how many of this rank's images are compared at most.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        steps: int,
+        seed: int,
+        thresholds: PostprocessConfig,
+        make_stat: Callable[[], PQStat],
+        limit: int,
+    ) -> None:
+        self.pipe = LDMSegPipeline.from_pretrained(model_dir)
+        self.steps, self.seed, self.thresholds = steps, seed, thresholds
+        self.limit = limit
+        self.ours, self.torch = make_stat(), make_stat()
+        self.images = self.same = self.total = 0
+        self.seconds = 0.0
+
+    def add(self, dataset: Any, indices: Sequence[int], results: Sequence[PanopticResult]) -> None:
+        """Compare the results of some images of the data set; those beyond the limit are passed over."""
+        indices = list(indices)[: max(self.limit - self.images, 0)]
+        if not indices:
+            return
+        images = [dataset.load_image(index) for index in indices]
+        ids = [dataset.image_id(index) for index in indices]
+        settings: dict[str, Any] = {"seed": self.seed, "image_ids": ids, "thresholds": self.thresholds}
+        if not self.images:
+            self.pipe(images, 1, batch_size=len(images), **settings)  # first calls are slow: not what is compared
+        start = time.perf_counter()
+        expected: list[Any] = list(self.pipe(images, self.steps, batch_size=len(images), **settings))
+        self.seconds += time.perf_counter() - start
+        same, total = same_pixels(results[: len(indices)], expected)
+        self.same, self.total, self.images = self.same + same, self.total + total, self.images + len(indices)
+        for index, result, other in zip(indices, results, expected):
+            truth, segments = dataset.ground_truth(index)
+            for stat, each in ((self.ours, result), (self.torch, other)):
+                stat.add(truth, segments, each.segmentation, each.segments_info, image_id=index)
+
+    def report(self) -> dict[str, Any]:
+        """Over all ranks: `pixel_agreement` (share), `pq_difference` (this backend minus torch, in points)."""
+        parts = distributed.gather_objects((self.ours, self.torch, self.same, self.total, self.images, self.seconds))
+        ours, torch, same, total, images, seconds = parts[0]
+        for part in parts[1:]:
+            ours, torch = ours.merge(part[0]), torch.merge(part[1])
+            same, total, images, seconds = (a + b for a, b in zip((same, total, images, seconds), part[2:]))
+        pq, torch_pq = (100.0 * stat.result()["class_agnostic"]["pq"] for stat in (ours, torch))
+        return {
+            "images": images,
+            "pixel_agreement": same / max(total, 1),
+            "pq": pq,
+            "torch_pq": torch_pq,
+            "pq_difference": pq - torch_pq,
+            "torch_seconds_per_image": seconds / max(images, 1),
+        }
+
+
+def format_agreement(report: dict[str, Any], seconds_per_image: float) -> str:
+    """One line under an evaluation's table."""
+    ratio = report["torch_seconds_per_image"] / max(seconds_per_image, 1e-9)
+    return (
+        f"agreement with torch over {report['images']} images: {100 * report['pixel_agreement']:.2f} % of pixels, "
+        f"PQ {report['pq_difference']:+.2f} points; torch {1000 * report['torch_seconds_per_image']:.1f} ms per image, "
+        f"ratio {ratio:.2f}"
+    )

@@ -1,0 +1,122 @@
+"""What each exported graph computes, as modules: inputs and outputs are those of `specs`, in the same order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldmseg_fast.backends.base import ModelInfo
+from ldmseg_fast.backends.specs import GraphSpec
+from ldmseg_fast.kernels.ddim_step import ddim_step
+
+
+class ImageEncoderGraph(nn.Module):
+    def __init__(self, image_vae: nn.Module) -> None:
+        super().__init__()
+        self.image_vae = image_vae
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.image_vae(images)
+
+
+class DenoiserGraph(nn.Module):
+    """One evaluation of the UNet and the DDIM step after it.
+
+    Args:
+        unet: [B, C_in, h, w], timesteps [B] -> model output [B, C, h, w]; a module or a compiled one.
+        prediction_type: what its output stands for.
+    """
+
+    def __init__(self, unet: Any, prediction_type: str) -> None:
+        super().__init__()
+        self.unet = unet
+        self.prediction_type = prediction_type
+        self.register_buffer("row", torch.zeros(1, dtype=torch.int64), persistent=False)
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        image_latents: Tensor,
+        timesteps: Tensor,
+        coefficients: Tensor,
+        condition: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = image_latents.dtype
+        parts = [noisy_latents, image_latents] + ([] if condition is None else [condition])
+        model_output = self.unet(torch.cat([part.to(dtype) for part in parts], dim=1), timesteps)
+        prev_latents, pred_original_sample, _ = ddim_step(
+            model_output,
+            noisy_latents,
+            image_latents,
+            self.row,
+            coefficients[None],
+            self.prediction_type,
+            condition is not None,
+            dtype,
+        )
+        return model_output, prev_latents, pred_original_sample
+
+
+class SamplerGraph(nn.Module):
+    """The whole loop, unrolled; every step shares the weights."""
+
+    def __init__(self, denoiser: DenoiserGraph, steps: int, self_condition: bool) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.steps = steps
+        self.self_condition = self_condition
+
+    def forward(self, noise: Tensor, image_latents: Tensor, timesteps: Tensor, coefficients: Tensor) -> Tensor:
+        latents = noise
+        condition = torch.zeros_like(noise) if self.self_condition else None
+        for step in range(self.steps):
+            time = timesteps[step].expand(noise.shape[0])
+            _, latents, estimate = self.denoiser(latents, image_latents, time, coefficients[step], condition)
+            condition = estimate if self.self_condition else None
+        return latents
+
+
+class MaskDecoderGraph(nn.Module):
+    """Decoder and panoptic head. The filter by area needs the whole map's counts; it follows outside, in `head`."""
+
+    def __init__(self, mask_vae: Any, head: str) -> None:
+        super().__init__()
+        self.mask_vae = mask_vae
+        self.head = head
+
+    def forward(
+        self, latents: Tensor, size: Tensor | None = None, mask_threshold: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        factor = self.mask_vae.config.downsampling
+        mask_logits = self.mask_vae.decode_latents(latents.to(next(self.mask_vae.parameters()).dtype))
+        if size is None or mask_threshold is None:
+            return (mask_logits,)
+        network_size = (latents.shape[2] * factor, latents.shape[3] * factor)
+        height, width = size.tolist()
+        torch._check(height > 0)
+        torch._check(width > 0)
+        logits = F.interpolate(mask_logits.float(), network_size, mode="bilinear", align_corners=False)
+        logits = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)  # [B, Q, H, W]
+        top, label = logits.max(dim=1)  # [B, H, W]
+        probability = torch.exp(top - torch.logsumexp(logits, dim=1))
+        sigmoid_area = (logits.sigmoid() >= mask_threshold).sum(dim=(2, 3), dtype=torch.int32)  # [B, Q]
+        label = torch.where(probability >= mask_threshold, label, 0).to(torch.uint8)
+        confidence = (probability * 255.0).round().to(torch.uint8)
+        outputs = (label, confidence, sigmoid_area)
+        return (*outputs, mask_logits) if self.head == "both" else outputs
+
+
+def build_graph(spec: GraphSpec, info: ModelInfo, networks: dict[str, Any], head: str = "panoptic") -> nn.Module:
+    """The module behind a spec. `networks` holds `unet`, `mask_vae` and `image_vae`, as far as the spec needs them."""
+    if spec.name == "image_encoder":
+        module: nn.Module = ImageEncoderGraph(networks["image_vae"])
+    elif spec.name == "mask_decoder":
+        module = MaskDecoderGraph(networks["mask_vae"], head)
+    else:
+        module = DenoiserGraph(networks["unet"], info.scheduler.prediction_type)
+        if spec.name.startswith("sampler_"):
+            module = SamplerGraph(module, int(spec.tensors["timesteps"].shape[0]), info.self_condition)
+    return module.eval()

@@ -1,0 +1,139 @@
+"""The sampling loop on fixed buffers, shared by every backend; on a GPU it can become one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldmseg_fast.backends.base import ModelInfo
+from ldmseg_fast.backends.specs import GraphSpec, schedule
+
+
+class Runner(Protocol):
+    """Something that runs one graph on tensors that the caller owns."""
+
+    spec: GraphSpec
+
+    def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
+        """A call that reads the spec's inputs from, and writes its outputs to, exactly these tensors, each time anew.
+
+        The tensors are contiguous and of the spec's dtypes and shapes. `repeated`: the call will be made many times,
+        so that a runtime may record it.
+        """
+        ...
+
+
+class TorchRunner:
+    """A module of `graphs` behind the face of an engine."""
+
+    def __init__(self, spec: GraphSpec, module: nn.Module) -> None:
+        self.spec = spec
+        self.module = module
+
+    def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
+        inputs = [tensors[tensor.name] for tensor in self.spec.inputs]
+        outputs = [tensors[tensor.name] for tensor in self.spec.outputs]
+
+        def run() -> None:
+            results = self.module(*inputs)
+            for output, result in zip(outputs, results if isinstance(results, tuple) else (results,)):
+                output.copy_(result)
+
+        return run
+
+
+class SampleLoop:
+    """N denoising steps for one batch size: a step's outputs are the next step's inputs, nothing is copied between.
+
+    Args:
+        runner: of the `denoiser` graph.
+        info: latent channels and schedule.
+        image_latents: their shape [B, C, h, w] and dtype are the loop's.
+        num_inference_steps: N.
+        stream: where the loop runs; None on a CPU.
+        capture: make the whole loop one CUDA graph on its first call. Needs a stream.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        info: ModelInfo,
+        image_latents: Tensor,
+        num_inference_steps: int,
+        stream: torch.cuda.Stream | None = None,
+        capture: bool = False,
+    ) -> None:
+        device, (batch, _, height, width) = image_latents.device, image_latents.shape
+        shape = (batch, info.mask_vae.latent_channels, height, width)
+        self.num_inference_steps = num_inference_steps
+        self.stream = stream
+        self.image_latents = torch.empty_like(image_latents, memory_format=torch.contiguous_format)
+        self.latents = [torch.empty(shape, device=device) for _ in range(2)]
+        self.estimates = [torch.empty(shape, device=device) for _ in range(2)]
+        self.model_output = torch.empty(shape, dtype=runner.spec.tensors["model_output"].torch_dtype, device=device)
+        times, coefficients = schedule(info, num_inference_steps)
+        self.times = times[:, None].repeat(1, batch).to(device)  # [N, B]
+        self.coefficients = coefficients.to(device)  # [N, 4]
+        self._steps = [runner.prepare(self._tensors(step), repeated=True) for step in range(num_inference_steps)]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._capture = capture and stream is not None
+
+    def _tensors(self, step: int) -> dict[str, Tensor]:
+        here, there = step % 2, (step + 1) % 2
+        return {
+            "noisy_latents": self.latents[here],
+            "image_latents": self.image_latents,
+            "timesteps": self.times[step],
+            "coefficients": self.coefficients[step],
+            "condition": self.estimates[here],
+            "model_output": self.model_output,
+            "prev_latents": self.latents[there],
+            "pred_original_sample": self.estimates[there],
+        }
+
+    @torch.inference_mode()
+    def __call__(self, noise: Tensor, image_latents: Tensor) -> Tensor:
+        """Noise [B, C, h, w] and image latents -> the last estimate of x_0, a new float32 tensor."""
+        result = torch.empty_like(self.latents[0])
+        with on_stream(self.stream):
+            if self._capture and self._graph is None:
+                self._fill(noise, image_latents)
+                self._run_steps()  # lazy initialisation must not fall into the capture
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph, stream=self.stream, capture_error_mode="thread_local"):
+                    self._run_steps()
+            self._fill(noise, image_latents)
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                self._run_steps()
+            result.copy_(self.latents[self.num_inference_steps % 2])
+        return result
+
+    def _fill(self, noise: Tensor, image_latents: Tensor) -> None:
+        self.latents[0].copy_(noise)
+        self.image_latents.copy_(image_latents)
+        self.estimates[0].zero_()
+
+    def _run_steps(self) -> None:
+        for step in self._steps:
+            step()
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work inside follows what the current stream has queued, and the current stream waits for it afterwards.
+
+    Results are to be allocated outside: then the allocator never hands memory to one stream that the other still uses.
+    """
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(stream.device).wait_stream(stream)

@@ -1,0 +1,151 @@
+"""`export.json`: what a folder of exported graphs holds, and of which model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.specs import GraphOptions, GraphSpec
+from ldmseg_fast.checkpoint import write_json
+
+FORMAT_VERSION = 1
+FILE_NAME = "export.json"
+GRAPHS = ("image_encoder", "denoiser", "mask_decoder")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
+PRECISION_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16", "int8": "float16"}
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One graph on disk: its file (and weights file), relative to the folder, and the SHA-256 of both together."""
+
+    spec: GraphSpec
+    file: str
+    weights: str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Of a folder that `to_onnx.py` wrote.
+
+    Attributes:
+        model_hash: of the model folder, see `model_hash`.
+        options: what the export fixed.
+        versions: of the packages that exported.
+        image_size: of the pictures, 0: any multiple of `size_multiple`. `downsampling`: pixels per latent cell.
+        command: that makes this folder again.
+    """
+
+    model_hash: str
+    precision: str
+    opset: int
+    image_size: int
+    downsampling: int
+    size_multiple: int
+    options: GraphOptions
+    graphs: dict[str, GraphFile]
+    versions: dict[str, str]
+    command: str
+    model: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        graphs = {
+            name: {"file": g.file, "weights": g.weights, "sha256": g.sha256, "spec": g.spec.to_dict()}
+            for name, g in self.graphs.items()
+        }
+        record = vars(self) | {"graphs": graphs, "options": vars(self.options), "format_version": FORMAT_VERSION}
+        write_json(folder / FILE_NAME, record)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Raises BackendError where the folder holds no export, or one of another format."""
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise BackendError(
+            f"{folder}: no {FILE_NAME} in it; make it with `python export/to_onnx.py MODEL_DIR --out {folder}`"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("format_version") != FORMAT_VERSION:
+            raise BackendError(
+                f"{path}: format {values.get('format_version')!r}, this version reads {FORMAT_VERSION}; export again"
+            )
+        options = values["options"] | {"sampler_steps": tuple(values["options"]["sampler_steps"])}
+        graphs = {
+            name: GraphFile(GraphSpec.from_dict(g["spec"]), g["file"], g["weights"], g["sha256"])
+            for name, g in values["graphs"].items()
+        }
+        plain = {item.name: values[item.name] for item in fields(Manifest) if item.name not in ("options", "graphs")}
+        manifest = Manifest(options=GraphOptions(**options), graphs=graphs, **plain)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BackendError(f"{path}: damaged ({error!r}); export again") from None
+    missing = [name for name in GRAPHS if name not in graphs]
+    if missing:
+        raise BackendError(f"{path}: no {', '.join(missing)} in it; export again")
+    return manifest
+
+
+def check_files(folder: str | Path, manifest: Manifest, names: tuple[str, ...] = GRAPHS) -> None:
+    """Raises BackendError for a graph file that is missing or differs from what was exported."""
+    for name in names:
+        graph = manifest.graphs[name]
+        for file in filter(None, (graph.file, graph.weights)):
+            if not (Path(folder) / file).is_file():
+                what = "the weights of" if file == graph.weights else "the graph"
+                raise BackendError(
+                    f"{Path(folder) / file}: missing, it holds {what} {name}; copy it too, or export again"
+                )
+        if hash_files(Path(folder), graph.file, graph.weights) != graph.sha256:
+            raise BackendError(f"{Path(folder) / graph.file}: not the file that was exported; export again")
+
+
+def check_model(folder: str | Path, manifest_hash: str, info: ModelInfo, rebuild: str) -> None:
+    """Raises BackendError where `folder` was made from another model than `info`'s."""
+    if model_hash(info.folder) != manifest_hash:
+        raise BackendError(f"{folder}: made from another model than {info.folder}; make it again:\n  {rebuild}")
+
+
+def with_image_size(info: ModelInfo, image_size: int) -> ModelInfo:
+    """`info` for graphs of another picture size; 0 keeps the model's."""
+    return replace(info, image_size=image_size) if image_size else info
+
+
+def hash_files(folder: Path, *names: str | None) -> str:
+    """SHA-256 over the files' own digests, in this order."""
+    total = hashlib.sha256()
+    for name in filter(None, names):
+        total.update(_digest(folder / name))
+    return total.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def model_hash(folder: Path) -> str:
+    """SHA-256 over every component's configuration and weights; the index's settings, names and dates do not matter."""
+    paths = sorted(
+        path
+        for name in ("unet", "mask_vae", "image_vae", "scheduler")
+        for path in (folder / name).glob("*")
+        if path.suffix in (".json", ".safetensors")
+    )
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        digests = list(pool.map(_digest, paths))
+    total = hashlib.sha256()
+    for path, digest in zip(paths, digests):
+        total.update(f"{path.relative_to(folder).as_posix()}\0".encode() + digest)
+    return total.hexdigest()
+
+
+def describe_model(info: ModelInfo) -> Mapping[str, Any]:
+    """The model's index, for people who find the folder later."""
+    return {key: value for key, value in info.index.items() if not key.startswith("_")}

@@ -1,0 +1,133 @@
+"""ONNX Runtime, on the CPU or CUDA."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.graph_backend import GraphBackend
+from ldmseg_fast.backends.loop import Runner
+from ldmseg_fast.backends.manifest import check_files, check_model, read_manifest, with_image_size
+from ldmseg_fast.backends.specs import GraphSpec
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+MAX_DECODE_BATCH = 64
+ONNX_TYPES = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}  # TensorProto.DataType
+
+
+class OrtRunner:
+    """A session whose inputs and outputs are bound to torch tensors, on either device."""
+
+    def __init__(self, session: Any, spec: GraphSpec, graph_ids: itertools.count | None = None) -> None:
+        self.session = session
+        self.spec = spec
+        self._graph_ids = graph_ids  # of CUDA graphs; None: not captured
+
+    def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
+        from onnxruntime import RunOptions
+
+        binding = self.session.io_binding()
+        for specs, bind in ((self.spec.inputs, binding.bind_input), (self.spec.outputs, binding.bind_output)):
+            for spec in specs:
+                tensor = tensors[spec.name]
+                index, kind = tensor.device.index or 0, ONNX_TYPES[spec.dtype]
+                bind(spec.name, tensor.device.type, index, kind, list(tensor.shape), tensor.data_ptr())
+        options = RunOptions()
+        if self._graph_ids is not None:
+            options.add_run_config_entry("gpu_graph_id", str(next(self._graph_ids)) if repeated else "-1")
+        alive = tuple(tensors.values())  # the binding holds their addresses only
+
+        def run() -> None:
+            if any(tensor.is_cuda for tensor in alive):
+                torch.cuda.current_stream().synchronize()  # ONNX Runtime works on a stream of its own
+            self.session.run_with_iobinding(binding, options)
+
+        return run
+
+
+def load_onnx_backend(
+    info: ModelInfo,
+    engine_dir: str | Path,
+    device: str | torch.device | None = None,
+    lanes: int = 1,
+    threads: int = 0,
+    cuda_graph: bool = False,
+) -> GraphBackend:
+    """The graphs that `to_onnx.py` wrote.
+
+    Args:
+        info: of MODEL_DIR.
+        engine_dir: its exported graphs.
+        device: default CUDA where torch and ONNX Runtime both have it, else the CPU.
+        lanes: how many threads can be inside at a time.
+        threads: of ONNX Runtime on the CPU; default torch's.
+        cuda_graph: capture each step of the sampling loop. CUDA only.
+
+    Raises:
+        BackendError: no ONNX Runtime, a folder that is no export or not of this model, a provider that is not there.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise BackendError(
+            "backend=onnxruntime: not installed; pip install 'ldmseg_fast[cpu]', or [gpu] on a machine with a GPU"
+        ) from None
+    folder = Path(engine_dir)
+    manifest = read_manifest(folder)
+    check_model(folder, manifest.model_hash, info, manifest.command)
+    check_files(folder, manifest, tuple(manifest.graphs))
+    if manifest.precision == "bf16":
+        raise BackendError(f"{folder}: exported in bf16, which ONNX Runtime does not run; export with --precision fp16")
+    available = ort.get_available_providers()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and PROVIDERS["cuda"] in available else "cpu"
+    device = torch.device(device)
+    provider = PROVIDERS.get(device.type)
+    if provider not in available:
+        raise BackendError(
+            f"device={device}: this onnxruntime has {', '.join(available)}; pip uninstall onnxruntime, then "
+            f"pip install onnxruntime-gpu; or use device='cpu'"
+        )
+    capture = cuda_graph and device.type == "cuda"
+
+    def open_session(name: str) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        if manifest.precision == "fp8":  # moving quantisers past other nodes makes float8 inputs that those refuse
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        settings: dict[str, str] = {}
+        if device.type == "cuda":
+            settings = {"device_id": str(device.index or 0)}
+            settings |= {"enable_cuda_graph": "1"} if capture and name == "denoiser" else {}
+        path = folder / manifest.graphs[name].file
+        try:
+            session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
+        except Exception as error:  # onnxruntime's own types, which are not exported
+            raise BackendError(f"{path}: ONNX Runtime does not load it ({error}); export again") from None
+        if session.get_providers()[0] != provider:
+            raise BackendError(
+                f"{path}: {provider} was asked for and {session.get_providers()[0]} would run; install the CUDA and "
+                f"cuDNN that this onnxruntime-gpu needs, or use device='cpu'"
+            )
+        return session
+
+    sessions = {name: open_session(name) for name in manifest.graphs}
+    specs = {name: manifest.graphs[name].spec for name in manifest.graphs}
+    graph_ids = itertools.count(1) if capture else None
+
+    def make_runners(stream: torch.cuda.Stream | None) -> Mapping[str, Runner]:
+        return {
+            name: OrtRunner(session, specs[name], graph_ids if name == "denoiser" else None)
+            for name, session in sessions.items()
+        }
+
+    fixed = manifest.options.batch
+    decode_batch = fixed or (MAX_DECODE_BATCH if manifest.options.head == "logits" else 1)
+    info = with_image_size(info, manifest.image_size)
+    return GraphBackend(info, specs, make_runners, device, lanes, decode_batch=decode_batch, close=sessions.clear)

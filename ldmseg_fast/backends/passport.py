@@ -1,0 +1,182 @@
+"""An engine's passport: the JSON beside it that says where it may run. It is read before the engine is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ldmseg_fast.backends.base import BackendError
+from ldmseg_fast.backends.manifest import Manifest
+from ldmseg_fast.backends.trt_api import MIN_DRIVER, Machine
+from ldmseg_fast.checkpoint import write_json
+
+FORMAT_VERSION = 1
+Range = tuple[int, int, int]  # least, best, largest
+
+
+@dataclass(frozen=True)
+class Passport:
+    """What is true of one engine.
+
+    Attributes:
+        graph: name of the graph; the engine is GRAPH.engine.
+        engine_sha256, engine_bytes: of that file.
+        flavour, version: of TensorRT.
+        gpu, compute_capability, driver: of the machine that built it; empty where it had no GPU.
+        targets: as asked for: ("current",), ("portable",) or compute capabilities such as ("sm89",).
+        onnx_sha256, model_hash, precision, image_size: of the export it was built from.
+        profiles: per optimisation profile the range of each dynamic axis; `height` and `width` are the map's.
+        version_compatible: built to be loaded by later versions of the same major.
+        key: of the build's settings; an equal key needs no new build.
+        build_seconds, built: duration, and the time in UTC.
+        parity: worst value of each comparison of the export's report.
+        command: that builds it again.
+    """
+
+    graph: str
+    engine_sha256: str
+    engine_bytes: int
+    flavour: str
+    version: str
+    gpu: str
+    compute_capability: str
+    driver: str
+    targets: tuple[str, ...]
+    onnx_sha256: str
+    model_hash: str
+    precision: str
+    image_size: int
+    profiles: tuple[dict[str, Range], ...]
+    version_compatible: bool
+    key: str
+    build_seconds: float
+    built: str
+    command: str
+    parity: dict[str, float] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        write_json(passport_file(folder, self.graph), asdict(self))
+
+    @property
+    def rebuild(self) -> str:
+        return f"build it again on this machine:\n  {self.command}"
+
+
+def passport_file(folder: Path, graph: str) -> Path:
+    return folder / f"{graph}.passport.json"
+
+
+def engine_file(folder: Path, graph: str) -> Path:
+    return folder / f"{graph}.engine"
+
+
+def read_passport(folder: Path, graph: str) -> Passport:
+    """Raises BackendError where there is none, or it is damaged or of another format."""
+    path = passport_file(folder, graph)
+    if not path.is_file():
+        raise BackendError(
+            f"{engine_file(folder, graph)}: no passport beside it ({path.name}), so it is not loaded; "
+            f"build it with `python export/to_trt.py MODEL_DIR --out {folder}`"
+        )
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("format_version") != FORMAT_VERSION:
+            raise BackendError(
+                f"{path}: passport format {values.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
+                f"build it again:\n  {values.get('command', 'python export/to_trt.py')}"
+            )
+        names = {item.name for item in fields(Passport)}
+        passport = Passport(**{key: value for key, value in values.items() if key in names})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BackendError(f"{path}: damaged ({error}); build the engine again") from None
+    profiles = tuple({axis: tuple(span) for axis, span in profile.items()} for profile in passport.profiles)
+    return Passport(**vars(passport) | {"profiles": profiles, "targets": tuple(passport.targets)})
+
+
+def check_passport(
+    passport: Passport, folder: Path, manifest: Manifest, model_hash: str, flavour: str, version: str, machine: Machine
+) -> None:
+    """Everything that must be equal, before the engine's first byte is interpreted.
+
+    Args:
+        manifest: of the export in `folder`.
+        model_hash: of the MODEL_DIR that is to run.
+        flavour, version: of the TensorRT that would load it.
+        machine: GPU and driver here.
+
+    Raises:
+        BackendError: one error that lists all that differs, and the command that builds the engine again.
+    """
+    graph = manifest.graphs[passport.graph]
+    differences = [
+        f"{what}: {was}, here {now}"
+        for what, was, now in (
+            ("TensorRT flavour", passport.flavour, flavour),
+            ("model", passport.model_hash[:12], model_hash[:12]),
+            ("model of the export", passport.model_hash[:12], manifest.model_hash[:12]),
+            ("ONNX graph", passport.onnx_sha256[:12], graph.sha256[:12]),
+            ("precision", passport.precision, manifest.precision),
+            ("image size", passport.image_size, manifest.image_size),
+        )
+        if was != now
+    ]
+    differences += _version_difference(passport, version) if passport.flavour == flavour else []
+    differences += _machine_differences(passport, machine)
+    needed = set(graph.spec.axes) | ({"height", "width"} if "size" in graph.spec.tensors else set())
+    for index, profile in enumerate(passport.profiles):
+        if set(profile) != needed:
+            differences.append(f"axes of profile {index}: {sorted(profile)}, the graph has {sorted(needed)}")
+    differences += _file_differences(passport, engine_file(folder, passport.graph))
+    if differences:
+        raise BackendError(
+            f"{engine_file(folder, passport.graph)} does not fit: " + "; ".join(differences) + f"; {passport.rebuild}"
+        )
+
+
+def _version_difference(passport: Passport, version: str) -> list[str]:
+    if passport.version == version:
+        return []
+    was, now = (tuple(int(part) for part in text.split(".") if part.isdigit()) for text in (passport.version, version))
+    if passport.version_compatible and was[:1] == now[:1] and was <= now:
+        return []
+    return [f"TensorRT version: {passport.version}, here {version}"]
+
+
+def _machine_differences(passport: Passport, machine: Machine) -> list[str]:
+    found = []
+    here = "sm" + machine.compute_capability.replace(".", "")
+    if passport.targets == ("current",):
+        if passport.compute_capability != machine.compute_capability:
+            found.append(f"compute capability: {passport.compute_capability}, here {machine.compute_capability}")
+        if passport.gpu != machine.gpu:
+            found.append(f"GPU: {passport.gpu}, here {machine.gpu}")
+    elif passport.targets == ("portable",):
+        least = 7.5 if passport.flavour == "rtx" else 8.0
+        if float(machine.compute_capability or 0) < least:
+            found.append(f"compute capability: {least} or later, here {machine.compute_capability}")
+    elif here not in passport.targets:
+        found.append(f"compute capability: {', '.join(passport.targets)}, here {here}")
+    driver, built_with = _major(machine.driver), _major(passport.driver)
+    if driver < max(MIN_DRIVER, built_with):
+        found.append(f"NVIDIA driver: {max(MIN_DRIVER, built_with)} or later, here {machine.driver or 'none'}")
+    return found
+
+
+def _major(driver: str) -> int:
+    return int(driver.split(".")[0]) if driver.split(".")[0].isdigit() else 0
+
+
+def _file_differences(passport: Passport, path: Path) -> list[str]:
+    if not path.is_file():
+        return [f"engine file: {passport.engine_bytes} bytes, here none"]
+    if path.stat().st_size != passport.engine_bytes:
+        return [f"engine file: {passport.engine_bytes} bytes, here {path.stat().st_size}"]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return (
+        [] if digest == passport.engine_sha256 else [f"engine file: {passport.engine_sha256[:12]}, here {digest[:12]}"]
+    )

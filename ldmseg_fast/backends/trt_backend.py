@@ -1,0 +1,115 @@
+"""TensorRT: engines behind the three calls. What is special to TensorRT is `TrtRunner`; the rest is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.backends import trt_api
+from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.graph_backend import GraphBackend
+from ldmseg_fast.backends.loop import Runner
+from ldmseg_fast.backends.manifest import model_hash, read_manifest, with_image_size
+from ldmseg_fast.backends.passport import Passport, check_passport, engine_file, read_passport
+from ldmseg_fast.backends.specs import GraphSpec
+
+OPTIONS = {
+    "batch": "--max-batch {}, or split the batch (--batch-size)",
+    "height": "--max-side {}",
+    "width": "--max-side {}",
+}
+
+
+class TrtRunner:
+    """One engine on one stream, with a context per optimisation profile. Reads and writes torch's memory in place."""
+
+    def __init__(self, api: trt_api.TrtApi, engine: Any, spec: GraphSpec, passport: Passport, stream: int) -> None:
+        self.api, self.engine, self.spec, self.passport, self.stream = api, engine, spec, passport, stream
+        self._contexts: dict[int, Any] = {}
+
+    def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
+        profile = self._profile(tensors)
+        if profile not in self._contexts:
+            self._contexts[profile] = self.api.create_context(self.engine, profile, self.stream)
+        context = self._contexts[profile]
+        inputs = {t.name: (tuple(tensors[t.name].shape), tensors[t.name].data_ptr()) for t in self.spec.inputs}
+        outputs = {t.name: tensors[t.name].data_ptr() for t in self.spec.outputs}
+        alive = tuple(tensors.values())  # the context holds their addresses only
+
+        def run() -> None:
+            assert alive
+            self.api.bind(context, inputs, outputs)
+            self.api.execute(context, self.stream)
+
+        return run
+
+    def _profile(self, tensors: Mapping[str, Tensor]) -> int:
+        """The narrowest profile that takes these shapes. Raises BackendError naming the option that widens it."""
+        sizes = self.spec.sizes({tensor.name: tensors[tensor.name] for tensor in self.spec.inputs})
+        if "size" in self.spec.tensors:
+            sizes |= dict(zip(("height", "width"), tensors["size"].tolist()))
+        profiles = self.passport.profiles
+        fitting = [
+            index
+            for index, profile in enumerate(profiles)
+            if all(profile[axis][0] <= size <= profile[axis][2] for axis, size in sizes.items())
+        ]
+        if fitting:
+            return min(fitting, key=lambda index: sum(span[2] for span in profiles[index].values()))
+        for axis, size in sizes.items():
+            largest = max(profile[axis][2] for profile in profiles)
+            if size > largest:
+                cure = OPTIONS.get(axis, "--image-sizes for it").format(size)
+                here = f"{self.spec.name}: {axis} {size} is over this engine's {largest}"
+                raise BackendError(f"{here}; rebuild with {cure}")
+        raise BackendError(f"{self.spec.name}: no profile of this engine takes {sizes}; {self.passport.rebuild}")
+
+
+def load_trt_backend(
+    info: ModelInfo,
+    engine_dir: str | Path,
+    device: str | torch.device | None = None,
+    lanes: int = 1,
+    cuda_graph: bool = True,
+) -> GraphBackend:
+    """The engines that `to_trt.py` built.
+
+    Args:
+        info: of MODEL_DIR.
+        engine_dir: its engines.
+        device: of the GPU; default the first.
+        lanes: how many threads can be inside at a time; each has its own contexts and buffers.
+        cuda_graph: run the sampling loop as one CUDA graph.
+
+    Raises:
+        BackendError: no TensorRT, no GPU, or an engine that was not built for this model, machine and version.
+    """
+    folder = Path(engine_dir)
+    manifest = read_manifest(folder)
+    passports = {name: read_passport(folder, name) for name in manifest.graphs}
+    api = trt_api.load_api(passports["denoiser"].flavour)
+    trt_api.check_driver(api.machine)
+    digest = model_hash(info.folder)
+    for passport in passports.values():
+        check_passport(passport, folder, manifest, digest, api.flavour, api.version, api.machine)
+    device = torch.device(device) if device is not None else api.device
+    if device.type != api.device.type:
+        raise BackendError(f"device={device}: TensorRT engines run on {api.device}; use backend=onnxruntime or torch")
+    engines = {
+        name: api.deserialize(engine_file(folder, name), passport.version_compatible)
+        for name, passport in passports.items()
+    }
+    specs = {name: graph.spec for name, graph in manifest.graphs.items()}
+
+    def make_runners(stream: torch.cuda.Stream | None) -> Mapping[str, Runner]:
+        handle = stream.cuda_stream if stream is not None else 0
+        return {name: TrtRunner(api, engines[name], specs[name], passports[name], handle) for name in engines}
+
+    info = with_image_size(info, manifest.image_size)
+    fixed = manifest.options.batch
+    decode_batch = fixed or max(profile["batch"][2] for profile in passports["mask_decoder"].profiles)
+    return GraphBackend(info, specs, make_runners, device, lanes, cuda_graph, decode_batch, engines.clear)

@@ -1,0 +1,198 @@
+"""Training batches for a rank: loaded ahead in worker processes, moved to the device ahead on a side stream.
+
+The batches of a step depend on (seed, step) alone, not on ranks, accumulation, worker processes or resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
+
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
+from ldmseg_fast.data.folders import DataError
+from ldmseg_fast.data.sampler import EpochSampler
+
+ATTEMPTS = 20  # replacements tried for one item before the data set as a whole counts as unreadable
+
+
+class _Items(Dataset):
+    """A data set's items for (epoch, index) keys; an unreadable one gives way to another and is reported.
+
+    `reading` [workers] tells the main process which item each worker is at, plus one.
+    """
+
+    def __init__(self, dataset: CocoPanoptic, reading: Tensor) -> None:
+        self.dataset, self.reading = dataset, reading
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, wanted = key
+        info = torch.utils.data.get_worker_info()
+        index, failures = wanted, []
+        for attempt in range(ATTEMPTS):
+            if info is not None:
+                self.reading[info.id] = index + 1
+            try:
+                item = self.dataset[epoch, index]
+            except DataError as error:
+                failures.append((index, str(error)))
+                index = (wanted + 7919 * (attempt + 1) + epoch) % len(self.dataset)  # a prime: not the neighbours
+                continue
+            finally:
+                if info is not None:
+                    self.reading[info.id] = 0
+            return item | {"sample": epoch * len(self.dataset) + wanted, "failures": failures}
+        raise DataError(failures[0][1])
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = collate(items)
+    batch["sample"] = [item["sample"] for item in items]
+    batch["failures"] = [failure for item in items for failure in item["failures"]]
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    # a launcher that is told to stop signals every process below it, but saving first needs them to the end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class TrainingBatches:
+    """Endless micro-batches of one rank.
+
+    What `collate` gives, and `sample`, a number for each item that no other draw of the whole run has, and
+    `failures`, (index, message) of unreadable items that others stand in for.
+
+    Args:
+        dataset: the training split.
+        batch_size: of one rank and micro-batch.
+        first_item: how many items all ranks together have seen already.
+        num_workers: processes; 0 loads in this one.
+        timeout: seconds to wait for a batch.
+
+    Raises:
+        DataError: on a hung worker, naming the file it is at, or when nothing can be read.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoPanoptic,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        first_item: int = 0,
+        num_workers: int = 0,
+        timeout: float = 300.0,
+    ) -> None:
+        self.dataset, self.timeout = dataset, timeout
+        self.reading = torch.zeros(max(num_workers, 1), dtype=torch.int64).share_memory_()
+        self._sampler = EpochSampler(len(dataset), batch_size, rank, world_size, seed, first_item=first_item)
+        loader = DataLoader(
+            _Items(dataset, self.reading),
+            batch_sampler=self._sampler,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            timeout=timeout if num_workers else 0,
+        )
+        self.waited = 0.0  # seconds spent here since the last look
+        self._iterator: Any = iter(loader)
+
+    def order(self, step: int) -> list[tuple[int, int]]:
+        """(epoch, index) of this rank's micro-batch number `step`."""
+        return self._sampler.batch(step)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        try:
+            return next(self._iterator)
+        except DataError as error:  # from a worker process it comes with that process's traceback as its text
+            raise DataError(
+                str(error).strip().splitlines()[-1].removeprefix("ldmseg_fast.data.folders.DataError: ")
+            ) from None
+        except RuntimeError as error:
+            if "timed out" in str(error):
+                message = self._hung()
+                self._kill_workers()
+                raise DataError(message) from None
+            if "exited unexpectedly" in str(error):
+                raise DataError(f"a loader process died ({error}); too little memory? Lower data.num_workers") from None
+            raise
+        finally:
+            self.waited += time.perf_counter() - start
+
+    def _hung(self) -> str:
+        files = [
+            f"process {worker} reads {' and '.join(map(str, self.dataset.paths(index - 1)))}"
+            for worker, index in enumerate(self.reading.tolist())
+            if index
+        ]
+        return (
+            f"no batch for {self.timeout:g} s: {'; '.join(files) or 'no process is at a file'}. Is the file server "
+            f"alive? Raise data.timeout where reading takes longer"
+        )
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._iterator = iter(())
+
+    def _kill_workers(self) -> None:
+        """Hung processes do not end when they are asked to."""
+        _remove_worker_pids(id(self._iterator))  # or their death would raise an error wherever the program then is
+        self._iterator._shutdown = True
+        for worker in self._iterator._workers:
+            os.kill(worker.pid, signal.SIGKILL)
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors on `device`; copies from pinned memory do not wait."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
+
+
+class Prefetcher:
+    """Moves the next batch to a GPU on a side stream while the present one is computed with; plain on a CPU."""
+
+    def __init__(self, batches: Iterator[dict[str, Any]], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._next: dict[str, Any] | None = None
+
+    def _load(self) -> dict[str, Any]:
+        if self.stream is None:
+            return to_device(next(self.batches), self.device)
+        with torch.cuda.stream(self.stream):
+            return to_device(next(self.batches), self.device)
+
+    def __next__(self) -> dict[str, Any]:
+        if self.stream is None:
+            return self._load()
+        batch = self._next if self._next is not None else self._load()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        for value in batch.values():
+            if isinstance(value, Tensor):
+                value.record_stream(current)  # or the allocator would hand its memory to the side stream's next copy
+        self._next = None
+        return batch
+
+    def fetch(self) -> None:
+        """Start on the next batch; called once the present one's work is queued."""
+        if self.stream is not None and self._next is None:
+            self._next = self._load()

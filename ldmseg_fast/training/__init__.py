@@ -1,0 +1,1 @@
+"""Parts of the training engine: state shards, faults, liveness, logs, validation, estimates."""

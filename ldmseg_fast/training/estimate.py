@@ -1,0 +1,200 @@
+"""Parameter counts and memory per rank, before anything is allocated: for `--dry-run` and out-of-memory advice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmseg_fast.config import Config
+from ldmseg_fast.models.image_vae import build_image_encoder
+from ldmseg_fast.models.layers import ResnetBlock
+from ldmseg_fast.models.mask_vae import MaskVAE
+from ldmseg_fast.models.unet import UNet
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by part of the model, and how many of them are trained."""
+
+    parts: dict[str, int]
+    trainable: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def count_parameters(stage_name: str, config: Config) -> Counts:
+    """Counted on the meta device: no weights are made or read."""
+    parts = _parts(stage_name, config)
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
+    if stage_name == "autoencoder":
+        return Counts(counts, counts["mask_vae"])
+    frozen = config.model.freeze
+    trainable = sum(p.numel() for name, p in parts["unet"].named_parameters() if not name.startswith(frozen))
+    trainable += counts["image_vae"] if config.image_encoder.kind == "conv" else 0
+    return Counts(counts, trainable)
+
+
+def _parts(stage_name: str, config: Config) -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        if stage_name == "autoencoder":
+            return {"mask_vae": MaskVAE(config.mask_vae)}
+        return {
+            "unet": UNet(config.unet, "sdpa"),
+            "mask_vae": MaskVAE(config.mask_vae),
+            "image_vae": build_image_encoder(config.image_encoder),
+        }
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes per rank that weights, gradients, AdamW's moments and averages take; nothing of activations."""
+
+    device: int
+    host: int  # what offloading puts there
+
+
+def state_memory(counts: Counts, config: Config, ranks: int, zero_stage: int) -> StateMemory:
+    """Rajbhandari et al. 2020 (ZeRO), section 3, for float32 weights under autocast: 4 bytes each for a weight, its
+    gradient, its average and each of two moments. From stage 1 on the rank's share of the weights has a master copy.
+    """
+    trainable, frozen = counts.trainable, counts.total - counts.trainable
+    average = 4 if config.train.ema else 0
+    share = trainable / ranks
+    weights, gradients = 4.0 * trainable, 4.0 * trainable
+    if zero_stage == 0:
+        return StateMemory(round(weights + gradients + (8 + average) * trainable + 4 * frozen), 0)
+    updated = (4 + 8) * share  # master weights and moments
+    if zero_stage >= 2:
+        gradients = 4 * share
+    if zero_stage == 3:
+        weights = 4 * share
+    held = 4 * (frozen / ranks if zero_stage == 3 else frozen)
+    offloaded = (updated + average * share) if config.train.offload else 0
+    return StateMemory(round(weights + gradients + updated + average * share + held - offloaded), round(offloaded))
+
+
+def activation_memory(config: Config, images: int, checkpointing: bool) -> int:
+    """Bytes that the UNet keeps for the backward pass of `images` images: what autograd saves of a pass on the meta
+    device, attention's score matrices left out, which no fused attention keeps."""
+    unet = _parts("diffusion", config)["unet"]
+    side = config.data.image_size // config.mask_vae.downsampling
+    half = config.train.precision != "fp32"
+    heads = config.unet.num_heads
+    scores = {(heads[level], *[(side >> level) ** 2] * 2) for level in range(len(heads))}
+    seen = {p.untyped_storage()._cdata for p in unet.parameters()}
+    kept: list[Tensor] = []  # so that no id is used twice
+    total = 0
+
+    def note(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()._cdata
+        if storage not in seen and tuple(tensor.shape[-3:]) not in scores:
+            seen.add(storage)
+            kept.append(tensor)
+            total += tensor.numel() * (2 if half and tensor.element_size() == 4 else tensor.element_size())
+        return tensor
+
+    sample = torch.empty(1, config.unet.in_channels, side, side, device="meta")
+    context = None
+    if config.unet.cross_attention_dim:
+        context = torch.empty(1, config.conditioning.num_queries, config.unet.cross_attention_dim, device="meta")
+    timesteps = torch.zeros(1, device="meta")
+    if not checkpointing:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            unet(sample, timesteps, context)
+        return total * images
+
+    def note_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        note(inputs[0])
+
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock):  # each layer that is recomputed starts with one
+            module.register_forward_pre_hook(note_input)
+    with torch.no_grad():
+        unet(sample, timesteps, context)
+    return total * images
+
+
+def micro_batch(config: Config, ranks: int) -> int:
+    return max(config.train.batch_size // config.train.accumulation // ranks, 1)
+
+
+def device_memory() -> int | None:
+    """Bytes of this rank's GPU; None without one."""
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if torch.cuda.is_available()
+        else None
+    )
+
+
+def report(stage_name: str, config: Config, ranks: int) -> list[str]:
+    """Lines of the estimate: parts, memory per rank for ZeRO 0-3, activations, and the device they must fit."""
+    counts = count_parameters(stage_name, config)
+    lines = [f"parameters: {counts.total:,} of which {counts.trainable:,} are trained"]
+    lines += [f"  {name:<12} {count:>14,}" for name, count in counts.parts.items()]
+    total = device_memory()
+    lines.append(f"memory per rank for weights, gradients, moments and averages, {ranks} ranks, GiB:")
+    for zero_stage in range(4):
+        memory = state_memory(counts, config, ranks, zero_stage)
+        chosen = "  <- train.zero_stage" if zero_stage == config.train.zero_stage else ""
+        host = f" + {memory.host / GIB:.2f} in main memory" if memory.host else ""
+        lines.append(f"  ZeRO {zero_stage}: {memory.device / GIB:8.2f}{host}{chosen}")
+    if stage_name == "diffusion":
+        images = micro_batch(config, ranks)
+        plain, recomputed = (activation_memory(config, images, flag) / GIB for flag in (False, True))
+        lines.append(
+            f"activations of the UNet at {images} images a rank, about, GiB: {plain:.2f}; "
+            f"with train.checkpointing=blocks {recomputed:.2f}"
+        )
+    lines.append("device: " + (f"{total / GIB:.1f} GiB" if total else "no GPU here"))
+    return lines
+
+
+def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = None) -> list[str]:
+    """The three settings that free most memory, with estimates of how much."""
+    counts = count_parameters(stage_name, config)
+    if trainable is not None:
+        counts = replace(counts, trainable=trainable)
+    train, images = config.train, micro_batch(config, ranks)
+    options: list[tuple[float, str]] = []
+    if stage_name == "diffusion":
+        recompute = train.checkpointing != "none"
+        activations = activation_memory(config, images, recompute) / GIB
+        if not recompute:
+            saved = activations - activation_memory(config, images, True) / GIB
+            options.append((saved, f"train.checkpointing=blocks: about {saved:.2f} GiB less, a third more time"))
+    else:
+        side, vae = config.data.image_size, config.mask_vae
+        logits = images * vae.num_slots * (side * 2**vae.num_upscalers // vae.downsampling) ** 2 * 4
+        activations = 4 * logits / GIB  # in both precisions, their gradient, and the widest decoder layer before them
+    if images > 1:
+        more = train.accumulation * 2
+        saved = activations / 2
+        text = (
+            f"train.accumulation={more}: {images // 2} images at a time instead of {images}, about {saved:.2f} GiB less"
+        )
+        options.append((saved, text))
+    now = state_memory(counts, config, ranks, train.zero_stage).device
+    for zero_stage, offload in ((train.zero_stage + 1, train.offload), (3, True)):
+        if zero_stage > 3 or (zero_stage, offload) == (train.zero_stage, train.offload):
+            continue
+        changed = replace(config, train=replace(train, zero_stage=zero_stage, offload=offload))
+        saved = (now - state_memory(counts, changed, ranks, zero_stage).device) / GIB
+        name = f"train.zero_stage={zero_stage}" + (" train.offload=true" if offload and not train.offload else "")
+        options.append((saved, f"{name}: {saved:.2f} GiB less on each of {ranks} ranks"))
+    if train.precision == "fp32":
+        options.append((activations / 2, f"train.precision=bf16: about {activations / 2:.2f} GiB less"))
+    options.append((0.0, f"data.image_size={config.data.image_size // 2}: a quarter of the activations"))
+    if stage_name == "autoencoder":
+        points = config.loss.num_points
+        options.append((0.0, f"loss.num_points={points // 2}: half of what the loss samples ({points} points now)"))
+    best: list[Any] = sorted(options, key=lambda option: -option[0])[:3]
+    return [text for _, text in best]

@@ -1,0 +1,104 @@
+"""What may go wrong in flight: numbers that are not finite, pictures that cannot be read, memory that runs out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.config import Config
+from ldmseg_fast.data.folders import DataError
+from ldmseg_fast.training.estimate import advice
+
+
+class NonFiniteError(FloatingPointError):
+    """Too many steps in a row whose loss or gradients were not finite."""
+
+
+class NonFiniteGuard:
+    """Counts skipped steps, and writes down which images they had, in LOGS/nonfinite.jsonl of each rank.
+
+    The verdict on a step is read when the next one is under way, so that the CPU does not wait for the device.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path, self.limit = path, limit
+        self.in_a_row = self.total = 0
+        self._pending: deque[tuple[int, list[Any], Tensor, Tensor | bool]] = deque()
+
+    def watch(self, step: int, image_ids: list[Any], loss: Tensor, skipped: Tensor | bool) -> list[bool]:
+        """Note a step; returns the verdicts that are in by now: whether each step was skipped."""
+        self._pending.append((step, image_ids, loss.detach(), skipped))
+        return self._judge(keep=1 if loss.is_cuda else 0)
+
+    def flush(self) -> list[bool]:
+        """The verdicts that are left."""
+        return self._judge(keep=0)
+
+    def _judge(self, keep: int) -> list[bool]:
+        verdicts = []
+        while len(self._pending) > keep:
+            step, image_ids, loss, skipped = self._pending.popleft()
+            verdicts.append(bool(skipped))
+            if not verdicts[-1]:
+                self.in_a_row = 0
+                continue
+            self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
+            line = {"step": step, "loss": str(float(loss)), "image_ids": image_ids}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            if self.limit and self.in_a_row >= self.limit:
+                raise NonFiniteError(
+                    f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {step} (loss "
+                    f"{float(loss)}); their images are in {self.path}. The weights are still finite: resume with a "
+                    f"lower train.learning_rate or train.clip, or train.precision=bf16 or fp32"
+                )
+        return verdicts
+
+
+class BadItems:
+    """The budget of pictures that cannot be read: each is named once and replaced; beyond the budget training ends."""
+
+    def __init__(self, num_items: int, share: float) -> None:
+        self.allowed = math.floor(share * num_items)
+        self.num_items, self.share = num_items, share
+        self.messages: dict[int, str] = {}
+
+    def add(self, failures: list[tuple[int, str]]) -> list[str]:
+        """Messages that are new. Raises DataError when the budget is spent."""
+        new = [message for index, message in failures if index not in self.messages]
+        self.messages.update(failures)
+        self.check(len(self.messages))
+        return new
+
+    def check(self, count: int) -> None:
+        """Raises DataError where `count` (over all ranks) is over the budget."""
+        if count <= self.allowed:
+            return
+        last = next(reversed(self.messages.values()), "see the other ranks' output")
+        raise DataError(
+            f"{count} of {self.num_items} items cannot be read, data.bad_items={self.share:g} allows {self.allowed}; "
+            f"the last: {last}"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    )
+
+
+class OutOfMemory(RuntimeError):
+    """No memory left; the message says which settings help most."""
+
+    def __init__(self, stage_name: str, config: Config, world_size: int, error: str) -> None:
+        lines = "\n".join(f"  {line}" for line in advice(stage_name, config, world_size))
+        reason = error.strip().splitlines()[0][:200]
+        super().__init__(f"out of memory ({reason}). What helps most:\n{lines}\nthen go on with --resume")

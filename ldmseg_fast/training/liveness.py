@@ -1,0 +1,131 @@
+"""Ending well: stop requests from outside, and ranks that notice when another has died."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ldmseg_fast import distributed
+
+LOST_RANK = 74  # exit code: EX_IOERR of sysexits.h
+
+
+class Stopped(Exception):
+    """Training was interrupted by a signal and has saved."""
+
+    def __init__(self, step: int, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step} and saved; go on with --resume")
+        self.exit_code = 128 + number
+
+
+class Interrupt:
+    """SIGTERM and SIGINT ask for a stop after the step in flight.
+
+    A launcher that is told to stop sends both, one after the other, so only a SIGINT some seconds after the first
+    request stops at once. `signal` is the number that came, or 0.
+    """
+
+    def __init__(self, patience: float = 3.0) -> None:
+        self.patience, self.signal, self._since = patience, 0, 0.0
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal != 0
+
+    def request(self, number: int) -> None:
+        if not self.signal:
+            self.signal, self._since = number, time.monotonic()
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT and time.monotonic() - self._since > self.patience:
+            raise KeyboardInterrupt
+        self.request(number)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Heartbeat:
+    """A thread per rank that tells the others it is alive, and ends this process when one of them falls silent.
+
+    A killed rank would otherwise leave the others in a collective until that times out. `on_orphaned` is called once
+    when the launcher itself has gone, which nobody else would tell the ranks.
+    """
+
+    def __init__(self, timeout: float, on_orphaned: Callable[[], None], period: float = 2.0) -> None:
+        self.timeout, self.on_orphaned, self.period = timeout, on_orphaned, period
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._launcher = _launcher()
+
+    def __enter__(self) -> Heartbeat:
+        if distributed.launched():
+            self._store = self._connect() if distributed.world_size() > 1 else None
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2 * self.period)
+
+    def _connect(self) -> Any:
+        from torch.distributed import TCPStore
+
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(host, port, is_master=False, wait_for_workers=False)  # the main thread's may be busy waiting
+
+    def _watch(self) -> None:
+        world, rank, beat = distributed.world_size(), distributed.rank(), 0
+        seen = {other: (b"", time.monotonic()) for other in range(world) if other != rank}
+        while not self._done.wait(self.period):
+            if self._launcher and _launcher() != self._launcher:
+                self._launcher = None
+                self.on_orphaned()
+            if self._store is None:
+                continue
+            beat += 1
+            try:
+                self._store.set(f"alive/{rank}", str(beat))
+                for other, (value, since) in seen.items():
+                    now = self._store.get(f"alive/{other}") if self._store.check([f"alive/{other}"]) else b""
+                    if now != value:
+                        seen[other] = (now, time.monotonic())
+                    elif time.monotonic() - since > self.timeout:
+                        self._leave(f"rank {other} has been silent for {self.timeout:.0f} s")
+            except RuntimeError:  # the store lives in rank 0 or in the launcher
+                if not self._done.wait(self.timeout / 2):  # the main thread may be about to end by itself
+                    self._leave("the rank that holds the rendezvous has gone")
+
+    def _leave(self, reason: str) -> None:
+        if self._done.is_set():
+            return
+        print(f"error: rank {distributed.rank()}: {reason}; start again with --resume", file=sys.stderr, flush=True)
+        os._exit(LOST_RANK)  # the main thread sits in a collective that nothing can interrupt
+
+
+def _launcher() -> tuple[int, int] | None:
+    """Process ids of DeepSpeed's per-machine launcher and of the `deepspeed` command above it; None elsewhere."""
+    parent = os.getppid()
+    try:
+        if b"deepspeed.launcher.launch" not in Path(f"/proc/{parent}/cmdline").read_bytes():
+            return None
+        stat = Path(f"/proc/{parent}/stat").read_text()
+    except OSError:  # it has gone, or there is no /proc
+        return (0, 0) if parent == 1 else None
+    return parent, int(stat.rpartition(")")[2].split()[1])

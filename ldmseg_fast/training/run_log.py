@@ -1,0 +1,84 @@
+"""Scalars and pictures of a run: log.jsonl, TensorBoard and, where asked for, Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ldmseg_fast import distributed
+from ldmseg_fast.config import ConfigError
+
+
+class RunLog:
+    """Written by rank 0. A resumed run drops the lines after the checkpoint it starts from, then appends."""
+
+    def __init__(self, folder: Path, start_step: int, wandb_project: str = "", settings: dict | None = None) -> None:
+        self.path = folder / "log.jsonl"
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        if not distributed.is_main():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if start_step and self.path.exists() else []
+        kept = [line for line in lines if (record := _parse(line)) and record["step"] <= start_step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        if wandb_project:
+            self.wandb = _start_wandb(wandb_project, folder, settings or {})
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if not distributed.is_main():
+            return
+        # nine digits tell any two float32 apart
+        record = {"step": step} | {key: float(f"{value:.9g}") for key, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.tensorboard is not None:
+            for key, value in values.items():
+                self.tensorboard.add_scalar(key, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def picture(self, step: int, path: Path) -> None:
+        """Show a picture file of this step in the viewers."""
+        if self.tensorboard is None and self.wandb is None:
+            return
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+        if self.tensorboard is not None:
+            self.tensorboard.add_image("validation", pixels, step, dataformats="HWC")
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({"validation": wandb.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A record, or None for the half line of a run that was killed."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _start_wandb(project: str, folder: Path, settings: dict) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(f"train.wandb={project}: `pip install wandb`, or leave train.wandb out") from None
+    name = folder.parent.name
+    return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(folder), config=settings)

@@ -1,0 +1,172 @@
+"""Training state cut along the ranks: every rank writes what it owns, and any number of ranks reads it back.
+
+A file holds flat pieces, each named KIND:START:NAME, where START is its first element in the flattened parameter:
+
+    weight:0:unet.conv_in.weight  exp_avg:0:unet.conv_in.weight  exp_avg_sq:...  average:...
+
+So nothing is gathered to save, nothing is pickled, and how the pieces were cut does not matter to the reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ldmseg_fast.checkpoint import CheckpointError, save_weights
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank owns of one trainable parameter.
+
+    weight: master weights in float32, the whole parameter or, under ZeRO, a flat piece of it; writing to it changes
+        them. moments: AdamW's, alike. start: the piece's first element in the flattened parameter.
+    """
+
+    name: str
+    start: int
+    weight: Tensor
+    moments: Mapping[str, Tensor]
+
+
+def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter, made as AdamW itself would where no step was taken yet."""
+    state = optimizer.state[parameter]
+    if not state:
+        fused = bool(optimizer.defaults.get("fused"))
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def whole_shards(stage: nn.Module, optimizer: torch.optim.AdamW) -> list[Shard]:
+    """Nothing is cut: one process, or ZeRO 0."""
+    return [
+        Shard(name, 0, parameter.detach(), adam_state(optimizer, parameter))
+        for name, parameter in stage.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def flat_shards(stage: nn.Module, zero: Any) -> list[Shard]:
+    """ZeRO 1 and 2: each rank owns one run of each parameter group, flattened end to end."""
+    states = [adam_state(zero.optimizer, flat) for flat in zero.single_partition_of_fp32_groups]
+    shards = []
+    for name, parameter in stage.named_parameters():
+        piece = getattr(parameter, "_hp_mapping", None)
+        if piece is None or not parameter.requires_grad:
+            continue  # all of it lies on other ranks
+        place, state = piece.hp_fragment_address, states[piece.param_group_index]
+        moments = {key: state[key].narrow(0, place.start, place.numel) for key in MOMENTS}
+        shards.append(Shard(name, piece.lp_fragment_address.start, piece.hp_fragment, moments))
+    return shards
+
+
+def parameter_shards(stage: nn.Module, zero: Any, rank: int) -> list[Shard]:
+    """ZeRO 3: each rank owns a piece of every parameter; the last one's is padded."""
+    states = [adam_state(zero.optimizer, flat) for flat in zero.fp32_partitioned_groups_flat]
+    shards = []
+    parameter: Any
+    for name, parameter in stage.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+        start = rank * length
+        length = min(length, parameter.ds_numel - start)
+        if length > 0:
+            cut = {"weight": zero.fp32_partitioned_groups_flat[group]} | {key: states[group][key] for key in MOMENTS}
+            pieces = {key: value.detach().narrow(0, offset, length) for key, value in cut.items()}
+            shards.append(Shard(name, start, pieces.pop("weight"), pieces))
+    return shards
+
+
+class Averages:
+    """Exponential moving averages of this rank's shards.
+
+    The decay is min(decay, (1 + step) / (10 + step)), so that early averages are not the initialisation.
+    """
+
+    def __init__(self, shards: list[Shard], decay: float) -> None:
+        self.decay, self.shards = decay, shards
+        self.values = [shard.weight.detach().float().clone() for shard in shards]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [shard.weight.detach() for shard in self.shards], 1.0 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and master weights; called twice it changes nothing."""
+        for value, shard in zip(self.values, self.shards):
+            weight = shard.weight.clone()
+            shard.weight.copy_(value)
+            value.copy_(weight)
+
+
+def save_shards(path: Path, shards: Iterable[tuple[Shard, Tensor | None]]) -> None:
+    """Write shards, each with its average where there is one. Raises OSError."""
+    state: dict[str, Tensor] = {}
+    for shard, average in shards:
+        tensors = {"weight": shard.weight} | {key: shard.moments[key] for key in MOMENTS}
+        tensors |= {} if average is None else {"average": average}
+        state |= {f"{kind}:{shard.start}:{shard.name}": tensor.reshape(-1) for kind, tensor in tensors.items()}
+    save_weights(state, path)
+
+
+class ShardReader:
+    """All shard files of a checkpoint as one; only what is asked for is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        for path in sorted(folder.glob("shard-*.safetensors")):
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118 (a file, not a dictionary)
+                kind, start, name = key.split(":", 2)
+                length = file.get_slice(key).get_shape()[0]
+                self.pieces.setdefault((kind, name), []).append((int(start), length, file, key))
+
+    def has(self, kind: str) -> bool:
+        return any(known == kind for known, _ in self.pieces)
+
+    def read_into(self, target: Tensor, kind: str, name: str, start: int) -> None:
+        """Fill `target` with elements start.. of a flattened parameter. Raises CheckpointError if some are missing."""
+        values = torch.empty(target.numel(), dtype=target.dtype)
+        found = 0
+        for piece_start, length, file, key in self.pieces.get((kind, name), []):
+            low, high = max(start, piece_start), min(start + len(values), piece_start + length)
+            if low < high:
+                values[low - start : high - start] = file.get_slice(key)[low - piece_start : high - piece_start]
+                found += high - low
+        if found != len(values):
+            raise CheckpointError(
+                f"{self.folder}: {found} of {len(values)} elements of {kind} {name}; is a file missing?"
+            )
+        with torch.no_grad():
+            target.copy_(values.view(target.shape))
+
+    def load(self, shards: list[Shard], averages: Averages | None) -> None:
+        """Weights, moments and averages of `shards`; without averages in the files, those of `averages` start anew.
+
+        Raises:
+            CheckpointError: something is missing.
+        """
+        for shard in shards:
+            self.read_into(shard.weight, "weight", shard.name, shard.start)
+            for key in MOMENTS:
+                self.read_into(shard.moments[key], key, shard.name, shard.start)
+        if averages is None:
+            return
+        for value, shard in zip(averages.values, averages.shards):
+            kind = "average" if self.has("average") else "weight"
+            self.read_into(value, kind, shard.name, shard.start)

@@ -1,0 +1,301 @@
+"""`to_trt.py`: real TensorRT-RTX builds without a GPU; cache, lock and refusals through the double."""
+
+import ast
+import json
+import multiprocessing
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ldmseg_fast.backends import trt_api
+from ldmseg_fast.backends.base import BackendError
+from ldmseg_fast.backends.manifest import read_manifest
+from ldmseg_fast.backends.passport import read_passport
+from ldmseg_fast.backends.trt_api import Machine, load_api
+from ldmseg_fast.export import engine_build, to_trt
+
+ROOT = Path(__file__).resolve().parents[2]
+# of the documented removals in TensorRT 11, https://docs.nvidia.com/deeplearning/tensorrt: names this code could use
+REMOVED_IN_11 = {
+    "FP16", "INT8", "BF16", "FP8", "INT4", "FP4", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS",
+    "DIRECT_IO", "int8_calibrator", "set_calibration_profile", "set_quantization_flag", "device_memory_size",
+    "get_device_memory_size_for_profile", "platform_has_fast_fp16", "platform_has_fast_int8", "set_output_type",
+    "reset_precision", "EXPLICIT_BATCH", "execute_async", "execute_async_v2", "max_batch_size", "build_engine",
+    "max_workspace_size", "get_binding_index", "num_bindings", "algorithm_selector",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rtx():
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'ldmseg_fast[rtx]'")
+    return load_api("rtx")
+
+
+@pytest.fixture(scope="module")
+def half(model_dir, rtx, tmp_path_factory):
+    """float16 graphs and engines of the narrow model, from one command."""
+    out = tmp_path_factory.mktemp("engines") / "fp16"
+    arguments = [str(model_dir), "--out", str(out), "--flavour", "rtx", "--target", "sm89", "--no-parity", "--verbose"]
+    assert to_trt.main(arguments) == 0
+    return out
+
+
+def test_a_model_builds_in_half_without_a_gpu(half):
+    assert read_manifest(half).precision == "fp16"
+    for name in ("image_encoder", "denoiser", "mask_decoder"):
+        passport = read_passport(half, name)
+        engine = (half / f"{name}.engine").read_bytes()
+        assert len(engine) == passport.engine_bytes > 100_000
+        assert (passport.flavour, passport.targets, passport.precision) == ("rtx", ("sm89",), "fp16")
+        assert (half / f"{name}.layers.txt").read_text().count("\n") > 10
+    assert "HALF" in (half / "denoiser.layers.txt").read_text()
+
+
+def test_what_is_there_is_not_built_again(half, capsys):
+    before = (half / "denoiser.engine").stat().st_mtime_ns
+    arguments = [str(half / "onnx"), "--out", str(half), "--flavour", "rtx", "--target", "sm89", "--verbose"]
+    assert to_trt.main(arguments) == 0
+    assert (half / "denoiser.engine").stat().st_mtime_ns == before
+
+
+def test_float32_and_several_targets(graphs, rtx, tmp_path):
+    """One small graph is enough: what differs is the builder's configuration."""
+    manifest = read_manifest(graphs)
+    graph = manifest.graphs["image_encoder"]
+    profile = {"batch": (1, 2, 4)}
+    for targets in (("portable",), ("sm80", "sm120")):
+        settings = trt_api.BuildSettings(targets, level=1, workspace_gib=1.0, refit=True, version_compatible=False)
+        shapes = engine_build.shapes_of(graph.spec, profile)
+        built = rtx.build(graphs / graph.file, [shapes], settings)
+        assert len(built.engine) > 10_000 and any("CONVOLUTION" in line for line in built.layers)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_a_quantised_model_builds(model_dir, rtx, scenes, tmp_path, precision):
+    pytest.importorskip("modelopt", reason="pip install 'ldmseg_fast[quantize]'")
+    out = tmp_path / precision
+    arguments = ["--flavour", "rtx", "--target", "sm89", "--precision", precision, "--data", str(scenes)]
+    assert to_trt.main([str(model_dir), "--out", str(out), *arguments]) == 0
+    import onnx
+
+    nodes = {node.op_type for node in onnx.load(out / "onnx" / "denoiser.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= nodes
+    assert read_passport(out, "denoiser").precision == precision
+    worst = min(value for what, value in read_passport(out, "denoiser").parity.items() if "cosine" in what)
+    assert worst >= 0.98
+
+
+def test_a_damaged_graph_is_refused_by_the_parser(rtx, tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(b"no graph at all")
+    with pytest.raises(BackendError, match=r"bad\.onnx: TensorRT-RTX .* does not take it"):
+        rtx.build(tmp_path / "bad.onnx", [], trt_api.BuildSettings(("portable",)))
+
+
+def bindings_of(module, kind: str, name: str) -> list[str] | None:
+    """Parameter names that the real bindings document for a method; None for a plain attribute."""
+    member = getattr(getattr(module, kind), name)
+    signature = re.search(rf"(?:^|\n)(?:\d+\. )?{name}\((.*?)\) -> ", str(member.__doc__ or ""))
+    if not callable(member) or signature is None:
+        return None
+    return [part.split(":")[0].strip() for part in re.split(r", (?=\w+:)", signature.group(1))][1:]
+
+
+def test_the_double_has_the_real_names_and_parameters(rtx, double):
+    kinds = [
+        "Runtime", "ICudaEngine", "IExecutionContext", "Builder", "IBuilderConfig", "IOptimizationProfile",
+        "OnnxParser", "INetworkDefinition", "EngineInspector", "ITimingCache",
+    ]  # fmt: skip
+    own = {"builds", "deserialized"}  # the double's counters
+    checked = 0
+    for kind in kinds:
+        members = {name: value for name, value in vars(getattr(double, kind)).items() if name[0] != "_"}
+        for name, member in members.items():
+            if name in own:
+                continue
+            assert hasattr(getattr(rtx.trt, kind), name), f"{kind}.{name} is not in the real bindings"
+            real = bindings_of(rtx.trt, kind, name)
+            if real is not None and callable(member):
+                ours = list(member.__code__.co_varnames[1 : member.__code__.co_argcount])
+                assert ours == real[: len(ours)], f"{kind}.{name}{ours}, the real one has {real}"
+                checked += 1
+    assert checked >= 20
+    for enum in ("BuilderFlag", "MemoryPoolType", "ProfilingVerbosity", "HardwareCompatibilityLevel"):
+        assert set(getattr(double, enum).__members__) <= set(getattr(rtx.trt, enum).__members__)
+
+
+def test_every_name_that_is_used_exists(rtx):
+    """Each attribute that `trt_api` reads off a TensorRT object is in the real bindings, and none that 11 removed."""
+    source = ast.parse((ROOT / "ldmseg_fast" / "backends" / "trt_api.py").read_text(encoding="utf-8"))
+    objects = {
+        "trt": rtx.trt, "builder": rtx.trt.Builder, "network": rtx.trt.INetworkDefinition, "parser": rtx.trt.OnnxParser,
+        "config": rtx.trt.IBuilderConfig, "profile": rtx.trt.IOptimizationProfile, "runtime": rtx.trt.Runtime,
+        "engine": rtx.trt.ICudaEngine, "context": rtx.trt.IExecutionContext, "inspector": rtx.trt.EngineInspector,
+        "layer": rtx.trt.ILayer, "cache": rtx.trt.ITimingCache,
+    }  # fmt: skip
+    used = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in objects:
+            used.add((node.value.id, node.attr))
+    for owner, name in used:
+        assert hasattr(objects[owner], name), f"{owner}.{name} is not in the real bindings"
+    flags = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert {"STRIP_PLAN", "REFIT", "VERSION_COMPATIBLE"} <= flags
+    assert len(used) >= 30 and not {name for _, name in used} & REMOVED_IN_11
+    other = [path for path in (ROOT / "ldmseg_fast").rglob("*.py") if path.name not in ("trt_api.py", "doctor.py")]
+    for path in [*other, *(ROOT / "export").glob("*.py")]:
+        imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = {alias.name for n in imports for alias in n.names} | {getattr(n, "module", None) for n in imports}
+        assert not names & {"tensorrt", "tensorrt_rtx"}, f"{path} uses TensorRT without the shim"
+
+
+def test_tensorrt_10_is_told_to_type_strongly(double):
+    from ldmseg_fast.backends.trt_api import TrtApi
+
+    flag = SimpleNamespace(STRONGLY_TYPED=1)
+    module = SimpleNamespace(ILogger=double.ILogger, __version__="10.13.2.6", NetworkDefinitionCreationFlag=flag)
+    assert TrtApi(module, "tensorrt")._network_flags() == 2
+    module.__version__ = "11.4.0.1"
+    assert TrtApi(module, "tensorrt")._network_flags() == 0
+
+
+# through the double
+
+
+def test_passports_say_what_was_built(engines, graphs):
+    manifest, passport = read_manifest(graphs), read_passport(engines, "denoiser")
+    assert passport.gpu == "NVIDIA H100 80GB HBM3" and passport.driver == "580.65.06"
+    assert passport.model_hash == manifest.model_hash and passport.onnx_sha256 == manifest.graphs["denoiser"].sha256
+    assert passport.profiles == ({"batch": (1, 1, 4)},)
+    assert read_passport(engines, "mask_decoder").profiles[0]["height"] == (1, 64, 96)
+    assert passport.parity["maps: pixel agreement"] >= 0.999 and "--max-batch 4" in passport.command
+    assert (engines / "timing.cache").read_bytes() == b"timings"
+
+
+def test_equal_settings_build_once(graphs, trt, double, tmp_path):
+    arguments = [str(graphs), "--out", str(tmp_path / "e")]
+    assert to_trt.main(arguments) == 0 and double.Builder.builds == 4
+    assert to_trt.main(arguments) == 0 and double.Builder.builds == 4
+    assert to_trt.main([*arguments, "--max-batch", "2"]) == 0 and double.Builder.builds == 7  # all but the decoder
+    (tmp_path / "e" / "denoiser.engine").write_bytes(b"damaged")
+    assert to_trt.main([*arguments, "--max-batch", "2"]) == 0 and double.Builder.builds == 8
+
+
+def _build_in_a_process(graphs: str, out: str, log: str) -> None:
+    """A builder that takes its time, so that a second one must wait for it."""
+    import time
+
+    def build(self, onnx_file, shapes, settings, timing_cache=b""):
+        with Path(log).open("a") as file:
+            file.write(f"{onnx_file.name}\n")
+        time.sleep(0.2)
+        return trt_api.Built(b"engine", b"", [])
+
+    module = SimpleNamespace(ILogger=object, __version__="11.4.0.1")
+    api = type(
+        "Slow",
+        (trt_api.TrtApi,),
+        {"build": build, "machine": Machine("G", "9.0", "580.1"), "_make_log": lambda _: None},
+    )
+    trt_api.load_api = lambda flavour: api(module, flavour)
+    raise SystemExit(to_trt.main([graphs, "--out", out]))
+
+
+def test_two_builders_make_one_build(graphs, tmp_path):
+    context = multiprocessing.get_context("fork")
+    arguments = (str(graphs), str(tmp_path / "e"), str(tmp_path / "log"))
+    workers = [context.Process(target=_build_in_a_process, args=arguments) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    built = (tmp_path / "log").read_text().split()
+    assert sorted(built) == sorted(set(built)) and len(built) == 4
+
+
+def test_a_full_disk_leaves_no_half_engine(graphs, trt, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engine_build.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    assert to_trt.main([str(graphs), "--out", str(tmp_path / "e")]) == 2
+    assert "free some space" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert not [path for path in (tmp_path / "e").iterdir() if path.suffix in (".engine", ".json")]
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trt_api, "load_api", lambda flavour: trt)
+    monkeypatch.setattr(engine_build.os, "fsync", full)
+    assert to_trt.main([str(graphs), "--out", str(tmp_path / "e")]) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "e").iterdir()] == [".lock"]
+
+
+def test_an_interrupted_rebuild_is_not_loaded(graphs, trt, double, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "e"
+    assert to_trt.main([str(graphs), "--out", str(out)]) == 0
+    monkeypatch.setattr(double.Builder, "build_serialized_network", lambda *_: None)
+    assert to_trt.main([str(graphs), "--out", str(out), "--level", "5"]) == 2
+    assert "does not build it" in capsys.readouterr().err
+    assert read_passport(out, "denoiser").key  # the old engine and its passport still belong together
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "fp16"], "exported in fp32, --precision fp16 was asked for"),
+        (["--target", "sm80"], "TensorRT builds for the GPU it runs on, sm90"),
+        (["--target", "portable,sm80"], "portable and current stand alone"),
+        (["--max-batch", "0"], "--max-batch 0: from 1 on, in this order"),
+        (["--opt-batch", "9"], "--opt-batch 9, --max-batch 8"),
+        (["--profile", "1,2"], "--profile 1,2: three numbers expected"),
+        (["--profile", "4,2,8"], "--profile 4,2,8: least, best and largest"),
+        (["--max-side", "0"], "--max-side 0"),
+    ],
+)
+def test_wrong_options(graphs, trt, tmp_path, capsys, options, message):
+    assert to_trt.main([str(graphs), "--out", str(tmp_path / "e"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_sources(graphs, trt, tmp_path, capsys):
+    assert to_trt.main([str(tmp_path), "--out", str(tmp_path / "e")]) == 2
+    assert "neither a model folder (model_index.json) nor exported graphs" in capsys.readouterr().err
+    shutil.copytree(graphs, tmp_path / "new")
+    path = tmp_path / "new" / "export.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"opset": 23}))
+    assert to_trt.main([str(tmp_path / "new"), "--out", str(tmp_path / "e")]) == 2
+    assert "opset 23; TensorRT takes up to 22" in capsys.readouterr().err
+    (tmp_path / "new" / "denoiser.onnx").unlink()
+    assert to_trt.main([str(tmp_path / "new"), "--out", str(tmp_path / "e")]) == 2
+    assert "denoiser.onnx: missing" in capsys.readouterr().err
+
+
+def test_without_a_gpu(graphs, double, tmp_path, capsys, monkeypatch):
+    api = type("None", (trt_api.TrtApi,), {"machine": Machine()})(double, "tensorrt")
+    monkeypatch.setattr(trt_api, "load_api", lambda flavour: api)
+    assert to_trt.main([str(graphs), "--out", str(tmp_path / "e")]) == 2
+    assert "none answers to nvidia-smi" in capsys.readouterr().err
+
+
+def test_rtx_targets(graphs, tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'ldmseg_fast[rtx]'")
+    assert to_trt.main([str(graphs), "--out", str(tmp_path / "e"), "--flavour", "rtx", "--target", "sm90"]) == 2
+    assert "--target sm90: TensorRT-RTX builds for sm75, sm80" in capsys.readouterr().err
+
+
+def test_pictures_of_any_size(graphs):
+    from ldmseg_fast.backends.specs import GraphSpec, TensorSpec
+
+    spec = GraphSpec("image_encoder", (TensorSpec("images", "uint8", ("batch", 3, "latent_height*4", 64)),), ())
+    manifest = read_manifest(graphs)
+    ranges = engine_build.Ranges(sides=(32, 64, 128))
+    found = engine_build.axis_ranges(spec, manifest, (1, 2, 3), ranges)
+    assert found == {"batch": (1, 2, 3), "latent_height": (8, 16, 32)}
+    assert engine_build.shapes_of(spec, found)[0] == {"images": ((1, 3, 32, 64), (2, 3, 64, 64), (3, 3, 128, 64))}
+    with pytest.raises(BackendError, match="give --image-sizes"):
+        engine_build.axis_ranges(spec, manifest, (1, 2, 3), engine_build.Ranges())
+    with pytest.raises(BackendError, match="multiples of 8 pixels"):
+        engine_build.axis_ranges(spec, manifest, (1, 2, 3), engine_build.Ranges(sides=(32, 60, 64)))

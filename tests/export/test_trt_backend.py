@@ -1,0 +1,222 @@
+"""`backend="tensorrt"` through TensorRT's double: loop, pool, passport and evaluation run as on a GPU."""
+
+import itertools
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.backends import BackendError, load_backend, trt_api
+from ldmseg_fast.backends.base import read_model_info
+from ldmseg_fast.backends.passport import read_passport
+from ldmseg_fast.backends.trt_api import Machine
+from ldmseg_fast.backends.trt_backend import load_trt_backend
+from ldmseg_fast.cli import main
+from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.data.scenes import generate_scene
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.export import to_trt
+
+OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
+
+
+@pytest.fixture
+def pictures():
+    return [generate_scene(64, 0, index)[0][: 64 - 8 * index] for index in range(3)]
+
+
+def test_the_pipeline_gives_torchs_maps(model_dir, engines, trt, pictures):
+    fast = LDMSegPipeline.from_pretrained(model_dir, backend="tensorrt", engine_dir=engines)
+    plain = LDMSegPipeline.from_pretrained(model_dir, device="cpu")
+    for steps in (2, 3):
+        for one, other in zip(fast(pictures, steps, thresholds=OPEN), plain(pictures, steps, thresholds=OPEN)):
+            assert (one.segmentation == other.segmentation).mean() > 0.999
+    expected, found = (pipe(pictures, 5, output_type="latent") for pipe in (plain, fast))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_evaluate(model_dir, engines, trt, scenes, tmp_path, capsys):
+    arguments = ["evaluate", str(model_dir), "--data", str(scenes), "--steps", "2", "--limit", "4", "--batch-size", "4"]
+    arguments += ["--backend", "tensorrt", "--engine-dir", str(engines), "--json", str(tmp_path / "report.json")]
+    assert main([*arguments, "--mask-th", "0", "--count-th", "0", "--overlap-th", "0"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["backend"] == "tensorrt" and report["agreement"]["pixel_agreement"] > 0.999
+    assert "agreement with torch over 4 images" in capsys.readouterr().out
+
+
+def test_nothing_is_copied_between_steps(model_dir, engines, trt, double, monkeypatch):
+    backend = load_backend(model_dir, "tensorrt", engines)
+    seen = []
+    execute = double.IExecutionContext.execute_async_v3
+
+    def record(context, stream_handle):
+        seen.append(dict(context.addresses))
+        return execute(context, stream_handle)
+
+    monkeypatch.setattr(double.IExecutionContext, "execute_async_v3", record)
+    noise, image_latents = torch.randn(2, 4, 16, 16), torch.randn(2, 8, 16, 16)
+    for _ in range(2):
+        backend.sample(noise, image_latents, Scheduler(backend.info.scheduler), 5)
+    assert len(seen) == 10 and seen[:5] == seen[5:]  # fixed addresses: what a CUDA graph needs
+    for before, after in itertools.pairwise(seen[:5]):
+        assert after["noisy_latents"] == before["prev_latents"]
+        assert after["condition"] == before["pred_original_sample"]
+        assert after["image_latents"] == before["image_latents"]
+
+
+def test_a_batch_over_the_profile(model_dir, engines, trt):
+    backend = load_backend(model_dir, "tensorrt", engines)
+    message = r"image_encoder: batch 5 is over this engine's 4; rebuild with --max-batch 5, or split the batch"
+    with pytest.raises(BackendError, match=message):
+        backend.encode_image(torch.zeros(5, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(BackendError, match=r"width 200 is over this engine's 96; rebuild with --max-side 200"):
+        backend.decode_mask(torch.zeros(1, 4, 16, 16), (50, 200))
+
+
+def test_the_narrowest_profile_runs(model_dir, graphs, trt, double, tmp_path, monkeypatch):
+    out = tmp_path / "engines"
+    arguments = [str(graphs), "--out", str(out), "--profile", "1,1,1", "--profile", "2,4,6"]
+    assert to_trt.main(arguments) == 0
+    assert [profile["batch"] for profile in read_passport(out, "denoiser").profiles] == [(1, 1, 1), (2, 4, 6)]
+    assert len(read_passport(out, "mask_decoder").profiles) == 1  # its head takes one image at a time
+    backend = load_backend(model_dir, "tensorrt", out)
+    chosen = []
+    original = double.IExecutionContext.set_optimization_profile_async
+
+    def record(context, profile_index, stream_handle):
+        chosen.append(profile_index)
+        return original(context, profile_index, stream_handle)
+
+    monkeypatch.setattr(double.IExecutionContext, "set_optimization_profile_async", record)
+    for batch in (1, 3, 1, 6):
+        backend.encode_image(torch.zeros(batch, 3, 64, 64, dtype=torch.uint8))
+    assert chosen == [0, 1]  # one context per profile, made once
+
+
+def test_failures_of_the_runtime_are_named(model_dir, engines, trt, double, monkeypatch):
+    backend = load_backend(model_dir, "tensorrt", engines)
+
+    def fail(context, stream_handle):
+        context.engine.logger.log(double.ILogger.ERROR, "an illegal memory access")
+        return False
+
+    monkeypatch.setattr(double.IExecutionContext, "execute_async_v3", fail)
+    with pytest.raises(BackendError, match=r"TensorRT 11\.4\.0\.1 failed to run \(an illegal memory access\)"):
+        backend.encode_image(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    monkeypatch.setattr(double.Runtime, "deserialize_cuda_engine", lambda *_: None)
+    with pytest.raises(BackendError, match="does not load it"):
+        load_backend(model_dir, "tensorrt", engines)
+    monkeypatch.undo()
+
+
+def test_closing_frees_the_engines(model_dir, engines, trt):
+    backend = load_backend(model_dir, "tensorrt", engines)
+    backend.encode_image(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    backend.close()
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        backend.encode_image(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def edit(folder, graph, **values):
+    path = folder / f"{graph}.passport.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+MISMATCHES = [
+    ({"gpu": "NVIDIA A100"}, "GPU: NVIDIA A100, here NVIDIA H100 80GB HBM3"),
+    ({"compute_capability": "8.0"}, "compute capability: 8.0, here 9.0"),
+    ({"targets": ["sm80", "sm89"]}, "compute capability: sm80, sm89, here sm90"),
+    ({"driver": "590.10"}, "NVIDIA driver: 590 or later, here 580.65.06"),
+    ({"flavour": "rtx"}, "TensorRT flavour: rtx, here tensorrt"),
+    ({"version": "11.3.0.9"}, "TensorRT version: 11.3.0.9, here 11.4.0.1"),
+    ({"version": "12.0", "version_compatible": True}, "TensorRT version: 12.0, here 11.4.0.1"),
+    ({"model_hash": "a" * 64}, "model: aaaaaaaaaaaa, here "),
+    ({"onnx_sha256": "b" * 64}, "ONNX graph: bbbbbbbbbbbb, here "),
+    ({"precision": "fp16"}, "precision: fp16, here fp32"),
+    ({"image_size": 512}, "image size: 512, here 64"),
+    ({"profiles": [{"width": [1, 2, 3]}]}, "axes of profile 0: ['width'], the graph has ['batch']"),
+    ({"engine_sha256": "c" * 64}, "engine file: cccccccccccc, here "),
+    ({"engine_bytes": 12}, "engine file: 12 bytes, here "),
+    ({"format_version": 7}, "passport format 7, this version reads 1"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), MISMATCHES, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
+def test_a_passport_that_does_not_fit(model_dir, engines, trt, double, tmp_path, values, message):
+    shutil.copytree(engines, tmp_path / "e")
+    edit(tmp_path / "e", "denoiser", **values)
+    with pytest.raises(BackendError) as error:
+        load_backend(model_dir, "tensorrt", tmp_path / "e")
+    assert message in str(error.value)
+    assert "python export/to_trt.py" in str(error.value) and "--max-batch 4" in str(error.value)
+    assert double.Runtime.deserialized == 0
+
+
+def test_all_differences_in_one_error(model_dir, engines, trt, tmp_path):
+    shutil.copytree(engines, tmp_path / "e")
+    edit(tmp_path / "e", "denoiser", gpu="NVIDIA A100", version="10.13.2.6", precision="fp16")
+    with pytest.raises(BackendError, match=r"precision: fp16.*TensorRT version: 10\.13.*GPU: NVIDIA A100"):
+        load_backend(model_dir, "tensorrt", tmp_path / "e")
+
+
+def test_version_compatible_engines_load_in_later_versions(model_dir, engines, trt, tmp_path):
+    shutil.copytree(engines, tmp_path / "e")
+    for name in ("denoiser", "image_encoder", "mask_decoder", "sampler_2"):
+        edit(tmp_path / "e", name, version="11.1.0.4", version_compatible=True)
+    load_backend(model_dir, "tensorrt", tmp_path / "e")
+
+
+def test_engines_without_passport_or_changed_on_disk(model_dir, engines, trt, double, tmp_path):
+    shutil.copytree(engines, tmp_path / "a")
+    (tmp_path / "a" / "denoiser.passport.json").unlink()
+    with pytest.raises(BackendError, match=r"no passport beside it \(denoiser\.passport\.json\), so it is not loaded"):
+        load_backend(model_dir, "tensorrt", tmp_path / "a")
+    shutil.copytree(engines, tmp_path / "b")
+    with (tmp_path / "b" / "denoiser.engine").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    with pytest.raises(BackendError, match="engine file"):
+        load_backend(model_dir, "tensorrt", tmp_path / "b")
+    (tmp_path / "b" / "denoiser.engine").unlink()
+    with pytest.raises(BackendError, match=r"bytes, here none"):
+        load_backend(model_dir, "tensorrt", tmp_path / "b")
+    (tmp_path / "b" / "denoiser.passport.json").write_text("[]")
+    with pytest.raises(BackendError, match="damaged"):
+        load_backend(model_dir, "tensorrt", tmp_path / "b")
+    assert double.Runtime.deserialized == 0
+
+
+def test_another_machine(model_dir, engines, trt, monkeypatch):
+    kind = type(trt)
+    monkeypatch.setattr(kind, "machine", Machine())
+    with pytest.raises(BackendError, match="none answers to nvidia-smi; use backend=onnxruntime"):
+        load_backend(model_dir, "tensorrt", engines)
+    monkeypatch.setattr(kind, "machine", Machine("NVIDIA H100 80GB HBM3", "9.0", "535.12"))
+    with pytest.raises(BackendError, match=r"NVIDIA driver 535\.12: TensorRT needs 580 or later"):
+        load_backend(model_dir, "tensorrt", engines)
+
+
+def test_the_wrong_device(model_dir, engines, trt):
+    with pytest.raises(BackendError, match="TensorRT engines run on cpu"):  # the double's
+        load_trt_backend(read_model_info(model_dir), engines, "cuda")
+
+
+def test_no_tensorrt(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BackendError, match=r"tensorrt: not installed .*pip install 'ldmseg_fast\[trt\]'"):
+        trt_api.load_api("tensorrt")
+    monkeypatch.setitem(sys.modules, "tensorrt", type("old", (), {"__version__": "8.6.1", "ILogger": object}))
+    with pytest.raises(BackendError, match=r"tensorrt 8\.6\.1: 10\.13 or later is needed"):
+        trt_api.load_api("tensorrt")
+    with pytest.raises(BackendError, match="flavour='onnx'"):
+        trt_api.load_api("onnx")
+
+
+def test_a_model_of_another_picture_size(model_dir, engines, trt):
+    info = replace(read_model_info(model_dir), image_size=512)
+    assert load_trt_backend(info, engines).info.image_size == 64

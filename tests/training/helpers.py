@@ -1,0 +1,136 @@
+"""What the tests of training share beside fixtures: launchers, jobs, and readers of what a run wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldmseg_fast.training.shards import ShardReader
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "ldmseg_fast" / "train.py"
+TINY = Path(__file__).with_name("tiny.yaml")
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of every logged step."""
+    lines = (folder / "logs" / "log.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "logs" / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "val/pq" in record]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Job:
+    """A process group that a test has started."""
+
+    process: subprocess.Popen
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, seconds: float = 240) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {seconds} s:\n{self.output[-4000:]}")
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"exit code {self.process.poll()} before what was waited for:\n{self.output[-4000:]}")
+            time.sleep(0.05)
+
+    def members(self) -> list[int]:
+        """Processes of the job's session that are alive, its own leader left out."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == self.process.pid:
+                continue
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                found.append(int(entry.name))
+        return found
+
+    def ranks(self) -> list[int]:
+        """Processes that train: started by a launcher, in the order of their ranks."""
+        found = {}
+        for process in self.members():
+            try:
+                environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+                parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+                above = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
+            except (OSError, IndexError):
+                continue
+            ranks = [value for value in environment if value.startswith(b"RANK=")]
+            if ranks and ranks[0] not in above:  # a data worker has its rank's environment
+                found[int(ranks[0][5:])] = process
+        return [found[rank] for rank in sorted(found)]
+
+    def end(self) -> None:
+        for process in [*self.members(), self.process.pid]:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait(30)
+
+
+def deepspeed(ranks: int, *command: Any) -> list[Any]:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", free_port(), "--num_gpus", ranks]
+    return [*launcher, *command]
+
+
+def torchrun(ranks: int, *command: Any) -> list[Any]:
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        ranks,
+        "--master_port",
+        free_port(),
+        *command,
+    ]
+
+
+def train_command(stage: str, folder: Path, scenes: Path, *overrides: Any) -> list[Any]:
+    return [TRAIN, stage, "--config", TINY, f"data.root={scenes}", f"output_dir={folder}", *overrides]
+
+
+def assembled(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every piece of state of a checkpoint, put together: KIND/NAME to a flat tensor."""
+    reader = ShardReader(checkpoint)
+    state = {}
+    for (kind, name), pieces in reader.pieces.items():
+        size = max(start + length for start, length, _, _ in pieces)
+        state[f"{kind}/{name}"] = torch.empty(size)
+        reader.read_into(state[f"{kind}/{name}"], kind, name, 0)
+    return state

@@ -1,0 +1,195 @@
+"""Faults in flight: what cannot be read, what is not finite, what does not fit, what hangs, what dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldmseg_fast.config import Config, load_config
+from ldmseg_fast.data.folders import DataError
+from ldmseg_fast.engine import Run, train
+from ldmseg_fast.training.faults import NonFiniteError, OutOfMemory
+from ldmseg_fast.training.liveness import Interrupt
+from tests.training.helpers import TINY, Job, deepspeed, losses, torchrun, train_command
+from tests.training.two_ranks import spoil
+
+Settings = Callable[..., Config]
+
+
+@pytest.fixture
+def damaged(scenes: Path, tmp_path: Path) -> Path:
+    """The scenes, one training picture of which is cut short."""
+    root = tmp_path / "damaged"
+    shutil.copytree(scenes, root)
+    picture = sorted((root / "train2017").iterdir())[7]
+    picture.write_bytes(picture.read_bytes()[:300])
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_pictures_have_a_budget(
+    workers: int, damaged: Path, settings: Settings, capfd: pytest.CaptureFixture
+) -> None:
+    common = [f"data.root={damaged}", "train.steps=7", f"data.num_workers={workers}"]
+    with pytest.raises(
+        DataError, match=r"1 of 24 items cannot be read, data.bad_items=0.001 allows 0; .*000000000008.png"
+    ):
+        train("autoencoder", settings("strict", *common))
+    train("autoencoder", settings("lenient", *common, "data.bad_items=0.05"))
+    assert capfd.readouterr().err.count("000000000008.png") == 1
+    assert len(losses(Path(settings("lenient").output_dir))) == 7
+
+
+def test_what_replaces_a_picture_does_not_depend_on_workers(damaged: Path, settings: Settings) -> None:
+    runs = []
+    for workers in (0, 2):
+        common = [f"data.root={damaged}", "train.steps=7", "data.bad_items=0.05", f"data.num_workers={workers}"]
+        runs.append(losses(train("autoencoder", settings(f"workers-{workers}", *common))))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped(value: float, settings: Settings) -> None:
+    run = Run("autoencoder", settings("run"), Interrupt())
+    run.take_step()
+    weights = [shard.weight.clone() for shard in run.optimizer.shards]
+    moments = [shard.moments["exp_avg"].clone() for shard in run.optimizer.shards]
+    spoil(run, rank=0, value=value)
+    run.take_step()
+    for shard, weight, moment in zip(run.optimizer.shards, weights, moments):
+        assert torch.equal(shard.weight, weight) and torch.equal(shard.moments["exp_avg"], moment)
+    assert run.optimizer.counters()["adam_steps"] == 1 and run.progress.skipped == 1
+    record = json.loads((run.folder / "logs" / "nonfinite-0.jsonl").read_text())
+    assert record["step"] == 2 and len(record["image_ids"]) == 4
+    run.take_step()
+    assert run.guard.in_a_row == 0
+    assert all(torch.isfinite(shard.weight).all() for shard in run.optimizer.shards)
+    run.close()
+
+
+def test_too_many_such_steps_end_the_run(settings: Settings) -> None:
+    run = Run("autoencoder", settings("run", "train.max_skipped=3"), Interrupt())
+    run.take_step()
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 4 .*nonfinite-0.jsonl.*lower"):
+        for _ in range(9):
+            spoil(run, rank=0)
+            run.take_step()
+    assert all(torch.isfinite(shard.weight).all() for shard in run.optimizer.shards)
+    run.close()
+
+
+def test_out_of_memory_names_three_settings(settings: Settings) -> None:
+    with pytest.raises(OutOfMemory) as caught:
+        train("autoencoder", settings("run", "loss.num_points=1000000000000"))
+    lines = str(caught.value).splitlines()
+    assert "allocate" in lines[0] and len(lines) == 5
+    assert all("=" in line and any(digit.isdigit() for digit in line) for line in lines[1:4])
+
+
+def test_a_hung_worker_is_named(scenes: Path, settings: Settings, tmp_path: Path) -> None:
+    root = tmp_path / "hanging"
+    shutil.copytree(scenes, root)
+    picture = sorted((root / "train2017").iterdir())[3]
+    picture.unlink()
+    os.mkfifo(picture)  # whoever opens it waits for a writer
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=f"no batch for 3 s: .*{picture.name}.*data.timeout"):
+        train("autoencoder", settings("run", f"data.root={root}", "data.num_workers=2", "data.timeout=3"))
+    assert time.monotonic() - begun < 30
+
+
+def logged(folder: Path, count: int) -> Callable[[], bool]:
+    path = folder / "logs" / "log.jsonl"
+    return lambda: path.is_file() and path.read_text().count("\n") >= count
+
+
+ENDLESS = ["train.steps=100000", "train.save_every=2", "train.log_every=1", "train.schedule=constant"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_process_saves_when_it_is_told_to_stop(
+    number: int, scenes: Path, tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    folder = tmp_path / "run"
+    job = start([sys.executable, *train_command("autoencoder", folder, scenes, *ENDLESS, "train.save_every=100000")])
+    job.wait_for(logged(folder, 3))
+    job.process.send_signal(number)
+    assert job.wait(60) == 128 + number
+    assert "and saved; go on with --resume" in job.output
+    assert (folder / "checkpoints" / "latest").is_file() and (folder / "mask_vae" / "model.safetensors").is_file()
+    assert not job.members()
+
+
+def test_sigterm_to_the_deepspeed_command(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
+    """It dies at once and tells nobody; the ranks notice, save and end."""
+    folder = tmp_path / "run"
+    settings = [*ENDLESS, "train.save_every=100000", "data.num_workers=1"]
+    job = start(deepspeed(2, *train_command("autoencoder", folder, scenes, *settings)))
+    job.wait_for(logged(folder, 3))
+    job.process.terminate()
+    end = time.monotonic() + 60
+    while job.members() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not job.members(), job.output
+    assert (folder / "checkpoints" / "latest").is_file(), job.output
+
+
+def test_a_killed_rank_ends_the_job(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
+    folder = tmp_path / "run"
+    job = start(deepspeed(2, *train_command("autoencoder", folder, scenes, *ENDLESS, "data.num_workers=1")))
+    job.wait_for(logged(folder, 5))
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    begun = time.monotonic()
+    assert job.wait(60) != 0
+    while job.members() and time.monotonic() - begun < 60:
+        time.sleep(0.2)
+    assert not job.members(), job.output
+    step = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+    settings = ["train.threads=1", f"train.steps={step + 2}", f"data.root={scenes}", f"output_dir={folder}"]
+    train("autoencoder", load_config(str(TINY), settings), resume=True)
+    assert len(losses(folder)) == step + 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_lost_ranks(
+    launcher: Callable, rank: int, frozen: bool, scenes: Path, tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    """Killed, or stopped so that only its silence shows."""
+    folder = tmp_path / "run"
+    settings = [*ENDLESS, "data.num_workers=1", "train.peer_timeout=20"]
+    job = start(launcher(2, *train_command("autoencoder", folder, scenes, *settings)))
+    job.wait_for(logged(folder, 5))
+    os.kill(job.ranks()[rank], signal.SIGSTOP if frozen else signal.SIGKILL)
+    begun = time.monotonic()
+    if frozen:
+        while not (job.process.poll() or "silent for 20 s" in job.output) and time.monotonic() - begun < 60:
+            time.sleep(0.2)
+        assert "silent for 20 s" in job.output
+    else:
+        assert job.wait(60) != 0
+        time.sleep(6)  # data workers look for their parent every five seconds
+        assert not job.members(), job.output
+
+
+@pytest.mark.soak
+def test_sigterm_to_every_process(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
+    """As a batch system does it."""
+    folder = tmp_path / "run"
+    settings = [*ENDLESS, "train.save_every=100000", "data.num_workers=1"]
+    job = start(deepspeed(2, *train_command("diffusion", folder, scenes, *settings)))
+    job.wait_for(logged(folder, 3))
+    os.killpg(job.process.pid, signal.SIGTERM)
+    job.wait(60)
+    assert (folder / "checkpoints" / "latest").is_file(), job.output

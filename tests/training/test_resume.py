@@ -1,0 +1,213 @@
+"""Checkpoints of one process: exact, complete or absent, and honest about damage."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldmseg_fast import resume as resume_module
+from ldmseg_fast.checkpoint import CheckpointError
+from ldmseg_fast.config import Config
+from ldmseg_fast.engine import Run, train
+from ldmseg_fast.training.liveness import Interrupt
+from tests.training.helpers import Job, assembled, losses
+
+Settings = Callable[..., Config]
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_the_next_twenty_losses_are_the_same_bits(
+    stage: str, settings: Settings, autoencoder: Path, tmp_path: Path
+) -> None:
+    common = [f"model.mask_vae={autoencoder}", "train.steps=25", "train.save_every=5", "data.num_workers=2"]
+    whole = train(stage, settings("whole", *common))
+    shutil.copytree(whole, tmp_path / "cut")
+    for step in (10, 15, 20, 25):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step-{step:08d}")
+    cut = train(stage, settings("cut", *common), resume=True)
+    assert len(losses(cut)) == 25 and losses(cut) == losses(whole)
+    first, second = (assembled(folder / "checkpoints" / "step-00000025") for folder in (whole, cut))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    weights = [next((folder).glob("*/model.safetensors")).read_bytes() for folder in (whole, cut)]
+    assert weights[0] == weights[1]
+
+
+@pytest.fixture
+def run(settings: Settings) -> Iterator[Run]:
+    """A run that has just begun, whose weights a test may set."""
+    run = Run("autoencoder", settings("run", "train.keep=2", "train.keep_best=1"), Interrupt())
+    yield run
+    run.close()
+
+
+def save_at(run: Run, *steps: int) -> None:
+    for step in steps:
+        run.progress.step = step
+        for shard in run.optimizer.shards:
+            shard.weight.fill_(step)
+        run.checkpoints.save(run.stage, run.optimizer, run.progress)
+
+
+def load(run: Run) -> tuple[int, str]:
+    """(step, warnings) of what a resume finds; the weights belong to that step."""
+    said: list[str] = []
+    progress = run.checkpoints.load(run.stage, run.optimizer, "autoencoder", said.append)
+    assert all((shard.weight == progress.step).all() for shard in run.optimizer.shards)
+    return progress.step, "\n".join(said)
+
+
+def test_the_newest_and_the_best_are_kept(run: Run) -> None:
+    for step, quality in ((1, 10.0), (2, 50.0), (3, 30.0), (4, 20.0), (5, 40.0)):
+        run.progress.best[step] = quality
+        save_at(run, step)
+    assert run.checkpoints.steps() == [2, 4, 5]
+    assert json.loads((run.checkpoints.folder / "latest").read_text()) == "step-00000005"
+
+
+@pytest.mark.parametrize("latest", [None, "step-00000099", "../../etc"])
+def test_latest_is_not_believed(run: Run, latest: str | None) -> None:
+    save_at(run, 1, 2)
+    (run.checkpoints.folder / "latest").unlink()
+    if latest:
+        (run.checkpoints.folder / "latest").write_text(latest)
+    assert load(run)[0] == 2
+
+
+def test_unfinished_folders_do_not_count(run: Run) -> None:
+    save_at(run, 1)
+    shutil.copytree(run.checkpoints.path(1), run.checkpoints.folder / ".new-00000007")
+    shutil.copytree(run.checkpoints.path(1), run.checkpoints.path(8))
+    (run.checkpoints.path(8) / "manifest.json").unlink()
+    assert load(run) == (1, "")
+    assert not (run.checkpoints.folder / ".new-00000007").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["shard-00000-of-00001.safetensors", "state.json", "fixed.safetensors", "manifest.json"]
+)
+def test_one_flipped_bit_is_found(run: Run, name: str) -> None:
+    save_at(run, 1, 2)
+    path = run.checkpoints.path(2) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    step, said = load(run)
+    assert step == 1
+    assert "step-00000002" in said and ("damaged" in said or "missing" in said or "bytes instead of" in said)
+    shutil.rmtree(run.checkpoints.path(1))
+    with pytest.raises(CheckpointError, match="step-00000002"):
+        load(run)
+
+
+@pytest.mark.parametrize("change", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1])])
+def test_missing_and_short_files_are_found(run: Run, change: Callable[[Path], object]) -> None:
+    save_at(run, 1, 2)
+    change(run.checkpoints.path(2) / "shard-00000-of-00001.safetensors")
+    assert load(run)[0] == 1
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_at(run, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(resume_module, "save_shards", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*MiB free.*train.keep.*step 1"):
+        save_at(run, 2)
+    monkeypatch.undo()
+    assert load(run)[0] == 1
+    assert sorted(path.name for path in run.checkpoints.folder.iterdir()) == ["latest", "step-00000001"]
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "foreign", "pickle"])
+def test_nothing_to_resume(content: str, settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    if content != "missing":
+        folder.mkdir()
+    if content == "foreign":
+        (folder / "notes.txt").write_text("not a run")
+    if content == "pickle":
+        (folder / "global_step5").mkdir()
+        (folder / "global_step5" / "mp_rank_00_model_states.pt").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    words = {"missing": "does not exist", "empty": "is empty", "foreign": "no complete checkpoint", "pickle": "--trust"}
+    with pytest.raises(CheckpointError, match=words[content]):
+        train("autoencoder", settings("run"), resume=True)
+
+
+def test_a_run_in_the_way(settings: Settings) -> None:
+    train("autoencoder", settings("run", "train.steps=1"))
+    with pytest.raises(CheckpointError, match="--resume or take another output_dir"):
+        train("autoencoder", settings("run", "train.steps=1"))
+    assert train("autoencoder", settings("run", "train.steps=1"), resume=True).name == "run"  # nothing left to do
+    train("autoencoder", settings("run", "train.steps=3"), resume=True)
+    assert len(losses(Path(settings("run").output_dir))) == 3
+
+
+def test_other_architectures_and_stages(settings: Settings, autoencoder: Path) -> None:
+    train("autoencoder", settings("run", "train.steps=1"))
+    with pytest.raises(CheckpointError, match=r"another architecture; .*mask_vae\.decoder.*instead of"):
+        train("autoencoder", settings("run", "train.steps=2", "mask_vae.decoder_width=20"), resume=True)
+    with pytest.raises(CheckpointError, match="autoencoder stage"):
+        train("diffusion", settings("run", "train.steps=2", f"model.mask_vae={autoencoder}"), resume=True)
+
+
+def test_another_batch_size_goes_on_at_the_same_item(settings: Settings) -> None:
+    train("autoencoder", settings("run", "train.steps=3"))
+    run = Run("autoencoder", settings("run", "train.steps=5", "train.batch_size=6"), Interrupt(), resume=True)
+    batch = next(run.batches)
+    assert run.progress.items == 12
+    assert batch["sample"] == [epoch * 24 + index for epoch, index in run.batches.order(0)]
+    run.close()
+
+
+def killing(trials: int, scenes: Path, folder: Path) -> list[str]:
+    return list(map(str, [sys.executable, Path(__file__).with_name("killed_while_saving.py"), trials, scenes, folder]))
+
+
+def test_kill_while_saving(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
+    job = start(killing(3, scenes, tmp_path / "run"))
+    assert job.wait() == 0, job.output
+    assert "3 kills, 3 resumed" in job.output
+
+
+@pytest.mark.soak
+def test_a_hundred_kills_while_saving(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
+    job = start(killing(100, scenes, tmp_path / "run"))
+    assert job.wait(1200) == 0, job.output
+    assert "100 kills, 100 resumed" in job.output
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small tmpfs: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path, settings: Settings, capfd: pytest.CaptureFixture) -> None:
+    from ldmseg_fast.train import main
+    from tests.training.helpers import TINY
+
+    root = settings("x").data.root
+    arguments = ["--config", str(TINY), f"data.root={root}", f"output_dir={small_disk / 'run'}", "train.save_every=1"]
+    (small_disk / "ballast").write_bytes(bytes(1_200_000))
+    assert main(["autoencoder", *arguments, "train.keep=50", "train.steps=10"]) == 2
+    error = capfd.readouterr().err
+    assert "No space left on device" in error and "train.keep" in error
+    (small_disk / "ballast").unlink()
+    assert main(["autoencoder", *arguments, "train.keep=1", "train.keep_best=0", "train.steps=10", "--resume"]) == 0
