@@ -18,9 +18,12 @@ PACKAGE_DIR = {
 }
 
 EXTRAS = {
+    # onnxruntime and onnxruntime-gpu overwrite each other: never both
     "cpu": ["onnx>=1.20,<2", "onnxscript>=0.6", "onnxruntime>=1.25"],
-    "gpu": ["onnx>=1.20,<2", "onnxscript>=0.6", "onnxruntime-gpu>=1.25"],  # never beside onnxruntime: they overwrite each other
+    "gpu": ["onnx>=1.20,<2", "onnxscript>=0.6", "onnxruntime-gpu>=1.25"],
     "trt": ["tensorrt-cu13>=11.4"],
+    "rtx": ["tensorrt-rtx-cu13>=1.7,<2"],
+    "quantize": ["nvidia-modelopt>=0.47"],
     "xformers": ["xformers>=0.0.35"],
     "demo": ["matplotlib>=3.8"],
     "dev": [
@@ -30,6 +33,8 @@ EXTRAS = {
         "mypy>=1.13",
         "pycocotools>=2.0.8",
         "hotcoco>=1.3; platform_system=='Linux'",
+        "tensorrt-rtx-cu13>=1.7,<2; platform_system=='Linux' and platform_machine=='x86_64'",
+        "nvidia-modelopt>=0.47",
         "types-PyYAML",
     ],
 }
@@ -72,6 +77,7 @@ setup(
         "safetensors>=0.5",
         "tqdm>=4.66",
         "PyYAML>=6",
+        "deflate>=0.8",
         "diffusers>=0.36",
         "transformers>=5.0",
         "deepspeed>=0.19",

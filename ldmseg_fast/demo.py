@@ -90,8 +90,9 @@ def write_demo_report(
     page.table(["class-agnostic, %", "PQ", "SQ", "RQ"], rows, strong=0)
     thresholds = " / ".join(f"{value:g}" for value in report["thresholds"].values())
     page.text(
-        f"{report['images']} scenes that training never saw, {report['num_inference_steps']} denoising steps, thresholds "
-        f"{thresholds} (confidence / area in pixels / overlap), {1000 * report['seconds_per_image']:.0f} ms per scene. "
+        f"{report['images']} scenes that training never saw, {report['num_inference_steps']} denoising steps, "
+        f"thresholds {thresholds} (confidence / area in pixels / overlap), "
+        f"{1000 * report['seconds_per_image']:.0f} ms per scene. "
         "The model is honestly small and its training short: the curve below is still rising.",
         "note",
     )
