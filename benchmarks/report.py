@@ -50,14 +50,19 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def quality(rows: list[Row]) -> str:
-    lines = []
+    """A line per trained model, then a line per baseline and data set."""
+    models, baselines = [], {}
     for row in rows:
         case = row["case"]
-        how = f"{case['steps']} steps" if "steps" in case else f"{case['ids']} ids, {case['size']} px"
-        cost = f"{row['cpu_minutes']:g}" if "cpu_minutes" in row else ""
         data = f"{case['data']} {case['split']}, {case['images']}"
-        lines.append([row["variant"], data, how, f"{row['value']:.1f}", f"{row['sq']:.1f}", f"{row['rq']:.1f}", cost])
-    return table(["class-agnostic, %", "data, images", "sampling", "PQ", "SQ", "RQ", "training, CPU minutes"], lines)
+        numbers = [f"{row[key]:.1f}" for key in ("value", "sq", "rq")]
+        if "cpu_minutes" in row:
+            how = f"{case['steps']} steps" if "steps" in case else f"{case['ids']} ids, {case['size']} px"
+            models.append([row["variant"], data, how, *numbers, f"{row['cpu_minutes']:g}"])
+        else:
+            baselines[row["variant"], data] = [row["variant"], data, "", *numbers, ""]
+    header = ["class-agnostic, %", "data, images", "sampling", "PQ", "SQ", "RQ", "training, CPU minutes"]
+    return table(header, [*models, *baselines.values()])
 
 
 def timings(rows: list[Row]) -> str:

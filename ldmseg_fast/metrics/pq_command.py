@@ -30,7 +30,7 @@ def run_pq(args: argparse.Namespace) -> int:
     """Exit code 0, or 2 with one line on stderr for input that cannot be scored."""
     for report in (args.json, args.csv):
         if report is not None and not report.parent.is_dir():
-            print(f"ldmseg pq: {report}: its folder does not exist; create it first", file=sys.stderr)
+            print(f"error: {report}: its folder does not exist; create it first", file=sys.stderr)
             return 2
     try:
         result = evaluate_files(
@@ -45,7 +45,7 @@ def run_pq(args: argparse.Namespace) -> int:
             seed=args.seed,
         )
     except (PanopticFormatError, OSError) as error:
-        print(f"ldmseg pq: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_table(result))
     print(f"{result['images']} images in {result['seconds']:.2f} s on {result['threads']} threads")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ldmseg_fast.backends import trt_api
+from ldmseg_fast.backends import load_backend, trt_api
 from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.backends.manifest import read_manifest
 from ldmseg_fast.backends.passport import read_passport
@@ -67,7 +67,7 @@ def test_float32_and_several_targets(graphs, rtx, tmp_path):
     graph = manifest.graphs["image_encoder"]
     profile = {"batch": (1, 2, 4)}
     for targets in (("portable",), ("sm80", "sm120")):
-        settings = trt_api.BuildSettings(targets, level=1, workspace_gib=1.0, refit=True, version_compatible=False)
+        settings = trt_api.BuildSettings(targets, level=1, workspace_gib=1.0, detailed=True)
         shapes = engine_build.shapes_of(graph.spec, profile)
         built = rtx.build(graphs / graph.file, [shapes], settings)
         assert len(built.engine) > 10_000 and any("CONVOLUTION" in line for line in built.layers)
@@ -106,9 +106,9 @@ def bindings_of(module, kind: str, name: str) -> list[str] | None:
 def test_the_double_has_the_real_names_and_parameters(rtx, double):
     kinds = [
         "Runtime", "ICudaEngine", "IExecutionContext", "Builder", "IBuilderConfig", "IOptimizationProfile",
-        "OnnxParser", "INetworkDefinition", "EngineInspector", "ITimingCache",
+        "OnnxParser", "INetworkDefinition", "EngineInspector", "ITimingCache", "Refitter", "OnnxParserRefitter",
     ]  # fmt: skip
-    own = {"builds", "deserialized"}  # the double's counters
+    own = {"builds", "deserialized", "refits"}  # the double's counters
     checked = 0
     for kind in kinds:
         members = {name: value for name, value in vars(getattr(double, kind)).items() if name[0] != "_"}
@@ -133,7 +133,8 @@ def test_every_name_that_is_used_exists(rtx):
         "trt": rtx.trt, "builder": rtx.trt.Builder, "network": rtx.trt.INetworkDefinition, "parser": rtx.trt.OnnxParser,
         "config": rtx.trt.IBuilderConfig, "profile": rtx.trt.IOptimizationProfile, "runtime": rtx.trt.Runtime,
         "engine": rtx.trt.ICudaEngine, "context": rtx.trt.IExecutionContext, "inspector": rtx.trt.EngineInspector,
-        "layer": rtx.trt.ILayer, "cache": rtx.trt.ITimingCache,
+        "layer": rtx.trt.ILayer, "cache": rtx.trt.ITimingCache, "refitter": rtx.trt.Refitter,
+        "weights": rtx.trt.OnnxParserRefitter,
     }  # fmt: skip
     used = set()
     for node in ast.walk(source):
@@ -280,10 +281,31 @@ def test_without_a_gpu(graphs, double, tmp_path, capsys, monkeypatch):
     assert "none answers to nvidia-smi" in capsys.readouterr().err
 
 
-def test_rtx_targets(graphs, tmp_path, capsys):
-    pytest.importorskip("tensorrt_rtx", reason="pip install 'ldmseg_fast[rtx]'")
-    assert to_trt.main([str(graphs), "--out", str(tmp_path / "e"), "--flavour", "rtx", "--target", "sm90"]) == 2
-    assert "--target sm90: TensorRT-RTX builds for sm75, sm80" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "sm90"], "--target sm90: TensorRT-RTX builds for sm75, sm80"),
+        (["--version-compatible"], "TensorRT-RTX engines belong to one version"),
+        (["--strip"], "none answers to nvidia-smi"),
+        (["--target", "current"], "none answers to nvidia-smi"),
+    ],
+)
+def test_what_rtx_cannot_build(graphs, rtx, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(trt_api, "this_machine", Machine)
+    assert to_trt.main([str(graphs), "--out", str(tmp_path / "e"), "--flavour", "rtx", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_engines_without_weights(model_dir, graphs, trt, double, tmp_path):
+    out = tmp_path / "e"
+    assert to_trt.main([str(graphs), "--out", str(out), "--strip", "--version-compatible"]) == 0
+    assert read_passport(out, "denoiser").stripped and read_passport(out, "denoiser").version_compatible
+    with pytest.raises(BackendError, match=r"was built without weights; put the exported graphs into"):
+        load_backend(model_dir, "tensorrt", out)
+    shutil.copytree(graphs, out / "onnx")
+    double.Refitter.refits = 0
+    load_backend(model_dir, "tensorrt", out)
+    assert double.Refitter.refits == 4
 
 
 def test_pictures_of_any_size(graphs):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_nearest_older_architecture_is_taken():
     table = configs.TABLE["attention_forward"]
-    for sm, entry in ((80, 80), (86, 80), (89, 80), (90, 90), (120, 90)):
+    for sm, entry in ((80, 80), (86, 80), (89, 80), (90, 90), (100, 90), (120, 80)):
         with configs.architecture(sm):
             assert configs.find_config("attention_forward", "d48") is table[entry]["d48"]
     with configs.architecture(90):
@@ -111,7 +111,7 @@ def test_kernels_build_ahead_of_time(tmp_path):
     """Registers, shared memory and spills of every kernel and configuration, with no GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = tmp_path / "builds.json"
-    command = [sys.executable, "-m", "ldmseg_fast.kernels.aot", "--sm", "90", "--json", str(path)]
+    command = [sys.executable, "-m", "ldmseg_fast.kernels.aot", "--sm", "80", "90", "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     builds = json.loads(path.read_text())
@@ -120,14 +120,14 @@ def test_kernels_build_ahead_of_time(tmp_path):
     assert by_function["attention_forward_kernel"]["wgmma"] > 0
     assert all(0 < build["registers"] <= 255 and build["spill_bytes"] == 0 for build in builds)
     for kernel in KERNELS:
-        assert sum(line.startswith(kernel) for line in done.stdout.splitlines()) == 1
+        assert sum(line.startswith(kernel) for line in done.stdout.splitlines()) == 2  # architectures
 
 
 @pytest.mark.parametrize("fault", ["spill_bytes", "shared_memory", "error"])
 def test_faults_of_a_build(fault):
-    from ldmseg_fast.kernels.aot import MAX_SHARED_MEMORY, Build
+    from ldmseg_fast.kernels.aot import Build
 
     about = {"kernel": "k", "function": "f", "sm": 90, "constants": {}, "num_warps": 4, "num_stages": 1}
-    value = {"spill_bytes": 4, "shared_memory": MAX_SHARED_MEMORY + 1, "error": "no"}[fault]
-    assert not Build(**about, shared_memory=MAX_SHARED_MEMORY).faults
+    value = {"spill_bytes": 4, "shared_memory": 227 * 1024 + 1, "error": "no"}[fault]
+    assert not Build(**about, shared_memory=227 * 1024).faults
     assert len(Build(**about, **{fault: value}).faults) == 1

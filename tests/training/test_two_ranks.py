@@ -11,17 +11,16 @@ import pytest
 import torch
 
 from ldmseg_fast.config import load_config
-from ldmseg_fast.engine import Run, make_dataset, train
+from ldmseg_fast.engine import Run, train
 from ldmseg_fast.resume import TrainingCheckpoints
-from ldmseg_fast.stages import STAGES
 from ldmseg_fast.training.liveness import Interrupt
-from ldmseg_fast.training.validation import validate
 from tests.training.helpers import TINY, Job, assembled, deepspeed, losses, metrics
-from tests.training.two_ranks import LOOSE
+from tests.training.two_ranks import measured
 
 SCENARIOS = [
     "resume:2", "stage:0", "stage:1", "stage:2", "stage:3", "accumulation:1", "fp16:0", "fp16:2", "validation",
     "resave:0", "resave:1", "resave:3", "nonfinite:0", "nonfinite:1", "nonfinite:3",
+    "offload:2", "trust:2",
 ]  # fmt: skip
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
@@ -103,12 +102,9 @@ def test_fp16_scales_its_loss(out: Path, zero: int) -> None:
 
 
 def test_validation_is_that_of_one_rank(out: Path, scenes: Path, autoencoder: Path) -> None:
-    config = settings(scenes, autoencoder, out / "validation", *LOOSE)
-    torch.manual_seed(0)
-    dataset = make_dataset(config, "train2017", 32, train=False)
-    alone = validate(STAGES["diffusion"](config), dataset, torch.device("cpu"), None)
+    alone = measured(settings(scenes, autoencoder, out / "validation"))
     assert json.loads((out / "validation.json").read_text()) == alone
-    assert alone["val/pq"] > 0
+    assert 0 < alone["val/pq"] < 100 and len(alone["maps"]) == 24
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
@@ -131,6 +127,25 @@ def test_state_moves_between_numbers_of_ranks(out: Path, scenes: Path, autoencod
 def test_a_nan_on_one_rank_skips_the_step_on_all(out: Path, zero: int) -> None:
     results = json.loads((out / f"nonfinite-{zero}.json").read_text())
     assert results == [[True, 1], [True, 1]]
+
+
+def test_offloading_changes_nothing(out: Path) -> None:
+    assert losses(out / "offload-2") == pytest.approx(losses(out / "one-rank")[:3], rel=1e-4)
+
+
+@pytest.mark.soak
+def test_more_of_every_stage(scenes: Path, autoencoder: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
+    scenarios = [f"{name}:{zero}" for name in ("offload", "trust", "accumulation", "fp16") for zero in (1, 2, 3)]
+    job = start(
+        deepspeed(2, SCRIPT, scenes, autoencoder, tmp_path, *scenarios, "compiled:0", "compiled:1", "compiled:2")
+    )
+    assert job.wait(600) == 0, job.output[-4000:]
+    assert not [path.read_text() for path in tmp_path.glob("failed-*")]
+    for zero in (1, 2, 3):
+        assert losses(tmp_path / f"offload-{zero}") == pytest.approx(losses(tmp_path / "compiled-0"), rel=1e-4)
+        assert losses(tmp_path / f"accumulation-{zero}")[:3] == pytest.approx(losses(tmp_path / "compiled-0"), rel=1e-4)
+    for zero in (1, 2):
+        assert losses(tmp_path / f"compiled-{zero}") == pytest.approx(losses(tmp_path / "compiled-0"), rel=1e-5)
 
 
 @pytest.mark.soak

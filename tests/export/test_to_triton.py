@@ -1,0 +1,252 @@
+"""`to_triton.py`: configurations that the published schema takes, and models that give the pipeline's maps."""
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from PIL import Image
+
+from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.backends.base import read_model_info
+from ldmseg_fast.backends.onnx_backend import load_onnx_backend
+from ldmseg_fast.data.scenes import generate_scene
+from ldmseg_fast.export import to_triton, triton_models
+
+# The part of triton-inference-server/common's protobuf/model_config.proto that a repository like this one can use:
+# (field, number, type), "*" repeated; a map is a repeated message of key and value.
+SCHEMA = {
+    "ModelParameter": [("string_value", 1, "string")],
+    "ParameterEntry": [("key", 1, "string"), ("value", 2, "ModelParameter")],
+    "NameEntry": [("key", 1, "string"), ("value", 2, "string")],
+    "ModelInput": [
+        ("name", 1, "string"), ("data_type", 2, "DataType"), ("dims", 4, "int64*"), ("is_shape_tensor", 6, "bool"),
+        ("allow_ragged_batch", 7, "bool"), ("optional", 8, "bool"),
+    ],
+    "ModelOutput": [
+        ("name", 1, "string"), ("data_type", 2, "DataType"), ("dims", 3, "int64*"), ("label_filename", 4, "string"),
+        ("is_shape_tensor", 6, "bool"),
+    ],
+    "ModelInstanceGroup": [("name", 1, "string"), ("count", 2, "int32"), ("gpus", 3, "int32*"), ("kind", 4, "Kind")],
+    "ModelDynamicBatching": [
+        ("preferred_batch_size", 1, "int32*"), ("max_queue_delay_microseconds", 2, "uint64"),
+        ("preserve_ordering", 3, "bool"),
+    ],
+    "Step": [
+        ("model_name", 1, "string"), ("model_version", 2, "int64"), ("input_map", 3, "NameEntry*"),
+        ("output_map", 4, "NameEntry*"),
+    ],
+    "ModelEnsembling": [("step", 1, "Step*")],
+    "ModelConfig": [
+        ("name", 1, "string"), ("platform", 2, "string"), ("backend", 17, "string"), ("max_batch_size", 4, "int32"),
+        ("input", 5, "ModelInput*"), ("output", 6, "ModelOutput*"), ("dynamic_batching", 11, "ModelDynamicBatching"),
+        ("ensemble_scheduling", 15, "ModelEnsembling"), ("instance_group", 7, "ModelInstanceGroup*"),
+        ("default_model_filename", 8, "string"), ("parameters", 14, "ParameterEntry*"),
+    ],
+}  # fmt: skip
+ENUMS = {
+    "DataType": ["TYPE_INVALID", "TYPE_BOOL", "TYPE_UINT8", "TYPE_UINT16", "TYPE_UINT32", "TYPE_UINT64", "TYPE_INT8",
+                 "TYPE_INT16", "TYPE_INT32", "TYPE_INT64", "TYPE_FP16", "TYPE_FP32", "TYPE_FP64", "TYPE_STRING",
+                 "TYPE_BF16"],
+    "Kind": ["KIND_AUTO", "KIND_GPU", "KIND_CPU", "KIND_MODEL"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_config():
+    field_type = descriptor_pb2.FieldDescriptorProto
+    kinds = {
+        name: getattr(field_type, f"TYPE_{name.upper()}") for name in ("string", "int64", "int32", "bool", "uint64")
+    }
+    file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="inference", syntax="proto3")
+    for name, values in ENUMS.items():
+        file.enum_type.add(name=name, value=[{"name": v, "number": i} for i, v in enumerate(values)])
+    for name, fields in SCHEMA.items():
+        message = file.message_type.add(name=name)
+        for field, number, kind in fields:
+            label = field_type.LABEL_REPEATED if kind.endswith("*") else field_type.LABEL_OPTIONAL
+            kind = kind.rstrip("*")
+            item = message.field.add(name=field, number=number, label=label)
+            if kind in kinds:
+                item.type = kinds[kind]
+            else:
+                item.type = field_type.TYPE_ENUM if kind in ENUMS else field_type.TYPE_MESSAGE
+                item.type_name = f".inference.{kind}"
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))
+
+
+def read_configs(folder, model_config):
+    return {
+        path.parent.name: text_format.Parse(path.read_text(), model_config()) for path in folder.glob("*/config.pbtxt")
+    }
+
+
+@pytest.fixture(scope="module")
+def repository(graphs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("triton") / "repository"
+    assert to_triton.main([str(graphs), "--out", str(out), "--steps", "3", "--device", "cpu"]) == 0
+    return out
+
+
+def test_configurations_follow_the_schema(repository, model_config):
+    configs = read_configs(repository, model_config)
+    assert set(configs) == {path.name for path in repository.iterdir()} and len(configs) == 7
+    for name, config in configs.items():
+        assert config.name == name and (repository / name / "1").is_dir()
+        assert all(0 not in tensor.dims for tensor in (*config.input, *config.output))
+    assert configs["ldmseg_image_encoder"].platform == "onnxruntime_onnx"
+    assert (repository / "ldmseg_image_encoder" / "1" / "model.onnx").stat().st_size > 10_000
+    assert configs["ldmseg_sampler"].dynamic_batching.max_queue_delay_microseconds == 2000
+
+
+def test_the_ensemble_is_wired(repository, model_config):
+    """Every tensor that a step reads was made before, under the types and sizes that its model declares."""
+    configs = read_configs(repository, model_config)
+    ensemble = configs["ldmseg"]
+    made = {tensor.name: tensor for tensor in ensemble.input}
+    for step in ensemble.ensemble_scheduling.step:
+        model = configs[step.model_name]
+        assert model.max_batch_size == ensemble.max_batch_size == 8
+        inputs, outputs = ({t.name: t for t in side} for side in (model.input, model.output))
+        assert {entry.key for entry in step.input_map} == set(inputs)
+        for entry in step.input_map:
+            source, target = made[entry.value], inputs[entry.key]
+            assert (source.data_type, list(source.dims)) == (target.data_type, list(target.dims)), entry.key
+        made |= {entry.value: outputs[entry.key] for entry in step.output_map}
+    assert {tensor.name for tensor in ensemble.output} <= set(made)
+
+
+def test_engines_make_plans(engines, model_config, tmp_path):
+    assert to_triton.main([str(engines), "--out", str(tmp_path / "r"), "--queue-delay", "500"]) == 0
+    configs = read_configs(tmp_path / "r", model_config)
+    assert configs["ldmseg"].max_batch_size == 4  # the engines' own
+    decoder = configs["ldmseg_mask_decoder"]
+    assert decoder.platform == "tensorrt_plan" and [t.name for t in decoder.input if t.is_shape_tensor] == ["size"]
+    assert (tmp_path / "r" / "ldmseg_denoiser" / "1" / "model.plan").is_file()
+
+
+class FakeTensor:
+    def __init__(self, name, values):
+        self.name, self.values = name, values
+
+    def as_numpy(self):
+        return self.values
+
+    def to_dlpack(self):
+        return torch.utils.dlpack.to_dlpack(torch.from_numpy(self.values))
+
+    @staticmethod
+    def from_dlpack(name, capsule):
+        return FakeTensor(name, torch.utils.dlpack.from_dlpack(capsule).numpy())
+
+
+@pytest.fixture
+def triton(model_dir, graphs, monkeypatch):
+    """The server's Python module, with the repository's graphs behind its model calls."""
+    backend = load_onnx_backend(read_model_info(model_dir), graphs, "cpu")
+
+    def get(message, name):
+        return next((item for item in message.tensors if item.name == name), None)
+
+    class Request:
+        def __init__(self, model_name, requested_output_names, inputs):
+            self.graph, self.names, self.tensors = model_name.removeprefix("ldmseg_"), requested_output_names, inputs
+
+        def exec(self):
+            inputs = {item.name: torch.from_numpy(item.values) for item in self.tensors}
+            size = inputs.get("size", torch.zeros(2)).tolist()
+            found = backend.run_graph(self.graph, inputs, height=int(size[0]), width=int(size[1]))
+            tensors = [FakeTensor(name, found[name].numpy()) for name in self.names]
+            return SimpleNamespace(has_error=lambda: False, tensors=tensors)
+
+    def response(output_tensors, error=None):
+        return SimpleNamespace(tensors=output_tensors, error=error)
+
+    module = SimpleNamespace(
+        Tensor=FakeTensor, InferenceRequest=Request, InferenceResponse=response, TritonError=str,
+        get_input_tensor_by_name=get, get_output_tensor_by_name=get,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
+    return backend
+
+
+def start(repository, model_config, name):
+    """The model as the server starts it: through its model.py and the JSON of its configuration."""
+    scope = {}
+    exec((repository / name / "1" / "model.py").read_text(), scope)
+    config = read_configs(repository, model_config)[name]
+    parameters = {entry.key: {"string_value": entry.value.string_value} for entry in config.parameters}
+    model = scope["TritonPythonModel"]()
+    model.initialize({"model_config": json.dumps({"parameters": parameters})})
+    return model
+
+
+def request(**values):
+    return SimpleNamespace(tensors=[FakeTensor(name, value) for name, value in values.items()])
+
+
+def as_png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_requests_give_the_pipelines_maps(model_dir, repository, model_config, triton):
+    pixels = [generate_scene(64, 0, index)[0][: 64 - 8 * index] for index in range(3)]
+    preprocess, sampler, head = (
+        start(repository, model_config, f"ldmseg_{name}") for name in ("preprocess", "sampler", "head")
+    )
+    requests = [
+        request(image=np.array([[as_png(each)]], object), seed=np.array([[index]])) for index, each in enumerate(pixels)
+    ]
+    prepared = [{item.name: item.values for item in response.tensors} for response in preprocess.execute(requests)]
+    for each in prepared:
+        each["image_latents"] = triton.encode_image(torch.from_numpy(each["images"])).numpy()
+    sampled = sampler.execute([request(noise=e["noise"], image_latents=e["image_latents"]) for e in prepared])
+    results = head.execute(
+        [request(mask_latents=s.tensors[0].values, size=e["size"]) for s, e in zip(sampled, prepared)]
+    )
+    pipe = LDMSegPipeline.from_pretrained(model_dir, device="cpu")
+    for index, (result, picture) in enumerate(zip(results, pixels)):
+        assert result.error is None
+        found = {item.name: item.values for item in result.tensors}
+        expected = pipe([picture], 3, seed=index, image_ids=[0])[0]
+        assert found["segmentation"].shape == (1, *picture.shape[:2])
+        assert (found["segmentation"][0] == expected.segmentation).mean() > 0.999
+        assert len(json.loads(found["segments_info"][0, 0])) == len(expected.segments_info)
+
+
+def test_a_bad_request_fails_alone(repository, model_config, triton):
+    preprocess = start(repository, model_config, "ldmseg_preprocess")
+    good = request(image=np.array([[as_png(np.zeros((8, 8, 3), np.uint8))]], object))
+    bad = request(image=np.array([[b"no picture"]], object))
+    first, second = preprocess.execute([bad, good])
+    assert "cannot identify image file" in first.error and second.error is None
+    assert triton_models.array(SimpleNamespace(tensors=second.tensors), "size").tolist() == [[8, 8]]
+
+
+def test_what_cannot_be_served(graphs, engines, tmp_path, capsys):
+    assert to_triton.main([str(tmp_path), "--out", str(tmp_path / "r")]) == 2
+    assert "no export.json in it" in capsys.readouterr().err
+    assert to_triton.main([str(graphs), "--out", str(tmp_path / "r"), "--max-batch", "0"]) == 2
+    assert "--max-batch and --instances: from 1 on" in capsys.readouterr().err
+    import shutil
+
+    shutil.copytree(engines, tmp_path / "e")
+    path = tmp_path / "e" / "denoiser.passport.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"flavour": "rtx"}))
+    assert to_triton.main([str(tmp_path / "e"), "--out", str(tmp_path / "r")]) == 2
+    assert "the server takes whole TensorRT engines" in capsys.readouterr().err
+    shutil.copytree(graphs, tmp_path / "g")
+    path = tmp_path / "g" / "export.json"
+    values = json.loads(path.read_text())
+    values["options"]["head"] = "logits"
+    path.write_text(json.dumps(values))
+    assert to_triton.main([str(tmp_path / "g"), "--out", str(tmp_path / "r")]) == 2
+    assert "--head panoptic or both" in capsys.readouterr().err

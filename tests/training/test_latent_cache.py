@@ -1,0 +1,167 @@
+"""Latents from disk are the latents of the encoder, and a cache is never trusted further than its manifest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldmseg_fast.checkpoint import CheckpointError, save_weights
+from ldmseg_fast.config import Config, ConfigError, ImageEncoderConfig
+from ldmseg_fast.data import latent_cache
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.data.latent_cache import (
+    LatentCache,
+    add_cache_arguments,
+    cache_key,
+    load_encoder,
+    picture_files,
+    run_cache,
+)
+from ldmseg_fast.engine import train
+from ldmseg_fast.models.image_vae import TaesdEncoder
+from tests.training.helpers import losses
+
+Settings = Callable[..., Config]
+TAESD = ["image_encoder.kind=taesd", "image_encoder.latent_channels=4", "image_encoder.downsampling=8"]
+TAESD += ["image_encoder.scaling_factor=1", "unet.in_channels=12", "mask_vae.widths=8,16,16,16", "unet.sample_size=4"]
+
+
+@pytest.fixture(scope="module")
+def taesd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained TAESD encoder's file."""
+    torch.manual_seed(3)
+    encoder = TaesdEncoder(ImageEncoderConfig(kind="taesd"))
+    path = tmp_path_factory.mktemp("taesd") / "taesd.safetensors"
+    save_weights({key.removeprefix("layers."): value for key, value in encoder.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture
+def root(scenes: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(scenes, tmp_path / "root"))
+
+
+def make(root: Path, taesd: Path, *arguments: str) -> Path:
+    """The cache's own folder."""
+    parser = argparse.ArgumentParser()
+    add_cache_arguments(parser)
+    fixed = [str(root), "--image-vae", str(taesd), "--size", "32", "--workers", "0"]
+    assert run_cache(parser.parse_args([*fixed, *arguments])) == 0
+    return next((root / "latents").iterdir())
+
+
+def opened(root: Path, taesd: Path, scaling_factor: float = 1.0) -> tuple[LatentCache, list[Path], torch.nn.Module]:
+    encoder, settings = load_encoder(taesd, 32)
+    files = picture_files(CocoPanoptic(root, "train2017", 32, train=True))
+    key = cache_key(encoder, settings, 32, files)
+    return LatentCache.open(root / "latents", key, files, scaling_factor), files, encoder
+
+
+def test_latents_and_their_mirrors(root: Path, taesd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_cache, "PER_SHARD", 10)
+    make(root, taesd)
+    cache, files, encoder = opened(root, taesd)
+    assert len(cache.shards) == 3 and cache.seconds_per_image > 0
+    dataset = CocoPanoptic(root, "train2017", 32)
+    for index in (0, 9, 10, 23):
+        picture = dataset[index]["image"][None]
+        for flipped in (False, True):
+            wanted = encoder(picture.flip(-1) if flipped else picture)[0]
+            assert torch.allclose(cache.read(files[index].name, flipped).float(), wanted, atol=2e-3, rtol=2e-3)
+    doubled, _, _ = opened(root, taesd, scaling_factor=2.0)
+    assert torch.equal(doubled.read(files[0].name, False), cache.read(files[0].name, False) * 2)
+
+
+def test_training_takes_them(root: Path, taesd: Path, settings: Settings, capfd: pytest.CaptureFixture) -> None:
+    """The loss curve is that of encoding in every step, up to half precision."""
+    first = train("autoencoder", settings("first", *TAESD, "train.steps=2", "data.val_limit=1"))
+    common = [*TAESD, f"data.root={root}", f"image_encoder.path={taesd}", f"model.mask_vae={first}", "train.steps=6"]
+    plain = train("diffusion", settings("plain", *common))
+    make(root, taesd)
+    capfd.readouterr()
+    cached = train("diffusion", settings("cached", *common, "data.latent_cache=auto", "data.num_workers=1"))
+    assert "saves" in capfd.readouterr().err
+    assert losses(cached) == pytest.approx(losses(plain), rel=5e-3)
+    assert losses(cached) != losses(plain)
+    train(
+        "diffusion", settings("jitter", *common, "data.latent_cache=auto", "data.color_jitter=0.1", "data.cache=false")
+    )
+    assert "latent cache not used: data.color_jitter=0.1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped", "unfinished"])
+def test_what_is_incomplete_is_completed(
+    damage: str, root: Path, taesd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(latent_cache, "PER_SHARD", 10)
+    path = make(root, taesd)
+    shard = path / "latents-00001.safetensors"
+    content, times = shard.read_bytes(), {file.name: file.stat().st_mtime_ns for file in path.glob("*.safetensors")}
+    if damage in ("missing", "unfinished"):
+        shard.rename(path / ".latents-00001.safetensors.new") if damage == "unfinished" else shard.unlink()
+    elif damage == "short":
+        shard.write_bytes(content[:-1])
+    else:
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    if damage != "flipped":  # reading all of a cache takes minutes: the command does, a run does not
+        with pytest.raises(
+            CheckpointError, match="1 of 3 shards are missing or damaged; make it with `ldmseg data cache`"
+        ):
+            opened(root, taesd)
+    capsys.readouterr()
+    make(root, taesd)
+    assert "2 of 3 shards are there" in capsys.readouterr().out
+    assert shard.read_bytes() == content
+    kept = {name for name, at in times.items() if (path / name).stat().st_mtime_ns == at}
+    assert kept == times.keys() - {shard.name}
+    opened(root, taesd)
+
+
+def test_another_encoder_or_picture_is_another_cache(root: Path, taesd: Path, tmp_path: Path) -> None:
+    make(root, taesd)
+    encoder, _ = load_encoder(taesd, 32)
+    state = {key.removeprefix("layers."): value.clone() for key, value in encoder.state_dict().items()}
+    state["0.bias"] += 1e-3
+    save_weights(state, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="of another encoder, size or list of pictures"):
+        opened(root, tmp_path / "other.safetensors")
+    picture = next((root / "train2017").iterdir())
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    with pytest.raises(CheckpointError, match="of another encoder, size or list of pictures"):
+        opened(root, taesd)
+
+
+def test_a_named_cache_must_be_there(root: Path, taesd: Path, settings: Settings, tmp_path: Path) -> None:
+    first = train("autoencoder", settings("first", *TAESD, "train.steps=1", "data.val_limit=1"))
+    common = [
+        *TAESD,
+        f"image_encoder.path={taesd}",
+        f"model.mask_vae={first}",
+        f"data.latent_cache={tmp_path / 'none'}",
+    ]
+    with pytest.raises(CheckpointError, match="no latent cache for this run; make it"):
+        train("diffusion", settings("second", *common))
+
+
+def test_encoders_that_cannot_be_cached(autoencoder: Path, root: Path, taesd: Path, tmp_path: Path) -> None:
+    with pytest.raises((CheckpointError, ConfigError)):
+        load_encoder(tmp_path / "nowhere", 32)
+    with pytest.raises(ConfigError, match="a multiple of 8"):
+        load_encoder(taesd, 33)
+    (tmp_path / "model" / "image_vae").mkdir(parents=True)
+    config = {"kind": "conv", "widths": [8, 8, 16], "blocks": [0, 1, 1], "norm_groups": 4, "downsampling": 4}
+    (tmp_path / "model" / "image_vae" / "config.json").write_text(json.dumps(config))
+    from ldmseg_fast.models.image_vae import ConvEncoder
+
+    encoder = ConvEncoder(
+        ImageEncoderConfig(kind="conv", widths=(8, 8, 16), blocks=(0, 1, 1), norm_groups=4, downsampling=4)
+    )
+    save_weights(dict(encoder.state_dict()), tmp_path / "model" / "image_vae" / "model.safetensors")
+    with pytest.raises(ConfigError, match="trained with the UNet"):
+        load_encoder(tmp_path / "model", 32)
