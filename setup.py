@@ -31,6 +31,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ruff>=0.9",
         "mypy>=1.13",
+        "pybind11>=3.0,<4",
         "pycocotools>=2.0.8",
         "hotcoco>=1.3; platform_system=='Linux'",
         "tensorrt-rtx-cu13>=1.7,<2; platform_system=='Linux' and platform_machine=='x86_64'",

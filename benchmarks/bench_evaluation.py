@@ -1,6 +1,6 @@
 """Panoptic quality and CPU post-processing, timed beside what people use.
 
-    python benchmarks/bench_evaluation.py [--quick] [--data ROOT] [--images N]
+    python benchmarks/bench_evaluation.py [--quick] [--data ROOT] [--images N] [--parts PART ...]
 
 Generated maps of 480x640 (and with --data the maps of a COCO-panoptic folder's train2017, perturbed for predictions)
 are written as PNGs by Pillow, then scored in memory and from files: by ldmseg_fast, by the usual numpy joint histogram,
@@ -35,6 +35,7 @@ from ldmseg_fast.metrics.pq_files import evaluate_files
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic_format import ids_to_rgb, load_panoptic_json, read_panoptic_png
 
+PARTS = ("memory", "files", "threads", "growth", "post-processing")
 HEIGHT, WIDTH = 480, 640
 HEAD_ARGUMENTS = ((512, 512), (427, 640), 0.5, 512, 0.5)  # network and image size, thresholds
 CATEGORIES = [{"id": i, "name": f"category {i}", "isthing": int(i <= 6)} for i in range(1, 11)]
@@ -45,17 +46,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer maps and rounds, growth up to 500 images")
     parser.add_argument("--data", type=Path, help="COCO-panoptic folder whose maps join the generated ones")
     parser.add_argument("--images", type=int, help="maps in all (default: 500, with --quick 40)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="run these only")
     args = parser.parse_args()
     torch.set_num_threads(1)
     images = args.images or (40 if args.quick else 500)
     run = Run("evaluation", quick=args.quick)
     with tempfile.TemporaryDirectory() as folder:
-        data = DataSet(Path(folder), images, args.data)
-        in_memory(run, data, rounds=10 if args.quick else 40)
-        from_files(run, data, rounds=3 if args.quick else 7)
-        threads(run, data, rounds=3 if args.quick else 7)
-        growth(run, data, sizes=(50, 500) if args.quick else (50, 500, 5000))
-    post_processing(run, rounds=5 if args.quick else 15)
+        if set(args.parts) != {"post-processing"}:
+            data = DataSet(Path(folder), images, args.data)
+        if "memory" in args.parts:
+            in_memory(run, data, rounds=10 if args.quick else 40)
+        if "files" in args.parts:
+            from_files(run, data, rounds=3 if args.quick else 7)
+        if "threads" in args.parts:
+            threads(run, data, rounds=5 if args.quick else 11)
+        if "growth" in args.parts:
+            growth(run, data, sizes=(50, 500) if args.quick else (50, 500, 5000))
+    if "post-processing" in args.parts:
+        post_processing(run, rounds=5 if args.quick else 15)
     run.save()
 
 
@@ -199,7 +207,7 @@ def threads(run: Run, data: DataSet, rounds: int) -> None:
             f"{count} threads": lambda count=count: evaluate_files(*paths, *folders, num_threads=count, replicates=0)
             for count in (1, 2)
         },
-        rounds=max(rounds, 5),
+        rounds=rounds,
     )
     run.add(
         "threads, per image", timings, baseline="1 threads", items=data.size, target=1.7, case={"images": data.size}

@@ -4,6 +4,7 @@
 #include <limits>
 #include <unordered_map>
 
+#include "cpu.hpp"
 #include "key_index.hpp"
 
 namespace ldmseg {
@@ -25,8 +26,7 @@ inline __attribute__((always_inline)) std::vector<Pair> count_pieces(const RunMa
                                                                      const BitRows* pred_boundary) {
     KeyIndex index;
     std::vector<Pair> pairs;
-    // the runs that the piece lies in; every row begins with a new run of either map
-    const int32_t *gt_id = gt.ids.data() - 1, *pred_id = pred.ids.data() - 1;
+    size_t gt_runs = 0, pred_runs = 0;  // begun so far; every row begins with a new run of either map
     for (size_t y = 0; y < gt.height; ++y) {
         for (size_t word = 0; word < gt.starts.words; ++word) {
             const int end_of_word = static_cast<int>(std::min<size_t>(64, gt.width - 64 * word));
@@ -36,10 +36,11 @@ inline __attribute__((always_inline)) std::vector<Pair> count_pieces(const RunMa
                 const int begin = lowest_bit(cuts);
                 cuts &= cuts - 1;
                 const int end = cuts ? lowest_bit(cuts) : end_of_word;
-                gt_id += gt_starts >> begin & 1;
-                pred_id += pred_starts >> begin & 1;
-                if ((*gt_id | *pred_id) & 0xff000000) throw Inconsistent("ids outside 0..2^24-1");
-                const uint64_t key = static_cast<uint64_t>(*gt_id) << 24 | static_cast<uint64_t>(*pred_id);
+                gt_runs += gt_starts >> begin & 1;
+                pred_runs += pred_starts >> begin & 1;
+                const int32_t gt_id = gt.ids[gt_runs - 1], pred_id = pred.ids[pred_runs - 1];
+                if ((gt_id | pred_id) & 0xff000000) throw Inconsistent("ids outside 0..2^24-1");
+                const uint64_t key = static_cast<uint64_t>(gt_id) << 24 | static_cast<uint64_t>(pred_id);
                 const size_t at = index[key];
                 if (at == pairs.size()) pairs.push_back({key});
                 Pair& pair = pairs[at];
@@ -61,7 +62,7 @@ std::vector<Pair> count_pieces_plain(const RunMap& gt, const RunMap& pred, const
     return count_pieces(gt, pred, gb, pb);
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if LDMSEG_X86
 __attribute__((target("popcnt,bmi"))) std::vector<Pair> count_pieces_popcnt(const RunMap& gt, const RunMap& pred,
                                                                           const BitRows* gb, const BitRows* pb) {
     return count_pieces(gt, pred, gb, pb);
@@ -71,7 +72,7 @@ __attribute__((target("popcnt,bmi"))) std::vector<Pair> count_pieces_popcnt(cons
 std::vector<Pair> count_pairs(const RunMap& gt, const RunMap& pred, size_t distance) {
     if (gt.height != pred.height || gt.width != pred.width) throw Inconsistent("maps differ in size");
     auto count = count_pieces_plain;
-#if defined(__x86_64__) && defined(__GNUC__)
+#if LDMSEG_X86
     if (__builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi")) count = count_pieces_popcnt;
 #endif
     std::vector<Pair> pairs;

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu.hpp"
 #include "parallel.hpp"
 #include "vectors.hpp"
 
@@ -199,7 +200,7 @@ ALWAYS_INLINE void run_band(const Job& job, size_t first_row, size_t last_row, B
     }
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if LDMSEG_X86
 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"))) void run_band_avx512(const Job& job, size_t first,
                                                                                          size_t last, Band& band) {
     run_band<16>(job, first, last, band);
@@ -213,7 +214,7 @@ void run_band_plain(const Job& job, size_t first, size_t last, Band& band) { run
 using RunBand = void (*)(const Job&, size_t, size_t, Band&);
 
 RunBand best_run_band(Simd at_most) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if LDMSEG_X86
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");

@@ -5,9 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#endif
+#include "cpu.hpp"
 
 namespace ldmseg {
 namespace {
@@ -47,7 +45,7 @@ void widen(const uint8_t* bytes, size_t width, uint32_t* pixels) {
     pixels[width - 1] = last[0] | last[1] << 8 | last[2] << 16;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if LDMSEG_X86
 // Sixteen bytes at a time, of which twelve are used.
 __attribute__((target("ssse3"))) void widen_ssse3(const uint8_t* bytes, size_t width, uint32_t* pixels) {
     const __m128i spread = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
@@ -63,18 +61,10 @@ __attribute__((target("ssse3"))) void widen_ssse3(const uint8_t* bytes, size_t w
 using Widen = void (*)(const uint8_t*, size_t, uint32_t*);
 
 Widen best_widen() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if LDMSEG_X86
     if (__builtin_cpu_supports("ssse3")) return widen_ssse3;
 #endif
     return widen;
-}
-
-constexpr size_t kBlock = 16;
-
-inline bool all_equal(const uint32_t* pixels, uint32_t value) {
-    uint32_t different = 0;
-    for (size_t k = 0; k < kBlock; ++k) different |= pixels[k] ^ value;
-    return different == 0;
 }
 
 void add_rows(const uint32_t* from, size_t width, uint32_t* to) {
@@ -83,101 +73,129 @@ void add_rows(const uint32_t* from, size_t width, uint32_t* to) {
     for (size_t k = 0; k < 4 * width; ++k) out[k] = static_cast<uint8_t>(out[k] + in[k]);
 }
 
-bool all_zero(const uint8_t* bytes, size_t count) {
-    uint64_t any = 0, eight;
-    size_t k = 0;
-    for (; k + 8 <= count; k += 8) {
-        std::memcpy(&eight, bytes + k, 8);
-        any |= eight;
-    }
-    for (; k < count; ++k) any |= bytes[k];
+constexpr size_t kWord = 64, kPiece = 16;  // pixels looked at together: a word of RunMap's bits, and a part of it
+
+template <size_t Pixels>
+bool no_differences(const uint8_t* bytes, size_t count) {
+    uint8_t any = 0;
+    if (count == Pixels)
+        for (size_t k = 0; k < 3 * Pixels; ++k) any |= bytes[k];
+    else
+        for (size_t k = 0; k < 3 * count; ++k) any |= bytes[k];
     return any == 0;
 }
 
-// A row filtered by Up is the one above plus differences, most of them zero: only the words with others are touched.
-void add_differences(const uint8_t* bytes, size_t y, uint32_t* row, RunMap& map, Widen widen_row) {
-    static constexpr int32_t zeros[64] = {};
-    uint32_t differences[64];
-    uint64_t *starts = map.starts.row(y), *steps = map.steps.row(y);
-    const uint64_t* starts_above = map.starts.row(y - 1);
-    bool previous_changed = false;
-    for (size_t word = 0; word < map.starts.words; ++word) {
-        const size_t first = 64 * word, count = std::min<size_t>(64, map.width - first);
-        const bool changed = !all_zero(bytes + 3 * first, 3 * count);
-        if (changed) {
-            widen_row(bytes + 3 * first, count, differences);
-            add_rows(differences, count, row + first);
-            unequal_bits(reinterpret_cast<const int32_t*>(differences), zeros, count, steps + word);
-        }
-        starts[word] = changed || previous_changed ? map.start_bits(reinterpret_cast<const int32_t*>(row), word)
-                                                   : starts_above[word];
-        previous_changed = changed;
-    }
-    map.add_ids(y, reinterpret_cast<const int32_t*>(row));
-}
+// Undoes one row's filter in place: on entry `row` is the row above. Label maps have few differences, and where there are
+// none, most filters mean that a stretch of the row is that of the row above, or goes on with the pixel to the left.
+class Unfilter {
+   public:
+    explicit Unfilter(size_t width) : width_(width), widen_(best_widen()) {}
 
-// Turns one row's differences, already widened, into pixels. False if the filter is unknown.
-bool unfilter_row(uint8_t filter, const uint32_t* up, size_t width, uint32_t* row) {
-    uint32_t left = 0, corner = 0;
-    switch (filter) {
-        case 0:
-            return true;
-        case 1:
-            for (size_t x = 0; x < width; ++x) row[x] = left = add_bytes(row[x], left);
-            return true;
-        case 2:
-            add_rows(up, width, row);
-            return true;
-        case 3:
-            for (size_t x = 0; x < width; ++x) row[x] = left = add_bytes(row[x], average_bytes(left, up[x]));
-            return true;
-        case 4:
-            for (size_t x = 0; x < width;) {
-                // inside a segment: no differences, and nothing but one id around
-                if (left == corner && x + kBlock <= width && all_equal(row + x, 0) && all_equal(up + x, left)) {
-                    for (size_t k = 0; k < kBlock; ++k) row[x + k] = left;
-                    x += kBlock;
-                    continue;
-                }
-                for (const size_t end = std::min(x + kBlock, width); x < end; ++x) {
-                    row[x] = left = add_bytes(row[x], paeth(left, up[x], corner));
-                    corner = up[x];
+    // False if the filter is unknown.
+    bool start_row(const uint8_t* bytes) {
+        filter_ = bytes[0];
+        bytes_ = bytes + 1;
+        left_ = corner_ = 0;
+        return filter_ <= 4;
+    }
+
+    // The next word of the row, from left to right. False if it stays as it was above.
+    bool undo(uint32_t* row, size_t first) {
+        const size_t count = std::min(kWord, width_ - first);
+        if (goes_on_as_above() && no_differences<kWord>(bytes_ + 3 * first, count)) {
+            left_ = corner_ = row[first + count - 1];
+            return false;
+        }
+        widen_(bytes_ + 3 * first, count, differences_);
+        switch (filter_) {
+            case 0:
+                std::copy_n(differences_, count, row + first);
+                break;
+            case 1:
+                undo_pieces<1>(row + first, bytes_ + 3 * first, count);
+                break;
+            case 2:
+                add_rows(differences_, count, row + first);
+                break;
+            case 3:
+                undo_pieces<3>(row + first, bytes_ + 3 * first, count);
+                break;
+            case 4:
+                undo_pieces<4>(row + first, bytes_ + 3 * first, count);
+                break;
+        }
+        return true;
+    }
+
+   private:
+    bool goes_on_as_above() const { return filter_ == 2 || (filter_ == 4 && left_ == corner_); }
+
+    template <int Filter>
+    void undo_pieces(uint32_t* row, const uint8_t* bytes, size_t count) {
+        uint32_t left = left_, corner = corner_;
+        for (size_t x = 0; x < count;) {
+            const size_t end = std::min(x + kPiece, count);
+            const bool flat = Filter != 3 && no_differences<kPiece>(bytes + 3 * x, end - x);
+            if (Filter == 4 && flat && left == corner) {
+                left = corner = row[end - 1];
+                x = end;
+            } else if (Filter == 1 && flat) {
+                for (; x < end; ++x) row[x] = left;
+            } else {
+                for (; x < end; ++x) {
+                    const uint32_t up = row[x];
+                    const uint32_t predicted = Filter == 1   ? left
+                                               : Filter == 3 ? average_bytes(left, up)
+                                                             : paeth(left, up, corner);
+                    row[x] = left = add_bytes(differences_[x], predicted);
+                    corner = up;
                 }
             }
-            return true;
-        default:
-            return false;
+        }
+        left_ = left;
+        corner_ = corner;
     }
-}
+
+    size_t width_;
+    Widen widen_;
+    uint8_t filter_ = 0;
+    const uint8_t* bytes_ = nullptr;
+    uint32_t left_ = 0, corner_ = 0;
+    uint32_t differences_[kWord];
+};
 
 }  // namespace
 
 bool unfilter_ids(const uint8_t* rows, size_t height, size_t width, int32_t* ids) {
-    static const Widen widen_row = best_widen();
-    const std::vector<uint32_t> zeros(width, 0);
-    const uint32_t* up = zeros.data();
-    for (size_t y = 0; y < height; ++y, rows += 1 + 3 * width) {
-        uint32_t* row = reinterpret_cast<uint32_t*>(ids) + y * width;
-        widen_row(rows + 1, width, row);
-        if (!unfilter_row(rows[0], up, width, row)) return false;
-        up = row;
+    Unfilter unfilter(width);
+    uint32_t* row = reinterpret_cast<uint32_t*>(ids);
+    std::fill(row, row + width, 0);
+    for (size_t y = 0; y < height; ++y, rows += 1 + 3 * width, row += width) {
+        if (y > 0) std::copy(row - width, row, row);
+        if (!unfilter.start_row(rows)) return false;
+        for (size_t first = 0; first < width; first += kWord) unfilter.undo(row, first);
     }
     return true;
 }
 
 bool unfilter_runs(const uint8_t* rows, RunMap& map) {
-    static const Widen widen_row = best_widen();
-    std::vector<uint32_t> row(map.width, 0), next(map.width);
+    Unfilter unfilter(map.width);
+    std::vector<uint32_t> row(kWord * map.starts.words, 0);
+    uint32_t above[kWord];
+    const auto ids = [](const uint32_t* pixels) { return reinterpret_cast<const int32_t*>(pixels); };
     for (size_t y = 0; y < map.height; ++y, rows += 1 + 3 * map.width) {
-        if (rows[0] == 2 && y > 0) {
-            add_differences(rows + 1, y, row.data(), map, widen_row);
-            continue;
+        if (!unfilter.start_row(rows)) return false;
+        bool previous_changed = y == 0;
+        for (size_t word = 0; word < map.starts.words; ++word) {
+            const size_t first = kWord * word, count = std::min(kWord, map.width - first);
+            std::memcpy(above, row.data() + first, sizeof(above));
+            const bool changed = unfilter.undo(row.data(), first) || y == 0;
+            if (changed && y > 0) unequal_bits(ids(row.data() + first), ids(above), count, map.steps.row(y) + word);
+            map.starts.row(y)[word] =
+                changed || previous_changed ? map.start_bits(ids(row.data()), word) : map.starts.row(y - 1)[word];
+            previous_changed = changed;
         }
-        widen_row(rows + 1, map.width, next.data());
-        if (!unfilter_row(rows[0], row.data(), map.width, next.data())) return false;
-        std::swap(row, next);
-        const auto* above = y > 0 ? reinterpret_cast<const int32_t*>(next.data()) : nullptr;
-        map.add_row(y, reinterpret_cast<const int32_t*>(row.data()), above);
+        map.add_ids(y, ids(row.data()));
     }
     return true;
 }

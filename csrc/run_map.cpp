@@ -2,9 +2,7 @@
 
 #include <algorithm>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#endif
+#include "cpu.hpp"
 
 namespace ldmseg {
 namespace {
@@ -19,7 +17,7 @@ void unequal_bits_plain(const int32_t* a, const int32_t* b, size_t count, uint64
     }
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if LDMSEG_X86
 __attribute__((target("avx2"))) void unequal_bits_avx2(const int32_t* a, const int32_t* b, size_t count, uint64_t* bits) {
     for (size_t x = 0; x < count; x += 64) {
         uint64_t word = 0;
@@ -51,7 +49,7 @@ __attribute__((target("avx512f"))) void unequal_bits_avx512(const int32_t* a, co
 #endif
 
 UnequalBits best_unequal_bits() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if LDMSEG_X86
     if (__builtin_cpu_supports("avx512f")) return unequal_bits_avx512;
     if (__builtin_cpu_supports("avx2")) return unequal_bits_avx2;
 #endif

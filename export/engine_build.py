@@ -93,8 +93,10 @@ def check_targets(api: TrtApi, settings: BuildSettings) -> None:
             raise BackendError(
                 f"--target {','.join(unknown)}: TensorRT-RTX builds for {', '.join(RTX_TARGETS)} or portable"
             )
-        if "current" in targets:
-            check_driver(api.machine)
+        if settings.version_compatible:
+            raise BackendError("--version-compatible: TensorRT-RTX engines belong to one version; leave it out")
+        if "current" in targets or settings.strip or settings.refit:
+            check_driver(api.machine)  # weights that can be replaced are laid out by the GPU
         return
     check_driver(api.machine)  # TensorRT tries kernels out on the GPU that it builds for
     here = "sm" + api.machine.compute_capability.replace(".", "")
@@ -185,6 +187,7 @@ def _build_one(
         image_size=manifest.image_size,
         profiles=profiles,
         version_compatible=job.settings.version_compatible,
+        stripped=job.settings.strip,
         key=key,
         build_seconds=round(time.perf_counter() - start, 2),
         built=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

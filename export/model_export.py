@@ -38,6 +38,7 @@ from ldmseg_fast.checkpoint import (
     load_component_config,
     write_json,
 )
+from ldmseg_fast.config import to_dict
 from ldmseg_fast.data.coco_panoptic import collate
 from ldmseg_fast.export.graph_export import OPSETS, ExportError, export_graph
 from ldmseg_fast.export.parity import ParityReport, comparison_data, measure_parity
@@ -151,7 +152,9 @@ def write_graphs(
         networks = {"unet": quantize_unet(info, settings.precision, pictures)}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
     digest = model_hash(info.folder)
-    metadata = {"model_hash": digest, "precision": settings.precision, "model": info.folder.name} | versions
+    configs = {name: to_dict(load_component_config(info.folder, name)[0]) for name in info.index["components"]}
+    metadata = {"model_hash": digest, "precision": settings.precision, "config": json.dumps(configs)}
+    metadata |= {"opset": str(resolve_opset(settings))} | versions
     files, loaded = {}, dict(networks or {})
     for name, spec in graph_specs(info, options).items():
         needed = {"image_encoder": "image_vae", "mask_decoder": "mask_vae"}.get(name, "unet")
@@ -177,6 +180,7 @@ def write_graphs(
         versions=versions,
         command=settings.command,
         model=dict(describe_model(info)),
+        scheduler=to_dict(info.scheduler),
     )
     manifest.write(folder)
     return manifest

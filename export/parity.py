@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every comparison; `latency` in milliseconds for one denoising step at batch 1 on this CPU."""
+    """Every comparison; `latency` in milliseconds for one denoising step at batch 1 on this CPU, or empty."""
 
     precision: str
     images: int
@@ -77,11 +77,11 @@ class ParityReport:
             sign = ">=" if row.at_least else "<="
             limit = "" if row.limit is None else f"  {sign} {row.limit:g}"
             lines.append(f"{'ok ' if row.ok else 'NO '} {row.what:<{width}}  {row.value:11.6g}{limit}")
-        step = self.latency
-        lines.append(
-            f"one step at batch 1: torch {step['torch']:.1f} ms, onnxruntime {step['onnxruntime']:.1f} ms, "
-            f"ratio {step['ratio']:.2f}"
-        )
+        if step := self.latency:
+            lines.append(
+                f"one step at batch 1: torch {step['torch']:.1f} ms, onnxruntime {step['onnxruntime']:.1f} ms, "
+                f"ratio {step['ratio']:.2f}"
+            )
         return "\n".join(lines)
 
 
@@ -248,7 +248,7 @@ def _latency(
     pictures: Tensor,
 ) -> dict[str, float]:
     if graphs.specs["denoiser"].inputs[0].shape[0] not in (1, "batch"):
-        return {"torch": float("nan"), "onnxruntime": float("nan"), "ratio": float("nan")}
+        return {}
     inputs, times = denoiser_inputs(info, mask_latents, noise, reference.encode_image(pictures))
     ours, theirs = best_times(
         lambda: graphs.denoise(inputs.to(graphs.dtype), times), lambda: reference.denoise(inputs, times)
@@ -256,10 +256,16 @@ def _latency(
     return {"torch": theirs, "onnxruntime": ours, "ratio": theirs / ours}
 
 
-def best_times(*calls: Callable[[], Any], rounds: int = 7) -> list[float]:
-    """Milliseconds of each call, the best of interleaved rounds, so that a busy machine slows all alike."""
+def best_times(*calls: Callable[[], Any], rounds: int = 30, seconds: float = 5.0) -> list[float]:
+    """Milliseconds of each call, the best of interleaved rounds, so that a busy machine slows all alike.
+
+    Rounds end early once `seconds` have passed, but not before the second.
+    """
     best = [float("inf")] * len(calls)
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 2 and time.perf_counter() - begin > seconds:
+            break
         for index, call in enumerate(calls):
             start = time.perf_counter()
             call()

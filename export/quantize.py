@@ -5,8 +5,10 @@ The image encoder and the mask decoder stay in half: each runs once per image, t
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Modul
         ddim(model, noise, image_latents, scheduler, CALIBRATION_STEPS, info.self_condition)
 
     config = mtq.FP8_DEFAULT_CFG if precision == "fp8" else mtq.INT8_DEFAULT_CFG
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         unet = mtq.quantize(unet, config, calibrate)
         for pattern in SENSITIVE:
@@ -64,7 +66,9 @@ def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Modul
 
 def _modelopt() -> Any:
     try:
-        import modelopt.torch.quantization as mtq
+        with warnings.catch_warnings():  # it warns of every transformers release that it does not know
+            warnings.simplefilter("ignore")
+            import modelopt.torch.quantization as mtq
     except ImportError as error:
         raise BackendError(
             f"--precision fp8 and int8 need nvidia-modelopt ({error}); pip install 'ldmseg_fast[quantize]'"

@@ -1,0 +1,45 @@
+"""Engines, or ONNX graphs, as a model repository of NVIDIA's Triton Inference Server.
+
+python export/to_triton.py ENGINE_DIR|ONNX_DIR --out REPOSITORY
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ldmseg_fast.backends.base import BackendError
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="to_triton.py", description="Write a Triton model repository.")
+    parser.add_argument("source", metavar="ENGINE_DIR|ONNX_DIR")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the repository")
+    parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
+    parser.add_argument("--max-batch", type=int, default=8, help="for ONNX graphs; engines have their own")
+    parser.add_argument("--queue-delay", type=int, default=2000, help="microseconds a request waits for others")
+    parser.add_argument("--instances", type=int, default=1, help="of every model")
+    parser.add_argument("--device", default="gpu", choices=["gpu", "cpu"])
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        from ldmseg_fast.export.triton_repository import RepositorySettings, write_repository
+
+        settings = RepositorySettings(args.steps, args.max_batch, args.queue_delay, args.instances, args.device)
+        names = write_repository(Path(args.source), args.out, settings)
+    except (BackendError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"repository: {args.out} ({', '.join(names)})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -104,6 +104,7 @@ def _mask_bits() -> Iterator[Case]:
 
 def _attention() -> Iterator[Case]:
     shapes = [(1, 4096, 40), (4, 4096, 40), (16, 4096, 40), (16, 1024, 80), (16, 256, 160), (4, 4095, 40)]
+    shapes += [(4, 1024, 64), (4, 1024, 128)]  # what other models use
 
     def forward_backward(q, k, v, scale):
         out, logsumexp = attention.attention_forward(q, k, v, scale)

@@ -32,7 +32,8 @@ def _config(num_warps: int, num_stages: int, **constants: int) -> Config:
     return Config(constants, num_warps, num_stages)
 
 
-# kernel -> architecture (the largest that the GPU reaches is taken) -> shape class -> configuration
+# kernel -> architecture (the largest that the GPU reaches is taken) -> shape class -> configuration. The entries of 80
+# also serve 86, 89 and 120, so they keep within 99 KiB of shared memory.
 TABLE: dict[str, dict[int, dict[str, Config]]] = {
     "encode_mask_bits": {
         80: {"planes": _config(4, 1, BLOCK=2048), "channels_last": _config(4, 1, BLOCK=2048)},
@@ -42,11 +43,13 @@ TABLE: dict[str, dict[int, dict[str, Config]]] = {
         80: {
             "d48": _config(4, 3, BLOCK_M=64, BLOCK_N=64),
             "d96": _config(4, 3, BLOCK_M=64, BLOCK_N=32),
+            "d128": _config(8, 2, BLOCK_M=128, BLOCK_N=32),
             "d160": _config(4, 2, BLOCK_M=64, BLOCK_N=32),
         },
         90: {
             "d48": _config(8, 3, BLOCK_M=128, BLOCK_N=64),
             "d96": _config(8, 3, BLOCK_M=128, BLOCK_N=64),
+            "d128": _config(8, 2, BLOCK_M=128, BLOCK_N=64),
             "d160": _config(8, 2, BLOCK_M=128, BLOCK_N=64),
         },
     },
@@ -54,18 +57,21 @@ TABLE: dict[str, dict[int, dict[str, Config]]] = {
         80: {
             "d48": _config(4, 1, BLOCK_M=64),
             "d96": _config(4, 1, BLOCK_M=32),
+            "d128": _config(4, 1, BLOCK_M=32),
             "d160": _config(4, 1, BLOCK_M=16),
         },
     },
     "attention_backward_kv": {
         80: {
             "d48": _config(4, 2, BLOCK_M=32, BLOCK_N=64),
-            "d96": _config(4, 2, BLOCK_M=32, BLOCK_N=64),
+            "d96": _config(8, 2, BLOCK_M=32, BLOCK_N=64),
+            "d128": _config(8, 2, BLOCK_M=64, BLOCK_N=32),
             "d160": _config(4, 2, BLOCK_M=32, BLOCK_N=16),
         },
         90: {
             "d48": _config(4, 2, BLOCK_M=64, BLOCK_N=64),
-            "d96": _config(8, 2, BLOCK_M=64, BLOCK_N=128),
+            "d96": _config(8, 2, BLOCK_M=64, BLOCK_N=64),
+            "d128": _config(8, 2, BLOCK_M=32, BLOCK_N=64),
             "d160": _config(8, 2, BLOCK_M=32, BLOCK_N=64),
         },
     },
@@ -73,11 +79,13 @@ TABLE: dict[str, dict[int, dict[str, Config]]] = {
         80: {
             "d48": _config(4, 2, BLOCK_M=64, BLOCK_N=32),
             "d96": _config(4, 2, BLOCK_M=64, BLOCK_N=32),
-            "d160": _config(4, 2, BLOCK_M=64, BLOCK_N=16),
+            "d128": _config(8, 2, BLOCK_M=128, BLOCK_N=32),
+            "d160": _config(4, 2, BLOCK_M=32, BLOCK_N=16),
         },
         90: {
             "d48": _config(8, 2, BLOCK_M=128, BLOCK_N=64),
             "d96": _config(8, 2, BLOCK_M=128, BLOCK_N=64),
+            "d128": _config(8, 2, BLOCK_M=128, BLOCK_N=32),
             "d160": _config(8, 2, BLOCK_M=128, BLOCK_N=32),
         },
     },
@@ -96,7 +104,7 @@ TABLE: dict[str, dict[int, dict[str, Config]]] = {
         },
     },
     "panoptic_statistics": {80: {"all": _config(1, 1, BLOCK_X=32, BLOCK_Y=16)}},
-    "panoptic_filter": {80: {"all": _config(4, 1, BLOCK=1024)}},
+    "panoptic_filter": {80: {"all": _config(8, 1, BLOCK=1024)}},
     "group_norm_silu_forward": {
         80: {"small": _config(4, 1), "large": _config(16, 1), "tiled": _config(4, 1, ELEMENTS=4096)},
     },
@@ -165,6 +173,8 @@ def find_config(kernel: str, shape_class: str) -> Config:
     if _lookups is not None:
         _lookups.add((kernel, shape_class))
     sm = current_architecture()
+    if sm >= 120:  # consumer Blackwell has the shared memory of sm_89
+        sm = 89
     override = _overrides().get(kernel, {})
     for table in (override, TABLE[kernel]):
         for entry in sorted((entry for entry in table if entry <= sm), reverse=True):

@@ -60,6 +60,18 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.add_argument("--sheet", type=Path, help="also write a 10x10 contact sheet")
     scenes.set_defaults(run=run_data_scenes)
 
+    from ldmseg_fast.data.latent_cache import add_cache_arguments, run_cache
+
+    cache = data.add_parser("cache", help="encode every picture once, for training")
+    add_cache_arguments(cache)
+    cache.set_defaults(run=run_cache)
+
+    from ldmseg_fast.runs import add_runs_arguments, run_runs
+
+    runs = commands.add_parser("runs", help="training runs below a folder and their best PQ")
+    add_runs_arguments(runs)
+    runs.set_defaults(run=run_runs)
+
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=run_doctor)
     return parser

@@ -7,10 +7,17 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from ldmseg_fast.backends.trt_api import FLAVOURS, MIN_DRIVER, Machine, this_machine
+
+DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,39 +30,82 @@ class Finding:
     cure: str = ""
 
 
-def _version(distribution: str) -> str | None:
+def examine() -> list[Finding]:
+    """The findings, in the order of the table; the backends come last."""
+    return [
+        Finding("Python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("PyTorch", True, f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
+        _driver(this_machine()),
+        _gpus(),
+        _cudnn(),
+        _package("Triton", ("triton",), "pip install triton (Linux only); without it the plain PyTorch operations run"),
+        _native(),
+        _onnxruntime(),
+        _package("ONNX export", ("onnx", "onnxscript"), "pip install 'ldmseg_fast[cpu]' (or [gpu])", all_of_them=True),
+        _tensorrt("TensorRT", "tensorrt"),
+        _tensorrt("TensorRT-RTX", "rtx"),
+        _package("modelopt", ("nvidia-modelopt",), "for fp8 and int8 engines: pip install 'ldmseg_fast[quantize]'"),
+        _package("DeepSpeed", ("deepspeed",), "pip install deepspeed; needed for training on several ranks"),
+        _package("xformers", ("xformers",), "optional: pip install 'ldmseg_fast[xformers]'"),
+        _compilers(),
+        _memory(),
+        _disk(),
+        *backends(),
+    ]
+
+
+def backends() -> list[Finding]:
+    """What each backend would run on, or why it cannot."""
+    cuda = torch.cuda.is_available()
+    device = "CUDA, bfloat16, Triton kernels" if cuda else "CPU, float32"
+    compiler = cuda or shutil.which("g++") is not None
+    return [
+        Finding("backend torch", True, device),
+        Finding("backend compile", compiler, device if compiler else "no C++ compiler", "install g++"),
+        _onnxruntime_backend(cuda),
+        _tensorrt_backend(),
+    ]
+
+
+def version_of(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _package(subject: str, names: tuple[str, ...], cure: str) -> Finding:
-    versions = [f"{name} {_version(name)}" for name in names if _version(name)]
-    return Finding(subject, bool(versions), ", ".join(versions) or "not installed", cure)
+def _package(subject: str, names: tuple[str, ...], cure: str, all_of_them: bool = False) -> Finding:
+    found = [f"{name} {version}" for name in names if (version := version_of(name))]
+    ok = len(found) == len(names) if all_of_them else bool(found)
+    return Finding(subject, ok, ", ".join(found) or "not installed", cure)
 
 
-def _driver() -> Finding:
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
-        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return Finding("NVIDIA driver", False, "none answers", "install a driver >= 580, or stay on the CPU")
-    return Finding("NVIDIA driver", True, "; ".join(output.splitlines()))
+def _driver(machine: Machine) -> Finding:
+    if not machine.gpu:
+        return Finding("NVIDIA driver", False, "none answers", f"install a driver >= {MIN_DRIVER}, or stay on the CPU")
+    recent = int(machine.driver.split(".")[0] or 0) >= MIN_DRIVER
+    return Finding("NVIDIA driver", recent, machine.driver, f"TensorRT needs {MIN_DRIVER} or later: update the driver")
 
 
-def _onnxruntime() -> Finding:
-    if importlib.util.find_spec("onnxruntime") is None:
-        return Finding("onnxruntime", False, "not installed", "pip install 'ldmseg_fast[cpu]' (or [gpu])")
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
-        return Finding(
-            "onnxruntime", False, "both onnxruntime and onnxruntime-gpu", "they overwrite each other: keep one"
-        )
-    import onnxruntime
+def _gpus() -> Finding:
+    cure = "training and sampling run on the CPU, slowly"
+    if not torch.cuda.is_available():
+        gpu = this_machine().gpu
+        if gpu:
+            why = "this PyTorch has no CUDA" if torch.version.cuda is None else "PyTorch cannot use it"
+            return Finding("GPUs", False, f"{gpu}, but {why}", "install the CUDA build of PyTorch")
+        return Finding("GPUs", False, "none", cure)
+    names = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        names.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}, {memory:.0f} GiB)")
+    return Finding("GPUs", True, ", ".join(names))
 
-    return Finding(
-        "onnxruntime", True, f"{onnxruntime.__version__}, {', '.join(onnxruntime.get_available_providers())}"
-    )
+
+def _cudnn() -> Finding:
+    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return Finding("cuDNN", version is not None, str(version or "none"), "comes with a CUDA build of PyTorch")
 
 
 def _native() -> Finding:
@@ -65,42 +115,90 @@ def _native() -> Finding:
     return Finding("C++ extension", _C is not None, "built" if _C is not None else "not built", cure)
 
 
-def examine() -> list[Finding]:
-    """The findings, in the order of the table."""
-    cuda = torch.cuda.is_available()
-    gpus = [
-        f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
-        for i in range(torch.cuda.device_count())
-    ]
-    compilers = [name for name in ("g++", "clang++", "nvcc") if shutil.which(name)]
-    disk = shutil.disk_usage(".").free / 2**30
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    tensorrt = ("tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13")
-    return [
-        Finding("Python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Finding("PyTorch", True, f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
-        _driver(),
-        Finding("GPUs", cuda, ", ".join(gpus) or "none", "training and sampling run on the CPU, slowly"),
-        Finding("cuDNN", cuda, str(torch.backends.cudnn.version() or "none"), "comes with a CUDA build of PyTorch"),
-        _package("Triton", ("triton",), "pip install triton (Linux only); without it the plain PyTorch operations run"),
-        _native(),
-        _onnxruntime(),
-        _package("TensorRT", tensorrt, "pip install 'ldmseg_fast[trt]' on a machine with an NVIDIA GPU"),
-        _package("DeepSpeed", ("deepspeed",), "pip install deepspeed; needed for training on several ranks"),
-        _package("xformers", ("xformers",), "optional: pip install 'ldmseg_fast[xformers]'"),
-        Finding("compilers", bool(compilers), ", ".join(compilers) or "none", "torch.compile on a CPU needs g++"),
-        Finding("memory, disk", disk > 5, f"{memory:.0f} GiB, {disk:.0f} GiB free", "a full-size model takes 5 GiB"),
-        *_backends(cuda),
-    ]
+def onnxruntime_providers() -> list[str] | None:
+    """None where it is not installed."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())
 
 
-def _backends(cuda: bool) -> list[Finding]:
-    device = "CUDA, bfloat16, Triton kernels" if cuda else "CPU, float32"
-    compiler = cuda or shutil.which("g++") is not None
-    return [
-        Finding("backend torch", True, device),
-        Finding("backend compile", compiler, device if compiler else "unusable", "install g++"),
-    ]
+def _onnxruntime() -> Finding:
+    providers = onnxruntime_providers()
+    if providers is None:
+        return Finding("onnxruntime", False, "not installed", "pip install 'ldmseg_fast[cpu]' (or [gpu])")
+    if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
+        cure = "they overwrite each other: uninstall both, then install one"
+        return Finding("onnxruntime", False, "both onnxruntime and onnxruntime-gpu", cure)
+    version = version_of("onnxruntime") or version_of("onnxruntime-gpu") or "of unknown version"
+    return Finding("onnxruntime", True, f"{version}, {', '.join(providers)}")
+
+
+def _onnxruntime_backend(cuda: bool) -> Finding:
+    subject, providers = "backend onnxruntime", onnxruntime_providers()
+    if providers is None:
+        return Finding(subject, False, "onnxruntime is not installed", "pip install 'ldmseg_fast[cpu]' (or [gpu])")
+    if not cuda:
+        return Finding(subject, True, "CPU")
+    cure = "pip uninstall onnxruntime, then pip install 'ldmseg_fast[gpu]'"
+    if "CUDAExecutionProvider" in providers:
+        return Finding(subject, True, "CUDA")
+    return Finding(subject, False, "CPU: this onnxruntime has no CUDA provider", cure)
+
+
+def tensorrt_version(flavour: str) -> str | None:
+    """None where the flavour is not installed."""
+    return next((version for name in DISTRIBUTIONS[flavour] if (version := version_of(name))), None)
+
+
+def _is_recent(flavour: str, version: str) -> bool:
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    return numbers >= FLAVOURS[flavour].minimum
+
+
+def _tensorrt(subject: str, flavour: str) -> Finding:
+    version = tensorrt_version(flavour)
+    if version is None:
+        return Finding(subject, False, "not installed", "optional: " + FLAVOURS[flavour].install)
+    least = ".".join(map(str, FLAVOURS[flavour].minimum))
+    return Finding(subject, _is_recent(flavour, version), version, f"{least} or later: {FLAVOURS[flavour].install}")
+
+
+def _tensorrt_backend() -> Finding:
+    subject, machine = "backend tensorrt", this_machine()
+    found = {flavour: version for flavour in FLAVOURS if (version := tensorrt_version(flavour))}
+    usable = [flavour for flavour, version in found.items() if _is_recent(flavour, version)]
+    if not usable:
+        return Finding(subject, False, "TensorRT is not installed", FLAVOURS["tensorrt"].install)
+    names = ", ".join(f"{'TensorRT-RTX' if flavour == 'rtx' else 'TensorRT'} {found[flavour]}" for flavour in usable)
+    if not machine.gpu:
+        ahead = " (builds ahead of time only)" if "rtx" in usable else ""
+        return Finding(subject, False, f"{names}, no GPU{ahead}", "use backend onnxruntime or torch on this machine")
+    if not _driver(machine).ok:
+        return Finding(
+            subject, False, f"{names}, driver {machine.driver}", f"update the driver to {MIN_DRIVER} or later"
+        )
+    if not torch.cuda.is_available():
+        return Finding(subject, False, f"{names}, PyTorch without CUDA", "install the CUDA build of PyTorch")
+    return Finding(subject, True, f"{names} on {machine.gpu}")
+
+
+def _compilers() -> Finding:
+    found = [name for name in ("g++", "clang++", "nvcc") if shutil.which(name)]
+    return Finding("compilers", bool(found), ", ".join(found) or "none", "torch.compile on a CPU needs g++")
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    free = next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), total)
+    return Finding("memory", free > 5, f"{free:.0f} of {total:.0f} GiB free", "a full-size model takes 5 GiB")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(".").free / 2**30
+    return Finding("disk", free > 10, f"{free:.0f} GiB free here", "a full-size model with its engines takes 10 GiB")
 
 
 def format_table(findings: list[Finding]) -> str:

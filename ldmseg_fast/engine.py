@@ -17,6 +17,7 @@ from ldmseg_fast import distributed
 from ldmseg_fast.checkpoint import write_json
 from ldmseg_fast.config import Config, ConfigError, TrainConfig, describe, to_dict
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.data.latent_cache import attach_cache
 from ldmseg_fast.data.loader import Prefetcher, TrainingBatches
 from ldmseg_fast.data.transforms import Augmentation
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
@@ -166,6 +167,8 @@ class Run:
         num_slots = self.stage.mask_vae.config.num_slots
         self.train_set = make_dataset(config, config.data.train_split, num_slots, train=True)
         self.val_set = make_dataset(config, config.data.val_split, num_slots, train=False)
+        if stage_name == "diffusion":
+            attach_cache(self.train_set, config, self.stage.get_submodule("image_vae"), self.say)
         check_batch(config)
         compile_stage(self.stage, settings.compile, settings.compile_backend)
         self.optimizer = make_optimizer(self.stage, config, user_config)

@@ -41,6 +41,7 @@ class Manifest:
         versions: of the packages that exported.
         image_size: of the pictures, 0: any multiple of `size_multiple`. `downsampling`: pixels per latent cell.
         command: that makes this folder again.
+        model, scheduler: the model's index and its schedule.
     """
 
     model_hash: str
@@ -54,6 +55,7 @@ class Manifest:
     versions: dict[str, str]
     command: str
     model: dict[str, Any] = field(repr=False, default_factory=dict)
+    scheduler: dict[str, Any] = field(repr=False, default_factory=dict)
 
     def write(self, folder: Path) -> None:
         graphs = {

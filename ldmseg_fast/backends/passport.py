@@ -30,6 +30,7 @@ class Passport:
         onnx_sha256, model_hash, precision, image_size: of the export it was built from.
         profiles: per optimisation profile the range of each dynamic axis; `height` and `width` are the map's.
         version_compatible: built to be loaded by later versions of the same major.
+        stripped: built without weights; they come from the graph, which must lie in the folder's `onnx/`.
         key: of the build's settings; an equal key needs no new build.
         build_seconds, built: duration, and the time in UTC.
         parity: worst value of each comparison of the export's report.
@@ -51,6 +52,7 @@ class Passport:
     image_size: int
     profiles: tuple[dict[str, Range], ...]
     version_compatible: bool
+    stripped: bool
     key: str
     build_seconds: float
     built: str

@@ -210,6 +210,13 @@ class TrtApi:
             raise BackendError(f"{engine_file}: {self.name} does not load it ({self.take_errors()}); build it again")
         return engine
 
+    def refit(self, engine: Any, onnx_file: Path) -> None:
+        """Put the weights of a graph into an engine that was built without them."""
+        refitter = self.trt.Refitter(engine, self.log)
+        weights = self.trt.OnnxParserRefitter(refitter, self.log)
+        if not (weights.refit_from_file(str(onnx_file)) and refitter.refit_cuda_engine()):
+            raise BackendError(f"{onnx_file}: its weights do not fit the engine ({self.take_errors()}); build it again")
+
     def create_context(self, engine: Any, profile: int, stream: int) -> Any:
         """An execution context of one optimisation profile."""
         context = engine.create_execution_context()

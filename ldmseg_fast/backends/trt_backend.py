@@ -13,7 +13,7 @@ from ldmseg_fast.backends import trt_api
 from ldmseg_fast.backends.base import BackendError, ModelInfo
 from ldmseg_fast.backends.graph_backend import GraphBackend
 from ldmseg_fast.backends.loop import Runner
-from ldmseg_fast.backends.manifest import model_hash, read_manifest, with_image_size
+from ldmseg_fast.backends.manifest import GraphFile, hash_files, model_hash, read_manifest, with_image_size
 from ldmseg_fast.backends.passport import Passport, check_passport, engine_file, read_passport
 from ldmseg_fast.backends.specs import GraphSpec
 
@@ -103,6 +103,9 @@ def load_trt_backend(
         name: api.deserialize(engine_file(folder, name), passport.version_compatible)
         for name, passport in passports.items()
     }
+    for name, passport in passports.items():
+        if passport.stripped:
+            api.refit(engines[name], weights_of(folder, manifest.graphs[name]))
     specs = {name: graph.spec for name, graph in manifest.graphs.items()}
 
     def make_runners(stream: torch.cuda.Stream | None) -> Mapping[str, Runner]:
@@ -113,3 +116,14 @@ def load_trt_backend(
     fixed = manifest.options.batch
     decode_batch = fixed or max(profile["batch"][2] for profile in passports["mask_decoder"].profiles)
     return GraphBackend(info, specs, make_runners, device, lanes, cuda_graph, decode_batch, engines.clear)
+
+
+def weights_of(folder: Path, graph: GraphFile) -> Path:
+    """The graph whose weights a stripped engine takes. Raises BackendError where it is missing or another one."""
+    path = folder / "onnx" / graph.file
+    if not path.is_file() or hash_files(path.parent, graph.file, graph.weights) != graph.sha256:
+        raise BackendError(
+            f"{path}: missing or changed, and {engine_file(folder, graph.spec.name).name} was built without weights; "
+            f"put the exported graphs into {path.parent}"
+        )
+    return path

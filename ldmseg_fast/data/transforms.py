@@ -1,4 +1,4 @@
-"""From 24-bit ids to slots, and the augmentations. NumPy, Pillow and torch on the CPU; random draws come from a given generator only.
+"""From 24-bit ids to slots, and the augmentations. NumPy and Pillow; random draws come from a given generator only.
 
 Shapes: H W the picture as stored, S the side that the networks see, Q slots (slot 0 is void).
 """
@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 __all__ = [
@@ -23,7 +21,6 @@ __all__ = [
     "present_ids",
     "resize_ids",
     "resize_image",
-    "resize_image_fast",
 ]
 
 ID_SCHEMES = ("random", "position", "position_spread", "position_cell", "area")
@@ -113,13 +110,6 @@ def resize_image(rgb: np.ndarray | Image.Image, size: int, box: Box | None = Non
     """uint8 [H, W, 3] -> [S, S, 3], Pillow's bicubic (with antialiasing); the aspect is not preserved."""
     image = Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-
-
-def resize_image_fast(image: Image.Image, size: int, box: Box | None = None) -> np.ndarray:
-    """As `resize_image`, by torch's integer arithmetic: a few pixels in a hundred differ by 1 or 2."""
-    picture = torch.from_numpy(np.array(image.crop(box) if box else image)).permute(2, 0, 1)[None]
-    small = F.interpolate(picture, (size, size), mode="bicubic", antialias=True, align_corners=False)
-    return small[0].permute(1, 2, 0).numpy()
 
 
 def resize_ids(ids: np.ndarray, size: int, box: Box | None = None) -> np.ndarray:

@@ -70,7 +70,8 @@ def evaluate_files(
             stat.check_categories(pred_table, "prediction")
             return _match_files(gt_path, gt_table, pred_path, pred_table, boundary)
         except PanopticFormatError as error:
-            raise PanopticFormatError(f"image {entry['image_id']} ({gt_path}, {pred_path}): {error}") from None
+            files = ", ".join(str(path) for path in (gt_path, pred_path) if path is not None)
+            raise PanopticFormatError(f"image {entry['image_id']} ({files}): {error}") from None
 
     threads = num_threads or default_threads()
     for entry, matches in zip(gt["annotations"], _map_in_order(match, gt["annotations"], threads)):

@@ -23,7 +23,7 @@ from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, s
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.panoptic import PanopticResult, postprocess
-from ldmseg_fast.stages.base import Stage, per_image, remap
+from ldmseg_fast.stages.base import PRECISIONS, Stage, per_image, remap
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -46,7 +46,7 @@ class DiffusionStage(Stage):
                 f"model.mask_vae={config.model.mask_vae}: {self.mask_vae.config.latent_channels} latent channels, "
                 f"unet.out_channels is {config.unet.out_channels}"
             )
-        self.image_vae = build_image_encoder(config.image_encoder, start.vae_config)
+        self.image_vae: Any = build_image_encoder(config.image_encoder, start.vae_config)
         load_image_encoder(self.image_vae, start)
         self.trains_image_vae = config.image_encoder.kind == "conv"
         if not self.trains_image_vae:
@@ -75,6 +75,12 @@ class DiffusionStage(Stage):
         with torch.set_grad_enabled(self.trains_image_vae and torch.is_grad_enabled()):
             return self.recompute(self.image_vae, images)
 
+    def image_latents(self, batch: dict[str, Any]) -> Tensor:
+        """[B, C, h, w] of a training batch, from the cache where there is one."""
+        if "image_latents" in batch:
+            return batch["image_latents"].to(PRECISIONS[self.config.train.precision])
+        return self.encode_images(batch["image"])
+
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         config, scheduler = self.config.diffusion, self.scheduler
         device = batch["segment_ids"].device
@@ -83,7 +89,7 @@ class DiffusionStage(Stage):
             with torch.no_grad():
                 bits = encode_mask_bits(batch["segment_ids"], self.mask_vae.config.num_bits, batch["table"])
                 mask_latents = self.mask_vae.encode_latents(bits).float()  # [B, C, h, w]
-            image_latents = self.encode_images(batch["image"])  # [B, C_image, h, w]
+            image_latents = self.image_latents(batch)  # [B, C_image, h, w]
 
             generators = self.generators(step, batch, "diffusion")
             noise = per_image(torch.randn, mask_latents.shape[1:], generators)  # [B, C, h, w]

@@ -25,6 +25,7 @@ OURS = {
     "zero_optimization.offload_optimizer": "train.offload",
     "zero_optimization.offload_param": "train.offload",
 }
+BUCKET = 50_000_000  # elements that ZeRO reduces or gathers at a time
 OFF: tuple[Any, ...] = ({}, None, {"enabled": False})  # sections that change nothing
 
 
@@ -41,7 +42,7 @@ def deepspeed_config(config: Config, world_size: int, num_elements: int = 0, on_
         "overlap_comm": on_gpu and train.zero_stage > 0,
     }
     if train.zero_stage:
-        bucket = min(200_000_000, num_elements or 200_000_000)
+        bucket = min(BUCKET, num_elements or BUCKET)
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if train.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}

@@ -13,6 +13,7 @@ from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.layers import ResnetBlock
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet
+from ldmseg_fast.training.deepspeed_settings import BUCKET
 
 GIB = 2**30
 
@@ -54,30 +55,39 @@ def _parts(stage_name: str, config: Config) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes per rank that weights, gradients, AdamW's moments and averages take; nothing of activations."""
+    """Bytes per rank, activations left out. `gradients` and `buffers` are what the backward pass needs at most."""
 
-    device: int
-    host: int  # what offloading puts there
+    weights: float
+    gradients: float
+    optimizer: float  # moments and, under ZeRO, the master copy of the rank's share of the weights
+    averages: float
+    frozen: float
+    buffers: float  # through which gradients are reduced
+    host: float  # what offloading puts into main memory
+
+    @property
+    def device(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.averages + self.frozen + self.buffers
 
 
-def state_memory(counts: Counts, config: Config, ranks: int, zero_stage: int) -> StateMemory:
+def state_memory(counts: Counts, config: Config, ranks: int, zero_stage: int, on_gpu: bool = True) -> StateMemory:
     """Rajbhandari et al. 2020 (ZeRO), section 3, for float32 weights under autocast: 4 bytes each for a weight, its
-    gradient, its average and each of two moments. From stage 1 on the rank's share of the weights has a master copy.
+    gradient, its average and each of two moments. Stage 1 cuts moments, master copy and averages along the ranks, 2 the
+    gradients too, 3 everything. On a GPU gradients pass through two buffers.
     """
     trainable, frozen = counts.trainable, counts.total - counts.trainable
-    average = 4 if config.train.ema else 0
-    share = trainable / ranks
-    weights, gradients = 4.0 * trainable, 4.0 * trainable
-    if zero_stage == 0:
-        return StateMemory(round(weights + gradients + (8 + average) * trainable + 4 * frozen), 0)
-    updated = (4 + 8) * share  # master weights and moments
-    if zero_stage >= 2:
-        gradients = 4 * share
-    if zero_stage == 3:
-        weights = 4 * share
-    held = 4 * (frozen / ranks if zero_stage == 3 else frozen)
-    offloaded = (updated + average * share) if config.train.offload else 0
-    return StateMemory(round(weights + gradients + updated + average * share + held - offloaded), round(offloaded))
+    share = trainable / ranks if zero_stage else trainable
+    optimizer, averages = (12.0 if zero_stage else 8.0) * share, 4.0 * share if config.train.ema else 0.0
+    offloaded = optimizer + averages if config.train.offload and zero_stage else 0.0
+    return StateMemory(
+        weights=4.0 * (share if zero_stage == 3 else trainable),
+        gradients=4.0 * (share if zero_stage >= 2 else trainable),
+        optimizer=0.0 if offloaded else optimizer,
+        averages=0.0 if offloaded else averages,
+        frozen=4.0 * (frozen / ranks if zero_stage == 3 else frozen),
+        buffers=4.0 * min(BUCKET, trainable) * (2 if on_gpu else 1) if zero_stage else 0.0,
+        host=offloaded,
+    )
 
 
 def activation_memory(config: Config, images: int, checkpointing: bool) -> int:

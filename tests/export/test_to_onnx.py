@@ -66,6 +66,7 @@ def test_manifest_and_metadata(model_dir, graphs):
     model = onnx.load(graphs / "denoiser.onnx")
     metadata = {item.key: item.value for item in model.metadata_props}
     assert metadata["model_hash"] == manifest.model_hash and metadata["precision"] == "fp32"
+    assert json.loads(metadata["config"])["unet"]["block_out_channels"] == [16, 32] and metadata["opset"] == "21"
     assert [o.version for o in model.opset_import if o.domain == ""] == [21]
     assert "GroupNormalization" in {node.op_type for node in model.graph.node}
 

@@ -1,0 +1,153 @@
+"""The Python models of a Triton repository: pre-processing, the sampling loop, the head's last part.
+
+Each class is a `TritonPythonModel`; `execute` takes a list of requests, each a batch of its own, and answers every one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldmseg_fast.backends.head import finish
+from ldmseg_fast.config import PostprocessConfig, SchedulerConfig, from_dict
+from ldmseg_fast.data.transforms import resize_image
+from ldmseg_fast.diffusion.sampler import image_noise
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.kernels.ddim_step import make_ddim_table
+from ldmseg_fast.panoptic import PanopticResult
+
+
+def server() -> Any:
+    """Triton's own module, which exists inside the server only."""
+    return importlib.import_module("triton_python_backend_utils")
+
+
+class _Model:
+    facts: dict[str, Any]
+
+    def initialize(self, args: dict[str, str]) -> None:
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.facts = json.loads(parameters["ldmseg"]["string_value"])
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        return answer(requests, self.run)
+
+    def run(self, request: Any) -> list[Any]:
+        """Output tensors for one request."""
+        raise NotImplementedError
+
+
+def answer(requests: Sequence[Any], run: Callable[[Any], list[Any]]) -> list[Any]:
+    """One response per request; an error stays with the request that caused it."""
+    utils, responses = server(), []
+    for request in requests:
+        try:
+            responses.append(utils.InferenceResponse(output_tensors=run(request)))
+        except Exception as error:
+            responses.append(utils.InferenceResponse(output_tensors=[], error=utils.TritonError(str(error))))
+    return responses
+
+
+def array(request: Any, name: str) -> np.ndarray:
+    return server().get_input_tensor_by_name(request, name).as_numpy()
+
+
+def tensor(message: Any, name: str, get: Callable[[Any, str], Any] | None = None) -> Tensor:
+    """A request's input, or with `get` a response's output, where it lies."""
+    found = (get or server().get_input_tensor_by_name)(message, name)
+    return torch.from_dlpack(found.to_dlpack())
+
+
+def call(model: str, inputs: dict[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+    """Another model of the repository. Raises RuntimeError with its message."""
+    utils = server()
+    tensors = [utils.Tensor.from_dlpack(name, torch.utils.dlpack.to_dlpack(value)) for name, value in inputs.items()]
+    request = utils.InferenceRequest(model_name=model, requested_output_names=list(outputs), inputs=tensors)
+    response = request.exec()
+    if response.has_error():
+        raise RuntimeError(f"{model}: {response.error().message()}")
+    return [tensor(response, name, utils.get_output_tensor_by_name) for name in outputs]
+
+
+class Preprocess(_Model):
+    """Encoded pictures [B, 1] (and seeds [B, 1]) -> images uint8 [B, 3, S, S], noise [B, C, h, w], size [B, 2]."""
+
+    def run(self, request: Any) -> list[Any]:
+        utils, side = server(), self.facts["image_size"]
+        pictures = []
+        for content in array(request, "image").reshape(-1):
+            with Image.open(io.BytesIO(content)) as picture:
+                pictures.append(np.asarray(picture.convert("RGB")))
+        given = utils.get_input_tensor_by_name(request, "seed")
+        seeds = [0] * len(pictures) if given is None else given.as_numpy().reshape(-1).tolist()
+        images = np.stack([resize_image(picture, side).transpose(2, 0, 1) for picture in pictures])
+        noise = torch.cat([image_noise(seed, [0], self.facts["latent_shape"]) for seed in seeds])
+        sizes = np.array([picture.shape[:2] for picture in pictures], np.int64)
+        found = {"images": np.ascontiguousarray(images), "noise": noise.numpy(), "size": sizes}
+        return [utils.Tensor(name, value) for name, value in found.items()]
+
+
+class Sampler(_Model):
+    """noise and image latents -> mask latents: the requests of one call go through the denoiser as one batch."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        super().initialize(args)
+        scheduler = Scheduler(from_dict(SchedulerConfig, self.facts["scheduler"]))
+        times, previous = scheduler.timesteps(self.facts["steps"])
+        self.times = torch.tensor(times)
+        self.table = make_ddim_table(scheduler.alphas_cumprod, self.times, torch.tensor(previous))
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        utils = server()
+        try:
+            image_latents = [tensor(request, "image_latents") for request in requests]
+            noise = [tensor(request, "noise") for request in requests]
+            latents = self.sample(torch.cat(noise).to(image_latents[0].device), torch.cat(image_latents))
+        except Exception as error:
+            return [utils.InferenceResponse(output_tensors=[], error=utils.TritonError(str(error))) for _ in requests]
+        parts = iter(latents.split([len(part) for part in noise]))
+        return answer(
+            requests,
+            lambda _: [
+                utils.Tensor.from_dlpack("mask_latents", torch.utils.dlpack.to_dlpack(next(parts).contiguous()))
+            ],
+        )
+
+    def sample(self, noise: Tensor, image_latents: Tensor) -> Tensor:
+        """noise [B, C, h, w] and image latents [B, Ci, h, w] -> the last estimate of x_0, float32."""
+        latents, estimate = noise, torch.zeros_like(noise)
+        for time, coefficients in zip(self.times.to(noise.device), self.table.to(noise.device)):
+            inputs = {"noisy_latents": latents, "image_latents": image_latents}
+            inputs |= {"timesteps": time.repeat(len(noise)), "coefficients": coefficients.contiguous()}
+            if self.facts["self_condition"]:
+                inputs["condition"] = estimate
+            latents, estimate = call("ldmseg_denoiser", inputs, ("prev_latents", "pred_original_sample"))
+        return latents
+
+
+class Head(_Model):
+    """mask latents [B, C, h, w] and size [B, 2] -> segmentation int32 [B, H, W] and segments_info (JSON) [B, 1]."""
+
+    def run(self, request: Any) -> list[Any]:
+        utils, thresholds = server(), from_dict(PostprocessConfig, self.facts["postprocess"])
+        latents, sizes = tensor(request, "mask_latents"), array(request, "size")
+        results: list[PanopticResult] = []
+        for row, size in zip(latents.split(1), sizes):
+            threshold = torch.tensor([thresholds.mask_threshold], device=latents.device)
+            inputs = {"latents": row, "size": torch.tensor(size.tolist()), "mask_threshold": threshold}
+            outputs = call("ldmseg_mask_decoder", inputs, ("label", "confidence", "sigmoid_area"))
+            label, confidence, area = (output.cpu().numpy() for output in outputs)
+            results += finish(label, confidence, area, thresholds)
+        if len({result.segmentation.shape for result in results}) > 1:
+            raise ValueError("pictures of several sizes in one request; send one request for each")
+        infos = np.array([[json.dumps(result.segments_info)] for result in results], object)
+        maps = np.stack([result.segmentation for result in results])
+        return [utils.Tensor("segmentation", maps), utils.Tensor("segments_info", infos)]

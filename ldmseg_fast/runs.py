@@ -1,0 +1,124 @@
+"""`ldmseg runs DIR`: the trainings below a folder, with how far they are and their best panoptic quality."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+LOG = Path("logs") / "log.jsonl"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One training. Quantities that it has not logged yet are None; `best_pq` is in percent."""
+
+    name: str
+    stage: str
+    step: int
+    steps: int
+    loss: float | None
+    images_per_s: float | None
+    best_pq: float | None
+    best_step: int | None
+    checkpoint: int | None  # newest complete one
+
+    @property
+    def state(self) -> str:
+        if self.step >= self.steps > 0:
+            return "finished"
+        return "resumable" if self.checkpoint is not None else "no checkpoint"
+
+
+def find_runs(folder: Path) -> list[RunSummary]:
+    """All runs in `folder`, itself included, by name.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give one that holds output_dirs of trainings")
+    return [summarize(path.parent.parent, folder) for path in sorted(folder.rglob(str(LOG)))]
+
+
+def summarize(run: Path, base: Path) -> RunSummary:
+    records = _records(run / LOG)
+    config = _json(run / "config.json")
+    losses = [record for record in records if "loss" in record]
+    validated = [record for record in records if "val/pq" in record]
+    best = max(validated, key=lambda record: record["val/pq"], default={})
+    last: dict[str, Any] = losses[-1] if losses else {}
+    checkpoints = [int(path.parent.name[5:]) for path in run.glob("checkpoints/step-*/manifest.json")]
+    return RunSummary(
+        name="." if run == base else run.relative_to(base).as_posix(),
+        stage=str(config.get("stage", "?")),
+        step=int(last.get("step", 0)),
+        steps=int(config.get("train", {}).get("steps", 0)),
+        loss=last.get("loss"),
+        images_per_s=last.get("images_per_s"),
+        best_pq=best.get("val/pq"),
+        best_step=best.get("step"),
+        checkpoint=max(checkpoints, default=None),
+    )
+
+
+def format_table(runs: list[RunSummary]) -> str:
+    """A row a run, the best panoptic quality first."""
+    head = ["run", "stage", "step", "of", "loss", "images/s", "best PQ", "at step", "state"]
+    rows = [head]
+    for run in sorted(runs, key=lambda run: -(run.best_pq if run.best_pq is not None else -1.0)):
+        numbers = [
+            _text(run.loss, ".4f"),
+            _text(run.images_per_s, ".0f"),
+            _text(run.best_pq, ".2f"),
+            _text(run.best_step, "d"),
+        ]
+        rows.append([run.name, run.stage, str(run.step), str(run.steps), *numbers, run.state])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if place in (0, 1, 8) else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _text(value: float | int | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Lines of a log; the half line of a run that is writing or was killed is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def add_runs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="holds output_dirs of trainings, at any depth")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
+
+
+def run_runs(args: argparse.Namespace) -> int:
+    """Exit code 1 where there is no run."""
+    runs = find_runs(args.folder)
+    if args.json:
+        print(json.dumps([asdict(run) | {"state": run.state} for run in runs], indent=2))
+    else:
+        print(format_table(runs) if runs else f"no run in {args.folder}")
+    return 0 if runs else 1
