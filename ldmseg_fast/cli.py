@@ -72,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_runs_arguments(runs)
     runs.set_defaults(run=run_runs)
 
+    report = commands.add_parser("report", help="curves and pictures of one training run as an HTML page")
+    report.add_argument("run_dir", type=Path)
+    report.add_argument("--out", type=Path, help="default RUN_DIR/report.html")
+    report.set_defaults(run=run_report)
+
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=run_doctor)
     return parser
@@ -142,6 +147,13 @@ def run_data_scenes(args: argparse.Namespace) -> int:
 
         contact_sheet(args.out, "train2017").save(args.sheet)
     print(f"scenes: {args.out}")
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from ldmseg_fast.report import write_run_report
+
+    print(f"report: {write_run_report(args.run_dir, args.out or args.run_dir / 'report.html')}")
     return 0
 
 

@@ -108,6 +108,27 @@ def last_picture(run: Path) -> bytes | None:
     return pictures[-1].read_bytes() if pictures else None
 
 
+def write_run_report(run: Path, path: Path) -> Path:
+    """Curves, newest pictures and settings of one training run, as one HTML page. Needs matplotlib.
+
+    Raises:
+        FileNotFoundError: `run` holds no log.
+    """
+    if not read_log(run):
+        raise FileNotFoundError(f"{run}: no logs/log.jsonl in it, so it is no training run (or has not logged yet)")
+    page = Page(f"Training run {run.name}")
+    page.picture(curves(run), "loss and panoptic quality against the step")
+    picture = last_picture(run)
+    if picture:
+        page.picture(picture, "image, truth, prediction on the validation split")
+    settings = run / "settings.txt"
+    if settings.is_file():
+        page.details("settings", settings.read_text(encoding="utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.write(path)
+    return path
+
+
 def quality_rows(report: dict[str, Any]) -> list[list[str]]:
     """Rows of name, PQ, SQ, RQ for the model and the baselines of an evaluation report."""
     named = {"model": report["class_agnostic"]} | report["baselines"]

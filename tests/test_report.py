@@ -4,7 +4,9 @@ import importlib.util
 import json
 from pathlib import Path
 
-from ldmseg_fast.report import Page, quality_rows
+import pytest
+
+from ldmseg_fast.report import Page, quality_rows, write_run_report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +32,16 @@ def test_quality_rows():
     row = {"pq": 12.345, "sq": 50.0, "rq": 24.69}
     rows = quality_rows({"class_agnostic": row, "baselines": {"halves": row}})
     assert rows == [["model", "12.3", "50.0", "24.7"], ["halves", "12.3", "50.0", "24.7"]]
+
+
+def test_report_of_a_run(tmp_path):
+    (tmp_path / "logs").mkdir()
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "val/pq": 12.5}]
+    (tmp_path / "logs" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_run_report(tmp_path, tmp_path / "out" / "page.html")
+    assert page.read_text().count("data:image/png;base64,") == 1
+    with pytest.raises(FileNotFoundError, match=r"no logs/log\.jsonl"):
+        write_run_report(tmp_path / "nothing", page)
 
 
 def test_readme_tables_are_current():

@@ -70,30 +70,30 @@ class Heartbeat:
     def __init__(self, timeout: float, on_orphaned: Callable[[], None], period: float = 2.0) -> None:
         self.timeout, self.on_orphaned, self.period = timeout, on_orphaned, period
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._watch, self._watch_the_watch)]
         self._launcher = _launcher()
+        self._store: Any = None
+        self._looked = time.monotonic()
 
     def __enter__(self) -> Heartbeat:
         if distributed.launched():
-            self._store = self._connect() if distributed.world_size() > 1 else None
-            self._thread.start()
+            if distributed.world_size() > 1:
+                self._store = _connect()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._done.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=2 * self.period)
-
-    def _connect(self) -> Any:
-        from torch.distributed import TCPStore
-
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(host, port, is_master=False, wait_for_workers=False)  # the main thread's may be busy waiting
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=2 * self.period)
 
     def _watch(self) -> None:
         world, rank, beat = distributed.world_size(), distributed.rank(), 0
         seen = {other: (b"", time.monotonic()) for other in range(world) if other != rank}
         while not self._done.wait(self.period):
+            self._looked = time.monotonic()
             if self._launcher and _launcher() != self._launcher:
                 self._launcher = None
                 self.on_orphaned()
@@ -112,11 +112,25 @@ class Heartbeat:
                 if not self._done.wait(self.timeout / 2):  # the main thread may be about to end by itself
                     self._leave("the rank that holds the rendezvous has gone")
 
+    def _watch_the_watch(self) -> None:
+        """A store whose process hangs answers nothing, not even with an error."""
+        while not self._done.wait(self.period):
+            if time.monotonic() - self._looked > self.timeout + self.period:
+                self._leave(f"the rank that holds the rendezvous has been silent for {self.timeout:.0f} s")
+
     def _leave(self, reason: str) -> None:
         if self._done.is_set():
             return
         print(f"error: rank {distributed.rank()}: {reason}; start again with --resume", file=sys.stderr, flush=True)
         os._exit(LOST_RANK)  # the main thread sits in a collective that nothing can interrupt
+
+
+def _connect() -> Any:
+    """A connection of its own to the launcher's key-value store: the main thread's may be busy waiting."""
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=False, wait_for_workers=False)
 
 
 def _launcher() -> tuple[int, int] | None:

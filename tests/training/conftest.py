@@ -64,7 +64,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
     def launch(command: list[Any], **environment: str) -> Job:
         log = tmp_path / f"job-{len(jobs)}.txt"
-        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+        variables = (
+            os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LDMSEG_TEST_JOB": str(log)} | environment
+        )
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             variables.pop(name, None)
         with log.open("w") as output:

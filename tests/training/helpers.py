@@ -66,17 +66,18 @@ class Job:
             time.sleep(0.05)
 
     def members(self) -> list[int]:
-        """Processes of the job's session that are alive, its own leader left out."""
+        """The job's processes that are alive, its first one left out; torchrun gives ranks a session of their own."""
+        mark = f"LDMSEG_TEST_JOB={self.log}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) == self.process.pid:
                 continue
             try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                    found += [int(entry.name)] if state != "Z" else []
             except OSError:
                 continue
-            if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                found.append(int(entry.name))
         return found
 
     def ranks(self) -> list[int]:

@@ -188,7 +188,7 @@ def test_sigterm_to_every_process(scenes: Path, tmp_path: Path, start: Callable[
     """As a batch system does it."""
     folder = tmp_path / "run"
     settings = [*ENDLESS, "train.save_every=100000", "data.num_workers=1"]
-    job = start(deepspeed(2, *train_command("diffusion", folder, scenes, *settings)))
+    job = start(deepspeed(2, *train_command("autoencoder", folder, scenes, *settings)))
     job.wait_for(logged(folder, 3))
     os.killpg(job.process.pid, signal.SIGTERM)
     job.wait(60)

@@ -50,7 +50,7 @@ def out(one_rank: Path, scenes: Path, autoencoder: Path) -> Path:
     command = deepspeed(2, SCRIPT, scenes, autoencoder, one_rank, *SCENARIOS)
     log = one_rank / "log.txt"
     with log.open("w") as output:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "LDMSEG_TEST_JOB": str(log)}
         process = subprocess.Popen(
             list(map(str, command)), stdout=output, stderr=output, env=environment, start_new_session=True
         )
