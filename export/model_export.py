@@ -226,7 +226,7 @@ def read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
                 content = bytearray(file.read(end - first))
                 tensor = torch.frombuffer(content, dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
                 state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    except (ValueError, KeyError, RuntimeError, MemoryError) as error:
+    except (ValueError, KeyError, RuntimeError, MemoryError, OverflowError) as error:
         raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or save it again") from None
     return state
 

@@ -33,6 +33,14 @@ def graphs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def half_graphs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The narrow model in float16, not compared with anything yet."""
+    out = tmp_path_factory.mktemp("graphs") / "fp16"
+    assert to_onnx.main([str(model_dir), "--out", str(out), "--precision", "fp16", "--no-parity"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
 def double():
     """The module that stands in for `tensorrt`."""
     spec = importlib.util.spec_from_file_location("tensorrt_double", Path(__file__).with_name("tensorrt_double.py"))

@@ -83,16 +83,14 @@ def test_the_sampler_shares_its_weights(graphs):
     assert two - one < 0.5 * weights + 3 * (one - weights)
 
 
-def test_half(model_dir, tmp_path):
-    info = read_model_info(model_dir)
-    settings = model_export.ExportSettings(precision="fp16", parity_images=2)
-    options = model_export.resolve_options(info, settings)
-    model_export.write_graphs(info, tmp_path, options, settings)
-    report = parity.measure_parity(info, tmp_path, read_manifest(tmp_path), images=2, batches=(1, 3))
+def test_half(model_dir, half_graphs):
+    info, manifest = read_model_info(model_dir), read_manifest(half_graphs)
+    report = parity.measure_parity(info, half_graphs, manifest, images=2, batches=(1, 3))
     assert report.ok, report.table()
     cosines = [row.value for row in report.rows if row.what.endswith("cosine")]
     assert len(cosines) == 4 and min(cosines) >= 0.999
-    assert "image_latents" in {t.name for t in read_manifest(tmp_path).graphs["denoiser"].spec.inputs}
+    dtypes = {tensor.name: tensor.dtype for tensor in manifest.graphs["denoiser"].spec.inputs}
+    assert dtypes["image_latents"] == "float16" and dtypes["noisy_latents"] == "float32"
 
 
 def test_bfloat16_through_its_float_twin(model_dir, tmp_path):

@@ -35,10 +35,10 @@ def rtx():
 
 
 @pytest.fixture(scope="module")
-def half(model_dir, rtx, tmp_path_factory):
-    """float16 graphs and engines of the narrow model, from one command."""
+def half(half_graphs, rtx, tmp_path_factory):
+    """Real engines of the narrow model in float16."""
     out = tmp_path_factory.mktemp("engines") / "fp16"
-    arguments = [str(model_dir), "--out", str(out), "--flavour", "rtx", "--target", "sm89", "--no-parity", "--verbose"]
+    arguments = [str(half_graphs), "--out", str(out), "--flavour", "rtx", "--target", "sm89", "--verbose"]
     assert to_trt.main(arguments) == 0
     return out
 
@@ -54,9 +54,9 @@ def test_a_model_builds_in_half_without_a_gpu(half):
     assert "HALF" in (half / "denoiser.layers.txt").read_text()
 
 
-def test_what_is_there_is_not_built_again(half, capsys):
+def test_what_is_there_is_not_built_again(half, half_graphs):
     before = (half / "denoiser.engine").stat().st_mtime_ns
-    arguments = [str(half / "onnx"), "--out", str(half), "--flavour", "rtx", "--target", "sm89", "--verbose"]
+    arguments = [str(half_graphs), "--out", str(half), "--flavour", "rtx", "--target", "sm89", "--verbose"]
     assert to_trt.main(arguments) == 0
     assert (half / "denoiser.engine").stat().st_mtime_ns == before
 
