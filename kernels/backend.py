@@ -38,17 +38,14 @@ def backend(kernel: str, name: str) -> Iterator[None]:
 
 
 def runs_reference(kernel: str, tensor: Tensor) -> bool:
-    """True where the public function composes torch ops itself.
+    """True where the public function composes torch ops itself: on a CPU autograd and inductor do better with them
+    than with an opaque op."""
+    return exporting() or tensor.device.type != "cuda" or _backends[kernel] == "torch"
 
-    An exporter must see those ops, because no runtime knows ours, and on a CPU autograd and inductor do better with
-    them than with an opaque op.
-    """
-    return (
-        torch.compiler.is_exporting()
-        or torch.onnx.is_in_onnx_export()
-        or tensor.device.type != "cuda"
-        or _backends[kernel] == "torch"
-    )
+
+def exporting() -> bool:
+    """True while a graph is exported: it must hold torch's own ops, because no runtime knows ours."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def require(condition: bool, message: str, *values: object) -> None:

@@ -44,7 +44,7 @@ TABLE: dict[str, dict[int, dict[str, Config]]] = {
             "d48": _config(4, 3, BLOCK_M=64, BLOCK_N=64),
             "d96": _config(4, 3, BLOCK_M=64, BLOCK_N=32),
             "d128": _config(8, 2, BLOCK_M=128, BLOCK_N=32),
-            "d160": _config(4, 2, BLOCK_M=64, BLOCK_N=32),
+            "d160": _config(4, 2, BLOCK_M=64, BLOCK_N=16),
         },
         90: {
             "d48": _config(8, 3, BLOCK_M=128, BLOCK_N=64),

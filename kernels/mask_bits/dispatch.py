@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ldmseg_fast.kernels.backend import get_backend, in_format, require, require_same_device, runs_reference
+from ldmseg_fast.kernels.backend import exporting, get_backend, in_format, require, require_same_device, runs_reference
 from ldmseg_fast.kernels.mask_bits import reference
 
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -37,7 +37,7 @@ def encode_mask_bits(
     Raises:
         ValueError: wrong shape, dtype or device, an id outside the table, an id of more than K bits.
     """
-    if torch.compiler.is_exporting():
+    if exporting():
         return reference.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last)
     return encode_op(segment_ids, num_bits, table, dtype, channels_last, check_ids)
 

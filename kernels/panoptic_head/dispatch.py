@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ldmseg_fast.kernels.backend import get_backend, require
+from ldmseg_fast.kernels.backend import exporting, get_backend, require
 from ldmseg_fast.kernels.panoptic_head import reference
 from ldmseg_fast.native import _C
 
@@ -38,7 +38,7 @@ def panoptic_head(
         ValueError: wrong shape, dtype or size.
     """
     args = (mask_logits, network_size, target_size, mask_threshold, count_threshold, overlap_threshold)
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    if exporting():
         return reference.panoptic_head(*args)
     return panoptic_head_op(
         mask_logits, list(network_size), list(target_size), mask_threshold, count_threshold, overlap_threshold

@@ -131,3 +131,14 @@ def test_faults_of_a_build(fault):
     value = {"spill_bytes": 4, "shared_memory": 227 * 1024 + 1, "error": "no"}[fault]
     assert not Build(**about, shared_memory=227 * 1024).faults
     assert len(Build(**about, **{fault: value}).faults) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_benchmark_without_a_gpu_prints_floors():
+    command = [sys.executable, "benchmarks/bench_kernels.py", "--quick"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()
+    assert {row.split()[0] for row in rows} == set(KERNELS)
+    assert all("not measured (no CUDA device)" in row and "H200" in row for row in rows)

@@ -65,6 +65,13 @@ class Job:
                 pytest.fail(f"exit code {self.process.poll()} before what was waited for:\n{self.output[-4000:]}")
             time.sleep(0.05)
 
+    def wait_until_empty(self, seconds: float = 60) -> None:
+        """Until no process of the job is left."""
+        end = time.monotonic() + seconds
+        while self.members() and time.monotonic() < end:
+            time.sleep(0.2)
+        assert not self.members(), self.output
+
     def members(self) -> list[int]:
         """The job's processes that are alive, its first one left out; torchrun gives ranks a session of their own."""
         mark = f"LDMSEG_TEST_JOB={self.log}".encode()
