@@ -193,6 +193,7 @@ class DeepSpeedOptimizer(Optimizer):
 
     def __init__(self, stage: Stage, config: Config, user_config: dict[str, Any]) -> None:
         import deepspeed
+        from deepspeed.runtime import torch_autocast
 
         super().__init__(stage, config)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # dozens of lines per rank otherwise
@@ -205,9 +206,11 @@ class DeepSpeedOptimizer(Optimizer):
         count = sum(p.numel() for p in stage.parameters() if p.requires_grad)
         settings = deepspeed_config(config, distributed.world_size(), count, on_gpu)
         settings = merge_user_config(settings, user_config, train.clip)
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # it stays set after an earlier run in this process
         adamw = _make_adamw(stage, config, fused=not train.offload)
         self.engine, *_ = deepspeed.initialize(model=stage, optimizer=adamw, config=settings)
         self.zero: Any = self.engine.optimizer
+        self.zero.torch_autocast_gradscaler = None  # the loss scale is ours
         self.zero_stage = train.zero_stage
         if self.zero_stage == 0:
             self.parameters = [p for p in stage.parameters() if p.requires_grad]
@@ -237,7 +240,10 @@ class DeepSpeedOptimizer(Optimizer):
     def _update(self) -> Tensor | bool:
         if self.zero_stage:
             self.engine.step()
-            return bool(self.zero.overflow)
+            skipped = bool(self.zero.overflow)
+            if skipped and self.zero_stage == 3:
+                self._gather_persistent()  # a step that DeepSpeed skips leaves them cut
+            return skipped
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm, divisor = _norm_and_scale(gradients, self.config.clip, self.scale.value)
         skipped = not bool(torch.isfinite(norm))  # the same on all ranks, which hold the same gradients
@@ -271,8 +277,12 @@ class DeepSpeedOptimizer(Optimizer):
             self.zero._partition_all_parameters()
             for group in range(len(self.zero.fp16_groups)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(group)
-            if self.zero.persistent_parameters:
-                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+            self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        """Make the small parameters whole that ZeRO 3 does not cut between steps."""
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     @contextlib.contextmanager
     def whole_parameters(self, frozen_only: bool = False, write: bool = False) -> Iterator[None]:

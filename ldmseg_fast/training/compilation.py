@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from torch import nn
+from torch._dynamo import config as dynamo
 
 from ldmseg_fast.models.layers import ResnetBlock, SpatialTransformer
 
 BLOCKS = (ResnetBlock, SpatialTransformer)
+VARIANTS = 128  # dynamo's default, 8, would leave most blocks uncompiled without a word
 
 
 def compile_stage(stage: nn.Module, mode: str, backend: str) -> None:
@@ -17,8 +19,10 @@ def compile_stage(stage: nn.Module, mode: str, backend: str) -> None:
     """
     if mode == "none":
         return
+    # every width and resolution is a variant of the same few functions, and shapes do not change during a run
+    dynamo.recompile_limit = max(dynamo.recompile_limit, VARIANTS)
     for module in _blocks(stage) if mode == "blocks" else _networks(stage):
-        module.compile(backend=backend)
+        module.compile(backend=backend, dynamic=False)
 
 
 def _blocks(stage: nn.Module) -> list[nn.Module]:
