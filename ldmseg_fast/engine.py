@@ -26,8 +26,8 @@ from ldmseg_fast.resume import Progress, TrainingCheckpoints
 from ldmseg_fast.stages import STAGES
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, OutOfMemory, is_out_of_memory
-from ldmseg_fast.training.liveness import Heartbeat, Interrupt, Stopped
-from ldmseg_fast.training.run_log import RunLog
+from ldmseg_fast.training.liveness import Agreement, Heartbeat, Interrupt, Stopped
+from ldmseg_fast.training.run_log import RunLog, Window
 from ldmseg_fast.training.validation import validate
 
 
@@ -90,55 +90,6 @@ def make_batches(dataset: CocoPanoptic, config: Config, first_item: int = 0) -> 
     )
 
 
-class Window:
-    """What is averaged between two lines of the log. Losses stay on the device until then."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.finite: Any = 0  # steps whose loss was a number; the others are left out
-        self.steps, self.started = 0, time.monotonic()
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        finite = torch.isfinite(losses["loss"])
-        self.steps, self.finite = self.steps + 1, self.finite + finite
-        for key, value in losses.items():
-            self.sums[key] = self.sums.get(key, 0.0) + torch.where(finite, value.float(), 0.0)
-
-    def means(self, batch_size: int) -> dict[str, float]:
-        """Over steps and ranks; all ranks call it."""
-        names = list(self.sums)
-        totals = distributed.all_reduce_mean(torch.stack([*self.sums.values(), self.finite.float()]))
-        means = (totals[:-1] / totals[-1]).tolist()
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        return dict(zip(names, means)) | {"images_per_s": self.steps * batch_size / seconds}
-
-
-class Agreement:
-    """What the ranks decide together after each step: whether to stop, and how many items were unreadable.
-
-    The exchange runs beside the next step's work, so a decision takes effect one step after it was asked for.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._pending: tuple[Tensor, Any] | None = None
-
-    def exchange(self, stop: bool, bad_items: int) -> tuple[bool, int]:
-        """(stop, number of unreadable items): the ranks' sums as of the call before, on one rank as of this call."""
-        if distributed.world_size() == 1:
-            return stop, bad_items
-        before, self._pending = self._pending, self._send(stop, bad_items)
-        if before is None:
-            return False, 0
-        before[1].wait()
-        stopping, bad = before[0].tolist()
-        return stopping > 0, int(bad)
-
-    def _send(self, stop: bool, bad_items: int) -> tuple[Tensor, Any]:
-        values = torch.tensor([int(stop), bad_items], dtype=torch.int64).to(self.device, non_blocking=True)
-        return values, torch.distributed.all_reduce(values, async_op=True)
-
-
 class Run:
     """One training run from its settings to its model folder; `loop` is the whole story."""
 
@@ -188,7 +139,7 @@ class Run:
             write_json(self.folder / "config.json", {"stage": stage_name} | to_dict(config))
             (self.folder / "settings.txt").write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         self.log = RunLog(logs, self.progress.step, settings.wandb, to_dict(config))
-        self.agreement, self.window = Agreement(self.device), Window()
+        self.agreement, self.window = Agreement(), Window()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
         quiet = None if distributed.is_main() else True  # None: silent where there is no terminal
         self.bar = tqdm(total=settings.steps, initial=self.progress.step, desc=stage_name, unit="step", disable=quiet)
@@ -223,7 +174,7 @@ class Run:
         for micro_step in range(settings.accumulation):
             batch = next(self.prefetched)
             for message in self.bad_items.add(batch["failures"]):
-                self.say(f"warning: rank {distributed.rank()}: {message}; another image takes its place")
+                tqdm.write(f"warning: {message}; another image takes its place", file=sys.stderr)
             losses = self.optimizer.forward(batch, progress.step)
             self.optimizer.backward(losses["loss"], last=micro_step == settings.accumulation - 1)
             self.prefetched.fetch()

@@ -193,7 +193,6 @@ class DeepSpeedOptimizer(Optimizer):
 
     def __init__(self, stage: Stage, config: Config, user_config: dict[str, Any]) -> None:
         import deepspeed
-        from deepspeed.runtime import torch_autocast
 
         super().__init__(stage, config)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # dozens of lines per rank otherwise
@@ -206,11 +205,9 @@ class DeepSpeedOptimizer(Optimizer):
         count = sum(p.numel() for p in stage.parameters() if p.requires_grad)
         settings = deepspeed_config(config, distributed.world_size(), count, on_gpu)
         settings = merge_user_config(settings, user_config, train.clip)
-        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # it stays set after an earlier run in this process
         adamw = _make_adamw(stage, config, fused=not train.offload)
         self.engine, *_ = deepspeed.initialize(model=stage, optimizer=adamw, config=settings)
         self.zero: Any = self.engine.optimizer
-        self.zero.torch_autocast_gradscaler = None  # the loss scale is ours
         self.zero_stage = train.zero_stage
         if self.zero_stage == 0:
             self.parameters = [p for p in stage.parameters() if p.requires_grad]

@@ -82,7 +82,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
                 raise DataError(f"{path}: {image.width}x{image.height} is over {MAX_PIXELS} pixels: scale it down")
             if image.mode not in _MODES:
                 raise DataError(f"{path}: pixel format {image.mode} has more than 8 bits: save it as 8-bit RGB")
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: no such picture") from None
     except Image.DecompressionBombError:

@@ -49,7 +49,9 @@ class Stage(nn.Module, abc.ABC):
     def autocast(self) -> Iterator[None]:
         dtype = PRECISIONS[self.config.train.precision]
         device = next(self.parameters()).device.type
-        with torch.autocast(device, dtype=dtype, enabled=dtype is not torch.float32):
+        # under ZeRO 3 a cached copy of a weight, made by the pass for self-conditioning, would outlive the weight
+        cached = self.config.train.zero_stage < 3
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not torch.float32, cache_enabled=cached):
             yield
 
     def recompute(self, function: Callable[..., T], *inputs: Any) -> T:

@@ -25,7 +25,6 @@ OURS = {
     "zero_optimization.offload_optimizer": "train.offload",
     "zero_optimization.offload_param": "train.offload",
 }
-LOW_PRECISION = [f"torch.nn.{kind}" for kind in ("Linear", "Conv2d", "ConvTranspose2d")]
 BUCKET = 50_000_000  # elements that ZeRO reduces or gathers at a time
 OFF: tuple[Any, ...] = ({}, None, {"enabled": False})  # sections that change nothing
 
@@ -47,13 +46,7 @@ def deepspeed_config(config: Config, world_size: int, num_elements: int = 0, on_
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if train.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    derived: dict[str, Any] = {}
-    if train.zero_stage == 3 and train.precision != "fp32":
-        # autocast's own copy of a weight outlives the gathered weight that its gradient is for; with this, ZeRO gathers
-        # weights in low precision, and autocast has nothing to copy
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
-        derived["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": LOW_PRECISION}
-    return derived | {
+    return {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.batch_size // train.accumulation // world_size,
         "gradient_accumulation_steps": train.accumulation,

@@ -29,11 +29,12 @@ class NonFiniteGuard:
     def __init__(self, path: Path, limit: int) -> None:
         self.path, self.limit = path, limit
         self.in_a_row = self.total = 0
-        self._pending: deque[tuple[int, list[Any], Tensor, Tensor | bool]] = deque()
+        self._pending: deque[tuple[int, list[Any], Tensor, Any]] = deque()
 
     def watch(self, step: int, image_ids: list[Any], loss: Tensor, skipped: Tensor | bool) -> list[bool]:
         """Note a step; returns the verdicts that are in by now: whether each step was skipped."""
-        self._pending.append((step, image_ids, loss.detach(), skipped))
+        verdict = torch.stack([loss.detach().float(), torch.as_tensor(skipped, device=loss.device).float()])
+        self._pending.append((step, image_ids, *_start_copy(verdict)))
         return self._judge(keep=1 if loss.is_cuda else 0)
 
     def flush(self) -> list[bool]:
@@ -43,23 +44,37 @@ class NonFiniteGuard:
     def _judge(self, keep: int) -> list[bool]:
         verdicts = []
         while len(self._pending) > keep:
-            step, image_ids, loss, skipped = self._pending.popleft()
-            verdicts.append(bool(skipped))
+            step, image_ids, verdict, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            loss, skipped = verdict.tolist()
+            verdicts.append(skipped > 0)
             if not verdicts[-1]:
                 self.in_a_row = 0
                 continue
             self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
-            line = {"step": step, "loss": str(float(loss)), "image_ids": image_ids}
+            line = {"step": step, "loss": str(loss), "image_ids": image_ids}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             if self.limit and self.in_a_row >= self.limit:
                 raise NonFiniteError(
                     f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {step} (loss "
-                    f"{float(loss)}); their images are in {self.path}. The weights are still finite: resume with a "
+                    f"{loss}); their images are in {self.path}. The weights are still finite: resume with a "
                     f"lower train.learning_rate or train.clip, or train.precision=bf16 or fp32"
                 )
         return verdicts
+
+
+def _start_copy(values: Tensor) -> tuple[Tensor, Any]:
+    """`values` on the CPU, and the event after which they are there; None where they are already."""
+    if not values.is_cuda:
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
 
 
 class BadItems:

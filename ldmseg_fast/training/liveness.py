@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ldmseg_fast import distributed
 
 LOST_RANK = 74  # exit code: EX_IOERR of sysexits.h
@@ -58,6 +61,32 @@ class Interrupt:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+class Agreement:
+    """What the ranks decide together after each step: whether to stop, and how many items were unreadable.
+
+    The exchange runs between CPUs and beside the next step's work, so that no device is waited for; what is asked for
+    takes effect one step later.
+    """
+
+    def __init__(self) -> None:
+        several = distributed.world_size() > 1
+        self._group = torch.distributed.new_group(backend="gloo") if several else None
+        self._pending: tuple[Tensor, Any] | None = None
+
+    def exchange(self, stop: bool, bad_items: int) -> tuple[bool, int]:
+        """(stop, number of unreadable items): the ranks' sums as of the call before, on one rank as of this call."""
+        if self._group is None:
+            return stop, bad_items
+        values = torch.tensor([int(stop), bad_items])
+        before = self._pending
+        self._pending = values, torch.distributed.all_reduce(values, group=self._group, async_op=True)
+        if before is None:
+            return False, 0
+        before[1].wait()
+        stopping, bad = before[0].tolist()
+        return stopping > 0, bad
 
 
 class Heartbeat:

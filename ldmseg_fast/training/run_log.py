@@ -4,11 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ldmseg_fast import distributed
 from ldmseg_fast.config import ConfigError
+
+
+class Window:
+    """What is averaged between two lines of the log. Losses stay on the device until then."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.finite: Any = 0  # steps whose loss was a number; the others are left out
+        self.steps, self.started = 0, time.monotonic()
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        finite = torch.isfinite(losses["loss"])
+        self.steps, self.finite = self.steps + 1, self.finite + finite
+        for key, value in losses.items():
+            self.sums[key] = self.sums.get(key, 0.0) + torch.where(finite, value.float(), 0.0)
+
+    def means(self, batch_size: int) -> dict[str, float]:
+        """Over steps and ranks; all ranks call it."""
+        names = list(self.sums)
+        totals = distributed.all_reduce_mean(torch.stack([*self.sums.values(), self.finite.float()]))
+        means = (totals[:-1] / totals[-1]).tolist()
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return dict(zip(names, means)) | {"images_per_s": self.steps * batch_size / seconds}
 
 
 class RunLog:

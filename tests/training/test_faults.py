@@ -187,3 +187,16 @@ def test_sigterm_to_every_process(scenes: Path, tmp_path: Path, start: Callable[
     job.wait(60)
     job.wait_until_empty()
     assert (folder / "checkpoints" / "latest").is_file(), job.output
+
+
+def test_only_a_second_sigint_after_a_while_stops_at_once() -> None:
+    """A launcher sends SIGINT and SIGTERM one after the other, which must not spoil the saving."""
+    with Interrupt(patience=0.2) as interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert interrupt.requested and interrupt.signal == signal.SIGINT
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)

@@ -232,3 +232,12 @@ def test_best_and_stopping_by_the_clock(settings: Settings) -> None:
     folder = train("autoencoder", settings("best", "train.validate_every=2", "train.steps=4", "data.val_limit=2"))
     assert (folder / "best" / "mask_vae" / "model.safetensors").is_file()
     assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+
+
+def test_the_faster_resize_is_close(scenes: Path) -> None:
+    from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+
+    items = [CocoPanoptic(scenes, "train2017", 48, train=True, resize=resize)[0, 3] for resize in ("pillow", "torch")]
+    difference = (items[0]["image"].int() - items[1]["image"].int()).abs()
+    assert difference.max() <= 4 and difference.float().mean() < 0.1
+    assert torch.equal(items[0]["segment_ids"], items[1]["segment_ids"])

@@ -20,7 +20,7 @@ from tests.training.two_ranks import measured
 SCENARIOS = [
     "resume:2", "stage:0", "stage:1", "stage:2", "stage:3", "accumulation:1", "fp16:0", "fp16:2", "validation",
     "resave:0", "resave:1", "resave:3", "nonfinite:0", "nonfinite:1", "nonfinite:3",
-    "offload:2", "trust:2",
+    "offload:2", "trust:2", "bf16:1", "bf16:3",
 ]  # fmt: skip
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
@@ -127,6 +127,11 @@ def test_state_moves_between_numbers_of_ranks(out: Path, scenes: Path, autoencod
 def test_a_nan_on_one_rank_skips_the_step_on_all(out: Path, zero: int) -> None:
     results = json.loads((out / f"nonfinite-{zero}.json").read_text())
     assert results == [[True, 1], [True, 1]]
+
+
+def test_bf16_at_every_stage(out: Path) -> None:
+    assert losses(out / "bf16-1") == pytest.approx(losses(out / "one-rank")[:4], rel=2e-2)
+    assert losses(out / "bf16-3") == pytest.approx(losses(out / "bf16-1"), rel=2e-3)
 
 
 def test_offloading_changes_nothing(out: Path) -> None:

@@ -72,6 +72,11 @@ class Scenarios:
         settings = ["train.precision=fp16", f"train.zero_stage={zero}", "train.steps=3"]
         train("diffusion", self.settings(f"fp16-{zero}", *settings))
 
+    def bf16(self, zero: str) -> None:
+        """Self-conditioning's first pass must leave nothing in autocast's cache that ZeRO 3 frees."""
+        settings = ["train.precision=bf16", f"train.zero_stage={zero}", "train.steps=4"]
+        train("diffusion", self.settings(f"bf16-{zero}", *settings), deepspeed_config=CUT if zero == "3" else None)
+
     def offload(self, zero: str) -> None:
         settings = ["train.offload=true", f"train.zero_stage={zero}", "train.steps=3"]
         train("diffusion", self.settings(f"offload-{zero}", *settings))
