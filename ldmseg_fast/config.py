@@ -5,16 +5,11 @@ An unknown key, a value of the wrong type or a value out of range is a `ConfigEr
 
 from __future__ import annotations
 
-import difflib
-import json
-import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A setting that does not exist, has the wrong type, or contradicts another."""
+from ldmseg_fast.config_values import ConfigError, describe, from_dict, to_dict, update
 
 
 @dataclass(frozen=True)
@@ -169,6 +164,20 @@ class DiffusionConfig:
     image_noise: float = 0.0  # standard deviation added to image latents
     sample_posterior: bool = False
     task_loss: float = 0.0  # weight of the decoded x0 estimate's auto-encoder loss
+    inpainting: float = 0.0  # share of images that learn to complete a map, parts of which are their condition
+    inpainting_block: int = 16  # pixels; the map is known or not by blocks of this side
+
+
+@dataclass(frozen=True)
+class FewStepConfig:
+    """Stages `one_step` and `distillation`: a trained model (`model.init_from`) learns to do with few steps."""
+
+    steps: int = 1  # N, of the sampler that is trained
+    depth: Literal["any", "last"] = "any"  # one_step, N > 1: which of the N steps carries the loss
+    matching: Literal["hungarian", "none"] = "hungarian"  # one_step: slots by least cost (needs SciPy), or by id
+    train_decoder: bool = False  # one_step: the auto-encoder's decoder too
+    latent_loss: float = 0.0  # one_step: weight of the squared error of the x0 estimate
+    teacher_steps: int = 0  # distillation: of the model that is distilled, a multiple of `steps`; 0: twice `steps`
 
 
 @dataclass(frozen=True)
@@ -218,88 +227,11 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    few_step: FewStepConfig = field(default_factory=FewStepConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     num_inference_steps: int = 50
     output_dir: str = ""
-
-
-T = TypeVar("T")
-
-
-def _convert(value: Any, annotation: Any, key: str) -> Any:
-    """`value` (a string of the command line, or YAML/JSON) as `annotation`; raises ConfigError naming `key`."""
-    origin = typing.get_origin(annotation)
-    if is_dataclass(annotation):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{key}: a group of settings, not {value!r}")
-        return from_dict(typing.cast(type, annotation), value, key + ".")
-    if origin is Literal:
-        allowed = typing.get_args(annotation)
-        if value not in allowed:
-            raise ConfigError(f"{key}={value!r}: one of {', '.join(map(str, allowed))} expected")
-        return value
-    if origin is tuple:
-        items = json.loads(f"[{value.strip('()[]')}]") if isinstance(value, str) and '"' in value else value
-        if isinstance(items, str):
-            items = [part.strip() for part in items.strip("()[]").split(",") if part.strip()]
-        if not isinstance(items, (list, tuple)):
-            raise ConfigError(f"{key}={value!r}: a list expected, such as 32,64,128")
-        args = typing.get_args(annotation)
-        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
-        if len(kinds) != len(items):
-            raise ConfigError(f"{key}={value!r}: {len(kinds)} values expected")
-        return tuple(_convert(item, kind, key) for item, kind in zip(items, kinds))
-    if annotation is bool:
-        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in known:
-            return known[str(value).lower()]
-        raise ConfigError(f"{key}={value!r}: true or false expected")
-    if annotation is str:
-        if isinstance(value, (str, Path)):
-            return str(value)
-        raise ConfigError(f"{key}={value!r}: text expected")
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)
-        if annotation is int:
-            if number != int(number):
-                raise ValueError
-            return int(value) if isinstance(value, int) else int(number)
-        return number
-    except (TypeError, ValueError, OverflowError):
-        kind = "a whole number" if annotation is int else "a number"
-        raise ConfigError(f"{key}={value!r}: {kind} expected") from None
-
-
-def from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """A config dataclass from plain values. Raises ConfigError on an unknown key or a wrong type."""
-    return update(cls(), values, prefix)
-
-
-def update(config: T, values: dict[str, Any], prefix: str = "") -> T:
-    """`config` with `values` (nested dictionaries) put in. Raises ConfigError on an unknown key or a wrong type."""
-    hints = typing.get_type_hints(type(config))
-    changed: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(sorted(hints))}"
-            raise ConfigError(f"unknown setting {prefix}{name}{hint}")
-        old = getattr(config, name)
-        if is_dataclass(old) and isinstance(value, dict):
-            changed[name] = update(old, value, f"{prefix}{name}.")
-        else:
-            changed[name] = _convert(value, hints[name], prefix + name)
-    return replace(typing.cast(Any, config), **changed)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values that `from_dict` and JSON take."""
-    return json.loads(json.dumps(asdict(config)))
 
 
 def load_config(name_or_file: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -366,6 +298,14 @@ def validate(config: Config) -> Config:
             f"unet.image_channels={unet.image_channels} must be image_encoder.latent_channels, "
             f"{config.image_encoder.latent_channels}",
         ),
+        (
+            0 <= config.diffusion.inpainting <= 1 and config.diffusion.inpainting_block > 0,
+            "diffusion.inpainting is a share from 0 to 1, diffusion.inpainting_block a number of pixels",
+        ),
+        (
+            config.diffusion.inpainting == 0 or config.diffusion.self_condition > 0,
+            "diffusion.inpainting needs the condition's channels: diffusion.self_condition above 0",
+        ),
         (0 <= config.conditioning.caption_dropout <= 1, "conditioning.caption_dropout is a share from 0 to 1"),
         (
             config.image_encoder.downsampling == vae.downsampling,
@@ -409,18 +349,6 @@ def validate(config: Config) -> Config:
         if not ok:
             raise ConfigError(message)
     return config
-
-
-def describe(config: Any, prefix: str = "") -> list[str]:
-    """`key=value` lines, one a setting."""
-    lines = []
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if is_dataclass(value):
-            lines += describe(value, f"{prefix}{item.name}.")
-        else:
-            lines.append(f"{prefix}{item.name}={value}")
-    return lines
 
 
 # 64x64 pictures on a CPU, minutes.
