@@ -140,8 +140,9 @@ def make_remap_table(
     - "random": a random subset of the slots without replacement, as the paper trains.
     - "position": slots 1, 2, 3, ... in raster order of the centroids, by coarse rows (an eighth of the side).
     - "position_spread": the same order, spread evenly over all slots.
-    - "position_cell": the slot of the grid cell that holds the centroid, or the nearest free one; what a segment gets
-      then hardly depends on which others there are.
+    - "position_cell": the slot of the grid cell that holds the centroid, or of the nearest free cell; larger segments
+      choose first. Rows and columns are Gray-coded, so that neighbouring cells differ in one bit: what a segment gets
+      hardly depends on which others there are, and doubt between two cells is doubt about one bit plane.
     - "area": slots 1, 2, 3, ... by falling area.
 
     All but "random" are functions of the map. Raises ValueError for an unknown scheme or too many segments.
@@ -165,7 +166,8 @@ def make_remap_table(
     else:
         y, x = _centroids(segment_ids, num_segments)
         if scheme == "position_cell":
-            slots = _cells(y, x, free)
+            area = np.bincount(segment_ids.ravel(), minlength=num_segments + 1)[1 : num_segments + 1]
+            slots = _cells(y, x, np.argsort(-area, kind="stable"), num_slots)
         else:
             order = np.lexsort((x, np.floor(y * 8)))
             if scheme == "position_spread":
@@ -194,15 +196,20 @@ def _centroids(segment_ids: np.ndarray, num_segments: int) -> tuple[np.ndarray, 
     return np.where(area > 0, y, last), np.where(area > 0, x, last)
 
 
-def _cells(y: np.ndarray, x: np.ndarray, free: int) -> np.ndarray:
-    """Slots 1..free in a near-square raster of cells; in order of the ids, a taken slot gives way to the nearest."""
-    columns = max(1, int(np.floor(np.sqrt(free))))
-    rows = free // columns
-    wanted = np.floor(y * rows).astype(int) * columns + np.floor(x * columns).astype(int)
-    taken = np.zeros(free, bool)
+def _cells(y: np.ndarray, x: np.ndarray, order: np.ndarray, num_slots: int) -> np.ndarray:
+    """Slots of the cells that hold y, x; in `order`, a taken one gives way to the nearest that is free."""
+    bits = num_slots.bit_length() - 1
+    rows, columns = 2 ** (bits // 2), 2 ** (bits - bits // 2)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    slot_of_cell = (row ^ row >> 1) * columns + (column ^ column >> 1)
+    spare = np.arange(rows * columns, num_slots)  # beyond the largest power of two, all in the lower right corner
+    row, column = np.append(row, np.full(len(spare), rows)), np.append(column, np.full(len(spare), columns))
+    slot_of_cell = np.append(slot_of_cell, spare)
+    free = slot_of_cell > 0  # slot 0 is void
     slots = np.empty(len(y), int)
-    for segment, cell in enumerate(wanted):
-        vacant = np.flatnonzero(~taken)
-        slots[segment] = vacant[np.argmin(np.abs(vacant - cell))]
-        taken[slots[segment]] = True
-    return slots + 1
+    for segment in order:
+        distance = (row + 0.5 - y[segment] * rows) ** 2 + (column + 0.5 - x[segment] * columns) ** 2
+        cell = np.argmin(np.where(free, distance, np.inf))
+        slots[segment] = slot_of_cell[cell]
+        free[cell] = False
+    return slots

@@ -67,7 +67,7 @@ def four_corners() -> np.ndarray:
     [
         ("position", [4, 2, 3, 1]),
         ("position_spread", [28, 12, 20, 4]),
-        ("position_cell", [30, 5, 26, 2]),  # 31 slots: 6 rows of 5 cells
+        ("position_cell", [20, 4, 16, 1]),  # 4 rows of 8 cells; the first cell is void
         ("area", [4, 3, 2, 1]),
     ],
 )
