@@ -11,6 +11,8 @@ from ldmseg_fast.kernels.attention.dispatch import MAX_HEAD_SIZE
 
 BACKENDS = ("auto", "triton", "sdpa", "xformers")
 
+MAX_PRODUCT = 256 * 256  # up to here, training on a CPU in bfloat16 is faster with the whole matrix in memory
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(d)) v, not causal.
@@ -30,6 +32,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         backend = "kernel" if q.shape[-1] % 8 == 0 and q.shape[-1] <= MAX_HEAD_SIZE else "sdpa"
     if backend == "kernel":
         if q.device.type == "cpu" and q.requires_grad and q.dtype != torch.float32:
+            if q.shape[1] * k.shape[1] <= MAX_PRODUCT:
+                return attention_by_products(q, k, v)
             # on CPUs the backward pass of PyTorch's attention takes three times longer in bfloat16 than in float32
             return kernel_attention(q.float(), k.float(), v.float()).to(q.dtype)
         return kernel_attention(q, k, v)
@@ -44,3 +48,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
 
         return memory_efficient_attention(q, k, v)
     raise ValueError(f"attention={backend!r}: one of {', '.join(BACKENDS)} expected")
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` as two matrix products with the whole [N, M] matrix between them: for short sequences."""
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # [B, heads, N, d]
+    weights = torch.softmax((q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5, dim=-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
