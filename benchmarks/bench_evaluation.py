@@ -1,18 +1,20 @@
 """Panoptic quality and CPU post-processing, timed beside what people use.
 
-    python benchmarks/bench_evaluation.py [--quick] [--data ROOT] [--images N] [--parts PART ...]
+    python benchmarks/bench_evaluation.py [--quick] [--data ROOT] [--images N] [--parts PART ...] [--out FOLDER]
 
 Generated maps of 480x640 (and with --data the maps of a COCO-panoptic folder's train2017, perturbed for predictions)
 are written as PNGs by Pillow, then scored in memory and from files: by ldmseg_fast, by the usual numpy joint histogram,
 by panopticapi's algorithm (benchmarks/plain_pq.py), and by hotcoco, torchmetrics and panopticapi where they can be
 imported. All on one thread, but for the rows that say otherwise. Times from files are the difference of the wall times
-at 4N and N images, so that start-up costs drop out.
+at 4N and N images, so that start-up costs drop out; the functions compared take turns. The floor beside them is
+libdeflate, inflating the same PNGs from memory and doing nothing with the pixels.
 """
 
 import argparse
 import importlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,11 +27,15 @@ os.environ.setdefault("RAYON_NUM_THREADS", "1")  # hotcoco; read when it is firs
 
 import numpy as np
 import torch
-from harness import Run, Timing, measure, peak_memory
 from PIL import Image
-from plain_pq import evaluate_like_panopticapi, match_by_masks, numpy_joint_histogram
 
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.harness import RESULTS, Run, Timing, measure, peak_memory
+from benchmarks.plain_pq import evaluate_like_panopticapi, match_by_masks, numpy_joint_histogram
 from ldmseg_fast.kernels.panoptic_head import reference
+from ldmseg_fast.metrics.annotation_index import index_annotations
 from ldmseg_fast.metrics.matching import TRUE_POSITIVE, match_segments, segment_table
 from ldmseg_fast.metrics.pq_files import evaluate_files
 from ldmseg_fast.native import _C
@@ -47,6 +53,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="COCO-panoptic folder whose maps join the generated ones")
     parser.add_argument("--images", type=int, help="maps in all (default: 500, with --quick 40)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="run these only")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args()
     torch.set_num_threads(1)
     images = args.images or (40 if args.quick else 500)
@@ -59,12 +66,12 @@ def main() -> None:
         if "files" in args.parts:
             from_files(run, data, rounds=3 if args.quick else 7)
         if "threads" in args.parts:
-            threads(run, data, rounds=5 if args.quick else 11)
+            threads(run, data, rounds=3 if args.quick else 11)
         if "growth" in args.parts:
             growth(run, data, sizes=(50, 500) if args.quick else (50, 500, 5000))
     if "post-processing" in args.parts:
         post_processing(run, rounds=5 if args.quick else 15)
-    run.save()
+    run.save(args.out)
 
 
 class DataSet:
@@ -130,9 +137,10 @@ def in_memory(run: Run, data: DataSet, rounds: int) -> None:
     }
     timings = measure(peers, rounds=rounds)
     run.add("in memory, per image", timings, baseline="numpy joint histogram", items=len(tables), target=3.0)
+    run.add("in memory, time", {"ours": timings["ours"]}, items=len(tables), target=0.5)
     if slow := _torchmetrics(*images[0]):
         timings = measure({"ours": lambda: match_segments(*tables[0]), "torchmetrics": slow}, warmup=1, rounds=3)
-        run.add("in memory, one image", timings, baseline="torchmetrics")
+        run.add("in memory, one image", timings, baseline="torchmetrics", target=3.0)
 
 
 def _torchmetrics(gt: np.ndarray, _gt: Any, pred: np.ndarray, _pred: Any) -> Callable[[], Any] | None:
@@ -158,19 +166,59 @@ def from_files(run: Run, data: DataSet, rounds: int) -> None:
     reference_pq = peers["panopticapi's algorithm"](*many)
     for name, score in peers.items():
         run.check(f"{name} equals panopticapi's algorithm", abs(score(*many) - reference_pq) < 1e-9)
-    samples: dict[str, list[float]] = {name: [] for name in peers}
-    for turn in range(rounds):
-        for name, score in peers.items():
-            if name == "panopticapi's algorithm" and turn >= 3:
-                continue
-            seconds = _seconds(lambda score=score: score(*many)) - _seconds(lambda score=score: score(*few))
-            if seconds > 0:  # else something else ran during the smaller one
-                samples[name].append(1e3 * seconds / (3 * small))
-    timings = {name: Timing(tuple(values)) for name, values in samples.items()}
-    for baseline, target in (("hotcoco", 1.2), ("panopticapi's algorithm", 20.0), ("panopticapi (all cores)", None)):
+    calls = {name: (lambda score=score: score(*few), lambda score=score: score(*many)) for name, score in peers.items()}
+    timings = _differences(calls, 3 * small, rounds, slow=("panopticapi's algorithm", "panopticapi"))
+    floor = _inflate_alone(data, small, rounds)
+    for baseline, target in (("hotcoco", 1.2), ("panopticapi's algorithm", 20.0), ("panopticapi", 20.0)):
         if baseline in timings:
             chosen = {name: timings[name] for name in ("ours", "ours + boundary", baseline)}
             run.add("from files, per image", chosen, baseline=baseline, target=target, case={"images": 4 * small})
+    run.add("from files, time", {"ours": timings["ours"]}, floor_ms=floor, target=1.5, case={"images": 4 * small})
+
+
+def _differences(
+    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]], images: int, rounds: int, slow: tuple[str, ...] = ()
+) -> dict[str, Timing]:
+    """Milliseconds an image: (a call with more images) - (one with fewer), which differ by `images`, taking turns."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name, (few, many) in calls.items():
+            if name in slow and turn >= 3:
+                continue
+            seconds = _seconds(many) - _seconds(few)
+            if seconds > 0:  # else something else ran during the smaller one
+                samples[name].append(1e3 * seconds / images)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def _inflate_alone(data: DataSet, images: int, rounds: int) -> float | None:
+    """Milliseconds a pair of maps; None without libdeflate."""
+    try:
+        import deflate
+    except ImportError:
+        return None
+    streams = []
+    for kind in ("gt", "pred"):
+        for entry in data.entries[kind][:images]:
+            content = (data.folder / kind / entry["file_name"]).read_bytes()
+            width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+            streams.append((_image_data(content), height * (1 + 3 * width)))
+
+    def inflate() -> None:
+        for stream, size in streams:
+            deflate.zlib_decompress(stream, size)
+
+    return measure({"": inflate}, rounds=rounds)[""].median / (len(streams) / 2)
+
+
+def _image_data(png: bytes) -> bytes:
+    parts, at = [], 8
+    while at < len(png):
+        length = int.from_bytes(png[at : at + 4], "big")
+        if png[at + 4 : at + 8] == b"IDAT":
+            parts.append(png[at + 8 : at + 8 + length])
+        at += 12 + length
+    return b"".join(parts)
 
 
 def _file_scorers(data: DataSet, boundary: bool) -> dict[str, Callable[[Path, Path], float]]:
@@ -183,56 +231,77 @@ def _file_scorers(data: DataSet, boundary: bool) -> dict[str, Callable[[Path, Pa
         return evaluate_like_panopticapi(gt, pred, *folders)["pq"]
 
     scorers: dict[str, Callable[[Path, Path], float]] = {"ours": ours, "panopticapi's algorithm": plain}
-    for name, module in (("hotcoco", "hotcoco.panoptic"), ("panopticapi (all cores)", "panopticapi.evaluation")):
-        try:
-            pq_compute = importlib.import_module(module).pq_compute
-        except ImportError:
-            continue
+    if (hotcoco := _optional("hotcoco.panoptic")) is not None:
 
-        def peer(gt: Path, pred: Path, pq_compute: Callable[..., Any] = pq_compute) -> float:
+        def theirs(gt: Path, pred: Path) -> float:
             with redirect_stdout(StringIO()):
-                return pq_compute(str(gt), str(pred), *map(str, folders))["All"]["pq"]
+                return hotcoco.pq_compute(str(gt), str(pred), *map(str, folders))["All"]["pq"]
 
-        scorers[name] = peer
+        scorers["hotcoco"] = theirs
+    if (panopticapi := _optional("panopticapi.evaluation")) is not None:
+
+        def one_core(gt: Path, pred: Path) -> float:
+            gt_file, pred_file = json.loads(gt.read_text()), json.loads(pred.read_text())
+            predicted = {entry["image_id"]: entry for entry in pred_file["annotations"]}
+            pairs = [(entry, predicted[entry["image_id"]]) for entry in gt_file["annotations"]]
+            categories = {entry["id"]: entry for entry in gt_file["categories"]}
+            with redirect_stdout(StringIO()):
+                stat = panopticapi.pq_compute_single_core(0, pairs, *map(str, folders), categories)
+            return stat.pq_average(categories, isthing=None)[0]["pq"]
+
+        scorers["panopticapi"] = one_core
     return scorers
 
 
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
 def threads(run: Run, data: DataSet, rounds: int) -> None:
-    """The same files on one and on two threads."""
+    """The same files on one and on two threads, each per image from the difference of 4N and N images."""
     if len(os.sched_getaffinity(0)) < 2:
         return
-    paths, folders = data.json_of(data.size), (data.folder / "gt", data.folder / "pred")
-    timings = measure(
-        {
-            f"{count} threads": lambda count=count: evaluate_files(*paths, *folders, num_threads=count, replicates=0)
-            for count in (1, 2)
-        },
-        rounds=rounds,
-    )
-    run.add(
-        "threads, per image", timings, baseline="1 threads", items=data.size, target=1.7, case={"images": data.size}
-    )
+    size = max(data.size, 200)
+    few, many, folders = data.json_of(size), data.json_of(4 * size), (data.folder / "gt", data.folder / "pred")
+
+    def score(paths: tuple[Path, Path], count: int) -> Callable[[], Any]:
+        return lambda: evaluate_files(*paths, *folders, num_threads=count, replicates=0)
+
+    calls = {f"{count} threads": (score(few, count), score(many, count)) for count in (1, 2)}
+    timings = _differences(calls, 3 * size, rounds)
+    run.add("threads, per image", timings, baseline="1 threads", target=1.7, case={"images": 4 * size})
 
 
 def growth(run: Run, data: DataSet, sizes: tuple[int, ...]) -> None:
-    """Time and memory against the number of images."""
+    """Time and memory against the number of images; the files are there once and come round again."""
     folders = data.folder / "gt", data.folder / "pred"
+    peaks = []
     for size in sizes:
         paths = data.json_of(size)
 
         def score(paths: tuple[Path, Path] = paths) -> None:
             evaluate_files(*paths, *folders, num_threads=1, boundary=True)
 
-        def parse(paths: tuple[Path, Path] = paths) -> None:
-            kept = [load_panoptic_json(path) for path in paths]
+        def index(paths: tuple[Path, Path] = paths) -> None:
+            kept = [index_annotations(path, predictions=path == paths[1]) for path in paths]
             del kept
 
         case = {"images": size}
-        run.add_value("growth, per image", 1e3 * _seconds(score) / size, "ms", case=case)
-        held, parsed = peak_memory(score), peak_memory(parse)
-        if held is not None and parsed is not None:
-            run.add_value("growth, peak memory", held / 2**20, "MiB", case=case)
-            run.add_value("growth, of it the JSON", parsed / 2**20, "MiB", case=case)
+        score()  # buffers that stay
+        run.add_value("growth, per image", 1e3 * _seconds(score) / size, "ms", case=case, target=1.5)
+        held, indexed = peak_memory(score), peak_memory(index)
+        if held is not None and indexed is not None:
+            peaks.append(held / 2**20)
+            run.add_value("growth, peak memory", peaks[-1], "MiB", case=case, target=16.0)
+            run.add_value("growth, of it the index", indexed / 2**20, "MiB", case=case, target=4.0)
+            files = sum(path.stat().st_size for path in paths)
+            run.add_value("growth, the JSON files", files / 2**20, "MiB", case=case)
+    if peaks:
+        case = {"images": f"{sizes[0]}..{sizes[-1]}"}
+        run.add_value("growth, of peak memory", peaks[-1] - peaks[0], "MiB", case=case, target=16.0)
 
 
 def post_processing(run: Run, rounds: int) -> None:
@@ -253,7 +322,10 @@ def post_processing(run: Run, rounds: int) -> None:
             },
             rounds=rounds,
         )
-        run.add("post-processing", timings, baseline="plain torch", target=10.0, case={"logits": f"128x{side}x{side}"})
+        case = {"logits": f"128x{side}x{side}"}
+        run.add("post-processing", timings, baseline="plain torch", target=10.0, case=case)
+        if (peak := timings["ours"].peak_memory_bytes) is not None:
+            run.add_value("post-processing, memory", peak / 1e6, "MB", case=case, target=20.0)
 
 
 def _generated(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 
+#include "annotation_index.hpp"
 #include "matching.hpp"
 #include "panoptic_head.hpp"
 #include "png.hpp"
@@ -41,37 +42,19 @@ Array<T> to_array(const std::vector<T>& rows) {
     return Array<T>(static_cast<py::ssize_t>(rows.size()), rows.data());
 }
 
-const uint8_t* png_rows(const py::buffer_info& rows, size_t height, size_t width) {
-    require(height > 0 && width > 0 && static_cast<size_t>(rows.size * rows.itemsize) == height * (1 + 3 * width),
-            "expected height x (1 + 3 width) bytes");
-    return static_cast<const uint8_t*>(rows.ptr);
+RunMap py_read_png(const py::buffer& buffer, size_t max_pixels) {
+    const py::buffer_info info = buffer.request();
+    require(info.ndim == 1 && info.itemsize == 1, "expected the bytes of a PNG");
+    py::gil_scoped_release release;
+    return read_png(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size), max_pixels);
 }
 
-Array<int32_t> py_unfilter_ids(const py::buffer& buffer, size_t height, size_t width) {
-    const py::buffer_info info = buffer.request();
-    const uint8_t* rows = png_rows(info, height, width);
-    Array<int32_t> ids({height, width});
+Array<int32_t> py_paint(const RunMap& map) {
+    Array<int32_t> ids({map.height, map.width});
     int32_t* out = ids.mutable_data();
-    bool known;
-    {
-        py::gil_scoped_release release;
-        known = unfilter_ids(rows, height, width, out);
-    }
-    require(known, "unknown PNG filter");
+    py::gil_scoped_release release;
+    map.paint(out);
     return ids;
-}
-
-RunMap py_unfilter_runs(const py::buffer& buffer, size_t height, size_t width) {
-    const py::buffer_info info = buffer.request();
-    const uint8_t* rows = png_rows(info, height, width);
-    RunMap map(height, width);
-    bool known;
-    {
-        py::gil_scoped_release release;
-        known = unfilter_runs(rows, map);
-    }
-    require(known, "unknown PNG filter");
-    return map;
 }
 
 RunMap py_run_map(const Array<int32_t>& ids) {
@@ -109,6 +92,44 @@ Array<Match> py_match_segments(const RunMap& gt, const Array<int64_t>& gt_segmen
         matches = match_segments(gt, gt_rows, pred, pred_rows, boundary_distance);
     }
     return to_array(matches);
+}
+
+Array<Match> py_match_files(const std::string& gt_path, const Array<int64_t>& gt_segments, const std::string& pred_path,
+                            const Array<int64_t>& pred_segments, bool boundary, size_t max_pixels) {
+    const std::vector<Segment> gt_rows = segments(gt_segments), pred_rows = segments(pred_segments);
+    std::vector<Match> matches;
+    {
+        py::gil_scoped_release release;
+        const RunMap gt = read_png_file(gt_path, max_pixels), pred = read_png_file(pred_path, max_pixels);
+        matches = match_segments(gt, gt_rows, pred, pred_rows, boundary ? boundary_distance(gt.height, gt.width) : 0);
+    }
+    return to_array(matches);
+}
+
+std::unique_ptr<AnnotationIndex> py_annotation_index(const std::string& path, bool predictions) {
+    py::gil_scoped_release release;
+    return std::make_unique<AnnotationIndex>(path, predictions);
+}
+
+py::list py_image_ids(const AnnotationIndex& index) {
+    py::list ids;
+    for (const std::string& id : index.image_ids()) {
+        if (id[0] == '"')
+            ids.append(py::str(id.substr(1, id.size() - 2)));
+        else
+            ids.append(py::int_(std::stoll(id)));
+    }
+    return ids;
+}
+
+// (file name, table [S, 4])
+py::tuple py_annotation(const AnnotationIndex& index, size_t k) {
+    const Annotation annotation = index.annotation(k);
+    Array<int64_t> table({annotation.segments.size(), size_t{4}});
+    int64_t* out = table.mutable_data();
+    for (const Segment& segment : annotation.segments)
+        for (const int64_t value : {segment.id, segment.category_id, segment.iscrowd, segment.area}) *out++ = value;
+    return py::make_tuple(annotation.file_name, table);
 }
 
 Array<uint8_t> py_boundary_mask(const RunMap& map, size_t distance) {
@@ -194,15 +215,25 @@ PYBIND11_MODULE(_C, m) {
     PYBIND11_NUMPY_DTYPE(Match, image, category_id, outcome, gt_id, pred_id, area, iou, boundary_iou);
     PYBIND11_NUMPY_DTYPE(Overlap, gt_id, pred_id, pixels);
     py::register_exception<Inconsistent>(m, "Inconsistent", PyExc_ValueError);
-    m.def("unfilter_ids", &py_unfilter_ids, py::arg("rows"), py::arg("height"), py::arg("width"));
-    m.def("unfilter_runs", &py_unfilter_runs, py::arg("rows"), py::arg("height"), py::arg("width"));
+    py::register_exception<UnreadablePng>(m, "UnreadablePng", PyExc_ValueError);
+    m.def("read_png", &py_read_png, py::arg("content"), py::arg("max_pixels"));
+    py::register_exception<UnusualJson>(m, "UnusualJson", PyExc_ValueError);
+    py::class_<AnnotationIndex>(m, "AnnotationIndex", "Where the annotations of a COCO panoptic JSON stand in it.")
+        .def(py::init(&py_annotation_index), py::arg("path"), py::arg("predictions"))
+        .def_property_readonly("image_ids", &py_image_ids)
+        .def_property_readonly("categories", &AnnotationIndex::categories)
+        .def_property_readonly("used_categories", &AnnotationIndex::used_categories)
+        .def("annotation", &py_annotation, py::arg("k"));
     m.def("filter_ids", &py_filter_ids, py::arg("ids").noconvert());
     py::class_<RunMap>(m, "RunMap", "A map [H, W] as the runs of its rows; what matching works on.")
         .def(py::init(&py_run_map), py::arg("ids").noconvert())
+        .def("ids", &py_paint)
         .def_property_readonly("shape", [](const RunMap& map) { return py::make_tuple(map.height, map.width); });
     m.def("joint_histogram", &py_joint_histogram, py::arg("gt"), py::arg("pred"));
     m.def("match_segments", &py_match_segments, py::arg("gt"), py::arg("gt_segments").noconvert(), py::arg("pred"),
           py::arg("pred_segments").noconvert(), py::arg("boundary_distance") = 0);
+    m.def("match_files", &py_match_files, py::arg("gt_path"), py::arg("gt_segments").noconvert(), py::arg("pred_path"),
+          py::arg("pred_segments").noconvert(), py::arg("boundary"), py::arg("max_pixels"));
     m.def("boundary_mask", &py_boundary_mask, py::arg("map"), py::arg("distance"));
     m.def("segment_shapes", &py_segment_shapes, py::arg("ids").noconvert(), py::arg("rle"));
     m.def("clean_segments", &py_clean_segments, py::arg("ids").noconvert(), py::arg("min_island"), py::arg("max_hole"));

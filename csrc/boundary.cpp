@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 
 #include "matching.hpp"
 
@@ -30,7 +31,29 @@ size_t power_of_two_below(size_t length) {
     return power;
 }
 
+void set_bits(uint64_t* words, size_t begin, size_t end) {
+    for (; begin < end && begin % 64; ++begin) words[begin / 64] |= uint64_t{1} << (begin % 64);
+    for (; begin + 64 <= end; begin += 64) words[begin / 64] = ~uint64_t{0};
+    if (begin < end) words[begin / 64] |= (uint64_t{1} << (end - begin)) - 1;
+}
+
+// Pixels whose ids differ in two rows.
+void set_differing(const Run* above, const Run* row, size_t width, uint64_t* words) {
+    for (size_t x = 0; x < width;) {
+        const auto end = static_cast<size_t>(std::min(above[1].begin, row[1].begin));
+        if (above->id != row->id) set_bits(words, x, end);
+        above += static_cast<size_t>(above[1].begin) == end;
+        row += static_cast<size_t>(row[1].begin) == end;
+        x = end;
+    }
+}
+
 }  // namespace
+
+size_t boundary_distance(size_t height, size_t width) {
+    const double diagonal = std::sqrt(static_cast<double>(height * height + width * width));
+    return static_cast<size_t>(std::max(1.0, std::nearbyint(0.02 * diagonal)));
+}
 
 // Edge j lies between pixels j - 1 and j; edges 0 and the last are the image's own. A pixel is in the boundary if one of
 // the edges x - distance + 1 .. x + distance is there in any row of its window, or vertically likewise.
@@ -41,14 +64,15 @@ BitRows boundary_rows(const RunMap& map, size_t distance) {
     std::vector<uint64_t> across(edges.words + 1), above(edges.words + 1, 0);  // and the zero that shifting reads
     for (size_t y = 0; y < height; ++y) {
         std::fill(across.begin(), across.end(), 0);
-        std::copy(map.starts.row(y), map.starts.row(y) + map.starts.words, across.begin());
+        const Run* run = map.row(y);
+        for (; run->begin < static_cast<int32_t>(width); ++run) across[run->begin / 64] |= uint64_t{1} << (run->begin % 64);
         across[width / 64] |= uint64_t{1} << (width % 64);
         for (size_t step = 1; step < power; step *= 2) or_shifted_down(across.data(), edges.words, step);
         or_shifted_down(across.data(), edges.words, window - power);
         shift_up(across.data(), edges.words, distance - 1);
         for (size_t x = 0; x + 1 < distance && x < width; ++x) across[x / 64] |= uint64_t{1} << (x % 64);
         uint64_t* row = edges.row(y);
-        std::copy(map.steps.row(y), map.steps.row(y) + map.steps.words, row);
+        if (y > 0) set_differing(map.row(y - 1), map.row(y), width, row);
         for (size_t k = 0; k < edges.words; ++k) row[k] |= across[k] | above[k];
         std::swap(across, above);
     }

@@ -20,39 +20,49 @@ struct Pair {
     int32_t pred_id() const { return static_cast<int32_t>(key & 0xffffffu); }
 };
 
+// Pixels of the boundary in [begin, end) of a row.
+struct BoundaryCounts {
+    int64_t gt = 0, pred = 0, both = 0;
+};
+
+ALWAYS_INLINE BoundaryCounts count_boundary(const uint64_t* gt, const uint64_t* pred, size_t begin, size_t end) {
+    BoundaryCounts counts;
+    while (begin < end) {
+        const size_t next = std::min(end, (begin / 64 + 1) * 64);
+        const uint64_t mask = ~uint64_t{0} >> (64 - (next - begin)) << (begin % 64);
+        const uint64_t g = gt[begin / 64] & mask, p = pred[begin / 64] & mask;
+        counts.gt += count_bits(g);
+        counts.pred += count_bits(p);
+        counts.both += count_bits(g & p);
+        begin = next;
+    }
+    return counts;
+}
+
 // Goes over pieces of rows in which both ids are constant. Without boundaries their counts stay 0.
-inline __attribute__((always_inline)) std::vector<Pair> count_pieces(const RunMap& gt, const RunMap& pred,
-                                                                     const BitRows* gt_boundary,
-                                                                     const BitRows* pred_boundary) {
+ALWAYS_INLINE std::vector<Pair> count_pieces(const RunMap& gt, const RunMap& pred, const BitRows* gt_boundary,
+                                             const BitRows* pred_boundary) {
     KeyIndex index;
     std::vector<Pair> pairs;
-    size_t gt_runs = 0, pred_runs = 0;  // begun so far; every row begins with a new run of either map
     for (size_t y = 0; y < gt.height; ++y) {
-        for (size_t word = 0; word < gt.starts.words; ++word) {
-            const int end_of_word = static_cast<int>(std::min<size_t>(64, gt.width - 64 * word));
-            const uint64_t gt_starts = gt.starts.row(y)[word], pred_starts = pred.starts.row(y)[word];
-            uint64_t cuts = gt_starts | pred_starts | 1;
-            while (cuts) {
-                const int begin = lowest_bit(cuts);
-                cuts &= cuts - 1;
-                const int end = cuts ? lowest_bit(cuts) : end_of_word;
-                gt_runs += gt_starts >> begin & 1;
-                pred_runs += pred_starts >> begin & 1;
-                const int32_t gt_id = gt.ids[gt_runs - 1], pred_id = pred.ids[pred_runs - 1];
-                if ((gt_id | pred_id) & 0xff000000) throw Inconsistent("ids outside 0..2^24-1");
-                const uint64_t key = static_cast<uint64_t>(gt_id) << 24 | static_cast<uint64_t>(pred_id);
-                const size_t at = index[key];
-                if (at == pairs.size()) pairs.push_back({key});
-                Pair& pair = pairs[at];
-                pair.pixels += end - begin;
-                if (gt_boundary) {
-                    const uint64_t mask = ~uint64_t{0} >> (64 - (end - begin)) << begin;
-                    const uint64_t gb = gt_boundary->row(y)[word] & mask, pb = pred_boundary->row(y)[word] & mask;
-                    pair.gt_boundary += count_bits(gb);
-                    pair.pred_boundary += count_bits(pb);
-                    pair.both_boundary += count_bits(gb & pb);
-                }
+        const Run *g = gt.row(y), *p = pred.row(y);
+        for (size_t x = 0; x < gt.width;) {
+            const auto end = static_cast<size_t>(std::min(g[1].begin, p[1].begin));
+            if ((g->id | p->id) & 0xff000000) throw Inconsistent("ids outside 0..2^24-1");
+            const uint64_t key = static_cast<uint64_t>(g->id) << 24 | static_cast<uint64_t>(p->id);
+            const size_t at = index[key];
+            if (at == pairs.size()) pairs.push_back({key});
+            Pair& pair = pairs[at];
+            pair.pixels += static_cast<int64_t>(end - x);
+            if (gt_boundary) {
+                const BoundaryCounts counts = count_boundary(gt_boundary->row(y), pred_boundary->row(y), x, end);
+                pair.gt_boundary += counts.gt;
+                pair.pred_boundary += counts.pred;
+                pair.both_boundary += counts.both;
             }
+            g += static_cast<size_t>(g[1].begin) == end;
+            p += static_cast<size_t>(p[1].begin) == end;
+            x = end;
         }
     }
     return pairs;

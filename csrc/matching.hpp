@@ -33,6 +33,9 @@ struct Overlap {
 // that differ in size.
 std::vector<Overlap> joint_histogram(const RunMap& gt, const RunMap& pred);
 
+// As metrics/matching.py has it.
+size_t boundary_distance(size_t height, size_t width);
+
 // boundary_distance 0: no boundary IoU (NaN).
 std::vector<Match> match_segments(const RunMap& gt, const std::vector<Segment>& gt_segments, const RunMap& pred,
                                   const std::vector<Segment>& pred_segments, size_t boundary_distance);

@@ -1,19 +1,25 @@
-// Rows of 8-bit RGB PNGs <-> segment ids (id = R + 256 G + 65536 B).
+// 8-bit RGB PNGs <-> segment ids (id = R + 256 G + 65536 B).
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "run_map.hpp"
 
 namespace ldmseg {
 
-// rows: height x (1 filter byte + 3 width bytes), as inflated. False if a filter byte is not 0..4.
-bool unfilter_ids(const uint8_t* rows, size_t height, size_t width, int32_t* ids);
+// No 8-bit RGB PNG without interlacing, more pixels than allowed, or damaged.
+struct UnreadablePng : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
 
-// The same into runs, without writing the map.
-bool unfilter_runs(const uint8_t* rows, RunMap& map);
+// Only runs are made of the pixels, so most of the cost is inflating. Throw UnreadablePng.
+RunMap read_png(const uint8_t* content, size_t size, size_t max_pixels);
+RunMap read_png_file(const std::string& path, size_t max_pixels);
 
-// The reverse: filters each row by Up, the first by Sub. Ids must lie in 0..2^24-1.
+// Rows as a PNG holds them, height x (1 filter byte + 3 width bytes): the first filtered by Sub, the others by Up. Ids must
+// lie in 0..2^24-1.
 void filter_ids(const int32_t* ids, size_t height, size_t width, uint8_t* rows);
 
 }  // namespace ldmseg

@@ -1,89 +1,102 @@
 #include "run_map.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu.hpp"
 
 namespace ldmseg {
 namespace {
 
-using UnequalBits = void (*)(const int32_t*, const int32_t*, size_t, uint64_t*);
+constexpr int32_t kEndOfRow = -2147483647 - 1;  // no id that a map can have
 
-void unequal_bits_plain(const int32_t* a, const int32_t* b, size_t count, uint64_t* bits) {
-    for (size_t x = 0; x < count; x += 64) {
-        uint64_t word = 0;
-        for (size_t k = 0; k < 64 && x + k < count; ++k) word |= static_cast<uint64_t>(a[x + k] != b[x + k]) << k;
-        *bits++ = word;
-    }
+using UnequalBits = void (*)(const int32_t*, size_t, uint64_t*);
+
+// Sets bit x where row[x] != row[x - 1], for 1 <= x < count.
+void steps_plain(const int32_t* row, size_t count, uint64_t* bits) {
+    std::fill(bits, bits + (count + 63) / 64, 0);
+    for (size_t x = 1; x < count; ++x) bits[x / 64] |= static_cast<uint64_t>(row[x] != row[x - 1]) << (x % 64);
 }
 
 #if LDMSEG_X86
-__attribute__((target("avx2"))) void unequal_bits_avx2(const int32_t* a, const int32_t* b, size_t count, uint64_t* bits) {
-    for (size_t x = 0; x < count; x += 64) {
+// Both look at full words that begin past pixel 0; the rest is left to steps_plain's way.
+__attribute__((target("avx2"))) void steps_avx2(const int32_t* row, size_t count, uint64_t* bits) {
+    steps_plain(row, std::min<size_t>(count, 64), bits);
+    for (size_t x = 64; x < count; x += 64) {
         uint64_t word = 0;
         size_t k = 0;
         for (; k < 64 && x + k + 8 <= count; k += 8) {
-            const __m256i p = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + x + k));
-            const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + x + k));
+            const __m256i p = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + x + k));
+            const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + x + k - 1));
             const int equal = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(p, q)));
             word |= static_cast<uint64_t>(~equal & 255) << k;
         }
-        for (; k < 64 && x + k < count; ++k) word |= static_cast<uint64_t>(a[x + k] != b[x + k]) << k;
-        *bits++ = word;
+        for (; k < 64 && x + k < count; ++k) word |= static_cast<uint64_t>(row[x + k] != row[x + k - 1]) << k;
+        bits[x / 64] = word;
     }
 }
 
-__attribute__((target("avx512f"))) void unequal_bits_avx512(const int32_t* a, const int32_t* b, size_t count,
-                                                          uint64_t* bits) {
+__attribute__((target("avx512f"))) void steps_avx512(const int32_t* row, size_t count, uint64_t* bits) {
+    const auto lanes = [](size_t left) { return static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1); };
     for (size_t x = 0; x < count; x += 64) {
         uint64_t word = 0;
         for (size_t k = 0; k < 64 && x + k < count; k += 16) {
-            const size_t left = count - x - k;
-            const auto lanes = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
-            const __m512i p = _mm512_maskz_loadu_epi32(lanes, a + x + k), q = _mm512_maskz_loadu_epi32(lanes, b + x + k);
+            const __mmask16 there = lanes(count - x - k), before = x + k == 0 ? there & 0xfffe : there;
+            const __m512i p = _mm512_maskz_loadu_epi32(before, row + x + k);
+            const __m512i q = _mm512_maskz_loadu_epi32(before, row + x + k - 1);
             word |= static_cast<uint64_t>(_mm512_cmpneq_epi32_mask(p, q)) << k;
         }
-        *bits++ = word;
+        bits[x / 64] = word;
     }
 }
 #endif
 
-UnequalBits best_unequal_bits() {
+UnequalBits best_steps() {
 #if LDMSEG_X86
-    if (__builtin_cpu_supports("avx512f")) return unequal_bits_avx512;
-    if (__builtin_cpu_supports("avx2")) return unequal_bits_avx2;
+    if (__builtin_cpu_supports("avx512f")) return steps_avx512;
+    if (__builtin_cpu_supports("avx2")) return steps_avx2;
 #endif
-    return unequal_bits_plain;
+    return steps_plain;
 }
 
 }  // namespace
 
-void unequal_bits(const int32_t* a, const int32_t* b, size_t count, uint64_t* bits) {
-    static const UnequalBits best = best_unequal_bits();
-    best(a, b, count, bits);
+RunMap::RunMap(size_t height, size_t width) : height(height), width(width), first_{1}, runs_(2 * width + 2 + 16 * height) {
+    first_.reserve(height + 1);
+    runs_[0] = {0, kEndOfRow};
 }
 
-uint64_t RunMap::start_bits(const int32_t* row, size_t word) const {
-    const size_t first = 64 * word, count = std::min<size_t>(64, width - first);
-    uint64_t bits = 0;
-    if (word > 0) {
-        unequal_bits(row + first, row + first - 1, count, &bits);
-        return bits;
+RunMap::RunMap(const int32_t* map, size_t height, size_t width) : RunMap(height, width) {
+    static const UnequalBits steps = best_steps();
+    std::vector<uint64_t> bits((width + 63) / 64);
+    for (size_t y = 0; y < height; ++y, map += width) {
+        steps(map, width, bits.data());
+        Run* end = start_row();
+        *end++ = {0, map[0]};
+        for (size_t word = 0; word < bits.size(); ++word)
+            for (uint64_t left = bits[word]; left; left &= left - 1) {
+                const size_t x = 64 * word + static_cast<size_t>(lowest_bit(left));
+                *end++ = {static_cast<int32_t>(x), map[x]};
+            }
+        end_row(end);
     }
-    unequal_bits(row + 1, row, count - 1, &bits);
-    return bits << 1 | 1;
 }
 
-void RunMap::add_ids(size_t y, const int32_t* row) {
-    const uint64_t* bits = starts.row(y);
-    for (size_t word = 0; word < starts.words; ++word)
-        for (uint64_t left = bits[word]; left; left &= left - 1) ids.push_back(row[64 * word + lowest_bit(left)]);
+Run* RunMap::start_row() {
+    const size_t used = first_.back();
+    if (used + width + 2 > runs_.size()) runs_.resize(std::max(2 * runs_.size(), used + width + 2));
+    return runs_.data() + used;
 }
 
-void RunMap::add_row(size_t y, const int32_t* row, const int32_t* above) {
-    for (size_t word = 0; word < starts.words; ++word) starts.row(y)[word] = start_bits(row, word);
-    add_ids(y, row);
-    if (above) unequal_bits(row, above, width, steps.row(y));
+void RunMap::end_row(Run* end) {
+    *end++ = {static_cast<int32_t>(width), kEndOfRow};
+    first_.push_back(static_cast<size_t>(end - runs_.data()));
+}
+
+void RunMap::paint(int32_t* map) const {
+    for (size_t y = 0; y < height; ++y, map += width)
+        for (const Run* run = row(y); run->begin < static_cast<int32_t>(width); ++run)
+            std::fill(map + run->begin, map + run[1].begin, run->id);
 }
 
 }  // namespace ldmseg

@@ -19,27 +19,36 @@ struct BitRows {
 inline int lowest_bit(uint64_t word) { return __builtin_ctzll(word); }
 inline int count_bits(uint64_t word) { return __builtin_popcountll(word); }
 
-// Sets bit x where a[x] != b[x], for x < count; by the widest instruction set that the processor has.
-void unequal_bits(const int32_t* a, const int32_t* b, size_t count, uint64_t* bits);
-
-struct RunMap {
-    size_t height, width;
-    BitRows starts;            // where a run begins: pixel 0 and every pixel that differs from its left neighbour
-    BitRows steps;             // pixels that differ from the one above; row 0 is empty
-    std::vector<int32_t> ids;  // of the runs, in reading order
-
-    RunMap(size_t height, size_t width) : height(height), width(width), starts(height, width), steps(height, width) {}
-
-    RunMap(const int32_t* map, size_t height, size_t width) : RunMap(height, width) {
-        for (size_t y = 0; y < height; ++y) add_row(y, map + y * width, y > 0 ? map + (y - 1) * width : nullptr);
-    }
-
-    // Rows are added from top to bottom.
-    void add_row(size_t y, const int32_t* row, const int32_t* above);
-
-    // The parts of add_row: one word of `starts`, and the ids of the runs once the row's `starts` are there.
-    uint64_t start_bits(const int32_t* row, size_t word) const;
-    void add_ids(size_t y, const int32_t* row);
+struct Run {
+    int32_t begin, id;  // goes on until the next one begins
 };
+
+class RunMap {
+   public:
+    size_t height, width;
+
+    // Rows are added from top to bottom, each between start_row and end_row.
+    RunMap(size_t height, size_t width);
+    RunMap(const int32_t* map, size_t height, size_t width);
+
+    // The runs of a row, left to right; the one after the last begins at the width.
+    const Run* row(size_t y) const { return runs_.data() + first_[y]; }
+
+    // Room for the runs of the next row; `row(y)` of earlier ones is not valid any more.
+    Run* start_row();
+    void end_row(Run* end);
+
+    void paint(int32_t* map) const;
+
+   private:
+    std::vector<size_t> first_;  // place of each row's first run, and of the row to come
+    std::vector<Run> runs_;      // more than are in use
+};
+
+// Writes a run unless it goes on with the id of the last one. There is always one before: the end of the row above.
+inline void add_run(Run*& end, size_t begin, uint32_t id) {
+    *end = {static_cast<int32_t>(begin), static_cast<int32_t>(id)};
+    end += end[-1].id != end->id;
+}
 
 }  // namespace ldmseg

@@ -98,12 +98,8 @@ static void relabel(int32_t* ids, size_t height, size_t width, bool holes, int64
     std::vector<size_t> first_of_row(height + 1);
     for (size_t y = 0; y < height; ++y) {
         first_of_row[y] = pieces.size();
-        for (size_t word = 0; word < map.starts.words; ++word)
-            for (uint64_t bits = map.starts.row(y)[word]; bits; bits &= bits - 1) {
-                const auto x = static_cast<int32_t>(64 * word) + lowest_bit(bits);
-                if (pieces.size() > first_of_row[y]) pieces.back().end = x;
-                pieces.push_back({ids[y * width + x], static_cast<int32_t>(y), x, static_cast<int32_t>(width)});
-            }
+        for (const Run* run = map.row(y); run->begin < static_cast<int32_t>(width); ++run)
+            pieces.push_back({run->id, static_cast<int32_t>(y), run->begin, run[1].begin});
     }
     first_of_row[height] = pieces.size();
 

@@ -4,9 +4,10 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu.hpp"
+
 // Vectors are passed by value between always-inlined functions only, so their calling convention does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
-#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace ldmseg {
 

@@ -10,7 +10,7 @@ import json
 import secrets
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from ldmseg_fast.native import _C
 
 try:
-    import deflate  # libdeflate: inflates label maps about ten times faster than zlib
+    import deflate  # libdeflate: writes label maps several times faster than zlib
 except ImportError:
     deflate = None  # type: ignore[assignment]
 
@@ -101,12 +101,16 @@ def read_panoptic_png(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.n
     Raises `PanopticFormatError` for palette, grey, RGBA, 16-bit, oversized, truncated or damaged files, and
     `FileNotFoundError` where there is no file.
     """
-    return _decode(path, max_pixels, _C.unfilter_ids if _C else None)
-
-
-def read_panoptic_runs(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Any:
-    """The same map for matching only: as runs of equal ids (`_C.RunMap`), or as an array where C++ cannot read it."""
-    return _decode(path, max_pixels, _C.unfilter_runs if _C else None)
+    content = Path(path).read_bytes()
+    _check_header(content[:29], path, max_pixels)
+    interlaced = content[28] != 0
+    try:
+        if _C is not None and not interlaced:
+            return _C.read_png(content, max_pixels).ids()
+        _check_chunks(content)
+        return _decode_pillow(content)
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        raise PanopticFormatError(f"{path}: damaged or truncated PNG ({error}); write or download it again") from error
 
 
 def write_panoptic_png(path: str | Path, ids: np.ndarray) -> None:
@@ -132,7 +136,7 @@ def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[s
     """
     try:
         content = _load_json(Path(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not text, numbers of thousands of digits, deep nesting
         raise PanopticFormatError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(content, dict):
         raise PanopticFormatError(f"{path}: expected an object with `annotations`, got a {type(content).__name__}")
@@ -153,59 +157,26 @@ def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[s
     return content
 
 
-def _decode(path: str | Path, max_pixels: int, unfilter: Callable[[Any, int, int], Any] | None) -> Any:
-    content = Path(path).read_bytes()
-    height, width = _check_header(content[:29], path, max_pixels)
-    interlaced = content[28] != 0
-    try:
-        compressed = _image_data(content)
-        if unfilter is None or interlaced:
-            return _decode_pillow(content)
-        return unfilter(_inflate(compressed, height * (1 + 3 * width)), height, width)
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        raise PanopticFormatError(f"{path}: damaged or truncated PNG ({error}); write or download it again") from error
-
-
-def _image_data(content: bytes) -> bytes:
-    """The joined IDAT chunks of a PNG; `ValueError` where the file ends early or a checksum fails."""
-    parts, offset = [], len(_SIGNATURE)
+def _check_chunks(content: bytes) -> None:
+    """`ValueError` where a PNG ends early or a checksum fails; Pillow lets both pass."""
+    offset = len(_SIGNATURE)
     while True:
         if offset + 12 > len(content):
             raise ValueError("the file ends before its IEND chunk")
         length, kind = struct.unpack_from(">I4s", content, offset)
-        body = content[offset + 8 : offset + 8 + length]
         if offset + 12 + length > len(content):
             raise ValueError(f"the file ends inside its {kind!r} chunk")
         if kind in (b"IHDR", b"IDAT"):
             (checksum,) = struct.unpack_from(">I", content, offset + 8 + length)
-            if zlib.crc32(body, zlib.crc32(kind)) != checksum:
+            if zlib.crc32(content[offset + 4 : offset + 8 + length]) != checksum:
                 raise ValueError(f"checksum of the {kind!r} chunk does not match")
-        if kind == b"IDAT":
-            parts.append(body)
         if kind == b"IEND":
-            return b"".join(parts)
+            return
         offset += 12 + length
 
 
 def _chunk(kind: bytes, body: bytes | bytearray) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
-
-
-def _inflate(compressed: bytes, size: int) -> bytes | bytearray:
-    """Exactly `size` bytes; `ValueError` if the stream holds fewer or more. Never allocates beyond `size`."""
-    if deflate is not None:
-        try:
-            content: bytes | bytearray = deflate.zlib_decompress(compressed, size)
-        except deflate.DeflateError as error:
-            raise ValueError(f"pixel data: {error}") from error
-    else:
-        stream = zlib.decompressobj()
-        content = stream.decompress(compressed, size)
-        if stream.decompress(stream.unconsumed_tail, 1) or not stream.eof:
-            raise ValueError("pixel data is longer than the header says, or cut off")
-    if len(content) != size:
-        raise ValueError(f"{len(content)} bytes of pixel data where the header asks for {size}")
-    return content
 
 
 def _deflate(content: np.ndarray) -> bytes | bytearray:
@@ -269,8 +240,14 @@ def _load_json(path: Path) -> Any:
 
 def _check_annotation(path: str | Path, annotation: dict[str, Any], category_ids: set | None) -> None:
     where = f"{path}: image {annotation['image_id']!r}"
-    if not isinstance(annotation.get("file_name"), str) or not annotation["file_name"]:
-        raise PanopticFormatError(f"{where}: `file_name` must name a PNG, got {annotation.get('file_name')!r}")
+    name = annotation.get("file_name")
+    if (
+        not isinstance(name, str)
+        or not name
+        or "\0" in name
+        or any("\ud800" <= character <= "\udfff" for character in name)
+    ):
+        raise PanopticFormatError(f"{where}: `file_name` must name a PNG, got {name!r:.80}")
     segments = annotation.get("segments_info")
     if not isinstance(segments, list):
         raise PanopticFormatError(f"{where}: `segments_info` must be a list, got {segments!r:.80}")

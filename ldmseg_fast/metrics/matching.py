@@ -5,6 +5,7 @@ A pair matches when IoU > 0.5, where the union leaves out the predicted segment'
 than half on void and on a crowd of its own category is no false positive.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,16 +57,11 @@ def match_segments(
     else:
         try:
             gt, pred = _C.RunMap(int32_map(gt_ids)), _C.RunMap(int32_map(pred_ids))
-            return match_runs(gt, gt_segments, pred, pred_segments, boundary)
+            distance = boundary_distance(*gt.shape) if boundary else 0
+            return _C.match_segments(gt, gt_segments, pred, pred_segments, distance)
         except (ValueError, TypeError):
             pass  # the numpy twin names the fault
     return _match_numpy(gt_ids, gt_segments, pred_ids, pred_segments, boundary)
-
-
-def match_runs(gt: Any, gt_segments: np.ndarray, pred: Any, pred_segments: np.ndarray, boundary: bool) -> np.ndarray:
-    """`match_segments` of two `_C.RunMap`s. Raises `_C.Inconsistent`, a ValueError, without saying what is wrong."""
-    distance = boundary_distance(*gt.shape) if boundary else 0
-    return _C.match_segments(gt, gt_segments, pred, pred_segments, distance)
 
 
 def int32_map(ids: np.ndarray) -> np.ndarray:
@@ -95,7 +91,7 @@ def _boundary_mask_numpy(ids: np.ndarray, distance: int) -> np.ndarray:
 
 def boundary_distance(height: int, width: int) -> int:
     """Width of the boundary region in pixels: 2 % of the image's diagonal (the paper's choice), at least 1."""
-    return max(1, round(0.02 * (height * height + width * width) ** 0.5))
+    return max(1, round(0.02 * math.sqrt(height * height + width * width)))
 
 
 def _match_numpy(

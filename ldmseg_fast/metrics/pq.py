@@ -14,7 +14,6 @@ from ldmseg_fast.metrics.matching import (
     FALSE_NEGATIVE,
     FALSE_POSITIVE,
     FALSE_POSITIVE_ONE_CROWD,
-    MATCH_DTYPE,
     TRUE_POSITIVE,
     match_segments,
     segment_table,
@@ -25,12 +24,18 @@ OBJECT_CATEGORY: dict[str, Any] = {"id": 1, "name": "object", "isthing": 1}
 SIZE_BINS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}  # COCO's areas, in pixels
 
 
+# What is kept of a row of MATCH_DTYPE; the whole set of images is held at once.
+KEPT_DTYPE = np.dtype(
+    [("image", "i4"), ("category_id", "i4"), ("area", "i4"), ("outcome", "i1"), ("iou", "f8"), ("boundary_iou", "f8")]
+)
+
+
 class PQStat:
     """Accumulates matches of images; the result does not depend on the order of images or on how ranks shared them.
 
     categories: COCO entries with `id` and `isthing`. With `class_agnostic` every segment is one category ("object"),
     the given categories are ignored, and `result()` also holds the crowd-correct numbers.
-    Kept per image: one row of `MATCH_DTYPE` per segment that counts.
+    Kept per segment that counts: 29 bytes.
     """
 
     def __init__(self, categories: Iterable[Mapping[str, Any]], class_agnostic: bool = False, boundary: bool = False):
@@ -39,7 +44,7 @@ class PQStat:
         chosen = [OBJECT_CATEGORY] if class_agnostic else categories
         self.categories = {int(category["id"]): dict(category) for category in chosen}
         self.image_ids: list[int | str] = []
-        self._matches: list[np.ndarray] = []
+        self._rows, self._count = np.empty(0, KEPT_DTYPE), 0  # with room for more
 
     def add(
         self,
@@ -75,9 +80,12 @@ class PQStat:
 
     def add_matches(self, image_id: int | str, matches: np.ndarray) -> None:
         """Adds rows that `match_segments` returned."""
-        matches["image"] = len(self.image_ids)
+        kept = self._more(len(matches))
+        kept["image"] = len(self.image_ids)
+        kept["area"] = np.minimum(matches["area"], np.iinfo(np.int32).max)
+        for name in ("category_id", "outcome", "iou", "boundary_iou"):
+            kept[name] = matches[name]
         self.image_ids.append(image_id)
-        self._matches.append(matches)
 
     def merge(self, other: "PQStat") -> "PQStat":
         """Adds the images of `other` (another rank's part). Raises `ValueError` if one was added by both."""
@@ -85,9 +93,20 @@ class PQStat:
             raise ValueError("statistics over different categories cannot be merged")
         if both := set(self.image_ids) & set(other.image_ids):
             raise ValueError(f"images counted twice, give each rank its own: {sorted(both, key=str)[:20]}")
-        for image_id, matches in zip(other.image_ids, other._matches):
-            self.add_matches(image_id, matches.copy())
+        theirs = self._more(other._count)
+        theirs[:] = other.matches()
+        theirs["image"] += len(self.image_ids)
+        self.image_ids += other.image_ids
         return self
+
+    def _more(self, count: int) -> np.ndarray:
+        """The next `count` rows, to be filled in."""
+        if self._count + count > len(self._rows):
+            rows = np.empty((self._count + count) * 3 // 2, KEPT_DTYPE)
+            rows[: self._count] = self.matches()
+            self._rows = rows
+        self._count += count
+        return self._rows[self._count - count : self._count]
 
     def result(self) -> dict[str, Any]:
         """Fractions as panopticapi's: `All`, `Things`, `Stuff` -> pq, sq, rq, n.
@@ -122,8 +141,8 @@ class PQStat:
         return result
 
     def matches(self) -> np.ndarray:
-        """All rows so far; `image` is the place in `image_ids`."""
-        return np.concatenate([np.empty(0, MATCH_DTYPE), *self._matches])
+        """All rows so far, in `KEPT_DTYPE`, not to be written to; `image` is the place in `image_ids`."""
+        return self._rows[: self._count]
 
     def _per_category(self, matches: np.ndarray) -> dict[int, dict[str, Any]]:
         """Counts and qualities of the categories that occur, in the order of `categories`."""

@@ -2,26 +2,24 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldmseg_fast.metrics.matching import match_runs, match_segments, segment_table
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.annotation_index import index_annotations
+from ldmseg_fast.metrics.matching import match_segments
+from ldmseg_fast.metrics.pq import OBJECT_CATEGORY, PQStat
 from ldmseg_fast.metrics.pq_report import bootstrap_interval, image_qualities
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import (
-    PanopticFormatError,
-    load_panoptic_json,
-    read_panoptic_png,
-    read_panoptic_runs,
-)
+from ldmseg_fast.panoptic_format import MAX_PIXELS, PanopticFormatError, read_panoptic_png
 
 MAX_THREADS = 8
+_TASK = 16  # images at most that a thread takes at a time
 
 
 def evaluate_files(
@@ -46,46 +44,49 @@ def evaluate_files(
     images without prediction unless `allow_missing`, which counts them as predicted all void; no folder of PNGs.
     """
     started = time.perf_counter()
-    gt = load_panoptic_json(gt_json)
-    predicted = {entry["image_id"]: entry for entry in load_panoptic_json(pred_json, predictions=True)["annotations"]}
-    missing = [entry["image_id"] for entry in gt["annotations"] if entry["image_id"] not in predicted]
+    gt, pred = index_annotations(gt_json), index_annotations(pred_json, predictions=True)
+    predicted = {image_id: k for k, image_id in enumerate(pred.image_ids)}
+    missing = [image_id for image_id in gt.image_ids if image_id not in predicted]
     if missing and not allow_missing:
         listed = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
         raise PanopticFormatError(
-            f"{pred_json}: no prediction for {len(missing)} of {len(gt['annotations'])} images of {gt_json}: {listed}; "
+            f"{pred_json}: no prediction for {len(missing)} of {len(gt.image_ids)} images of {gt_json}: {listed}; "
             "predict them, or count them as empty with --allow-missing"
         )
     gt_root = png_folder(gt_json, gt_folder)
-    pred_root = png_folder(pred_json, pred_folder) if len(missing) < len(gt["annotations"]) else Path()
-    stat = PQStat(gt["categories"], class_agnostic, boundary)
+    pred_root = png_folder(pred_json, pred_folder) if len(missing) < len(gt.image_ids) else Path()
+    stat = PQStat(gt.categories, class_agnostic, boundary)
+    foreign = not class_agnostic and not pred.used_categories <= stat.categories.keys()
 
-    def match(entry: dict[str, Any]) -> np.ndarray:
-        prediction = predicted.get(entry["image_id"])
-        gt_path, pred_path = gt_root / entry["file_name"], None
-        gt_table = segment_table(entry["segments_info"], class_agnostic, use_area=True)
-        pred_table = segment_table(prediction["segments_info"] if prediction else [], class_agnostic)
-        if prediction is not None:
-            pred_path = pred_root / prediction["file_name"]
+    def match(k: int) -> np.ndarray:
+        gt_name, gt_table = gt.annotation(k)
+        gt_path, pred_path, pred_table = gt_root / gt_name, None, np.empty((0, 4), np.int64)
+        if (other := predicted.get(gt.image_ids[k])) is not None:
+            pred_name, pred_table = pred.annotation(other)
+            pred_path = pred_root / pred_name
+        if class_agnostic:
+            gt_table[:, 1] = pred_table[:, 1] = OBJECT_CATEGORY["id"]
         try:
-            stat.check_categories(pred_table, "prediction")
+            if foreign:
+                stat.check_categories(pred_table, "prediction")
             return _match_files(gt_path, gt_table, pred_path, pred_table, boundary)
         except PanopticFormatError as error:
             files = ", ".join(str(path) for path in (gt_path, pred_path) if path is not None)
-            raise PanopticFormatError(f"image {entry['image_id']} ({files}): {error}") from None
+            raise PanopticFormatError(f"image {gt.image_ids[k]} ({files}): {error}") from None
 
     threads = num_threads or default_threads()
-    for entry, matches in zip(gt["annotations"], _map_in_order(match, gt["annotations"], threads)):
-        stat.add_matches(entry["image_id"], matches)
+    for image_id, matches in zip(gt.image_ids, _map_in_order(match, len(gt.image_ids), threads)):
+        stat.add_matches(image_id, matches)
     seconds = time.perf_counter() - started
-    result = stat.result()
+    result, interval = stat.result(), bootstrap_interval(stat, replicates, seed)
     per_image = image_qualities(stat)
     scored = [image for image in per_image if image["pq"] is not None]
     return result | {
         "seconds": seconds,
         "threads": threads,
         "missing": missing,
-        "ignored": sorted(predicted.keys() - {entry["image_id"] for entry in gt["annotations"]}, key=str),
-        "interval": bootstrap_interval(stat, replicates, seed),
+        "ignored": sorted(predicted.keys() - set(gt.image_ids), key=str),
+        "interval": interval,
         "worst_images": sorted(scored, key=lambda image: (image["pq"], str(image["image_id"])))[:10],
         "per_image": per_image,
     }
@@ -113,30 +114,40 @@ def _match_files(
 ) -> np.ndarray:
     """One pair of PNGs; without `pred_path` the prediction is all void."""
     if _C is not None and pred_path is not None:
-        gt, pred = _read(read_panoptic_runs, gt_path), _read(read_panoptic_runs, pred_path)
-        if isinstance(gt, _C.RunMap) and isinstance(pred, _C.RunMap):
-            with suppress(_C.Inconsistent):  # below, the maps are read whole to say what is wrong
-                return match_runs(gt, gt_table, pred, pred_table, boundary)
-    gt_ids = _read(read_panoptic_png, gt_path)
-    pred_ids = np.zeros_like(gt_ids) if pred_path is None else _read(read_panoptic_png, pred_path)
+        with suppress(ValueError):  # rare or wrong; below, all is read by the functions that say what
+            paths = os.fsencode(gt_path), os.fsencode(pred_path)
+            return _C.match_files(paths[0], gt_table, paths[1], pred_table, boundary, MAX_PIXELS)
+    gt_ids = _read(gt_path)
+    pred_ids = np.zeros_like(gt_ids) if pred_path is None else _read(pred_path)
     return match_segments(gt_ids, gt_table, pred_ids, pred_table, boundary)
 
 
-def _read(read: Callable[[Path], Any], path: Path) -> Any:
+def _read(path: Path) -> np.ndarray:
     try:
-        return read(path)
+        return read_panoptic_png(path)
     except FileNotFoundError:
         raise PanopticFormatError(f"{path}: the JSON lists this PNG but there is no such file") from None
 
 
-def _map_in_order(function: Any, entries: list[dict[str, Any]], threads: int) -> Iterable[np.ndarray]:
-    """`map` over a few threads; the first error cancels what has not begun."""
+def _map_in_order(function: Callable[[int], np.ndarray], count: int, threads: int) -> Iterator[np.ndarray]:
+    """function(0), function(1), ... over a few threads, a few tasks ahead; the first error cancels the rest."""
     if threads == 1:
-        yield from map(function, entries)
+        yield from map(function, range(count))
         return
+    step = max(1, min(_TASK, count // (4 * threads)))
+    waiting: deque[Future[list[np.ndarray]]] = deque()
+
+    def several(first: int) -> list[np.ndarray]:
+        return [function(k) for k in range(first, min(first + step, count))]
+
     with ThreadPoolExecutor(threads) as pool:
         try:
-            yield from pool.map(function, entries)
+            for first in range(0, count, step):
+                waiting.append(pool.submit(several, first))
+                if len(waiting) > 2 * threads:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("tests/csrc/test_extension.py", "tests/metrics", "tests/test_panoptic_format.py", "tests/test_panoptic.py")
+TESTS = (
+    "tests/csrc/test_extension.py",
+    "tests/csrc/test_fuzz.py",
+    "tests/metrics",
+    "tests/test_panoptic_format.py",
+    "tests/test_panoptic.py",
+)
 # Leaks are not looked for: Python and torch keep what they allocate until the process ends.
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
 RUNNER = """
@@ -25,7 +31,8 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--deselect", sys.argv[2],
 
 
 @pytest.mark.soak
-def test_extension_under_sanitizers(tmp_path):
+@pytest.mark.parametrize("defines", [[], ["-DLDMSEG_BASELINE_ONLY"]], ids=["dispatch", "baseline"])
+def test_extension_under_sanitizers(tmp_path, defines):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ on this machine")
@@ -36,7 +43,7 @@ def test_extension_under_sanitizers(tmp_path):
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-omit-frame-pointer"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    subprocess.run([compiler, *flags, *sanitizers, *includes, *sources, "-o", str(library)], check=True)
+    subprocess.run([compiler, *flags, *defines, *sanitizers, *includes, *sources, "-o", str(library)], check=True)
     preload = [
         subprocess.run(
             [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True

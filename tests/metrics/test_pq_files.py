@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldmseg_fast import panoptic_format
+from ldmseg_fast.metrics import annotation_index, matching, pq_files
 from ldmseg_fast.metrics.pq_command import add_pq_arguments, run_pq
 from ldmseg_fast.metrics.pq_files import evaluate_files, png_folder
 from ldmseg_fast.metrics.pq_report import format_table
@@ -134,6 +136,16 @@ def test_threads_and_reports(dataset, tmp_path, capsys):
     assert header == "category_id,name,isthing,tp,fp,fn,iou,pq,sq,rq,boundary_pq"
     assert len(lines) == report["All"]["n"]
     assert "12 images in" in capsys.readouterr().out
+
+
+def test_without_the_extension_the_same_numbers(dataset, monkeypatch):
+    gt_json, pred_json = dataset
+    fast = evaluate_files(gt_json, pred_json, boundary=True, num_threads=2)
+    for module in (annotation_index, matching, panoptic_format, pq_files):
+        monkeypatch.setattr(module, "_C", None)
+    slow = evaluate_files(gt_json, pred_json, boundary=True, num_threads=2)
+    assert fast.pop("seconds") > 0 and slow.pop("seconds") > 0
+    assert fast == slow
 
 
 def test_missing_predictions_are_listed_or_count_as_empty(dataset, capsys):

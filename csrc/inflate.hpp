@@ -1,0 +1,53 @@
+// zlib streams (RFC 1950 and 1951) of known size.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+namespace ldmseg {
+
+class Inflater {
+   public:
+    static constexpr size_t kInputSlack = 16, kOutputSlack = 320;  // bytes beyond the ends that may be read and written
+
+    // False unless `input` begins with a zlib stream of exactly `output_size` bytes. Its Adler checksum is not looked at:
+    // the PNG chunks that the stream comes from have a CRC each, and it covers the same bytes.
+    bool run(const uint8_t* input, size_t input_size, uint8_t* output, size_t output_size);
+
+   private:
+    static constexpr int kLiteralBits = 11, kDistanceBits = 8;  // of the first table; longer codes go on in a second
+
+    struct Entry {
+        uint16_t value;     // a literal, the base of a length or distance, or where a second table begins
+        uint8_t kind;       // number of extra bits, or one of the kinds of inflate.cpp
+        uint8_t code_bits;  // to be consumed; of a link to a second table: how many bits choose in it
+    };
+
+    struct Bits {  // read ahead of what has been consumed
+        const uint8_t *next, *end;
+        uint64_t word;
+        int count;
+
+        inline void refill();  // to at least 56
+        inline uint32_t take(int bits);
+        inline Entry decode(const Entry* table, int table_bits);  // consumes the code, not the extra bits
+        inline bool ended() const { return next > end + 8; }
+    };
+
+    template <size_t Size>
+    static bool build(const uint8_t* lengths, size_t count, const Entry* symbols, int bits, std::array<Entry, Size>& table);
+
+    bool set_codes(const uint8_t* lengths, size_t literals, size_t distances);
+    bool set_fixed_codes();
+    bool read_codes();
+    bool stored_block();
+    bool coded_block();
+
+    // Each symbol could need a second table of its own.
+    std::array<Entry, (1 << kLiteralBits) + 288 * (1 << (15 - kLiteralBits))> literals_;
+    std::array<Entry, (1 << kDistanceBits) + 32 * (1 << (15 - kDistanceBits))> distances_;
+    Bits bits_;
+    uint8_t *begin_, *out_, *end_;
+};
+
+}  // namespace ldmseg

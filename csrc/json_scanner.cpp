@@ -1,0 +1,153 @@
+#include "json_scanner.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace ldmseg {
+namespace {
+
+constexpr uint64_t kBufferSize = 1 << 16;
+constexpr int kDeepest = 32;
+constexpr size_t kLongestText = 4096;
+
+bool is_digit(int character) { return character >= '0' && character <= '9'; }
+
+}  // namespace
+
+JsonScanner::JsonScanner(int file, uint64_t begin, uint64_t end)
+    : file_(file), position_(begin), end_(end), size_(std::min(kBufferSize, end - begin)) {
+    buffer_.reset(new char[size_]);
+}
+
+bool JsonScanner::fill() {
+    const uint64_t wanted = std::min<uint64_t>(size_, end_ - position_);
+    if (wanted == 0) return false;
+    const ssize_t got = pread(file_, buffer_.get(), wanted, static_cast<off_t>(position_));
+    if (got <= 0) throw UnusualJson();
+    position_ += static_cast<uint64_t>(got);
+    at_ = 0;
+    filled_ = static_cast<size_t>(got);
+    return true;
+}
+
+char JsonScanner::peek() {
+    for (;;) {
+        const int character = look();
+        if (character < 0) return 0;
+        if (character != ' ' && character != '\n' && character != '\t' && character != '\r') {
+            if (character == 0) throw UnusualJson();
+            return static_cast<char>(character);
+        }
+        ++at_;
+    }
+}
+
+bool JsonScanner::accept(char wanted) {
+    if (peek() != wanted) return false;
+    ++at_;
+    return true;
+}
+
+void JsonScanner::expect(char wanted) {
+    if (!accept(wanted)) throw UnusualJson();
+}
+
+uint64_t JsonScanner::offset() {
+    peek();
+    return position_ - (filled_ - at_);
+}
+
+int64_t JsonScanner::integer() {
+    const bool negative = accept('-');
+    int64_t value = 0;
+    int digits = 0;
+    for (; is_digit(look()); ++digits) {
+        if (digits > 17 || (digits > 0 && value == 0)) throw UnusualJson();  // too long, or a leading zero
+        value = 10 * value + (next() - '0');
+    }
+    const int after = look();
+    if (digits == 0 || (negative && value == 0) || after == '.' || after == 'e' || after == 'E') throw UnusualJson();
+    return negative ? -value : value;
+}
+
+std::string JsonScanner::text() {
+    expect('"');
+    std::string result;
+    for (;;) {
+        const int character = next();
+        if (character == '"') return result;
+        if (character < 0x20 || character >= 0x80 || character == '\\' || result.size() >= kLongestText) throw UnusualJson();
+        result.push_back(static_cast<char>(character));
+    }
+}
+
+std::string JsonScanner::raw_scalar() { return peek() == '"' ? '"' + text() + '"' : std::to_string(integer()); }
+
+void JsonScanner::skip_string() {
+    expect('"');
+    for (;;) {
+        const int character = next();
+        if (character == '"') return;
+        if (character < 0x20 || character >= 0x80) throw UnusualJson();
+        if (character != '\\') continue;
+        const int escaped = next();
+        if (escaped == 'u') {
+            for (int k = 0; k < 4; ++k) {
+                const int digit = next();
+                if (!is_digit(digit) && !((digit | 32) >= 'a' && (digit | 32) <= 'f')) throw UnusualJson();
+            }
+        } else if (escaped < 0 || std::string("\"\\/bfnrt").find(static_cast<char>(escaped)) == std::string::npos) {
+            throw UnusualJson();
+        }
+    }
+}
+
+void JsonScanner::skip_digits() {
+    if (!is_digit(look())) throw UnusualJson();
+    for (size_t digits = 0; is_digit(look()); ++at_)
+        if (++digits > 300) throw UnusualJson();
+}
+
+void JsonScanner::skip_number() {
+    accept('-');
+    if (look() == '0')
+        ++at_;
+    else
+        skip_digits();
+    if (look() == '.') {
+        ++at_;
+        skip_digits();
+    }
+    if (look() == 'e' || look() == 'E') {
+        ++at_;
+        if (look() == '+' || look() == '-') ++at_;
+        skip_digits();
+    }
+}
+
+void JsonScanner::skip_value(int depth) {
+    if (depth > kDeepest) throw UnusualJson();
+    const char first = peek();
+    if (first == '"') {
+        skip_string();
+    } else if (first == '[') {
+        each_item([&] { skip_value(depth + 1); });
+    } else if (first == '{') {
+        expect('{');
+        if (accept('}')) return;
+        do {
+            skip_string();
+            expect(':');
+            skip_value(depth + 1);
+        } while (accept(','));
+        expect('}');
+    } else if (first == 't' || first == 'f' || first == 'n') {
+        for (const char* word = first == 't' ? "true" : first == 'f' ? "false" : "null"; *word; ++word)
+            if (next() != *word) throw UnusualJson();
+    } else {
+        skip_number();
+    }
+}
+
+}  // namespace ldmseg

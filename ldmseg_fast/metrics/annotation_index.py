@@ -1,0 +1,77 @@
+"""The annotations of a COCO panoptic JSON one at a time, without holding the file's contents."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmseg_fast.metrics.matching import segment_table
+from ldmseg_fast.native import _C
+from ldmseg_fast.panoptic_format import PanopticFormatError, load_panoptic_json
+
+
+@dataclass(frozen=True)
+class AnnotationIndex:
+    """What a file lists, checked as `load_panoptic_json` does, and how to get at one annotation.
+
+    annotation(k) returns the PNG's name and the segments as int64 [S, 4] (see `segment_table`; areas of ground truth
+    are those of the file) of the k-th of `image_ids`; any thread may call it.
+    """
+
+    image_ids: list[int | str]  # in the order of `annotations`
+    categories: list[dict[str, Any]]  # empty where predictions do not list them
+    used_categories: set[int]
+    annotation: Callable[[int], tuple[str, np.ndarray]]
+
+
+def index_annotations(path: str | Path, *, predictions: bool = False) -> AnnotationIndex:
+    """Raises what `load_panoptic_json` raises, in the same words.
+
+    C++ reads the file in a stream and keeps about 100 bytes an image. What it does not know (broken files, and legal
+    rarities such as escapes in names, other encodings or NaN) is read and judged whole by Python.
+    """
+    return _streamed(path, predictions) or _loaded(path, predictions)
+
+
+def _streamed(path: str | Path, predictions: bool) -> AnnotationIndex | None:
+    if _C is None:
+        return None
+    try:
+        index = _C.AnnotationIndex(os.fsencode(path), predictions)
+        categories = json.loads(index.categories or "[]")
+    except ValueError:
+        return None
+    ids = [category.get("id") if isinstance(category, dict) else None for category in categories]
+    used = set(index.used_categories)
+    if any(type(i) is not int for i in ids) or len(set(ids)) < len(ids) or (index.categories and not used <= set(ids)):
+        return None
+
+    def annotation(k: int) -> tuple[str, np.ndarray]:
+        try:
+            return index.annotation(k)
+        except _C.UnusualJson:
+            raise PanopticFormatError(f"{path}: changed while it was being read; start again") from None
+
+    return AnnotationIndex(index.image_ids, categories, used, annotation)
+
+
+def _loaded(path: str | Path, predictions: bool) -> AnnotationIndex:
+    content = load_panoptic_json(path, predictions=predictions)
+    annotations = content["annotations"]
+
+    def annotation(k: int) -> tuple[str, np.ndarray]:
+        entry = annotations[k]
+        try:
+            return entry["file_name"], segment_table(entry["segments_info"], False, use_area=not predictions)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise PanopticFormatError(
+                f"{path}: image {entry['image_id']!r}: `category_id`, `iscrowd`, `area` must be whole numbers ({error})"
+            ) from None
+
+    used = {segment["category_id"] for entry in annotations for segment in entry["segments_info"]}
+    image_ids = [entry["image_id"] for entry in annotations]
+    return AnnotationIndex(image_ids, content.get("categories", []), used, annotation)
