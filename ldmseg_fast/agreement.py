@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class TorchAgreement:
 
     Args:
         model_dir: MODEL_DIR.
-        steps, seed, thresholds: the evaluation's.
+        sampling: the evaluation's num_inference_steps, solver and eta.
+        seed, thresholds: likewise.
         make_stat: an empty PQStat as the evaluation uses it.
         limit: how many of this rank's images are compared at most.
     """
@@ -41,14 +42,14 @@ class TorchAgreement:
     def __init__(
         self,
         model_dir: str | Path,
-        steps: int,
+        sampling: Mapping[str, Any],
         seed: int,
         thresholds: PostprocessConfig,
         make_stat: Callable[[], PQStat],
         limit: int,
     ) -> None:
         self.pipe = LDMSegPipeline.from_pretrained(model_dir)
-        self.steps, self.seed, self.thresholds = steps, seed, thresholds
+        self.settings = {**sampling, "seed": seed, "thresholds": thresholds}
         self.limit = limit
         self.ours, self.torch = make_stat(), make_stat()
         self.images = self.same = self.total = 0
@@ -61,11 +62,11 @@ class TorchAgreement:
             return
         images = [dataset.load_image(index) for index in indices]
         ids = [dataset.image_id(index) for index in indices]
-        settings: dict[str, Any] = {"seed": self.seed, "image_ids": ids, "thresholds": self.thresholds}
+        settings: dict[str, Any] = {**self.settings, "image_ids": ids, "batch_size": len(images)}
         if not self.images:
-            self.pipe(images, 1, batch_size=len(images), **settings)  # first calls are slow: not what is compared
+            self.pipe(images, **settings | {"num_inference_steps": 1})  # first calls are slow: not what is compared
         start = time.perf_counter()
-        expected: list[Any] = list(self.pipe(images, self.steps, batch_size=len(images), **settings))
+        expected: list[Any] = list(self.pipe(images, **settings))
         self.seconds += time.perf_counter() - start
         same, total = same_pixels(results[: len(indices)], expected)
         self.same, self.total, self.images = self.same + same, self.total + total, self.images + len(indices)

@@ -1,13 +1,26 @@
-"""Panoptic maps for the eye: overlays, coloured maps, picture grids, contact sheets."""
+"""Panoptic maps for the eye: overlays, coloured maps, error maps, picture grids, contact sheets."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["colorize", "contact_sheet", "enlarge", "overlay", "palette", "picture_grid", "segment_colors"]
+__all__ = [
+    "ERROR_COLORS",
+    "colorize",
+    "contact_sheet",
+    "enlarge",
+    "error_map",
+    "overlay",
+    "palette",
+    "picture_grid",
+    "segment_colors",
+]
+
+# told apart with any kind of colour vision: M. Okabe and K. Ito, "Color universal design", 2008
+ERROR_COLORS = {"missed": (230, 97, 0), "false": (64, 150, 230), "boundary": (240, 228, 66)}
 
 _VOID = np.array([58, 60, 66], np.uint8)
 _ENOUGH = 0.17  # OKLab distance at which two neighbouring segments are told apart at a glance
@@ -89,8 +102,16 @@ def colorize(segmentation: np.ndarray) -> np.ndarray:
     return colors[np.searchsorted(ids, segmentation)]
 
 
-def overlay(image: np.ndarray, segmentation: np.ndarray, alpha: float = 0.65, edges: bool = True) -> np.ndarray:
+def overlay(
+    image: np.ndarray,
+    segmentation: np.ndarray,
+    alpha: float = 0.65,
+    edges: bool = True,
+    colors: np.ndarray | None = None,
+) -> np.ndarray:
     """The picture, uint8 [H, W, 3], tinted by its map, ids [H, W]: uint8 [H, W, 3].
+
+    colors: uint8 [H, W, 3] in the place of `colorize`'s.
 
     Edges are a light line inside one segment and a dark one inside its neighbour; void is dimmed and hatched.
     Small pictures should be enlarged first (`enlarge`), or their edges hide them. Raises ValueError where sizes differ.
@@ -106,7 +127,7 @@ def overlay(image: np.ndarray, segmentation: np.ndarray, alpha: float = 0.65, ed
     # Light and shade of the picture stay, most of its own colour goes, or it would mix with the segment's.
     muted = grey + 0.3 * (picture - grey)
     relief = 1 + 0.22 * np.clip((grey - grey.mean()) / max(float(grey.std()), 1.0), -2, 1)
-    out = muted + alpha * (colorize(segmentation) * relief - muted)
+    out = muted + alpha * ((colorize(segmentation) if colors is None else colors) * relief - muted)
     void = segmentation == 0
     hatch = (np.add.outer(np.arange(height), np.arange(width)) % 8 < 1)[..., None]
     out = np.where(void[..., None], 0.45 * grey + 0.1 * picture + 22 * hatch, out)
@@ -119,6 +140,43 @@ def overlay(image: np.ndarray, segmentation: np.ndarray, alpha: float = 0.65, ed
         dark[:, 1:] |= right
         out[dark] *= 0.45
         out[light] = 0.1 * out[light] + 0.9 * 255
+    return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+
+
+def error_map(
+    image: np.ndarray,
+    gt_ids: np.ndarray,
+    pred_ids: np.ndarray,
+    pairs: Mapping[int, int],
+    missed: Collection[int],
+    false: Collection[int],
+) -> np.ndarray:
+    """Where a prediction is wrong, over a dim grey picture: uint8 [H, W, 3] from one and two maps [H, W].
+
+    pairs: predicted id of each matched ground-truth id. missed: ground-truth ids without a match. false: predicted
+    ids without one. Boundary pixels lie in a matched segment but not in its partner, void aside; a pixel that is both
+    missed and false is striped. Void of the ground truth is hatched.
+    """
+    height, width = gt_ids.shape
+    grey = image.astype(np.float32).mean(-1, keepdims=True)
+    out = np.repeat(0.55 * grey + 30, 3, axis=-1)
+    place = np.add.outer(np.arange(height), np.arange(width))
+    void = gt_ids == 0
+    out = np.where(void[..., None], 0.25 * grey + 24 + 26 * (place % 8 < 1)[..., None], out)
+    known, partners = np.array(sorted(pairs) or [0]), list(pairs.values())
+    partner = np.array([pairs[key] for key in sorted(pairs)] or [0])
+    slot = np.clip(np.searchsorted(known, gt_ids), 0, len(known) - 1)
+    in_pair = (known[slot] == gt_ids) & ~void
+    right = in_pair & (partner[slot] == pred_ids)
+    boundary = (in_pair | np.isin(pred_ids, partners)) & ~right & ~void
+    lost, extra = np.isin(gt_ids, list(missed)), np.isin(pred_ids, list(false))
+    stripe = place // max(2, max(height, width) // 50) % 2 == 0
+    for mask, name, shine in (
+        (boundary & ~lost & ~extra, "boundary", 0.1),
+        (lost, "missed", 0.3),
+        (extra & (stripe | ~lost), "false", 0.3),
+    ):
+        out[mask] = shine * out[mask] + (1 - shine) * np.array(ERROR_COLORS[name], np.float32)
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)
 
 

@@ -28,6 +28,7 @@ class Page:
 
     title: str
     parts: list[str] = field(default_factory=list)
+    style: str = ""  # CSS after the common one
 
     def heading(self, text: str) -> None:
         self.parts.append(f"<h2>{html.escape(text)}</h2>")
@@ -50,15 +51,21 @@ class Page:
             f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
         )
 
+    def markup(self, text: str) -> None:
+        """HTML as it is."""
+        self.parts.append(text)
+
     def details(self, summary: str, text: str) -> None:
         self.parts.append(f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>")
 
     def write(self, path: Path) -> None:
-        """The whole page, atomically."""
+        """The whole page, atomically; folders are made."""
         title = html.escape(self.title)
         head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
         body = f"<h1>{title}</h1>" + "\n".join(self.parts)
-        page = f"<!doctype html><html><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n"
+        head += f"<style>{STYLE}{self.style}</style>"
+        page = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.new")
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(path)
@@ -124,7 +131,6 @@ def write_run_report(run: Path, path: Path) -> Path:
     settings = run / "settings.txt"
     if settings.is_file():
         page.details("settings", settings.read_text(encoding="utf-8"))
-    path.parent.mkdir(parents=True, exist_ok=True)
     page.write(path)
     return path
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldmseg_fast import distributed
-from ldmseg_fast.panoptic_format import PanopticFormatError, replacing, write_panoptic_png
+from ldmseg_fast.panoptic_format import PanopticFormatError, read_panoptic_png, replacing, write_panoptic_png
 from ldmseg_fast.segments import segment_shapes
 
 _COCO_KEYS = ("id", "category_id", "iscrowd", "area", "bbox", "score")
@@ -19,7 +19,7 @@ _COCO_KEYS = ("id", "category_id", "iscrowd", "area", "bbox", "score")
 class PanopticResult:
     """One image's panoptic segmentation.
 
-    segmentation: int32 [H, W], 0 = void, otherwise slot + 1.
+    segmentation: int32 [H, W], 0 = void, otherwise slot + 1 (or the given map's ids, where there was one).
     segments_info: one entry per segment in ascending id, with `id`, `category_id`, `isthing`, `iscrowd`, `area`
     (pixels), `bbox` ([x, y, width, height], pixels) and `score` (mean softmax probability over the segment's pixels),
     as in COCO, and `label_id` and `was_fused` as in transformers' `post_process_panoptic_segmentation`.
@@ -62,6 +62,8 @@ class ResultsWriter:
         entries = self._entries()
         self.written = {entry["image"]["id"] for entry in entries}
         self._image_of_png = {entry["annotation"]["file_name"]: entry["image"]["id"] for entry in entries}
+        # as text, which is a tenth of the size of the dictionaries
+        self._annotations = {entry["image"]["id"]: json.dumps(entry["annotation"]) for entry in entries}
         self._journal = journal.open("a", encoding="utf-8")
         if journal.stat().st_size == 0:
             self._write({"settings": self.settings})
@@ -77,11 +79,16 @@ class ResultsWriter:
         height, width = result.segmentation.shape
         segments = [{key: segment[key] for key in _COCO_KEYS if key in segment} for segment in result.segments_info]
         image = {"id": image_id, "file_name": image_name or png_name, "height": height, "width": width}
-        self._write(
-            {"image": image, "annotation": {"image_id": image_id, "file_name": png_name, "segments_info": segments}}
-        )
+        annotation = {"image_id": image_id, "file_name": png_name, "segments_info": segments}
+        self._write({"image": image, "annotation": annotation})
         self.written.add(image_id)
         self._image_of_png[png_name] = image_id
+        self._annotations[image_id] = json.dumps(annotation)
+
+    def read(self, image_id: int | str) -> PanopticResult:
+        """An image of `written`, from disk. Raises `PanopticFormatError` where its PNG is damaged."""
+        annotation = json.loads(self._annotations[image_id])
+        return PanopticResult(read_panoptic_png(self.png_folder / annotation["file_name"]), annotation["segments_info"])
 
     def png_path(self, image_id: int | str) -> Path:
         """Where an image's map goes unless `add` is told another name."""
@@ -155,12 +162,16 @@ def instances_of(image_id: int | str, result: PanopticResult) -> list[dict[str, 
 
 def write_instances_json(path: str | Path, results: Iterable[tuple[int | str, PanopticResult]]) -> None:
     """A file for pycocotools' `COCO.loadRes`, from (image id, result) pairs, one image in memory at a time."""
+    write_json_list(path, (instance for image_id, result in results for instance in instances_of(image_id, result)))
+
+
+def write_json_list(path: str | Path, values: Iterable[Any]) -> None:
+    """A JSON list with one value a line, none of them kept in memory."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         separator = "["
-        for image_id, result in results:
-            for instance in instances_of(image_id, result):
-                file.write(separator + json.dumps(instance))
-                separator = ",\n"
+        for value in values:
+            file.write(separator + json.dumps(value))
+            separator = ",\n"
         file.write("]\n" if separator != "[" else "[]\n")
 
 

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from ldmseg_fast.data.scenes import generate_scene, write_scenes
-from ldmseg_fast.draw import colorize, contact_sheet, enlarge, overlay, palette, picture_grid, segment_colors
+from ldmseg_fast.draw import (
+    ERROR_COLORS,
+    colorize,
+    contact_sheet,
+    enlarge,
+    error_map,
+    overlay,
+    palette,
+    picture_grid,
+    segment_colors,
+)
 
 
 def test_palette_is_well_separated() -> None:
@@ -85,3 +95,29 @@ def test_contact_sheet(tmp_path: Path) -> None:
     sheet = contact_sheet(root, "train2017", rows=2, columns=3, cell=64)
     assert sheet.size == (6 + 3 * (128 + 6), 6 + 2 * (64 + 6))
     assert np.asarray(sheet).std() > 30
+
+
+def test_error_map() -> None:
+    gt = np.repeat([[0, 7, 7, 300, 300, 0]], 4, axis=0).repeat(10, 1)
+    pred = np.repeat([[0, 9, 9, 9, 5, 5]], 4, axis=0).repeat(10, 1)
+    image = np.full((*gt.shape, 3), 120, np.uint8)
+    out = error_map(image, gt, pred, {7: 9}, {300}, {5})
+
+    def near(column: int, name: str) -> bool:
+        return np.abs(out[:, column].astype(int) - np.array(ERROR_COLORS[name])).max() < 70
+
+    assert not out[:, :10].std(axis=-1).any(), "void"
+    assert not out[:, 10:30].std(axis=-1).any(), "right"
+    assert near(35, "missed"), "the missed segment, though a matched prediction lies on it"
+    both = out[:, 40:50].reshape(-1, 3)
+    assert len(np.unique(both, axis=0)) == 2, "striped"
+    assert near(55, "false"), "a false segment on void is shown"
+    boundary = error_map(image, gt, pred, {7: 9, 300: 5}, [], [])
+    assert np.abs(boundary[:, 35].astype(int) - np.array(ERROR_COLORS["boundary"])).max() < 40
+
+
+def test_overlay_in_given_colours() -> None:
+    ids = np.ones((8, 8), np.int32)
+    colors = np.full((8, 8, 3), (200, 30, 30), np.uint8)
+    out = overlay(np.full((8, 8, 3), 128, np.uint8), ids, alpha=1.0, colors=colors)
+    assert out[4, 4].tolist() == [200, 30, 30]

@@ -1,4 +1,4 @@
-"""Segmentations that look at no picture: what any trained model has to beat."""
+"""Segmentations without a model: what any trained one has to beat."""
 
 from __future__ import annotations
 
@@ -26,5 +26,35 @@ BASELINES = {"one segment": one_segment, "halves": halves, "grid 3x3": grid}
 
 
 def segments_of(segmentation: np.ndarray) -> list[dict]:
-    """Class-agnostic `segments_info` of a map whose ids are 1..n."""
-    return [{"id": int(i), "category_id": 1, "iscrowd": 0} for i in np.unique(segmentation) if i]
+    """Class-agnostic `segments_info` of a map: its ids but 0."""
+    return [{"id": i, "category_id": 1, "iscrowd": 0} for i in ids_in(segmentation) if i]
+
+
+def ids_in(segmentation: np.ndarray) -> list[int]:
+    """Ascending ids of a map [H, W], 0 included; maps have few runs, which are quicker to sort than their pixels."""
+    flat = segmentation.ravel()
+    return np.unique(flat[np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))]).tolist()
+
+
+def fill_nearest(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """A map [H, W] whose unknown pixels have the id of the nearest known pixel, by city-block distance; int32.
+
+    Without any known pixel the map is void (0). Of several nearest pixels always the same one is taken.
+    """
+    height, width = ids.shape
+    if not known.any():
+        return np.zeros((height, width), np.int32)
+    far = height + width
+    kind = np.int32 if (far + width) * width < 2**31 else np.int64  # holds a distance and a column
+    rows, columns = np.arange(height, dtype=kind)[:, None], np.arange(width, dtype=kind)[None, :]
+    # down each column: the nearest known row above or below
+    above = np.maximum.accumulate(np.where(known, rows, kind(-far)), axis=0)
+    below = np.minimum.accumulate(np.where(known, rows, kind(2 * far))[::-1], axis=0)[::-1]
+    row = np.where(rows - above <= below - rows, above, below)
+    distance = np.minimum(np.abs(row - rows), far)
+    # along each row: the column whose known pixel is nearest in all; a distance carries its column with it
+    left = np.minimum.accumulate((distance - columns + width) * width + columns, axis=1)
+    right = np.minimum.accumulate(((distance + columns) * width + columns)[:, ::-1], axis=1)[:, ::-1]
+    from_left, from_right = left // width - width + columns, right // width - columns
+    column = np.where(from_left <= from_right, left % width, right % width)
+    return ids[np.take_along_axis(row, column, axis=1), column].astype(np.int32)

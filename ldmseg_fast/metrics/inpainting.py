@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ldmseg_fast.metrics.baselines import ids_in
 from ldmseg_fast.metrics.pq import PQStat
 
 BLOCKS = (8, 16, 32)
 PROBABILITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+PAPER_BLOCK = 16
+PAPER_PROBABILITIES = PROBABILITIES[1:-1]
 
 
 def drop_blocks(
@@ -38,6 +41,15 @@ def keep_given(pred_ids: np.ndarray, given_ids: np.ndarray, dropped: np.ndarray)
     All [H, W]; both maps number their segments alike.
     """
     return np.where(dropped | (given_ids == 0), pred_ids, given_ids)
+
+
+def only_dropped(
+    ids: np.ndarray, segments: Sequence[Mapping[str, Any]], dropped: np.ndarray
+) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
+    """A map [H, W] that is void outside the dropped pixels, and those of its segments that are left."""
+    inside = np.where(dropped, ids, 0)
+    present = set(ids_in(inside))
+    return inside, [segment for segment in segments if segment["id"] in present]
 
 
 class InpaintingStat:
@@ -78,7 +90,7 @@ class InpaintingStat:
         by_block: dict[int, dict[float, float]] = {}
         for row in rows:
             by_block.setdefault(row["block"], {})[row["probability"]] = row["pq"]
-        paper = [by_block.get(16, {}).get(probability) for probability in PROBABILITIES[1:-1]]
+        paper = [by_block.get(PAPER_BLOCK, {}).get(probability) for probability in PAPER_PROBABILITIES]
         known = [pq for pq in paper if pq is not None]
         return {
             "sparsities": rows,

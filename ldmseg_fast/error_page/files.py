@@ -1,0 +1,142 @@
+"""The page for result files: `ldmseg pq GT_JSON PRED_JSON --page FILE`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmseg_fast.data.folders import DataError, find_split, read_image
+from ldmseg_fast.error_page.entry import PageEntry
+from ldmseg_fast.error_page.page import render_entry, write_error_page
+from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq_files import evaluate_files, png_folder
+from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png
+
+
+def add_page_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page with pictures of errors")
+    parser.add_argument("--worst", type=int, default=8, metavar="K", help="worst images on the page (default 8)")
+    parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")
+    parser.add_argument("--images", type=Path, help="pictures for the page (default: the split's, if they are there)")
+
+
+def run_page(args: argparse.Namespace) -> int:
+    """The page that the arguments of `ldmseg pq` ask for; exit code 0, what is wrong is raised."""
+    write_page_of_files(
+        args.page,
+        args.gt_json,
+        args.pred_json,
+        args.gt_folder,
+        args.pred_folder,
+        args.images,
+        class_agnostic=args.class_agnostic,
+        allow_missing=args.allow_missing,
+        worst=args.worst,
+        random=args.random,
+        seed=args.seed,
+    )
+    print(f"page: {args.page}")
+    return 0
+
+
+def write_page_of_files(
+    path: str | Path,
+    gt_json: str | Path,
+    pred_json: str | Path,
+    gt_folder: str | Path | None = None,
+    pred_folder: str | Path | None = None,
+    images: str | Path | None = None,
+    *,
+    class_agnostic: bool = False,
+    allow_missing: bool = False,
+    worst: int = 8,
+    random: int = 8,
+    seed: int = 0,
+) -> None:
+    """The worst and some random images of COCO panoptic result files, as an HTML page.
+
+    Args:
+        path: the HTML file.
+        gt_json, pred_json, gt_folder, pred_folder, class_agnostic, allow_missing: see `evaluate_files`.
+        images: folder of pictures, each under its `file_name`; by default the split's own. Grey where there are none.
+        worst, random: how many images; the random ones depend on `seed`.
+
+    Raises:
+        PanopticFormatError: see `evaluate_files`.
+        DataError: no such folder of pictures, or one in it that cannot be read.
+        ValueError: no image to show.
+    """
+    if min(worst, random) < 0 or worst + random == 0:
+        raise ValueError(f"--worst {worst} --random {random}: numbers of images to show, one at least")
+    scores = evaluate_files(gt_json, pred_json, gt_folder, pred_folder, class_agnostic, allow_missing, replicates=0)[
+        "per_image"
+    ]
+    by_quality = sorted((row["pq"], place) for place, row in enumerate(scores) if row["pq"] is not None)
+    worst_places = [place for _, place in by_quality[:worst]]
+    random_places = sorted(np.random.default_rng(seed).permutation(len(scores))[:random].tolist())
+    reader = _Files(gt_json, pred_json, gt_folder, pred_folder, images, class_agnostic)
+    drawn = {place: render_entry(reader.entry(place)) for place in {*worst_places, *random_places}}
+    sections = {
+        f"The {len(worst_places)} worst images": [drawn[place] for place in worst_places],
+        f"{len(random_places)} random images": [drawn[place] for place in random_places],
+    }
+    kind = "class-agnostic" if class_agnostic else "by category"
+    note = f"{len(scores)} images, matched {kind}. An image's PQ is over its segments of all categories."
+    write_error_page(path, sections, f"{Path(pred_json).name} against {Path(gt_json).name}", note)
+
+
+class _Files:
+    """Images of result files, read one at a time."""
+
+    def __init__(
+        self,
+        gt_json: str | Path,
+        pred_json: str | Path,
+        gt_folder: str | Path | None,
+        pred_folder: str | Path | None,
+        images: str | Path | None,
+        class_agnostic: bool,
+    ) -> None:
+        self.gt = load_panoptic_json(gt_json)
+        predictions = load_panoptic_json(pred_json, predictions=True)["annotations"]
+        self.predicted = {entry["image_id"]: entry for entry in predictions}
+        self.gt_root = png_folder(gt_json, gt_folder)
+        self.pred_root = png_folder(pred_json, pred_folder) if self.predicted else Path()
+        self.class_agnostic = class_agnostic
+        self.pictures = _picture_folder(Path(gt_json)) if images is None else Path(images)
+        if images is not None and not Path(images).is_dir():
+            raise DataError(f"--images {images}: no such folder")
+        self.names = {image["id"]: image.get("file_name") for image in self.gt["images"]}
+        self.categories = {c["id"]: str(c.get("name", c["id"])) for c in self.gt["categories"]}
+
+    def entry(self, place: int) -> PageEntry:
+        truth = self.gt["annotations"][place]
+        gt_ids = read_panoptic_png(self.gt_root / truth["file_name"])
+        prediction: dict[str, Any] | None = self.predicted.get(truth["image_id"])
+        pred_ids = read_panoptic_png(self.pred_root / prediction["file_name"]) if prediction else np.zeros_like(gt_ids)
+        pred_segments = prediction["segments_info"] if prediction else []
+        stat = PQStat(self.gt["categories"], self.class_agnostic)
+        matches = stat.add(gt_ids, truth["segments_info"], pred_ids, pred_segments, truth["image_id"], use_gt_area=True)
+        name = self.names[truth["image_id"]]
+        picture = self.pictures / name if self.pictures and isinstance(name, str) else None
+        return PageEntry(
+            name=str(name or truth["image_id"]),
+            image=read_image(picture) if picture and picture.is_file() else None,
+            gt_ids=gt_ids,
+            gt_segments=truth["segments_info"],
+            pred_ids=pred_ids,
+            pred_segments=pred_segments,
+            matches=matches,
+            categories={} if self.class_agnostic else self.categories,
+        )
+
+
+def _picture_folder(gt_json: Path) -> Path | None:
+    """The pictures of ROOT/annotations/panoptic_SPLIT.json, where they are."""
+    try:
+        return find_split(gt_json.parent.parent, gt_json.stem.removeprefix("panoptic_")).images
+    except DataError:
+        return None

@@ -1,0 +1,67 @@
+"""The page of errors as HTML."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ldmseg_fast.error_page.assets import SCRIPT, STYLE, color_key
+from ldmseg_fast.error_page.entry import PageEntry, image_quality
+from ldmseg_fast.error_page.pictures import embedded, pictures
+from ldmseg_fast.error_page.segments import descriptions, lookup
+from ldmseg_fast.report import Page
+
+
+def write_error_page(
+    path: str | Path, sections: Mapping[str, Sequence[PageEntry | str]], title: str, note: str = ""
+) -> None:
+    """The page, with a heading for each section.
+
+    Args:
+        path: the HTML file; its folder is made.
+        sections: heading -> images, or what `render_entry` made of them.
+        title, note: at the top.
+    """
+    page = Page(title, style=STYLE)
+    page.text(note, "note")
+    page.markup(color_key())
+    for heading, entries in sections.items():
+        page.heading(heading)
+        for entry in entries:
+            page.markup(entry if isinstance(entry, str) else render_entry(entry))
+    page.markup(f"<script>{SCRIPT}</script>")
+    page.write(Path(path))
+
+
+def render_entry(entry: PageEntry) -> str:
+    """One image as HTML: four pictures, a line that tells what the pointer is on, a table of segments.
+
+    Raises:
+        ValueError: picture and maps of different sizes.
+    """
+    sizes = {entry.gt_ids.shape, entry.pred_ids.shape} | ({entry.image.shape[:2]} if entry.image is not None else set())
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise ValueError(f"{entry.name}: picture, truth and prediction must have one size, not {listed}")
+    pairs, missed, false = entry.pairs(), entry.missed(), entry.false()
+    views = "".join(
+        f'<figure><div class="view"><img alt="{caption} of {html.escape(entry.name)}" src="{embedded(picture)}"></div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+        for caption, picture in zip(("image", "truth", "prediction", "errors"), pictures(entry))
+    )
+    truth, prediction = descriptions(entry)
+    quality = image_quality(entry.matches)
+    summary = f"PQ {100 * quality:.1f} · " if not math.isnan(quality) else ""
+    summary += f"{len(pairs)} of {len(pairs) + len(missed)} segments found, {len(missed)} missed, {len(false)} false"
+    rows = [("truth", text) for text in truth.values()] + [("prediction", text) for text in prediction.values()]
+    table = "".join(f"<tr><td>{side}</td><td>{html.escape(text)}</td></tr>" for side, text in rows)
+    data = json.dumps(lookup(entry, truth, prediction), separators=(",", ":")).replace("<", "\\u003c")
+    return (
+        f"<article><h3>{html.escape(entry.name)}<span>{summary}</span></h3>"
+        f'<div class="four">{views}</div><output>Point at a segment, or tap it.</output>'
+        f"<details><summary>segments</summary><table>{table}</table></details>"
+        f'<script type="application/json">{data}</script></article>'
+    )

@@ -1,0 +1,82 @@
+"""What the page tells about a segment, and the grid that tells which segment lies under the pointer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ldmseg_fast.error_page.entry import PageEntry
+from ldmseg_fast.error_page.pictures import nearest
+from ldmseg_fast.metrics.matching import joint_histogram
+
+CELLS = 200  # of the longer side of the grid
+
+
+def descriptions(entry: PageEntry) -> tuple[dict[int, str], dict[int, str]]:
+    """A line for each segment, by id: of the truth and of the prediction, largest first."""
+    pairs, missed, false = entry.pairs(), entry.missed(), entry.false()
+    overlap = joint_histogram(entry.gt_ids, entry.pred_ids)
+    gt_area: dict[int, int] = {}
+    pred_area: dict[int, int] = {}
+    for (gt_id, pred_id), pixels in overlap.items():
+        gt_area[gt_id] = gt_area.get(gt_id, 0) + pixels
+        pred_area[pred_id] = pred_area.get(pred_id, 0) + pixels
+    best_gt: dict[int, float] = {}
+    best_pred: dict[int, float] = {}
+    for (gt_id, pred_id), pixels in overlap.items():
+        if gt_id and pred_id:
+            iou = pixels / (gt_area[gt_id] + pred_area[pred_id] - pixels - overlap.get((0, pred_id), 0))
+            best_gt[gt_id] = max(best_gt.get(gt_id, 0.0), iou)
+            best_pred[pred_id] = max(best_pred.get(pred_id, 0.0), iou)
+    partners = {pred: gt for gt, pred in pairs.items()}
+
+    def line(segment: Mapping[str, Any], area: int, outcome: str) -> str:
+        name = entry.categories.get(segment["category_id"])
+        score = f"score {segment['score']:.2f}" if "score" in segment else ""
+        parts = [name or f"segment {segment['id']}", f"{area} px", outcome, score]
+        return ", ".join(part for part in parts if part)
+
+    truth, prediction = {}, {}
+    for segment in sorted(entry.gt_segments, key=lambda s: -gt_area.get(s["id"], 0)):
+        key = segment["id"]
+        outcome = f"found, IoU {best_gt.get(key, 0.0):.2f}" if key in pairs else "crowd, not counted"
+        outcome = f"missed, best IoU {best_gt.get(key, 0.0):.2f}" if key in missed else outcome
+        truth[key] = line(segment, gt_area.get(key, 0), outcome)
+    for segment in sorted(entry.pred_segments, key=lambda s: -pred_area.get(s["id"], 0)):
+        key = segment["id"]
+        outcome = f"right, IoU {best_pred.get(key, 0.0):.2f}" if key in partners else "on void or a crowd, not counted"
+        outcome = f"false, best IoU {best_pred.get(key, 0.0):.2f}" if key in false else outcome
+        prediction[key] = line(segment, pred_area.get(key, 0), outcome)
+    return truth, prediction
+
+
+def lookup(entry: PageEntry, truth: Mapping[int, str], prediction: Mapping[int, str]) -> dict[str, Any]:
+    """What the script reads: a small grid of (truth, prediction) pairs as run lengths, and the lines of text."""
+    height, width = entry.gt_ids.shape
+    scale = min(1.0, CELLS / max(height, width))
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    places = [{0: 0} | {key: place for place, key in enumerate(lines, start=1)} for lines in (truth, prediction)]
+    grids = [
+        _renumbered(nearest(ids, height, width), {key: place for key, place in numbers.items() if key})
+        for ids, numbers in zip((entry.gt_ids, entry.pred_ids), places)
+    ]
+    codes, cells = np.unique(np.stack([grid.ravel() for grid in grids]), axis=1, return_inverse=True)
+    cells = cells.ravel()
+    starts = np.flatnonzero(np.concatenate([[True], cells[1:] != cells[:-1]]))
+    lengths = np.diff(starts, append=cells.size)
+    return {
+        "size": [width, height],
+        "runs": np.stack([cells[starts], lengths], axis=1).ravel().tolist(),
+        "pairs": codes.T.tolist(),
+        "truth": ["void", *truth.values()],
+        "prediction": ["nothing", *prediction.values()],
+    }
+
+
+def _renumbered(ids: np.ndarray, numbers: Mapping[int, int]) -> np.ndarray:
+    """A map [H, W] with new ids; void stays void. Every other id needs a number."""
+    keys = np.array([0, *sorted(numbers)])
+    values = np.array([0, *(numbers[key] for key in sorted(numbers))], np.int32)
+    return values[np.searchsorted(keys, ids)]

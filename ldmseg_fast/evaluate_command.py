@@ -1,0 +1,88 @@
+"""`ldmseg evaluate`: its arguments, and what it prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_dir", help="a diffusion model, or a mask auto-encoder, which reconstructs the split")
+    parser.add_argument("--data", required=True, help="COCO-panoptic folder")
+    parser.add_argument("--split", default="val2017")
+    parser.add_argument("--mask-th", type=float, help="least softmax probability of a pixel")
+    parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
+    parser.add_argument("--overlap-th", type=float, help="least share of a segment's own area that it must win")
+    parser.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction (random, position, ...)")
+    parser.add_argument("--size", type=int, help="side in pixels of an auto-encoder's reconstruction")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="mean and deviation over K noise seeds")
+    parser.add_argument("--limit", type=int, default=0, help="first N images only")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
+    parser.add_argument(
+        "--class-aware",
+        metavar="SOURCE",
+        help="categories for the segments by majority vote: GT (of the ground truth: an upper bound), a folder of "
+        "semantic PNGs, or a JSON of COCO panoptic results",
+    )
+    parser.add_argument("--inpainting", action="store_true", help="drop blocks of the maps, complete them: PQ each")
+    parser.add_argument("--block", type=int, nargs="+", metavar="PX", help="sides of the blocks (default 16)")
+    parser.add_argument(
+        "--probability", type=float, nargs="+", metavar="P", help="of a block to be dropped (default 0.1 ... 0.9)"
+    )
+    parser.add_argument("--out", help="folder for COCO panoptic results (JSON + PNG); goes on where it was interrupted")
+    parser.add_argument("--instances", metavar="FILE", help="segments as COCO instance results (RLE, scores)")
+    parser.add_argument("--page", metavar="FILE", help="HTML page with pictures of errors")
+    parser.add_argument("--worst", type=int, default=8, metavar="K", help="worst images on the page (default 8)")
+    parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")
+    parser.add_argument("--no-baselines", action="store_true", help="leave the rows of trivial baselines out")
+    parser.add_argument("--json", type=Path, help="report file")
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Exit code 0; what is wrong is raised."""
+    from ldmseg_fast import distributed
+    from ldmseg_fast.checkpoint import write_json
+    from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report
+
+    if not args.inpainting and (args.block or args.probability):
+        raise ValueError("--block and --probability are settings of --inpainting: add it")
+    defaults = EvaluationOptions()
+    options = EvaluationOptions(
+        split=args.split,
+        steps=args.steps,
+        mask_threshold=args.mask_th,
+        count_threshold=args.count_th,
+        overlap_threshold=args.overlap_th,
+        seed=args.seed,
+        seeds=args.seeds,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        id_assignment=args.ids,
+        image_size=args.size,
+        solver=args.solver,
+        eta=args.eta,
+        backend=args.backend,
+        engine_dir=args.engine_dir,
+        baselines=not args.no_baselines,
+        class_aware=args.class_aware,
+        inpainting=args.inpainting,
+        blocks=tuple(args.block or defaults.blocks),
+        probabilities=tuple(args.probability or defaults.probabilities),
+        out=args.out,
+        instances=args.instances,
+        page=args.page,
+        worst=args.worst,
+        random=args.random,
+    )
+    distributed.start()
+    report = evaluate(args.model_dir, args.data, options)
+    if distributed.is_main():
+        print(format_report(report))
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.json, report)
+        for name, path in (("results", args.out), ("instances", args.instances), ("page", args.page)):
+            if path:
+                print(f"{name}: {path}")
+    return 0

@@ -1,0 +1,132 @@
+"""Where the categories of class-aware evaluation come from: the ground truth, semantic PNGs, or panoptic results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.data.folders import DataError
+from ldmseg_fast.metrics.class_vote import category_map, merge_stuff, vote_categories
+from ldmseg_fast.metrics.pq_files import png_folder
+from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png
+from ldmseg_fast.results import PanopticResult
+
+GROUND_TRUTH = "GT"
+UNLABELLED = {0, 255, 65535}  # void in a semantic PNG, unless it is the id of a category
+
+
+@dataclass(frozen=True)
+class CategorySource:
+    """label: as the report names it. upper_bound: whether it is the ground truth. read: index -> categories int32
+    [H, W], 0 void."""
+
+    label: str
+    upper_bound: bool
+    dataset: CocoPanoptic
+    read: Callable[[int], np.ndarray]
+
+    def vote(self, index: int, result: PanopticResult) -> PanopticResult:
+        """The result with voted categories: segments without a vote are void, those of one stuff category are one.
+
+        Raises:
+            DataError: categories of another size than the result.
+        """
+        categories = self.read(index)
+        if categories.shape != result.segmentation.shape:
+            sizes = " and ".join(f"{w}x{h}" for h, w in (categories.shape, result.segmentation.shape))
+            raise DataError(
+                f"categories from {self.label}, image {self.dataset.image_id(index)}: they and its map are {sizes}; "
+                "sizes must be equal"
+            )
+        ids, segments = vote_categories(result.segmentation, result.segments_info, categories)
+        things = {category["id"]: bool(category.get("isthing", 1)) for category in self.dataset.categories}
+        segments = [
+            {**s, "label_id": s["category_id"], "isthing": things[s["category_id"]], "iscrowd": 0} for s in segments
+        ]
+        return PanopticResult(*merge_stuff(ids, segments, {key for key, thing in things.items() if not thing}))
+
+
+def category_source(name: str, dataset: CocoPanoptic) -> CategorySource:
+    """From "GT", a folder of semantic PNGs, or the JSON of COCO panoptic results; every file has to be there.
+
+    Raises:
+        DataError: a data set without categories, no such folder, or pictures without a file in it, named.
+        PanopticFormatError: a JSON that is none.
+    """
+    if len(dataset.categories) < 2:
+        found = ", ".join(str(category.get("name", category["id"])) for category in dataset.categories) or "none"
+        raise DataError(
+            f"{dataset.folders.annotations}: --class-aware needs categories, and it lists {found}; "
+            "evaluate without it, or a split whose JSON has them"
+        )
+    if name == GROUND_TRUTH:
+        label = "the ground truth (upper bound)"
+        return CategorySource(label, True, dataset, lambda index: category_map(*dataset.ground_truth(index)))
+    path = Path(name)
+    if path.is_dir():
+        return CategorySource(str(path), False, dataset, _semantic_reader(path, dataset))
+    if path.is_file():
+        return CategorySource(str(path), False, dataset, _panoptic_reader(path, dataset))
+    raise DataError(f"--class-aware {name}: give GT, a folder of semantic PNGs, or the JSON of panoptic results")
+
+
+def _semantic_reader(folder: Path, dataset: CocoPanoptic) -> Callable[[int], np.ndarray]:
+    present = {path.name for path in folder.iterdir()}
+    files, lost = [], []
+    for index in range(len(dataset)):
+        picture, truth = dataset.paths(index)
+        found = [name for name in (f"{picture.stem}.png", f"{truth.stem}.png") if name in present]
+        files += found[:1]
+        lost += [] if found else [f"{picture.stem}.png"]
+    if lost:
+        raise DataError(
+            f"{folder}: {len(lost)} of {len(dataset)} pictures have no semantic PNG there, first {lost[0]}; "
+            "each is named after its picture"
+        )
+    known = np.array(sorted({category["id"] for category in dataset.categories}))
+    return lambda index: read_semantic_png(folder / files[index], known)
+
+
+def read_semantic_png(path: Path, category_ids: np.ndarray) -> np.ndarray:
+    """Category ids of an 8- or 16-bit grey (or palette) PNG, int32 [H, W]. 0 is void, and so are 255 and 65535 unless
+    they are categories.
+
+    Raises:
+        DataError: another kind of file, or a value that is no category.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P", "I", "I;16", "I;16B"):
+                raise DataError(f"{path}: {image.mode} picture; category ids are 8- or 16-bit grey values")
+            values = np.asarray(image).astype(np.int32)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable PNG ({error})") from error
+    present = set(np.unique(values).tolist())
+    listed = set(category_ids.tolist())
+    if unknown := sorted(present - listed - UNLABELLED):
+        raise DataError(f"{path}: values {unknown[:10]} are not among the data set's category ids")
+    void = list(UNLABELLED - listed)
+    return np.where(np.isin(values, void), 0, values) if void else values
+
+
+def _panoptic_reader(path: Path, dataset: CocoPanoptic) -> Callable[[int], np.ndarray]:
+    entries = {entry["image_id"]: entry for entry in load_panoptic_json(path, predictions=True)["annotations"]}
+    ids = [dataset.image_id(index) for index in range(len(dataset))]
+    if lost := [image_id for image_id in ids if image_id not in entries]:
+        raise DataError(f"{path}: no result for {len(lost)} of {len(ids)} images, first {lost[0]}")
+    known = {category["id"] for category in dataset.categories}
+    used = {segment["category_id"] for image_id in ids for segment in entries[image_id]["segments_info"]}
+    if unknown := sorted(used - known):
+        raise DataError(f"{path}: categories {unknown[:10]} are not among the data set's")
+    folder = png_folder(path)
+
+    def read(index: int) -> np.ndarray:
+        entry = entries[ids[index]]
+        return category_map(read_panoptic_png(folder / entry["file_name"]), entry["segments_info"])
+
+    return read

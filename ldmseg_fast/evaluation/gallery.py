@@ -1,0 +1,77 @@
+"""The worst and some random images of an evaluation, for its page of pictures."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ldmseg_fast import distributed
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.error_page import PageEntry, image_quality, render_entry, write_error_page
+from ldmseg_fast.results import PanopticResult
+
+_Candidate = tuple[PanopticResult, np.ndarray]
+
+
+class Gallery:
+    """Holds at most `worst` + `random` results of this rank while an evaluation runs.
+
+    The random images depend on the seed and the split alone; of equally bad images the first of the split are shown.
+    """
+
+    def __init__(self, dataset: CocoPanoptic, worst: int, random: int, seed: int) -> None:
+        self.dataset, self.count = dataset, worst
+        chosen = np.random.default_rng(seed).permutation(len(dataset))[:random]
+        self.random = sorted(chosen.tolist())
+        self._qualities: dict[int, float] = {}
+        self._kept: dict[int, _Candidate] = {}
+
+    def add(self, index: int, result: PanopticResult, matches: np.ndarray) -> None:
+        """One image and its rows of `MATCH_DTYPE`."""
+        quality = image_quality(matches)
+        if not math.isnan(quality):
+            self._qualities[index] = quality
+        self._kept[index] = (result, matches)
+        kept = set(self._worst(self._qualities)) | set(self.random)
+        self._qualities = {key: value for key, value in self._qualities.items() if key in kept}
+        self._kept = {key: value for key, value in self._kept.items() if key in kept}
+
+    def write(self, path: Path, title: str, class_aware: bool) -> None:
+        """The page, on rank 0; each rank draws its own images."""
+        qualities: dict[int, float] = {}
+        for part in distributed.gather_objects(self._qualities):
+            qualities |= part
+        worst = self._worst(qualities)
+        drawn = {index: self._draw(index, class_aware) for index in {*worst, *self.random} & self._kept.keys()}
+        everything: dict[int, str] = {}
+        for other in distributed.gather_objects(drawn):
+            everything |= other
+        sections = {
+            f"The {len(worst)} worst images": [everything[index] for index in worst],
+            f"{len(self.random)} random images": [everything[index] for index in self.random],
+        }
+        kind = "by category" if class_aware else "class-agnostic"
+        note = f"{len(self.dataset)} images, matched {kind}. An image's PQ is over its segments of all categories."
+        distributed.run_on_main(partial(write_error_page, path, sections, title, note))
+
+    def _worst(self, qualities: dict[int, float]) -> list[int]:
+        return sorted(qualities, key=lambda index: (qualities[index], index))[: self.count]
+
+    def _draw(self, index: int, class_aware: bool) -> str:
+        result, matches = self._kept[index]
+        ids, segments = self.dataset.ground_truth(index)
+        names = {category["id"]: str(category.get("name", category["id"])) for category in self.dataset.categories}
+        entry = PageEntry(
+            name=self.dataset.paths(index)[0].name,
+            image=self.dataset.load_image(index),
+            gt_ids=ids,
+            gt_segments=segments,
+            pred_ids=result.segmentation,
+            pred_segments=result.segments_info,
+            matches=matches,
+            categories=names if class_aware else {},
+        )
+        return render_entry(entry)

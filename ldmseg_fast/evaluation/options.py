@@ -1,0 +1,92 @@
+"""What `ldmseg evaluate` can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ldmseg_fast.checkpoint import load_index
+from ldmseg_fast.config import PostprocessConfig, from_dict
+from ldmseg_fast.metrics.inpainting import PAPER_BLOCK, PAPER_PROBABILITIES
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What `ldmseg evaluate` takes; None means the model's own setting."""
+
+    split: str = "val2017"
+    steps: int | None = None
+    mask_threshold: float | None = None
+    count_threshold: int | None = None
+    overlap_threshold: float | None = None
+    seed: int = 0
+    seeds: int = 1  # how many noise seeds: seed, seed + 1, ...
+    limit: int = 0
+    batch_size: int = 16
+    id_assignment: str | None = None  # of an auto-encoder's reconstruction
+    image_size: int | None = None  # likewise: it is convolutional and reconstructs maps of any size
+    solver: str = "ddim"
+    eta: float = 0.0  # of the DDIM solver's noise
+    backend: str = "torch"
+    engine_dir: str | None = None
+    agreement_images: int = 64  # of a backend other than torch, compared with torch; per rank
+    baselines: bool = True
+    class_aware: str | None = None  # "GT", a folder of semantic PNGs, or a COCO panoptic result JSON
+    inpainting: bool = False
+    blocks: tuple[int, ...] = (PAPER_BLOCK,)  # sides in pixels of the blocks that are dropped
+    probabilities: tuple[float, ...] = PAPER_PROBABILITIES
+    out: str | None = None  # folder for the COCO results files
+    instances: str | None = None  # file for the segments as COCO instance results (run lengths)
+    page: str | None = None  # HTML file with the worst and some random images
+    worst: int = 8
+    random: int = 8
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.seeds >= 1, f"--seeds {self.seeds}: at least 1"),
+            (self.seed >= 0, f"--seed {self.seed}: not negative"),
+            (self.batch_size >= 1, f"--batch-size {self.batch_size}: at least 1"),
+            (self.limit >= 0, f"--limit {self.limit}: not negative; 0 means all images"),
+            (min(self.worst, self.random) >= 0, f"--worst {self.worst} --random {self.random}: not negative"),
+            (
+                not self.page or self.worst + self.random > 0,
+                "--page: with --worst 0 and --random 0 it would show no image",
+            ),
+            (
+                not self.inpainting or (len(self.blocks) > 0 and all(block >= 1 for block in self.blocks)),
+                f"--block {_listed(self.blocks)}: sides of blocks in pixels, at least 1",
+            ),
+            (
+                not self.inpainting
+                or (len(self.probabilities) > 0 and all(0 <= share <= 1 for share in self.probabilities)),
+                f"--probability {_listed(self.probabilities)}: numbers from 0 to 1",
+            ),
+            (
+                not (self.inpainting and self.class_aware),
+                "--inpainting is class-agnostic: evaluate without --class-aware",
+            ),
+            (
+                not (self.instances and (self.inpainting or self.seeds > 1)),
+                "--instances holds one result per image: leave --inpainting and --seeds out",
+            ),
+            (not (self.page and self.inpainting), "--page shows one result per image: leave --inpainting out"),
+        ]
+        for ok, message in checks:
+            if not ok:
+                raise ValueError(message)
+
+    def sparsities(self) -> list[tuple[int, float]]:
+        """(block, probability) of an inpainting evaluation, each once, ascending."""
+        return sorted({(block, share) for block in self.blocks for share in self.probabilities})
+
+
+def resolve_thresholds(model_dir: str | Path, options: EvaluationOptions) -> PostprocessConfig:
+    """The model's own thresholds, with those of the command line put in."""
+    own = from_dict(PostprocessConfig, load_index(model_dir).get("postprocess", {}), "postprocess.")
+    names = ("mask_threshold", "count_threshold", "overlap_threshold")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(own, **given)
+
+
+def _listed(values: tuple[int, ...] | tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values) or "(none)"
