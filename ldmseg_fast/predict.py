@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from ldmseg_fast.data.folders import read_image
 from ldmseg_fast.draw import overlay
+from ldmseg_fast.ensemble import EnsembleResult
+from ldmseg_fast.panoptic import PanopticResult
 from ldmseg_fast.panoptic_format import write_panoptic_png
 from ldmseg_fast.pipeline import LDMSegPipeline
 
@@ -57,11 +60,42 @@ def save_overlay(path: Path, image: np.ndarray, segmentation: np.ndarray) -> Non
     Image.fromarray(overlay(image, segmentation)).save(path)
 
 
+def write_result(out: Path, file: Path, image: np.ndarray, result: PanopticResult) -> Path:
+    """OUT/NAME.png (ids as COCO colours), OUT/NAME_overlay.png and OUT/NAME.json of the picture `file`; the last."""
+    write_panoptic_png(out / f"{file.stem}.png", result.segmentation)
+    save_overlay(out / f"{file.stem}_overlay.png", image, result.segmentation)
+    height, width = result.segmentation.shape
+    record: dict[str, Any] = {
+        "image": file.name,
+        "file_name": f"{file.stem}.png",
+        "height": height,
+        "width": width,
+        "segments_info": result.segments_info,
+    }
+    if isinstance(result, EnsembleResult):
+        agreement = np.rint(255.0 * result.agreement).astype(np.uint8)
+        Image.fromarray(agreement).save(out / f"{file.stem}_agreement.png")
+        record["agreement_file_name"] = f"{file.stem}_agreement.png"
+    path = out / f"{file.stem}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
 def predict_files(
-    pipe: LDMSegPipeline, files: Sequence[Path], out: Path, num_inference_steps: int | None, seed: int, batch_size: int
+    pipe: LDMSegPipeline,
+    files: Sequence[Path],
+    out: Path,
+    num_inference_steps: int | None,
+    seed: int,
+    batch_size: int,
+    samples: int = 1,
+    **sampling: Any,
 ) -> list[Path]:
     """Segment `files`; writes OUT/NAME.png (ids as COCO colours), OUT/NAME_overlay.png and OUT/NAME.json each.
     The overlay is scaled down to OVERLAY_SIDE pixels where the picture is larger.
+
+    With several `samples` the map is an ensemble's (`LDMSegPipeline.ensemble`), and OUT/NAME_agreement.png shows how
+    far they agree on each pixel, 255 where all do. `sampling` goes to the pipeline.
 
     Returns:
         The JSON files.
@@ -76,21 +110,14 @@ def predict_files(
         chunk = files[start : start + batch_size]
         images = [read_image(file) for file in chunk]
         ids = [file.stem for file in chunk]
-        results = pipe(images, num_inference_steps, seed=seed, image_ids=ids, batch_size=batch_size)
+        settings: dict[str, Any] = {"seed": seed, "image_ids": ids, "batch_size": batch_size, **sampling}
+        results: list[Any]
+        if samples != 1:
+            results = pipe.ensemble(images, samples, num_inference_steps=num_inference_steps, **settings)
+        else:
+            results = list(pipe(images, num_inference_steps, **settings))
         for file, image, result in zip(chunk, images, results):
-            write_panoptic_png(out / f"{file.stem}.png", result.segmentation)
-            save_overlay(out / f"{file.stem}_overlay.png", image, result.segmentation)
-            height, width = result.segmentation.shape
-            record = {
-                "image": file.name,
-                "file_name": f"{file.stem}.png",
-                "height": height,
-                "width": width,
-                "segments_info": result.segments_info,
-            }
-            path = out / f"{file.stem}.json"
-            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            written.append(path)
+            written.append(write_result(out, file, image, result))
         progress.update(len(chunk))
     progress.close()
     return written

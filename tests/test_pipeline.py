@@ -105,3 +105,74 @@ def test_folders_that_are_no_models(model_dir, tmp_path):
         LDMSegPipeline.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="it is a mask auto-encoder"):
         LDMSegPipeline.from_pretrained(f"{model_dir}-autoencoder")
+
+
+@pytest.mark.parametrize("settings", [{"solver": "dpmpp_2m"}, {"solver": "heun"}, {"eta": 0.8}], ids=str)
+def test_every_solver_is_reproducible_whatever_the_batch(pipe, settings):
+    images = [picture(64, 64, seed) for seed in range(3)]
+    together = pipe(images, 4, output_type="latent", image_ids=list("abc"), **settings)
+    assert torch.equal(together, pipe(images, 4, output_type="latent", image_ids=list("abc"), **settings))
+    for row, name in enumerate("abc"):
+        alone = pipe(images[row], 4, output_type="latent", image_ids=[name], **settings)
+        torch.testing.assert_close(together[[row]], alone, rtol=1e-4, atol=1e-4)
+    plain = pipe(images, 4, output_type="latent", image_ids=list("abc"))
+    assert not torch.allclose(together, plain)
+    one = [pipe(images, 1, output_type="latent", **each) for each in ({}, settings)]
+    torch.testing.assert_close(*one, rtol=1e-4, atol=1e-5)
+
+
+def test_timesteps_are_the_callers(pipe):
+    image, seen = picture(64, 64), []
+    pipe(image, timesteps=[999, 600, 40], callback=lambda step, time, *_: seen.append(time))
+    assert seen == [999, 600, 40]
+    leading = pipe(image, 4, timesteps="leading", output_type="latent")
+    assert torch.equal(leading, pipe(image, timesteps=[750, 500, 250, 0], output_type="latent"))
+    assert torch.equal(pipe(image, 4, timesteps="trailing", output_type="latent"), pipe(image, 4, output_type="latent"))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("scheduler.prediction_type=epsilon", "scheduler.rescale_zero_snr=false"),
+        ("scheduler.prediction_type=v_prediction", "scheduler.rescale_zero_snr=true"),
+        ("scheduler.prediction_type=sample", "scheduler.rescale_zero_snr=true"),
+    ],
+    ids=["epsilon", "v, zero SNR", "x0, zero SNR"],
+)
+def test_every_prediction_from_loss_to_map(settings, solver, tmp_path):
+    """The stage's loss has gradients, the saved model samples."""
+    from ldmseg_fast.config import load_config
+    from ldmseg_fast.stages import DiffusionStage
+    from tests.conftest import NARROW, make_model
+
+    model = make_model(tmp_path / "model", settings)
+    stage = DiffusionStage(load_config("tiny", [*NARROW, *settings, f"model.mask_vae={model}-autoencoder"]))
+    batch = {
+        "image": torch.zeros(2, 3, 64, 64, dtype=torch.uint8),
+        "segment_ids": torch.ones(2, 64, 64, dtype=torch.uint8),
+        "table": torch.arange(256, dtype=torch.uint8).clamp(max=31).repeat(2, 1),
+        "image_id": [1, 2],
+    }
+    loss = stage(batch, 0)["loss"]
+    loss.backward()
+    assert torch.isfinite(loss) and all(
+        torch.isfinite(p.grad).all() for p in stage.unet.parameters() if p.grad is not None
+    )
+    latents = LDMSegPipeline.from_pretrained(model)(picture(64, 64), 3, solver=solver, output_type="latent")
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"solver": "euler"}, "solver='euler': one of ddim, dpmpp_2m, heun"),
+        ({"eta": 2.0}, "eta=2.0"),
+        ({"eta": 0.5, "solver": "heun"}, "heun is deterministic"),
+        ({"timesteps": [3, 5]}, r"timesteps=\[3, 5\]"),
+        ({"timesteps": "sideways"}, "timesteps='sideways'"),
+    ],
+)
+def test_wrong_sampling_is_refused_before_any_work(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe([], 1, **arguments)

@@ -1,4 +1,4 @@
-"""Samplers: pure functions over a `denoise` callable."""
+"""DDIM over a `denoise` callable, its steps fused; noise that belongs to an image. Other solvers: `solvers`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def ddim(
     num_inference_steps: int,
     self_condition: bool = True,
     callback: Callback | None = None,
+    timesteps: Sequence[int] | str | None = None,
 ) -> Tensor:
     """DDIM with eta 0 (Song et al. 2021, equation 12), the condition being the last step's estimate of x_0.
 
@@ -50,17 +51,18 @@ def ddim(
         noise: x_T, [B, C, h, w].
         image_latents: [B, C_image, h, w]; their dtype is the network's.
         scheduler: alphas, timesteps and prediction type.
-        num_inference_steps: 1 to the schedule's length.
+        num_inference_steps: 1 to the schedule's length; with a list of `timesteps` that list decides.
         self_condition: whether the network's input ends in C condition channels; they start at zero.
         callback: called after each step with (step, timestep, noisy_latents, pred_original_sample).
+        timesteps: where the network is evaluated; see `Scheduler.timesteps`.
 
     Returns:
         The last step's estimate of x_0, [B, C, h, w] float32: scaled mask latents.
     """
-    times, previous = scheduler.timesteps(num_inference_steps)
+    times, previous = scheduler.timesteps(num_inference_steps, timesteps)
     table = make_ddim_table(scheduler.alphas_cumprod, torch.tensor(times), torch.tensor(previous)).to(noise.device)
     time_table = torch.tensor(times, device=noise.device)
-    step_indices = torch.arange(num_inference_steps, device=noise.device)
+    step_indices = torch.arange(len(times), device=noise.device)
 
     latents = noise.float()
     condition = torch.zeros_like(latents) if self_condition else None

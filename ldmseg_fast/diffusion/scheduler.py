@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -102,18 +104,33 @@ class Scheduler:
             return (noisy_latents - sigma * model_output) / signal
         return signal * noisy_latents - sigma * model_output
 
-    def timesteps(self, num_inference_steps: int) -> tuple[list[int], list[int]]:
-        """Timesteps from noise to data, and the one that follows each (-1: the data itself).
+    def timesteps(
+        self, num_inference_steps: int, spacing: Sequence[int] | str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Timesteps from noise to data, and the one that follows each (negative: the data itself).
 
-        With N steps and r = T // N, trailing spacing is t = r i + r - 1 for i = N-1..0, leading t = r i.
+        Args:
+            num_inference_steps: N.
+            spacing: with r = T // N, "trailing" is t = r i + r - 1 for i = N-1..0 and "leading" t = r i; None is the
+                schedule's own. A list is taken as it is, whatever N.
 
         Raises:
-            ValueError: fewer than 1 step, or more than the schedule has.
+            ValueError: fewer than 1 step, or more than the schedule has; an unknown word; a list that does not
+                decrease, or leaves the schedule.
         """
         total = self.config.num_train_timesteps
+        if spacing is not None and not isinstance(spacing, str):
+            times = [int(time) for time in spacing]
+            falling = all(here > there for here, there in itertools.pairwise(times))
+            if not times or not falling or times[0] >= total or times[-1] < 0:
+                raise ValueError(f"timesteps={list(spacing)}: falling whole numbers from {total - 1} to 0 expected")
+            return times, [*times[1:], -1]
         if not 1 <= num_inference_steps <= total:
             raise ValueError(f"num_inference_steps={num_inference_steps}: from 1 to {total}")
+        spacing = spacing or self.config.timestep_spacing
+        if spacing not in ("trailing", "leading"):
+            raise ValueError(f"timesteps={spacing!r}: trailing, leading or a list of timesteps expected")
         ratio = total // num_inference_steps
-        offset = ratio - 1 if self.config.timestep_spacing == "trailing" else 0
+        offset = ratio - 1 if spacing == "trailing" else 0
         times = [ratio * i + offset for i in reversed(range(num_inference_steps))]
         return times, [time - ratio for time in times]

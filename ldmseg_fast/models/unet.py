@@ -93,6 +93,18 @@ class SeparateConvIn(nn.Module):
         return out
 
 
+class FeatureCache:
+    """What evaluations of one sampling loop share: the features that come up from below the `branch`-th skip
+    connection, counted from the outermost (DeepCache: Ma et al. 2023, section 3.2).
+
+    An evaluation that finds `features` computes what lies above them alone; one that finds None leaves them here.
+    """
+
+    def __init__(self, branch: int) -> None:
+        self.branch = branch
+        self.features: Tensor | None = None
+
+
 class UNet(nn.Module):
     """Predicts noise, sample or velocity of `mask_latents` from the noisy latents, the image and its own estimate.
 
@@ -145,6 +157,7 @@ class UNet(nn.Module):
             return blocks, skips
 
         self.down_blocks, skips = down_path()
+        self.num_skips = len(skips)
         channels = widths[-1]
         if config.separate_image_encoder:
             self.image_conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
@@ -169,13 +182,16 @@ class UNet(nn.Module):
         self.conv_norm_out = GroupNormSiLU(groups, channels, eps)
         self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
 
-    def forward(self, sample: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, sample: Tensor, timesteps: Tensor, context: Tensor | None = None, cache: FeatureCache | None = None
+    ) -> Tensor:
         """One evaluation of the denoiser.
 
         Args:
             sample: [B, in_channels, h, w]: noisy mask latents, image latents (, condition), in that order.
             timesteps: [B], from 0 to num_train_timesteps - 1.
             context: [B, M, cross_attention_dim] where the configuration has cross-attention.
+            cache: for sampling only.
 
         Returns:
             [B, out_channels, h, w].
@@ -186,34 +202,52 @@ class UNet(nn.Module):
         if self.config.cross_attention_dim and context is None:
             raise ValueError(f"unet.conditioning={self.config.conditioning}: the UNet needs `context` for it")
         time = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(sample.dtype)
-        return self.denoise(sample, F.silu(self.time_embedding(time)), context)
+        return self.denoise(sample, F.silu(self.time_embedding(time)), context, cache)
 
-    def denoise(self, sample: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, sample: Tensor, time: Tensor, context: Tensor | None = None, cache: FeatureCache | None = None
+    ) -> Tensor:
         """`forward` from the activated time embedding [B, E] on, which a sampler may tabulate once for all steps."""
-        skips = self._down(self.conv_in(sample), self.down_blocks, time, context)
+        branch = -1 if cache is None else cache.branch
+        features = None if cache is None else cache.features
+        needed = None if features is None else branch + 1
+        skips = self._down(self.conv_in(sample), self.down_blocks, time, context, needed)
         if self.config.separate_image_encoder:
             image_latents = sample.split(input_parts(self.config), dim=1)[1]
-            features = self._down(self.image_conv_in(image_latents), self.image_down_blocks, time, context)
-            projected = [layer(feature) for layer, feature in zip(self.image_projections, features)]
+            image_features = self._down(
+                self.image_conv_in(image_latents), self.image_down_blocks, time, context, needed
+            )
+            projected = [layer(feature) for layer, feature in zip(self.image_projections, image_features)]
             skips = [skip + feature for skip, feature in zip(skips, projected)]
 
-        x = self.mid_block(skips[-1], time, context)
+        x = self.mid_block(skips[-1], time, context) if features is None else features
 
         block: Any
+        place = self.num_skips
         for block in self.up_blocks:
             for index in range(len(block.resnets)):
+                place -= 1  # of the skip connection that ends in this layer
+                if features is not None and place > branch:
+                    continue
+                if cache is not None and place == branch:
+                    cache.features = x
                 x = self._layer(block, index, torch.cat([x, skips.pop()], dim=1), time, context)
-            if block.has_upsample:
+            if block.has_upsample and (features is None or place <= branch):
                 x = block.upsamplers[0](x)
         return self.conv_out(self.conv_norm_out(x))
 
-    def _down(self, x: Tensor, blocks: Iterable[Any], time: Tensor, context: Tensor | None) -> list[Tensor]:
-        """What the up path needs of a down path, from x [B, C, h, w] itself to the deepest features."""
+    def _down(
+        self, x: Tensor, blocks: Iterable[Any], time: Tensor, context: Tensor | None, needed: int | None = None
+    ) -> list[Tensor]:
+        """What the up path needs of a down path, from x [B, C, h, w] itself to the deepest features, or to the
+        `needed`-th."""
         skips = [x]
         for block in blocks:
             for index in range(len(block.resnets)):
+                if len(skips) == needed:
+                    return skips
                 skips.append(self._layer(block, index, skips[-1], time, context))
-            if block.has_downsample:
+            if block.has_downsample and len(skips) != needed:
                 skips.append(block.downsamplers[0](skips[-1]))
         return skips
 

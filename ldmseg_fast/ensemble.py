@@ -1,0 +1,88 @@
+"""Several samples of one image as one result: the sample that agrees best with the others, and how far they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ldmseg_fast.panoptic import PanopticResult
+
+
+@dataclass(frozen=True)
+class EnsembleResult(PanopticResult):
+    """The medoid of k samples. Entries of `segments_info` have "agreement" too: the mean IoU with the segment's matches
+    in the other samples, 0 for those that have none.
+
+    agreement: float32 [H, W] in [0, 1], the share of samples, this one included, whose match of the pixel's segment
+        covers the pixel; where this sample is void, the share of samples that are.
+    reference: which of the samples it is.
+    """
+
+    agreement: np.ndarray
+    reference: int
+
+
+def combine(samples: Sequence[PanopticResult]) -> EnsembleResult:
+    """One result of k >= 1 samples of an image.
+
+    Segments of two samples match when their IoU is above 0.5, which pairs them uniquely (Kirillov et al., "Panoptic
+    Segmentation", CVPR 2019, section 4.1). The sample with the highest mean PQ against all others is the result.
+
+    Raises:
+        ValueError: no samples, or samples of different sizes.
+    """
+    maps = [sample.segmentation for sample in samples]
+    if not maps or any(each.shape != maps[0].shape for each in maps):
+        raise ValueError(f"samples of one image expected, not of sizes {[list(each.shape) for each in maps]}")
+    compact = [np.unique(each, return_inverse=True) for each in maps]
+    ids = [values for values, _ in compact]
+    places = [inverse.ravel() for _, inverse in compact]
+    count = len(samples)
+    ious = {
+        (one, other): iou_matrix(ids[one], places[one], ids[other], places[other])
+        for one in range(count)
+        for other in range(one + 1, count)
+    }
+    quality = np.zeros((count, count))
+    for (one, other), iou in ious.items():
+        quality[one, other] = quality[other, one] = mutual_quality(iou, ids[one], ids[other])
+    reference = int(np.argmax(quality.sum(1)))
+
+    agreeing = np.ones(maps[0].size, np.float32)
+    scores = np.zeros(len(ids[reference]))
+    for other in range(count):
+        if other == reference:
+            continue
+        iou = ious[reference, other] if reference < other else ious[other, reference].T
+        match = np.where(iou > 0.5, iou, 0.0)  # at most one entry a row and column
+        match[ids[reference] == 0] = ids[other] == 0  # void is void whatever its IoU
+        agreeing += match[places[reference], places[other]] > 0
+        scores += match.max(axis=1, initial=0.0)
+    scores = scores / (count - 1) if count > 1 else np.ones_like(scores)
+    score = dict(zip(ids[reference].tolist(), scores.tolist()))
+    chosen = samples[reference]
+    return EnsembleResult(
+        chosen.segmentation,
+        [{**segment, "agreement": score[segment["id"]]} for segment in chosen.segments_info],
+        (agreeing / count).reshape(maps[0].shape),
+        reference,
+    )
+
+
+def iou_matrix(ids: np.ndarray, places: np.ndarray, other_ids: np.ndarray, other_places: np.ndarray) -> np.ndarray:
+    """IoU [n, m] of the segments of two maps, 0 where one is void.
+
+    ids: [n] the map's ids, ascending. places: [pixels], where in `ids` each pixel's id stands.
+    """
+    shape = (len(ids), len(other_ids))
+    overlap = np.bincount(places * shape[1] + other_places, minlength=shape[0] * shape[1]).reshape(shape)
+    union = overlap.sum(1, keepdims=True) + overlap.sum(0, keepdims=True) - overlap
+    return overlap / union * (ids != 0)[:, None] * (other_ids != 0)
+
+
+def mutual_quality(iou: np.ndarray, ids: np.ndarray, other_ids: np.ndarray) -> float:
+    """Class-agnostic PQ of one map against another, in [0, 1], the same either way; 1 where both are void."""
+    segments = np.count_nonzero(ids) + np.count_nonzero(other_ids)
+    return 2.0 * float(iou[iou > 0.5].sum()) / segments if segments else 1.0

@@ -1,0 +1,288 @@
+"""Completing a panoptic map of which some pixels are given: slots for the given ids, sampling around them, one map.
+
+Shapes: H W the picture's own size, S the network's side, h w latent cells, Q slots (slot 0 is void).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.data.transforms import TABLE_SIZE, make_remap_table, resize_ids
+from ldmseg_fast.diffusion.inpainting import KnownLatents, whole_cells
+from ldmseg_fast.diffusion.sampler import seed_of
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.diffusion.solvers import Constraint, StepNoise
+from ldmseg_fast.kernels.mask_bits import encode_mask_bits
+from ldmseg_fast.mask_sampling import MaskSampler, Sampling
+from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic_format import check_ids
+from ldmseg_fast.segments import segment_shapes
+
+METHODS = ("pixels", "estimate", "renoise")
+
+
+def inpaint(
+    sampler: MaskSampler,
+    arrays: Sequence[np.ndarray],
+    maps: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    image_ids: Sequence[int | str],
+    sampling: Sampling,
+    thresholds: PostprocessConfig | None,
+    method: str | None,
+    draft_steps: int,
+) -> list[PanopticResult]:
+    """`LDMSegPipeline.inpaint` for one batch, whose arguments have been checked."""
+    info, seed = sampler.info, sampling.seed
+    trained = bool(info.index.get("inpainting"))
+    method = method or ("estimate" if trained else "pixels")
+    thresholds = thresholds or info.postprocess
+    noise = sampler.noise(seed, image_ids)  # [B, C, h, w]
+    drafts: Any = [None] * len(arrays)
+    if draft_steps > 0:
+        plain = replace(
+            sampling, num_inference_steps=min(draft_steps, sampling.num_inference_steps), timesteps=None, callback=None
+        )
+        drafts = decode_slots(sampler.mask_vae, sampler.latents(arrays, noise, image_ids, plain)).cpu().numpy()
+
+    givens = []
+    for image_id, segmentation, known, draft in zip(image_ids, maps, masks, drafts):
+        rng = np.random.default_rng(seed_of(seed, "slots", image_id))
+        scheme = (info.mask_vae.num_slots, sampler.id_assignment, rng)
+        givens.append(prepare(segmentation, known, info.image_size, *scheme, f"image {image_id}", draft))
+    step_noise = partial(sampler.step_noise, seed, image_ids, "known")
+    # what was encoded beside void is a little off; models that were not trained with it get cells farther inside
+    margin = 0 if trained else 1
+    constraint = make_constraint(method, sampler.mask_vae, givens, sampler.scheduler, step_noise, margin)
+    mask_latents = sampler.latents(arrays, noise, image_ids, sampling, constraint=constraint)  # [B, C, h, w]
+    decoded = sampler.decode(mask_latents, [(array.shape[0], array.shape[1]) for array in arrays], thresholds)
+    return [complete(*pair, thresholds.count_threshold) for pair in zip(decoded, givens)]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of one image's map.
+
+    Attributes:
+        segmentation: int32 [H, W], the given ids; 0 where nothing is given, and where void is.
+        known: bool [H, W], given pixels, void among them.
+        covered: bool [S, S], `known` at the network's size.
+        slots: uint8 [S, S] at the network's size, 0 where nothing (or void) is given.
+        ids: slot -> given id.
+    """
+
+    segmentation: np.ndarray
+    known: np.ndarray
+    covered: np.ndarray
+    slots: np.ndarray
+    ids: dict[int, int]
+
+
+def prepare(
+    segmentation: np.ndarray,
+    known: np.ndarray,
+    size: int,
+    num_slots: int,
+    scheme: str,
+    rng: np.random.Generator,
+    name: str = "image",
+    draft: np.ndarray | None = None,
+) -> Given:
+    """Slots for the given segments of one image: those of `draft`, or by the scheme of the model's training.
+
+    Of more than `num_slots` - 1 segments the largest get one; the others stay as they are but cannot grow, which a
+    warning says. So do segments that vanish at the network's size.
+
+    Args:
+        segmentation: integer ids [H, W], 0..2^24-1.
+        known: bool [H, W].
+        size: S.
+        num_slots: Q.
+        scheme: of `data.transforms.ID_SCHEMES`.
+        rng: of scheme "random".
+        name: of the image, in the warning.
+        draft: slots [S, S] that the model predicts from the same noise without knowing the map. The scheme cannot know
+            of segments that are hidden; the draft shows what the model would call each one.
+    """
+    given = np.where(known, segmentation, 0).astype(np.int32)
+    small = resize_ids(given, size)
+    values, counts = np.unique(small[small > 0], return_counts=True)
+    kept = values
+    if len(values) >= num_slots:
+        kept = np.sort(values[np.argsort(-counts, kind="stable")[: num_slots - 1]])
+        warnings.warn(
+            f"{name}: {len(values)} given segments, the model has {num_slots - 1} slots; the {len(values) - len(kept)} "
+            f"smallest stay as they are given and cannot grow",
+            stacklevel=2,
+        )
+    numbers = np.zeros(len(values) + 1, np.uint8)
+    numbers[1 + np.searchsorted(values, kept)] = np.arange(1, len(kept) + 1)
+    numbered = numbers[np.searchsorted(values, small, side="right") * (small > 0)]  # 1..n in order of the ids
+    table = make_remap_table(numbered, len(kept), num_slots, scheme, rng)
+    if draft is not None:
+        table = follow_draft(numbered, len(kept), draft, num_slots)
+    ids = {int(table[number]): int(value) for number, value in enumerate(kept, start=1)}
+    covered = resize_ids(known.astype(np.uint8), size) > 0
+    return Given(given, known, covered, table[numbered], ids)
+
+
+def encode_slots(mask_vae: Any, slots: Tensor) -> Tensor:
+    """Slots, integer [B, S, S], 0 = void, to scaled mask latents [B, C, h, w] float32."""
+    bits = encode_mask_bits(slots, mask_vae.config.num_bits, dtype=next(mask_vae.parameters()).dtype)
+    return mask_vae.encode_latents(bits).float()
+
+
+def decode_slots(mask_vae: Any, mask_latents: Tensor) -> Tensor:
+    """Scaled mask latents [B, C, h, w] to the best slot of each pixel at the network's size, int64 [B, S, S]."""
+    logits = mask_vae.decode_latents(mask_latents.to(next(mask_vae.parameters()).dtype)).float()
+    size = [side * mask_vae.config.downsampling for side in mask_latents.shape[-2:]]
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(dim=1)
+
+
+class KnownPixels:
+    """A constraint on the map itself: each estimate of x_0 is decoded, the given pixels are put in, and it is encoded
+    again. Cells without a given pixel keep the estimate.
+
+    The encoder sees far across a cell's edge, so that cells cannot be known one by one where little is given; here it
+    sees the model's own completion in place of the unknown.
+
+    Args:
+        mask_vae: the mask auto-encoder.
+        slots: uint8 [B, S, S], 0 where nothing is given.
+    """
+
+    def __init__(self, mask_vae: Any, slots: Tensor) -> None:
+        self.mask_vae = mask_vae
+        self.slots = slots
+        cell = mask_vae.config.downsampling
+        self.cells = ~whole_cells(slots == 0, cell)  # any pixel given
+
+    def condition(self, latents: Tensor) -> Tensor:
+        """Zeros [B, C, h, w]: nothing is estimated yet."""
+        return torch.zeros_like(latents)
+
+    def latents(self, latents: Tensor, timestep: int) -> Tensor:
+        """x_t as it is."""
+        return latents
+
+    def estimate(self, estimate: Tensor) -> Tensor:
+        """The estimate of x_0 [B, C, h, w] with the given pixels put in."""
+        slots = torch.where(self.slots > 0, self.slots.long(), decode_slots(self.mask_vae, estimate))
+        return torch.where(self.cells, encode_slots(self.mask_vae, slots), estimate)
+
+
+def follow_draft(numbered: np.ndarray, count: int, draft: np.ndarray, num_slots: int) -> np.ndarray:
+    """Number -> slot, uint8 [256]: pairs of segment and predicted slot in falling order of their IoU where the map is
+    given, then slots that the draft does not use for the segments that are left.
+
+    numbered: [S, S] with 1..count, 0 where nothing is given. draft: [S, S] slots, 0 void.
+    """
+    inside = numbered > 0
+    overlap = np.zeros((count + 1, num_slots))
+    np.add.at(overlap, (numbered[inside], draft[inside]), 1)
+    union = overlap.sum(1, keepdims=True) + overlap.sum(0, keepdims=True) - overlap
+    iou = overlap / np.maximum(union, 1)
+    iou[:, 0] = 0  # void is no segment
+    table = np.zeros(TABLE_SIZE, np.uint8)
+    for _ in range(count):
+        number, slot = divmod(int(iou.argmax()), num_slots)
+        if iou[number, slot] == 0:
+            break
+        table[number] = slot
+        iou[number], iou[:, slot] = 0, 0
+    used = np.zeros(num_slots, bool)
+    used[[0, *np.unique(draft)]] = True
+    free = [slot for slot in np.argsort(used, kind="stable") if slot and slot not in set(table)]  # unused ones first
+    left = 1 + np.flatnonzero(table[1 : count + 1] == 0)
+    table[left] = free[: len(left)]
+    return table
+
+
+def make_constraint(
+    method: str, mask_vae: Any, givens: Sequence[Given], scheduler: Scheduler, step_noise: StepNoise, margin: int
+) -> Constraint:
+    """The constraint that a batch's given pixels make, by method; `margin` as in `whole_cells`. Raises ValueError for
+    an unknown method."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: one of {', '.join(METHODS)} expected")
+    device = next(mask_vae.parameters()).device
+    slots = torch.from_numpy(np.stack([given.slots for given in givens])).to(device)  # [B, S, S]
+    if method == "pixels":
+        return KnownPixels(mask_vae, slots)
+    covered = torch.from_numpy(np.stack([given.covered for given in givens])).to(device)
+    cells = whole_cells(covered, mask_vae.config.downsampling, margin)
+    return KnownLatents(encode_slots(mask_vae, slots), cells, scheduler, step_noise if method == "renoise" else None)
+
+
+def complete(result: PanopticResult, given: Given, min_area: int) -> PanopticResult:
+    """The predicted map with the given pixels put back and every segment under its final id.
+
+    A predicted segment whose slot is a given one's takes that one's id; so does one that lies, where pixels are given,
+    mostly on one given segment. The others get the smallest unused ids, and become void where fewer than `min_area`
+    of their pixels are left.
+
+    Returns:
+        `segments_info` has "given" beside the usual entries: whether the id is one of the map that was given. A
+        segment without predicted pixels has score 1.
+    """
+    predicted = result.segmentation
+    final, taken = {}, set(np.unique(given.segmentation).tolist()) | {0}
+    for segment in result.segments_info:
+        known_ids = given.segmentation[(predicted == segment["id"]) & (given.segmentation > 0)]
+        values, counts = np.unique(known_ids, return_counts=True)
+        if len(values) and 2 * counts.max() > len(known_ids):
+            final[segment["id"]] = int(values[counts.argmax()])
+        elif segment["id"] - 1 in given.ids:
+            final[segment["id"]] = given.ids[segment["id"] - 1]
+    fresh = (number for number in range(1, 2**24) if number not in taken)
+    for segment in result.segments_info:
+        if segment["id"] not in final:
+            left = int(((predicted == segment["id"]) & ~given.known).sum())
+            final[segment["id"]] = next(fresh) if left >= min_area else 0
+    table = np.zeros(int(predicted.max(initial=0)) + 1, np.int32)
+    for before, after in final.items():
+        table[before] = after
+    segmentation = np.where(given.known, given.segmentation, table[predicted])
+
+    scores: dict[int, list[tuple[float, int]]] = {}
+    for segment in result.segments_info:
+        scores.setdefault(final[segment["id"]], []).append((segment["score"], segment["area"]))
+    usual = {"category_id": 1, "label_id": 1, "isthing": True, "iscrowd": 0, "was_fused": False}
+    info = []
+    for shape in segment_shapes(segmentation):
+        parts = scores.get(shape["id"], [(1.0, 1)])
+        score = sum(score * area for score, area in parts) / sum(area for _, area in parts)
+        info.append({"id": shape["id"], **usual, **shape, "score": score, "given": shape["id"] in taken})
+    return PanopticResult(segmentation, info)
+
+
+def check_given(
+    shapes: Sequence[tuple[int, ...]], segmentations: Sequence[np.ndarray], known_masks: Sequence[np.ndarray]
+) -> None:
+    """Raises ValueError naming the first map or mask that does not fit its image, whose sizes `shapes` lists."""
+    if not len(shapes) == len(segmentations) == len(known_masks):
+        raise ValueError(
+            f"{len(shapes)} images, {len(segmentations)} segmentations, {len(known_masks)} known_masks: give one each"
+        )
+    for index, (shape, segmentation, known) in enumerate(zip(shapes, segmentations, known_masks)):
+        try:
+            check_ids(segmentation)
+        except ValueError as error:
+            raise ValueError(f"segmentations[{index}]: {error}") from None
+        if known.dtype != np.bool_:
+            raise ValueError(f"known_masks[{index}]: {known.dtype}, expected bool, True where the map is given")
+        if segmentation.shape != tuple(shape) or known.shape != tuple(shape):
+            raise ValueError(
+                f"images[{index}] is {list(shape)}, its segmentation {list(segmentation.shape)}, its known mask "
+                f"{list(known.shape)}: one size expected"
+            )

@@ -1,0 +1,141 @@
+"""Ensembles: medoid and agreement by hand, and through the pipeline and the command."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.cli import main
+from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.ensemble import combine
+from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.segments import segment_shapes
+
+ANYTHING_GOES = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
+
+
+def result(rows) -> PanopticResult:
+    segmentation = np.array(rows, np.int32)
+    info = [{**shape, "category_id": 1, "score": 0.5} for shape in segment_shapes(segmentation)]
+    return PanopticResult(segmentation, info)
+
+
+def test_by_hand():
+    samples = [
+        result([[1, 1, 2, 2, 0]]),
+        result([[5, 5, 5, 9, 0]]),  # 5 has IoU 2/3 with 1, 9 has 1/2 with 2: no match
+        result([[7, 7, 3, 3, 0]]),  # as the first, under other ids
+    ]
+    combined = combine(samples)
+    assert combined.reference == 0
+    assert (combined.segmentation == samples[0].segmentation).all()
+    np.testing.assert_allclose(combined.agreement, [[1, 1, 2 / 3, 2 / 3, 1]])
+    assert [segment["agreement"] for segment in combined.segments_info] == pytest.approx([(2 / 3 + 1) / 2, 0.5])
+
+
+def test_one_sample_agrees_with_itself():
+    combined = combine([result([[0, 3], [3, 3]])])
+    assert (combined.agreement == 1).all() and combined.segments_info[0]["agreement"] == 1.0
+
+
+def test_void_maps():
+    combined = combine([result([[0, 0]]), result([[0, 0]]), result([[0, 4]])])
+    assert combined.reference == 0 and combined.segments_info == []
+    np.testing.assert_allclose(combined.agreement, [[1, 2 / 3]])
+
+
+def plain_matches(one: np.ndarray, other: np.ndarray) -> dict[tuple[int, int], float]:
+    """IoU of each pair of segments that overlap by more than half of their union."""
+    pairs = {}
+    for a in set(one.ravel().tolist()) - {0}:
+        for b in set(other.ravel().tolist()) - {0}:
+            iou = ((one == a) & (other == b)).sum() / ((one == a) | (other == b)).sum()
+            if iou > 0.5:
+                pairs[a, b] = iou
+    return pairs
+
+
+def test_against_plain_loops():
+    rng = np.random.default_rng(0)
+    base = np.kron(rng.integers(0, 6, (6, 6)), np.ones((8, 8), int))
+    maps = []
+    for _ in range(5):
+        shifted = np.roll(base, rng.integers(-2, 3, 2), (0, 1))
+        maps.append(rng.permutation(np.arange(1, 10))[shifted] * (shifted > 0))
+    samples = [result(each) for each in maps]
+    combined = combine(samples)
+    agreement, means = np.ones((48, 48)), []
+    for one in range(5):
+        total = 0.0
+        for other in set(range(5)) - {one}:
+            matches = plain_matches(maps[one], maps[other])
+            segments = len(samples[one].segments_info) + len(samples[other].segments_info)
+            total += 2 * sum(matches.values()) / segments  # PQ
+            if one == combined.reference:
+                pairs = matches.keys() | {(0, 0)}
+                agreement += [[pair in pairs for pair in zip(*rows)] for rows in zip(maps[one], maps[other])]
+        means.append(total)
+    assert combined.reference == int(np.argmax(means))
+    np.testing.assert_allclose(combined.agreement, agreement / 5, rtol=1e-6)
+
+
+def test_what_is_no_ensemble():
+    with pytest.raises(ValueError, match="samples of one image"):
+        combine([])
+    with pytest.raises(ValueError, match=r"\[1, 2\], \[1, 3\]"):
+        combine([result([[1, 1]]), result([[1, 1, 1]])])
+
+
+@pytest.fixture(scope="module")
+def pipe(model_dir):
+    return LDMSegPipeline.from_pretrained(model_dir)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_through_the_pipeline(pipe):
+    images = [picture(64, 64), picture(40, 70, 1), picture(20, 20, 2)]
+    settings = {"num_inference_steps": 2, "thresholds": ANYTHING_GOES, "image_ids": list("abc")}
+    results = pipe.ensemble(images, 3, seed=5, batch_size=2, **settings)
+    for row, (image, combined) in enumerate(zip(images, results)):
+        assert combined.agreement.shape == image.shape[:2] and combined.agreement.dtype == np.float32
+        assert combined.agreement.min() > 0.33 and combined.agreement.max() <= 1
+        alone = pipe(
+            image, 2, seed=5 + combined.reference, thresholds=ANYTHING_GOES, image_ids=[settings["image_ids"][row]]
+        )[0]
+        assert (alone.segmentation == combined.segmentation).mean() > 0.99  # a batch may round otherwise
+        assert all(0 <= segment["agreement"] <= 1 for segment in combined.segments_info)
+    same = pipe.ensemble(images[0], 1, **{**settings, "image_ids": ["a"]})[0]
+    assert (same.agreement == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"output_type": "logits"}, "output_type"),
+        ({"image_ids": [1, 2]}, "2 ids for 1"),
+        ({"solver": "magic"}, "solver='magic'"),
+    ],
+)
+def test_wrong_arguments_are_named(pipe, settings, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.ensemble(picture(8, 8), **settings)
+
+
+def test_the_command_writes_agreement(model_dir, tmp_path, capsys):
+    Image.fromarray(picture(30, 50)).save(tmp_path / "street.png")
+    command = ["predict", str(model_dir), str(tmp_path / "street.png"), "--out", str(tmp_path / "out"), "--steps", "2"]
+    assert main([*command, "--samples", "3", "--eta", "0.5"]) == 0
+    agreement = np.array(Image.open(tmp_path / "out" / "street_agreement.png"))
+    assert agreement.shape == (30, 50) and agreement.dtype == np.uint8
+    assert set(np.unique(agreement)) <= {85, 170, 255}
+    record = json.loads((tmp_path / "out" / "street.json").read_text())
+    assert record["agreement_file_name"] == "street_agreement.png"
+    assert all("agreement" in segment for segment in record["segments_info"])
+    assert main([*command, "--samples", "0"]) == 2
+    assert "num_samples=0" in capsys.readouterr().err
