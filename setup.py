@@ -26,6 +26,7 @@ EXTRAS = {
     "quantize": ["nvidia-modelopt>=0.47"],
     "xformers": ["xformers>=0.0.35"],
     "demo": ["matplotlib>=3.8"],
+    "matching": ["scipy>=1.11"],
     "dev": [
         "pytest>=8",
         "hypothesis>=6.100",
@@ -33,6 +34,8 @@ EXTRAS = {
         "mypy>=1.13",
         "pybind11>=3.0,<4",
         "pycocotools>=2.0.8",
+        "scikit-image>=0.24",
+        "scipy>=1.11",
         "hotcoco>=1.3; platform_system=='Linux'",
         "tensorrt-rtx-cu13>=1.7,<2; platform_system=='Linux' and platform_machine=='x86_64'",
         "nvidia-modelopt>=0.47",
@@ -70,6 +73,7 @@ setup(
     python_requires=">=3.11,<3.13",
     package_dir=PACKAGE_DIR,
     packages=find_mapped_packages(),
+    package_data={"ldmseg_fast": ["weights/*/*", "weights/*/*/*"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.9; platform_system=='Linux'",

@@ -3,7 +3,14 @@
 from ldmseg_fast.stages.autoencoder import AutoencoderStage
 from ldmseg_fast.stages.base import Stage
 from ldmseg_fast.stages.diffusion import DiffusionStage
+from ldmseg_fast.stages.distillation import DistillationStage
+from ldmseg_fast.stages.one_step import OneStepStage
 
-STAGES: dict[str, type[Stage]] = {"autoencoder": AutoencoderStage, "diffusion": DiffusionStage}
+STAGES: dict[str, type[Stage]] = {
+    "autoencoder": AutoencoderStage,
+    "diffusion": DiffusionStage,
+    "one_step": OneStepStage,
+    "distillation": DistillationStage,
+}
 
-__all__ = ["STAGES", "AutoencoderStage", "DiffusionStage", "Stage"]
+__all__ = ["STAGES", "AutoencoderStage", "DiffusionStage", "DistillationStage", "OneStepStage", "Stage"]

@@ -1,0 +1,38 @@
+"""Model folders by name: weights that come with the package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ldmseg_fast.checkpoint import CheckpointError
+
+SHIPPED = Path(__file__).with_name("weights")  # a model folder each, made by `python -m ldmseg_fast.ship`
+
+
+def shipped_models() -> dict[str, Path]:
+    """Name -> folder of the models that this installation brought along."""
+    return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/model_index.json"))}
+
+
+def resolve_model_dir(name_or_path: str | Path) -> Path:
+    """The model folder that a command or a setting means.
+
+    What exists is a path, and so is what is written as one (`./tiny`, `runs/diffusion`); a bare word is the name of a
+    shipped model.
+
+    Raises:
+        CheckpointError: a word that is neither a folder nor a shipped model.
+    """
+    path = Path(name_or_path)
+    word = str(name_or_path)
+    if path.exists() or os.sep in word or (os.altsep or os.sep) in word or word in ("", ".", ".."):
+        return path
+    known = shipped_models()
+    if word not in known:
+        raise CheckpointError(
+            f"{word}: no such model folder, and no shipped model of that name (shipped: {', '.join(known) or 'none'}); "
+            f"a model folder is what training or `ldmseg convert` writes: model_index.json beside unet/, mask_vae/, "
+            f"image_vae/ and scheduler/"
+        )
+    return known[word]

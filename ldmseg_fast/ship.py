@@ -1,0 +1,197 @@
+"""A training run as weights to ship: python -m ldmseg_fast.ship RUN_DIR OUT [--dtype fp16|bf16|int8] [--machine TEXT]
+
+OUT becomes a model folder in half precision, or a quarter of the size in int8, with a model card that says how the
+weights came to be. For the package it is ldmseg_fast/weights/NAME, where `LDMSegPipeline.from_pretrained("NAME")` finds
+it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.checkpoint import (
+    INT8_SCALE,
+    WEIGHTS,
+    CheckpointError,
+    load_index,
+    load_weights,
+    read_json,
+    replace_folder,
+    save_weights,
+)
+from ldmseg_fast.config import PRESETS, to_dict
+from ldmseg_fast.model_card import write_model_card
+from ldmseg_fast.training.provenance import STARTS, ancestors, cpu_minutes, read_lines
+
+LIMIT = 20 * 10**6  # bytes of all model folders beside OUT, with it: what a wheel may carry
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
+LARGE = 4096  # elements from which on a matrix or a convolution is worth int8
+
+
+def half(state: dict[str, Tensor], dtype: torch.dtype, source: str) -> dict[str, Tensor]:
+    """`state` with its floats in `dtype`. Raises CheckpointError for a weight that is not finite there."""
+    converted = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    lost = [name for name, value in converted.items() if not torch.isfinite(value.float()).all()]
+    if lost:
+        raise CheckpointError(
+            f"{source}: {', '.join(lost[:5])} not finite in {dtype}; use --dtype bf16, or train again"
+        )
+    return converted
+
+
+def to_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Large weights [O, ...] as int8 with one float16 scale per output, so that the largest is 127; `load_weights`
+    multiplies them out. Rounding is to the nearest, an error of at most half a scale."""
+    stored: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if value.ndim < 2 or value.numel() < LARGE or not value.is_floating_point():
+            stored[name] = value
+            continue
+        rows = value.float().flatten(1)
+        scale = (rows.abs().amax(1) / 127).clamp(min=1e-7).half()
+        stored[name] = (rows / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8).view(value.shape)
+        stored[name + INT8_SCALE] = scale
+    return stored
+
+
+def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Path:
+    """Write `out`, a model folder with the weights of `run_dir` made smaller; it appears whole or not at all.
+
+    Args:
+        run_dir: the folder of a finished run (a MODEL_DIR with its config.json and logs).
+        out: the folder to make; one that is there is replaced.
+        dtype: "fp16", "bf16", or "int8": large weights in int8 with a scale per output, the rest in float16.
+        machine: where the run was trained, for runs whose log does not say so.
+
+    Raises:
+        CheckpointError: no model folder, weights that half precision does not hold, or more than `LIMIT` bytes.
+    """
+    index = load_index(run_dir)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    temporary.chmod(0o755)
+    try:
+        shutil.copy2(run_dir / "model_index.json", temporary)
+        for component in index["components"]:
+            shutil.copytree(run_dir / component, temporary / component, ignore=shutil.ignore_patterns(WEIGHTS))
+            if (run_dir / component / WEIGHTS).is_file():
+                weights = run_dir / component / WEIGHTS
+                state = load_weights(weights)
+                state = half(to_int8(state) if dtype == "int8" else state, DTYPES[dtype], str(weights))
+                save_weights(state, temporary / component / WEIGHTS)
+        write_model_card(temporary, {"weights": dtype, **history(run_dir, machine)})
+        total = sum(
+            folder_size(folder)
+            for folder in out.parent.iterdir()
+            if (folder / "model_index.json").is_file() and folder != out
+        )
+        if total > LIMIT:
+            raise CheckpointError(
+                f"{run_dir}: {folder_size(temporary) / 1e6:.1f} MB, {total / 1e6:.1f} MB with the other models in "
+                f"{out.parent}; {LIMIT / 1e6:.0f} MB may be shipped: use --dtype int8, or train a smaller model"
+            )
+        replace_folder(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def folder_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def history(run_dir: Path, machine: str = "") -> dict[str, Any]:
+    """Facts for the model card: each training that led to these weights, first to last."""
+    facts: dict[str, Any] = {}
+    for number, folder in enumerate(ancestors(run_dir), 1):
+        settings = read_json(folder / "config.json")
+        stage, logs = settings["stage"], folder / "logs"
+        starts, records = read_lines(logs / STARTS), read_lines(logs / "log.jsonl")
+        machines = dict.fromkeys(start["machine"] for start in starts)
+        validated = [record for record in records if "val/pq" in record]
+        training = {
+            "command": command(settings),
+            "data": _last_part(settings["data"]["root"]),
+            "seed": settings["train"]["seed"],
+            "steps": records[-1]["step"] if records else "not recorded",
+            "ranks": max((start["ranks"] for start in starts), default="not recorded"),
+            "minutes of processor time (rank 0)": round(cpu_minutes(logs), 1) or "not recorded",
+            "machine": "; ".join(machines) or machine or "not recorded",
+        }
+        if validated:
+            training["class-agnostic PQ on the validation split"] = round(validated[-1]["val/pq"], 2)
+        facts[f"training {number}: {stage}"] = training
+    return facts
+
+
+FOLDERS = {"data.root", "output_dir", "model.mask_vae", "model.init_from", "data.latent_cache", "image_encoder.path"}
+FEW_STEP = ("one_step", "distillation")
+# what these stages take from the model they start from
+FOUND = ("mask_vae.", "image_encoder.", "unet.", "scheduler.", "diffusion.", "model.mask_vae", "num_inference_steps")
+
+
+def command(settings: dict[str, Any]) -> str:
+    """The command that trains this: what differs from the nearest preset. Folders are named by their last part."""
+    stage = settings["stage"]
+    given = _flat({key: value for key, value in settings.items() if key != "stage"})
+    unused = FOUND if stage in FEW_STEP else ("few_step.",)
+    given = {key: value for key, value in given.items() if not key.startswith(unused)}
+    candidates = {}
+    for name, preset in PRESETS.items():
+        usual = _flat(to_dict(preset))
+        candidates[name] = [
+            f"{key}={_last_part(value) if key in FOLDERS else value}"
+            for key, value in given.items()
+            if key in usual and usual[key] != value
+        ]
+    preset_name = min(candidates, key=lambda name: len(candidates[name]))
+    return " ".join(["python ldmseg_fast/train.py", stage, "--config", preset_name, *candidates[preset_name]])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = ",".join(map(_text, value)) if isinstance(value, list | tuple) else _text(value)
+    return flat
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _last_part(path: str) -> str:
+    return Path(path).name if re.search(r"[/\\]", path) else path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ldmseg_fast.ship", description="A training run as weights to ship."
+    )
+    parser.add_argument("run_dir", type=Path, help="folder of a finished training run")
+    parser.add_argument("out", type=Path, help="model folder to write, such as ldmseg_fast/weights/tiny")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--machine", default="", help="where it was trained, if the run's log does not say so")
+    args = parser.parse_args(argv)
+    try:
+        out = ship(args.run_dir, args.out, args.dtype, args.machine)
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {folder_size(out) / 1e6:.2f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Fine-tuning for one step (or a few) with the loss of the task itself.
+
+A model of many steps predicts the mean of all latents that the noise leaves possible; decoded, a mean of latents is no
+map. Here the sampler runs as it will be used, from pure noise x_T with its own N timesteps, and what is made better is
+the map it decodes to:
+
+    x0 = f_theta(x_T, T, image)                      N = 1: one evaluation, zero self-condition
+    loss = CE + BCE + Dice of decode(x0 / scale)     the auto-encoder's loss (LDMSeg, section 3.1) on its slot logits
+           + latent_loss * |x0 - encode(bits)|^2
+
+The auto-encoder's decoder is frozen, or trained along with `few_step.train_decoder`. For N > 1 the first steps run
+without gradients and the last with them, as in direct reward fine-tuning truncated to one step (Clark et al. 2024,
+DRaFT-1); `few_step.depth=any` draws which of the N steps is the last, so that each of them is trained.
+
+Slots: a segment's slot cannot be known from the picture alone where ids are drawn at random, nor quite where they are
+its rank by position, which hangs on every segment before it. A loss that insists on the annotation's slot then teaches
+doubt: logits spread over the slots a segment might have, none of them over the threshold. `few_step.matching=hungarian`
+scores a map under the best naming of its segments (`slot_matching`), so that the model is free to choose one;
+`few_step.matching=none` takes slot = id, as the auto-encoder's training does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldmseg_fast.config import Config
+from ldmseg_fast.losses import mask_losses, share_num_masks
+from ldmseg_fast.slot_matching import match_slots, require_assignment_solver
+from ldmseg_fast.stages.base import per_image, remap, segments_of
+from ldmseg_fast.stages.few_step import FewStepStage
+
+
+class OneStepStage(FewStepStage):
+    name = "one_step"
+
+    def __init__(self, config: Config) -> None:
+        if config.few_step.matching == "hungarian":
+            require_assignment_solver()
+        super().__init__(config)
+        if config.few_step.train_decoder:
+            self.mask_vae.decoder.requires_grad_(True)
+
+    def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
+        share_num_masks(batches, batches[0]["segment_ids"].device)
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        few_step, segment_ids = self.config.few_step, batch["segment_ids"]
+        depth = few_step.steps
+        if few_step.depth == "any":
+            depth = 1 + int(self.chance(step, "depth") * depth)
+        with self.autocast():
+            image_latents = self.image_latents(batch)  # [B, C_image, h, w]
+            noise = self.initial_noise(batch, step, image_latents)  # [B, C, h, w]
+            estimate = self.unroll(noise, image_latents, depth)
+            mask_logits = self.recompute(self.mask_vae.decode_latents, estimate)  # [B, Q, h 2^u, w 2^u]
+
+        table = batch["table"]
+        if few_step.matching == "hungarian":
+            points = per_image(torch.rand, (self.config.loss.num_points, 2), self.generators(step, batch, "matching"))
+            table = match_slots(mask_logits, segment_ids, points, self.config.loss)
+        parts = mask_losses(
+            mask_logits,
+            remap(segment_ids, table),
+            self.config.loss,
+            self.generators(step, batch, "points"),
+            segments_of(batch | {"table": table}),
+            batch.get("num_masks"),
+        )
+        losses = {"loss": parts.total, "ce": parts.ce, "bce": parts.bce, "dice": parts.dice}
+        if few_step.latent_loss:
+            with torch.no_grad(), self.autocast():
+                mask_latents = self.mask_vae.encode_latents(self.mask_bits(segment_ids, table)).float()  # [B, C, h, w]
+            losses["latent"] = F.mse_loss(estimate, mask_latents)
+            losses["loss"] = parts.total + few_step.latent_loss * losses["latent"]
+        return losses
