@@ -1,4 +1,4 @@
-"""Export and engine builds: time and peak memory at full size, and a step in ONNX Runtime beside eager PyTorch.
+"""Export and engine builds: time and peak memory at full size, and steps in ONNX Runtime beside eager PyTorch.
 
 python benchmarks/bench_export.py [--quick] [--out FOLDER]
 
@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,20 +25,18 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.harness import RESULTS, ROOT, Run, measure
+from benchmarks.random_model import save_random_model
 from ldmseg_fast.backends.base import read_model_info
-from ldmseg_fast.backends.graph_backend import GraphBackend
 from ldmseg_fast.backends.graphs import DenoiserGraph
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.specs import sample_inputs
 from ldmseg_fast.backends.torch_backend import TorchBackend
-from ldmseg_fast.checkpoint import postprocess_settings, save_component, save_index
-from ldmseg_fast.config import COCO, TINY, Config
+from ldmseg_fast.config import COCO, TINY
+from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.export.model_export import ExportSettings, export_model
-from ldmseg_fast.models.image_vae import build_image_encoder
-from ldmseg_fast.models.mask_vae import MaskVAE
-from ldmseg_fast.models.unet import UNet
 
 MAX_MINUTES, MAX_GIB = 4.0, 4.0
+STEPS = 4
 EXPORT = """
 import sys
 from pathlib import Path
@@ -48,7 +46,7 @@ from ldmseg_fast.backends.base import read_model_info
 from ldmseg_fast.backends.graphs import build_graph
 from ldmseg_fast.backends.specs import GraphOptions, graph_specs
 from ldmseg_fast.export.graph_export import export_graph
-from ldmseg_fast.export.model_export import load_network
+from ldmseg_fast.export.networks import load_network
 info = read_model_info(sys.argv[1])
 spec = graph_specs(info, GraphOptions("float16", image_size=info.image_size))["denoiser"]
 module = build_graph(spec, info, {"unet": load_network(info, "unet", torch.float16)})
@@ -72,22 +70,6 @@ shapes = shapes_of(spec, {"batch": (1, 1, 8)})
 built = load_api("rtx").build(Path(sys.argv[2]) / "denoiser.onnx", [shapes], BuildSettings(("sm89",)))
 (Path(sys.argv[2]) / "denoiser.engine").write_bytes(built.engine)
 """
-
-
-def save_random_model(folder: Path, config: Config) -> Path:
-    """A model folder of a preset's size with random weights."""
-    torch.manual_seed(0)
-    encoder = build_image_encoder(config.image_encoder)
-    vae_config: Any = getattr(encoder, "vae_config", None)
-    extra = {"_vae_config": dict(vae_config)} if vae_config else None
-    save_component(folder, "unet", config.unet, UNet(config.unet).state_dict())
-    save_component(folder, "mask_vae", config.mask_vae, MaskVAE(config.mask_vae).state_dict())
-    save_component(folder, "image_vae", config.image_encoder, encoder.state_dict(), extra)
-    save_component(folder, "scheduler", config.scheduler, None)
-    settings = {"image_size": config.data.image_size, "num_inference_steps": config.num_inference_steps}
-    settings |= {"self_condition": True} | postprocess_settings(config.postprocess)
-    save_index(folder, ["unet", "mask_vae", "image_vae", "scheduler"], settings)
-    return folder
 
 
 def run_apart(script: str, *arguments: Path) -> tuple[float, float]:
@@ -119,29 +101,38 @@ def full_size(run: Run, folder: Path) -> None:
         run.add_value("full-size UNet, engine", size, "GiB", case=case)
 
 
-def one_step(run: Run, folder: Path) -> None:
-    """A denoising step of the tiny model on the CPU: ONNX Runtime beside eager PyTorch."""
+def tiny_on_the_cpu(run: Run, folder: Path, rounds: int) -> None:
+    """The tiny model's denoising step, and four steps, in ONNX Runtime beside eager PyTorch, on one and two threads."""
     model = save_random_model(folder / "tiny", TINY)
-    report = export_model(model, folder / "tiny-graphs", ExportSettings(parity_images=4))
+    settings = ExportSettings(parity_images=4, sampler_steps=str(STEPS))
+    report = export_model(model, folder / "tiny-graphs", settings)
     run.check("the graphs equal PyTorch", report is not None and report.ok)
     info = read_model_info(model)
-    reference = TorchBackend(info, "cpu", torch.float32)
+    reference, scheduler = TorchBackend(info, "cpu", torch.float32), Scheduler(info.scheduler)
     module = DenoiserGraph(reference.unet, info.scheduler.prediction_type)
-    for threads, batch in itertools.product(sorted({1, torch.get_num_threads()}), (1, 8)):
+    threads_before = torch.get_num_threads()
+    for threads, batch in itertools.product((1, 2), (1, 8)):
         torch.set_num_threads(threads)
         ours = load_onnx_backend(info, folder / "tiny-graphs", "cpu", threads=threads)
+        stepwise = load_onnx_backend(info, folder / "tiny-graphs", "cpu", threads=threads)
+        del stepwise.specs[f"sampler_{STEPS}"]  # so that it loops over the denoiser's graph
         inputs = sample_inputs(ours.specs["denoiser"], info, {"batch": batch})
-
-        def eager(inputs: dict = inputs) -> None:
-            with torch.inference_mode():
-                module(*inputs.values())
-
-        def graph(inputs: dict = inputs, ours: GraphBackend = ours) -> None:
-            ours.run_graph("denoiser", inputs)
-
+        noise, image_latents = inputs["noisy_latents"], inputs["image_latents"]
         case = {"batch": batch, "threads": threads}
-        timings = measure({"onnxruntime": graph, "torch eager": eager}, device="cpu")
+        steps = {
+            "onnxruntime": partial(ours.run_graph, "denoiser", inputs),
+            "torch eager": torch.inference_mode()(partial(module, **inputs)),
+        }
+        timings = measure(steps, device="cpu", rounds=rounds)
         run.add("one step, tiny model", timings, baseline="torch eager", case=case, target=1.0)
+        loops = {
+            f"onnxruntime, {name}": partial(backend.sample, noise, image_latents, scheduler, STEPS)
+            for name, backend in (("one graph", ours), ("step by step", stepwise))
+        }
+        loops["torch eager"] = partial(reference.sample, noise, image_latents, scheduler, STEPS)
+        timings = measure(loops, device="cpu", rounds=rounds)
+        run.add(f"{STEPS} steps, tiny model", timings, baseline="torch eager", case=case, target=1.0)
+    torch.set_num_threads(threads_before)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     run = Run("export", quick=args.quick)
     with tempfile.TemporaryDirectory() as scratch:
-        one_step(run, Path(scratch))
+        tiny_on_the_cpu(run, Path(scratch), 6 if args.quick else 20)
         if not args.quick:
             full_size(run, Path(scratch))
     run.save(args.out)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from ldmseg_fast.backends.base import BackendError
@@ -25,10 +24,11 @@ from ldmseg_fast.backends.passport import (
 )
 from ldmseg_fast.backends.specs import GraphSpec
 from ldmseg_fast.backends.trt_api import RTX_TARGETS, BuildSettings, Shapes, TrtApi, check_driver
-from ldmseg_fast.export.model_export import disk_full_named
+from ldmseg_fast.export.model_export import PARITY
+from ldmseg_fast.export.output_folder import disk_full_named, exclusive
 
 MAX_OPSET = 22
-TIMING_CACHE = "timing.cache"
+TIMING_CACHE, LOCK, UNFINISHED = "timing.cache", ".lock", ".new-"
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,25 @@ def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list
             f"{onnx_dir}: opset {manifest.opset}; TensorRT takes up to {MAX_OPSET}, export with --opset 21"
         )
     check_targets(api, job.settings)
+    if job.timing_cache is not None and not job.timing_cache.parent.is_dir():
+        raise BackendError(f"--timing-cache {job.timing_cache}: no folder {job.timing_cache.parent}")
+    profiles = {name: profiles_of(graph.spec, manifest, job.ranges) for name, graph in manifest.graphs.items()}
     out.mkdir(parents=True, exist_ok=True)
-    with exclusive(out / ".lock"), disk_full_named(out):
+    waiting = partial(job.progress, f"{out}: another build is under way; waiting for it")
+    with exclusive(out / LOCK, waiting), disk_full_named(out):
+        for abandoned in out.glob(f".*{UNFINISHED}*"):
+            if abandoned.is_file():  # a folder of this kind is an export under way
+                abandoned.unlink()
         passports = []
         for name, graph in manifest.graphs.items():
-            profiles: list[dict[str, Range]] = []
-            for batch in job.ranges.profiles:
-                profile = axis_ranges(graph.spec, manifest, batch, job.ranges)
-                profiles += [profile] if profile not in profiles else []
-            passports.append(_build_one(onnx_dir, out, manifest, graph, tuple(profiles), job, api))
+            passports.append(_build_one(onnx_dir, out, manifest, graph, profiles[name], job, api))
             job.progress(f"{name}: {passports[-1].engine_bytes / 2**20:.1f} MiB, {passports[-1].build_seconds:.1f} s")
         # the manifest last: a folder without it is not loaded
-        for file in (FILE_NAME, "parity.json"):
+        for file in (FILE_NAME, PARITY):
             if (onnx_dir / file).is_file() and onnx_dir.resolve() != out.resolve():
                 _replace(out / file, (onnx_dir / file).read_bytes())
+        if not (onnx_dir / PARITY).is_file():
+            (out / PARITY).unlink(missing_ok=True)  # of graphs that were here before
     return passports
 
 
@@ -105,6 +110,15 @@ def check_targets(api: TrtApi, settings: BuildSettings) -> None:
             f"--target {','.join(targets)}: TensorRT builds for the GPU it runs on, {here}; use current, or "
             f"portable for Ampere and later, or --flavour rtx"
         )
+
+
+def profiles_of(spec: GraphSpec, manifest: Manifest, ranges: Ranges) -> tuple[dict[str, Range], ...]:
+    """A graph's optimisation profiles. Raises BackendError where a range is missing, or is none for this model."""
+    found: list[dict[str, Range]] = []
+    for batch in ranges.profiles:
+        profile = axis_ranges(spec, manifest, batch, ranges)
+        found += [profile] if profile not in found else []
+    return tuple(found)
 
 
 def axis_ranges(spec: GraphSpec, manifest: Manifest, batch: Range, ranges: Ranges) -> dict[str, Range]:
@@ -211,7 +225,7 @@ def _cached(out: Path, name: str, key: str) -> Passport | None:
 
 def parity_summary(onnx_dir: Path) -> dict[str, float]:
     """Each comparison of the export's parity report; empty where the export has none."""
-    path = onnx_dir / "parity.json"
+    path = onnx_dir / PARITY
     if not path.is_file():
         return {}
     return {row["what"]: row["value"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
@@ -224,7 +238,7 @@ def _replace(path: Path, content: bytes) -> None:
         raise BackendError(
             f"{path}: {len(content) / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free here; free some space"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}{UNFINISHED}{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -233,11 +247,3 @@ def _replace(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """One builder per folder: a second one waits here, and then finds the engines done."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -11,7 +11,8 @@ from ldmseg_fast.backends.passport import Range
 from ldmseg_fast.backends.trt_api import BuildSettings
 from ldmseg_fast.checkpoint import CheckpointError
 from ldmseg_fast.export.engine_build import BuildJob, Ranges
-from ldmseg_fast.export.model_export import ExportSettings, export_model
+from ldmseg_fast.export.model_export import ExportSettings, export_model, is_current
+from ldmseg_fast.export.output_folder import exclusive
 from ldmseg_fast.export.parity import ParityReport
 
 DEFAULT_PRECISION = "fp16"
@@ -65,6 +66,7 @@ def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityRep
     source = Path(args.source)
     if (source / FILE_NAME).is_file():
         manifest = read_manifest(source)
+        _refuse_settled(source, args)
         if args.precision not in (None, manifest.precision):
             raise BackendError(
                 f"{source}: exported in {manifest.precision}, --precision {args.precision} was asked for; precision is "
@@ -75,7 +77,7 @@ def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityRep
         raise CheckpointError(f"{source}: neither a model folder (model_index.json) nor exported graphs ({FILE_NAME})")
     settings = ExportSettings(
         precision=args.precision or DEFAULT_PRECISION,
-        head=args.head,
+        head=args.head or "panoptic",
         size="dynamic" if args.image_sizes else "model",
         sampler_steps=args.sampler_steps,
         parity=not args.no_parity,
@@ -83,4 +85,20 @@ def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityRep
         command=command,
     )
     graphs = args.out / "onnx"
-    return graphs, export_model(source, graphs, settings)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with exclusive(args.out / ".export.lock", lambda: print(f"{graphs}: another export is under way; waiting for it")):
+        if is_current(source, graphs, settings):
+            print(f"graphs: {graphs}, unchanged")
+            return graphs, None
+        return graphs, export_model(source, graphs, settings)
+
+
+def _refuse_settled(source: Path, args: argparse.Namespace) -> None:
+    """Raises BackendError for options that were settled when the graphs were exported."""
+    given = {"--head": args.head, "--sampler-steps": args.sampler_steps, "--data": args.data}
+    given["--no-parity"] = args.no_parity
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise BackendError(
+            f"{source}: already exported, so {', '.join(names)} can change nothing; give MODEL_DIR, or export again"
+        )

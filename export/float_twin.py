@@ -26,9 +26,9 @@ def _twin(folder: Path, graph: GraphFile, out: Path) -> GraphFile:
     model = onnx.load(str(folder / graph.file))
     _convert(model.graph, onnx)
     del model.graph.value_info[:]  # types inferred for the original
-    onnx.save(model, str(out / graph.file))
+    onnx.save(model, str(out / graph.file), save_as_external_data=graph.weights is not None, location=graph.weights)
     spec = GraphSpec(graph.spec.name, _floats(graph.spec.inputs), _floats(graph.spec.outputs))
-    return GraphFile(spec, graph.file, None, hash_files(out, graph.file))
+    return GraphFile(spec, graph.file, graph.weights, hash_files(out, graph.file, graph.weights))
 
 
 def _floats(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.manifest import GraphFile, hash_files
 from ldmseg_fast.backends.onnx_backend import ONNX_TYPES
-from ldmseg_fast.backends.specs import GraphSpec, TensorSpec, sample_inputs, size_multiple
+from ldmseg_fast.backends.specs import GraphSpec, TensorSpec, sample_inputs
+from ldmseg_fast.export.output_folder import ExportError
 
 OPSETS = range(18, 24)
-MAX_BATCH = 1024
 EMBEDDED_BYTES = 64 * 2**20  # larger weights go into a file of their own
-
-
-class ExportError(BackendError):
-    """A graph that cannot be exported or does not match the model; the message says what and why."""
 
 
 def export_graph(
@@ -41,8 +39,7 @@ def export_graph(
     sizes = example_sizes(spec, info)
     inputs = sample_inputs(spec, info, sizes)
     file = f"{spec.name}.onnx"
-    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quiet("torch.onnx"), torch.no_grad():
         program: Any = torch.onnx.export(
             module,
             (),
@@ -67,7 +64,7 @@ def export_graph(
 def example_sizes(spec: GraphSpec, info: ModelInfo) -> dict[str, int]:
     """Sizes to trace with: 2 where a dynamic batch must not be taken for a constant."""
     side = info.latent_shape[1]
-    multiple = size_multiple(info) // info.mask_vae.downsampling
+    multiple = info.size_multiple // info.mask_vae.downsampling
     sizes = {"batch": 2, "latent_height": max(side, 2 * multiple), "latent_width": max(side, 2 * multiple) + multiple}
     return {axis: sizes[axis] for axis in spec.axes}
 
@@ -119,15 +116,15 @@ def _axis_kinds(tensor: TensorSpec) -> list[int | None]:
     return [axis if isinstance(axis, int) else None for axis in tensor.shape]
 
 
-class _quiet:
-    """A logger at ERROR for the length of a `with` block."""
-
-    def __init__(self, name: str) -> None:
-        self.logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.setLevel(self.level)
+@contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """No warnings, and of a logger nothing but errors, for the length of a `with` block."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

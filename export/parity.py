@@ -21,18 +21,20 @@ from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.scenes import write_scenes
-from ldmseg_fast.diffusion.sampler import image_noise, unet_input
+from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.evaluation import OBJECT, in_percent
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.models.conditioning import with_context
 
 BATCHES = (1, 2, 5)
 STEPS = (4, 10)
 # Largest differences, relative to the reference's largest magnitude where that is above 1; smallest cosines.
 MAX_ABS = {"image_encoder": 1e-3, "denoiser": 1e-3, "mask_decoder": 1e-4}
-LOOP_ERROR, ARGMAX_AGREEMENT, PQ_DIFFERENCE = 1e-3, 0.999, 0.5
+LOOP_ERROR, ARGMAX_AGREEMENT = 1e-3, 0.999
+# points of PQ; on a few images one segment that turns up or goes is a point or two
+PQ_DIFFERENCE = {"fp32": 0.5, "fp16": 3.0, "bf16": 5.0, "fp8": 10.0, "int8": 10.0}
 COSINE = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.998, "fp8": 0.99, "int8": 0.98}
 
 
@@ -139,7 +141,7 @@ def _compare(
     source: str,
     batches: tuple[int, ...],
 ) -> ParityReport:
-    reference = TorchBackend(graphs.info, "cpu", torch.float32)
+    reference = TorchBackend(info.at_size(graphs.info.image_size), "cpu", torch.float32)
     info, exact = graphs.info, precision == "fp32"
     pictures = batch["image"]
     bits = encode_mask_bits(batch["segment_ids"], info.mask_vae.num_bits, batch["table"])
@@ -159,7 +161,8 @@ def _compare(
         image_latents = reference.encode_image(take(pictures, size))
         compare("image_encoder", size, graphs.encode_image(take(pictures, size)), image_latents)
         inputs, times = denoiser_inputs(info, take(mask_latents, size), take(noise, size), image_latents)
-        compare("denoiser", size, graphs.denoise(inputs, times), reference.denoise(inputs, times))
+        ours, theirs = (denoiser(backend, take(pictures, size))(inputs, times) for backend in (graphs, reference))
+        compare("denoiser", size, ours, theirs)
         if has_logits:
             latents = take(mask_latents, size)
             ours, theirs = decoder_logits(graphs, latents), reference.mask_vae.decode_latents(latents)
@@ -169,15 +172,12 @@ def _compare(
             rows.append(Row(f"mask_decoder, batch {size}: argmax agreement", share, limit, at_least=True))
 
     # whole loops and maps; thresholds at zero keep every pixel, or random weights would leave only void to compare
-    fixed = graphs.specs["denoiser"].inputs[0].shape[0]
-    chunk = fixed if isinstance(fixed, int) else len(pictures)
     open_thresholds = replace(info.postprocess, mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
     final: dict[str, Tensor] = {}
     whole = [int(name.removeprefix("sampler_")) for name in graphs.specs if name.startswith("sampler_")]
     for steps in sorted({*STEPS, *whole}):
         final = {
-            name: _loop(backend, take(pictures, chunk), take(noise, chunk), steps)
-            for name, backend in (("graphs", graphs), ("torch", reference))
+            name: _loop(backend, pictures, noise, steps) for name, backend in (("graphs", graphs), ("torch", reference))
         }
         error = ((final["graphs"] - final["torch"]).norm() / final["torch"].norm()).item()
         rows.append(Row(f"latents after {steps} steps: relative error", error, LOOP_ERROR if exact else None))
@@ -188,8 +188,9 @@ def _compare(
     limit = ARGMAX_AGREEMENT if exact else None
     same, total = same_pixels(maps["graphs"], maps["torch"])  # type: ignore[arg-type]
     rows.append(Row("maps: pixel agreement", same / total, limit, at_least=True))
-    difference = _pq_difference(graphs, reference, final, truth)
-    rows.append(Row("maps: PQ difference", difference, PQ_DIFFERENCE if exact else None))
+    pq = {name: _pq(b, final[name], truth) for name, b in (("graphs", graphs), ("torch", reference))}
+    rows += [Row(f"maps: PQ of {name}", value) for name, value in pq.items()]
+    rows.append(Row("maps: PQ difference", abs(pq["graphs"] - pq["torch"]), PQ_DIFFERENCE[precision]))
     latency = _latency(info, graphs, reference, mask_latents[:1], noise[:1], pictures[:1])
     return ParityReport(precision, len(pictures), source, rows, latency)
 
@@ -220,23 +221,28 @@ def take(values: Tensor, size: int) -> Tensor:
     return values.repeat(-(-size // len(values)), *[1] * (values.ndim - 1))[:size]
 
 
+def denoiser(backend: Any, pictures: Tensor) -> Denoise:
+    """A backend's network with the context of these pictures, where it takes one."""
+    if backend.info.conditioning == "none":
+        return backend.denoise
+    return with_context(backend.denoise, backend.conditioning, pictures)
+
+
 def _loop(backend: Any, pictures: Tensor, noise: Tensor, steps: int) -> Tensor:
-    return backend.sample(noise, backend.encode_image(pictures), Scheduler(backend.info.scheduler), steps)
+    image_latents, scheduler = backend.encode_image(pictures), Scheduler(backend.info.scheduler)
+    if backend.info.conditioning == "none":
+        return backend.sample(noise, image_latents, scheduler, steps)
+    denoise, self_condition = denoiser(backend, pictures), backend.info.self_condition
+    return ddim(denoise, noise, image_latents, scheduler, steps, self_condition)
 
 
-def _pq_difference(graphs: GraphBackend, reference: TorchBackend, final: dict[str, Tensor], truth: list) -> float:
-    """Absolute difference in points of class-agnostic PQ."""
-    fixed = graphs.specs["mask_decoder"].inputs[0].shape[0]
-    batch = fixed if isinstance(fixed, int) else 1
-    scores = []
-    for backend, latents in ((graphs, final["graphs"]), (reference, final["torch"])):
-        stat = PQStat(OBJECT, class_agnostic=True)
-        for index, (ids, segments) in enumerate(truth[: len(latents)]):
-            rows = take(latents[index : index + 1], batch)
-            result: list[PanopticResult] | Any = backend.decode_mask(rows, ids.shape)
-            stat.add(ids, segments, result[0].segmentation, result[0].segments_info, image_id=index)
-        scores.append(in_percent(stat.result())["pq"])
-    return abs(scores[0] - scores[1])
+def _pq(backend: Any, latents: Tensor, truth: list) -> float:
+    """Class-agnostic PQ in percent of maps at the images' own sizes, with the model's thresholds."""
+    stat = PQStat(OBJECT, class_agnostic=True)
+    for index, (ids, segments) in enumerate(truth):
+        (result,) = backend.decode_mask(latents[index : index + 1], ids.shape)
+        stat.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
+    return in_percent(stat.result())["pq"]
 
 
 def _latency(
@@ -248,11 +254,10 @@ def _latency(
     pictures: Tensor,
 ) -> dict[str, float]:
     if graphs.specs["denoiser"].inputs[0].shape[0] not in (1, "batch"):
-        return {}
+        return {}  # graphs of a larger fixed batch are not what a single image is to be timed on
     inputs, times = denoiser_inputs(info, mask_latents, noise, reference.encode_image(pictures))
-    ours, theirs = best_times(
-        lambda: graphs.denoise(inputs.to(graphs.dtype), times), lambda: reference.denoise(inputs, times)
-    )
+    calls = [denoiser(backend, pictures) for backend in (graphs, reference)]
+    ours, theirs = best_times(lambda: calls[0](inputs.to(graphs.dtype), times), lambda: calls[1](inputs, times))
     return {"torch": theirs, "onnxruntime": ours, "ratio": theirs / ours}
 
 

@@ -6,7 +6,6 @@ The image encoder and the mask decoder stay in half: each runs once per image, t
 from __future__ import annotations
 
 import io
-import logging
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -21,7 +20,8 @@ from ldmseg_fast.backends.specs import GraphSpec, sample_inputs
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler
-from ldmseg_fast.export.graph_export import EMBEDDED_BYTES, check_graph, example_sizes
+from ldmseg_fast.export.graph_export import EMBEDDED_BYTES, check_graph, example_sizes, quiet
+from ldmseg_fast.models.conditioning import with_context
 
 OPSET = 20  # the newest that the tracing exporter writes; modelopt's nodes need that exporter
 # first and last convolution and the time embedding: few FLOPs, and errors there reach every step; norms gain nothing
@@ -49,8 +49,8 @@ def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Modul
     noise = image_noise(0, list(range(len(pictures))), info.latent_shape)
 
     def calibrate(model: nn.Module) -> None:
-        scheduler = Scheduler(info.scheduler)
-        ddim(model, noise, image_latents, scheduler, CALIBRATION_STEPS, info.self_condition)
+        denoise = model if backend.conditioning is None else with_context(model, backend.conditioning, pictures)
+        ddim(denoise, noise, image_latents, Scheduler(info.scheduler), CALIBRATION_STEPS, info.self_condition)
 
     config = mtq.FP8_DEFAULT_CFG if precision == "fp8" else mtq.INT8_DEFAULT_CFG
     with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
@@ -88,13 +88,13 @@ def export_quantized(
         tensor.name: {index: axis for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
         for tensor in (*spec.inputs, *spec.outputs)
     }
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    there = set(folder.iterdir())
+    with quiet("torch.onnx"), torch.no_grad():
         torch.onnx.export(
             module,
-            tuple(inputs[tensor.name] for tensor in spec.inputs),
+            (),
             str(folder / file),
+            kwargs=inputs,
             dynamo=False,
             opset_version=OPSET,
             input_names=[tensor.name for tensor in spec.inputs],
@@ -102,9 +102,8 @@ def export_quantized(
             dynamic_axes=axes,
         )
     model = onnx.load(str(folder / file))
-    for stray in folder.iterdir():  # over 2 GB the exporter writes one file per tensor
-        if stray.suffix not in (".onnx", ".data", ".json"):
-            stray.unlink()
+    for stray in set(folder.iterdir()) - there - {folder / file}:  # over 2 GB the exporter writes a file per tensor
+        stray.unlink()
     standard_float8(model, onnx)
     del model.graph.value_info[:]  # types from before
     for value, tensor in zip(model.graph.output, spec.outputs):  # the tracer loses sizes behind the quantisers

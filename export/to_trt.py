@@ -48,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--refit", action="store_true", help="weights can be replaced")
     parser.add_argument("--version-compatible", action="store_true", help="loadable by later versions of this major")
     parser.add_argument("--verbose", action="store_true", help="write a layer report beside each engine")
-    parser.add_argument("--head", default="panoptic", choices=HEADS, help="MODEL_DIR only, as the next three")
+    parser.add_argument("--head", choices=HEADS, help="default panoptic; MODEL_DIR only, as the next three")
     parser.add_argument("--sampler-steps", default="", help="also whole samplers of these numbers of steps, as 1,2,4")
     parser.add_argument("--data", help="COCO-panoptic folder for calibration and the parity report")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")

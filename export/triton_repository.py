@@ -18,9 +18,8 @@ from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.backends.manifest import GRAPHS, Manifest, check_files, read_manifest
 from ldmseg_fast.backends.passport import engine_file, passport_file, read_passport
 from ldmseg_fast.backends.specs import GraphSpec, TensorSpec
-from ldmseg_fast.export.model_export import new_folder
+from ldmseg_fast.export.output_folder import new_folder
 
-MARKER = "ldmseg/config.pbtxt"
 TYPES = {
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
@@ -59,6 +58,8 @@ def write_repository(source: Path, out: Path, settings: RepositorySettings) -> l
     manifest = read_manifest(source)
     if manifest.options.head == "logits":
         raise BackendError(f"{source}: exported with --head logits; the server needs --head panoptic or both")
+    if "context" in manifest.graphs["denoiser"].spec.tensors:
+        raise BackendError(f"{source}: the server's sampler has no CLIP encoder; serve a model without one")
     if manifest.image_size == 0 or manifest.options.batch:
         raise BackendError(
             f"{source}: the server needs graphs of a fixed picture size and a dynamic batch; export again"
@@ -73,7 +74,7 @@ def write_repository(source: Path, out: Path, settings: RepositorySettings) -> l
         check_files(source, manifest)
     batch = _max_batch(source, manifest, settings, is_engine)
     configs = model_configs(manifest, settings, steps, batch, is_engine)
-    with new_folder(out, MARKER) as folder:
+    with new_folder(out, lambda _: configs) as folder:
         for name, config in configs.items():
             version = folder.path / name / "1"
             version.mkdir(parents=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ldmseg_fast.backends.trt_api import FLAVOURS, MIN_DRIVER, Machine, this_machine
+from ldmseg_fast.backends.trt_api import FLAVOURS, MIN_DRIVER, Machine, driver_major, this_machine
 
 DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
@@ -83,7 +83,7 @@ def _package(subject: str, names: tuple[str, ...], cure: str, all_of_them: bool 
 def _driver(machine: Machine) -> Finding:
     if not machine.gpu:
         return Finding("NVIDIA driver", False, "none answers", f"install a driver >= {MIN_DRIVER}, or stay on the CPU")
-    recent = int(machine.driver.split(".")[0] or 0) >= MIN_DRIVER
+    recent = driver_major(machine.driver) >= MIN_DRIVER
     return Finding("NVIDIA driver", recent, machine.driver, f"TensorRT needs {MIN_DRIVER} or later: update the driver")
 
 

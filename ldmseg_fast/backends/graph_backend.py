@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,26 +11,32 @@ from torch import Tensor
 
 from ldmseg_fast.backends import head
 from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.batching import ANY, Ranges, run_in_parts
 from ldmseg_fast.backends.lanes import Lane, LanePool
 from ldmseg_fast.backends.loop import Runner
 from ldmseg_fast.backends.specs import GraphSpec, schedule
+from ldmseg_fast.checkpoint import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback, ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.panoptic import PanopticResult, postprocess
 
+MAX_HEAD_BYTES = 2 * 2**30  # of one tensor with every slot at the map's size; the head in the graph makes several
+
 
 class GraphBackend:
-    """A backend whose networks are exported graphs.
+    """A backend whose networks are exported graphs. Batches that a graph does not take go through in parts.
+
+    CLIP's encoders stay in PyTorch: their tokens are an input of the denoiser.
 
     Args:
-        info: of the model folder; `image_size` is the graphs' own.
+        info: of the model folder, at the picture size to work at.
         specs: of the graphs `image_encoder`, `denoiser` and `mask_decoder`, and of any `sampler_N`.
         make_runners: the runners of one lane, on the given stream.
         device: where tensors are expected and returned.
         lanes: how many threads can be inside at a time; each lane has its own buffers.
         capture: run the sampling loop as one CUDA graph.
-        decode_batch: images that one call of the mask decoder takes; its head holds all slots at the maps' size.
+        batches: what each graph takes at once; a graph that is not in it takes any batch.
         close: called once by `close`, after the last lane is gone.
     """
 
@@ -41,14 +48,17 @@ class GraphBackend:
         device: torch.device,
         lanes: int = 1,
         capture: bool = False,
-        decode_batch: int = 1,
+        batches: Mapping[str, Ranges] | None = None,
         close: Callable[[], None] | None = None,
     ) -> None:
-        self.info = info
+        takes_context = "context" in specs["denoiser"].tensors
+        # trained queries are in the graph: for whoever calls it, such a model has no condition
+        self.info = info if takes_context else replace(info, conditioning="none")
         self.specs = dict(specs)
         self.device = device
         self.dtype = specs["image_encoder"].outputs[0].torch_dtype
-        self.decode_batch = decode_batch
+        self.batches = dict(batches or {})
+        self.conditioning = load_component(info.folder, "conditioning").to(device) if takes_context else None
         self._close = close
 
         def make_lane() -> Lane:
@@ -62,25 +72,37 @@ class GraphBackend:
         with self.pool.lane() as lane:
             return lane.run(graph, inputs, output_sizes)
 
-    @torch.inference_mode()
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.run_graph("image_encoder", {"images": images.to(self.device)})["image_latents"]
+    def _run_rows(
+        self, graph: str, rows: Mapping[str, Tensor], fixed: Mapping[str, Tensor] | None = None, **output_sizes: int
+    ) -> dict[str, Tensor]:
+        """`run_graph` for any batch. `rows` have a batch axis, `fixed` inputs have none."""
+
+        def run(part: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self.run_graph(graph, part | dict(fixed or {}), **output_sizes)
+
+        return run_in_parts(run, rows, self.batches.get(graph, ANY))
 
     @torch.inference_mode()
-    def denoise(self, unet_input: Tensor, timesteps: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self._run_rows("image_encoder", {"images": images.to(self.device)})["image_latents"]
+
+    @torch.inference_mode()
+    def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         channels = self.info.mask_vae.latent_channels
         noisy, image, condition = unet_input.split(
             [channels, self.info.image_latent_channels, channels * self.info.self_condition], dim=1
         )
-        inputs = {
+        rows = {
             "noisy_latents": noisy.float(),
             "image_latents": image.to(self.dtype),
             "timesteps": timesteps.long(),
-            "coefficients": torch.tensor([1.0, 0.0, 1.0, 0.0], device=self.device),  # the step after it is not used
         }
         if self.info.self_condition:
-            inputs["condition"] = condition.float()
-        return self.run_graph("denoiser", inputs)["model_output"]
+            rows["condition"] = condition.float()
+        if context is not None:
+            rows["context"] = context.to(self.dtype)
+        unused = torch.tensor([1.0, 0.0, 1.0, 0.0], device=self.device)  # of the step that follows in the graph
+        return self._run_rows("denoiser", rows, {"coefficients": unused})["model_output"]
 
     @torch.inference_mode()
     def sample(
@@ -94,13 +116,18 @@ class GraphBackend:
         if callback is not None or scheduler.config != self.info.scheduler:
             self_condition = self.info.self_condition
             return ddim(self.denoise, noise, image_latents, scheduler, num_inference_steps, self_condition, callback)
+        rows = {"noise": noise.float(), "image_latents": image_latents.to(self.dtype)}
         whole = f"sampler_{num_inference_steps}"
         if whole in self.specs:
             times, coefficients = (table.to(self.device) for table in schedule(self.info, num_inference_steps))
-            inputs = {"noise": noise.float(), "image_latents": image_latents.to(self.dtype)}
-            return self.run_graph(whole, inputs | {"timesteps": times, "coefficients": coefficients})["mask_latents"]
-        with self.pool.lane() as lane:
-            return lane.loop(self.info, image_latents, num_inference_steps)(noise, image_latents)
+            return self._run_rows(whole, rows, {"timesteps": times, "coefficients": coefficients})["mask_latents"]
+
+        def loop(part: dict[str, Tensor]) -> dict[str, Tensor]:
+            with self.pool.lane() as lane:
+                sampler = lane.loop(self.info, part["image_latents"], num_inference_steps)
+                return {"mask_latents": sampler(part["noise"], part["image_latents"])}
+
+        return run_in_parts(loop, rows, self.batches.get("denoiser", ANY))["mask_latents"]
 
     @torch.inference_mode()
     def decode_mask(
@@ -110,33 +137,37 @@ class GraphBackend:
         output: str = "panoptic",
         thresholds: PostprocessConfig | None = None,
     ) -> list[PanopticResult] | Tensor:
-        """As `Backend.decode_mask`. Raises BackendError for logits from graphs that were exported without them."""
+        """As `Backend.decode_mask`. Maps that are too large for the head in the graph are made from its logits.
+
+        Raises:
+            BackendError: logits, or a map that needs them, from graphs that were exported without them.
+        """
         spec = self.specs["mask_decoder"]
         thresholds = thresholds or self.info.postprocess
-        if output == "logits" and "mask_logits" not in spec.tensors:
+        needed = 4 * self.info.mask_vae.num_slots * size[0] * size[1]
+        use_logits = output == "logits" or "label" not in spec.tensors or needed > MAX_HEAD_BYTES
+        if use_logits and "mask_logits" not in spec.tensors:
+            what = "output='logits'" if output == "logits" else f"a map of {size[1]}x{size[0]} pixels"
             raise BackendError(
-                "output='logits': these graphs end in the panoptic head; export them with --head both or --head logits"
+                f"{what}: these graphs end in the panoptic head, which holds every slot at the map's size "
+                f"({needed / 2**30:.1f} GiB here); export them with --head both, or use backend=torch"
             )
         factor = self.info.mask_vae.downsampling
         network_size = (latents.shape[2] * factor, latents.shape[3] * factor)
-        chunks = [
-            self._decode(chunk, size, thresholds) for chunk in latents.to(self.device).float().split(self.decode_batch)
-        ]
-        found = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        fixed = {}
+        if "size" in spec.tensors:
+            fixed["size"] = torch.tensor((1, 1) if use_logits else size, dtype=torch.int64)
+            fixed["mask_threshold"] = torch.tensor([thresholds.mask_threshold], device=self.device)
+        rows = {"latents": latents.to(self.device).float()}
+        height, width = fixed["size"].tolist() if fixed else size
+        found = self._run_rows("mask_decoder", rows, fixed, height=height, width=width)
         if output == "logits":
             logits = F.interpolate(found["mask_logits"].float(), network_size, mode="bilinear", align_corners=False)
             return F.interpolate(logits, size, mode="bilinear", align_corners=False) if size != network_size else logits
-        if "label" in found:
+        if not use_logits:
             outputs = [found[name].cpu().numpy() for name in ("label", "confidence", "sigmoid_area")]
             return head.finish(outputs[0], outputs[1], outputs[2], thresholds)
         return postprocess(found["mask_logits"].float(), network_size, [size] * len(latents), thresholds)
-
-    def _decode(self, latents: Tensor, size: tuple[int, int], thresholds: PostprocessConfig) -> dict[str, Tensor]:
-        inputs = {"latents": latents}
-        if "size" in self.specs["mask_decoder"].tensors:
-            inputs["size"] = torch.tensor(size, dtype=torch.int64)
-            inputs["mask_threshold"] = torch.tensor([thresholds.mask_threshold], device=self.device)
-        return self.run_graph("mask_decoder", inputs, height=size[0], width=size[1])
 
     def close(self) -> None:
         """Wait for calls under way, then free contexts and engines. Calls after it raise BackendError."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.specs import GraphSpec
+from ldmseg_fast.diffusion.sampler import unet_input
 from ldmseg_fast.kernels.ddim_step import ddim_step
 
 
@@ -26,7 +27,7 @@ class DenoiserGraph(nn.Module):
     """One evaluation of the UNet and the DDIM step after it.
 
     Args:
-        unet: [B, C_in, h, w], timesteps [B] -> model output [B, C, h, w]; a module or a compiled one.
+        unet: [B, C_in, h, w], timesteps [B], context -> model output [B, C, h, w]; a module or a compiled one.
         prediction_type: what its output stands for.
     """
 
@@ -43,10 +44,10 @@ class DenoiserGraph(nn.Module):
         timesteps: Tensor,
         coefficients: Tensor,
         condition: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = image_latents.dtype
-        parts = [noisy_latents, image_latents] + ([] if condition is None else [condition])
-        model_output = self.unet(torch.cat([part.to(dtype) for part in parts], dim=1), timesteps)
+        model_output = self.unet(unet_input(noisy_latents, image_latents, condition), timesteps, context)
         prev_latents, pred_original_sample, _ = ddim_step(
             model_output,
             noisy_latents,
@@ -58,6 +59,20 @@ class DenoiserGraph(nn.Module):
             dtype,
         )
         return model_output, prev_latents, pred_original_sample
+
+
+class WithQueries(nn.Module):
+    """A UNet together with the trained queries that are its context for every picture."""
+
+    queries: Tensor  # [1, M, D]
+
+    def __init__(self, unet: nn.Module, queries: Tensor) -> None:
+        super().__init__()
+        self.unet = unet
+        self.register_buffer("queries", queries.detach()[None])
+
+    def forward(self, sample: Tensor, timesteps: Tensor, context: None = None) -> Tensor:
+        return self.unet(sample, timesteps, self.queries.expand(sample.shape[0], -1, -1))
 
 
 class SamplerGraph(nn.Module):
@@ -110,13 +125,16 @@ class MaskDecoderGraph(nn.Module):
 
 
 def build_graph(spec: GraphSpec, info: ModelInfo, networks: dict[str, Any], head: str = "panoptic") -> nn.Module:
-    """The module behind a spec. `networks` holds `unet`, `mask_vae` and `image_vae`, as far as the spec needs them."""
+    """The module behind a spec. `networks` holds the components that it needs, with trained queries `conditioning`."""
     if spec.name == "image_encoder":
         module: nn.Module = ImageEncoderGraph(networks["image_vae"])
     elif spec.name == "mask_decoder":
         module = MaskDecoderGraph(networks["mask_vae"], head)
     else:
-        module = DenoiserGraph(networks["unet"], info.scheduler.prediction_type)
+        unet = networks["unet"]
+        if info.conditioning == "learned":
+            unet = WithQueries(unet, networks["conditioning"].queries)
+        module = DenoiserGraph(unet, info.scheduler.prediction_type)
         if spec.name.startswith("sampler_"):
             module = SamplerGraph(module, int(spec.tensors["timesteps"].shape[0]), info.self_condition)
     return module.eval()

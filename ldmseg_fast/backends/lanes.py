@@ -46,9 +46,17 @@ class Lane:
             while len(self._loops) >= MAX_LOOPS:
                 self._loops.popitem(last=False)
             runner = self.runners["denoiser"]
-            self._loops[key] = SampleLoop(runner, info, image_latents, num_inference_steps, self.stream, self.capture)
+            with on_stream(self.stream):  # contexts and buffers belong to the lane's device
+                self._loops[key] = SampleLoop(
+                    runner, info, image_latents, num_inference_steps, self.stream, self.capture
+                )
         self._loops.move_to_end(key)
         return self._loops[key]
+
+    def wait(self) -> None:
+        """Until the GPU has done what was queued here."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
 
 class LanePool:
@@ -97,5 +105,7 @@ class LanePool:
             self._closed = True
             self._condition.notify_all()
             self._condition.wait_for(lambda: len(self._free) == self._made)
+            for lane in self._free:
+                lane.wait()
             self._free.clear()
             self._made = 0

@@ -35,11 +35,11 @@ class TorchRunner:
         self.module = module
 
     def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
-        inputs = [tensors[tensor.name] for tensor in self.spec.inputs]
+        inputs = {tensor.name: tensors[tensor.name] for tensor in self.spec.inputs}
         outputs = [tensors[tensor.name] for tensor in self.spec.outputs]
 
         def run() -> None:
-            results = self.module(*inputs)
+            results = self.module(**inputs)
             for output, result in zip(outputs, results if isinstance(results, tuple) else (results,)):
                 output.copy_(result)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Manifest:
         versions: of the packages that exported.
         image_size: of the pictures, 0: any multiple of `size_multiple`. `downsampling`: pixels per latent cell.
         command: that makes this folder again.
+        calibration: what the ranges of a quantised model were measured on.
         model, scheduler: the model's index and its schedule.
     """
 
@@ -54,6 +55,7 @@ class Manifest:
     graphs: dict[str, GraphFile]
     versions: dict[str, str]
     command: str
+    calibration: str = ""
     model: dict[str, Any] = field(repr=False, default_factory=dict)
     scheduler: dict[str, Any] = field(repr=False, default_factory=dict)
 
@@ -114,9 +116,18 @@ def check_model(folder: str | Path, manifest_hash: str, info: ModelInfo, rebuild
         raise BackendError(f"{folder}: made from another model than {info.folder}; make it again:\n  {rebuild}")
 
 
-def with_image_size(info: ModelInfo, image_size: int) -> ModelInfo:
-    """`info` for graphs of another picture size; 0 keeps the model's."""
-    return replace(info, image_size=image_size) if image_size else info
+def at_graphs_size(info: ModelInfo, folder: str | Path, manifest: Manifest, image_size: int | None) -> ModelInfo:
+    """`info` at the picture size that graphs are run at: the one asked for, the graphs' own, or the model's.
+
+    Raises:
+        BackendError: graphs of another fixed size, or a size that the model does not take.
+    """
+    if manifest.image_size and image_size not in (None, manifest.image_size):
+        raise BackendError(
+            f"{folder}: exported for pictures of {manifest.image_size} pixels, image_size={image_size} was asked for; "
+            f"export with --size {image_size}, or --size dynamic"
+        )
+    return info.at_size(image_size or manifest.image_size or info.image_size)
 
 
 def hash_files(folder: Path, *names: str | None) -> str:
@@ -136,7 +147,7 @@ def model_hash(folder: Path) -> str:
     """SHA-256 over every component's configuration and weights; the index's settings, names and dates do not matter."""
     paths = sorted(
         path
-        for name in ("unet", "mask_vae", "image_vae", "scheduler")
+        for name in ("unet", "mask_vae", "image_vae", "scheduler", "conditioning")
         for path in (folder / name).glob("*")
         if path.suffix in (".json", ".safetensors")
     )

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.batching import Ranges
 from ldmseg_fast.backends.graph_backend import GraphBackend
 from ldmseg_fast.backends.loop import Runner
-from ldmseg_fast.backends.manifest import check_files, check_model, read_manifest, with_image_size
+from ldmseg_fast.backends.manifest import at_graphs_size, check_files, check_model, read_manifest
 from ldmseg_fast.backends.specs import GraphSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-MAX_DECODE_BATCH = 64
 ONNX_TYPES = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}  # TensorProto.DataType
 
 
@@ -58,6 +58,7 @@ def load_onnx_backend(
     lanes: int = 1,
     threads: int = 0,
     cuda_graph: bool = False,
+    image_size: int | None = None,
 ) -> GraphBackend:
     """The graphs that `to_onnx.py` wrote.
 
@@ -68,6 +69,7 @@ def load_onnx_backend(
         lanes: how many threads can be inside at a time.
         threads: of ONNX Runtime on the CPU; default torch's.
         cuda_graph: capture each step of the sampling loop. CUDA only.
+        image_size: side in pixels of what the networks see; default the graphs' own, or the model's.
 
     Raises:
         BackendError: no ONNX Runtime, a folder that is no export or not of this model, a provider that is not there.
@@ -82,6 +84,7 @@ def load_onnx_backend(
     manifest = read_manifest(folder)
     check_model(folder, manifest.model_hash, info, manifest.command)
     check_files(folder, manifest, tuple(manifest.graphs))
+    info = at_graphs_size(info, folder, manifest, image_size)
     if manifest.precision == "bf16":
         raise BackendError(f"{folder}: exported in bf16, which ONNX Runtime does not run; export with --precision fp16")
     available = ort.get_available_providers()
@@ -99,6 +102,8 @@ def load_onnx_backend(
     def open_session(name: str) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
+        # between calls its threads would go on spinning on the cores that torch's pre- and post-processing use
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if manifest.precision == "fp8":  # moving quantisers past other nodes makes float8 inputs that those refuse
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         settings: dict[str, str] = {}
@@ -128,6 +133,7 @@ def load_onnx_backend(
         }
 
     fixed = manifest.options.batch
-    decode_batch = fixed or (MAX_DECODE_BATCH if manifest.options.head == "logits" else 1)
-    info = with_image_size(info, manifest.image_size)
-    return GraphBackend(info, specs, make_runners, device, lanes, decode_batch=decode_batch, close=sessions.clear)
+    batches: dict[str, Ranges] = dict.fromkeys(specs, ((fixed, fixed),)) if fixed else {}
+    if not fixed and manifest.options.head != "logits":
+        batches["mask_decoder"] = ((1, 1),)  # its head holds every slot at the map's size
+    return GraphBackend(info, specs, make_runners, device, lanes, batches=batches, close=sessions.clear)

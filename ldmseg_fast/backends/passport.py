@@ -10,7 +10,7 @@ from typing import Any
 
 from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.backends.manifest import Manifest
-from ldmseg_fast.backends.trt_api import MIN_DRIVER, Machine
+from ldmseg_fast.backends.trt_api import MIN_DRIVER, Machine, driver_major
 from ldmseg_fast.checkpoint import write_json
 
 FORMAT_VERSION = 1
@@ -162,14 +162,10 @@ def _machine_differences(passport: Passport, machine: Machine) -> list[str]:
             found.append(f"compute capability: {least} or later, here {machine.compute_capability}")
     elif here not in passport.targets:
         found.append(f"compute capability: {', '.join(passport.targets)}, here {here}")
-    driver, built_with = _major(machine.driver), _major(passport.driver)
+    driver, built_with = driver_major(machine.driver), driver_major(passport.driver)
     if driver < max(MIN_DRIVER, built_with):
         found.append(f"NVIDIA driver: {max(MIN_DRIVER, built_with)} or later, here {machine.driver or 'none'}")
     return found
-
-
-def _major(driver: str) -> int:
-    return int(driver.split(".")[0]) if driver.split(".")[0].isdigit() else 0
 
 
 def _file_differences(passport: Passport, path: Path) -> list[str]:

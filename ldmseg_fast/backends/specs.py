@@ -154,17 +154,20 @@ def image_encoder(info: ModelInfo, options: GraphOptions) -> GraphSpec:
 def denoiser(info: ModelInfo, options: GraphOptions) -> GraphSpec:
     """One step of DDIM with the network inside. The step's coefficients are inputs, so one graph serves every schedule.
 
-    `coefficients` is a row of `make_ddim_table`. Latents stay in float32 whatever the network's precision.
+    `coefficients` is a row of `make_ddim_table`. Latents stay in float32 whatever the network's precision. Trained
+    queries are part of the graph; CLIP's tokens are the input `context`.
     """
     batch, height, width = _axes(info, options)
     latents = (batch, info.mask_vae.latent_channels, height, width)
     condition = (TensorSpec("condition", "float32", latents),) if info.self_condition else ()
+    context = (TensorSpec("context", options.dtype, (batch, *info.context_shape)),) if info.context_shape else ()
     inputs = (
         TensorSpec("noisy_latents", "float32", latents),
         TensorSpec("image_latents", options.dtype, (batch, info.image_latent_channels, height, width)),
         TensorSpec("timesteps", "int64", (batch,)),
         TensorSpec("coefficients", "float32", (4,)),
         *condition,
+        *context,
     )
     outputs = (
         TensorSpec("model_output", options.dtype, latents),
@@ -226,11 +229,6 @@ def _times(axis: Axis, factor: int) -> Axis:
     if factor == 1:
         return axis
     return axis * factor if isinstance(axis, int) else f"{axis}*{factor}"
-
-
-def size_multiple(info: ModelInfo) -> int:
-    """Pictures' sides must be multiples of this many pixels, for both auto-encoders and every level of the UNet."""
-    return info.mask_vae.downsampling * 2 ** (info.unet_levels - 1)
 
 
 def schedule(info: ModelInfo, num_inference_steps: int) -> tuple[Tensor, Tensor]:

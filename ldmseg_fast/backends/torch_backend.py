@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from ldmseg_fast.backends.loop import TorchRunner
 from ldmseg_fast.backends.specs import GraphOptions, denoiser
 from ldmseg_fast.checkpoint import load_component
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.diffusion.sampler import Callback, Denoise, ddim
+from ldmseg_fast.diffusion.sampler import Callback, ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
-from ldmseg_fast.models.conditioning import with_context
+from ldmseg_fast.models.unet import FeatureCache
 from ldmseg_fast.panoptic import PanopticResult, postprocess
 
 
@@ -74,10 +75,18 @@ class TorchBackend:
     def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         return self._denoise(unet_input.to(self.dtype), timesteps, context)
 
-    @torch.inference_mode()
-    def conditioned(self, images: Tensor, captions: Sequence[str] | None = None) -> Denoise:
-        """`denoise` with the context of these uint8 images [B, 3, S, S] and their captions."""
-        return with_context(self.denoise, self.conditioning, images.to(self.device), captions)
+    def caching(self, interval: int, branch: int) -> Callable[..., Tensor]:
+        """`denoise` for one sampling loop, which computes the UNet below a skip connection each `interval`-th time
+        only; eager where the backend compiles. `branch`: see `models.unet.FeatureCache`."""
+        cache, calls = FeatureCache(branch), itertools.count()
+
+        @torch.inference_mode()
+        def denoise(unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+            if next(calls) % interval == 0:
+                cache.features = None
+            return self.unet(unet_input.to(self.dtype), timesteps, context, cache)
+
+        return denoise
 
     @torch.inference_mode()
     def sample(

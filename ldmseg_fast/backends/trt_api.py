@@ -67,25 +67,42 @@ class Built:
 
 @dataclass(frozen=True)
 class Machine:
-    """The first GPU and its driver; empty where there is none."""
+    """A GPU and its driver; empty where there is none."""
 
     gpu: str = ""
     compute_capability: str = ""
     driver: str = ""
 
 
+def this_machine(device: torch.device | None = None) -> Machine:
+    """The GPU behind a torch device (default the current one); nvidia-smi's first where torch has no CUDA."""
+    machine = _ask_nvidia_smi()
+    if not (machine.driver and torch.cuda.is_available()):
+        return machine
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    major, minor = torch.cuda.get_device_capability(index)
+    return Machine(torch.cuda.get_device_name(index), f"{major}.{minor}", machine.driver)
+
+
 @lru_cache(maxsize=1)
-def this_machine() -> Machine:
+def _ask_nvidia_smi() -> Machine:
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader", "--id=0"]
     try:
         output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return Machine()
-    return Machine(*(part.strip() for part in output.strip().splitlines()[0].split(",")))
+    parts = [part.strip() for part in output.partition("\n")[0].split(",")]
+    return Machine(*parts) if len(parts) == 3 else Machine()
+
+
+def driver_major(driver: str) -> int:
+    """580 of "580.65.06"; 0 where it is unknown."""
+    number = driver.partition(".")[0]
+    return int(number) if number.isdigit() else 0
 
 
 class TrtApi:
-    """One imported flavour. `device`: where its engines run."""
+    """One imported flavour. `device`: where its engines are built and run."""
 
     device = torch.device("cuda")
 
@@ -98,7 +115,7 @@ class TrtApi:
 
     @property
     def machine(self) -> Machine:
-        return this_machine()
+        return this_machine(self.device)
 
     def _make_log(self) -> Any:
         trt = self.trt
@@ -275,6 +292,5 @@ def check_driver(machine: Machine) -> None:
         raise BackendError(
             "TensorRT runs on NVIDIA GPUs and none answers to nvidia-smi; use backend=onnxruntime or torch here"
         )
-    major = int(machine.driver.split(".")[0] or 0)
-    if major < MIN_DRIVER:
+    if driver_major(machine.driver) < MIN_DRIVER:
         raise BackendError(f"NVIDIA driver {machine.driver}: TensorRT needs {MIN_DRIVER} or later; update the driver")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from ldmseg_fast.backends import trt_api
 from ldmseg_fast.backends.base import BackendError, ModelInfo
 from ldmseg_fast.backends.graph_backend import GraphBackend
 from ldmseg_fast.backends.loop import Runner
-from ldmseg_fast.backends.manifest import GraphFile, hash_files, model_hash, read_manifest, with_image_size
+from ldmseg_fast.backends.manifest import GraphFile, at_graphs_size, hash_files, model_hash, read_manifest
 from ldmseg_fast.backends.passport import Passport, check_passport, engine_file, read_passport
 from ldmseg_fast.backends.specs import GraphSpec
 
 OPTIONS = {
-    "batch": "--max-batch {}, or split the batch (--batch-size)",
+    "batch": "--max-batch {}, or split the batch",
     "height": "--max-side {}",
     "width": "--max-side {}",
 }
@@ -38,10 +39,8 @@ class TrtRunner:
         context = self._contexts[profile]
         inputs = {t.name: (tuple(tensors[t.name].shape), tensors[t.name].data_ptr()) for t in self.spec.inputs}
         outputs = {t.name: tensors[t.name].data_ptr() for t in self.spec.outputs}
-        alive = tuple(tensors.values())  # the context holds their addresses only
 
-        def run() -> None:
-            assert alive
+        def run(alive: tuple[Tensor, ...] = tuple(tensors.values())) -> None:  # the context holds addresses only
             self.api.bind(context, inputs, outputs)
             self.api.execute(context, self.stream)
 
@@ -75,6 +74,7 @@ def load_trt_backend(
     device: str | torch.device | None = None,
     lanes: int = 1,
     cuda_graph: bool = True,
+    image_size: int | None = None,
 ) -> GraphBackend:
     """The engines that `to_trt.py` built.
 
@@ -84,38 +84,58 @@ def load_trt_backend(
         device: of the GPU; default the first.
         lanes: how many threads can be inside at a time; each has its own contexts and buffers.
         cuda_graph: run the sampling loop as one CUDA graph.
+        image_size: side in pixels of what the networks see; default the engines' own, or the model's.
 
     Raises:
-        BackendError: no TensorRT, no GPU, or an engine that was not built for this model, machine and version.
+        BackendError: no TensorRT, no GPU, or an engine that was not built for this model, machine, version or size.
     """
     folder = Path(engine_dir)
     manifest = read_manifest(folder)
     passports = {name: read_passport(folder, name) for name in manifest.graphs}
     api = trt_api.load_api(passports["denoiser"].flavour)
+    device = torch.device(device) if device is not None else api.device
+    if device.type != api.device.type:
+        raise BackendError(f"device={device}: TensorRT engines run on {api.device}; use backend=onnxruntime or torch")
+    api.device = device
     trt_api.check_driver(api.machine)
     digest = model_hash(info.folder)
     for passport in passports.values():
         check_passport(passport, folder, manifest, digest, api.flavour, api.version, api.machine)
-    device = torch.device(device) if device is not None else api.device
-    if device.type != api.device.type:
-        raise BackendError(f"device={device}: TensorRT engines run on {api.device}; use backend=onnxruntime or torch")
-    engines = {
-        name: api.deserialize(engine_file(folder, name), passport.version_compatible)
-        for name, passport in passports.items()
-    }
-    for name, passport in passports.items():
-        if passport.stripped:
-            api.refit(engines[name], weights_of(folder, manifest.graphs[name]))
+    info = at_graphs_size(info, folder, manifest, image_size)
+    _check_sides(info, passports["denoiser"], manifest.downsampling)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        engines = {
+            name: api.deserialize(engine_file(folder, name), passport.version_compatible)
+            for name, passport in passports.items()
+        }
+        for name, passport in passports.items():
+            if passport.stripped:
+                api.refit(engines[name], weights_of(folder, manifest.graphs[name]))
     specs = {name: graph.spec for name, graph in manifest.graphs.items()}
 
     def make_runners(stream: torch.cuda.Stream | None) -> Mapping[str, Runner]:
         handle = stream.cuda_stream if stream is not None else 0
         return {name: TrtRunner(api, engines[name], specs[name], passports[name], handle) for name in engines}
 
-    info = with_image_size(info, manifest.image_size)
-    fixed = manifest.options.batch
-    decode_batch = fixed or max(profile["batch"][2] for profile in passports["mask_decoder"].profiles)
-    return GraphBackend(info, specs, make_runners, device, lanes, cuda_graph, decode_batch, engines.clear)
+    batch = manifest.options.batch
+    fixed = {"batch": (batch, batch, batch)}
+    batches = {
+        name: tuple((profile["batch"][0], profile["batch"][2]) for profile in ({**fixed, **p} for p in each.profiles))
+        for name, each in passports.items()
+    }
+    return GraphBackend(info, specs, make_runners, device, lanes, cuda_graph, batches, engines.clear)
+
+
+def _check_sides(info: ModelInfo, passport: Passport, downsampling: int) -> None:
+    """Raises BackendError where engines for several picture sizes were not built for this one."""
+    sides = [profile.get("latent_height", (0, 0, 2**31)) for profile in passport.profiles]
+    cells = info.image_size // downsampling
+    if not any(least <= cells <= largest for least, _, largest in sides):
+        built = ", ".join(f"{least * downsampling} to {largest * downsampling}" for least, _, largest in sides)
+        raise BackendError(
+            f"image_size={info.image_size}: these engines take pictures of {built} pixels; choose one of them, or "
+            f"rebuild with --image-sizes LEAST,BEST,LARGEST"
+        )
 
 
 def weights_of(folder: Path, graph: GraphFile) -> Path:

@@ -16,7 +16,6 @@ from ldmseg_fast.backends.specs import (
     mask_decoder,
     sample_inputs,
     schedule,
-    size_multiple,
 )
 from ldmseg_fast.checkpoint import load_component
 from ldmseg_fast.diffusion.scheduler import Scheduler
@@ -102,7 +101,7 @@ def test_more_slots_than_a_byte_names(info):
 
 
 def test_the_size_multiple(info):
-    assert size_multiple(info) == 8  # 4 pixels a cell, two levels of the UNet
+    assert info.size_multiple == 8  # 4 pixels a cell, two levels of the UNet
 
 
 def test_unknown_backends(model_dir):

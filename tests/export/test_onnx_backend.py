@@ -52,6 +52,21 @@ def test_latents_and_logits(pipes, pictures):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_maps_too_large_for_the_head_come_from_the_logits(pipes, monkeypatch):
+    backend = pipes[1].backend
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = backend.decode_mask(latents, (70, 90), thresholds=OPEN)
+    monkeypatch.setattr("ldmseg_fast.backends.graph_backend.MAX_HEAD_BYTES", 100_000)
+    for one, other in zip(backend.decode_mask(latents, (70, 90), thresholds=OPEN), expected, strict=True):
+        assert (one.segmentation == other.segmentation).mean() > 0.999
+    specs = dict(backend.specs)
+    decoder = specs["mask_decoder"]
+    specs["mask_decoder"] = replace(decoder, outputs=decoder.outputs[:3])
+    monkeypatch.setattr(backend, "specs", specs)
+    with pytest.raises(BackendError, match=r"a map of 90x70 pixels: .* export them with --head both"):
+        backend.decode_mask(latents, (70, 90))
+
+
 def test_a_callback_sees_every_step(pipes, pictures):
     seen = []
     pipes[1](pictures[:1], 3, callback=lambda step, time, latents, estimate: seen.append((step, time)))

@@ -1,8 +1,11 @@
 """`to_onnx.py`: what it writes, how near that is to PyTorch, and what it refuses."""
 
+import errno
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +14,18 @@ import onnxruntime
 import pytest
 import torch
 
-from ldmseg_fast.backends.base import read_model_info
+from ldmseg_fast.backends.base import BackendError, read_model_info
 from ldmseg_fast.backends.graphs import DenoiserGraph, build_graph
 from ldmseg_fast.backends.manifest import GraphFile, check_files, model_hash, read_manifest
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.specs import GraphOptions, graph_specs, sample_inputs
-from ldmseg_fast.checkpoint import load_component
-from ldmseg_fast.export import model_export, parity, to_onnx
+from ldmseg_fast.checkpoint import CheckpointError, load_component
+from ldmseg_fast.export import model_export, output_folder, parity, to_onnx
 from ldmseg_fast.export.float_twin import float_twin
 from ldmseg_fast.export.graph_export import export_graph
-from ldmseg_fast.export.model_export import load_network, new_folder, read_converted
+from ldmseg_fast.export.model_export import exported_files
+from ldmseg_fast.export.networks import load_network, read_converted
+from ldmseg_fast.export.output_folder import new_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,6 +147,7 @@ def test_large_weights_go_beside_the_graph(model_dir, tmp_path, monkeypatch):
         (["--size", "large"], "--size large: a number"),
         (["--batch", "0"], "--batch 0: a number from 1 on"),
         (["--sampler-steps", "2,x"], "--sampler-steps x"),
+        (["--sampler-steps", "50"], "--sampler-steps 50: whole samplers are for 8 steps at most"),
         (["--data", "nowhere"], "nowhere"),
     ],
 )
@@ -180,10 +186,62 @@ def test_a_missed_tolerance_fails_and_writes_nothing(model_dir, graphs, tmp_path
 
 
 def test_a_full_disk_is_one_error_and_nothing_stays(tmp_path):
-    with pytest.raises(model_export.BackendError, match="the disk is full"), new_folder(tmp_path / "out") as folder:
+    with (
+        pytest.raises(BackendError, match="the disk is full"),
+        new_folder(tmp_path / "out", exported_files) as folder,
+    ):
         (folder.path / "half").write_bytes(b"x")
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.EDQUOT, errno.EFBIG])
+def test_a_used_up_quota_is_a_full_disk(tmp_path, code):
+    with pytest.raises(BackendError, match="the disk is full"), new_folder(tmp_path / "out", exported_files):
+        raise OSError(code, "no more")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_ours_is_not_deleted(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("export.json", "denoiser.onnx", "parity.json"):
+        (out / name).write_text("{}")
+    (out / "denoiser.engine").write_bytes(b"hours of building")
+    with (
+        pytest.raises(BackendError, match=r"no export \(denoiser\.engine\); choose another"),
+        new_folder(out, exported_files),
+    ):
+        pass
+    (out / "denoiser.engine").unlink()
+    with new_folder(out, exported_files) as folder:
+        (folder.path / "export.json").write_text("new")
+    assert [path.name for path in out.iterdir()] == ["export.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _export_and_wait(out: Path, ready) -> None:
+    with new_folder(out, exported_files) as folder:
+        (folder.path / "denoiser.onnx").write_bytes(b"half")
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_killed_export_leaves_nothing_that_stays(tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    ready, out = context.Event(), tmp_path / "out"
+    worker = context.Process(target=_export_and_wait, args=(out, ready))
+    worker.start()
+    assert ready.wait(30)
+    monkeypatch.setattr(output_folder, "SETTLED_SECONDS", 0)
+    with new_folder(out, exported_files) as folder:
+        folder.keep = False
+    assert len(list(tmp_path.iterdir())) == 1  # the other process is alive, and its folder is left to it
+    worker.kill()
+    worker.join(30)
+    with new_folder(out, exported_files):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_weights_are_read_in_another_type(model_dir):
@@ -196,7 +254,7 @@ def test_weights_are_read_in_another_type(model_dir):
 
 def test_damaged_weights(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(model_export.CheckpointError, match="damaged safetensors file"):
+    with pytest.raises(CheckpointError, match="damaged safetensors file"):
         read_converted(tmp_path / "model.safetensors", torch.float16)
 
 

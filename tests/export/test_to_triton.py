@@ -105,6 +105,17 @@ def test_configurations_follow_the_schema(repository, model_config):
     assert configs["ldmseg_sampler"].dynamic_batching.max_queue_delay_microseconds == 2000
 
 
+def test_other_models_of_a_repository_are_left_alone(graphs, tmp_path, capsys):
+    (tmp_path / "r" / "resnet").mkdir(parents=True)
+    arguments = [str(graphs), "--out", str(tmp_path / "r")]
+    assert to_triton.main(arguments) == 2
+    assert "holds something that is no export (resnet)" in capsys.readouterr().err
+    (tmp_path / "r" / "resnet").rmdir()
+    assert to_triton.main(arguments) == 0 and to_triton.main(arguments) == 0
+    (tmp_path / "r" / "resnet").mkdir()
+    assert to_triton.main(arguments) == 2 and (tmp_path / "r" / "resnet").is_dir()
+
+
 def test_the_ensemble_is_wired(repository, model_config):
     """Every tensor that a step reads was made before, under the types and sizes that its model declares."""
     configs = read_configs(repository, model_config)

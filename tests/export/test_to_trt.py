@@ -1,10 +1,13 @@
 """`to_trt.py`: real TensorRT-RTX builds without a GPU; cache, lock and refusals through the double."""
 
 import ast
+import fcntl
 import json
 import multiprocessing
 import re
 import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.backends.manifest import read_manifest
 from ldmseg_fast.backends.passport import read_passport
 from ldmseg_fast.backends.trt_api import Machine, load_api
-from ldmseg_fast.export import engine_build, to_trt
+from ldmseg_fast.export import engine_build, model_export, output_folder, to_trt
 
 ROOT = Path(__file__).resolve().parents[2]
 # of the documented removals in TensorRT 11, https://docs.nvidia.com/deeplearning/tensorrt: names this code could use
@@ -184,6 +187,40 @@ def test_equal_settings_build_once(graphs, trt, double, tmp_path):
     assert to_trt.main([*arguments, "--max-batch", "2"]) == 0 and double.Builder.builds == 8
 
 
+def test_a_model_is_exported_once(model_dir, trt, tmp_path, capsys):
+    arguments = [str(model_dir), "--out", str(tmp_path / "e"), "--precision", "fp32", "--no-parity"]
+    assert to_trt.main(arguments) == 0
+    before = (tmp_path / "e" / "onnx" / "denoiser.onnx").stat().st_mtime_ns
+    capsys.readouterr()
+    assert to_trt.main([*arguments, "--max-batch", "2"]) == 0
+    assert "onnx, unchanged" in capsys.readouterr().out
+    assert (tmp_path / "e" / "onnx" / "denoiser.onnx").stat().st_mtime_ns == before
+    settings = model_export.ExportSettings("fp32", parity=False)
+    assert model_export.is_current(model_dir, tmp_path / "e" / "onnx", settings)
+    for change in ({"precision": "fp16"}, {"head": "both"}, {"parity": True}, {"size": "32"}, {"sampler_steps": "2"}):
+        assert not model_export.is_current(model_dir, tmp_path / "e" / "onnx", replace(settings, **change))
+
+
+def test_what_a_killed_build_left_is_removed(graphs, trt, tmp_path):
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / ".denoiser.engine.new-123").write_bytes(b"half an engine")
+    (tmp_path / "e" / ".onnx.new-abc").mkdir()
+    assert to_trt.main([str(graphs), "--out", str(tmp_path / "e")]) == 0
+    assert [path.name for path in (tmp_path / "e").glob(".*new*")] == [".onnx.new-abc"]
+
+
+def test_a_waiting_builder_says_so(tmp_path):
+    said = []
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        timer = threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        timer.start()
+        with output_folder.exclusive(tmp_path / "lock", lambda: said.append("waiting")):
+            pass
+        timer.join()
+    assert said == ["waiting"]
+
+
 def _build_in_a_process(graphs: str, out: str, log: str) -> None:
     """A builder that takes its time, so that a second one must wait for it."""
     import time
@@ -254,6 +291,8 @@ def test_an_interrupted_rebuild_is_not_loaded(graphs, trt, double, tmp_path, mon
         (["--profile", "1,2"], "--profile 1,2: three numbers expected"),
         (["--profile", "4,2,8"], "--profile 4,2,8: least, best and largest"),
         (["--max-side", "0"], "--max-side 0"),
+        (["--head", "both", "--no-parity"], "already exported, so --head, --no-parity can change nothing"),
+        (["--timing-cache", "/nowhere/cache"], "--timing-cache /nowhere/cache: no folder /nowhere"),
     ],
 )
 def test_wrong_options(graphs, trt, tmp_path, capsys, options, message):
@@ -291,7 +330,7 @@ def test_without_a_gpu(graphs, double, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_what_rtx_cannot_build(graphs, rtx, tmp_path, capsys, monkeypatch, options, message):
-    monkeypatch.setattr(trt_api, "this_machine", Machine)
+    monkeypatch.setattr(trt_api, "this_machine", lambda _: Machine())
     assert to_trt.main([str(graphs), "--out", str(tmp_path / "e"), "--flavour", "rtx", *options]) == 2
     assert message in capsys.readouterr().err
 

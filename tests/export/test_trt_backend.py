@@ -68,11 +68,29 @@ def test_nothing_is_copied_between_steps(model_dir, engines, trt, double, monkey
         assert after["image_latents"] == before["image_latents"]
 
 
-def test_a_batch_over_the_profile(model_dir, engines, trt):
+def test_a_batch_over_the_profile_goes_through_in_parts(model_dir, engines, trt):
+    backend, plain = load_backend(model_dir, "tensorrt", engines), load_backend(model_dir, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    noise, times = torch.randn(6, 4, 16, 16, generator=generator), torch.arange(6) * 100
+    scheduler, found = Scheduler(plain.info.scheduler), {}
+    for name, each in (("engines", backend), ("torch", plain)):
+        image_latents = each.encode_image(images)
+        sampled = [each.sample(noise, image_latents, scheduler, steps) for steps in (2, 3)]  # whole, and in a loop
+        unet_input = torch.cat([noise, image_latents.float(), noise], dim=1)
+        logits = each.decode_mask(sampled[0], (64, 64), "logits")
+        found[name] = [image_latents, *sampled, each.denoise(unet_input, times), logits]
+    for ours, theirs in zip(found["engines"], found["torch"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_over_the_profile_is_named(model_dir, engines, trt):
     backend = load_backend(model_dir, "tensorrt", engines)
     message = r"image_encoder: batch 5 is over this engine's 4; rebuild with --max-batch 5, or split the batch"
     with pytest.raises(BackendError, match=message):
-        backend.encode_image(torch.zeros(5, 3, 64, 64, dtype=torch.uint8))
+        backend.run_graph("image_encoder", {"images": torch.zeros(5, 3, 64, 64, dtype=torch.uint8)})
+    with pytest.raises(ValueError, match="an empty batch"):
+        backend.encode_image(torch.zeros(0, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(BackendError, match=r"width 200 is over this engine's 96; rebuild with --max-side 200"):
         backend.decode_mask(torch.zeros(1, 4, 16, 16), (50, 200))
 
@@ -220,3 +238,20 @@ def test_no_tensorrt(monkeypatch):
 def test_a_model_of_another_picture_size(model_dir, engines, trt):
     info = replace(read_model_info(model_dir), image_size=512)
     assert load_trt_backend(info, engines).info.image_size == 64
+
+
+def test_another_machine_than_the_first(monkeypatch):
+    """Work on the second GPU is checked against the second GPU."""
+    monkeypatch.setattr(trt_api, "_ask_nvidia_smi", lambda: Machine("NVIDIA A100", "8.0", "580.65"))
+    assert trt_api.this_machine().gpu == "NVIDIA A100"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((8, 0), (9, 0))[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("NVIDIA A100", "NVIDIA H100")[index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert trt_api.this_machine(torch.device("cuda:1")) == Machine("NVIDIA H100", "9.0", "580.65")
+    assert trt_api.this_machine(torch.device("cuda")) == Machine("NVIDIA A100", "8.0", "580.65")
+
+
+@pytest.mark.parametrize(("text", "number"), [("580.65.06", 580), ("", 0), ("[N/A]", 0)])
+def test_driver_numbers(text, number):
+    assert trt_api.driver_major(text) == number

@@ -1,0 +1,82 @@
+"""A model folder's networks in the type that they are exported in, one in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.backends.base import ModelInfo
+from ldmseg_fast.backends.specs import DTYPES, GraphOptions, GraphSpec
+from ldmseg_fast.checkpoint import (
+    DTYPE_NAMES,
+    WEIGHTS,
+    CheckpointError,
+    check_state,
+    inside,
+    load_component,
+    load_component_config,
+)
+from ldmseg_fast.models.unet import UNet
+
+
+def network_of(graph: str) -> str:
+    """The component whose weights a graph holds."""
+    return {"image_encoder": "image_vae", "mask_decoder": "mask_vae"}.get(graph, "unet")
+
+
+def load_networks(info: ModelInfo, spec: GraphSpec, options: GraphOptions) -> dict[str, Any]:
+    """What `backends.graphs.build_graph` needs for a graph, by component."""
+    needed = network_of(spec.name)
+    dtype = DTYPES[options.decoder_dtype if needed == "mask_vae" else options.dtype]
+    found = {needed: load_network(info, needed, dtype)}
+    return found | load_queries(info, dtype) if needed == "unet" else found
+
+
+def load_queries(info: ModelInfo, dtype: torch.dtype) -> dict[str, Any]:
+    """The conditioning component where it is trained queries, which become part of the graph."""
+    if info.conditioning != "learned":
+        return {}
+    return {"conditioning": load_component(info.folder, "conditioning").to(dtype)}
+
+
+def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
+    if name != "unet":
+        network: Any = load_component(info.folder, name)
+        return network.to(dtype)
+    with torch.device("meta"):
+        unet = UNet(load_component_config(info.folder, "unet")[0])
+    path = inside(info.folder, info.folder / "unet" / WEIGHTS)
+    state = read_converted(path, dtype)
+    check_state(unet.state_dict(), state, str(path))
+    unet.load_state_dict(state, assign=True)
+    unet.eval().requires_grad_(False).fuse_qkv()
+    return unet
+
+
+def read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A safetensors file in `dtype`, converted tensor by tensor: a full-size model is never in memory twice.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    kinds = {name: kind for kind, name in DTYPE_NAMES.items()}
+    state = {}
+    try:
+        with path.open("rb") as file:
+            start = int.from_bytes(file.read(8), "little") + 8
+            header = json.loads(file.read(start - 8))
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                first, end = entry["data_offsets"]
+                file.seek(start + first)
+                content = bytearray(file.read(end - first))
+                tensor = torch.frombuffer(content, dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
+                state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    except (ValueError, KeyError, RuntimeError, MemoryError, OverflowError) as error:
+        raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or save it again") from None
+    return state
