@@ -23,7 +23,7 @@ from PIL import Image
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.harness import Run, measure
+from benchmarks.harness import RESULTS, Run, measure
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.loader import TrainingBatches
 from ldmseg_fast.data.scenes import write_scenes
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--split", default="train2017")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args()
     torch.set_num_threads(1)
     run = Run("data", quick=args.quick)
@@ -149,7 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scenes = write_scenes(Path(folder) / "scenes", images, 256, 0)
         bench(run, "scenes", scenes, "train2017", 128 if args.quick else 256, images, [] if args.quick else [0, 2])
-    run.save()
+    run.save(args.out)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ROOT, BenchmarkError, Run, Timing, measure
 from torch import Tensor
 
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure
 from ldmseg_fast.kernels import configs
 from ldmseg_fast.kernels.backend import KERNELS
 from ldmseg_fast.kernels.cases import Case, all_cases
@@ -228,8 +231,7 @@ def benchmark(cases: Sequence[Case], options: argparse.Namespace) -> int:
             continue
         measure_case(run, case, case.headline and not options.quick, deadline)
         torch.cuda.empty_cache()
-    if not options.no_tests:
-        run.save()
+    run.save(options.out)
     return 0
 
 
@@ -313,7 +315,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="headline cases, no torch.compile")
     parser.add_argument("--only", nargs="+", choices=KERNELS, help="these kernels only")
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget, tests included")
-    parser.add_argument("--no-tests", action="store_true", help="skip the tests; the run is not saved")
+    parser.add_argument(
+        "--no-tests", action="store_true", help="they ran just now; cases are compared with torch all the same"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="write the best configurations found to FILE")
     options = parser.parse_args(arguments)
     cases = [case for case in all_cases() if not options.only or case.kernel in options.only]

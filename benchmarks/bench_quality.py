@@ -1,78 +1,205 @@
-"""Panoptic quality of trained models, beside the trivial baselines, as one result file.
+"""Panoptic quality of trained models over steps, solvers and noise seeds, beside baselines, as one result file.
 
-python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [--split S] [--steps 1 4 10] [--ids SCHEME]
+python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [--split S] [--steps 1 4 10] [--solvers ddim heun]
+    [--seeds 3] [--classical TRAIN_SPLIT] [--picture FILE] [--journal FILE]
+
+Rows are measured one after the other; with --journal a stopped campaign goes on with the first that is missing. An
+image with several annotated maps counts once for each of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import Run
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ldmseg_fast.checkpoint import load_index
+from benchmarks.harness import Run
+from benchmarks.quality_curve import draw_curve
+from ldmseg_fast.checkpoint import load_component_config, load_index
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+from ldmseg_fast.metrics import classical
+from ldmseg_fast.pretrained import resolve_model_dir
+from ldmseg_fast.training.provenance import ancestors, cpu_minutes, read_lines
+
+Row = dict[str, Any]
+DETAILS = ("sq", "rq", "pq_crowd_correct", "tp", "fp", "fn")
+
+
+class Journal:
+    """Finished rows, one JSON line each, by what they were measured on; without a path it remembers nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, list[Row]] = {line["key"]: line["rows"] for line in read_lines(path)} if path else {}
+
+    def rows_of(self, key: dict[str, Any], measure: Any) -> list[Row]:
+        """The rows of `key`; `measure()` makes them where they are not there yet."""
+        text = json.dumps(key, sort_keys=True)
+        if text not in self.rows:
+            self.rows[text] = measure()
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("\n" * cut_off)  # after the half line of a campaign that was killed
+                    file.write(json.dumps({"key": text, "rows": self.rows[text]}) + "\n")
+        return self.rows[text]
 
 
 def training_facts(model_dir: Path) -> dict[str, Any]:
-    """Steps and CPU minutes (of rank 0) of the run that made a model; empty where it left no log."""
-    log = model_dir / "logs" / "log.jsonl"
-    if not log.is_file():
+    """Steps and CPU minutes (of rank 0) of the run that made a model, and of all that it was built on; empty where it
+    left no log."""
+    records = read_lines(model_dir / "logs" / "log.jsonl")
+    if not records:
         return {}
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "cpu_seconds" in row]
-    # the counter starts again with each resume
-    minutes, previous = 0.0, 0.0
-    for row in rows:
-        minutes += row["cpu_seconds"] - (previous if row["cpu_seconds"] >= previous else 0.0)
-        previous = row["cpu_seconds"]
-    return {"training_steps": rows[-1]["step"], "cpu_minutes": round(minutes / 60, 1)}
+    total = sum(cpu_minutes(folder / "logs") for folder in ancestors(model_dir))
+    facts = {"training_steps": records[-1]["step"], "cpu_minutes": round(cpu_minutes(model_dir / "logs"), 1)}
+    return facts | {"cpu_minutes_in_all": round(total, 1)}
 
 
-def main(argv: list[str] | None = None) -> int:
+def fingerprint(model_dir: Path) -> str:
+    """A digest of every file that a model folder's components consist of."""
+    digest = hashlib.sha256()
+    for component in load_index(model_dir)["components"]:
+        for path in sorted((model_dir / component).rglob("*")):
+            if path.is_file():
+                digest.update(path.read_bytes())
+    digest.update((model_dir / "model_index.json").read_bytes())
+    return digest.hexdigest()
+
+
+def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions) -> list[Row]:
+    """The model's row, then one for each trivial baseline on the same images."""
+    report = evaluate(model_dir, data, options)
+    case = {"data": report["data"], "split": options.split, "images": report["images"], "mode": report["mode"]}
+    facts = training_facts(model_dir)
+    if report["mode"] == "reconstruction":
+        own_case = case | {"ids": report["id_assignment"], "size": report["image_size"]}
+    else:
+        own_case = case | {"steps": report["num_inference_steps"], "solver": report["solver"]}
+        facts["prediction_type"] = load_component_config(model_dir, "scheduler")[0].prediction_type
+    if options.seeds > 1:
+        facts["deviation"] = report["seeds"]["deviation"]["class_agnostic"]["pq"]
+        facts["seeds"] = options.seeds
+    facts["ms_per_image"] = 1000 * report["seconds_per_image"]
+    rows = [(name, own_case, report["class_agnostic"], facts)]
+    rows += [(baseline, case, values, {}) for baseline, values in report["baselines"].items()]
+    return [
+        {"variant": variant, "case": where, "value": values["pq"], **{key: values[key] for key in DETAILS}, **more}
+        for variant, where, values, more in rows
+    ]
+
+
+def classical_rows(data: str, split: str, limit: int, tuned_on: str, tuning_images: int, method: str) -> list[Row]:
+    """A classical method at its best setting on the first images of the split `tuned_on`."""
+    training = CocoPanoptic(data, tuned_on, 64, limit=tuning_images)
+    best, tuned = classical.tune(method, list(classical.load_items(training)))
+    items = list(classical.load_items(CocoPanoptic(data, split, 64, limit=limit)))
+    start = time.perf_counter()
+    result = classical.score(best, items).result()
+    seconds = time.perf_counter() - start
+    values = result["class_agnostic"]
+    pictures = len({id(image) for image, _ in items})
+    return [
+        {
+            "variant": method,
+            "case": {"data": Path(data).name, "split": split, "images": len(items), "mode": "class-agnostic"},
+            "value": 100 * values["pq"],
+            **{key: 100 * values[key] for key in ("sq", "rq")},
+            "pq_crowd_correct": 100 * result["pq_crowd_correct"],
+            **{key: values[key] for key in ("tp", "fp", "fn")},
+            "setting": str(best),
+            "tuned_on": f"{tuned_on}, {len(training)} maps, PQ {tuned:.2f}",
+            "ms_per_image": 1000 * seconds / pictures,
+        }
+    ]
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="NAME=MODEL_DIR; the name stands in the table")
+    parser.add_argument("models", nargs="*", help="NAME=MODEL_DIR; the name stands in the table")
     parser.add_argument("--data", required=True)
     parser.add_argument("--split", default="val2017")
     parser.add_argument("--steps", type=int, nargs="+", default=[], help="denoising steps; default the model's own")
+    parser.add_argument("--solvers", nargs="+", default=["ddim"], help="ddim, dpmpp_2m, heun; one step knows ddim only")
+    parser.add_argument("--seeds", type=int, default=1, help="noise seeds; rows are means, with the deviation beside")
+    parser.add_argument("--classical", metavar="SPLIT", help="also Felzenszwalb and SLIC, tuned on this training split")
+    parser.add_argument("--tuning-images", type=int, default=100, help="of that split")
     parser.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction")
     parser.add_argument("--size", type=int, help="side in pixels of an auto-encoder's reconstruction")
     parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
     parser.add_argument("--limit", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="16 images, nothing is saved")
-    args = parser.parse_args(argv)
+    parser.add_argument("--picture", type=Path, help="PNG or SVG: quality against time, with the Pareto front")
+    parser.add_argument("--journal", type=Path, help="file of finished rows, by which a stopped campaign goes on")
+    parser.add_argument("--quick", action="store_true", help="16 images, 8 for tuning; nothing is saved")
+    return parser
 
-    run = Run("quality", quick=args.quick)
+
+def measure(args: argparse.Namespace, run: Run) -> None:
+    """Add every row of the campaign to `run`."""
+    journal = Journal(None if args.quick else args.journal)
     limit = 16 if args.quick else args.limit
+    data = str(Path(args.data).resolve())
+    seen: set[str] = set()
+
+    def add(rows: list[Row]) -> None:
+        for row in rows:
+            where = json.dumps([row["variant"], row["case"]], sort_keys=True)
+            if where not in seen:  # each model brings the trivial baselines along
+                seen.add(where)
+                run.add_value("PQ", unit="%", **row)
+
     for entry in args.models:
         name, _, folder = entry.rpartition("=")
-        model_dir = Path(folder)
-        facts = training_facts(model_dir)
+        model_dir = resolve_model_dir(folder)
+        name = name or model_dir.name
         reconstruction = load_index(model_dir).get("components") == ["mask_vae"]
         for steps in [None] if reconstruction or not args.steps else args.steps:
-            options = EvaluationOptions(
-                split=args.split,
-                steps=steps,
-                limit=limit,
-                id_assignment=args.ids,
-                image_size=args.size,
-                count_threshold=args.count_th,
+            # with one step all solvers are the same
+            for solver in ["ddim"] if reconstruction or steps == 1 else args.solvers:
+                options = EvaluationOptions(
+                    split=args.split,
+                    steps=steps,
+                    solver=solver,
+                    seeds=1 if reconstruction else args.seeds,
+                    limit=limit,
+                    id_assignment=args.ids,
+                    image_size=args.size,
+                    count_threshold=args.count_th,
+                )
+                key = {"name": name, "model": fingerprint(model_dir), "data": data, "options": asdict(options)}
+                add(journal.rows_of(key, lambda: model_rows(name, model_dir, args.data, options)))  # noqa: B023
+    if args.classical:
+        classical.require_skimage()
+        tuning = 8 if args.quick else args.tuning_images
+        for method in classical.METHODS:
+            key = {"classical": method, "data": data, "split": args.split, "limit": limit}
+            key |= {"tuned_on": args.classical, "tuning": tuning, "grid": classical.GRIDS[method]}
+            rows = journal.rows_of(
+                key,
+                lambda: classical_rows(args.data, args.split, limit, args.classical, tuning, method),  # noqa: B023
             )
-            report = evaluate(model_dir, args.data, options)
-            case = {"data": report["data"], "split": args.split, "images": report["images"], "mode": report["mode"]}
-            if reconstruction:
-                case |= {"ids": report["id_assignment"], "size": report["image_size"]}
-            else:
-                case |= {"steps": report["num_inference_steps"]}
-            rows = {name or model_dir.name: report["class_agnostic"]} | report["baselines"]
-            for variant, values in rows.items():
-                own = values is report["class_agnostic"]
-                more = facts | {"ms_per_image": 1000 * report["seconds_per_image"]} if own else {}
-                detail = {key: values[key] for key in ("sq", "rq", "pq_crowd_correct", "tp", "fp", "fn")}
-                run.add_value("PQ", values["pq"], "%", case=case, variant=variant, **detail, **more)
+            add(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.models and not args.classical:
+        parser.error("give NAME=MODEL_DIR, or --classical SPLIT")
+    run = Run("quality", quick=args.quick)
+    measure(args, run)
+    if args.picture:
+        draw_curve(run.results, args.picture)
     if not args.quick:
         run.save()
     return 0

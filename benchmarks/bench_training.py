@@ -29,8 +29,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.bench_data import plain_item
+from benchmarks.harness import RESULTS, measure
 from benchmarks.harness import Run as Record
-from benchmarks.harness import measure
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoint import save_component, save_index, save_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig, load_config, validate
@@ -137,7 +137,8 @@ def split(run: Run, steps: int) -> dict[str, float]:
 
     for _ in range(steps):
         run.optimizer.set_learning_rate(learning_rate(run.progress.step, run.config.train))
-        batch = timed("data", lambda: next(run.prefetched))
+        [batch] = timed("data", lambda: next(run.prefetched))
+        run.stage.prepare([batch])
         with run.stage.autocast(), torch.no_grad():
             batch["image_latents"] = timed("encode", lambda b=batch: run.stage.image_latents(b).detach())
         losses = timed("forward", lambda b=batch: run.optimizer.forward(b, run.progress.step))
@@ -193,10 +194,10 @@ def bench_engine(record: Record, args: argparse.Namespace, folder: Path) -> None
         {"plain": plain_step, "engine": engine_step},
         device=device.type,
         rounds=5 if args.quick else 20,
-        max_seconds=300,
+        max_seconds=30 * args.minutes,
         flush_l2=False,
     )
-    batch = next(run.prefetched)
+    [batch] = next(run.prefetched)
     with FlopCounterMode(display=False) as counter:
         run.stage(batch, 0)["loss"].backward()
     flops = counter.get_total_flops()
@@ -295,6 +296,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8 if torch.cuda.is_available() else 0)
     parser.add_argument("--no-zero", action="store_true", help="leave out the memory of ZeRO on two ranks")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of which half is for the timed steps")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--zero-worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -308,7 +311,7 @@ def main() -> None:
         bench_engine(record, args, Path(name))
         if not args.no_zero:
             bench_zero(record, args, Path(name))
-    record.save()
+    record.save(args.out)
 
 
 if __name__ == "__main__":

@@ -1,110 +1,99 @@
-"""The README's tables, from the result files: python benchmarks/report.py [--check]
+"""The README's tables, benchmarks/REPORT.md and an offline page with plots, all from the result files.
 
-Each table stands between `<!-- results:SUITE -->` and `<!-- end -->`; of every suite the newest full run of a case is
-shown. With --check nothing is written and the exit code is 1 where a table is not current.
+    python benchmarks/report.py              renews the README's tables and REPORT.md
+    python benchmarks/report.py --html FILE  also the page with plots (needs matplotlib)
+    python benchmarks/report.py --check      writes nothing; exit code 1 where README or REPORT.md is not current
+
+In the README each table stands between `<!-- results:SUITE -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, "") and str(Path(__file__).resolve().parents[1]) not in sys.path:
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.environment import ROOT
+from benchmarks.gpu_targets import HEADER, table_rows
+from benchmarks.report_tables import RESULTS, load_rows, machine, sources, suite_table, table
+from benchmarks.scaling import scaling_section
+
+__all__ = ["load_rows", "main", "render", "report"]
 MARKERS = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SUITES = {
+    "latency": "One picture, whole and stage by stage",
+    "throughput": "Images a second from files to files",
+    "training": "Training",
+    "data": "Input pipeline",
+    "evaluation": "Panoptic quality and post-processing on the CPU",
+    "export": "Export and ONNX Runtime",
+    "quality": "Quality of trained models",
+}
+INTRODUCTION = """# What was measured
 
-Row = dict[str, Any]
-
-
-def load_rows(suite: str, folder: Path = ROOT / "benchmarks" / "results") -> list[Row]:
-    """Rows of a suite's full runs, oldest first; a later row replaces an earlier one of the same name and case."""
-    rows: dict[str, Row] = {}
-    for path in sorted(folder.glob(f"{suite}-*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["quick"]:
-            continue
-        for row in record["results"]:
-            key = json.dumps([row["name"], row["variant"], row["case"]], sort_keys=True)
-            rows.pop(key, None)
-            rows[key] = row | {"environment": record["environment"]}
-    return list(rows.values())
-
-
-def machine(rows: list[Row]) -> str:
-    """Where the rows were measured, one line."""
-    found = []
-    for row in rows:
-        env = row["environment"]
-        name = env["gpu"]["name"] or f"{env['cpu']['name']}, {env['cpu']['cores']} cores"
-        found.append(f"{name}, PyTorch {env['packages'].get('torch', '?')}, {env['time'][:10]}")
-    return "; ".join(dict.fromkeys(found))
+Made by `python benchmarks/report.py` from the files in `benchmarks/results`; edit neither by hand. Times are medians of
+interleaved runs; a ratio is taken against the baseline of the same run. Two result files are compared by
+`python benchmarks/compare.py BEFORE AFTER`. Without a GPU only ratios mean anything.
+"""
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)) + "\n"
-
-
-def quality(rows: list[Row]) -> str:
-    """A line per trained model, then a line per baseline and data set."""
-    models, baselines = [], {}
-    for row in rows:
-        case = row["case"]
-        data = f"{case['data']} {case['split']}, {case['images']}"
-        numbers = [f"{row[key]:.1f}" for key in ("value", "sq", "rq")]
-        if "cpu_minutes" in row:
-            how = f"{case['steps']} steps" if "steps" in case else f"{case['ids']} ids, {case['size']} px"
-            models.append([row["variant"], data, how, *numbers, f"{row['cpu_minutes']:g}"])
-        else:
-            baselines[row["variant"], data] = [row["variant"], data, "", *numbers, ""]
-    header = ["class-agnostic, %", "data, images", "sampling", "PQ", "SQ", "RQ", "training, CPU minutes"]
-    return table(header, [*models, *baselines.values()])
-
-
-def timings(rows: list[Row]) -> str:
-    lines = []
-    for row in rows:
-        case = ", ".join(f"{key} {value}" for key, value in row["case"].items())
-        if "value" in row:
-            lines.append([row["name"], case, row["variant"], f"{row['value']:.4g} {row['unit']}", "", ""])
-        else:
-            ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
-            target = "" if row["target"] is None else f"{row['target']:g}"
-            lines.append([row["name"], case, row["variant"], f"{row['p50']:.4g} ms", ratio, target])
-    return table(["what", "case", "variant", "median", "ratio to baseline", "target"], lines)
-
-
-TABLES: dict[str, Callable[[list[Row]], str]] = {"quality": quality}
-
-
-def render(text: str) -> str:
+def render(text: str, folder: Path = RESULTS) -> str:
     """`text` with every table between markers made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        rows = load_rows(match[2])
-        if not rows:
-            return match[1] + match[3]
-        return f"{match[1]}\n{TABLES.get(match[2], timings)(rows)}\nMeasured on {machine(rows)}.\n\n{match[3]}"
+        made = suite_table(match[2], folder)
+        return f"{match[1]}\n{made}\n{match[3]}" if made else match[1] + match[3]
 
     return MARKERS.sub(fill, text)
 
 
+def report(folder: Path = RESULTS) -> str:
+    """REPORT.md."""
+    parts = [INTRODUCTION, "## Targets on a GPU\n", gpu_section(folder)]
+    for suite, title in SUITES.items():
+        parts.append(f"## {title}\n")
+        rows = load_rows(suite, folder)
+        if not rows:
+            parts.append(f"Not measured yet: `python benchmarks/bench_{suite}.py`.\n")
+            continue
+        parts.append(suite_table(suite, folder))
+        parts.append("\n".join(f"- {line}" for line in sources(rows)) + "\n")
+    parts += ["## Scaling, on paper\n", scaling_section(folder)]
+    return "\n".join(parts)
+
+
+def gpu_section(folder: Path) -> str:
+    """The targets beside what the newest run of `gpu_suite.py` measured."""
+    rows = load_rows("gpu", folder)
+    made = table(HEADER, table_rows(rows))
+    if not rows:
+        return f"{made}\nNo GPU has been measured yet: `python benchmarks/gpu_suite.py --minutes 9`.\n"
+    return f"{made}\nMeasured on {machine(rows)}.\n\n" + "\n".join(f"- {line}" for line in sources(rows)) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table is not current")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file is not current")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also a page with plots")
     args = parser.parse_args(argv)
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = render(old)
+    readme, whole = ROOT / "README.md", ROOT / "benchmarks" / "REPORT.md"
+    old = {path: path.read_text(encoding="utf-8") if path.is_file() else "" for path in (readme, whole)}
+    new = {readme: render(old[readme]), whole: report()}
+    stale = [path for path in old if old[path] != new[path]]
     if args.check:
-        if new != old:
-            print("README.md: tables are not current; run python benchmarks/report.py", file=sys.stderr)
-        return int(new != old)
-    path.write_text(new, encoding="utf-8")
+        for path in stale:
+            print(f"{path.relative_to(ROOT)}: not current; run python benchmarks/report.py", file=sys.stderr)
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(new[path], encoding="utf-8")
+    if args.html is not None:
+        from benchmarks.report_plots import write_page
+
+        write_page(args.html)
     return 0
 
 

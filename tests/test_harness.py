@@ -91,3 +91,26 @@ def test_peak_memory_sees_a_temporary(harness):
     if needed is None:
         pytest.skip("this system does not tell peak memory")
     assert 60 * 2**20 < needed < 80 * 2**20
+
+
+@pytest.mark.parametrize(("apart", "passed", "attempts"), [(1.02, True, 1), (1.05, False, 3)])
+def test_a_against_a(harness, monkeypatch, capsys, apart, passed, attempts):
+    first, second = (harness.Timing(tuple(factor * ms for ms in (9.0, 10.0, 11.0))) for factor in (1.0, apart))
+    monkeypatch.setattr(harness, "measure", lambda *_, **__: {"A": first, "A again": second})
+    assert harness.self_test() is passed
+    out = capsys.readouterr().out
+    assert out.count("A/A") == attempts and "p80/p20 1.128" in out
+
+
+@pytest.mark.soak  # a statement about the machine: it must be idle
+def test_a_against_a_is_within_three_percent(harness):
+    assert harness.self_test()
+
+
+def test_a_broken_result_file_is_named(harness, tmp_path):
+    for name, text in (("half.json", '{"schema": 1'), ("empty.json", "{}"), ("list.json", "[]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(harness.BenchmarkError, match=name):
+            harness.read_results(tmp_path / name)
+    with pytest.raises(harness.BenchmarkError, match=r"none\.json"):
+        harness.read_results(tmp_path / "none.json")

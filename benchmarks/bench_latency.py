@@ -1,0 +1,258 @@
+"""One picture's way through the pipeline, whole and stage by stage, beside the plain loop with diffusers' parts.
+
+python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole]
+    [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M] [--engine-dir DIR]
+
+Every backend's latents and maps are compared with the baseline's first; a red check records nothing. `whole image` is
+from the array to map and segments, `file to file` adds reading the picture and writing PNG and JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.candidates import our_candidates, plain_candidates
+from benchmarks.harness import RESULTS, Run, Timing, measure
+from benchmarks.random_model import find_model
+from ldmseg_fast.backends.base import ModelInfo, read_model_info
+from ldmseg_fast.checkpoint import load_component_config
+from ldmseg_fast.data.scenes import generate_scene
+from ldmseg_fast.diffusion.sampler import image_noise
+from ldmseg_fast.kernels.roofline import find_gpu
+from ldmseg_fast.models.unet import UNet
+
+PARTS = ("step", "stages", "whole")
+TARGETS = {"cpu": 2.0, "cuda": 5.0}  # whole image, times the plain loop
+LOOP = 10  # steps of the loop that `step` is a share of
+SECONDS_TO_COMPILE = 60  # with less time left nothing is compiled
+# largest difference of latents from the baseline's, relative to their norm, and least share of equal pixels
+TOLERANCES = {True: (1e-3, 0.999), False: (0.1, 0.9)}  # float32; half precision on either side
+
+
+@dataclass
+class Bench:
+    """What every part needs: the run, the model, the candidates that are still alive, and the clock."""
+
+    run: Run
+    info: ModelInfo
+    model: str
+    device: str
+    rounds: int
+    deadline: float
+    makers: dict[str, Any]
+    baseline: str
+    pipelines: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def case(self, **more: Any) -> dict[str, Any]:
+        return {"model": self.model, "threads": torch.get_num_threads(), **more}
+
+    def noise(self, batch: int) -> Tensor:
+        return image_noise(0, range(batch), self.info.latent_shape)
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def load(self, pictures: list[np.ndarray]) -> None:
+        """Make each candidate and compare it with the baseline. One that cannot run here is named, with its reason."""
+        noise = self.noise(1)
+        reference: tuple[Tensor, np.ndarray] | None = None
+        for name, make in self.makers.items():
+            if reference is not None and self.seconds_left() < SECONDS_TO_COMPILE * ("compile" in name):
+                print(f"{name}: not measured (time budget)")
+                continue
+            try:
+                pipeline = make()
+                latents = pipeline.sample(noise, pipeline.encode(pipeline.preprocess(pictures[:1])), LOOP).float().cpu()
+                maps = pipeline.whole(pictures[:1], noise, LOOP)[0].segmentation
+            except Exception as error:  # a backend's refusal, whatever its type, is a line and not the end
+                if reference is None:
+                    raise
+                print(f"{name}: not measured ({type(error).__name__}: {str(error).splitlines()[0]})")
+                continue
+            if reference is None:
+                reference = latents, maps
+            error_of_latents = float((latents - reference[0]).norm() / reference[0].norm())
+            agreement = float((maps == reference[1]).mean())
+            most, least = TOLERANCES[self._is_float32(name)]
+            close = bool(latents.isfinite().all()) and error_of_latents <= most and agreement >= least
+            detail = f"latents {error_of_latents:.2g} apart, {agreement:.2%} of the pixels alike"
+            print(f"{name}: {detail}")
+            self.run.check(f"{name} equals {self.baseline}: {detail}", close)
+            self.pipelines[name] = pipeline
+            self.quality[name] = {"latent_error": error_of_latents, "pixels_alike": agreement}
+
+    def _is_float32(self, name: str) -> bool:
+        return self.device == "cpu" and "float16" not in name
+
+    def compare(
+        self,
+        row: str,
+        make: Callable[[Any, str], Callable[[], Any]],
+        names: list[str],
+        case: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        """One row per pipeline in `names`, interleaved with the baseline."""
+        if self.seconds_left() < 0:
+            print(f"{row} {case}: not measured (time budget)")
+            return
+        functions = {name: make(self.pipelines[name], name) for name in names if name in self.pipelines}
+        timings: dict[str, Timing] = measure(
+            functions,
+            device=self.device,
+            rounds=self.rounds,
+            warmup=2,
+            max_seconds=max(2.0, min(60.0, self.seconds_left() / 4)),
+            flush_l2=False,
+        )
+        rows = self.run.add(row, timings, baseline=self.baseline, case=case, **options)
+        for each in rows:
+            each["quality"] = self.quality[each["variant"]]
+
+
+def bench_step(bench: Bench, batch: int, names: list[str]) -> None:
+    """One denoising step: a tenth of a loop of ten."""
+    flops = unet_flops(bench.info)
+    gpu = find_gpu(bench.run.environment["gpu"]["name"])
+    shape = (batch, bench.info.image_latent_channels, *bench.info.latent_shape[1:])
+    latents, noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)), bench.noise(batch)
+
+    def make(pipeline: Any, _: str) -> Callable[[], Any]:
+        image_latents = latents.to(pipeline.device, getattr(pipeline, "dtype", None) or pipeline.backend.dtype)
+        return lambda: pipeline.sample(noise, image_latents, LOOP)
+
+    bench.compare(
+        "one step", make, names, bench.case(batch=batch), items=LOOP * batch, flops=flops,
+        floor_ms=1e3 * flops / gpu.half_operations if gpu else None,
+    )  # fmt: skip
+
+
+def unet_flops(info: ModelInfo) -> float:
+    """Operations of one UNet evaluation of one image."""
+    config = load_component_config(info.folder, "unet")[0]
+    side = info.latent_shape[1]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        UNet(config, "sdpa")(torch.empty(1, config.in_channels, side, side), torch.zeros(1))
+    return float(counter.get_total_flops())
+
+
+def bench_stages(bench: Bench, picture: np.ndarray, names: list[str], scratch: Path) -> None:
+    """Each stage by itself at batch 1, and the whole way between files."""
+    size = picture.shape[:2]
+    file = scratch / "picture.jpg"
+    Image.fromarray(picture).save(file, quality=95)
+    noise = bench.noise(1)
+    inputs = {name: pipeline.preprocess([picture]) for name, pipeline in bench.pipelines.items()}
+    encoded = {name: pipeline.encode(inputs[name]) for name, pipeline in bench.pipelines.items()}
+    latents = {name: p.sample(noise, encoded[name], LOOP) for name, p in bench.pipelines.items()}
+    results = {name: pipeline.finish(latents[name], [size])[0] for name, pipeline in bench.pipelines.items()}
+    stages: dict[str, Callable[[Any, str], Any]] = {
+        "decode file": lambda p, name: p.decode_file(file),
+        "pre-process": lambda p, name: p.preprocess([picture]),
+        "image encoder": lambda p, name: p.encode(inputs[name]),
+        f"{LOOP} steps": lambda p, name: p.sample(noise, encoded[name], LOOP),
+        "decoder and head": lambda p, name: p.finish(latents[name], [size]),
+        "write files": lambda p, name: p.write(results[name], scratch / "map.png"),
+        "file to file": lambda p, name: p.write(p.whole([p.decode_file(file)], noise, LOOP)[0], scratch / "map.png"),
+    }
+    case = bench.case(batch=1, size=f"{size[0]}x{size[1]}", steps=LOOP)
+    for stage, call in stages.items():
+        bench.compare(stage, partial(partial, call), names, case)  # makes partial(call, pipeline, name)
+
+
+def bench_whole(bench: Bench, picture: np.ndarray, batch: int, steps: int, names: list[str]) -> None:
+    height, width = picture.shape[:2]
+    pictures, noise = [picture] * batch, bench.noise(batch)
+    case = bench.case(batch=batch, size=f"{height}x{width}", steps=steps)
+    target = TARGETS[bench.device] if (batch, steps) == (1, LOOP) or bench.device == "cuda" else None
+    bench.compare(
+        "whole image", lambda p, _: lambda: p.whole(pictures, noise, steps), names, case, items=batch, target=target
+    )
+
+
+def make_picture(size: str) -> np.ndarray:
+    """A generated scene of HEIGHTxWIDTH pixels, uint8."""
+    height, width = (int(side) for side in size.split("x"))
+    return np.ascontiguousarray(generate_scene(max(height, width), 0, 0)[0][:height, :width])
+
+
+def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
+    run = Run("latency", quick=args.quick)
+    folder, model = find_model(args.model, args.preset, scratch)
+    info = read_model_info(folder)
+    plain = plain_candidates(info, args.device, slow=not args.quick)
+    ours = our_candidates(info, args.device, scratch, args.engine_dir, slow=not args.quick)
+    makers = {**plain, **ours}
+    if args.variants:
+        makers = {name: make for name, make in makers.items() if name == next(iter(plain)) or name in args.variants}
+    makers = dict(sorted(makers.items(), key=lambda item: "compile" in item[0]))  # a stable sort: the baseline is first
+    bench = Bench(
+        run, info, model, args.device, 5 if args.quick else 20, time.monotonic() + 60 * args.minutes, makers,
+        next(iter(plain)),
+    )  # fmt: skip
+    pictures = [make_picture(size) for size in args.sizes]
+    bench.load(pictures)
+    everyone = list(bench.pipelines)
+    # a compiled network is compiled again for every batch size
+    light = [name for name in everyone if "compile" not in name or args.device == "cuda"]
+    if "step" in args.parts:
+        for batch in args.batch:
+            bench_step(bench, batch, everyone if batch == 1 else light)
+    if "whole" in args.parts:
+        for picture, steps in itertools.product(pictures, args.steps):
+            bench_whole(bench, picture, 1, steps, everyone if steps == LOOP else light)
+        for batch in args.batch:
+            if batch > 1:
+                bench_whole(bench, pictures[0], batch, LOOP, light)
+    if "stages" in args.parts:
+        for picture in pictures:
+            bench_stages(bench, picture, everyone, scratch)
+    return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="MODEL_DIR", help="trained weights; default random ones of --preset")
+    parser.add_argument("--preset", choices=["tiny", "coco"], default="tiny")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="batch 1, 10 steps, one size, nothing compiled")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--variants", nargs="+", help="beside the baseline, these only")
+    parser.add_argument("--steps", type=int, nargs="+")
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--sizes", nargs="+", default=None, help="of pictures, HEIGHTxWIDTH")
+    parser.add_argument("--threads", type=int, default=1, help="of torch and ONNX Runtime on a CPU")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time budget; what is left out is named")
+    parser.add_argument("--engine-dir", type=Path, help="TensorRT engines of --model")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    args = parser.parse_args(argv)
+    args.steps = args.steps or ([LOOP] if args.quick else [1, 4, 10, 20, 50])
+    args.batch = args.batch or ([1] if args.quick else [1, 4, 16, 32])
+    args.sizes = args.sizes or (["480x640"] if args.quick else ["480x640", "64x64"])
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        benchmark(args, Path(scratch)).save(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

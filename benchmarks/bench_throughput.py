@@ -1,0 +1,206 @@
+"""Images a second from files to files: batches, reading ahead and writing behind, beside the plain loop.
+
+python benchmarks/bench_throughput.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--batch 1 4 8 16]
+    [--images N] [--steps N] [--workers 0 1 2] [--variants NAME ...]
+
+The plain loop reads, segments and writes one picture after the other. Ours reads and resizes in `workers` threads,
+samples in batches, and decodes and writes the batch before in one more thread; 0 workers: everything in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.candidates import OurPipeline, our_candidates, plain_candidates
+from benchmarks.harness import RESULTS, Run, measure
+from benchmarks.random_model import find_model
+from ldmseg_fast.backends.base import read_model_info
+from ldmseg_fast.data.scenes import generate_scene
+from ldmseg_fast.diffusion.sampler import image_noise
+from ldmseg_fast.panoptic_format import read_panoptic_png
+
+AHEAD = 2  # batches that are read before they are needed
+DEFAULT_VARIANTS = {"cpu": ("torch float32", "torch bfloat16", "onnxruntime"), "cuda": ("torch bfloat16, graph",)}
+
+
+def one_by_one(pipeline: Any, files: Sequence[Path], out: Path, steps: int) -> None:
+    """What a first script does: each picture through every stage before the next one is opened."""
+    for index, file in enumerate(files):
+        noise = image_noise(0, [index], pipeline.info.latent_shape)
+        result = pipeline.whole([pipeline.decode_file(file)], noise, steps)[0]
+        pipeline.write(result, out / f"{file.stem}.png")
+
+
+class Overlapped:
+    """Files to files with host and device busy at a time.
+
+    Args:
+        pipeline: ours.
+        batch: pictures that are sampled together.
+        workers: threads that read and resize; 0: no threads at all.
+    """
+
+    def __init__(self, pipeline: OurPipeline, batch: int, workers: int) -> None:
+        self.pipeline, self.batch, self.workers = pipeline, batch, workers
+        self.stream = torch.cuda.Stream() if pipeline.device.type == "cuda" else None
+
+    def __call__(self, files: Sequence[Path], out: Path, steps: int) -> None:
+        if not self.workers:
+            for start in range(0, len(files), self.batch):
+                chunk = files[start : start + self.batch]
+                pictures = [self._read(file) for file in chunk]
+                self._finish(chunk, pictures, out, self._latents(pictures, start, steps), None)
+            return
+        with ThreadPoolExecutor(self.workers) as readers, ThreadPoolExecutor(1) as writer:
+            written: deque[Future] = deque()
+            for start, pictures in self._read_ahead(readers, files):
+                chunk = files[start : start + self.batch]
+                latents = self._latents(pictures, start, steps)
+                sampled = torch.cuda.current_stream().record_event() if self.stream else None
+                written.append(writer.submit(self._finish, chunk, pictures, out, latents, sampled))
+                while len(written) > AHEAD:
+                    written.popleft().result()
+            for future in written:
+                future.result()
+
+    def _read(self, file: Path) -> tuple[np.ndarray, Tensor]:
+        """The picture, and what the network sees of it, uint8 [1, 3, S, S]."""
+        picture = self.pipeline.decode_file(file)
+        return picture, self.pipeline.preprocess([picture])
+
+    def _read_ahead(
+        self, readers: ThreadPoolExecutor, files: Sequence[Path]
+    ) -> Iterator[tuple[int, list[tuple[np.ndarray, Tensor]]]]:
+        starts = range(0, len(files), self.batch)
+        pending: deque[tuple[int, list[Future]]] = deque()
+        for start in starts:
+            pending.append((start, [readers.submit(self._read, f) for f in files[start : start + self.batch]]))
+            if len(pending) > AHEAD:
+                first, futures = pending.popleft()
+                yield first, [future.result() for future in futures]
+        for first, futures in pending:
+            yield first, [future.result() for future in futures]
+
+    def _latents(self, pictures: list[tuple[np.ndarray, Tensor]], start: int, steps: int) -> Tensor:
+        noise = image_noise(0, range(start, start + len(pictures)), self.pipeline.info.latent_shape)
+        inputs = torch.cat([tensor for _, tensor in pictures])
+        return self.pipeline.sample(noise, self.pipeline.encode(inputs), steps)
+
+    def _finish(
+        self,
+        chunk: Sequence[Path],
+        pictures: list[tuple[np.ndarray, Tensor]],
+        out: Path,
+        latents: Tensor,
+        sampled: torch.cuda.Event | None,
+    ) -> None:
+        """Maps and files. On a GPU on a stream of its own, so that the next batch's sampling is not waited for."""
+        if self.stream is not None and sampled is not None:
+            self.stream.wait_event(sampled)
+        with torch.cuda.stream(self.stream) if sampled is not None else nullcontext(), torch.inference_mode():
+            results = self.pipeline.finish(latents, [picture.shape[:2] for picture, _ in pictures])
+        for file, result in zip(chunk, results):
+            self.pipeline.write(result, out / f"{file.stem}.png")
+
+
+def write_pictures(folder: Path, count: int, height: int, width: int) -> list[Path]:
+    """Generated scenes as JPEGs."""
+    folder.mkdir()
+    for index in range(count):
+        rgb = generate_scene(max(height, width), 0, index)[0][:height, :width]
+        Image.fromarray(np.ascontiguousarray(rgb)).save(folder / f"{index:06d}.jpg", quality=95)
+    return sorted(folder.iterdir())
+
+
+def pixels_alike(first: Path, second: Path) -> float:
+    """Share of equal pixels over all maps of two folders."""
+    shares = [
+        float((read_panoptic_png(path) == read_panoptic_png(second / path.name)).mean())
+        for path in sorted(first.glob("*.png"))
+    ]
+    return float(np.mean(shares))
+
+
+def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
+    run = Run("throughput", quick=args.quick)
+    folder, model = find_model(args.model, args.preset, scratch)
+    info = read_model_info(folder)
+    height, width = (int(side) for side in args.size.split("x"))
+    files = write_pictures(scratch / "pictures", args.images, height, width)
+    outs = {name: scratch / name for name in ("plain", "ours")}
+    for out in outs.values():
+        out.mkdir()
+    baseline, make_plain = next(iter(plain_candidates(info, args.device, slow=False).items()))
+    plain = make_plain()
+    reference = f"{baseline}, one at a time"
+    functions: dict[str, Callable[[], None]] = {reference: lambda: one_by_one(plain, files, outs["plain"], args.steps)}
+    functions[reference]()
+    makers = our_candidates(info, args.device, scratch, slow=False)
+    for name in args.variants or DEFAULT_VARIANTS[args.device]:
+        if name not in makers:
+            print(f"{name}: not measured (cannot run here)")
+            continue
+        pipeline = makers[name]()
+        for batch in args.batch:
+            for workers in args.workers:
+                loop = Overlapped(pipeline, batch, workers)
+                label = f"{name}, batch {batch}, {workers} readers"
+                functions[label] = partial(loop, files, outs["ours"], args.steps)
+                functions[label]()
+                alike = pixels_alike(outs["plain"], outs["ours"])
+                run.check(f"{label}: {alike:.2%} of the pixels alike", alike >= (0.999 if "float32" in name else 0.9))
+    timings = measure(functions, device="cpu", warmup=1, rounds=5 if args.quick else 11, max_seconds=60 * args.minutes)
+    case = {"model": model, "size": args.size, "steps": args.steps, "threads": torch.get_num_threads()}
+    run.add("file to file", timings, baseline=reference, case=case, items=len(files))
+    for name, timing in timings.items():
+        rate = 1e3 * len(files) / timing.median
+        run.add_value("images per second", rate, "images/s", case=case, variant=name)
+    return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="MODEL_DIR", help="trained weights; default random ones of --preset")
+    parser.add_argument("--preset", choices=["tiny", "coco"], default="tiny")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="six pictures, four steps, one backend")
+    parser.add_argument("--images", type=int, help="a pass; default 32, with --quick 6")
+    parser.add_argument("--steps", type=int, help="default 10, with --quick 4")
+    parser.add_argument("--size", default="480x640", help="of the pictures, HEIGHTxWIDTH")
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--variants", nargs="+", help="backends of ours, by the names of bench_latency")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time budget of the measurement")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    args = parser.parse_args(argv)
+    args.images = args.images or (6 if args.quick else 32)
+    args.steps = args.steps or (4 if args.quick else 10)
+    args.batch = args.batch or ([3] if args.quick else [1, 4, 16])
+    if args.quick and not args.variants:
+        args.variants = list(DEFAULT_VARIANTS[args.device][:1])
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        benchmark(args, Path(scratch)).save(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Our pipeline in every form that runs on this machine, stage by stage, beside `PlainPipeline`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.plain_pipeline import HAS_DIFFUSERS, PlainPipeline
+from ldmseg_fast.backends.base import Backend, ModelInfo
+from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.data.folders import read_image
+from ldmseg_fast.data.transforms import resize_image
+from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.pipeline import LDMSegPipeline
+
+Maker = Callable[[], Any]  # () -> OurPipeline or PlainPipeline
+
+
+class OurPipeline:
+    """The stages of `LDMSegPipeline`, one method each."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.pipe = LDMSegPipeline(backend)
+        self.info, self.device, self.backend = backend.info, backend.device, backend
+
+    def decode_file(self, path: Path) -> np.ndarray:
+        return read_image(path)
+
+    def preprocess(self, images: list[np.ndarray]) -> Tensor:
+        """uint8 [H, W, 3] each -> uint8 [B, 3, S, S] on the device."""
+        pixels = np.stack([resize_image(image, self.info.image_size) for image in images])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        return self.backend.encode_image(inputs)
+
+    def sample(self, noise: Tensor, image_latents: Tensor, steps: int) -> Tensor:
+        """The last estimate of x_0, [B, C, h, w]."""
+        return self.backend.sample(noise.to(self.device), image_latents, self.pipe.scheduler, steps)
+
+    def finish(self, latents: Tensor, sizes: list[tuple[int, int]]) -> list[PanopticResult]:
+        """Pictures of one size."""
+        return self.backend.decode_mask(latents, sizes[0], "panoptic")  # type: ignore[return-value]
+
+    def write(self, result: PanopticResult, path: Path) -> None:
+        write_panoptic_png(path, result.segmentation)
+        path.with_suffix(".json").write_text(json.dumps(result.segments_info), encoding="utf-8")
+
+    def whole(self, images: list[np.ndarray], noise: Tensor, steps: int) -> list[PanopticResult]:
+        return self.pipe(images, steps, latents=noise, batch_size=len(images))  # type: ignore[return-value]
+
+
+def our_candidates(
+    info: ModelInfo, device: str, scratch: Path, engine_dir: Path | None = None, slow: bool = True
+) -> dict[str, Maker]:
+    """Our backends that can run here, by name. `slow`: those whose first call takes a minute as well.
+
+    `engine_dir`: of a TensorRT export for this model.
+    """
+    dtypes = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16)
+    makers: dict[str, Maker] = {}
+
+    def add(name: str, dtype: torch.dtype, compiled: bool = False, graph: bool = False) -> None:
+        makers[name] = lambda: OurPipeline(
+            TorchBackend(info, device, dtype, compile_networks=compiled, cuda_graph=graph)
+        )
+
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        add(f"torch {name}", dtype)
+        if device == "cuda":
+            add(f"torch {name}, graph", dtype, graph=True)
+        if slow:
+            add(f"compile {name}", dtype, compiled=True, graph=device == "cuda")
+    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+        makers["onnxruntime"] = lambda: OurPipeline(_onnx(info, device, scratch))
+    if engine_dir is not None:
+        makers["tensorrt"] = lambda: OurPipeline(_tensorrt(info, engine_dir))
+    return makers
+
+
+def _onnx(info: ModelInfo, device: str, scratch: Path) -> Backend:
+    from ldmseg_fast.backends.onnx_backend import load_onnx_backend
+    from ldmseg_fast.export.model_export import ExportSettings, export_model
+
+    folder = scratch / "graphs"
+    if not folder.exists():
+        # the head stays outside: on a CPU ours in C++ is faster than a graph with every slot at full size
+        precision = "fp16" if device == "cuda" else "fp32"
+        export_model(info.folder, folder, ExportSettings(precision=precision, head="logits", parity=False))
+    return load_onnx_backend(info, folder, device)
+
+
+def _tensorrt(info: ModelInfo, engine_dir: Path) -> Backend:
+    from ldmseg_fast.backends.trt_backend import load_trt_backend
+
+    return load_trt_backend(info, engine_dir)
+
+
+def plain_candidates(info: ModelInfo, device: str, slow: bool = True) -> dict[str, Maker]:
+    """The baseline's forms, the first one being what ratios are taken against."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    name = "diffusers" if HAS_DIFFUSERS else "plain torch"
+    makers: dict[str, Maker] = {name: lambda: PlainPipeline(info, device, dtype)}
+    if device == "cuda" and HAS_DIFFUSERS and importlib.util.find_spec("xformers"):
+        makers[f"{name}, xformers"] = lambda: PlainPipeline(info, device, dtype, "xformers")
+    if slow:
+        makers[f"{name}, compile"] = lambda: PlainPipeline(info, device, dtype, compiled=True)
+    return makers

@@ -1,0 +1,93 @@
+"""The targets on an H200, and the table that holds them beside what a run of `gpu_suite.py` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = Mapping[str, Any]
+PEERS = ("torch", "diffusers", "plain", "xformers", "sdpa", "flash")  # variants that are not ours start like this
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the table.
+
+    name, case: which rows; the name is a prefix, the case a subset.
+    limit_ms: wanted milliseconds an image; rate: wanted images/s. ratio: wanted over the baseline.
+    copy_share: wanted share of the measured copy bandwidth.
+    """
+
+    label: str
+    name: str
+    case: Mapping[str, Any] = field(default_factory=dict)
+    limit_ms: float | None = None
+    ratio: float | None = None
+    copy_share: float | None = None
+    divide_by_batch: bool = False
+
+
+BF16 = {"dtype": "bfloat16"}
+TARGETS = (
+    Target("bit planes, encode", "mask_bits encode", {"batch": 16}, ratio=15, copy_share=0.85, divide_by_batch=True),
+    Target("panoptic head, 480x640", "panoptic_head [16, 128", BF16, 0.03, 50, divide_by_batch=True),
+    Target("attention 4096 x 40, forward", "attention forward [4, 4096, 8, 40]", BF16, 0.06, divide_by_batch=True),
+    Target("GroupNorm + SiLU", "group_norm_silu forward [16, 320", {}, ratio=3, copy_share=0.8, divide_by_batch=True),
+    Target("UNet step, batch 1", "one step", {"batch": 1}, 2.0),
+    Target("UNet step, batch 16", "one step", {"batch": 16}, 1.63),
+    Target("whole image, 50 steps", "whole image", {"steps": 50, "batch": 1}, 110, 5),
+    Target("whole image, 4 steps", "whole image", {"steps": 4, "batch": 1}, 14, 5),
+    Target("whole image, 1 step", "whole image", {"steps": 1, "batch": 1}, 7, 5),
+    Target("training, per image", "training step", {}, 10.0, 2.3),
+)
+
+
+def best_row(target: Target, rows: Sequence[Row]) -> Row | None:
+    """The fastest of our rows that `target` is about."""
+    ours = [
+        row
+        for row in rows
+        if "p50" in row
+        and row["name"].startswith(target.name)
+        and target.case.items() <= row["case"].items()
+        and (row["variant"] != row["baseline"] and not row["variant"].startswith(PEERS[1:]))
+        and row["variant"] not in ("torch", "torch.compile")
+    ]
+    return min(ours, key=lambda row: row["p50"], default=None)
+
+
+def table_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """label, target, measured, ratio to the baseline, share of the floor, whether it is met; one line per target."""
+    copy = next((row["value"] for row in rows if row["name"] == "copy bandwidth"), None)
+    lines = []
+    for target in TARGETS:
+        wanted = [f"<= {target.limit_ms:g} ms"] if target.limit_ms else []
+        wanted += [f">= {target.copy_share:.0%} of copy"] if target.copy_share else []
+        wanted += [f">= {target.ratio:g}x"] if target.ratio else []
+        row = best_row(target, rows)
+        if row is None:
+            lines.append([target.label, ", ".join(wanted), "not measured", "", "", ""])
+            continue
+        milliseconds = row["p50"] / (row["case"].get("batch", 1) if target.divide_by_batch else 1)
+        share = row["bytes"] / row["p50"] / 1e6 / copy if copy and row.get("bytes") else None
+        met = (
+            (target.limit_ms is None or milliseconds <= target.limit_ms)
+            and (target.ratio is None or (row["ratio"] or 0) >= target.ratio)
+            and (target.copy_share is None or (share or 0) >= target.copy_share)
+        )
+        measured = f"{milliseconds:.4g} ms ({row['variant']})" + (f", {share:.0%} of copy" if share else "")
+        ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
+        floor = f"{row['floor_share']:.0%}" if row.get("floor_share") else ""
+        lines.append([target.label, ", ".join(wanted), measured, ratio, floor, "yes" if met else "no"])
+    return lines
+
+
+HEADER = ["what", "target on an H200", "measured", "to the baseline", "of the floor", "met"]
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """`table_rows` in columns, for a terminal."""
+    lines = [HEADER, *table_rows(rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

@@ -1,0 +1,67 @@
+"""Quality against time of the rows of `bench_quality.py`, as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (ms, PQ) those that no other point beats in both, by rising time."""
+    front: list[tuple[float, float]] = []
+    for ms, pq in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or pq > front[-1][1]:
+            front.append((ms, pq))
+    return front
+
+
+def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of trained models by name and, where it is not DDIM, solver; by rising steps."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if "steps" in row["case"]:
+            solver = row["case"].get("solver", "ddim")
+            label = row["variant"] + ("" if solver == "ddim" else f", {solver}")
+            found.setdefault(label, []).append(row)
+    return {label: sorted(group, key=lambda row: row["case"]["steps"]) for label, group in found.items()}
+
+
+def draw_curve(rows: Sequence[Row], path: Path) -> None:
+    """One line per model and solver with its steps as labels and the deviation over seeds as bars; the Pareto front
+    behind; a level for each baseline.
+
+    Raises ValueError where no row of a trained model has a time.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = curves(rows)
+    if not groups:
+        raise ValueError(f"{path}: nothing to draw, no row of a model that samples; give NAME=MODEL_DIR")
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    front = pareto_front([(row["ms_per_image"], row["value"]) for group in groups.values() for row in group])
+    axes.step(*zip(*front), where="post", color="0.85", linewidth=6, zorder=0, label="Pareto front")
+    for label, group in groups.items():
+        times, values = [row["ms_per_image"] for row in group], [row["value"] for row in group]
+        errors = [row.get("deviation", 0.0) for row in group]
+        axes.errorbar(times, values, errors, marker="o", markersize=4, capsize=3, linewidth=1.2, label=label)
+        for row, ms, value in zip(group, times, values):
+            axes.annotate(str(row["case"]["steps"]), (ms, value), (3, 4), textcoords="offset points", fontsize=7)
+    levels = {row["variant"]: row["value"] for row in rows if "steps" not in row["case"]}
+    for name, value in levels.items():
+        axes.axhline(value, color="0.6", linewidth=0.8, linestyle=":")
+        axes.annotate(name, (1.0, value), (-3, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="right", fontsize=7, color="0.4")  # fmt: skip
+    case = next(iter(groups.values()))[0]["case"]
+    axes.set_xscale("log")
+    axes.set_xlabel("ms per image (numbers: denoising steps)")
+    axes.set_ylabel(f"PQ, class-agnostic, %, on {case['data']} {case['split']}, {case['images']} maps")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

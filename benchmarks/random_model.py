@@ -1,0 +1,49 @@
+"""A model to time: a folder of trained weights, or a preset's sizes with random ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldmseg_fast.checkpoint import postprocess_settings, save_component, save_index
+from ldmseg_fast.config import PRESETS, Config
+from ldmseg_fast.models.image_vae import build_image_encoder
+from ldmseg_fast.models.mask_vae import MaskVAE
+from ldmseg_fast.models.unet import UNet
+
+MEASURED_SCALE = 0.2  # of mask latents where training would have measured it
+
+
+def save_random_model(folder: Path, config: Config) -> Path:
+    """A model folder of a configuration's size with random weights."""
+    torch.manual_seed(0)
+    scale = config.mask_vae.scaling_factor or MEASURED_SCALE
+    mask_vae = replace(config.mask_vae, scaling_factor=scale)
+    encoder = build_image_encoder(config.image_encoder)
+    vae_config: Any = getattr(encoder, "vae_config", None)
+    extra = {"_vae_config": dict(vae_config)} if vae_config else None
+    save_component(folder, "unet", config.unet, UNet(config.unet).state_dict())
+    save_component(folder, "mask_vae", mask_vae, MaskVAE(mask_vae).state_dict())
+    save_component(folder, "image_vae", config.image_encoder, encoder.state_dict(), extra)
+    save_component(folder, "scheduler", config.scheduler, None)
+    settings = {"image_size": config.data.image_size, "num_inference_steps": config.num_inference_steps}
+    settings |= {"self_condition": True} | postprocess_settings(config.postprocess)
+    save_index(folder, ["unet", "mask_vae", "image_vae", "scheduler"], settings)
+    return folder
+
+
+def find_model(model: str | None, preset: str, scratch: Path) -> tuple[Path, str]:
+    """The folder to time and its name in the records: MODEL_DIR, or `preset` with random weights in `scratch`.
+
+    Raises:
+        FileNotFoundError: a MODEL_DIR that is not there.
+    """
+    if model is None:
+        return save_random_model(scratch / f"random-{preset}", PRESETS[preset]), f"{preset}, random weights"
+    folder = Path(model)
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder}: no model_index.json; give a MODEL_DIR, or --preset {preset}")
+    return folder, folder.name

@@ -1,0 +1,124 @@
+"""Rows of the result files, and the Markdown tables made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+Row = dict[str, Any]
+
+
+def load_rows(suite: str, folder: Path = RESULTS) -> list[Row]:
+    """Rows of a suite's full runs, oldest first. Of each name only the newest file that has it counts; results of
+    trained models (the suite "quality") are gathered over runs, and one counts until it is measured again.
+
+    Each row also has its run's `environment` and the name of its `file`.
+    """
+    rows: dict[str, Row] = {}
+    for path in sorted(folder.glob(f"{suite}-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["quick"]:
+            continue
+        if suite != "quality":
+            renewed = {row["name"] for row in record["results"]}
+            rows = {key: row for key, row in rows.items() if row["name"] not in renewed}
+        for row in record["results"]:
+            key = json.dumps([row["name"], row["variant"], row["case"]], sort_keys=True)
+            rows.pop(key, None)
+            rows[key] = row | {"environment": record["environment"], "file": path.name}
+    return list(rows.values())
+
+
+def machine(rows: Sequence[Row]) -> str:
+    """Where the rows were measured, one line."""
+    found = []
+    for row in rows:
+        env = row["environment"]
+        name = env["gpu"]["name"] or f"{env['cpu']['name']}, {env['cpu']['cores']} cores"
+        found.append(f"{name}, PyTorch {env['packages'].get('torch', '?')}, {env['time'][:10]}")
+    return "; ".join(dict.fromkeys(found))
+
+
+def sources(rows: Sequence[Row]) -> list[str]:
+    """One line per file that the rows come from: its name, commit, load before the run, and command."""
+    lines = {}
+    for row in rows:
+        env = row["environment"]
+        load = env["cpu"].get("load_before")
+        about = [f"commit {env['commit'][:8]}" + (" with local changes" if env.get("dirty") else "")]
+        about += [f"load {load:.1f} before"] if load is not None else []
+        about += [f"driver {env['gpu']['driver_version']}"] if env["gpu"].get("driver_version") else []
+        lines[row["file"]] = f"`{row['file']}` ({', '.join(about)}): `{env['command']}`"
+    return list(lines.values())
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)) + "\n"
+
+
+def quality(rows: Sequence[Row]) -> str:
+    """A line per trained model and way of running it, then a line per baseline and data set."""
+    models, baselines = [], {}
+    for row in rows:
+        case = row["case"]
+        data = f"{case['data']} {case['split']}, {case['images']}"
+        pq = f"{row['value']:.1f}" + (f" ± {row['deviation']:.1f}" if "deviation" in row else "")
+        numbers = [pq, f"{row['sq']:.1f}", f"{row['rq']:.1f}"]
+        if "ms_per_image" in row and ("steps" in case or "ids" in case):  # the baselines of older files share the case
+            minutes = row.get("cpu_minutes_in_all", row.get("cpu_minutes"))
+            models.append([row["variant"], data, _how(case), *numbers, "" if minutes is None else f"{minutes:g}"])
+        else:
+            baselines[row["variant"], data] = [row["variant"], data, "", *numbers, ""]
+    header = ["class-agnostic, %", "data, images", "sampling", "PQ", "SQ", "RQ", "training, CPU minutes"]
+    return table(header, [*models, *baselines.values()])
+
+
+def _how(case: dict[str, Any]) -> str:
+    if "steps" not in case:
+        return f"{case['ids']} ids, {case['size']} px"
+    solver = case.get("solver", "ddim")
+    return f"{case['steps']} steps" + ("" if solver == "ddim" else f", {solver}")
+
+
+def timings(rows: Sequence[Row]) -> str:
+    """A line per row: median, ratio to the baseline, and the ratio that was wanted."""
+    lines = []
+    for row in rows:
+        case = ", ".join(f"{key} {value}" for key, value in row["case"].items())
+        if "value" in row:
+            lines.append([row["name"], case, row["variant"], f"{row['value']:.4g} {row['unit']}", "", ""])
+        else:
+            ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
+            target = "" if row["target"] is None else f"{row['target']:g}"
+            lines.append([row["name"], case, row["variant"], f"{row['p50']:.4g} ms", ratio, target])
+    return table(["what", "case", "variant", "median", "ratio to baseline", "target"], lines)
+
+
+def latency(rows: Sequence[Row]) -> str:
+    """`timings` with the spread and the agreement with the baseline beside each number."""
+    lines = []
+    for row in rows:
+        case = ", ".join(f"{key} {value}" for key, value in row["case"].items() if key not in ("model", "threads"))
+        quality_of = row.get("quality") or {}
+        alike = f"{quality_of['pixels_alike']:.1%}" if "pixels_alike" in quality_of else ""
+        target = "" if row["target"] is None else f"{row['target']:g}"
+        numbers = [f"{row['p50']:.4g} ms", f"{row['spread']:.2f}", f"{row['ratio']:.2f}x", target, alike]
+        lines.append([row["name"], case, row["variant"], *numbers])
+    header = ["what", "case", "variant", "median", "p80/p20", "ratio to baseline", "target", "pixels alike"]
+    return table(header, lines)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"quality": quality, "latency": latency}
+
+
+def suite_table(suite: str, folder: Path = RESULTS) -> str:
+    """The suite's table and where it was measured; empty where no full run is there."""
+    rows = load_rows(suite, folder)
+    if not rows:
+        return ""
+    return f"{TABLES.get(suite, timings)(rows)}\nMeasured on {machine(rows)}.\n"

@@ -1,0 +1,171 @@
+"""One validated JSON file per run, in benchmarks/results: never overwritten, never written after a red check."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import ROOT, environment
+from benchmarks.timing import Timing
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SCHEMA_VERSION = 1
+PERCENTILES = (5, 20, 50, 80, 95, 99)
+
+
+class BenchmarkError(RuntimeError):
+    """A red check or a record that does not follow the schema."""
+
+
+@dataclass
+class Run:
+    """One run of one suite. Construct it before any work, so that the load before the run is recorded."""
+
+    suite: str
+    quick: bool = False
+    environment: dict[str, Any] = field(default_factory=lambda: environment())
+    results: list[dict[str, Any]] = field(default_factory=list)
+    checks: dict[str, bool] = field(default_factory=dict)
+
+    def check(self, name: str, passed: bool) -> None:
+        """Records a correctness test that stands beside the numbers; raises `BenchmarkError` if it is red."""
+        self.checks[name] = bool(passed)
+        if not passed:
+            raise BenchmarkError(f"{self.suite}: check failed, nothing is recorded: {name}")
+
+    def add(
+        self,
+        name: str,
+        timings: Mapping[str, Timing],
+        *,
+        baseline: str | None = None,
+        case: Mapping[str, Any] | None = None,
+        items: int = 1,
+        bytes_moved: float | None = None,
+        flops: float | None = None,
+        floor_ms: float | None = None,
+        target: float | None = None,
+        quality: Mapping[str, float] | None = None,
+    ) -> list[dict[str, Any]]:
+        """One row per timing, printed and kept. `items` calls' worth of work (images) is divided out of the times.
+
+        `ratio` is the baseline's median over the row's; `target` is the ratio wanted (of a row without baseline: the
+        milliseconds); `floor_share` is floor_ms over the median.
+        """
+        rows = []
+        for variant, timing in timings.items():
+            scaled = {f"p{percent}": timing.percentile(percent) / items for percent in PERCENTILES}
+            row = {
+                "name": name,
+                "variant": variant,
+                "case": dict(case or {}),
+                "unit": "ms",
+                **scaled,
+                "samples": len(timing.samples),
+                "spread": timing.spread,
+                "peak_memory_bytes": timing.peak_memory_bytes,
+                "baseline": baseline,
+                "ratio": timings[baseline].median / timing.median if baseline else None,
+                "bytes": bytes_moved,
+                "flops": flops,
+                "floor_share": floor_ms / scaled["p50"] if floor_ms else None,
+                "target": target if variant != baseline else None,
+                "quality": dict(quality or {}),
+            }
+            rows.append(row)
+            print(format_row(row), flush=True)
+        self.results += rows
+        return rows
+
+    def add_value(
+        self, name: str, value: float, unit: str, *, case: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
+        """A number that is no distribution of times (a ratio, bytes, a PQ)."""
+        row = {
+            "name": name,
+            "variant": more.pop("variant", "ours"),
+            "case": dict(case or {}),
+            "unit": unit,
+            "value": value,
+            **more,
+        }
+        self.results.append(row)
+        print(format_row(row), flush=True)
+
+    def save(self, folder: Path = RESULTS) -> Path:
+        """Writes the run as a new file that no later run touches; raises `BenchmarkError` if it breaks the schema."""
+        record = {
+            "schema": SCHEMA_VERSION,
+            "suite": self.suite,
+            "quick": self.quick,
+            "environment": self.environment,
+            "checks": self.checks,
+            "results": self.results,
+        }
+        validate(record)
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = self.environment["time"].replace("-", "").replace(":", "")
+        path = folder / f"{self.suite}-{stamp}.json"
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(record, file, indent=1, allow_nan=False)
+            file.write("\n")
+        print(f"saved {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+        return path
+
+
+def validate(record: Mapping[str, Any]) -> None:
+    """Raises `BenchmarkError` naming the first field of a run's record that breaks the schema."""
+    kinds: dict[str, type] = {
+        "schema": int,
+        "suite": str,
+        "quick": bool,
+        "environment": dict,
+        "checks": dict,
+        "results": list,
+    }
+    for key, kind in kinds.items():
+        if not isinstance(record.get(key), kind):
+            raise BenchmarkError(f"`{key}` must be a {kind.__name__}, got {record.get(key)!r:.80}")
+    env = record["environment"]
+    for key in ("time", "command", "commit", "python"):
+        if not isinstance(env.get(key), str) or not env[key]:
+            raise BenchmarkError(f"`environment.{key}` must be a non-empty string, got {env.get(key)!r}")
+    if "cuda" not in env or not isinstance(env.get("gpu"), Mapping) or "name" not in env["gpu"]:
+        raise BenchmarkError("`environment.cuda` and `environment.gpu.name` must be there (null on a CPU)")
+    if not all(record["checks"].values()):
+        raise BenchmarkError(f"red checks: {[name for name, passed in record['checks'].items() if not passed]}")
+    if not record["results"]:
+        raise BenchmarkError("`results` is empty")
+    for index, row in enumerate(record["results"]):
+        wanted: tuple[str, ...] = ("value",) if "value" in row else tuple(f"p{percent}" for percent in PERCENTILES)
+        for key in ("name", "variant", "unit"):
+            if not isinstance(row.get(key), str):
+                raise BenchmarkError(f"`results[{index}].{key}` must be a string, got {row.get(key)!r}")
+        for key in wanted:
+            if not isinstance(row.get(key), int | float) or not math.isfinite(row[key]):
+                raise BenchmarkError(f"`results[{index}].{key}` must be a finite number, got {row.get(key)!r}")
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+    """One line of a table for people."""
+    case = " ".join(f"{key}={value}" for key, value in row["case"].items())
+    head = f"{row['name']:<28} {case:<28} {row['variant']:<22}"
+    if "value" in row:
+        return f"{head} {row['value']:>10.4g} {row['unit']}"
+    ratio = f" {row['ratio']:6.2f}x" if row["ratio"] is not None else ""
+    floor = f" floor {row['floor_share']:4.0%}" if row["floor_share"] is not None else ""
+    memory = row["peak_memory_bytes"]
+    peak = f" +{memory / 2**20:.1f} MiB" if memory is not None else ""
+    return f"{head} {row['p50']:>10.4f} ms  p80/p20 {row['spread']:.2f}{ratio}{floor}{peak}"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A result file's record. Raises `BenchmarkError` naming the file where it cannot be read or breaks the schema."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        validate(record)
+    except (OSError, ValueError, AttributeError, BenchmarkError) as error:
+        raise BenchmarkError(f"{path}: no result file ({error}); name one of {RESULTS.name}/*.json") from None
+    return record

@@ -1,0 +1,63 @@
+"""The long tests (kill -9 while saving, lost ranks, every ZeRO stage, two launchers), and a record of what they found.
+
+python benchmarks/soak.py [--out FOLDER] [pytest arguments]
+
+One row a test, in seconds, with what it counted (`record_property`); nothing is recorded where one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run
+
+
+def run_tests(report: Path, arguments: list[str]) -> int:
+    command = [sys.executable, "-m", "pytest", "-m", "soak", f"--junitxml={report}", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def record_report(record: Run, report: Path) -> None:
+    """A row for each test of a JUnit file that ran, and one for each number that it counted."""
+    skipped = 0
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.attrib['classname'].removeprefix('tests.')}::{case.attrib['name']}"
+        if case.find("skipped") is not None:
+            skipped += 1
+            continue
+        record.check(name, case.find("failure") is None and case.find("error") is None)
+        record.add_value(name, float(case.attrib["time"]), "s", variant="duration")
+        for item in case.iter("property"):
+            record.add_value(name, float(item.attrib["value"]), item.attrib["name"], variant="counted")
+    record.add_value("tests", len(record.checks), "passed")
+    record.add_value("tests", skipped, "skipped", variant="skipped")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args, arguments = parser.parse_known_args()
+    record = Run("soak", quick=bool(arguments))  # a part of the tests is no campaign
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        code = run_tests(report, arguments)
+        try:
+            record_report(record, report)
+            record.check("pytest ended well", code == 0)
+        except BenchmarkError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return code or 1
+    record.save(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

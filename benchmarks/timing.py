@@ -1,0 +1,113 @@
+"""Fair timing: interleaved rounds, so that drift hits both sides; CUDA events or perf_counter; peak memory."""
+
+import ctypes
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one function, in milliseconds a call."""
+
+    samples: tuple[float, ...]
+    peak_memory_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        return self.percentile(50)
+
+    @property
+    def spread(self) -> float:
+        """p80 / p20: 1 is perfectly steady."""
+        return self.percentile(80) / self.percentile(20)
+
+    def percentile(self, percent: float) -> float:
+        return float(np.percentile(self.samples, percent))
+
+
+def measure(
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    device: str = "cpu",
+    warmup: int = 3,
+    rounds: int = 20,
+    min_sample_ms: float = 1.0,
+    max_seconds: float = 60.0,
+    flush_l2: bool = True,
+) -> dict[str, Timing]:
+    """Times functions of no arguments: one sample of each per round, the order turning from round to round.
+
+    On "cuda" by events after an L2 flush (`flush_l2`), otherwise by perf_counter. Calls shorter than `min_sample_ms`
+    are repeated within a sample. Stops early, after at least 5 rounds, when `max_seconds` have gone by. Then one more
+    call of each measures its peak memory.
+    """
+    cuda = torch.device(device).type == "cuda"
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if cuda and flush_l2 else None
+    repeats = {}
+    for name, function in functions.items():
+        for _ in range(max(warmup, 1)):
+            function()
+        once = _sample(function, 1, cuda, None)
+        # a flushed cache is only flushed for the first of several calls
+        repeats[name] = 1 if flush is not None else max(1, math.ceil(min_sample_ms / max(once, 1e-4)))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    started = time.perf_counter()
+    for index in range(rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(_sample(functions[name], repeats[name], cuda, flush))
+        if index >= 4 and time.perf_counter() - started > max_seconds:
+            break
+    return {name: Timing(tuple(samples[name]), peak_memory(functions[name], device)) for name in names}
+
+
+def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int | None:
+    """Bytes that one call needs above what was held before; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or memory freed earlier is reused unseen
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark VmHWM
+        before = _status_bytes("VmRSS")
+        function()
+        return max(0, _status_bytes("VmHWM") - before)
+    except (OSError, AttributeError):  # no procfs, no glibc
+        return None
+
+
+def _sample(function: Callable[[], Any], repeats: int, cuda: bool, flush: torch.Tensor | None) -> float:
+    """Milliseconds a call, over `repeats` calls."""
+    if not cuda:
+        started = time.perf_counter_ns()
+        for _ in range(repeats):
+            function()
+        return (time.perf_counter_ns() - started) / 1e6 / repeats
+    if flush is not None:
+        flush.zero_()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeats):
+        function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024

@@ -1,0 +1,132 @@
+"""The quality benchmark: rows that can be taken up again, baselines, and the picture."""
+
+import json
+
+import pytest
+
+from benchmarks import bench_quality
+from benchmarks.bench_quality import Journal, fingerprint, measure
+from benchmarks.harness import Run
+from benchmarks.quality_curve import curves, draw_curve, pareto_front
+from ldmseg_fast.metrics import classical
+
+
+@pytest.fixture
+def campaign(model_dir, scenes):
+    """`campaign("--steps", "1")`: the rows of such a run."""
+
+    def start(*arguments):
+        settings = [f"small={model_dir}", "--data", str(scenes), "--limit", "4", *arguments]
+        run = Run("quality", quick=True)
+        measure(bench_quality.build_parser().parse_args(settings), run)
+        return run.results
+
+    return start
+
+
+def test_steps_solvers_and_seeds(campaign):
+    rows = campaign("--steps", "1", "2", "--solvers", "ddim", "dpmpp_2m", "--seeds", "2")
+    own = [row for row in rows if row["variant"] == "small"]
+    assert [(row["case"]["steps"], row["case"]["solver"]) for row in own] == [(1, "ddim"), (2, "ddim"), (2, "dpmpp_2m")]
+    for row in own:
+        assert row["seeds"] == 2 and row["deviation"] >= 0 and row["ms_per_image"] > 0
+        assert row["prediction_type"] == "sample"
+    names = [row["variant"] for row in rows if "steps" not in row["case"]]
+    assert "one segment" in names and len(names) == len(set(names))
+
+
+def test_a_stopped_campaign_goes_on(campaign, tmp_path, monkeypatch):
+    journal = tmp_path / "deep" / "journal.jsonl"
+    calls = []
+    original = bench_quality.evaluate
+
+    def stops(*arguments):
+        calls.append(arguments[2].steps)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(bench_quality, "evaluate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        campaign("--steps", "1", "2", "--journal", str(journal))
+    with journal.open("a") as file:
+        file.write('{"key": "half a li')
+    first = json.loads(journal.read_text().splitlines()[0])["rows"][0]
+    rows = campaign("--steps", "1", "2", "--journal", str(journal))
+    assert calls == [1, 2, 2]
+    assert campaign("--steps", "1", "2", "--journal", str(journal)) == rows and calls == [1, 2, 2]
+    assert rows[0]["ms_per_image"] == first["ms_per_image"]  # as it was measured then
+
+
+def test_other_weights_are_other_rows(model_dir, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    assert fingerprint(other) == fingerprint(model_dir)
+    path = other / "unet" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert fingerprint(other) != fingerprint(model_dir)
+    assert Journal(None).rows_of({"a": 1}, lambda: [{"value": 1}]) == [{"value": 1}]
+
+
+def test_an_auto_encoder_is_measured_by_reconstruction(model_dir, scenes):
+    run = Run("quality", quick=True)
+    settings = [f"{model_dir}-autoencoder", "--data", str(scenes), "--limit", "2", "--steps", "1", "4", "--seeds", "3"]
+    measure(bench_quality.build_parser().parse_args(settings), run)
+    own = run.results[0]
+    assert own["case"]["mode"] == "reconstruction" and own["case"]["size"] == 64
+    assert [row["variant"] for row in run.results].count(own["variant"]) == 1
+
+
+def test_classical_methods_are_tuned_on_the_training_split(campaign, monkeypatch):
+    pytest.importorskip("skimage")
+    monkeypatch.setitem(
+        classical.GRIDS, "felzenszwalb", {"scale": (100.0, 800.0), "sigma": (0.0,), "min_share": (0.01,)}
+    )
+    monkeypatch.setitem(classical.GRIDS, "slic", {"n_segments": (4, 10), "compactness": (10.0,), "sigma": (0.0,)})
+    rows = campaign("--steps", "1", "--classical", "train2017", "--tuning-images", "6")
+    found = {row["variant"]: row for row in rows}
+    for method in ("felzenszwalb", "slic"):
+        row = found[method]
+        assert row["tuned_on"].startswith("train2017, 6 maps") and row["case"]["images"] == 4
+        assert 0 <= row["value"] <= 100 and row["ms_per_image"] > 0 and row["setting"].startswith(method)
+
+
+def test_the_front_has_what_nothing_beats():
+    points = [(5.0, 10.0), (1.0, 4.0), (2.0, 3.0), (2.0, 6.0), (9.0, 10.0), (7.0, 12.0)]
+    assert pareto_front(points) == [(1.0, 4.0), (2.0, 6.0), (5.0, 10.0), (7.0, 12.0)]
+
+
+def row(variant, steps, solver, value, ms):
+    case = {"data": "scenes", "split": "val2017", "images": 500, "steps": steps, "solver": solver}
+    return {"variant": variant, "case": case, "value": value, "ms_per_image": ms, "deviation": 0.3}
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [row("a", 4, "ddim", 30.0, 9.0), row("a", 1, "ddim", 20.0, 3.0), row("a", 4, "heun", 31.0, 17.0)]
+    rows.append({"variant": "grid 3x3", "case": {"data": "scenes"}, "value": 4.0})
+    assert {label: [r["case"]["steps"] for r in group] for label, group in curves(rows).items()} == {
+        "a": [1, 4],
+        "a, heun": [4],
+    }
+    for suffix in (".png", ".svg"):
+        draw_curve(rows, tmp_path / "new" / f"curve{suffix}")
+        assert (tmp_path / "new" / f"curve{suffix}").stat().st_size > 5000
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_curve(rows[-1:], tmp_path / "empty.png")
+
+
+def test_the_command_says_what_is_missing(capsys):
+    with pytest.raises(SystemExit):
+        bench_quality.main(["--data", "somewhere"])
+    assert "NAME=MODEL_DIR" in capsys.readouterr().err
+
+
+def test_quick_saves_nothing(model_dir, scenes, capsys):
+    arguments = [f"x={model_dir}", "--data", str(scenes), "--quick", "--steps", "1"]
+    assert bench_quality.main(arguments) == 0
+    assert "saved" not in capsys.readouterr().out

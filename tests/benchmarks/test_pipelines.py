@@ -1,0 +1,119 @@
+"""The baseline is the same method as ours, and no number is recorded where the two disagree."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bench_latency, bench_throughput, plain_pipeline
+from benchmarks.candidates import OurPipeline, our_candidates, plain_candidates
+from benchmarks.harness import BenchmarkError, validate
+from benchmarks.plain_pipeline import PlainPipeline, plain_postprocess
+from ldmseg_fast.backends.base import read_model_info
+from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.diffusion.sampler import image_noise
+from ldmseg_fast.kernels.panoptic_head import reference
+from ldmseg_fast.panoptic import make_segments_info
+
+
+@pytest.fixture(scope="module")
+def info(model_dir):
+    return read_model_info(model_dir)
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("stand_in", [False, True])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_plain_loop_is_ours(info, picture, monkeypatch, stand_in, steps):
+    if stand_in:
+        monkeypatch.setattr(plain_pipeline, "HAS_DIFFUSERS", False)
+    plain = PlainPipeline(info, "cpu", torch.float32)
+    ours = OurPipeline(TorchBackend(info, "cpu", torch.float32))
+    noise = image_noise(0, [0], info.latent_shape)
+    found, wanted = (p.sample(noise, p.encode(p.preprocess([picture])), steps) for p in (ours, plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    results = [pipeline.whole([picture], noise, steps)[0] for pipeline in (ours, plain)]
+    assert (results[0].segmentation == results[1].segmentation).mean() > 0.999
+    assert ours.finish(wanted, [picture.shape[:2]])[0].segmentation.shape == picture.shape[:2]
+
+
+def test_plain_postprocessing_is_the_paper_s():
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, 12, 6, 8, generator=generator)
+    logits = torch.nn.functional.interpolate(20 * coarse - 26, (96, 128), mode="bicubic")
+    thresholds = PostprocessConfig(0.5, 60, 0.4)
+    found = plain_postprocess(logits[0], thresholds)
+    segmentation, _, area, box, score = reference.panoptic_head(logits, (96, 128), (96, 128), 0.5, 60, 0.4)
+    assert np.array_equal(found.segmentation, segmentation[0].numpy())
+    assert len(found.segments_info) > 3
+    for one, other in zip(found.segments_info, make_segments_info(*(t[0].numpy() for t in (area, box, score)))):
+        assert all(one[key] == other[key] for key in ("id", "area", "bbox"))
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_candidates_have_names_for_the_report(info, tmp_path):
+    names = [*plain_candidates(info, "cpu"), *our_candidates(info, "cpu", tmp_path)]
+    assert {"diffusers", "diffusers, compile", "torch float32", "torch bfloat16", "onnxruntime"} <= set(names)
+    assert not any("compile" in name for name in our_candidates(info, "cpu", tmp_path, slow=False))
+
+
+def run_quick(main, model_dir, out, *arguments):
+    threads = torch.get_num_threads()
+    try:
+        return main(["--quick", "--model", str(model_dir), "--out", str(out), *arguments])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_latency_is_recorded_stage_by_stage(model_dir, tmp_path):
+    arguments = ["--variants", "torch float32", "--sizes", "48x64"]
+    assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == 0
+    record = json.loads(next(tmp_path.glob("latency-*.json")).read_text())
+    validate(record)
+    names = {row["name"] for row in record["results"]}
+    assert {"one step", "whole image", "file to file", "10 steps", "image encoder", "decoder and head"} <= names
+    whole = {row["variant"]: row for row in record["results"] if row["name"] == "whole image"}
+    assert whole["diffusers"]["ratio"] == 1.0 and whole["torch float32"]["target"] == 2.0
+    assert whole["torch float32"]["quality"]["pixels_alike"] > 0.999
+    assert all(record["checks"].values()) and len(record["checks"]) == 2
+
+
+def test_a_wrong_result_is_not_recorded(model_dir, tmp_path, monkeypatch):
+    right = OurPipeline.sample
+    monkeypatch.setattr(OurPipeline, "sample", lambda self, *arguments: 1.01 * right(self, *arguments))
+    with pytest.raises(BenchmarkError, match="torch float32 equals diffusers"):
+        run_quick(bench_latency.main, model_dir, tmp_path, "--variants", "torch float32", "--sizes", "48x64")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backend_that_cannot_run_is_named(model_dir, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr("benchmarks.candidates._onnx", refuse)
+    arguments = ["--variants", "onnxruntime", "--sizes", "48x64", "--parts", "step"]
+    assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == 0
+    assert "onnxruntime: not measured (RuntimeError: no such device)" in capsys.readouterr().out
+
+
+def test_throughput_overlaps_and_stays_right(model_dir, tmp_path):
+    arguments = ["--images", "4", "--batch", "3", "--steps", "2", "--size", "48x64"]
+    assert run_quick(bench_throughput.main, model_dir, tmp_path, *arguments) == 0
+    record = json.loads(next(tmp_path.glob("throughput-*.json")).read_text())
+    validate(record)
+    variants = {row["variant"] for row in record["results"] if row["unit"] == "images/s"}
+    assert variants == {
+        "diffusers, one at a time", "torch float32, batch 3, 0 readers", "torch float32, batch 3, 1 readers",
+    }  # fmt: skip
+
+
+def test_an_error_in_a_thread_comes_out(info, tmp_path):
+    pipeline = OurPipeline(TorchBackend(info, "cpu", torch.float32))
+    with pytest.raises(ValueError, match=r"missing\.jpg"):
+        bench_throughput.Overlapped(pipeline, 2, 1)([tmp_path / "missing.jpg"], tmp_path, 1)

@@ -1,0 +1,61 @@
+"""The cost model: exact on points that obey it, honest about those that do not, and right in its limits."""
+
+import pytest
+
+from benchmarks import scaling
+from benchmarks.scaling import ACCELERATORS, Fit, Point, fit, gradient_traffic, held_out_errors, predict
+from ldmseg_fast.config import COCO
+
+H200 = ACCELERATORS["H200"]
+
+
+def test_exact_points_are_fitted_exactly():
+    true = Fit(overhead=0.004, rate=50e9)
+    points = [Point("", calls, work, true.seconds(Point("", calls, work, 0))) for calls, work in
+              [(1, 1e9), (1, 8e9), (3, 7e9), (1, 3e10)]]  # fmt: skip
+    found = fit(points)
+    assert found.overhead == pytest.approx(0.004) and found.rate == pytest.approx(50e9)
+    assert max(map(abs, held_out_errors(points))) < 1e-9
+
+
+def test_constants_are_never_negative():
+    found = fit([Point("", 1, 1e9, 1.0), Point("", 1, 2e9, 0.5)])  # more work in less time
+    assert found.overhead >= 0 and found.rate > 0
+    with pytest.raises(ValueError, match="two are needed"):
+        fit([Point("", 1, 1e9, 1.0)])
+
+
+def test_held_out_errors_see_a_point_that_does_not_fit():
+    points = [Point("", 1, work, work / 1e10) for work in (1e9, 2e9, 4e9, 8e9)]
+    points.append(Point("odd", 1, 1e9, 0.3))
+    assert held_out_errors(points)[-1] == pytest.approx(-2 / 3, abs=0.01)
+
+
+def test_traffic_of_the_zero_stages():
+    weights = 4.0 * 1000 * 7 / 8
+    assert gradient_traffic(1000, 8, 0, 2) == (2 * weights, 0)
+    assert gradient_traffic(1000, 8, 1, 2) == gradient_traffic(1000, 8, 2, 2) == (weights, weights)
+    assert gradient_traffic(1000, 8, 3, 2) == (weights, 3 * weights)
+    assert gradient_traffic(1000, 1, 1, 2) == (0, 0)
+
+
+def test_predictions_have_the_right_limits():
+    one, eight, many = (predict(COCO, H200, gpus, 0.4) for gpus in (1, 8, 64))
+    # the paper's network: 2 forward passes, the second recomputed, and a backward pass of two
+    assert one.images_per_second == pytest.approx(0.4 * H200.peak / (5 * 0.771e12), rel=0.02)
+    assert 7 < eight.images_per_second / one.images_per_second <= 8
+    assert eight.images_per_second < many.images_per_second < 64 * one.images_per_second
+    assert one.memory_bytes > eight.memory_bytes > many.memory_bytes
+    assert one.exposed_seconds == 0 < eight.exposed_seconds
+    assert one.days == pytest.approx(one.gpu_hours / 24)
+
+
+def test_a_slow_input_pipeline_limits():
+    assert predict(COCO, H200, 8, 0.4, cores=4, data=0.1).images_per_second == pytest.approx(8 * 4 / 0.1)
+
+
+def test_the_section_says_what_was_not_measured():
+    text = scaling.scaling_section()
+    assert "Data-sheet values" in text and "| 64 |" in text
+    if not scaling.load_rows("gpu"):
+        assert "No GPU point has been measured yet" in text
