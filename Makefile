@@ -28,7 +28,7 @@ test: lint
 	$(BIN)/python -m pytest -m 'not soak'
 
 soak: setup
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python benchmarks/soak.py
 
 clean:
 	rm -rf build dist *.egg-info demo

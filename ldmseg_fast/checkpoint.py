@@ -137,9 +137,21 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; model folders hold their weights in {WEIGHTS}")
     try:
-        return load_file(path)
+        return expand_int8(load_file(path))
     except Exception as error:  # safetensors raises its own type, which is not exported
         raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or save it again") from None
+
+
+INT8_SCALE = ".int8_scale"  # after a tensor's name: its scales
+
+
+def expand_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors stored as int8 [O, ...] beside scales [O] (see `ship.to_int8`) as float32; the others as they are."""
+    scales = {name.removesuffix(INT8_SCALE): state[name] for name in state if name.endswith(INT8_SCALE)}
+    expanded = {name: value for name, value in state.items() if not name.endswith(INT8_SCALE)}
+    for name, scale in scales.items():
+        expanded[name] = state[name].float() * scale.float().view(-1, *[1] * (state[name].ndim - 1))
+    return expanded
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -273,34 +285,3 @@ def load_component(folder: str | Path, name: str, attention: str = "auto") -> An
 
 def postprocess_settings(config: PostprocessConfig) -> dict[str, Any]:
     return {"postprocess": asdict(config)}
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a parameter: its shard under ZeRO 3, all of it otherwise."""
-    return getattr(parameter, "ds_tensor", parameter).detach()
-
-
-class Ema:
-    """Exponential moving average of the trainable parameters, in float32; under ZeRO 3 each rank averages its shards.
-
-    The decay is min(decay, (1 + step) / (10 + step)), so that early averages are not the initialisation.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.shadow = {name: _local(p).float().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        current = [_local(p).float() for name, p in module.named_parameters() if name in self.shadow]
-        torch._foreach_lerp_(list(self.shadow.values()), current, 1.0 - decay)
-
-    @torch.no_grad()
-    def swap(self, module: nn.Module) -> None:
-        """Exchange averages and weights; called twice it changes nothing."""
-        for name, parameter in module.named_parameters():
-            if name in self.shadow:
-                current = _local(parameter).float().clone()
-                _local(parameter).copy_(self.shadow[name])
-                self.shadow[name] = current

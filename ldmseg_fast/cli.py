@@ -17,30 +17,33 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("images", nargs="+", help="files or folders")
     predict.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
     predict.add_argument("--seed", type=int, default=0)
+    predict.add_argument("--samples", type=int, default=1, help="seeds per picture; above 1 with a map of agreement")
+    predict.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
+    predict.add_argument("--cache-interval", type=int, default=1, help="compute deep features each so many steps only")
     _add_backend_arguments(predict)
     predict.set_defaults(run=run_predict)
 
+    from ldmseg_fast.inpaint_command import add_inpaint_arguments, run_inpaint
+
+    inpaint = commands.add_parser("inpaint", help="complete a panoptic map of which a part is given")
+    add_inpaint_arguments(inpaint)
+    _add_backend_arguments(inpaint)
+    inpaint.set_defaults(run=run_inpaint)
+
+    from ldmseg_fast.evaluate_command import add_evaluate_arguments, run_evaluate
+
     evaluate = commands.add_parser("evaluate", help="panoptic quality of a model on a COCO-panoptic folder")
-    evaluate.add_argument("model_dir")
-    evaluate.add_argument("--data", required=True, help="COCO-panoptic folder")
-    evaluate.add_argument("--split", default="val2017")
-    evaluate.add_argument("--mask-th", type=float, help="least softmax probability of a pixel")
-    evaluate.add_argument("--count-th", type=int, help="least area of a segment in pixels")
-    evaluate.add_argument("--overlap-th", type=float, help="least share of a segment's own area that it must win")
-    evaluate.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction (random, position, ...)")
-    evaluate.add_argument("--size", type=int, help="side in pixels of an auto-encoder's reconstruction")
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--limit", type=int, default=0, help="first N images only")
-    evaluate.add_argument("--out", help="folder for COCO panoptic results (JSON + PNG)")
-    evaluate.add_argument("--json", type=Path, help="report file")
+    add_evaluate_arguments(evaluate)
     _add_backend_arguments(evaluate)
     evaluate.set_defaults(run=run_evaluate)
 
+    from ldmseg_fast.error_page.files import add_page_arguments, run_page
     from ldmseg_fast.metrics.pq_command import add_pq_arguments, run_pq
 
     pq = commands.add_parser("pq", help="panoptic quality of result files, as panopticapi computes it")
     add_pq_arguments(pq)
-    pq.set_defaults(run=run_pq)
+    add_page_arguments(pq)
+    pq.set_defaults(run=lambda args: run_pq(args) or (run_page(args) if args.page else 0))
 
     from ldmseg_fast.convert import add_convert_arguments, run_convert
 
@@ -87,6 +90,7 @@ def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine-dir", help="exported graphs or engines")
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--solver", default="ddim", help="ddim, dpmpp_2m or heun")
 
 
 def run_predict(args: argparse.Namespace) -> int:
@@ -95,38 +99,9 @@ def run_predict(args: argparse.Namespace) -> int:
 
     files = find_pictures(args.images)
     pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir)
-    written = predict_files(pipe, files, args.out, args.steps, args.seed, args.batch_size)
+    sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval}
+    written = predict_files(pipe, files, args.out, args.steps, args.seed, args.batch_size, args.samples, **sampling)
     print(f"{len(written)} images segmented: {args.out}")
-    return 0
-
-
-def run_evaluate(args: argparse.Namespace) -> int:
-    from ldmseg_fast import distributed
-    from ldmseg_fast.checkpoint import write_json
-    from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report
-
-    distributed.start()
-    options = EvaluationOptions(
-        split=args.split,
-        steps=args.steps,
-        mask_threshold=args.mask_th,
-        count_threshold=args.count_th,
-        overlap_threshold=args.overlap_th,
-        seed=args.seed,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        id_assignment=args.ids,
-        image_size=args.size,
-        backend=args.backend,
-        engine_dir=args.engine_dir,
-        out=args.out,
-    )
-    report = evaluate(args.model_dir, args.data, options)
-    if distributed.is_main():
-        print(format_report(report))
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            write_json(args.json, report)
     return 0
 
 

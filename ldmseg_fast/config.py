@@ -123,7 +123,7 @@ class DataConfig:
     limit: int = 0  # first images of the training split only; 0: all
     val_limit: int = 200
     bad_items: float = 0.001  # share of the training split that may be unreadable: named, replaced; beyond it an error
-    timeout: float = 300.0  # seconds without a batch after which a loader process counts as hung
+    timeout: float = 300.0  # seconds without a batch after which a read counts as hung
     latent_cache: str = ""  # folder of `ldmseg data cache`; "auto": beside the data; "": encode images in every step
 
 
@@ -387,7 +387,7 @@ TINY = Config(
         warmup=100,
         ema=0.998,
         precision="bf16",
-        zero_stage=1,
+        zero_stage=0,  # cutting so small a model costs its ranks more than it saves
         validate_every=1000,
         save_every=500,
     ),

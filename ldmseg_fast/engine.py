@@ -17,7 +17,7 @@ from ldmseg_fast import distributed
 from ldmseg_fast.checkpoint import write_json
 from ldmseg_fast.config import Config, ConfigError, TrainConfig, describe, to_dict
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.data.latent_cache import attach_cache
+from ldmseg_fast.data.latent_cache import ShardCheck, attach_cache
 from ldmseg_fast.data.loader import Prefetcher, TrainingBatches
 from ldmseg_fast.data.transforms import Augmentation
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
@@ -27,6 +27,7 @@ from ldmseg_fast.stages import STAGES
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, OutOfMemory, is_out_of_memory
 from ldmseg_fast.training.liveness import Agreement, Heartbeat, Interrupt, Stopped
+from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
 from ldmseg_fast.training.validation import validate
 
@@ -118,8 +119,10 @@ class Run:
         num_slots = self.stage.mask_vae.config.num_slots
         self.train_set = make_dataset(config, config.data.train_split, num_slots, train=True)
         self.val_set = make_dataset(config, config.data.val_split, num_slots, train=False)
-        if stage_name == "diffusion":
-            attach_cache(self.train_set, config, self.stage.get_submodule("image_vae"), self.say)
+        self.shard_check: ShardCheck | None = None
+        if stage_name != "autoencoder":
+            cache = attach_cache(self.train_set, config, self.stage.get_submodule("image_vae"), self.say)
+            self.shard_check = None if cache is None else ShardCheck(cache)
         check_batch(config)
         compile_stage(self.stage, settings.compile, settings.compile_backend)
         self.optimizer = make_optimizer(self.stage, config, user_config)
@@ -130,13 +133,14 @@ class Run:
         self.stage.train()
 
         self.batches = make_batches(self.train_set, config, self.progress.items)
-        self.prefetched = Prefetcher(self.batches, self.device)
+        self.prefetched = Prefetcher(self.batches, self.device, settings.accumulation)
         self.bad_items = BadItems(len(self.train_set), config.data.bad_items)
         logs = self.folder / "logs"
         self.guard = NonFiniteGuard(logs / f"nonfinite-{distributed.rank()}.jsonl", settings.max_skipped)
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", {"stage": stage_name} | to_dict(config))
+            record_start(logs, stage_name, self.progress.step)
             (self.folder / "settings.txt").write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         self.log = RunLog(logs, self.progress.step, settings.wandb, to_dict(config))
         self.agreement, self.window = Agreement(), Window()
@@ -147,7 +151,10 @@ class Run:
     def loop(self) -> None:
         """Until train.steps, a signal, or train.max_minutes."""
         settings, progress = self.config.train, self.progress
-        stop = progress.step >= settings.steps
+        if progress.validation_due:
+            self.validate()
+            self.save()
+        stop = progress.step >= settings.steps or progress.validation_due
         while not stop:
             self.window.add(self.take_step())
             last = progress.step == settings.steps
@@ -159,9 +166,10 @@ class Run:
             if progress.step % settings.log_every == 0 or last:
                 self.write_log()
             improved = False
-            if (progress.step % settings.validate_every == 0 and not stop) or last:
-                improved = self.validate()
-            stop = stop or last
+            if progress.step % settings.validate_every == 0 or last:
+                progress.validation_due = True
+                improved = (last or not stop) and self.validate()
+            stop = stop or last or progress.validation_due
             if progress.step % settings.save_every == 0 or stop or (improved and settings.keep_best > 0):
                 self.save()
 
@@ -170,17 +178,19 @@ class Run:
         settings, progress = self.config.train, self.progress
         self.optimizer.set_learning_rate(learning_rate(progress.step, settings))
         totals: dict[str, Tensor] = {}
-        image_ids: list[Any] = []
-        for micro_step in range(settings.accumulation):
-            batch = next(self.prefetched)
-            for message in self.bad_items.add(batch["failures"]):
-                tqdm.write(f"warning: {message}; another image takes its place", file=sys.stderr)
+        if self.shard_check is not None:
+            self.shard_check.raise_if_damaged()
+        batches = next(self.prefetched)
+        for message in self.bad_items.add([failure for batch in batches for failure in batch["failures"]]):
+            tqdm.write(f"warning: {message}; another image takes its place", file=sys.stderr)
+        self.stage.prepare(batches)
+        for number, batch in enumerate(batches, 1):
             losses = self.optimizer.forward(batch, progress.step)
-            self.optimizer.backward(losses["loss"], last=micro_step == settings.accumulation - 1)
-            self.prefetched.fetch()
-            image_ids += batch["image_id"]
+            self.optimizer.backward(losses["loss"], last=number == len(batches))
             for key, value in losses.items():
-                totals[key] = totals.get(key, 0.0) + value.detach() / settings.accumulation
+                totals[key] = totals.get(key, 0.0) + value.detach() / len(batches)
+        self.prefetched.fetch()
+        image_ids = [image_id for batch in batches for image_id in batch["image_id"]]
         skipped = self.optimizer.step()
         progress.step, progress.items = progress.step + 1, progress.items + settings.batch_size
         self.settle(self.guard.watch(progress.step, image_ids, totals["loss"], skipped))
@@ -210,11 +220,22 @@ class Run:
         self.batches.waited, self.window = 0.0, Window()
 
     def validate(self) -> bool:
-        """Whether the averaged weights are the best so far."""
+        """Whether the averaged weights are the best so far. A stop request ends it without a result; it is due then."""
         step = self.progress.step
         pictures = self.folder / "pictures" / f"step-{step:08d}.png"
         with self.optimizer.averaged_weights():
-            metrics = validate(self.stage, self.val_set, self.device, pictures)
+            metrics = validate(
+                self.stage,
+                self.val_set,
+                self.device,
+                pictures,
+                timeout=self.config.data.timeout,
+                stop=lambda: self.interrupt.requested,
+            )
+        self.progress.validation_due = metrics is None
+        if metrics is None:
+            self.say(f"step {step}: validation interrupted; --resume begins with it")
+            return False
         self.log.write(step, metrics)
         if distributed.is_main():
             self.log.picture(step, pictures)
@@ -258,7 +279,7 @@ def train(
     """Train one stage.
 
     Args:
-        stage_name: "autoencoder" or "diffusion".
+        stage_name: of `stages.STAGES`.
         config: everything; `output_dir` becomes the MODEL_DIR.
         resume: continue from the newest whole checkpoint in `output_dir`.
         deepspeed_config: a user's DeepSpeed settings, merged with ours.
@@ -287,6 +308,6 @@ def train(
         finally:
             if run is not None:
                 run.close()
-    if interrupt.requested and run.progress.step < config.train.steps:
+    if interrupt.requested and (run.progress.step < config.train.steps or run.progress.validation_due):
         raise Stopped(run.progress.step, interrupt.signal)
     return run.folder

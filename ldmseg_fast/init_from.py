@@ -23,6 +23,7 @@ from ldmseg_fast.config import Config, ConfigError, ImageEncoderConfig, Schedule
 from ldmseg_fast.diffusers_folder import read_config, read_weights, scheduler_settings, unet_settings
 from ldmseg_fast.models.image_vae import TaesdEncoder, modern_attention_names
 from ldmseg_fast.models.unet import UNet, input_parts
+from ldmseg_fast.pretrained import resolve_model_dir
 
 # what weights fix; the rest of a UNet's configuration is the run's own choice
 UNET_STRUCTURE = (
@@ -73,7 +74,7 @@ def resolve_start(config: Config) -> Start:
     """
     if not config.model.init_from:
         return _with_image_vae(Start(config))
-    folder = Path(config.model.init_from)
+    folder = resolve_model_dir(config.model.init_from)
     if not folder.is_dir():
         raise CheckpointError(f"model.init_from={folder}: no such folder; give {HOW_TO_GET_ONE}, or a model folder")
     index = read_json(inside(folder, folder / "model_index.json")) if (folder / "model_index.json").is_file() else {}

@@ -8,6 +8,7 @@ then renamed. It holds safetensors and JSON only: reading it runs no code.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -42,6 +43,7 @@ class Progress:
     items: int = 0
     best: dict[int, float] = field(default_factory=dict)  # PQ of validations, by the step of their checkpoint
     skipped: int = 0
+    validation_due: bool = False  # that of this step was interrupted
 
 
 class TrainingCheckpoints:
@@ -68,6 +70,7 @@ class TrainingCheckpoints:
 
         With `trust`, a checkpoint that DeepSpeed itself wrote there will do; `foreign` is its folder then.
         """
+        self._recover()
         steps, run = self.steps(), self.folder.parent
         self.foreign = None
         if not resume and steps:
@@ -157,14 +160,23 @@ class TrainingCheckpoints:
         write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
         _sync_folder(temporary)
         final = self.path(progress.step)
-        shutil.rmtree(final, ignore_errors=True)
+        old = final.with_name(f".old-{final.name}")
+        if final.exists():
+            final.rename(old)
         temporary.rename(final)
         write_json(self.folder / "latest", final.name)
         _sync_folder(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
         steps = self.steps()
         best = sorted((step for step in progress.best if step in steps), key=lambda step: -progress.best[step])
         for step in set(steps[: -self.keep]) - set(best[: self.keep_best]):
             shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def _recover(self) -> None:
+        """A kill between the two renames of `_publish` left the older checkpoint of a step under another name."""
+        for old in self.folder.glob(".old-*"):
+            with contextlib.suppress(OSError):  # another rank was faster, or there is a newer one
+                old.rename(old.with_name(old.name.removeprefix(".old-")))
 
     def load(self, stage: Stage, optimizer: Optimizer, stage_name: str, say: Callable[[str], None]) -> Progress:
         """Load the newest checkpoint that is whole; all ranks call it, as many as like.
@@ -176,7 +188,7 @@ class TrainingCheckpoints:
             CheckpointError: all are damaged, or of another architecture, stage or version.
         """
         if distributed.is_main():
-            for leftover in self.folder.glob(".new-*"):
+            for leftover in (*self.folder.glob(".new-*"), *self.folder.glob(".old-*")):
                 shutil.rmtree(leftover, ignore_errors=True)
         if self.foreign is not None:
             step = optimizer.load_foreign(self.foreign)

@@ -1,6 +1,7 @@
 """Command line of training.
 
-deepspeed ldmseg_fast/train.py {autoencoder|diffusion} [--config NAME_OR_FILE] [--resume] data.root=ROOT output_dir=DIR
+deepspeed ldmseg_fast/train.py {autoencoder|diffusion|one_step|distillation} [--config NAME_OR_FILE] [--resume]
+    data.root=ROOT output_dir=DIR
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser = Parser(prog="train.py", description="Train a stage; settings are written key=value.")
-    parser.add_argument("stage", choices=["autoencoder", "diffusion"])
+    parser.add_argument("stage", choices=["autoencoder", "diffusion", "one_step", "distillation"])
     parser.add_argument("--config", default="tiny", help="a preset (tiny, coco) or a YAML/JSON file; default tiny")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
     parser.add_argument("--trust", action="store_true", help="with --resume: also from pickles that DeepSpeed wrote")

@@ -40,6 +40,8 @@ LAYERS = [
         "error_page",
         "agreement",
         "inpainting",
+        "ensemble",
+        "mask_sampling",
     },
     {"train", "cli", "evaluate_command", "inpaint_command", "demo", "doctor", "runs", "ship", "export", "benchmarks"},
 ]

@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from ldmseg_fast.config import LossConfig
-from ldmseg_fast.losses import mask_losses, present_segments
+from ldmseg_fast.losses import mask_losses, present_segments, share_num_masks
 
 
 def test_present_segments_leaves_void_out():
     ids = torch.tensor([[[0, 3], [3, 1]], [[0, 0], [0, 0]], [[2, 2], [2, 2]]], dtype=torch.uint8)
-    image, slot = present_segments(ids, 5)
-    assert list(zip(image.tolist(), slot.tolist())) == [(0, 1), (0, 3), (2, 2)]
+    segments = present_segments(ids, 5)
+    assert list(zip(segments.image.tolist(), segments.slot.tolist())) == [(0, 1), (0, 3), (2, 2)]
+    assert list(segments.counts) == [2, 0, 1]
 
 
 def perfect_logits(ids: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -51,3 +52,50 @@ def test_same_generator_same_loss():
     config = LossConfig(num_points=100)
     first, second = (mask_losses(logits, ids, config, torch.Generator().manual_seed(5)).total for _ in range(2))
     assert torch.equal(first, second)
+
+
+def blobs(void: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [4, 24, 24], of which a share is void in each image, and logits [4, 6, 12, 12] in float64."""
+    numbers = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 6, (4, 6, 6), generator=numbers)
+    ids[:, : int(6 * void)] = 0
+    logits = torch.randn(4, 6, 12, 12, generator=numbers, dtype=torch.float64)
+    return ids.repeat_interleave(4, 1).repeat_interleave(4, 2).to(torch.uint8), logits
+
+
+def parts_of(ids: torch.Tensor, logits: torch.Tensor, size: int, config: LossConfig) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of a batch that is taken `size` images at a time."""
+    logits = logits.clone().requires_grad_()
+    starts = range(0, len(ids), size)
+    batches = [{"segment_counts": present_segments(ids[at : at + size], 6).counts} for at in starts]
+    share_num_masks(batches, torch.device("cpu"))
+    total = 0.0
+    for at, batch in zip(starts, batches):
+        images = range(at, at + size)
+        generators = [torch.Generator().manual_seed(image) for image in images]
+        part = slice(at, at + size)
+        loss = mask_losses(logits[part], ids[part], config, generators, num_masks=batch["num_masks"]).total
+        (loss / len(batches)).backward()
+        total += loss.item() / len(batches)
+    return total, logits.grad
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_parts_of_a_batch_add_up_to_it(size):
+    """Segments are counted over all parts; float32 in the loss leaves its last digits."""
+    for void, config in ((0.0, LossConfig(num_points=64)), (0.5, LossConfig(num_points=64, ce=0.0))):
+        ids, logits = blobs(void)
+        ids[3] = ids[3].clamp(max=2)  # fewer segments than in the others
+        whole, parts = parts_of(ids, logits, 4, config), parts_of(ids, logits, size, config)
+        assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+        assert torch.allclose(parts[1], whole[1], rtol=1e-5, atol=1e-9)
+
+
+def test_points_of_an_image_do_not_depend_on_the_others():
+    ids, logits = blobs(0.0)
+    config = LossConfig(num_points=64, bce=0.0, dice=0.0)
+    alone = [
+        mask_losses(logits[i : i + 1], ids[i : i + 1], config, [torch.Generator().manual_seed(i)]) for i in range(4)
+    ]
+    together = mask_losses(logits, ids, config, [torch.Generator().manual_seed(image) for image in range(4)])
+    assert together.ce == pytest.approx(sum(losses.ce.item() for losses in alone) / 4, rel=1e-6)

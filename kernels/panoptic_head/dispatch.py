@@ -78,7 +78,9 @@ def panoptic_head_op(
             return kernel.panoptic_head(mask_logits, *sizes, *thresholds)
         if _C is not None and hasattr(_C, "panoptic_head"):
             logits = mask_logits.detach().float().contiguous().numpy()
-            segmentation, probability, area, box, score = _C.panoptic_head(logits, *sizes, *thresholds)
+            segmentation, probability, area, box, score = _C.panoptic_head(
+                logits, *sizes, *thresholds, threads=torch.get_num_threads()
+            )
             arrays = (segmentation, probability, area, box, score)
             results = [torch.from_numpy(array) for array in arrays]
             return results[0], results[1], results[2], results[3], results[4]

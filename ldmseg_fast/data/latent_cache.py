@@ -12,6 +12,7 @@ import argparse
 import functools
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ldmseg_fast import distributed
 from ldmseg_fast.checkpoint import CheckpointError, load_component, read_json, save_weights, write_json
 from ldmseg_fast.config import Config, ConfigError, ImageEncoderConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
@@ -63,7 +65,7 @@ class LatentCache:
 
     folder: Path
     rows: dict[str, int]
-    shards: tuple[str, ...]
+    shards: dict[str, dict[str, Any]]  # of the manifest: file name to "bytes" and "sha256", in the order of the rows
     seconds_per_image: float
     factor: float  # from the scaling the cache was made with to the run's
 
@@ -89,13 +91,46 @@ class LatentCache:
             raise CheckpointError(f"{path}: {len(missing)} of {len(names)} shards are missing or damaged; {cure}")
         rows = {file.name: row for row, file in enumerate(files)}
         factor = scaling_factor / manifest["scaling_factor"]
-        return cls(path, rows, tuple(names), manifest["seconds_per_image"], factor)
+        shards = {name: manifest["shards"][name] for name in names}
+        return cls(path, rows, shards, manifest["seconds_per_image"], factor)
 
     def read(self, file_name: str, flipped: bool) -> Tensor:
         """float16 [C, h, w] of a picture, or of its mirror image."""
         shard, row = divmod(self.rows[file_name], PER_SHARD)
-        latents = _open_shard(self.folder / self.shards[shard]).get_slice("latents")[row : row + 1, int(flipped)][0]
+        latents = _open_shard(self.folder / _shard_name(shard)).get_slice("latents")[row : row + 1, int(flipped)][0]
         return latents if self.factor == 1.0 else latents * self.factor
+
+
+class ShardCheck:
+    """Reads the shards of a cache once, in a thread beside the training, for bits that have flipped since it was made.
+
+    The ranks share the work. `LatentCache.open` looks at sizes only, because reading gigabytes would hold up the start.
+    """
+
+    def __init__(self, cache: LatentCache) -> None:
+        self._problem = ""
+        self._names = list(cache.shards)[distributed.rank() :: distributed.world_size()]
+        self.thread = threading.Thread(target=self._run, args=(cache,), daemon=True)
+        self.thread.start()
+
+    def raise_if_damaged(self) -> None:
+        """Raises CheckpointError naming the shard, once one was found."""
+        if self._problem:
+            raise CheckpointError(self._problem)
+
+    def _run(self, cache: LatentCache) -> None:
+        for name in self._names:
+            try:
+                broken = _broken(cache.folder / name, cache.shards[name], thorough=True)
+            except OSError as error:
+                self._problem = f"{cache.folder / name}: {error.strerror or error}"
+                return
+            if broken:
+                self._problem = (
+                    f"{cache.folder / name}: damaged, its SHA-256 is not the manifest's. `ldmseg data cache` makes it "
+                    f"again; then go on with --resume from the last checkpoint"
+                )
+                return
 
 
 @functools.cache
@@ -215,19 +250,24 @@ def why_not(config: Config) -> str:
     return "; ".join(reason for found, reason in reasons if found)
 
 
-def attach_cache(dataset: CocoPanoptic, config: Config, encoder: nn.Module, say: Callable[[str], None]) -> None:
+def attach_cache(
+    dataset: CocoPanoptic, config: Config, encoder: nn.Module, say: Callable[[str], None]
+) -> LatentCache | None:
     """Let a training set read latents, where `data.latent_cache` asks for them and the augmentation allows it.
+
+    Returns:
+        The cache; None where pictures are encoded in every step.
 
     Raises:
         CheckpointError: `data.latent_cache` names a folder that holds no complete cache for this run.
     """
     wanted = config.data.latent_cache
     if not wanted:
-        return
+        return None
     reason = why_not(config)
     if reason:
         say(f"latent cache not used: {reason}")
-        return
+        return None
     files = picture_files(dataset)
     key = cache_key(encoder, config.image_encoder, config.data.image_size, files)
     folder = default_folder(config.data.root) if wanted == "auto" else Path(wanted)
@@ -237,10 +277,11 @@ def attach_cache(dataset: CocoPanoptic, config: Config, encoder: nn.Module, say:
         if wanted != "auto":
             raise
         say(f"latent cache not used: {error}")
-        return
+        return None
     dataset.use_latents(cache)
     say(f"image latents of {len(files)} pictures from {cache.folder}; saves {1000 * cache.seconds_per_image:.1f} ms of "
         f"encoding per image, as measured when it was made")  # fmt: skip
+    return cache
 
 
 def load_encoder(source: str | Path, size: int) -> tuple[nn.Module, ImageEncoderConfig]:

@@ -6,10 +6,12 @@ The batches of a step depend on (seed, step) alone, not on ranks, accumulation, 
 from __future__ import annotations
 
 import os
+import queue
 import signal
+import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +22,60 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.folders import DataError
 from ldmseg_fast.data.sampler import EpochSampler
 
+T = TypeVar("T")
 ATTEMPTS = 20  # replacements tried for one item before the data set as a whole counts as unreadable
+
+
+class PatientReader:
+    """Calls functions that read files in a thread of its own, because a read that hangs cannot be told to stop.
+
+    Args:
+        timeout: seconds that a call may take.
+        where: what is being read, for the error.
+    """
+
+    def __init__(self, timeout: float, where: Callable[[], str]) -> None:
+        self.timeout, self.where = timeout, where
+        self._wanted: queue.SimpleQueue = queue.SimpleQueue()
+        self._done: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What `function()` returns or raises. Raises DataError when it takes too long; then the reader is lost."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, daemon=True)  # daemon: nobody waits for it at exit
+            self._thread.start()
+        self._wanted.put(function)
+        try:
+            result, error = self._done.get(timeout=self.timeout)
+        except queue.Empty:
+            raise DataError(_hung(self.timeout, self.where())) from None
+        if error is not None:
+            raise error
+        return result
+
+    def close(self) -> None:
+        self._wanted.put(None)
+
+    def _serve(self) -> None:
+        while (function := self._wanted.get()) is not None:
+            try:
+                self._done.put((function(), None))
+            except BaseException as error:
+                self._done.put((None, error))
+
+
+def _hung(timeout: float, where: str) -> str:
+    return (
+        f"no batch for {timeout:g} s: {where}. Is the file server alive? Raise data.timeout where reading takes "
+        f"longer, and go on with --resume"
+    )
 
 
 class _Items(Dataset):
     """A data set's items for (epoch, index) keys; an unreadable one gives way to another and is reported.
 
-    `reading` [workers] tells the main process which item each worker is at, plus one.
+    `reading` [workers, at least 1] tells the main process which item each worker is at, plus one.
     """
 
     def __init__(self, dataset: CocoPanoptic, reading: Tensor) -> None:
@@ -35,10 +84,10 @@ class _Items(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, wanted = key
         info = torch.utils.data.get_worker_info()
+        worker = 0 if info is None else info.id
         index, failures = wanted, []
         for attempt in range(ATTEMPTS):
-            if info is not None:
-                self.reading[info.id] = index + 1
+            self.reading[worker] = index + 1
             try:
                 item = self.dataset[epoch, index]
             except DataError as error:
@@ -46,8 +95,7 @@ class _Items(Dataset):
                 index = (wanted + 7919 * (attempt + 1) + epoch) % len(self.dataset)  # a prime: not the neighbours
                 continue
             finally:
-                if info is not None:
-                    self.reading[info.id] = 0
+                self.reading[worker] = 0
             return item | {"sample": epoch * len(self.dataset) + wanted, "failures": failures}
         raise DataError(failures[0][1])
 
@@ -56,6 +104,11 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     batch = collate(items)
     batch["sample"] = [item["sample"] for item in items]
     batch["failures"] = [failure for item in items for failure in item["failures"]]
+    batch["segment_counts"] = [int(item["num_segments"]) for item in items]
+    batch["segments"] = torch.tensor(
+        [(place, number + 1) for place, count in enumerate(batch["segment_counts"]) for number in range(count)],
+        dtype=torch.int64,
+    ).view(-1, 2)
     return batch
 
 
@@ -69,8 +122,11 @@ def _start_worker(worker: int) -> None:
 class TrainingBatches:
     """Endless micro-batches of one rank.
 
-    What `collate` gives, and `sample`, a number for each item that no other draw of the whole run has, and
-    `failures`, (index, message) of unreadable items that others stand in for.
+    What `collate` gives, and
+    - sample: a list of B, numbers that no other draw of the whole run has;
+    - failures: (index, message) of unreadable items that others stand in for;
+    - segment_counts: a list of B, how many segments each map has;
+    - segments: int64 [M, 2], all of them as (place in the batch, number in `segment_ids`).
 
     Args:
         dataset: the training split.
@@ -80,7 +136,7 @@ class TrainingBatches:
         timeout: seconds to wait for a batch.
 
     Raises:
-        DataError: on a hung worker, naming the file it is at, or when nothing can be read.
+        DataError: on a read that hangs, naming the file, or when nothing can be read.
     """
 
     def __init__(
@@ -109,6 +165,7 @@ class TrainingBatches:
         )
         self.waited = 0.0  # seconds spent here since the last look
         self._iterator: Any = iter(loader)
+        self._reader = None if num_workers else PatientReader(timeout, self._reading)
 
     def order(self, step: int) -> list[tuple[int, int]]:
         """(epoch, index) of this rank's micro-batch number `step`."""
@@ -120,6 +177,8 @@ class TrainingBatches:
     def __next__(self) -> dict[str, Any]:
         start = time.perf_counter()
         try:
+            if self._reader is not None:
+                return self._reader.call(lambda: next(self._iterator))
             return next(self._iterator)
         except DataError as error:  # from a worker process it comes with that process's traceback as its text
             raise DataError(
@@ -127,7 +186,7 @@ class TrainingBatches:
             ) from None
         except RuntimeError as error:
             if "timed out" in str(error):
-                message = self._hung()
+                message = _hung(self.timeout, self._reading())
                 self._kill_workers()
                 raise DataError(message) from None
             if "exited unexpectedly" in str(error):
@@ -136,20 +195,20 @@ class TrainingBatches:
         finally:
             self.waited += time.perf_counter() - start
 
-    def _hung(self) -> str:
+    def _reading(self) -> str:
+        """The files that the loading processes are at."""
         files = [
             f"process {worker} reads {' and '.join(map(str, self.dataset.paths(index - 1)))}"
             for worker, index in enumerate(self.reading.tolist())
             if index
         ]
-        return (
-            f"no batch for {self.timeout:g} s: {'; '.join(files) or 'no process is at a file'}. Is the file server "
-            f"alive? Raise data.timeout where reading takes longer"
-        )
+        return "; ".join(files) or "no process is at a file"
 
     def close(self) -> None:
         """End the worker processes."""
         self._iterator = iter(())
+        if self._reader is not None:
+            self._reader.close()
 
     def _kill_workers(self) -> None:
         """Hung processes do not end when they are asked to."""
@@ -167,32 +226,34 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 class Prefetcher:
-    """Moves the next batch to a GPU on a side stream while the present one is computed with; plain on a CPU."""
+    """The micro-batches of a step on the device, `parts` of them; to a GPU they are moved on a side stream while the
+    step before is computed. Pictures and ids are bytes, so that a step's batch is small beside its activations."""
 
-    def __init__(self, batches: Iterator[dict[str, Any]], device: torch.device) -> None:
-        self.batches, self.device = batches, device
+    def __init__(self, batches: Iterator[dict[str, Any]], device: torch.device, parts: int = 1) -> None:
+        self.batches, self.device, self.parts = batches, device, parts
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._next: dict[str, Any] | None = None
+        self._next: list[dict[str, Any]] | None = None
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self) -> list[dict[str, Any]]:
         if self.stream is None:
-            return to_device(next(self.batches), self.device)
+            return [to_device(next(self.batches), self.device) for _ in range(self.parts)]
         with torch.cuda.stream(self.stream):
-            return to_device(next(self.batches), self.device)
+            return [to_device(next(self.batches), self.device) for _ in range(self.parts)]
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> list[dict[str, Any]]:
         if self.stream is None:
             return self._load()
-        batch = self._next if self._next is not None else self._load()
+        step = self._next if self._next is not None else self._load()
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.stream)
-        for value in batch.values():
-            if isinstance(value, Tensor):
-                value.record_stream(current)  # or the allocator would hand its memory to the side stream's next copy
+        for batch in step:
+            for value in batch.values():
+                if isinstance(value, Tensor):
+                    value.record_stream(current)  # or the allocator would hand its memory to the side stream's copies
         self._next = None
-        return batch
+        return step
 
     def fetch(self) -> None:
-        """Start on the next batch; called once the present one's work is queued."""
+        """Start on the next step's; called once the present one's work is queued."""
         if self.stream is not None and self._next is None:
             self._next = self._load()

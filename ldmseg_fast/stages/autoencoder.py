@@ -13,11 +13,11 @@ from torch import Tensor
 from ldmseg_fast.checkpoint import postprocess_settings, save_component, save_index
 from ldmseg_fast.config import Config
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
-from ldmseg_fast.losses import mask_losses
+from ldmseg_fast.losses import mask_losses, share_num_masks
 from ldmseg_fast.model_card import write_model_card
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.panoptic import PanopticResult, postprocess
-from ldmseg_fast.stages.base import Stage, remap
+from ldmseg_fast.stages.base import Stage, kept_blocks, per_image, remap, segments_of
 
 
 class AutoencoderStage(Stage):
@@ -28,29 +28,34 @@ class AutoencoderStage(Stage):
         self.mask_vae = MaskVAE(config.mask_vae)
         self.register_buffer("latent_std", torch.tensor(1.0))  # running, of the unscaled latents
 
+    def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
+        share_num_masks(batches, self.latent_std.device)
+
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         config, vae = self.config.loss, self.mask_vae
-        generator = self.generator(step, batch, "autoencoder")
+        generators = self.generators(step, batch, "autoencoder")
         slots = remap(batch["segment_ids"], batch["table"])  # [B, H, W]
         given = batch["segment_ids"]
         if config.drop_blocks:
-            given = drop_blocks(given, config.drop_blocks, config.drop_block_size, generator)
+            given = drop_blocks(given, config.drop_blocks, config.drop_block_size, generators)
 
         with self.autocast():
-            bits = encode_mask_bits(given, vae.config.num_bits, batch["table"], channels_last=True)  # [B, K, H, W]
+            bits = encode_mask_bits(  # looking at the ids would wait for a GPU
+                given, vae.config.num_bits, batch["table"], channels_last=True, check_ids=not slots.is_cuda
+            )  # [B, K, H, W]
             posterior = self.recompute(vae.encode, bits)
-            noise = torch.randn(posterior.mean.shape, generator=generator, device=slots.device)
-            latents = posterior.sample(noise)  # [B, C, h, w]
-            spread = latents.detach().float().std()
-            self.latent_std.lerp_(spread, 1.0 if step == 0 else 0.02)
+            latents = posterior.sample(per_image(torch.randn, posterior.mean.shape[1:], generators))  # [B, C, h, w]
+            clean = latents.detach().float()
+            self.latent_std.lerp_(clean.std(), 1.0 if step == 0 else 0.02)
             if config.latent_noise:
-                noise = torch.randn(latents.shape, generator=generator, device=slots.device)
+                noise = per_image(torch.randn, latents.shape[1:], generators)
                 # each image its own strength, so that clean latents stay part of the training
-                strength = torch.rand(len(latents), 1, 1, 1, generator=generator, device=slots.device)
+                strength = per_image(torch.rand, (1, 1, 1), generators)
+                spread = clean.flatten(1).std(1).view(-1, 1, 1, 1)
                 latents = latents + config.latent_noise * strength * spread * noise
             mask_logits = self.recompute(vae.decode, latents)  # [B, Q, H/2^.., W/2^..]
 
-        losses = mask_losses(mask_logits, slots, config, generator)
+        losses = mask_losses(mask_logits, slots, config, generators, segments_of(batch), batch.get("num_masks"))
         kl = posterior.kl().float().mean()
         loss = losses.total + config.kl * kl
         if posterior.loss is not None:
@@ -77,11 +82,8 @@ class AutoencoderStage(Stage):
         write_model_card(folder, {"stage": "autoencoder", "data": self.config.data.root, "config": self.config})
 
 
-def drop_blocks(segment_ids: Tensor, strength: float, size: int, generator: torch.Generator) -> Tensor:
+def drop_blocks(segment_ids: Tensor, strength: float, size: int, generators: Sequence[torch.Generator]) -> Tensor:
     """Void in blocks of size x size pixels: per image a share drawn from [0, strength] of them. Ids [B, H, W]."""
-    batch, height, width = segment_ids.shape
-    rows, columns = -(-height // size), -(-width // size)
-    share = torch.rand(batch, 1, 1, generator=generator, device=generator.device) * strength
-    keep = torch.rand(batch, rows, columns, generator=generator, device=generator.device) >= share
-    keep = keep.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, :height, :width]
-    return torch.where(keep.to(segment_ids.device), segment_ids, torch.zeros_like(segment_ids))
+    share = per_image(torch.rand, (1, 1), generators) * strength
+    keep = kept_blocks(share, segment_ids.shape[1:], size, generators)
+    return segment_ids * keep.to(segment_ids.dtype)

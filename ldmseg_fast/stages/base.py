@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldmseg_fast.config import Config, ConfigError
 from ldmseg_fast.diffusion.sampler import seed_of
+from ldmseg_fast.losses import Segments
 from ldmseg_fast.panoptic import PanopticResult
 
 T = TypeVar("T")
@@ -24,7 +25,8 @@ class Stage(nn.Module, abc.ABC):
     """One stage of training. Its `forward` is the loss, so that DeepSpeed can wrap it.
 
     A batch holds image uint8 [B, 3, S, S], segment_ids uint8 [B, S, S] numbered 1..n, table [B, 256] from those numbers
-    to slots, and two lists of B: image_id and, in training, sample, a number that no other draw of the run has.
+    to slots, and a list of B: image_id. In training also sample, a list of numbers that no other draw of the run has,
+    and what `segments_of` takes.
     """
 
     mask_vae: Any  # a MaskVAE, trained or frozen
@@ -36,6 +38,10 @@ class Stage(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Scalars; "loss" is what is minimised. Random numbers depend on (seed, step, image ids) alone."""
+
+    def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Called with all micro-batches of a step before the first is used: what their losses need to know of each
+        other goes into them."""
 
     @abc.abstractmethod
     def predict(self, batch: dict[str, Any], target_sizes: Sequence[tuple[int, int]]) -> list[PanopticResult]:
@@ -127,6 +133,13 @@ def per_image(draw: Callable[..., Tensor], shape: Sequence[int], generators: Seq
     return torch.stack([draw(*shape, generator=generator, device=generator.device) for generator in generators])
 
 
+def kept_blocks(dropped: Tensor, size: Sequence[int], block: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Kept pixels, bool [B, H, W]: each block of block x block is dropped with its image's probability, [B, 1, 1]."""
+    height, width = size
+    keep = per_image(torch.rand, (-(-height // block), -(-width // block)), generators) >= dropped
+    return keep.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :height, :width]
+
+
 def parameter_kinds(module: nn.Module) -> dict[str, str]:
     """ "norm", "bias", "embedding" or "weight" for each parameter's name."""
     kinds = {}
@@ -140,6 +153,14 @@ def parameter_kinds(module: nn.Module) -> dict[str, str]:
                 kind = "bias" if name == "bias" else "weight"
             kinds[f"{path}.{name}".lstrip(".")] = kind
     return kinds
+
+
+def segments_of(batch: dict[str, Any]) -> Segments | None:
+    """The segments of a training batch, which the loader has listed so that nobody waits for the device to do so."""
+    if "segments" not in batch:
+        return None
+    image, number = batch["segments"].unbind(1)  # [M] each
+    return Segments(image, batch["table"][image, number].long(), batch["segment_counts"])
 
 
 def remap(segment_ids: Tensor, table: Tensor) -> Tensor:

@@ -13,30 +13,42 @@ from torch import Tensor
 
 from ldmseg_fast.checkpoint import load_component, load_index, postprocess_settings, save_component, save_index
 from ldmseg_fast.config import Config, ConfigError
+from ldmseg_fast.diffusion.inpainting import whole_cells
 from ldmseg_fast.diffusion.sampler import ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.init_from import load_image_encoder, load_unet, resolve_start
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
-from ldmseg_fast.losses import mask_losses
+from ldmseg_fast.losses import mask_losses, share_num_masks
 from ldmseg_fast.model_card import write_model_card
 from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, saved_conditioning, with_context
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.panoptic import PanopticResult, postprocess
-from ldmseg_fast.stages.base import PRECISIONS, Stage, per_image, remap
+from ldmseg_fast.pretrained import resolve_model_dir
+from ldmseg_fast.stages.base import PRECISIONS, Stage, kept_blocks, per_image, remap, segments_of
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 class DiffusionStage(Stage):
+    """Noise prediction with self-conditioning (METHOD of LDMSeg, section 3.2) and, as an option, for inpainting.
+
+    A share `diffusion.inpainting` of the images learns to complete a map: blocks of it are dropped, each with the
+    image's own probability of 0.1 to 0.9, and what is left is encoded. In latent cells that were kept whole these known
+    latents are the condition; elsewhere it is zero, which is what an unknown map has everywhere. The estimate of a
+    first pass, where there is one, is overwritten with them in the same cells. So no input channel is added, and
+    `KnownLatents` of diffusion/inpainting.py makes a sampler feed the same.
+    """
+
     def __init__(self, config: Config) -> None:
         start = resolve_start(config)
         config = start.config
         super().__init__(config)
         if not config.model.mask_vae:
             raise ConfigError("model.mask_vae: the diffusion stage needs the MODEL_DIR of a trained mask auto-encoder")
-        load_index(config.model.mask_vae)
-        self.mask_vae: Any = load_component(config.model.mask_vae, "mask_vae")
+        autoencoder = resolve_model_dir(config.model.mask_vae)
+        load_index(autoencoder)
+        self.mask_vae: Any = load_component(autoencoder, "mask_vae")
         vae_config = self.mask_vae.config
         self.mask_vae.config = replace(
             vae_config, scaling_factor=vae_config.scaling_factor * config.diffusion.latent_scale
@@ -81,13 +93,33 @@ class DiffusionStage(Stage):
             return batch["image_latents"].to(PRECISIONS[self.config.train.precision])
         return self.encode_images(batch["image"])
 
+    def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
+        if self.config.diffusion.task_loss:
+            share_num_masks(batches, batches[0]["segment_ids"].device)
+
+    def known_latents(self, batch: dict[str, Any], step: int) -> tuple[Tensor, Tensor]:
+        """Latents of the batch's maps with blocks dropped [B, C, h, w], and bool [B, 1, h, w], the cells that count:
+        those kept whole in the images that are drawn for inpainting."""
+        config, ids = self.config.diffusion, batch["segment_ids"]
+        generators = self.generators(step, batch, "inpainting")
+        chosen = per_image(torch.rand, (1, 1), generators) < config.inpainting  # [B, 1, 1]
+        dropped = 0.1 + 0.8 * per_image(torch.rand, (1, 1), generators)
+        keep = kept_blocks(dropped, ids.shape[1:], config.inpainting_block, generators) & chosen  # [B, H, W]
+        bits = self.mask_bits(ids * keep.to(ids.dtype), batch["table"])
+        latents = self.mask_vae.encode_latents(bits).float()
+        return latents, whole_cells(keep, self.mask_vae.config.downsampling)
+
+    def mask_bits(self, segment_ids: Tensor, table: Tensor) -> Tensor:
+        """[B, K, H, W]; ids of the loader's fit, and looking at them would wait for a GPU."""
+        return encode_mask_bits(segment_ids, self.mask_vae.config.num_bits, table, check_ids=not segment_ids.is_cuda)
+
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         config, scheduler = self.config.diffusion, self.scheduler
         device = batch["segment_ids"].device
         slots = remap(batch["segment_ids"], batch["table"])  # [B, H, W]
         with self.autocast():
             with torch.no_grad():
-                bits = encode_mask_bits(batch["segment_ids"], self.mask_vae.config.num_bits, batch["table"])
+                bits = self.mask_bits(batch["segment_ids"], batch["table"])
                 mask_latents = self.mask_vae.encode_latents(bits).float()  # [B, C, h, w]
             image_latents = self.image_latents(batch)  # [B, C_image, h, w]
 
@@ -109,10 +141,16 @@ class DiffusionStage(Stage):
                 context = self.conditioning(batch["image"], captions)  # [B, M, D]
 
             condition = torch.zeros_like(noisy_latents) if self.self_condition else None
+            if condition is not None and config.inpainting:
+                with torch.no_grad():
+                    known, cells = self.known_latents(batch, step)
+                condition = torch.where(cells, known, condition)
             if self.self_condition and self.chance(step, "self_condition") < config.self_condition:
                 with torch.no_grad():
                     output = self.unet(unet_input(noisy_latents, image_latents, condition), timesteps, context)
                     condition = scheduler.pred_original_sample(output.float(), noisy_latents, timesteps)
+                if config.inpainting:
+                    condition = torch.where(cells, known, condition)
             output = self.unet(unet_input(noisy_latents, image_latents, condition), timesteps, context).float()
 
         target = scheduler.target(mask_latents, noise, timesteps)
@@ -126,8 +164,9 @@ class DiffusionStage(Stage):
             estimate = scheduler.pred_original_sample(output, noisy_latents, timesteps)
             with self.autocast():
                 mask_logits = self.recompute(self.mask_vae.decode_latents, estimate)
+            draws = self.generators(step, batch, "points")
             losses["task"] = mask_losses(
-                mask_logits, slots, self.config.loss, self.generator(step, batch, "points")
+                mask_logits, slots, self.config.loss, draws, segments_of(batch), batch.get("num_masks")
             ).total
             losses["loss"] = loss + config.task_loss * losses["task"]
         return losses
@@ -176,6 +215,8 @@ class DiffusionStage(Stage):
             "image_size": config.data.image_size,
             "num_inference_steps": config.num_inference_steps,
             "self_condition": self.self_condition,
+            "id_assignment": config.data.id_assignment,
+            "inpainting": config.diffusion.inpainting > 0,  # trained to take known latents as its condition
         }
         save_index(folder, components, settings | postprocess_settings(config.postprocess))
         write_model_card(folder, {"stage": "diffusion", "data": config.data.root, "config": config})

@@ -8,6 +8,7 @@ from typing import Any
 from ldmseg_fast import distributed
 from ldmseg_fast.config import Config, describe
 from ldmseg_fast.init_from import resolve_start
+from ldmseg_fast.stages.few_step import started_from_model
 from ldmseg_fast.training.deepspeed_settings import deepspeed_config, merge_user_config
 from ldmseg_fast.training.estimate import count_parameters, report
 
@@ -18,7 +19,9 @@ def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None)
     Raises:
         ConfigError: settings that contradict a pre-trained folder or the user's DeepSpeed configuration.
     """
-    if stage_name == "diffusion" and config.model.init_from:
+    if stage_name in ("one_step", "distillation"):
+        config = started_from_model(config)
+    if stage_name != "autoencoder" and config.model.init_from:
         config = resolve_start(config).config
     ranks = distributed.world_size()
     counts = count_parameters(stage_name, config)

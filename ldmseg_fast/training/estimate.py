@@ -157,7 +157,7 @@ def report(stage_name: str, config: Config, ranks: int) -> list[str]:
         chosen = "  <- train.zero_stage" if zero_stage == config.train.zero_stage else ""
         host = f" + {memory.host / GIB:.2f} in main memory" if memory.host else ""
         lines.append(f"  ZeRO {zero_stage}: {memory.device / GIB:8.2f}{host}{chosen}")
-    if stage_name == "diffusion":
+    if stage_name != "autoencoder":
         images = micro_batch(config, ranks)
         plain, recomputed = (activation_memory(config, images, flag) / GIB for flag in (False, True))
         lines.append(
@@ -175,7 +175,7 @@ def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = 
         counts = replace(counts, trainable=trainable)
     train, images = config.train, micro_batch(config, ranks)
     options: list[tuple[float, str]] = []
-    if stage_name == "diffusion":
+    if stage_name != "autoencoder":
         recompute = train.checkpointing != "none"
         activations = activation_memory(config, images, recompute) / GIB
         if not recompute:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ldmseg_fast import distributed
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
-from ldmseg_fast.data.loader import to_device
+from ldmseg_fast.data.loader import PatientReader, to_device
 from ldmseg_fast.draw import enlarge, overlay, picture_grid
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.stages import Stage
@@ -19,23 +22,68 @@ CHUNK = 16  # images of a forward pass, whatever the number of ranks, so that th
 PICTURES = 8
 
 
+Truth = tuple[np.ndarray, list[dict]]  # ids [H, W] and segments_info
+
+
+class _Chunks:
+    """Reads validation items; `at` is the one that is being read."""
+
+    def __init__(self, dataset: CocoPanoptic) -> None:
+        self.dataset, self.at = dataset, 0
+
+    def read(self, indices: range) -> tuple[dict[str, Any], list[Truth]]:
+        items, truths = [], []
+        for index in indices:
+            self.at = index
+            items.append(self.dataset[index])
+            truths.append(self.dataset.ground_truth(index))
+        return collate(items), truths
+
+    def where(self) -> str:
+        return f"validation reads {' and '.join(map(str, self.dataset.paths(self.at)))}"
+
+
 @torch.no_grad()
-def validate(stage: Stage, dataset: CocoPanoptic, device: torch.device, pictures: Path | None) -> dict[str, float]:
+def validate(
+    stage: Stage,
+    dataset: CocoPanoptic,
+    device: torch.device,
+    pictures: Path | None,
+    *,
+    timeout: float = 300.0,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Class-agnostic PQ in percent over the split, the same for any number of ranks; a grid of pictures from rank 0.
 
     The split is cut into chunks, which the ranks take in turn. All ranks run the network equally often, because under
     ZeRO 3 a forward pass needs all of them.
+
+    Args:
+        timeout: seconds that reading a chunk may take.
+        stop: asked before each chunk; where it is true on any rank, all of them leave off.
+
+    Returns:
+        val/pq, val/sq, val/rq; None where it was stopped.
+
+    Raises:
+        DataError: a file that cannot be read, or a read that hangs.
     """
     stage.eval()
+    source = _Chunks(dataset)
+    reader = PatientReader(timeout, source.where)
     rank, world = distributed.rank(), distributed.world_size()
     chunks = [range(start, min(start + CHUNK, len(dataset))) for start in range(0, len(dataset), CHUNK)]
     rows: list[list[Any]] = []
     stats: dict[int, PQStat] = {}
     for first in range(0, len(chunks), world):
+        if distributed.any_rank(stop()):
+            reader.close()
+            stage.train()
+            return None
         mine = first + rank
         indices = chunks[min(mine, len(chunks) - 1)]
-        batch = to_device(collate([dataset[index] for index in indices]), device)
-        truths = [dataset.ground_truth(index) for index in indices]
+        batch, truths = reader.call(partial(source.read, indices))
+        batch = to_device(batch, device)
         results = stage.predict(batch, [truth[0].shape for truth in truths])
         if mine >= len(chunks):
             continue
@@ -46,6 +94,7 @@ def validate(stage: Stage, dataset: CocoPanoptic, device: torch.device, pictures
                 image = dataset.load_image(index)
                 picture, truth, guess = (enlarge(array, 256) for array in (image, ids, result.segmentation))
                 rows.append([picture, overlay(picture, truth), overlay(picture, guess)])
+    reader.close()
     by_chunk: dict[int, PQStat] = {}
     for part in distributed.gather_objects(stats):
         by_chunk |= part

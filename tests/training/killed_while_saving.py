@@ -1,11 +1,13 @@
 """killed_while_saving.py TRIALS SCENES FOLDER: kill -9 a process that saves without a pause, then resume; repeat.
 
 Each trial is a fork of this process, which has paid for the imports. Every weight of a checkpoint equals its step, so
-that a mixture of two would be seen.
+that a mixture of two would be seen. The last line of the output is JSON: kills, how many of them hit a checkpoint half
+written, how many resumed, and how many checkpoints were lost that had been complete.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -54,7 +56,7 @@ def main() -> None:
     settings = [f"data.root={scenes}", f"output_dir={folder}", "train.threads=1", "train.keep=2"]
     run = Run("autoencoder", load_config(str(Path(__file__).with_name("tiny.yaml")), settings), Interrupt())
     rng = random.Random(0)
-    resumed = 0
+    resumed = unfinished = 0
     for _ in range(trials):
         before = run.checkpoints.steps()
         child = forked(save_forever, run)
@@ -64,8 +66,10 @@ def main() -> None:
         newest = run.checkpoints.steps()[-1]
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        unfinished += any(run.checkpoints.folder.glob(".new-*"))
         resumed += os.waitpid(forked(check, run, newest), 0)[1] == 0
-    print(f"{trials} kills, {resumed} resumed")
+    found = {"kills": trials, "half_written": unfinished, "resumed": resumed, "lost_checkpoints": trials - resumed}
+    print(json.dumps(found))
     sys.exit(resumed != trials)
 
 

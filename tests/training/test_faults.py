@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ import torch
 from ldmseg_fast.config import Config, load_config
 from ldmseg_fast.data.folders import DataError
 from ldmseg_fast.engine import Run, train
+from ldmseg_fast.stages import AutoencoderStage
+from ldmseg_fast.training import validation
 from ldmseg_fast.training.faults import NonFiniteError, OutOfMemory
-from ldmseg_fast.training.liveness import Interrupt
-from tests.training.helpers import TINY, Job, deepspeed, losses, torchrun, train_command
+from ldmseg_fast.training.liveness import Interrupt, Stopped
+from tests.training.helpers import TINY, Job, deepspeed, losses, metrics, torchrun, train_command
 from tests.training.two_ranks import spoil
 
 Settings = Callable[..., Config]
@@ -95,15 +98,17 @@ def test_out_of_memory_names_three_settings(settings: Settings) -> None:
     assert all("=" in line and any(digit.isdigit() for digit in line) for line in lines[1:4])
 
 
-def test_a_hung_worker_is_named(scenes: Path, settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("split", "workers"), [("train2017", 0), ("train2017", 2), ("val2017", 0)])
+def test_a_read_that_hangs_is_named(split: str, workers: int, scenes: Path, settings: Settings, tmp_path: Path) -> None:
     root = tmp_path / "hanging"
     shutil.copytree(scenes, root)
-    picture = sorted((root / "train2017").iterdir())[3]
+    picture = sorted((root / split).iterdir())[3]
     picture.unlink()
     os.mkfifo(picture)  # whoever opens it waits for a writer
     begun = time.monotonic()
+    common = [f"data.root={root}", f"data.num_workers={workers}", "data.timeout=3", "train.validate_every=1"]
     with pytest.raises(DataError, match=f"no batch for 3 s: .*{picture.name}.*data.timeout"):
-        train("autoencoder", settings("run", f"data.root={root}", "data.num_workers=2", "data.timeout=3"))
+        train("autoencoder", settings("run", *common))
     assert time.monotonic() - begun < 30
 
 
@@ -127,6 +132,32 @@ def test_one_process_saves_when_it_is_told_to_stop(
     assert "and saved; go on with --resume" in job.output
     assert (folder / "checkpoints" / "latest").is_file() and (folder / "mask_vae" / "model.safetensors").is_file()
     assert not job.members()
+
+
+@pytest.mark.parametrize("steps", [8, 2])
+def test_a_validation_is_interrupted_and_done_again(
+    steps: int, settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """In mid-run and after the last step."""
+    common = [f"train.steps={steps}", "train.validate_every=2", "train.save_every=100"]
+    whole = train("autoencoder", settings("whole", *common))
+    predict, chunks = AutoencoderStage.predict, []
+
+    def interrupted(stage: AutoencoderStage, *arguments: Any) -> Any:
+        chunks.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict(stage, *arguments)
+
+    monkeypatch.setattr(AutoencoderStage, "predict", interrupted)
+    monkeypatch.setattr(validation, "CHUNK", 2)
+    with pytest.raises(Stopped, match="at step 2 and saved"):
+        train("autoencoder", settings("cut", *common))
+    assert len(chunks) == 1 and "validation interrupted" in capfd.readouterr().err
+    monkeypatch.undo()
+    cut = train("autoencoder", settings("cut", *common), resume=True)
+    assert metrics(cut) == metrics(whole) and losses(cut) == losses(whole)
+    train("autoencoder", settings("cut", *common), resume=True)
+    assert metrics(cut) == metrics(whole)
 
 
 def test_sigterm_to_the_deepspeed_command(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
@@ -158,7 +189,13 @@ def test_a_killed_rank_ends_the_job(scenes: Path, tmp_path: Path, start: Callabl
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_lost_ranks(
-    launcher: Callable, rank: int, frozen: bool, scenes: Path, tmp_path: Path, start: Callable[..., Job]
+    launcher: Callable,
+    rank: int,
+    frozen: bool,
+    scenes: Path,
+    tmp_path: Path,
+    start: Callable[..., Job],
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Killed, or stopped so that only its silence shows."""
     folder = tmp_path / "run"
@@ -171,8 +208,10 @@ def test_lost_ranks(
         while not (job.process.poll() or "silent for 20 s" in job.output) and time.monotonic() - begun < 60:
             time.sleep(0.2)
         assert "silent for 20 s" in job.output
+        record_property("seconds_until_noticed", round(time.monotonic() - begun, 1))
     else:
         assert job.wait(60) != 0
+        record_property("seconds_until_ended", round(time.monotonic() - begun, 1))
         job.wait_until_empty(10)  # data workers look for their parent every five seconds
 
 

@@ -123,6 +123,21 @@ def test_what_is_incomplete_is_completed(
     opened(root, taesd)
 
 
+def test_a_flipped_bit_ends_a_training(root: Path, taesd: Path, settings: Settings) -> None:
+    path = make(root, taesd)
+    cache, _, _ = opened(root, taesd)
+    check = latent_cache.ShardCheck(cache)
+    check.thread.join()
+    check.raise_if_damaged()
+    shard = path / "latents-00000.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    first = train("autoencoder", settings("first", *TAESD, "train.steps=1", "data.val_limit=1"))
+    common = [*TAESD, f"data.root={root}", f"image_encoder.path={taesd}", f"model.mask_vae={first}"]
+    with pytest.raises(CheckpointError, match=r"latents-00000.*damaged.*`ldmseg data cache` makes it again"):
+        train("diffusion", settings("run", *common, "data.latent_cache=auto", "train.steps=100000"))
+
+
 def test_another_encoder_or_picture_is_another_cache(root: Path, taesd: Path, tmp_path: Path) -> None:
     make(root, taesd)
     encoder, _ = load_encoder(taesd, 32)

@@ -81,6 +81,17 @@ def test_latest_is_not_believed(run: Run, latest: str | None) -> None:
     assert load(run)[0] == 2
 
 
+def test_a_kill_between_two_renames(run: Run) -> None:
+    """A step that is saved again: its older checkpoint is aside when the newer one is not there yet."""
+    save_at(run, 1)
+    run.checkpoints.path(1).rename(run.checkpoints.folder / ".old-step-00000001")
+    run.checkpoints.check_start(resume=True)
+    assert load(run) == (1, "")
+    shutil.copytree(run.checkpoints.path(1), run.checkpoints.folder / ".old-step-00000001")
+    run.checkpoints.check_start(resume=True)
+    assert load(run) == (1, "") and not list(run.checkpoints.folder.glob(".old*"))
+
+
 def test_unfinished_folders_do_not_count(run: Run) -> None:
     save_at(run, 1)
     shutil.copytree(run.checkpoints.path(1), run.checkpoints.folder / ".new-00000007")
@@ -176,14 +187,21 @@ def killing(trials: int, scenes: Path, folder: Path) -> list[str]:
 def test_kill_while_saving(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
     job = start(killing(3, scenes, tmp_path / "run"))
     assert job.wait() == 0, job.output
-    assert "3 kills, 3 resumed" in job.output
+    found = json.loads(job.output.splitlines()[-1])
+    assert (found["kills"], found["resumed"], found["lost_checkpoints"]) == (3, 3, 0)
 
 
 @pytest.mark.soak
-def test_a_hundred_kills_while_saving(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
+def test_a_hundred_kills_while_saving(
+    scenes: Path, tmp_path: Path, start: Callable[..., Job], record_property: Callable[[str, object], None]
+) -> None:
     job = start(killing(100, scenes, tmp_path / "run"))
     assert job.wait(1200) == 0, job.output
-    assert "100 kills, 100 resumed" in job.output
+    found = json.loads(job.output.splitlines()[-1])
+    for name, value in found.items():
+        record_property(name, value)
+    assert (found["kills"], found["resumed"], found["lost_checkpoints"]) == (100, 100, 0)
+    assert found["half_written"] > 10, "the kills did not come while something was written"
 
 
 @pytest.fixture

@@ -90,6 +90,12 @@ def test_two_ranks_train_as_one_does(out: Path, scenes: Path, autoencoder: Path)
     assert losses(out / "whole-2") == pytest.approx(losses(out / "one-rank"), rel=1e-4)
 
 
+def test_two_ranks_train_the_autoencoder_as_one_does(out: Path, scenes: Path, autoencoder: Path) -> None:
+    """Segments and points in void are counted over all ranks."""
+    config = settings(scenes, autoencoder, out / "one-rank-autoencoder", "train.steps=4", "data.val_limit=1")
+    assert losses(out / "stage-0") == pytest.approx(losses(train("autoencoder", config)), rel=1e-3)
+
+
 def test_accumulation_changes_nothing(out: Path) -> None:
     assert losses(out / "accumulation-1") == pytest.approx(losses(out / "one-rank")[:4], rel=1e-4)
 

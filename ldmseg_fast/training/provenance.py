@@ -1,0 +1,87 @@
+"""What a run's folder says about how it was made: command and machine of each start, time spent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldmseg_fast import distributed
+
+STARTS = "starts.jsonl"
+
+
+def machine() -> str:
+    """Processor and cores, or GPUs, and PyTorch's version: one line without a host name."""
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    else:
+        device = f"{_processor()}, {distributed.cores()} cores"
+    return f"{device}, PyTorch {torch.__version__}"
+
+
+def record_start(logs: Path, stage: str, start_step: int) -> None:
+    """A line in logs/starts.jsonl; called by rank 0 each time a run is started or resumed."""
+    logs.mkdir(parents=True, exist_ok=True)
+    record = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "stage": stage,
+        "step": start_step,
+        "command": shlex.join(["python", *sys.argv]),
+        "ranks": distributed.world_size(),
+        "machine": machine(),
+    }
+    with (logs / STARTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file; none where it is missing, and not the half line of a run that was killed."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def cpu_minutes(logs: Path) -> float:
+    """Processor time of rank 0, all starts together."""
+    total = previous = 0.0
+    for record in read_lines(logs / "log.jsonl"):
+        now = record.get("cpu_seconds")
+        if now is not None:
+            total += now - (previous if now >= previous else 0.0)  # the counter begins again with each start
+            previous = now
+    return total / 60
+
+
+def ancestors(run_dir: Path) -> list[Path]:
+    """Folders of the runs that this one was built on, oldest first, itself last; those that are still there."""
+    chain: list[Path] = []
+    waiting = [run_dir]
+    while waiting:
+        folder = waiting.pop()
+        if not (folder / "config.json").is_file() or folder in chain:
+            continue
+        chain.append(folder)
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model", {})
+        waiting += [Path(model[key]) for key in ("init_from", "mask_vae") if model.get(key)]
+    return chain[::-1]
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or os.uname().machine
