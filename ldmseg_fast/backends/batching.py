@@ -30,9 +30,11 @@ def run_in_parts(
     """`run` over tensors whose first axis is the batch, in as few calls as `ranges` allow, put together again.
 
     Raises:
-        ValueError: no row at all.
+        ValueError: no row at all, or tensors of different lengths.
     """
-    count = len(next(iter(rows.values())))
+    first, count = next((name, len(value)) for name, value in rows.items())
+    if other := next((name for name, value in rows.items() if len(value) != count), None):
+        raise ValueError(f"{other}: {len(rows[other])} rows, but {first} has {count}")
     if count == 0:
         raise ValueError("an empty batch: give one image at least")
     results, start = [], 0

@@ -13,10 +13,10 @@ without gradients and the last with them, as in direct reward fine-tuning trunca
 DRaFT-1); `few_step.depth=any` draws which of the N steps is the last, so that each of them is trained.
 
 Slots: a segment's slot cannot be known from the picture alone where ids are drawn at random, nor quite where they are
-its rank by position, which hangs on every segment before it. A loss that insists on the annotation's slot then teaches
-doubt: logits spread over the slots a segment might have, none of them over the threshold. `few_step.matching=hungarian`
-scores a map under the best naming of its segments (`slot_matching`), so that the model is free to choose one;
-`few_step.matching=none` takes slot = id, as the auto-encoder's training does.
+its rank by position, which hangs on every segment before it. `few_step.matching=hungarian` scores a map under the best
+naming of its segments (`slot_matching`), so that the model is free to choose one; `few_step.matching=none` takes
+slot = id, as the auto-encoder's training does. With ids by rank it stayed far behind matching in a short trial,
+presumably because the loss then teaches doubt: logits spread over the slots a segment might have.
 """
 
 from __future__ import annotations
