@@ -353,7 +353,7 @@ def validate(config: Config) -> Config:
 
 # 64x64 pictures on a CPU, minutes.
 TINY = Config(
-    data=DataConfig(image_size=64, num_workers=0, cache=True, id_assignment="position"),
+    data=DataConfig(image_size=64, num_workers=0, cache=True, id_assignment="position_cell"),
     mask_vae=MaskVAEConfig(
         num_bits=5,
         num_slots=32,
