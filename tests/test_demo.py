@@ -11,13 +11,14 @@ def test_the_whole_path_and_its_report(tmp_path, capsys):
     arguments += ["--autoencoder-steps", "2", "--diffusion-steps", "2"]
     assert demo.main(arguments) == 0
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5  # the shipped model's, and curves and pictures of both trainings
     assert "one segment" in page and "halves" in page and "grid 3x3" in page
     assert not re.search(r"(?:src|href)=\"http", page)
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["images"] == 4
+    assert json.loads((tmp_path / "shipped.json").read_text())["class_agnostic"]["pq"] > 20
     assert len(list((tmp_path / "pictures").glob("*_overlay.png"))) == 8
 
     capsys.readouterr()
     assert demo.main(arguments) == 0
-    assert capsys.readouterr().out.count("done before") == 5
+    assert capsys.readouterr().out.count("done before") == 5  # every part of it
