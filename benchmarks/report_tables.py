@@ -63,11 +63,14 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 def quality(rows: Sequence[Row]) -> str:
     """A line per trained model and way of running it, then a line per baseline and data set."""
-    models, baselines = [], {}
+    models, completed, baselines = [], [], {}
     for row in rows:
         case = row["case"]
         data = f"{case['data']} {case['split']}, {case['images']}"
         pq = f"{row['value']:.1f}" + (f" ± {row['deviation']:.1f}" if "deviation" in row else "")
+        if case.get("mode") == "inpainting":
+            completed.append([row["variant"], data, f"inpainting, blocks of {case['block']} px", pq, "", "", ""])
+            continue
         numbers = [pq, f"{row['sq']:.1f}", f"{row['rq']:.1f}"]
         if "ms_per_image" in row and ("steps" in case or "ids" in case):  # the baselines of older files share the case
             minutes = row.get("cpu_minutes_in_all", row.get("cpu_minutes"))
@@ -75,7 +78,7 @@ def quality(rows: Sequence[Row]) -> str:
         else:
             baselines[row["variant"], data] = [row["variant"], data, "", *numbers, ""]
     header = ["class-agnostic, %", "data, images", "sampling", "PQ", "SQ", "RQ", "training, CPU minutes"]
-    return table(header, [*models, *baselines.values()])
+    return table(header, [*models, *completed, *baselines.values()])
 
 
 def _how(case: dict[str, Any]) -> str:

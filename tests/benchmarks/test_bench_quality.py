@@ -35,6 +35,14 @@ def test_steps_solvers_and_seeds(campaign):
     assert "one segment" in names and len(names) == len(set(names))
 
 
+def test_inpainting(campaign):
+    rows = campaign("--steps", "1", "--inpainting")
+    assert [row["variant"] for row in rows][0] == "small" and len(rows) == 4
+    for row in rows:
+        assert row["case"]["mode"] == "inpainting" and row["case"]["block"] == 16
+        assert len(row["by_probability"]) == 9 and 0 <= row["value"] <= 100
+
+
 def test_a_stopped_campaign_goes_on(campaign, tmp_path, monkeypatch):
     journal = tmp_path / "deep" / "journal.jsonl"
     calls = []
