@@ -13,9 +13,11 @@ from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.specs import DTYPES, GraphOptions, GraphSpec
 from ldmseg_fast.checkpoint import (
     DTYPE_NAMES,
+    INT8_SCALE,
     WEIGHTS,
     CheckpointError,
     check_state,
+    expand_int8,
     inside,
     load_component,
     load_component_config,
@@ -50,7 +52,7 @@ def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         unet = UNet(load_component_config(info.folder, "unet")[0])
     path = inside(info.folder, info.folder / "unet" / WEIGHTS)
-    state = read_converted(path, dtype)
+    state = {name: value.to(dtype) for name, value in expand_int8(read_converted(path, dtype)).items()}
     check_state(unet.state_dict(), state, str(path))
     unet.load_state_dict(state, assign=True)
     unet.eval().requires_grad_(False).fuse_qkv()
@@ -76,7 +78,8 @@ def read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
                 file.seek(start + first)
                 content = bytearray(file.read(end - first))
                 tensor = torch.frombuffer(content, dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
-                state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                keep = name.endswith(INT8_SCALE) or not tensor.is_floating_point()
+                state[name] = tensor if keep else tensor.to(dtype)
     except (ValueError, KeyError, RuntimeError, MemoryError, OverflowError) as error:
         raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or save it again") from None
     return state

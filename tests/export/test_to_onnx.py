@@ -26,6 +26,7 @@ from ldmseg_fast.export.graph_export import export_graph
 from ldmseg_fast.export.model_export import exported_files
 from ldmseg_fast.export.networks import load_network, read_converted
 from ldmseg_fast.export.output_folder import new_folder
+from ldmseg_fast.pretrained import resolve_model_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -264,3 +265,12 @@ def test_runs_as_a_script_from_anywhere(tmp_path):
             [sys.executable, str(ROOT / "export" / script), "--help"], cwd=tmp_path, capture_output=True, text=True
         )
         assert done.returncode == 0 and "--out" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_ship_in_int8(dtype):
+    folder = resolve_model_dir("tiny")
+    network = load_network(read_model_info(folder), "unet", dtype)
+    expected = load_component(folder, "unet").state_dict()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, expected[name].to(dtype)), name
