@@ -37,7 +37,7 @@ def test_steps_solvers_and_seeds(campaign):
 
 def test_inpainting(campaign):
     rows = campaign("--steps", "1", "--inpainting")
-    assert [row["variant"] for row in rows][0] == "small" and len(rows) == 4
+    assert rows[0]["variant"] == "small" and len(rows) == 4
     for row in rows:
         assert row["case"]["mode"] == "inpainting" and row["case"]["block"] == 16
         assert len(row["by_probability"]) == 9 and 0 <= row["value"] <= 100
