@@ -73,9 +73,11 @@ def bootstrap_interval(
         return None
     by_id = np.empty(count, np.int64)
     by_id[sorted(range(count), key=lambda index: str(stat.image_ids[index]))] = np.arange(count)
-    categories = {category: index for index, category in enumerate(stat.categories)}
-    category = np.array([categories[key] for key in matches["category_id"].tolist()])
+    categories = np.fromiter(stat.categories, np.int64)
+    order = np.argsort(categories)
+    category = order[np.searchsorted(categories, matches["category_id"], sorter=order)]
     cells, cell = np.unique(by_id[matches["image"]] * len(categories) + category, return_inverse=True)
+    del category
     tp, fp, fn, iou = _sums(matches, cell, len(cells))
     weight, image, category = tp + 0.5 * fp + 0.5 * fn, *np.divmod(cells, len(categories))
     generator, values = np.random.default_rng(seed), []
