@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def server() -> Any:
     return importlib.import_module("triton_python_backend_utils")
 
 
-class _Model:
+class _Model(ABC):
     facts: dict[str, Any]
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -40,9 +41,9 @@ class _Model:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return answer(requests, self.run)
 
+    @abstractmethod
     def run(self, request: Any) -> list[Any]:
         """Output tensors for one request."""
-        raise NotImplementedError
 
 
 def answer(requests: Sequence[Any], run: Callable[[Any], list[Any]]) -> list[Any]:
