@@ -31,13 +31,15 @@ def server() -> Any:
     return importlib.import_module("triton_python_backend_utils")
 
 
-class _Model(ABC):
+class _Model:
     facts: dict[str, Any]
 
     def initialize(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         self.facts = json.loads(parameters["ldmseg"]["string_value"])
 
+
+class _RequestByRequest(_Model, ABC):
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return answer(requests, self.run)
 
@@ -78,7 +80,7 @@ def call(model: str, inputs: dict[str, Tensor], outputs: Sequence[str]) -> list[
     return [tensor(response, name, utils.get_output_tensor_by_name) for name in outputs]
 
 
-class Preprocess(_Model):
+class Preprocess(_RequestByRequest):
     """Encoded pictures [B, 1] (and seeds [B, 1]) -> images uint8 [B, 3, S, S], noise [B, C, h, w], size [B, 2]."""
 
     def run(self, request: Any) -> list[Any]:
@@ -134,7 +136,7 @@ class Sampler(_Model):
         return latents
 
 
-class Head(_Model):
+class Head(_RequestByRequest):
     """mask latents [B, C, h, w] and size [B, 2] -> segmentation int32 [B, H, W] and segments_info (JSON) [B, 1]."""
 
     def run(self, request: Any) -> list[Any]:
