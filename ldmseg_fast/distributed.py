@@ -62,8 +62,14 @@ def start(minutes: float = 30.0) -> None:
 
 
 def stop() -> None:
-    """Leave the process group, so that no rank waits for another at exit."""
+    """Leave the process group together, so that no rank waits for another at exit.
+
+    gloo's threads drop the tensors of a collective after its caller has gone on. One that is about to when the
+    interpreter ends aborts the process (PyTorch pull request 179291); the barrier lets them finish, and its own work
+    holds no tensor of Python's.
+    """
     if is_distributed():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from ldmseg_fast.config import ConfigError, LossConfig
 from ldmseg_fast.kernels.point_loss import point_logits
 
+GIVEN = 1e8  # above any sum of costs, so that a given pair is always part of the best assignment
+
 
 def require_assignment_solver() -> None:
     """Raises ConfigError where SciPy, whose Hungarian algorithm is used, is not installed."""
@@ -50,7 +52,9 @@ def matching_costs(logits: Tensor, dense: Tensor, num_segments: int, config: Los
 
 
 @torch.no_grad()
-def match_slots(mask_logits: Tensor, segment_ids: Tensor, points: Tensor, config: LossConfig) -> Tensor:
+def match_slots(
+    mask_logits: Tensor, segment_ids: Tensor, points: Tensor, config: LossConfig, given: Tensor | None = None
+) -> Tensor:
     """The table of slots under which `mask_logits` fit the segments best.
 
     Args:
@@ -58,6 +62,7 @@ def match_slots(mask_logits: Tensor, segment_ids: Tensor, points: Tensor, config
         segment_ids: [B, H, W] integer, dense: 1..M segments of an image, 0 = void; M < Q.
         points: [B, P, 2], (x, y) in [0, 1], where the two are compared.
         config: weights of the costs.
+        given: integer [B, 256], the slots of the segments that the model was told, which stay; 0 for those to match.
 
     Returns:
         int64 [B, 256], dense id -> slot, 0 where an id is void or absent; distinct slots within an image
@@ -76,6 +81,9 @@ def match_slots(mask_logits: Tensor, segment_ids: Tensor, points: Tensor, config
         if count == 0:
             continue
         costs = matching_costs(logits[row], dense[row], count, config).nan_to_num(nan=1e4, posinf=1e4, neginf=-1e4)
+        if given is not None:
+            told = given[row, 1 : count + 1].nonzero().flatten()
+            costs[told, given[row, told + 1].long() - 1] -= GIVEN
         segments, slots = linear_sum_assignment(costs.cpu().numpy().astype(np.float64))
         table[row, torch.from_numpy(segments) + 1] = torch.from_numpy(slots) + 1
     return table.to(mask_logits.device)

@@ -10,9 +10,12 @@ import torch
 from ldmseg_fast.checkpoint import CheckpointError, load_component, load_index
 from ldmseg_fast.config import ConfigError, LossConfig, load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
+from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
+from ldmseg_fast.diffusion.solvers import sample
 from ldmseg_fast.engine import train
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+from ldmseg_fast.inpainting import prepare
 from ldmseg_fast.kernels.point_loss import point_logits
 from ldmseg_fast.slot_matching import match_slots, matching_costs
 from ldmseg_fast.stages import DistillationStage, OneStepStage
@@ -65,6 +68,23 @@ def test_unrolling_is_what_the_sampler_does(settings, batch, steps):
     image_latents = stage.encode_images(batch["image"])
     expected = ddim(stage.unet, noise, image_latents, stage.scheduler, steps, stage.self_condition)
     torch.testing.assert_close(stage.unroll(noise, image_latents, steps), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@torch.no_grad()
+def test_unrolling_with_a_part_given_is_what_the_sampler_does(settings, batch, steps):
+    stage = OneStepStage(settings(f"few_step.steps={steps}", "diffusion.inpainting=1")).eval()
+    noise = image_noise(0, batch["image_id"], (4, 16, 16))
+    image_latents = stage.encode_images(batch["image"])
+    known = stage.known_latents(batch, stage.given_pixels(batch, 0))
+    constraint = KnownLatents(*known, stage.scheduler)
+    expected = sample(
+        stage.unet, noise, image_latents, stage.scheduler, steps, stage.self_condition, constraint=constraint
+    )
+    unrolled = stage.unroll(noise, image_latents, steps, known)
+    torch.testing.assert_close(unrolled, expected, rtol=1e-4, atol=1e-5)
+    cells = known[1].expand_as(noise)
+    assert cells.any() and torch.equal(unrolled[cells], known[0][cells])
 
 
 def test_structure_comes_from_the_model_and_not_from_the_settings(model_dir):
@@ -129,6 +149,46 @@ def test_perfect_logits_are_matched_perfectly():
     assert table[0, :6].tolist() == naming.tolist()
     nothing = match_slots(logits, torch.zeros_like(segment_ids), torch.rand(1, 9, 2), LossConfig())
     assert not nothing.any()
+
+
+def test_given_slots_stay_given():
+    """Logits that fit another naming better: the told segments keep theirs, the others share what is left."""
+    pytest.importorskip("scipy")
+    segment_ids = torch.from_numpy(np.kron(np.arange(1, 7).reshape(2, 3), np.ones((8, 8), int)))[None]
+    logits = 20.0 * torch.nn.functional.one_hot(segment_ids, 10).permute(0, 3, 1, 2).float()
+    given = torch.zeros(1, 256, dtype=torch.int64)
+    given[0, 2], given[0, 5] = 5, 9
+    table = match_slots(logits, segment_ids, torch.rand(1, 2000, 2), LossConfig(), given)[0]
+    assert (table[2], table[5]) == (5, 9)
+    assert table[[1, 3, 4, 6]].tolist() == [1, 3, 4, 6]
+
+
+def test_given_segments_get_slots_by_what_is_seen(settings, batch):
+    """As `inpainting.prepare` gives them, which sees no more of the map."""
+    stage = OneStepStage(settings("diffusion.inpainting=1"))
+    given = torch.zeros_like(batch["segment_ids"], dtype=torch.bool)
+    given[:, :32] = True
+    table = stage.given_slots(batch, given, 0)
+    scheme = stage.config.data.id_assignment
+    assert scheme != "random"
+    for ids, shown, slots in zip(batch["segment_ids"].numpy(), given.numpy(), table):
+        expected = prepare(ids, shown, 64, 32, scheme, np.random.default_rng(0)).slots
+        assert np.array_equal(slots.numpy()[np.where(shown, ids, 0)], expected)
+        assert set(slots.nonzero().flatten().tolist()) == set(np.unique(ids[shown]).tolist()) - {0}
+    assert not stage.given_slots(batch, torch.zeros_like(given), 0).any()
+
+
+def test_completing_maps_is_learnt(settings, batch):
+    """One step, all images with a part given; the model says that it was trained for it."""
+    pytest.importorskip("scipy")
+    stage = OneStepStage(settings("few_step.matching=hungarian", "diffusion.inpainting=1")).train()
+    losses = descend(stage, batch, 15)
+    assert losses[-1] < losses[0]
+
+
+def test_distillation_does_not_complete_maps(settings):
+    with pytest.raises(ConfigError, match=r"diffusion\.inpainting"):
+        DistillationStage(settings("diffusion.inpainting=0.5"))
 
 
 @torch.no_grad()

@@ -97,17 +97,20 @@ class DiffusionStage(Stage):
         if self.config.diffusion.task_loss:
             share_num_masks(batches, batches[0]["segment_ids"].device)
 
-    def known_latents(self, batch: dict[str, Any], step: int) -> tuple[Tensor, Tensor]:
-        """Latents of the batch's maps with blocks dropped [B, C, h, w], and bool [B, 1, h, w], the cells that count:
-        those kept whole in the images that are drawn for inpainting."""
-        config, ids = self.config.diffusion, batch["segment_ids"]
+    def given_pixels(self, batch: dict[str, Any], step: int) -> Tensor:
+        """Where the map is given, bool [B, H, W]: the blocks that stay of the images that are drawn for inpainting."""
+        config, size = self.config.diffusion, batch["segment_ids"].shape[1:]
         generators = self.generators(step, batch, "inpainting")
         chosen = per_image(torch.rand, (1, 1), generators) < config.inpainting  # [B, 1, 1]
         dropped = 0.1 + 0.8 * per_image(torch.rand, (1, 1), generators)
-        keep = kept_blocks(dropped, ids.shape[1:], config.inpainting_block, generators) & chosen  # [B, H, W]
-        bits = self.mask_bits(ids * keep.to(ids.dtype), batch["table"])
-        latents = self.mask_vae.encode_latents(bits).float()
-        return latents, whole_cells(keep, self.mask_vae.config.downsampling)
+        return kept_blocks(dropped, size, config.inpainting_block, generators) & chosen
+
+    def known_latents(self, batch: dict[str, Any], given: Tensor, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents [B, C, h, w] of the batch's maps where they are `given`, bool [B, H, W], and void elsewhere; and bool
+        [B, 1, h, w], the cells that are given whole. table: id -> slot, where not the batch's own."""
+        ids = batch["segment_ids"] * given.to(batch["segment_ids"].dtype)
+        bits = self.mask_bits(ids, batch["table"] if table is None else table)
+        return self.mask_vae.encode_latents(bits).float(), whole_cells(given, self.mask_vae.config.downsampling)
 
     def mask_bits(self, segment_ids: Tensor, table: Tensor) -> Tensor:
         """[B, K, H, W]; ids of the loader's fit, and looking at them would wait for a GPU."""
@@ -143,7 +146,7 @@ class DiffusionStage(Stage):
             condition = torch.zeros_like(noisy_latents) if self.self_condition else None
             if condition is not None and config.inpainting:
                 with torch.no_grad():
-                    known, cells = self.known_latents(batch, step)
+                    known, cells = self.known_latents(batch, self.given_pixels(batch, step))
                 condition = torch.where(cells, known, condition)
             if self.self_condition and self.chance(step, "self_condition") < config.self_condition:
                 with torch.no_grad():

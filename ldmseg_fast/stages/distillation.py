@@ -37,6 +37,10 @@ class DistillationStage(FewStepStage):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         few_step, train = self.config.few_step, self.config.train
+        if self.config.diffusion.inpainting:
+            raise ConfigError(
+                "diffusion.inpainting: distillation does not train it; distil first, then train stage one_step with it"
+            )
         self.substeps, remainder = divmod(few_step.teacher_steps or 2 * few_step.steps, few_step.steps)
         total = self.config.scheduler.num_train_timesteps
         if remainder or not 2 <= self.substeps <= total // few_step.steps:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldmseg_fast.checkpoint import CheckpointError, load_component_config, load_index
 from ldmseg_fast.config import Config, ConfigError, validate
+from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.diffusion.sampler import unet_input
 from ldmseg_fast.model_card import write_model_card
 from ldmseg_fast.pretrained import resolve_model_dir
@@ -57,20 +58,29 @@ class FewStepStage(DiffusionStage):
         output = (network or self.unet)(unet_input(noisy_latents, image_latents, condition), timesteps, None).float()
         return self.scheduler.pred_original_sample(output, noisy_latents, timesteps)
 
-    def unroll(self, noise: Tensor, image_latents: Tensor, depth: int) -> Tensor:
+    def unroll(
+        self, noise: Tensor, image_latents: Tensor, depth: int, known: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """x_0 as the sampler has it after `depth` of its steps; gradients flow through the last of them only.
 
-        Equal to `diffusion.sampler.ddim` where `depth` is all of `few_step.steps`.
+        Equal to `diffusion.sampler.ddim` where `depth` is all of `few_step.steps`; with `known` latents [B, C, h, w]
+        and the cells where they hold, bool [B, 1, h, w], to sampling under `KnownLatents`.
         """
         times, previous = self.step_times()
         latents = noise
-        condition = torch.zeros_like(latents) if self.self_condition else None
-        with torch.no_grad():
-            for time, next_time in zip(times[: depth - 1], previous):
+        constraint = None if known is None else KnownLatents(*known, self.scheduler)
+        condition = None
+        if self.self_condition:
+            condition = torch.zeros_like(latents) if constraint is None else constraint.condition(latents)
+        for time, next_time in zip(times[: depth - 1], previous):
+            with torch.no_grad():
                 estimate = self.estimate(latents, image_latents.detach(), time, condition)
-                latents = ddim_update(latents, estimate, self.alpha(time, latents), self.alpha(next_time, latents))
-                condition = estimate if self.self_condition else None
-        return self.estimate(latents, image_latents, times[depth - 1], condition)
+            if constraint is not None:
+                estimate = constraint.estimate(estimate)
+            latents = ddim_update(latents, estimate, self.alpha(time, latents), self.alpha(next_time, latents))
+            condition = estimate if self.self_condition else None
+        estimate = self.estimate(latents, image_latents, times[depth - 1], condition)
+        return estimate if constraint is None else constraint.estimate(estimate)
 
     def alpha(self, time: int | Tensor, latents: Tensor) -> Tensor:
         """Cumulative alpha at a timestep, or one per image: [1 or B, 1, 1, 1]; before step 0 it is that of step 0."""

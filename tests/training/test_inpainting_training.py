@@ -26,10 +26,14 @@ def run(settings: Settings, autoencoder: Path) -> Any:
     run.close()
 
 
+def known_latents(stage: Any, batch: Any, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return stage.known_latents(batch, stage.given_pixels(batch, step))
+
+
 def test_the_condition_holds_known_latents(run: Run) -> None:
     stage: Any = run.stage
     [batch] = next(run.prefetched)
-    known, cells = stage.known_latents(batch, 0)
+    known, cells = known_latents(stage, batch, 0)
     share = cells.float().mean((1, 2, 3))
     assert (share == 0).any() and (share > 0).any() and (share < 1).all()
     seen: list[torch.Tensor] = []
@@ -42,7 +46,7 @@ def test_the_condition_holds_known_latents(run: Run) -> None:
     assert torch.equal(second[inside], known[inside])
     assert (second[~inside] != 0).float().mean() > 0.9  # the first pass's estimate
     assert torch.isfinite(loss)
-    again = stage.known_latents(batch, 7)
+    again = known_latents(stage, batch, 7)
     assert torch.equal(again[0], known) and torch.equal(again[1], cells)  # drawn by item, not by step
 
 
@@ -51,7 +55,7 @@ def test_known_latents_are_of_the_dropped_map(run: Run) -> None:
     stage: Any = run.stage
     [batch] = next(run.prefetched)
     whole = stage.mask_vae.encode_latents(stage.mask_bits(batch["segment_ids"], batch["table"]))
-    known, cells = stage.known_latents(batch, 0)
+    known, cells = known_latents(stage, batch, 0)
     inside = cells.expand_as(known)
     error = (known - whole)[inside].abs().mean() / whole.abs().mean()
     assert 0 < error < 1.0  # convolutions see across the borders of blocks
@@ -64,7 +68,7 @@ def test_parts_of_a_batch_draw_the_same_blocks(run: Run) -> None:
         key: batch[key][3:4] if not isinstance(batch[key], list) else [batch[key][3]]
         for key in ("segment_ids", "table", "sample")
     }
-    assert torch.equal(stage.known_latents(one, 0)[1], stage.known_latents(batch, 0)[1][3:4])
+    assert torch.equal(known_latents(stage, one, 0)[1], known_latents(stage, batch, 0)[1][3:4])
 
 
 def test_it_trains_and_says_so(settings: Settings, autoencoder: Path) -> None:
