@@ -15,7 +15,6 @@ from ldmseg_fast.diffusion.sampler import ddim, image_noise
 from ldmseg_fast.diffusion.solvers import sample
 from ldmseg_fast.engine import train
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
-from ldmseg_fast.inpainting import prepare
 from ldmseg_fast.kernels.point_loss import point_logits
 from ldmseg_fast.slot_matching import match_slots, matching_costs
 from ldmseg_fast.stages import DistillationStage, OneStepStage
@@ -163,19 +162,24 @@ def test_given_slots_stay_given():
     assert table[[1, 3, 4, 6]].tolist() == [1, 3, 4, 6]
 
 
-def test_given_segments_get_slots_by_what_is_seen(settings, batch):
-    """As `inpainting.prepare` gives them, which sees no more of the map."""
-    stage = OneStepStage(settings("diffusion.inpainting=1"))
+@torch.no_grad()
+def test_given_segments_go_by_the_models_own_slots(settings, batch):
+    """Those that matching gives them in the draft, for what is seen only."""
+    pytest.importorskip("scipy")
+    stage = OneStepStage(settings("diffusion.inpainting=1", "few_step.matching=hungarian")).eval()
+    image_latents = stage.encode_images(batch["image"])
+    noise = image_noise(0, batch["image_id"], (4, 16, 16))
+    points = torch.rand(4, 500, 2)
     given = torch.zeros_like(batch["segment_ids"], dtype=torch.bool)
     given[:, :32] = True
-    table = stage.given_slots(batch, given, 0)
-    scheme = stage.config.data.id_assignment
-    assert scheme != "random"
-    for ids, shown, slots in zip(batch["segment_ids"].numpy(), given.numpy(), table):
-        expected = prepare(ids, shown, 64, 32, scheme, np.random.default_rng(0)).slots
-        assert np.array_equal(slots.numpy()[np.where(shown, ids, 0)], expected)
-        assert set(slots.nonzero().flatten().tolist()) == set(np.unique(ids[shown]).tolist()) - {0}
-    assert not stage.given_slots(batch, torch.zeros_like(given), 0).any()
+    table = stage.given_slots(batch, given, noise, image_latents, points)
+    draft = stage.mask_vae.decode_latents(ddim(stage.unet, noise, image_latents, stage.scheduler, 1, True))
+    own = match_slots(draft, batch["segment_ids"], points, stage.config.loss)
+    for ids, slots, expected in zip(batch["segment_ids"], table, own):
+        seen = sorted(set(ids[:32].unique().tolist()) - {0})
+        assert slots.nonzero().flatten().tolist() == seen
+        assert torch.equal(slots[seen], expected[seen])
+    assert not stage.given_slots(batch, torch.zeros_like(given), noise, image_latents, points).any()
 
 
 def test_completing_maps_is_learnt(settings, batch):

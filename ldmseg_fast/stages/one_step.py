@@ -19,8 +19,9 @@ slot = id, as the auto-encoder's training does. With ids by rank it stayed far b
 presumably because the loss then teaches doubt: logits spread over the slots a segment might have.
 
 A share `diffusion.inpainting` of the images learns to complete a map of which blocks are given, which the network sees
-as in the diffusion stage. Segments of which something is given have the slots that it shows them under; matching names
-the hidden ones.
+as in the diffusion stage. Segments of which something is given go by the slots that the model has for them without
+knowing the map, as `pipeline.inpaint` has it with a draft; matching names the hidden ones. Slots by where the given
+part lies, which the model would not choose itself, made it worse than one that knows nothing where little was given.
 """
 
 from __future__ import annotations
@@ -28,13 +29,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.config import Config
-from ldmseg_fast.data.transforms import TABLE_SIZE, make_remap_table
 from ldmseg_fast.losses import mask_losses, share_num_masks
 from ldmseg_fast.slot_matching import match_slots, require_assignment_solver
 from ldmseg_fast.stages.base import per_image, remap, segments_of
@@ -60,20 +59,20 @@ class OneStepStage(FewStepStage):
         if few_step.depth == "any":
             depth = 1 + int(self.chance(step, "depth") * depth)
         table, known = batch["table"], None
+        points = per_image(torch.rand, (self.config.loss.num_points, 2), self.generators(step, batch, "matching"))
         with self.autocast():
+            image_latents = self.image_latents(batch)  # [B, C_image, h, w]
+            noise = self.initial_noise(batch, step, image_latents)  # [B, C, h, w]
             if self.config.diffusion.inpainting:
                 given = self.given_pixels(batch, step)  # [B, H, W]
                 if few_step.matching == "hungarian":
-                    table = self.given_slots(batch, given, step)
+                    table = self.given_slots(batch, given, noise, image_latents, points)
                 with torch.no_grad():
                     known = self.known_latents(batch, given, table)
-            image_latents = self.image_latents(batch)  # [B, C_image, h, w]
-            noise = self.initial_noise(batch, step, image_latents)  # [B, C, h, w]
             estimate = self.unroll(noise, image_latents, depth, known)
             mask_logits = self.recompute(self.mask_vae.decode_latents, estimate)  # [B, Q, h 2^u, w 2^u]
 
         if few_step.matching == "hungarian":
-            points = per_image(torch.rand, (self.config.loss.num_points, 2), self.generators(step, batch, "matching"))
             table = match_slots(mask_logits, segment_ids, points, self.config.loss, None if known is None else table)
         parts = mask_losses(
             mask_logits,
@@ -91,18 +90,18 @@ class OneStepStage(FewStepStage):
             losses["loss"] = parts.total + few_step.latent_loss * losses["latent"]
         return losses
 
-    def given_slots(self, batch: dict[str, Any], given: Tensor, step: int) -> Tensor:
-        """Dense id -> slot, int64 [B, 256], of the segments of which a pixel is `given`, bool [B, H, W]: by what is
-        seen of them, as `inpainting.prepare` gives them theirs. 0 for the others."""
-        ids = (batch["segment_ids"] * given.to(batch["segment_ids"].dtype)).cpu().numpy().astype(np.uint8)
-        seeds = per_image(torch.rand, (1,), self.generators(step, batch, "slots")).flatten().tolist()
-        tables = np.zeros((len(ids), TABLE_SIZE), np.int64)
-        for table, shown, seed in zip(tables, ids, seeds):
-            seen = np.unique(shown[shown > 0])
-            dense = np.searchsorted(np.append(0, seen), shown).astype(np.uint8)
-            rng = np.random.default_rng(int(seed * 2**32))
-            slots = make_remap_table(
-                dense, len(seen), self.mask_vae.config.num_slots, self.config.data.id_assignment, rng
-            )
-            table[seen] = slots[1 : len(seen) + 1]
-        return torch.from_numpy(tables).to(given.device)
+    @torch.no_grad()
+    def given_slots(
+        self, batch: dict[str, Any], given: Tensor, noise: Tensor, image_latents: Tensor, points: Tensor
+    ) -> Tensor:
+        """Dense id -> slot, int64 [B, 256], of the segments of which a pixel is `given`, bool [B, H, W]; 0 for others.
+
+        What the model calls them in its draft, its first evaluation from `noise` [B, C, h, w] without knowing the map:
+        names of its own that it only has to keep. points: [B, P, 2], where draft and map are compared.
+        """
+        segment_ids = batch["segment_ids"]
+        draft = self.mask_vae.decode_latents(self.unroll(noise, image_latents, 1))  # [B, Q, h 2^u, w 2^u]
+        table = match_slots(draft, segment_ids, points, self.config.loss)
+        shown = (segment_ids * given.to(segment_ids.dtype)).flatten(1).long()
+        seen = torch.zeros_like(table).scatter_(1, shown, 1)
+        return table * seen
