@@ -3,8 +3,8 @@
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [--split S] [--steps 1 4 10] [--solvers ddim heun]
     [--seeds 3] [--classical TRAIN_SPLIT] [--picture FILE] [--journal FILE]
 
-Rows are measured one after the other; with --journal a stopped campaign goes on with the first that is missing. An
-image with several annotated maps counts once for each of them.
+Rows are measured one after the other; with --journal a stopped campaign goes on with the first that is missing. With
+several annotators per image the values are means over them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import hashlib
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.annotators import mean_over_annotators
 from benchmarks.harness import Run
 from benchmarks.quality_curve import draw_curve
 from ldmseg_fast.checkpoint import load_component_config, load_index
@@ -121,26 +123,38 @@ def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOp
     ]
 
 
-def classical_rows(data: str, split: str, limit: int, tuned_on: str, tuning_images: int, method: str) -> list[Row]:
-    """A classical method at its best setting on the first images of the split `tuned_on`."""
-    training = CocoPanoptic(data, tuned_on, 64, limit=tuning_images)
-    best, tuned = classical.tune(method, list(classical.load_items(training)))
+@dataclass(frozen=True)
+class Tuned:
+    """A classical method at its best setting on the first images of a training split."""
+
+    method: classical.Classical
+    tuned_on: str
+
+    @classmethod
+    def on(cls, data: str, split: str, images: int, method: str) -> Tuned:
+        training = CocoPanoptic(data, split, 64, limit=images)
+        best, quality = classical.tune(method, list(classical.load_items(training)))
+        return cls(best, f"{split}, {len(training)} maps, PQ {quality:.2f}")
+
+
+def classical_rows(tuned: Tuned, data: str, split: str, limit: int) -> list[Row]:
+    """A classical method on a split."""
     items = list(classical.load_items(CocoPanoptic(data, split, 64, limit=limit)))
     start = time.perf_counter()
-    result = classical.score(best, items).result()
+    result = classical.score(tuned.method, items).result()
     seconds = time.perf_counter() - start
     values = result["class_agnostic"]
     pictures = len({id(image) for image, _ in items})
     return [
         {
-            "variant": method,
+            "variant": tuned.method.method,
             "case": {"data": Path(data).name, "split": split, "images": len(items), "mode": "class-agnostic"},
             "value": 100 * values["pq"],
             **{key: 100 * values[key] for key in ("sq", "rq")},
             "pq_crowd_correct": 100 * result["pq_crowd_correct"],
             **{key: values[key] for key in ("tp", "fp", "fn")},
-            "setting": str(best),
-            "tuned_on": f"{tuned_on}, {len(training)} maps, PQ {tuned:.2f}",
+            "setting": str(tuned.method),
+            "tuned_on": tuned.tuned_on,
             "ms_per_image": 1000 * seconds / pictures,
         }
     ]
@@ -159,7 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction")
     parser.add_argument("--size", type=int, help="side in pixels of an auto-encoder's reconstruction")
     parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
-    parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=0, help="first N images, of each annotator")
     parser.add_argument("--inpainting", action="store_true", help="completing maps with dropped blocks, in their place")
     parser.add_argument("--picture", type=Path, help="PNG or SVG: quality against time, with the Pareto front")
     parser.add_argument("--journal", type=Path, help="file of finished rows, by which a stopped campaign goes on")
@@ -201,19 +215,22 @@ def measure(args: argparse.Namespace, run: Run) -> None:
                     inpainting=args.inpainting,
                 )
                 key = {"name": name, "model": fingerprint(model_dir), "data": data, "options": asdict(options)}
-                rows_of = inpainting_rows if args.inpainting else model_rows
-                add(journal.rows_of(key, lambda: rows_of(name, model_dir, args.data, options)))  # noqa: B023
+                rows_of = partial(inpainting_rows if args.inpainting else model_rows, name, model_dir, options=options)
+                add(journal.rows_of(key, partial(mean_over_annotators, data, args.split, rows_of)))
     if args.classical:
         classical.require_skimage()
         tuning = 8 if args.quick else args.tuning_images
         for method in classical.METHODS:
             key = {"classical": method, "data": data, "split": args.split, "limit": limit}
             key |= {"tuned_on": args.classical, "tuning": tuning, "grid": classical.GRIDS[method]}
-            rows = journal.rows_of(
-                key,
-                lambda: classical_rows(args.data, args.split, limit, args.classical, tuning, method),  # noqa: B023
-            )
-            add(rows)
+
+            def rows_of_method(method: str = method) -> list[Row]:
+                rows_of = partial(
+                    classical_rows, Tuned.on(data, args.classical, tuning, method), split=args.split, limit=limit
+                )
+                return mean_over_annotators(data, args.split, rows_of)
+
+            add(journal.rows_of(key, rows_of_method))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,10 +5,14 @@ import json
 import pytest
 
 from benchmarks import bench_quality
-from benchmarks.bench_quality import Journal, fingerprint, measure
+from benchmarks.annotators import annotator_roots, mean_over_annotators
+from benchmarks.bench_quality import Journal, Tuned, classical_rows, fingerprint, measure
 from benchmarks.harness import Run
 from benchmarks.quality_curve import curves, draw_curve, pareto_front
 from ldmseg_fast.metrics import classical
+from ldmseg_fast.metrics.classical import Classical
+
+SLIC = {"n_segments": 5, "compactness": 10.0, "sigma": 0.0}
 
 
 @pytest.fixture
@@ -64,6 +68,30 @@ def test_a_stopped_campaign_goes_on(campaign, tmp_path, monkeypatch):
     assert calls == [1, 2, 2]
     assert campaign("--steps", "1", "2", "--journal", str(journal)) == rows and calls == [1, 2, 2]
     assert rows[0]["ms_per_image"] == first["ms_per_image"]  # as it was measured then
+
+
+def test_annotators_are_averaged(scenes, tmp_path):
+    """Each has a root of its own; values are means, counts are sums."""
+    root = tmp_path / "several"
+    (root / "annotations").mkdir(parents=True)
+    content = json.loads((scenes / "annotations" / "panoptic_val2017.json").read_text())
+    images, maps = content["images"][:2], content["annotations"][:2]
+    twice = [image | {"id": 10 * image["id"] + who, "annotator": who} for image in images for who in (0, 1)]
+    both = [each | {"image_id": 10 * each["image_id"] + who} for each in maps for who in (0, 1)]
+    (root / "annotations" / "panoptic_val2017.json").write_text(
+        json.dumps(content | {"images": twice, "annotations": both})
+    )
+    for name in ("val2017", "panoptic_val2017"):
+        (root / name).symlink_to(scenes / name)
+    with annotator_roots(scenes, "val2017") as roots:
+        assert roots == [scenes]
+    rows = mean_over_annotators(
+        root, "val2017", lambda part: classical_rows(Tuned(Classical("slic", SLIC), "-"), part, "val2017", 0)
+    )
+    alone = classical_rows(Tuned(Classical("slic", SLIC), "-"), str(root), "val2017", 0)
+    assert rows[0]["case"] == alone[0]["case"] | {"annotators": 2} and rows[0]["case"]["images"] == 4
+    assert rows[0]["by_annotator"] == [rows[0]["value"]] * 2  # both drew the same
+    assert (rows[0]["tp"], rows[0]["value"]) == (alone[0]["tp"], pytest.approx(alone[0]["value"]))
 
 
 def test_other_weights_are_other_rows(model_dir, tmp_path):
