@@ -12,6 +12,7 @@ Every variant is captured in a CUDA graph, so that the time of the GPU is compar
 import argparse
 import importlib.util
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ if __package__ in (None, ""):
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure
 from ldmseg_fast.kernels import configs
+from ldmseg_fast.kernels.attention.dispatch import FP8_ARCHITECTURE
 from ldmseg_fast.kernels.backend import KERNELS
 from ldmseg_fast.kernels.cases import Case, all_cases
 from ldmseg_fast.kernels.roofline import GPUS, find_gpu, floor_us
@@ -36,6 +38,7 @@ from ldmseg_fast.kernels.roofline import GPUS, find_gpu, floor_us
 Variant = Callable[[], Any]
 # (rtol, atol in units of the largest value) between a kernel and torch, both in the dtype of the case
 AGREEMENT = {torch.float32: (1e-3, 1e-4), torch.float16: (1e-2, 2e-2), torch.bfloat16: (2e-2, 5e-2)}
+FP8_AGREEMENT = 0.1  # the norm of the difference over that of torch's result; `kernels.fp8_error` prints what to expect
 SECONDS_TO_COMPILE = 30  # what one torch.compile may take: none is started later than this before the end
 
 
@@ -57,7 +60,7 @@ def run_tests(kernels: Sequence[str], deadline: Deadline) -> None:
         BenchmarkError: they fail, or do not end within half of the time.
     """
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    files = [f"tests/kernels/test_{kernel}.py" for kernel in kernels]
+    files = [str(path) for kernel in kernels for path in sorted(ROOT.glob(f"tests/kernels/test_{kernel}*.py"))]
     listed = subprocess.run([*pytest, "--collect-only", *files], cwd=ROOT, capture_output=True, text=True, check=False)
     tests = [line for line in listed.stdout.splitlines() if "::" in line]
     if listed.returncode or not tests:
@@ -146,6 +149,8 @@ def agree(case: Case, arguments: tuple[Any, ...]) -> bool:
     """The kernel equals plain torch at the full shape, where offsets are large."""
     ours, theirs = case.triton(*arguments), differentiated(case.torch, arguments, case.leaves)()
     ours, theirs = ((each,) if isinstance(each, Tensor) else tuple(each) for each in (ours, theirs))
+    if case.fp8:
+        return all(float((one - other).norm() / other.norm()) < FP8_AGREEMENT for one, other in zip(ours, theirs))
     rtol, atol = AGREEMENT[case.dtype]
     for one, other in zip(ours, theirs):
         if not one.is_floating_point():
@@ -177,6 +182,7 @@ def measure_case(run: Run, case: Case, compile_too: bool, deadline: Deadline) ->
             print_not_measured(case, name, f"{type(error).__name__}: {error}".splitlines()[0])
     timings = measure(functions, device="cuda", rounds=30, max_seconds=max(1.0, min(8.0, deadline.seconds_left / 4)))
     gpu = find_gpu(run.environment["gpu"]["name"])
+    floor = floor_us(case, gpu) / 1e3 if gpu else math.inf
     run.add(
         f"{case.kernel} {case.name}",
         timings,
@@ -184,7 +190,7 @@ def measure_case(run: Run, case: Case, compile_too: bool, deadline: Deadline) ->
         case={"dtype": str(case.dtype).removeprefix("torch."), "batch": case.batch},
         bytes_moved=case.bytes_moved,
         flops=case.operations or None,
-        floor_ms=floor_us(case, gpu) / 1e3 if gpu else None,
+        floor_ms=floor if floor < math.inf else None,
     )
     print_rates(case, timings["triton"])
 
@@ -198,7 +204,7 @@ def print_rates(case: Case, timing: Timing) -> None:
 
 
 def print_not_measured(case: Case, variant: str, reason: str) -> None:
-    floors = "  ".join(f"{gpu.name} {floor_us(case, gpu):.1f}" for gpu in GPUS)
+    floors = "  ".join(f"{gpu.name} {floor_us(case, gpu):.1f}".replace("inf", "-") for gpu in GPUS)
     dtype = str(case.dtype).removeprefix("torch.")
     print(f"{case.kernel} {case.name} {dtype} {variant}: not measured ({reason})  floor in us: {floors}", flush=True)
 
@@ -219,6 +225,11 @@ def benchmark(cases: Sequence[Case], options: argparse.Namespace) -> int:
         for case in cases:
             print_not_measured(case, "triton", "no CUDA device")
         return 0
+    if configs.current_architecture() < FP8_ARCHITECTURE:
+        for case in cases:
+            if case.fp8:
+                print_not_measured(case, "triton", "this GPU has no products of e4m3")
+        cases = [case for case in cases if not case.fp8]
     run = Run("kernels", quick=options.quick)
     kernels = sorted({case.kernel for case in cases})
     if not options.no_tests:
@@ -248,6 +259,7 @@ CANDIDATES: Mapping[str, list[configs.Config]] = {
         configs.Config({"BLOCK": b}, w, 1) for b, w in itertools.product((256, 512, 1024, 2048), (4, 8))
     ],
     "attention_forward": ATTENTION,
+    "attention_fp8": [config for config in ATTENTION if config.constants["BLOCK_N"] >= 32],
     "attention_backward_kv": ATTENTION,
     "attention_backward_q": ATTENTION,
     "panoptic_head": [
@@ -270,7 +282,8 @@ def tune(cases: Sequence[Case], path: Path, deadline: Deadline) -> int:
     if not torch.cuda.is_available():
         print("--tune: not measured (no CUDA device)")
         return 0
-    sm = configs.current_architecture()
+    cases = [case for case in cases if not case.fp8 or configs.current_architecture() >= FP8_ARCHITECTURE]
+    sm = configs.table_architecture()
     best: dict[str, dict[int, dict[str, configs.Config]]] = {}
     done: set[tuple[str, str]] = set()
     for case in sorted(cases, key=lambda case: not case.headline):

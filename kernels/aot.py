@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ POINTERS = {
     "bfloat16": "*bf16",
     "float32": "*fp32",
     "float64": "*fp64",
+    "float8_e4m3fn": "*fp8e4nv",
     "uint8": "*u8",
     "int16": "*i16",
     "int32": "*i32",
@@ -96,22 +98,33 @@ def specialise(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict
     return signature, constants, attributes
 
 
-def collect(sm: int) -> tuple[list[tuple[str, Any]], list[str]]:
-    """(kernel folder, launch) of every distinct build, and the table's entries for `sm` that no case reaches."""
+def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
+    """(kernel folder, launch, sm) of every distinct build, and the table's entries for `sm` that no case reaches.
+
+    80 also stands for 89: what needs e4m3 is built for that instead. Sizes of 1 are built for 90 only, since what they
+    might break is the front of the compiler.
+    """
     import torch
 
     from ldmseg_fast.kernels import configs
-    from ldmseg_fast.kernels.cases import all_cases
+    from ldmseg_fast.kernels.cases import Case, all_cases
+    from ldmseg_fast.kernels.edge_cases import edge_cases
     from ldmseg_fast.kernels.launch import record
 
-    distinct: dict[str, tuple[str, Any]] = {}
-    with configs.architecture(sm), configs.trace_lookups() as reached:
-        for case in all_cases():
-            with record() as launches:
-                case.triton(*case.make(torch.device("meta")))
+    def start(case: Case) -> None:
+        case.triton(*case.make(torch.device("meta")))
+
+    work = [(case.kernel, max(sm, 89) if case.fp8 else sm, partial(start, case)) for case in all_cases()]
+    if sm == 90:
+        work += [(kernel, sm, run) for kernel, run in edge_cases()]
+    distinct: dict[str, tuple[str, Any, int]] = {}
+    with configs.trace_lookups() as reached:
+        for kernel, target, run in work:
+            with configs.architecture(target), record() as launches:
+                run()
             for launch in launches:
                 key = repr((launch.kernel.__name__, launch.config, launch.constants, specialise(launch)))
-                distinct.setdefault(key, (case.kernel, launch))
+                distinct.setdefault(key, (kernel, launch, target))
     shipped = {
         (kernel, shape_class)
         for kernel, per_sm in configs.TABLE.items()
@@ -128,16 +141,22 @@ def build(sm: int, index: int) -> Build:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, launch = _collected(sm)[index]
+    kernel, launch, target = _collected(sm)[index]
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-    about = {"kernel": kernel, "function": launch.kernel.__name__, "sm": sm, "constants": launch.constants, **options}
+    about = {
+        "kernel": kernel,
+        "function": launch.kernel.__name__,
+        "sm": target,
+        "constants": launch.constants,
+        **options,
+    }
     signature, constants, attributes = specialise(launch)
     started = time.perf_counter()
     log = io.StringIO()
     try:
         source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
         with contextlib.redirect_stdout(log):
-            compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:  # whatever the compiler raises is this build's result, not the end of the run
         return Build(**about, error=f"{type(error).__name__}: {error}"[:2000])
     report = log.getvalue()
@@ -157,10 +176,10 @@ def build(sm: int, index: int) -> Build:
     )
 
 
-_cache: dict[int, list[tuple[str, Any]]] = {}
+_cache: dict[int, list[tuple[str, Any, int]]] = {}
 
 
-def _collected(sm: int) -> list[tuple[str, Any]]:
+def _collected(sm: int) -> list[tuple[str, Any, int]]:
     if sm not in _cache:
         _cache[sm] = collect(sm)[0]
     return _cache[sm]
@@ -209,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sm in options.sm:
         launches, unreached = collect(sm)
         faults += [f"{entry}: no case reaches this configuration" for entry in unreached]
-        jobs += [(sm, i) for i, (kernel, _) in enumerate(launches) if not options.only or kernel in options.only]
+        jobs += [(sm, i) for i, (kernel, *_) in enumerate(launches) if not options.only or kernel in options.only]
     with tempfile.TemporaryDirectory() as cache:  # a cached build would leave ptxas nothing to say
         os.environ["TRITON_CACHE_DIR"] = cache
         context = multiprocessing.get_context("spawn")

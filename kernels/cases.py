@@ -4,15 +4,14 @@ Bytes are what must cross the memory bus at least once, operations those of matr
 method; padding and recomputation are not counted, so a floor is a floor.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldmseg_fast.kernels.attention import kernel as attention
 from ldmseg_fast.kernels.attention import reference as attention_reference
+from ldmseg_fast.kernels.case import SLOTS, Case, blob_logits, normal, random_ids
 from ldmseg_fast.kernels.ddim_step import kernel as ddim_step
 from ldmseg_fast.kernels.ddim_step import reference as ddim_step_reference
 from ldmseg_fast.kernels.group_norm_silu import kernel as group_norm_silu
@@ -24,44 +23,14 @@ from ldmseg_fast.kernels.panoptic_head import reference as panoptic_head_referen
 from ldmseg_fast.kernels.point_loss import kernel as point_loss
 from ldmseg_fast.kernels.point_loss import reference as point_loss_reference
 
-Function = Callable[..., Any]
-SLOTS, POINTS = 128, 12544
+POINTS = 12544
 SEGMENTS = 12  # of an image
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel at one shape."""
-
-    kernel: str  # its folder
-    name: str
-    dtype: torch.dtype
-    batch: int
-    make: Callable[[torch.device], tuple[Any, ...]]
-    triton: Function  # of what `make` returns; with `leaves`, the forward and the gradients of ones
-    torch: Function  # the forward in plain torch
-    bytes_moved: int
-    operations: int = 0
-    exponentials: int = 0
-    leaves: tuple[int, ...] = ()  # arguments to differentiate by: the case is forward and backward
-    headline: bool = False  # measured first, and against torch.compile
 
 
 def all_cases() -> list[Case]:
     """Every kernel and every shipped shape class at least once."""
     makers = (_mask_bits, _attention, _panoptic_head, _group_norm_silu, _ddim_step, _point_loss)
     return [case for maker in makers for case in maker()]
-
-
-def _normal(*shape: int, device: torch.device, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
-    tensor = torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
-    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
-
-
-def _ids(batch: int, size: int, device: torch.device) -> Tensor:
-    """uint8 [B, size, size]: blobs, as maps have them, not noise"""
-    coarse = torch.randint(0, SLOTS, (batch, size // 32, size // 32), device=device, dtype=torch.uint8)
-    return coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
 
 
 def _mask_bits() -> Iterator[Case]:
@@ -72,7 +41,7 @@ def _mask_bits() -> Iterator[Case]:
 
                 def make_ids(device, batch=batch, remap=remap, last=channels_last):
                     table = torch.randint(0, 128, (batch, 256), device=device, dtype=torch.uint8)
-                    return _ids(batch, 512, device), bits, table if remap else None, torch.bfloat16, last
+                    return random_ids(batch, 512, device), bits, table if remap else None, torch.bfloat16, last
 
                 yield Case(
                     "mask_bits",
@@ -88,7 +57,7 @@ def _mask_bits() -> Iterator[Case]:
     for channels_last in (False, True):
 
         def make_bits(device, last=channels_last):
-            return (_normal(16, bits, 512, 512, device=device, dtype=torch.float16, channels_last=last),)
+            return (normal(16, bits, 512, 512, device=device, dtype=torch.float16, channels_last=last),)
 
         yield Case(
             "mask_bits",
@@ -117,7 +86,7 @@ def _attention() -> Iterator[Case]:
             element = batch * tokens * heads * head_size * 2
 
             def make(device, shape=(batch, tokens, 3, heads, head_size), dtype=dtype, scale=scale):
-                qkv = _normal(*shape, device=device, dtype=dtype)  # one fused projection
+                qkv = normal(*shape, device=device, dtype=dtype)  # one fused projection
                 return *qkv.unbind(2), scale
 
             about: dict[str, Any] = {
@@ -136,6 +105,16 @@ def _attention() -> Iterator[Case]:
                 operations=4 * pairs * head_size,
                 **about,
             )
+            if dtype == torch.bfloat16 and tokens % 128 == 0 and head_size != 64:
+                yield Case(
+                    "attention",
+                    f"forward fp8 {name}",
+                    triton=attention.attention_fp8,
+                    bytes_moved=4 * element,  # the e4m3 copies of q, k and v may stay in L2
+                    operations=4 * pairs * head_size,
+                    fp8=True,
+                    **about,
+                )
             yield Case(
                 "attention",
                 f"forward, backward {name}",
@@ -162,7 +141,7 @@ def _panoptic_head() -> Iterator[Case]:
     for batch, dtype, channels_last, slots in variants:
 
         def make(device, batch=batch, dtype=dtype, last=channels_last, slots=slots):
-            return _blob_logits(batch, slots, 256, device, dtype, last), *sizes, 0.5, 512, 0.5
+            return blob_logits(batch, slots, 256, device, dtype, last), *sizes, 0.5, 512, 0.5
 
         yield Case(
             "panoptic_head",
@@ -176,14 +155,6 @@ def _panoptic_head() -> Iterator[Case]:
             exponentials=batch * pixels * slots,
             headline=batch == 16 and channels_last,
         )
-
-
-def _blob_logits(batch: int, slots: int, size: int, device: torch.device, dtype: torch.dtype, last: bool) -> Tensor:
-    """Logits of a confident decoder: noise, and one slot that stands out in every region"""
-    ids = _ids(batch, size, device).long() % slots
-    logits = _normal(batch, slots, size, size, device=device, dtype=dtype)
-    logits.scatter_add_(1, ids[:, None], torch.full_like(logits[:, :1], 12.0))
-    return logits.contiguous(memory_format=torch.channels_last) if last else logits
 
 
 def _group_norm_silu() -> Iterator[Case]:
@@ -204,13 +175,13 @@ def _group_norm_silu() -> Iterator[Case]:
             name = f"[{batch}, {channels}, {size}, {size}]"
 
             def make(device, batch=batch, channels=channels, size=size, dtype=dtype):
-                x = _normal(batch, channels, size, size, device=device, dtype=dtype, channels_last=True)
+                x = normal(batch, channels, size, size, device=device, dtype=dtype, channels_last=True)
                 weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
                 return x, weight, bias, 32, 1e-5, None, None, None, True
 
             def make_full(device, make=make):
                 x, weight, bias, *_ = make(device)
-                scale = _normal(*x.shape[:2], device=device, dtype=x.dtype)
+                scale = normal(*x.shape[:2], device=device, dtype=x.dtype)
                 return x, weight, bias, 32, 1e-5, scale, scale, torch.randn_like(x), True
 
             about: dict[str, Any] = {"dtype": dtype, "batch": batch, "torch": group_norm_silu_reference.group_norm_silu}
@@ -251,9 +222,9 @@ def _ddim_step() -> Iterator[Case]:
             cells = batch * 64 * 64
 
             def make(device, batch=batch, prediction_type=prediction_type):
-                output = _normal(batch, 4, 64, 64, device=device, dtype=torch.float16, channels_last=True)
-                noisy = _normal(batch, 4, 64, 64, device=device, dtype=torch.float32)
-                image = _normal(batch, 4, 64, 64, device=device, dtype=torch.float16)
+                output = normal(batch, 4, 64, 64, device=device, dtype=torch.float16, channels_last=True)
+                noisy = normal(batch, 4, 64, 64, device=device, dtype=torch.float32)
+                image = normal(batch, 4, 64, 64, device=device, dtype=torch.float16)
                 step = torch.zeros((), dtype=torch.int64, device=device)
                 table = torch.full((50, 4), 0.5, device=device)
                 return output, noisy, image, step, table, prediction_type, True, torch.float16
@@ -290,7 +261,7 @@ def _point_loss() -> Iterator[Case]:
         corners, label = 4 * dtype.itemsize, "channels_last" if channels_last else "planes"
 
         def logits(device, dtype=dtype, last=channels_last):
-            return _normal(batch, SLOTS, 256, 256, device=device, dtype=dtype, channels_last=last)
+            return normal(batch, SLOTS, 256, 256, device=device, dtype=dtype, channels_last=last)
 
         def segments(device):
             image_index = torch.arange(batch, device=device).repeat_interleave(SEGMENTS)
@@ -303,11 +274,11 @@ def _point_loss() -> Iterator[Case]:
             return logits(device), *segments(device), torch.rand((rows, candidates, 2), device=device)
 
         def make_ce(device, logits=logits):
-            return logits(device), _ids(batch, 512, device), torch.rand((batch, POINTS, 2), device=device)
+            return logits(device), random_ids(batch, 512, device), torch.rand((batch, POINTS, 2), device=device)
 
         def make_dice(device, logits=logits, segments=segments):
             points = torch.rand((rows, POINTS, 2), device=device)
-            return logits(device), _ids(batch, 512, device), *segments(device), points
+            return logits(device), random_ids(batch, 512, device), *segments(device), points
 
         plane = batch * SLOTS * 256 * 256 * dtype.itemsize
         sampled = min(plane, batch * POINTS * SLOTS * corners)  # the points of an image meet most pixels

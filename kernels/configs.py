@@ -36,7 +36,7 @@ def _config(num_warps: int, num_stages: int, **constants: int) -> Config:
 # also serve 86, 89 and 120, so they keep within 99 KiB of shared memory.
 TABLE: dict[str, dict[int, dict[str, Config]]] = {
     "encode_mask_bits": {
-        80: {"planes": _config(4, 1, BLOCK=2048), "channels_last": _config(4, 1, BLOCK=2048)},
+        80: {"planes": _config(4, 1, BLOCK=1024), "channels_last": _config(4, 1, BLOCK=1024)},
     },
     "decode_mask_bits": {80: {"all": _config(4, 1, BLOCK=1024)}},
     "attention_forward": {
@@ -87,6 +87,21 @@ TABLE: dict[str, dict[int, dict[str, Config]]] = {
             "d96": _config(8, 2, BLOCK_M=128, BLOCK_N=64),
             "d128": _config(8, 2, BLOCK_M=128, BLOCK_N=32),
             "d160": _config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        },
+    },
+    "attention_fp8_prepare": {89: {"all": _config(4, 1, ELEMENTS=8192)}},
+    "attention_fp8": {
+        89: {
+            "d48": _config(4, 3, BLOCK_M=64, BLOCK_N=64),
+            "d96": _config(4, 3, BLOCK_M=64, BLOCK_N=64),
+            "d128": _config(8, 2, BLOCK_M=128, BLOCK_N=64),
+            "d160": _config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        },
+        90: {
+            "d48": _config(8, 3, BLOCK_M=128, BLOCK_N=128),
+            "d96": _config(8, 3, BLOCK_M=128, BLOCK_N=64),
+            "d128": _config(8, 3, BLOCK_M=128, BLOCK_N=64),
+            "d160": _config(8, 3, BLOCK_M=128, BLOCK_N=64),
         },
     },
     "panoptic_head": {
@@ -172,9 +187,7 @@ def find_config(kernel: str, shape_class: str) -> Config:
     """
     if _lookups is not None:
         _lookups.add((kernel, shape_class))
-    sm = current_architecture()
-    if sm >= 120:  # consumer Blackwell has the shared memory of sm_89
-        sm = 89
+    sm = table_architecture()
     override = _overrides().get(kernel, {})
     for table in (override, TABLE[kernel]):
         for entry in sorted((entry for entry in table if entry <= sm), reverse=True):
@@ -186,6 +199,12 @@ def find_config(kernel: str, shape_class: str) -> Config:
 def current_architecture() -> int:
     """10 times the compute capability of the GPU, or what `architecture` chose; 80 without a GPU."""
     return _architecture if _architecture is not None else _device_architecture()
+
+
+def table_architecture() -> int:
+    """Under which architecture this GPU is looked up: consumer Blackwell (120) has the shared memory of sm_89."""
+    sm = current_architecture()
+    return 89 if sm >= 120 else sm
 
 
 @cache
@@ -206,18 +225,33 @@ def load_configs(path: Path) -> dict[str, dict[int, dict[str, Config]]]:
     """A table written by `dump_configs`.
 
     Raises:
-        ValueError: the file is not such a table.
+        ValueError: the file is not such a table, or names what `TABLE` does not know.
     """
     try:
-        table: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
-        return {
+        plain: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
+        table = {
             kernel: {
                 int(sm): {name: Config(**entry) for name, entry in classes.items()} for sm, classes in per_sm.items()
             }
-            for kernel, per_sm in table.items()
+            for kernel, per_sm in plain.items()
         }
+        for kernel, per_sm in table.items():
+            for classes in per_sm.values():
+                for name, config in classes.items():
+                    _check_entry(kernel, name, config)
+        return table
     except (OSError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}: {path} is not a table of kernel configurations: {error}") from error
+
+
+def _check_entry(kernel: str, shape_class: str, config: Config) -> None:
+    shipped = {name: entry for classes in TABLE.get(kernel, {}).values() for name, entry in classes.items()}
+    if shape_class not in shipped:
+        known = ", ".join(shipped) if shipped else ", ".join(TABLE)
+        raise ValueError(f"{kernel} {shape_class!r}: one of {known} expected")
+    if config.constants.keys() != shipped[shape_class].constants.keys():
+        expected = ", ".join(shipped[shape_class].constants) or "none"
+        raise ValueError(f"{kernel} {shape_class!r}: constants {', '.join(config.constants)}, expected {expected}")
 
 
 def dump_configs(table: dict[str, dict[int, dict[str, Config]]]) -> str:

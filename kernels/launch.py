@@ -11,6 +11,7 @@ from torch import Tensor
 from ldmseg_fast.kernels.configs import Config
 
 UNIT = 8  # strides are passed to kernels in units of 8 elements, so that the compiler sees 16-byte accesses
+MAX_GRID = 65535  # programs along the second and third axis
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,11 @@ _recorder: Callable[[Launch], None] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, **constants: Any) -> None:
-    """Start `kernel` on the device of its first tensor, or hand it to `record`; an empty grid starts nothing."""
+    """Start `kernel` on the device of its first tensor, or hand it to `record`; an empty grid starts nothing.
+
+    Raises:
+        ValueError: more images (or images times heads, or rows) than one launch may have.
+    """
     known = {name: value for name, value in config.constants.items() if name in kernel.arg_names}
     constants = {**known, **constants}
     if _recorder is not None:
@@ -36,6 +41,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, 
         return
     if 0 in grid:
         return
+    if max(grid[1:], default=0) > MAX_GRID:
+        raise ValueError(f"{kernel.__name__}: a grid of {grid} is more than CUDA starts at once: split the batch")
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
@@ -58,4 +65,4 @@ def in_units(tensor: Tensor) -> Tensor:
     dense = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
     whole = all(stride % UNIT == 0 for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1]) if size > 1)
     aligned = tensor.is_meta or tensor.data_ptr() % 16 == 0
-    return tensor if dense and whole and aligned else tensor.contiguous()
+    return tensor if dense and whole and aligned else tensor.clone(memory_format=torch.contiguous_format)

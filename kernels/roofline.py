@@ -2,13 +2,14 @@
 
     python -m ldmseg_fast.kernels.roofline [--only attention] [--json FILE]
 
-The floor is the largest of bytes over memory bandwidth, operations over dense tensor throughput of the dtype, and
-exponentials over the rate of the special-function units (16 a clock and multiprocessor, at the clock behind the
-tensor figure). No kernel can be faster; one that overlaps nothing needs up to the sum.
+The floor is the largest of bytes over memory bandwidth, operations over dense tensor throughput (of float16, or of e4m3
+for fp8 cases), and exponentials over the rate of the special-function units (16 a clock and multiprocessor, at the
+clock behind the tensor figure). No kernel can be faster; one that overlaps nothing needs up to the sum.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,27 +20,29 @@ from ldmseg_fast.kernels.cases import Case, all_cases
 
 @dataclass(frozen=True)
 class Gpu:
-    """A data sheet: bytes per second, dense float16 operations per second, exponentials per second."""
+    """A data sheet: bytes, dense float16 and e4m3 operations (0: it has none), exponentials; all per second."""
 
     name: str
     bandwidth: float
     half_operations: float
+    fp8_operations: float
     exponentials: float
 
 
 GPUS = (
-    Gpu("H100", 3.35e12, 989e12, 132 * 16 * 1.83e9),
-    Gpu("H200", 4.80e12, 989e12, 132 * 16 * 1.83e9),
-    Gpu("A100", 2.04e12, 312e12, 108 * 16 * 1.41e9),
-    Gpu("4090", 1.01e12, 165e12, 128 * 16 * 2.52e9),
+    Gpu("H100", 3.35e12, 989e12, 1979e12, 132 * 16 * 1.83e9),
+    Gpu("H200", 4.80e12, 989e12, 1979e12, 132 * 16 * 1.83e9),
+    Gpu("A100", 2.04e12, 312e12, 0.0, 108 * 16 * 1.41e9),
+    Gpu("4090", 1.01e12, 165e12, 330e12, 128 * 16 * 2.52e9),
 )
 
 
 def floor_us(case: Case, gpu: Gpu) -> float:
-    """The least time of `case` on `gpu`, in microseconds."""
-    return 1e6 * max(
-        case.bytes_moved / gpu.bandwidth, case.operations / gpu.half_operations, case.exponentials / gpu.exponentials
-    )
+    """The least time of `case` on `gpu`, in microseconds; infinite where the GPU lacks what the case needs."""
+    rate = gpu.fp8_operations if case.fp8 else gpu.half_operations
+    if not rate:
+        return math.inf
+    return 1e6 * max(case.bytes_moved / gpu.bandwidth, case.operations / rate, case.exponentials / gpu.exponentials)
 
 
 def find_gpu(name: str | None) -> Gpu | None:
@@ -48,7 +51,7 @@ def find_gpu(name: str | None) -> Gpu | None:
 
 
 def format_row(case: Case) -> str:
-    floors = "".join(f"{floor_us(case, gpu):>9.1f}" for gpu in GPUS)
+    floors = "".join(f"{floor_us(case, gpu):>9.1f}".replace("inf", "  -") for gpu in GPUS)
     amounts = f"{case.bytes_moved / 1e6:>10.2f}{case.operations / 1e9:>10.1f}{case.exponentials / 1e6:>9.1f}"
     dtype = str(case.dtype).removeprefix("torch.")
     return f"{case.kernel:<17}{case.name:<46}{dtype:<10}{case.batch:>4}{amounts}{floors}"
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "bytes": case.bytes_moved,
                 "operations": case.operations,
                 "exponentials": case.exponentials,
-                "floor_us": {gpu.name: floor_us(case, gpu) for gpu in GPUS},
+                "floor_us": {gpu.name: floor_us(case, gpu) for gpu in GPUS if floor_us(case, gpu) < math.inf},
             }
             for case in cases
         ]

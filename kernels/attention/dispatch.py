@@ -1,32 +1,45 @@
 """Public entry point: Triton on CUDA for float16 and bfloat16, torch's own attention otherwise."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ldmseg_fast.kernels.attention import reference
-from ldmseg_fast.kernels.backend import require, require_same_device, runs_reference
+from ldmseg_fast.kernels.backend import exporting, get_backend, require, require_same_device, runs_reference
+from ldmseg_fast.kernels.configs import current_architecture
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 160
+FP8_ARCHITECTURE = 89  # the first with products of e4m3
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, fp8: bool = False) -> Tensor:
     """softmax(q k^T scale) v over all tokens, accumulated in float32.
 
     Args:
         q: [B, N, heads, d], d a multiple of 8 up to 160. Slices of one fused projection are read in place.
         k, v: [B, M, heads, d] of q's dtype.
         scale: positive; 1 / sqrt(d) by default.
+        fp8: products of e4m3 numbers, accumulated in float32: inference only, float16 or bfloat16 inputs, GPUs of sm_89
+            or newer (on a CPU the reference, which rounds in the same places). Each head of q, k and v is scaled by a
+            power of two of its own. `python -m ldmseg_fast.kernels.fp8_error` prints the error.
 
     Returns:
         [B, N, heads, d] of q's dtype. float32 and float64 always go to torch's own attention.
 
     Raises:
-        ValueError: wrong shape, dtype, device, head size or scale.
+        ValueError: wrong shape, dtype, device, head size or scale; with `fp8`, also where a gradient is wanted, in an
+            exported graph, and on a GPU without it.
     """
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
+    if fp8:
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        require(not needs_grad, "fp8: has no gradient; call it under torch.no_grad() or leave fp8=False")
+        require(not exporting(), "fp8: not in an exported graph; choose the precision of the engine instead")
+        return attention_fp8_op(q, k, v, scale)
     if runs_reference("attention", q) or q.dtype not in HALVES:
         check(q, k, v, scale)
         return reference.attention(q, k, v, scale)
@@ -55,6 +68,29 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     )
     require(scale > 0, "scale: expected a positive number, got {}", scale)
     require_same_device(q, k=k, v=v)
+
+
+def check_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    check(q, k, v, scale)
+    require(q.dtype in HALVES, "fp8: expected float16 or bfloat16 tensors, got {}", q.dtype)
+    sm = current_architecture() if q.device.type == "cuda" else FP8_ARCHITECTURE
+    require(sm >= FP8_ARCHITECTURE, "fp8: needs a GPU of sm_{} or newer, this is sm_{}", FP8_ARCHITECTURE, sm)
+
+
+@torch.library.custom_op("ldmseg_fast::attention_fp8", mutates_args=())
+def attention_fp8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    check_fp8(q, k, v, scale)
+    if q.is_cuda and get_backend("attention") != "torch":
+        from ldmseg_fast.kernels.attention import kernel  # Triton is imported on CUDA only
+
+        return kernel.attention_fp8(q, k, v, scale)
+    return reference.attention_fp8(q, k, v, scale).contiguous()
+
+
+@attention_fp8_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    check_fp8(q, k, v, scale)
+    return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("ldmseg_fast::attention_forward", mutates_args=())
@@ -89,12 +125,10 @@ def attention_backward_op(
 
 
 @attention_backward_op.register_kernel("cuda")
-def _(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ldmseg_fast.kernels.attention import kernel
 
-    return kernel.attention_backward(grad_out, q, k, v, out, logsumexp, scale)
+    return kernel.attention_backward(*args)
 
 
 @attention_backward_op.register_fake

@@ -1,5 +1,7 @@
 """Plain torch: what the kernels must equal. All tensors are [B, N, heads, d], the logsumexp is [B, heads, N]."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,3 +36,27 @@ def attention_backward(
     grad_q = torch.einsum("bhnm,bmhd->bnhd", grad_scores, k)
     grad_k = torch.einsum("bhnm,bnhd->bmhd", grad_scores, q)
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
+
+
+def attention_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Products of e4m3 operands, everything else in float32; each head of q, k and v has its own unit."""
+    if q.numel() == 0:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    (q8, q_unit), (k8, k_unit), (v8, v_unit) = (quantise(tensor) for tensor in (q, k, v))
+    factor = (q_unit * k_unit).transpose(1, 2) * (scale * math.log2(math.e))  # [B, heads, 1, 1]
+    scores = torch.einsum("bnhd,bmhd->bhnm", q8, k8) * factor
+    weights = (scores - scores.amax(-1, keepdim=True).ceil() + 8).exp2()  # the largest is in (2^7, 2^8]
+    out = torch.einsum("bhnm,bmhd->bnhd", weights.to(torch.float8_e4m3fn).float(), v8)
+    return (out / weights.sum(-1).transpose(1, 2)[..., None] * v_unit).to(q.dtype)
+
+
+def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(float32 [B, N, heads, d] of numbers that e4m3 holds, their unit [B, 1, heads, 1], a power of two)
+
+    The largest magnitude of a head lies in [128, 256) units: as far up as one factor of two below the largest number,
+    448, and a factor of 2^13 above the least normal one.
+    """
+    magnitude = tensor.float().abs().amax((1, 3), keepdim=True)
+    _, exponent = torch.frexp(magnitude)  # magnitude / 2^exponent is in [1/2, 1)
+    unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(-118, 128) - 8)
+    return (tensor.float() / unit).to(torch.float8_e4m3fn).float(), unit

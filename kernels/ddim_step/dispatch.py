@@ -1,5 +1,7 @@
 """Public entry points: Triton on CUDA, the reference elsewhere; safe inside a CUDA graph."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -143,19 +145,9 @@ def ddim_step_op(
 
 
 @ddim_step_op.register_kernel("cuda")
-def _(
-    model_output: Tensor,
-    noisy_latents: Tensor,
-    image_latents: Tensor,
-    step_index: Tensor,
-    table: Tensor,
-    prediction_type: str,
-    self_condition: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ldmseg_fast.kernels.ddim_step import kernel  # Triton is imported on CUDA only
 
-    args = (model_output, noisy_latents, image_latents, step_index, table, prediction_type, self_condition, dtype)
     check(*args)
     return kernel.ddim_step(*args)
 

@@ -1,5 +1,7 @@
 """Public entry point: Triton on CUDA, the reference elsewhere; opaque to torch.compile, differentiable."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,10 +39,11 @@ def group_norm_silu(
     Raises:
         ValueError: wrong shape, dtype or device, C not divisible by G.
     """
+    args = (x, weight, bias, num_groups, eps, scale, shift, residual, silu)
     if runs_reference("group_norm_silu", x) or x.dtype not in FLOATS:
-        check(x, weight, bias, num_groups, scale, shift, residual)
-        return reference.group_norm_silu(x, weight, bias, num_groups, eps, scale, shift, residual, silu)
-    return group_norm_silu_op(x, weight, bias, num_groups, eps, scale, shift, residual, silu)[0]
+        check(*args)
+        return reference.group_norm_silu(*args)
+    return group_norm_silu_op(*args)[0]
 
 
 def check(
@@ -48,9 +51,11 @@ def check(
     weight: Tensor,
     bias: Tensor,
     num_groups: int,
+    eps: float,
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
+    silu: bool,
 ) -> None:
     require(x.ndim == 4, "x: expected [B, C, H, W], got shape {}", x.shape)
     require(x.is_floating_point(), "x: expected a float tensor, got {}", x.dtype)
@@ -91,28 +96,18 @@ def group_norm_silu_op(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean [B, G], rstd [B, G]), y in channels_last"""
-    check(x, weight, bias, num_groups, scale, shift, residual)
     args = (x, weight, bias, num_groups, eps, scale, shift, residual, silu)
+    check(*args)
     y, mean, rstd = reference.group_norm_silu_forward(*args)
     return in_format(y, torch.channels_last), mean, rstd
 
 
 @group_norm_silu_op.register_kernel("cuda")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ldmseg_fast.kernels.group_norm_silu import kernel  # Triton is imported on CUDA only
 
-    check(x, weight, bias, num_groups, scale, shift, residual)
-    return kernel.group_norm_silu_forward(x, weight, bias, num_groups, eps, scale, shift, residual, silu)
+    check(*args)
+    return kernel.group_norm_silu_forward(*args)
 
 
 @group_norm_silu_op.register_fake
@@ -127,7 +122,7 @@ def _(
     residual: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, weight, bias, num_groups, scale, shift, residual)
+    check(x, weight, bias, num_groups, eps, scale, shift, residual, silu)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     statistics = (x.shape[0], num_groups)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -152,20 +147,10 @@ def group_norm_silu_backward_op(
 
 
 @group_norm_silu_backward_op.register_kernel("cuda")
-def _(
-    grad_y: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ldmseg_fast.kernels.group_norm_silu import kernel
 
-    return kernel.group_norm_silu_backward(grad_y, x, mean, rstd, weight, bias, scale, shift, silu)
+    return kernel.group_norm_silu_backward(*args)
 
 
 @group_norm_silu_backward_op.register_fake

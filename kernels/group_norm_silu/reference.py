@@ -40,6 +40,9 @@ def group_norm_silu_forward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean [B, G], rstd [B, G]), all arithmetic in float32 or better."""
+    if x.numel() == 0:
+        mean = at_least_float32(x).new_zeros((x.shape[0], num_groups))
+        return torch.empty_like(x), mean, mean.clone()
     groups = at_least_float32(x).reshape(x.shape[0], num_groups, -1)  # [B, G, C/G * H * W]
     variance, mean = torch.var_mean(groups, 2, correction=0)
     rstd = (variance + eps).rsqrt()
@@ -70,6 +73,9 @@ def group_norm_silu_backward(
     of du and du n.
     """
     batch, num_groups = mean.shape
+    if x.numel() == 0:
+        zeros = (mean.new_zeros(shape) for shape in (x.shape[1:2], x.shape[1:2], x.shape[:2], x.shape[:2]))
+        return torch.empty_like(x), *zeros
     n = (at_least_float32(x).reshape(batch, num_groups, -1) - mean[..., None]) * rstd[..., None]
     n = n.reshape(batch, x.shape[1], -1)  # [B, C, H W]
     gain, offset = _fold(weight, bias, scale, shift)

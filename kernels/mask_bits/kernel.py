@@ -21,6 +21,13 @@ def load_codes(ids_ptr, table_ptr, table_size, inside, HAS_TABLE: tl.constexpr):
 
 
 @triton.jit
+def bit_values(codes, k, dtype: tl.constexpr):
+    """-1, 0 or +1 by selection only: converting integers is slow on a GPU"""
+    one, minus_one, zero = tl.full([1], 1.0, dtype), tl.full([1], -1.0, dtype), tl.full([1], 0.0, dtype)
+    return tl.where(codes == 0, zero, tl.where((codes >> k & 1) != 0, one, minus_one))
+
+
+@triton.jit
 def encode_planes_kernel(
     ids_ptr,  # [B, P] integer
     table_ptr,  # [B, T] integer
@@ -38,9 +45,8 @@ def encode_planes_kernel(
         ids_ptr + image * num_pixels + pixel, table_ptr + image * table_size, table_size, inside, HAS_TABLE
     )
     for k in tl.static_range(NUM_BITS):
-        bit = tl.where(codes == 0, 0, (codes >> k & 1) * 2 - 1)
         plane_ptr = bits_ptr + (image * NUM_BITS + k) * num_pixels
-        tl.store(plane_ptr + pixel, bit.to(bits_ptr.dtype.element_ty), mask=inside)
+        tl.store(plane_ptr + pixel, bit_values(codes, k, bits_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -52,19 +58,29 @@ def encode_channels_last_kernel(
     table_size,  # T
     NUM_BITS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
-    BLOCK: tl.constexpr,  # elements of the output, so that stores are dense for every K
+    BLOCK: tl.constexpr,  # pixels
 ):
+    """A thread takes 8 pixels, which are K vectors of 8 values: which pixel and bit a value is, the compiler knows"""
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    element = first + tl.arange(0, BLOCK)
-    inside = element < num_pixels.to(tl.int64) * NUM_BITS
-    local = (first % NUM_BITS).to(tl.int32) + tl.arange(0, BLOCK)
-    pixel = first // NUM_BITS + local // NUM_BITS
+    eight = tl.arange(0, 8)[None, :]
+    group = tl.arange(0, BLOCK // 8)[:, None]
+    pixel = first + group * 8 + eight
     codes = load_codes(
-        ids_ptr + image * num_pixels + pixel, table_ptr + image * table_size, table_size, inside, HAS_TABLE
+        *(ids_ptr + image * num_pixels + pixel, table_ptr + image * table_size, table_size),
+        *(pixel < num_pixels, HAS_TABLE),
     )
-    bit = tl.where(codes == 0, 0, (codes >> (local % NUM_BITS) & 1) * 2 - 1)
-    tl.store(bits_ptr + image * num_pixels * NUM_BITS + element, bit.to(bits_ptr.dtype.element_ty), mask=inside)
+    bits_ptr += (image * num_pixels + first) * NUM_BITS
+    values = (num_pixels - first) * NUM_BITS
+    for i in tl.static_range(NUM_BITS):
+        value = i * 8 + eight  # of the 8 K values of a group
+        code = tl.zeros([BLOCK // 8, 8], tl.int32)
+        for p in tl.static_range(i * 8 // NUM_BITS, (i * 8 + 7) // NUM_BITS + 1):
+            mine = tl.sum(tl.where(eight == p, codes, 0), 1)[:, None]  # the code of pixel p: nothing is added
+            code = tl.where(value // NUM_BITS == p, mine, code)
+        offset = group * (8 * NUM_BITS) + value
+        bit = bit_values(code, value % NUM_BITS, bits_ptr.dtype.element_ty)
+        tl.store(bits_ptr + offset, bit, mask=offset < values)
 
 
 @triton.jit
@@ -94,6 +110,35 @@ def decode_kernel(
     tl.store(ids_ptr + image * num_pixels + pixel, ids, mask=inside)
 
 
+@triton.jit
+def decode_channels_last_kernel(
+    bits_ptr,  # [B, P, K]
+    ids_ptr,  # [B, P] int32
+    num_pixels,  # P
+    image_stride,
+    NUM_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,  # pixels
+):
+    """A thread takes 8 pixels, as in `encode_channels_last_kernel`"""
+    image = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    eight = tl.arange(0, 8)[None, :]
+    group = tl.arange(0, BLOCK // 8)[:, None]
+    bits_ptr += image * image_stride + first * NUM_BITS
+    values = (num_pixels - first) * NUM_BITS
+    codes = tl.zeros([BLOCK // 8, 8], tl.int32)
+    for i in tl.static_range(NUM_BITS):
+        value = i * 8 + eight  # of the 8 K values of a group
+        offset = group * (8 * NUM_BITS) + value
+        bit = tl.load(bits_ptr + offset, mask=offset < values, other=0.0).to(tl.float32) > 0
+        part = bit.to(tl.int32) << (value % NUM_BITS)
+        for p in tl.static_range(i * 8 // NUM_BITS, (i * 8 + 7) // NUM_BITS + 1):
+            mine = tl.sum(tl.where(value // NUM_BITS == p, part, 0), 1)[:, None]
+            codes += tl.where(eight == p, mine, 0)
+    pixel = first + group * 8 + eight
+    tl.store(ids_ptr + image * num_pixels + pixel, codes, mask=pixel < num_pixels)
+
+
 def encode_mask_bits(
     segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
@@ -105,10 +150,9 @@ def encode_mask_bits(
         (batch, num_bits, height, width), dtype=dtype, device=segment_ids.device, memory_format=memory_format
     )
     config = find_config("encode_mask_bits", "channels_last" if channels_last else "planes")
-    elements = height * width * (num_bits if channels_last else 1)
     launch(
         encode_channels_last_kernel if channels_last else encode_planes_kernel,
-        (triton.cdiv(elements, config.constants["BLOCK"]), batch),
+        (triton.cdiv(height * width, config.constants["BLOCK"]), batch),
         *(segment_ids, segment_ids if table is None else table, bits, height * width),
         1 if table is None else table.shape[1],
         config=config,
@@ -124,9 +168,14 @@ def decode_mask_bits(bits: Tensor) -> Tensor:
         bits = bits.contiguous()
     ids = torch.empty((batch, height, width), dtype=torch.int32, device=bits.device)
     config = find_config("decode_mask_bits", "all")
+    grid = (triton.cdiv(height * width, config.constants["BLOCK"]), batch)
+    if bits.stride(1) == 1 and bits.stride(3) == num_bits:
+        arguments = (bits, ids, height * width, bits.stride(0))
+        launch(decode_channels_last_kernel, grid, *arguments, config=config, NUM_BITS=num_bits)
+        return ids
     launch(
         decode_kernel,
-        (triton.cdiv(height * width, config.constants["BLOCK"]), batch),
+        grid,
         *(bits, ids, height * width, bits.stride(0), bits.stride(1), bits.stride(3)),
         config=config,
         NUM_BITS=num_bits,

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from ldmseg_fast.kernels.backend import at_least_float32, require, require_same_device, runs_reference
+from ldmseg_fast.kernels.backend import at_least_float32, runs_reference
 from ldmseg_fast.kernels.point_loss import reference
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+from ldmseg_fast.kernels.point_loss.checks import check_bce_dice, check_ce, check_points, check_rows
 
 
 def point_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
@@ -66,7 +64,7 @@ def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple
 
     Args:
         mask_logits: [B, Q, h, w] float, either memory format.
-        segment_ids: [B, H, W] integer below Q; 0 is void. H, W need not be h, w.
+        segment_ids: [B, H, W] integer; 0 and what is no slot (Q or more, negative) is void. H, W need not be h, w.
         points: float32 [B, P, 2], (x, y) in [0, 1]. The target is the id of the pixel that holds the point.
 
     Returns:
@@ -77,8 +75,7 @@ def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple
         ValueError: wrong shape, dtype or device.
     """
     if _runs_reference(mask_logits):
-        check_points(mask_logits, points)
-        check_ids(mask_logits, segment_ids)
+        check_ce(mask_logits, segment_ids, points)
         return reference.sample_ce(mask_logits, segment_ids, points)
     loss, count, _ = sample_ce_op(mask_logits, segment_ids, points)
     return loss, count
@@ -92,8 +89,8 @@ def sample_bce_dice(
     Args:
         mask_logits: [B, Q, h, w] float, either memory format.
         segment_ids: [B, H, W] integer; 0 is void.
-        image_index, slots: int64 [M], which segment each row is. Rows with slot 0 add nothing, so that a list of fixed
-            length needs no count on the host.
+        image_index, slots: int64 [M], which segment each row is. Rows whose slot is 0 or none of the Q add nothing, so
+            that a list of fixed length needs no count on the host.
         points: float32 [M, P, 2], (x, y) in [0, 1]. The binary mask `segment_ids == slot` is sampled bilinearly.
 
     Returns:
@@ -104,8 +101,7 @@ def sample_bce_dice(
         ValueError: wrong shape, dtype or device.
     """
     if _runs_reference(mask_logits):
-        check_rows(mask_logits, image_index, slots, points)
-        check_ids(mask_logits, segment_ids)
+        check_bce_dice(mask_logits, segment_ids, image_index, slots, points)
         return reference.sample_bce_dice(mask_logits, segment_ids, image_index, slots, points)
     bce, dice, _ = sample_bce_dice_op(mask_logits, segment_ids, image_index, slots, points)
     return bce, dice
@@ -119,66 +115,6 @@ def _needs_grad(mask_logits: Tensor) -> bool:
     return mask_logits.requires_grad and torch.is_grad_enabled()
 
 
-def check_points(mask_logits: Tensor, points: Tensor, least_slots: int = 1) -> None:
-    _check_logits(mask_logits, least_slots)
-    require(
-        points.ndim == 3 and points.shape[0] == mask_logits.shape[0] and points.shape[2] == 2,
-        "points: expected [{}, P, 2], got shape {}",
-        mask_logits.shape[0],
-        points.shape,
-    )
-    _check_coordinates(mask_logits, points)
-
-
-def check_rows(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> None:
-    _check_logits(mask_logits, 1)
-    for name, tensor in (("image_index", image_index), ("slots", slots)):
-        require(tensor.ndim == 1, "{}: expected [M], got shape {}", name, tensor.shape)
-        require(tensor.dtype == torch.int64, "{}: expected int64, got {}", name, tensor.dtype)
-    require(
-        slots.shape == image_index.shape,
-        "slots: shape {} differs from image_index's {}",
-        slots.shape,
-        image_index.shape,
-    )
-    require(
-        points.ndim == 3 and points.shape[0] == slots.shape[0] and points.shape[2] == 2,
-        "points: expected [{}, P, 2], got shape {}",
-        slots.shape[0],
-        points.shape,
-    )
-    _check_coordinates(mask_logits, points)
-    require_same_device(mask_logits, image_index=image_index, slots=slots)
-
-
-def check_ids(mask_logits: Tensor, segment_ids: Tensor) -> None:
-    require(
-        segment_ids.ndim == 3 and segment_ids.shape[0] == mask_logits.shape[0],
-        "segment_ids: expected [{}, H, W], got shape {}",
-        mask_logits.shape[0],
-        segment_ids.shape,
-    )
-    require(segment_ids.dtype in INTEGERS, "segment_ids: expected an integer tensor, got {}", segment_ids.dtype)
-    require_same_device(mask_logits, segment_ids=segment_ids)
-
-
-def _check_logits(mask_logits: Tensor, least_slots: int) -> None:
-    require(mask_logits.ndim == 4, "mask_logits: expected [B, Q, h, w], got shape {}", mask_logits.shape)
-    require(mask_logits.dtype in FLOATS, "mask_logits: expected a float tensor, got {}", mask_logits.dtype)
-    require(
-        mask_logits.shape[1] >= least_slots,
-        "mask_logits: expected at least {} slots, got shape {}",
-        least_slots,
-        mask_logits.shape,
-    )
-
-
-def _check_coordinates(mask_logits: Tensor, points: Tensor) -> None:
-    expected = (torch.float32, torch.float64) if mask_logits.dtype == torch.float64 else (torch.float32,)
-    require(points.dtype in expected, "points: expected float32, got {}", points.dtype)
-    require_same_device(mask_logits, points=points)
-
-
 @torch.library.custom_op("ldmseg_fast::point_logits", mutates_args=())
 def point_logits_op(mask_logits: Tensor, points: Tensor) -> Tensor:
     check_points(mask_logits, points)
@@ -186,11 +122,11 @@ def point_logits_op(mask_logits: Tensor, points: Tensor) -> Tensor:
 
 
 @point_logits_op.register_kernel("cuda")
-def _(mask_logits: Tensor, points: Tensor) -> Tensor:
+def _(*args: Tensor) -> Tensor:
     from ldmseg_fast.kernels.point_loss import kernel  # Triton is imported on CUDA only
 
-    check_points(mask_logits, points)
-    return kernel.point_logits(mask_logits, points)
+    check_points(*args)
+    return kernel.point_logits(*args)
 
 
 @point_logits_op.register_fake
@@ -206,11 +142,11 @@ def point_margin_op(mask_logits: Tensor, points: Tensor) -> Tensor:
 
 
 @point_margin_op.register_kernel("cuda")
-def _(mask_logits: Tensor, points: Tensor) -> Tensor:
+def _(*args: Tensor) -> Tensor:
     from ldmseg_fast.kernels.point_loss import kernel
 
-    check_points(mask_logits, points, least_slots=2)
-    return kernel.point_margin(mask_logits, points)
+    check_points(*args, least_slots=2)
+    return kernel.point_margin(*args)
 
 
 @point_margin_op.register_fake
@@ -226,11 +162,11 @@ def slot_logits_op(mask_logits: Tensor, image_index: Tensor, slots: Tensor, poin
 
 
 @slot_logits_op.register_kernel("cuda")
-def _(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:
+def _(*args: Tensor) -> Tensor:
     from ldmseg_fast.kernels.point_loss import kernel
 
-    check_rows(mask_logits, image_index, slots, points)
-    return kernel.slot_logits(mask_logits, image_index, slots, points)
+    check_rows(*args)
+    return kernel.slot_logits(*args)
 
 
 @slot_logits_op.register_fake
@@ -242,24 +178,21 @@ def _(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -
 @torch.library.custom_op("ldmseg_fast::sample_ce", mutates_args=())
 def sample_ce_op(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss_sum, count, logsumexp [B, P])"""
-    check_points(mask_logits, points)
-    check_ids(mask_logits, segment_ids)
+    check_ce(mask_logits, segment_ids, points)
     return reference.sample_ce_forward(mask_logits, segment_ids, points)
 
 
 @sample_ce_op.register_kernel("cuda")
-def _(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from ldmseg_fast.kernels.point_loss import kernel
 
-    check_points(mask_logits, points)
-    check_ids(mask_logits, segment_ids)
-    return kernel.sample_ce_forward(mask_logits, segment_ids, points)
+    check_ce(*args)
+    return kernel.sample_ce_forward(*args)
 
 
 @sample_ce_op.register_fake
 def _(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check_points(mask_logits, points)
-    check_ids(mask_logits, segment_ids)
+    check_ce(mask_logits, segment_ids, points)
     dtype = at_least_float32(mask_logits).dtype
     return (
         points.new_empty((), dtype=dtype),
@@ -277,10 +210,10 @@ def sample_ce_backward_op(
 
 
 @sample_ce_backward_op.register_kernel("cuda")
-def _(grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor) -> Tensor:
+def _(*args: Tensor) -> Tensor:
     from ldmseg_fast.kernels.point_loss import kernel
 
-    return kernel.sample_ce_backward(grad_loss, mask_logits, segment_ids, points, logsumexp)
+    return kernel.sample_ce_backward(*args)
 
 
 @sample_ce_backward_op.register_fake
@@ -293,28 +226,23 @@ def sample_bce_dice_op(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(bce_sum, dice_sum, sums [M, 3] over the points: p t, p and t)"""
-    check_rows(mask_logits, image_index, slots, points)
-    check_ids(mask_logits, segment_ids)
+    check_bce_dice(mask_logits, segment_ids, image_index, slots, points)
     return reference.sample_bce_dice_forward(mask_logits, segment_ids, image_index, slots, points)
 
 
 @sample_bce_dice_op.register_kernel("cuda")
-def _(
-    mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from ldmseg_fast.kernels.point_loss import kernel
 
-    check_rows(mask_logits, image_index, slots, points)
-    check_ids(mask_logits, segment_ids)
-    return kernel.sample_bce_dice_forward(mask_logits, segment_ids, image_index, slots, points)
+    check_bce_dice(*args)
+    return kernel.sample_bce_dice_forward(*args)
 
 
 @sample_bce_dice_op.register_fake
 def _(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_rows(mask_logits, image_index, slots, points)
-    check_ids(mask_logits, segment_ids)
+    check_bce_dice(mask_logits, segment_ids, image_index, slots, points)
     dtype = at_least_float32(mask_logits).dtype
     return (
         points.new_empty((), dtype=dtype),
@@ -341,21 +269,10 @@ def sample_bce_dice_backward_op(
 
 
 @sample_bce_dice_backward_op.register_kernel("cuda")
-def _(
-    grad_bce: Tensor,
-    grad_dice: Tensor,
-    mask_logits: Tensor,
-    segment_ids: Tensor,
-    image_index: Tensor,
-    slots: Tensor,
-    points: Tensor,
-    sums: Tensor,
-) -> Tensor:
+def _(*args: Tensor) -> Tensor:
     from ldmseg_fast.kernels.point_loss import kernel
 
-    return kernel.sample_bce_dice_backward(
-        grad_bce, grad_dice, mask_logits, segment_ids, image_index, slots, points, sums
-    )
+    return kernel.sample_bce_dice_backward(*args)
 
 
 @sample_bce_dice_backward_op.register_fake

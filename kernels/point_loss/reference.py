@@ -2,7 +2,7 @@
 
 A point is (x, y) in [0, 1] of the image's width and height. Logits and binary masks are sampled as
 `F.grid_sample(2 points - 1, align_corners=False)` does it: bilinear, zero outside. Ids are taken from the pixel that
-holds the point. All sums are in float32 or better.
+holds the point; one that is no slot counts as void. All sums are in float32 or better.
 """
 
 import torch
@@ -24,15 +24,20 @@ def point_margin(mask_logits: Tensor, points: Tensor) -> Tensor:  # -> [B, P], b
 
 
 def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:  # -> [M, P]
-    planes = mask_logits[image_index, slots.clamp(min=0)]  # [M, h, w]
-    return point_logits(planes[:, None], points)[:, 0]
+    planes = mask_logits[image_index, clamp_slots(mask_logits, slots)]  # [M, h, w]
+    return point_logits(planes[:, None], points)[:, 0].masked_fill((slots >= mask_logits.shape[1])[:, None], 0)
 
 
-def point_ids(segment_ids: Tensor, points: Tensor) -> Tensor:  # [B, H, W], [B, P, 2] -> int64 [B, P]
+def clamp_slots(mask_logits: Tensor, slots: Tensor) -> Tensor:
+    return slots.clamp(0, mask_logits.shape[1] - 1)
+
+
+def point_ids(segment_ids: Tensor, points: Tensor, slots: int) -> Tensor:  # [B, H, W], [B, P, 2] -> int64 [B, P]
     height, width = segment_ids.shape[1:]
     x = (points[..., 0] * width).long().clamp(0, width - 1)
     y = (points[..., 1] * height).long().clamp(0, height - 1)
-    return segment_ids.flatten(1).gather(1, y * width + x).long()
+    ids = segment_ids.flatten(1).gather(1, y * width + x).long()
+    return ids.masked_fill((ids < 0) | (ids >= slots), 0)
 
 
 def slot_targets(
@@ -56,7 +61,7 @@ def slot_targets(
 
 def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     logits = point_logits(mask_logits, points)  # [B, Q, P]
-    target = point_ids(segment_ids, points)  # [B, P]
+    target = point_ids(segment_ids, points, mask_logits.shape[1])  # [B, P]
     loss = F.cross_entropy(logits, target, ignore_index=0, reduction="sum")
     return loss, (target > 0).sum().to(loss.dtype)
 
@@ -69,7 +74,7 @@ def sample_bce_dice(
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)  # [M]
     probability = logits.sigmoid()
     dice = 1 - (2 * (probability * target).sum(1) + 1) / (probability.sum(1) + target.sum(1) + 1)
-    present = slots > 0
+    present = (slots > 0) & (slots < mask_logits.shape[1])
     return (bce * present).sum(), (dice * present).sum()
 
 
@@ -82,7 +87,7 @@ def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) 
 def sample_ce_backward(
     grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor
 ) -> Tensor:
-    target = point_ids(segment_ids, points)[:, None]  # [B, 1, P]
+    target = point_ids(segment_ids, points, mask_logits.shape[1])[:, None]  # [B, 1, P]
     grad = (point_logits(mask_logits, points) - logsumexp[:, None]).exp()  # [B, Q, P]
     grad = grad.scatter_add(1, target, -torch.ones_like(grad[:, :1]))
     return _scatter(grad * (target > 0) * grad_loss, mask_logits, points)
@@ -113,9 +118,10 @@ def sample_bce_dice_backward(
     numerator, denominator = 2 * sums[:, :1] + 1, sums[:, 1:2] + sums[:, 2:] + 1
     grad = grad_bce * (p - t) / points.shape[1]
     grad = grad + grad_dice * (numerator - 2 * t * denominator) / denominator**2 * p * (1 - p)
-    planes = mask_logits[image_index, slots.clamp(min=0)][:, None]
-    grad_planes = _scatter((grad * (slots > 0)[:, None])[:, None], planes, points)[:, 0]
-    return torch.zeros_like(mask_logits).index_put((image_index, slots.clamp(min=0)), grad_planes, accumulate=True)
+    index = image_index, clamp_slots(mask_logits, slots)
+    present = (slots > 0) & (slots < mask_logits.shape[1])
+    grad_planes = _scatter((grad * present[:, None])[:, None], mask_logits[index][:, None], points)[:, 0]
+    return torch.zeros_like(mask_logits).index_put(index, grad_planes, accumulate=True)
 
 
 def _scatter(grad: Tensor, mask_logits: Tensor, points: Tensor) -> Tensor:

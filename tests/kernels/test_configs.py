@@ -32,7 +32,7 @@ def test_the_nearest_older_architecture_is_taken():
 def test_every_kernel_has_an_entry_for_the_oldest_architecture():
     for kernel, per_sm in configs.TABLE.items():
         classes = {name for entry in per_sm.values() for name in entry}
-        assert set(per_sm[80]) == classes, kernel
+        assert set(per_sm[89 if kernel.startswith("attention_fp8") else 80]) == classes, kernel
 
 
 def test_a_file_overrides_the_table(tmp_path, monkeypatch):
@@ -51,14 +51,45 @@ def test_a_file_overrides_the_table(tmp_path, monkeypatch):
         configs._overrides.cache_clear()
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"ddim_step": {"90": {"all": {"warps": 4}}}}', '{"a": {"b": {}}}'])
+BROKEN = {
+    "{": "not a table",
+    "[1]": "not a table",
+    '{"ddim_step": {"90": {"all": {"warps": 4}}}}': "warps",
+    '{"a": {"b": {}}}': "invalid literal",
+    '{"dim_step": {"90": {"all": {"constants": {}}}}}': r"dim_step 'all': one of .*ddim_step",
+    '{"ddim_step": {"90": {"small": {"constants": {}}}}}': "ddim_step 'small': one of all expected",
+    '{"ddim_step": {"90": {"all": {"constants": {"BLOCKS": 1}}}}}': "constants BLOCKS, expected BLOCK",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_a_broken_file_is_named(content, tmp_path):
     path = tmp_path / "configs.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"configs\.json"):
+    with pytest.raises(ValueError, match=r"configs\.json.*" + BROKEN[content]):
         configs.load_configs(path)
     with pytest.raises(ValueError, match=r"missing\.json"):
         configs.load_configs(tmp_path / "missing.json")
+
+
+def test_what_tuning_writes_is_what_is_looked_up(tmp_path):
+    """Every candidate of --tune fits the table's entry, under the architecture that the GPU is looked up by."""
+    from benchmarks.bench_kernels import CANDIDATES
+
+    for sm, expected in ((80, 80), (90, 90), (120, 89)):
+        with configs.architecture(sm):
+            assert configs.table_architecture() == expected
+    table = {}
+    for kernel, candidates in CANDIDATES.items():
+        shipped = {name: config for classes in configs.TABLE[kernel].values() for name, config in classes.items()}
+        for name, config in shipped.items():
+            fitting = [c for c in candidates if c.constants.keys() == config.constants.keys()]
+            assert fitting or not config.constants, f"{kernel} {name}"
+            if fitting:
+                table.setdefault(kernel, {}).setdefault(90, {})[name] = fitting[0]
+    path = tmp_path / "tuned.json"
+    path.write_text(configs.dump_configs(table))
+    assert configs.load_configs(path) == table
 
 
 def test_recorded_launches_start_nothing():
@@ -118,9 +149,12 @@ def test_kernels_build_ahead_of_time(tmp_path):
     assert {build["kernel"] for build in builds} == set(KERNELS)
     by_function = {build["function"]: build for build in builds}
     assert by_function["attention_forward_kernel"]["wgmma"] > 0
+    assert by_function["attention_fp8_kernel"]["wgmma"] > 0
     assert all(0 < build["registers"] <= 255 and build["spill_bytes"] == 0 for build in builds)
+    rows = [tuple(line.split()[:2]) for line in done.stdout.splitlines()]
     for kernel in KERNELS:
-        assert sum(line.startswith(kernel) for line in done.stdout.splitlines()) == 2  # architectures
+        architectures = [sm for name, sm in rows if name == kernel]
+        assert architectures == (["80", "89", "90"] if kernel == "attention" else ["80", "90"])
 
 
 @pytest.mark.parametrize("fault", ["spill_bytes", "shared_memory", "error"])

@@ -74,8 +74,8 @@ def test_reference_samples_as_grid_sample_does(device):
 def test_ids_are_those_of_the_pixel_that_holds_the_point():
     ids = torch.arange(12).view(1, 3, 4)
     centres = torch.stack(torch.meshgrid((torch.arange(4) + 0.5) / 4, (torch.arange(3) + 0.5) / 3, indexing="xy"), -1)
-    assert torch.equal(reference.point_ids(ids, centres.view(1, 12, 2)), torch.arange(12)[None])
-    assert reference.point_ids(ids, torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])).tolist() == [[11, 0]]
+    assert torch.equal(reference.point_ids(ids, centres.view(1, 12, 2), 12), torch.arange(12)[None])
+    assert reference.point_ids(ids, torch.tensor([[[1.0, 1.0], [0.0, 0.0]]]), 12).tolist() == [[11, 0]]
 
 
 def test_void_counts_for_nothing(device):

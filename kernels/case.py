@@ -1,0 +1,49 @@
+"""What a case of `kernels.cases` is, and the inputs that cases are made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Any]
+SLOTS = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape."""
+
+    kernel: str  # its folder
+    name: str
+    dtype: torch.dtype
+    batch: int
+    make: Callable[[torch.device], tuple[Any, ...]]
+    triton: Function  # of what `make` returns; with `leaves`, the forward and the gradients of ones
+    torch: Function  # the forward in plain torch
+    bytes_moved: int
+    operations: int = 0
+    exponentials: int = 0
+    fp8: bool = False  # products of e4m3 operands: for sm_89 and newer
+    leaves: tuple[int, ...] = ()  # arguments to differentiate by: the case is forward and backward
+    headline: bool = False  # measured first, and against torch.compile
+
+
+def normal(*shape: int, device: torch.device, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    tensor = torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+
+
+def random_ids(batch: int, size: int, device: torch.device) -> Tensor:
+    """uint8 [B, size, size]: blobs, as maps have them, not noise"""
+    coarse = torch.randint(0, SLOTS, (batch, size // 32, size // 32), device=device, dtype=torch.uint8)
+    return coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
+
+
+def blob_logits(batch: int, slots: int, size: int, device: torch.device, dtype: torch.dtype, last: bool) -> Tensor:
+    """Logits of a confident decoder: noise, and one slot that stands out in every region"""
+    ids = random_ids(batch, size, device).long() % slots
+    logits = normal(batch, slots, size, size, device=device, dtype=dtype)
+    logits.scatter_add_(1, ids[:, None], torch.full_like(logits[:, :1], 12.0))
+    return logits.contiguous(memory_format=torch.channels_last) if last else logits

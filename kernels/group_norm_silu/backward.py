@@ -1,0 +1,212 @@
+"""Triton: the backward pass, with n the normalised input, u = n gain + offset, and du the gradient of u."""
+
+import triton
+import triton.language as tl
+
+from ldmseg_fast.kernels.group_norm_silu.tiles import (
+    activate_backward,
+    group_channels,
+    group_offsets,
+    load_affine,
+    reduce_partials,
+    row_channels,
+    store_partials,
+    tile_offsets,
+)
+
+
+@triton.jit
+def backward_whole_kernel(
+    grad_y_ptr,  # [B, P, C]
+    x_ptr,  # [B, P, C]
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    rstd_ptr,
+    sums_ptr,  # [B, 2, C] sums over pixels of du and du n
+    grad_x_ptr,  # [B, P, C]
+    pixels,
+    channels,
+    CHANNELS_PER_GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image, group, channel, in_group = group_channels(CHANNELS_PER_GROUP, BLOCK_C)
+    offsets, inside = group_offsets(image, channel, in_group, pixels, channels, BLOCK_P)
+
+    row = image * tl.num_programs(0) + group
+    mean = tl.load(mean_ptr + row)
+    rstd = tl.load(rstd_ptr + row)
+    gain, offset = load_affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, channel, channels, in_group, HAS_SCALE, HAS_SHIFT
+    )
+    n = (tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+    grad_y = tl.load(grad_y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    du = activate_backward(grad_y, n, gain[None, :], offset[None, :], SILU)
+    sum_du = tl.sum(du, 0)  # [BLOCK_C]
+    sum_du_n = tl.sum(du * n, 0)
+    tl.store(sums_ptr + image * 2 * channels + channel, sum_du, mask=in_group)
+    tl.store(sums_ptr + (image * 2 + 1) * channels + channel, sum_du_n, mask=in_group)
+
+    count = pixels * CHANNELS_PER_GROUP
+    mean_dn = tl.sum(gain * sum_du) / count
+    mean_dn_n = tl.sum(gain * sum_du_n) / count
+    grad_x = rstd * (du * gain[None, :] - mean_dn - n * mean_dn_n)
+    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_partial_kernel(
+    grad_y_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    rstd_ptr,
+    partial_ptr,  # [B, 2, chunks, C] sums of du and du n
+    pixels,
+    channels,
+    CHANNELS_PER_GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    SILU: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    image = tl.program_id(2).to(tl.int64)
+    channel, in_row = row_channels(channels, BLOCK_C)
+    row = image * (channels // CHANNELS_PER_GROUP) + channel // CHANNELS_PER_GROUP
+    mean = tl.load(mean_ptr + row, mask=in_row, other=0.0)
+    rstd = tl.load(rstd_ptr + row, mask=in_row, other=0.0)
+    gain, offset = load_affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, channel, channels, in_row, HAS_SCALE, HAS_SHIFT
+    )
+
+    sum_du = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    sum_du_n = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for tile in range(TILES):
+        offsets, inside = tile_offsets(image, chunk * TILES + tile, channel, in_row, pixels, channels, BLOCK_P)
+        n = (tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+        grad_y = tl.load(grad_y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        du = activate_backward(grad_y, n, gain[None, :], offset[None, :], SILU)
+        sum_du += du
+        sum_du_n += du * n
+    store_partials(partial_ptr, image, channel, in_row, channels, tl.sum(sum_du, 0), tl.sum(sum_du_n, 0))
+
+
+@triton.jit
+def backward_reduce_kernel(
+    partial_ptr,  # [B, 2, chunks, C]
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    sums_ptr,  # [B, 2, C]
+    means_ptr,  # [B, 2, G] means over a group of dn and dn n
+    pixels,
+    channels,
+    chunks,
+    CHANNELS_PER_GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    CHUNKS_PADDED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image, group, channel, in_group = group_channels(CHANNELS_PER_GROUP, BLOCK_C)
+    sum_du, sum_du_n = reduce_partials(partial_ptr, image, channel, in_group, channels, chunks, CHUNKS_PADDED)
+    tl.store(sums_ptr + image * 2 * channels + channel, sum_du, mask=in_group)
+    tl.store(sums_ptr + (image * 2 + 1) * channels + channel, sum_du_n, mask=in_group)
+    gain, _ = load_affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, channel, channels, in_group, HAS_SCALE, HAS_SHIFT
+    )
+    count = pixels * CHANNELS_PER_GROUP
+    row = image * 2 * tl.num_programs(0) + group
+    tl.store(means_ptr + row, tl.sum(gain * sum_du) / count)
+    tl.store(means_ptr + row + tl.num_programs(0), tl.sum(gain * sum_du_n) / count)
+
+
+@triton.jit
+def backward_apply_kernel(
+    grad_y_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    rstd_ptr,
+    means_ptr,  # [B, 2, G]
+    grad_x_ptr,
+    pixels,
+    channels,
+    CHANNELS_PER_GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
+    channel, in_row = row_channels(channels, BLOCK_C)
+    offsets, inside = tile_offsets(image, tl.program_id(0), channel, in_row, pixels, channels, BLOCK_P)
+
+    groups = channels // CHANNELS_PER_GROUP
+    group = channel // CHANNELS_PER_GROUP
+    mean = tl.load(mean_ptr + image * groups + group, mask=in_row, other=0.0)
+    rstd = tl.load(rstd_ptr + image * groups + group, mask=in_row, other=0.0)
+    mean_dn = tl.load(means_ptr + image * 2 * groups + group, mask=in_row, other=0.0)
+    mean_dn_n = tl.load(means_ptr + (image * 2 + 1) * groups + group, mask=in_row, other=0.0)
+    gain, offset = load_affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, channel, channels, in_row, HAS_SCALE, HAS_SHIFT
+    )
+    n = (tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+    grad_y = tl.load(grad_y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    du = activate_backward(grad_y, n, gain[None, :], offset[None, :], SILU)
+    grad_x = rstd[None, :] * (du * gain[None, :] - mean_dn[None, :] - n * mean_dn_n[None, :])
+    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_affine_kernel(
+    sums_ptr,  # [B, 2, C]
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,  # [B, C]
+    grad_weight_ptr,  # [C]
+    grad_bias_ptr,  # [C]
+    grad_scale_ptr,  # [B, C]
+    grad_shift_ptr,  # [B, C]
+    batch,
+    channels,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros([BLOCK_C], tl.float32)
+    grad_bias = tl.zeros([BLOCK_C], tl.float32)
+    for image in range(batch):
+        row = tl.cast(image, tl.int64) * channels + channel
+        sum_du = tl.load(sums_ptr + row + tl.cast(image, tl.int64) * channels, mask=inside, other=0.0)
+        sum_du_n = tl.load(sums_ptr + row + (tl.cast(image, tl.int64) + 1) * channels, mask=inside, other=0.0)
+        tl.store(grad_shift_ptr + row, sum_du, mask=inside)
+        tl.store(grad_scale_ptr + row, weight * sum_du_n + bias * sum_du, mask=inside)
+        if HAS_SCALE:
+            scale = 1.0 + tl.load(scale_ptr + row, mask=inside, other=0.0).to(tl.float32)
+            sum_du *= scale
+            sum_du_n *= scale
+        grad_weight += sum_du_n
+        grad_bias += sum_du
+    tl.store(grad_weight_ptr + channel, grad_weight, mask=inside)
+    tl.store(grad_bias_ptr + channel, grad_bias, mask=inside)

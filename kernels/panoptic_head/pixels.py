@@ -1,0 +1,136 @@
+"""Triton: both resizings, softmax and argmax for one tile of target pixels at a time."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def source(position, scale, size):
+    """(low, high, weight of high) of torch's bilinear rule with align_corners=False"""
+    point = tl.maximum((tl.cast(position, tl.float32) + 0.5) * scale - 0.5, 0.0)
+    low = tl.minimum(point.to(tl.int32), size - 1)
+    return low, tl.minimum(low + 1, size - 1), point - low.to(tl.float32)
+
+
+@triton.jit
+def leading_bits(value):
+    """The part of a float32 that TF32 holds exactly; the rest is exact in float32 and nearly so in TF32"""
+    return (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def resize_matrix(position, first, inner_scale, inner_size, outer_scale, outer_size, SIZE: tl.constexpr):
+    """[positions, SIZE] the two resizings of one axis composed: weights of the inputs from `first` on"""
+    low, high, blend = source(position, outer_scale, outer_size)
+    near = resize_part(low, first, inner_scale, inner_size, SIZE)
+    return (1.0 - blend)[:, None] * near + blend[:, None] * resize_part(high, first, inner_scale, inner_size, SIZE)
+
+
+@triton.jit
+def resize_part(position, first, scale, size, SIZE: tl.constexpr):
+    """[positions, SIZE] one resizing"""
+    low, high, weight = source(position, scale, size)
+    index = (first + tl.arange(0, SIZE))[None, :]
+    near = tl.where(index == low[:, None], (1.0 - weight)[:, None], 0.0)
+    return near + tl.where(index == high[:, None], weight[:, None], 0.0)
+
+
+@triton.jit
+def row_weight(row, top, bottom, blend, scale, size):
+    """What one row of logits weighs in the target row between network rows `top` and `bottom`"""
+    low, high, weight = source(top, scale, size)
+    near = tl.where(row == low, 1.0 - weight, 0.0) + tl.where(row == high, weight, 0.0)
+    low, high, weight = source(bottom, scale, size)
+    far = tl.where(row == low, 1.0 - weight, 0.0) + tl.where(row == high, weight, 0.0)
+    return (1.0 - blend) * near + blend * far
+
+
+@triton.jit
+def panoptic_tile_kernel(
+    logits_ptr,  # [B, Q, h, w]
+    segmentation_ptr,  # [B, H, W] int32: slot + 1 where confident and not slot 0
+    probability_ptr,  # [B, H, W] float32
+    counts_ptr,  # [B, 6, Q] int32, zeros; this kernel adds to the second: sigmoid area
+    mask_threshold,
+    logit_threshold,  # the smallest logit whose sigmoid reaches mask_threshold
+    slots,
+    height,
+    width,
+    network_height,
+    network_width,
+    target_height,
+    target_width,
+    scale_y,  # h / network height
+    scale_x,
+    target_scale_y,  # network height / H
+    target_scale_x,
+    image_stride,
+    slot_stride,
+    row_stride,
+    column_stride,
+    ALL_SLOTS: tl.constexpr,  # Q is BLOCK_Q
+    ALIGNMENT: tl.constexpr,  # of the window's first column
+    WINDOW: tl.constexpr,  # columns of logits under the tile
+    SOURCE_ROWS: tl.constexpr,  # rows of logits under one target row
+    BLOCK_Q: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+):
+    image = tl.program_id(2).to(tl.int64)
+    first_x = tl.program_id(0) * BLOCK_X
+    first_y = tl.program_id(1) * BLOCK_Y
+    slot = tl.arange(0, BLOCK_Q)
+    logits_ptr += image * image_stride
+
+    x = first_x + tl.arange(0, BLOCK_X)
+    in_row = x < target_width
+    start, _, _ = source(first_x, target_scale_x, network_width)
+    start, _, _ = source(start, scale_x, width)
+    start = tl.multiple_of(start // ALIGNMENT * ALIGNMENT, ALIGNMENT)
+    columns = resize_matrix(
+        tl.minimum(x, target_width - 1), start, scale_x, width, target_scale_x, network_width, WINDOW
+    )  # [BLOCK_X, WINDOW]
+    columns_high = leading_bits(columns)
+    columns_low = columns - columns_high
+    column = start + tl.arange(0, WINDOW)
+    inside = tl.broadcast_to((column < width)[:, None], [WINDOW, BLOCK_Q])
+    if not ALL_SLOTS:
+        inside = inside & (slot < slots)[None, :]
+    window_ptr = logits_ptr + column[:, None].to(tl.int64) * column_stride + slot[None, :].to(tl.int64) * slot_stride
+
+    above = tl.zeros([BLOCK_X, BLOCK_Q // 2], tl.int32)  # two slots share an int32: at most BLOCK_X BLOCK_Y < 2^16 each
+    for y in range(first_y, tl.minimum(first_y + BLOCK_Y, target_height)):
+        top, bottom, blend = source(y, target_scale_y, network_height)
+        first_row, _, _ = source(top, scale_y, height)
+        last_row, _, _ = source(bottom, scale_y, height)
+        rows = tl.zeros([WINDOW, BLOCK_Q], tl.float32)
+        for i in tl.static_range(SOURCE_ROWS):
+            # three rows in sequence, or two pairs of neighbours that lie further apart
+            row = first_row + i if SOURCE_ROWS == 3 or i < 2 else tl.maximum(last_row, first_row + 2) + (i - 2)
+            weight = row_weight(row, top, bottom, blend, scale_y, height)
+            row_ptr = window_ptr + tl.minimum(row, height - 1).to(tl.int64) * row_stride
+            rows += weight * tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32)
+
+        rows_high = leading_bits(rows)
+        logits = tl.dot(columns_high, rows - rows_high, input_precision="tf32")  # [BLOCK_X, BLOCK_Q]
+        logits = tl.dot(columns_low, rows_high, logits, input_precision="tf32")
+        logits = tl.dot(columns_high, rows_high, logits, input_precision="tf32")
+        if not ALL_SLOTS:
+            logits = tl.where((slot < slots)[None, :], logits, float("-inf"))
+        best, label = tl.max(logits, 1, return_indices=True)
+        probability = 1.0 / tl.sum(tl.math.exp2((logits - best[:, None]) * LOG2_E), 1)
+        confident = (probability >= mask_threshold) & (label > 0)
+        pixel = (image * target_height + y) * target_width + x
+        tl.store(probability_ptr + pixel, probability, mask=in_row)
+        tl.store(segmentation_ptr + pixel, tl.where(confident, label.to(tl.int32) + 1, 0), mask=in_row)
+        reached = ((logits >= logit_threshold) & in_row[:, None]).to(tl.int32)
+        even, odd = tl.split(tl.reshape(reached, [BLOCK_X, BLOCK_Q // 2, 2]))
+        above += even + (odd << 16)
+
+    pair = tl.sum(above, 0)  # [BLOCK_Q / 2]
+    slot = tl.arange(0, BLOCK_Q // 2) * 2
+    counts_ptr += (image * 6 + 1) * slots
+    tl.atomic_add(counts_ptr + slot, pair & 0xFFFF, mask=pair & 0xFFFF != 0, sem="relaxed")
+    tl.atomic_add(counts_ptr + slot + 1, pair >> 16, mask=pair >> 16 != 0, sem="relaxed")

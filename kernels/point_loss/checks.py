@@ -1,0 +1,83 @@
+"""What the public functions and their ops refuse, before anything runs."""
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.kernels.backend import require, require_same_device
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def check_points(mask_logits: Tensor, points: Tensor, least_slots: int = 1) -> None:
+    _check_logits(mask_logits, least_slots)
+    require(
+        points.ndim == 3 and points.shape[0] == mask_logits.shape[0] and points.shape[2] == 2,
+        "points: expected [{}, P, 2], got shape {}",
+        mask_logits.shape[0],
+        points.shape,
+    )
+    _check_coordinates(mask_logits, points)
+
+
+def check_rows(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> None:
+    _check_logits(mask_logits, 1)
+    for name, tensor in (("image_index", image_index), ("slots", slots)):
+        require(tensor.ndim == 1, "{}: expected [M], got shape {}", name, tensor.shape)
+        require(tensor.dtype == torch.int64, "{}: expected int64, got {}", name, tensor.dtype)
+    require(
+        slots.shape == image_index.shape,
+        "slots: shape {} differs from image_index's {}",
+        slots.shape,
+        image_index.shape,
+    )
+    require(
+        points.ndim == 3 and points.shape[0] == slots.shape[0] and points.shape[2] == 2,
+        "points: expected [{}, P, 2], got shape {}",
+        slots.shape[0],
+        points.shape,
+    )
+    _check_coordinates(mask_logits, points)
+    require_same_device(mask_logits, image_index=image_index, slots=slots)
+
+
+def check_ids(mask_logits: Tensor, segment_ids: Tensor) -> None:
+    require(
+        segment_ids.ndim == 3 and segment_ids.shape[0] == mask_logits.shape[0],
+        "segment_ids: expected [{}, H, W], got shape {}",
+        mask_logits.shape[0],
+        segment_ids.shape,
+    )
+    require(segment_ids.dtype in INTEGERS, "segment_ids: expected an integer tensor, got {}", segment_ids.dtype)
+    require(segment_ids.shape[1] > 0 and segment_ids.shape[2] > 0, "segment_ids: no pixels in {}", segment_ids.shape)
+    require_same_device(mask_logits, segment_ids=segment_ids)
+
+
+def _check_logits(mask_logits: Tensor, least_slots: int) -> None:
+    require(mask_logits.ndim == 4, "mask_logits: expected [B, Q, h, w], got shape {}", mask_logits.shape)
+    require(mask_logits.dtype in FLOATS, "mask_logits: expected a float tensor, got {}", mask_logits.dtype)
+    require(
+        mask_logits.shape[1] >= least_slots,
+        "mask_logits: expected at least {} slots, got shape {}",
+        least_slots,
+        mask_logits.shape,
+    )
+    require(mask_logits.shape[2] > 0 and mask_logits.shape[3] > 0, "mask_logits: no cells in {}", mask_logits.shape)
+
+
+def _check_coordinates(mask_logits: Tensor, points: Tensor) -> None:
+    expected = (torch.float32, torch.float64) if mask_logits.dtype == torch.float64 else (torch.float32,)
+    require(points.dtype in expected, "points: expected float32, got {}", points.dtype)
+    require_same_device(mask_logits, points=points)
+
+
+def check_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> None:
+    check_points(mask_logits, points)
+    check_ids(mask_logits, segment_ids)
+
+
+def check_bce_dice(
+    mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
+) -> None:
+    check_rows(mask_logits, image_index, slots, points)
+    check_ids(mask_logits, segment_ids)
