@@ -147,9 +147,10 @@ def main() -> None:
     images = 8 if args.quick else 40
     if args.data.is_dir():
         bench(run, args.data.name, args.data, args.split, args.size, images, [] if args.quick else [0, 1, 2])
-    with tempfile.TemporaryDirectory() as folder:
-        scenes = write_scenes(Path(folder) / "scenes", images, 256, 0)
-        bench(run, "scenes", scenes, "train2017", 128 if args.quick else 256, images, [] if args.quick else [0, 2])
+    for side in (64, 256):
+        with tempfile.TemporaryDirectory() as folder:
+            scenes = write_scenes(Path(folder) / "scenes", images, side, 0)
+            bench(run, f"scenes of {side} px", scenes, "train2017", side, images, [] if args.quick else [0, 2])
     run.save(args.out)
 
 

@@ -34,7 +34,8 @@ from benchmarks.harness import Run as Record
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoint import save_component, save_index, save_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig, load_config, validate
-from ldmseg_fast.data.latent_cache import build_cache, default_folder, load_encoder, picture_files
+from ldmseg_fast.data.cache_command import build_cache, load_encoder
+from ldmseg_fast.data.latent_cache import default_folder, picture_files
 from ldmseg_fast.data.scenes import write_scenes
 from ldmseg_fast.engine import Run, learning_rate, make_dataset
 from ldmseg_fast.kernels.backend import KERNELS, set_backend

@@ -11,6 +11,7 @@
 #include "panoptic_head.hpp"
 #include "png.hpp"
 #include "segments.hpp"
+#include "training_map.hpp"
 
 namespace py = pybind11;
 using namespace ldmseg;
@@ -49,12 +50,49 @@ RunMap py_read_png(const py::buffer& buffer, size_t max_pixels) {
     return read_png(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size), max_pixels);
 }
 
+Array<uint8_t> py_read_png_picture(const py::buffer& buffer, size_t max_pixels) {
+    const py::buffer_info info = buffer.request();
+    require(info.ndim == 1 && info.itemsize == 1, "expected the bytes of a PNG");
+    const auto* content = static_cast<const uint8_t*>(info.ptr);
+    const auto size = static_cast<size_t>(info.size);
+    const PngHeader header = read_png_header(content, size, max_pixels);
+    Array<uint8_t> rgb({header.height, header.width, size_t{3}});
+    uint8_t* out = rgb.mutable_data();
+    py::gil_scoped_release release;
+    read_png_picture(content, size, header, out);
+    return rgb;
+}
+
 Array<int32_t> py_paint(const RunMap& map) {
     Array<int32_t> ids({map.height, map.width});
     int32_t* out = ids.mutable_data();
     py::gil_scoped_release release;
     map.paint(out);
     return ids;
+}
+
+Array<uint8_t> py_dense_ids(const RunMap& map, const std::vector<int32_t>& segment_ids, const std::vector<uint8_t>& dropped,
+                            int64_t min_area) {
+    Array<uint8_t> dense({map.height, map.width});
+    uint8_t* out = dense.mutable_data();
+    py::gil_scoped_release release;
+    dense_ids(map, segment_ids, dropped, min_area, out);
+    return dense;
+}
+
+// (map, number of segments); the map given where nothing changes
+py::tuple py_compact_ids(const Array<uint8_t>& dense, size_t max_segments) {
+    const auto pixels = static_cast<size_t>(dense.size());
+    const uint8_t* in = dense.data();
+    Numbering numbering;
+    {
+        py::gil_scoped_release release;
+        numbering = compact_numbers(in, pixels, max_segments);
+    }
+    if (!numbering.changes) return py::make_tuple(dense, numbering.count);
+    Array<uint8_t> compact(std::vector<py::ssize_t>(dense.shape(), dense.shape() + dense.ndim()));
+    std::transform(in, in + pixels, compact.mutable_data(), [&](uint8_t id) { return numbering.of[id]; });
+    return py::make_tuple(compact, numbering.count);
 }
 
 RunMap py_run_map(const Array<int32_t>& ids) {
@@ -217,6 +255,7 @@ PYBIND11_MODULE(_C, m) {
     py::register_exception<Inconsistent>(m, "Inconsistent", PyExc_ValueError);
     py::register_exception<UnreadablePng>(m, "UnreadablePng", PyExc_ValueError);
     m.def("read_png", &py_read_png, py::arg("content"), py::arg("max_pixels"));
+    m.def("read_png_picture", &py_read_png_picture, py::arg("content"), py::arg("max_pixels"));
     py::register_exception<UnusualJson>(m, "UnusualJson", PyExc_ValueError);
     py::class_<AnnotationIndex>(m, "AnnotationIndex", "Where the annotations of a COCO panoptic JSON stand in it.")
         .def(py::init(&py_annotation_index), py::arg("path"), py::arg("predictions"))
@@ -228,7 +267,9 @@ PYBIND11_MODULE(_C, m) {
     py::class_<RunMap>(m, "RunMap", "A map [H, W] as the runs of its rows; what matching works on.")
         .def(py::init(&py_run_map), py::arg("ids").noconvert())
         .def("ids", &py_paint)
+        .def("dense_ids", &py_dense_ids, py::arg("segment_ids"), py::arg("dropped"), py::arg("min_area"))
         .def_property_readonly("shape", [](const RunMap& map) { return py::make_tuple(map.height, map.width); });
+    m.def("compact_ids", &py_compact_ids, py::arg("dense").noconvert(), py::arg("max_segments"));
     m.def("joint_histogram", &py_joint_histogram, py::arg("gt"), py::arg("pred"));
     m.def("match_segments", &py_match_segments, py::arg("gt"), py::arg("gt_segments").noconvert(), py::arg("pred"),
           py::arg("pred_segments").noconvert(), py::arg("boundary_distance") = 0);

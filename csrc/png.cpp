@@ -10,6 +10,7 @@
 
 #include "inflate.hpp"
 #include "unfilter.hpp"
+#include "unfilter_pixels.hpp"
 
 namespace ldmseg {
 namespace {
@@ -69,7 +70,7 @@ class Buffer {  // contents are lost when it grows
 
 struct Scratch {
     Inflater inflater;
-    Buffer file, stream, rows;
+    Buffer file, stream, rows, pixels;
 };
 
 Scratch& scratch() {
@@ -104,29 +105,56 @@ size_t image_data(const uint8_t* content, size_t size, uint8_t* stream) {
     }
 }
 
-}  // namespace
-
-RunMap read_png(const uint8_t* content, size_t size, size_t max_pixels) {
-    static const uint8_t signature[16] = {0x89, 'P', 'N', 'G', 13, 10, 26, 10, 0, 0, 0, 13, 'I', 'H', 'D', 'R'};
-    static const uint8_t rgb[5] = {8, 2, 0, 0, 0};  // depth, colours, compression, filters, interlacing
-    if (size < 29 || std::memcmp(content, signature, 16) != 0 || std::memcmp(content + 24, rgb, 5) != 0)
-        throw UnreadablePng("not an 8-bit RGB PNG");
-    const size_t width = big_endian(content + 16), height = big_endian(content + 20);
-    if (width == 0 || height == 0 || height > max_pixels / width) throw UnreadablePng("the size is out of bounds");
-
+// Each row's filter byte and what is left of its pixels, with the margins that undoing the filters needs; the buffer is the
+// thread's own.
+const uint8_t* inflated_rows(const uint8_t* content, size_t size, const PngHeader& header) {
     Scratch& mine = scratch();
     uint8_t* stream = mine.stream.at_least(size + Inflater::kInputSlack);
     const size_t joined = image_data(content, size, stream);
     std::memset(stream + joined, 0, Inflater::kInputSlack);
-    const size_t rows_size = height * (1 + 3 * width);
+    const size_t rows_size = header.height * (1 + header.channels * header.width);
     uint8_t* rows = kUnfilterMargin + mine.rows.at_least(kUnfilterMargin + rows_size + Inflater::kOutputSlack);
     if (!mine.inflater.run(stream, joined, rows, rows_size))
         throw UnreadablePng("the pixel data is damaged, or not of the size that the header says");
-    RunMap map(height, width);
+    return rows;
+}
+
+void trim_scratch() {
+    scratch().rows.trim();
+    scratch().stream.trim();
+    scratch().pixels.trim();
+}
+
+}  // namespace
+
+PngHeader read_png_header(const uint8_t* content, size_t size, size_t max_pixels) {
+    static const uint8_t signature[16] = {0x89, 'P', 'N', 'G', 13, 10, 26, 10, 0, 0, 0, 13, 'I', 'H', 'D', 'R'};
+    static const uint8_t grey[5] = {8, 0, 0, 0, 0}, rgb[5] = {8, 2, 0, 0, 0};  // depth, colours, ..., interlacing
+    if (size < 29 || std::memcmp(content, signature, 16) != 0) throw UnreadablePng("not a PNG");
+    const bool is_grey = std::memcmp(content + 24, grey, 5) == 0;
+    if (!is_grey && std::memcmp(content + 24, rgb, 5) != 0) throw UnreadablePng("not an 8-bit RGB or grey PNG");
+    const size_t width = big_endian(content + 16), height = big_endian(content + 20);
+    if (width == 0 || height == 0 || height > max_pixels / width) throw UnreadablePng("the size is out of bounds");
+    return {height, width, is_grey ? size_t{1} : size_t{3}};
+}
+
+RunMap read_png(const uint8_t* content, size_t size, size_t max_pixels) {
+    const PngHeader header = read_png_header(content, size, max_pixels);
+    if (header.channels != 3) throw UnreadablePng("not an 8-bit RGB PNG");
+    const uint8_t* rows = inflated_rows(content, size, header);
+    RunMap map(header.height, header.width);
     if (!unfilter(rows, map)) throw UnreadablePng("unknown filter");
-    mine.rows.trim();
-    mine.stream.trim();
+    trim_scratch();
     return map;
+}
+
+void read_png_picture(const uint8_t* content, size_t size, const PngHeader& header, uint8_t* rgb) {
+    const size_t count = header.height * header.width;
+    const uint8_t* rows = inflated_rows(content, size, header);
+    uint8_t* pixels = header.channels == 3 ? rgb : scratch().pixels.at_least(count);
+    if (!unfilter_pixels(rows, header.height, header.width, header.channels, pixels)) throw UnreadablePng("unknown filter");
+    for (size_t k = 0; header.channels == 1 && k < count; ++k) std::memset(rgb + 3 * k, pixels[k], 3);
+    trim_scratch();
 }
 
 RunMap read_png_file(const std::string& path, size_t max_pixels) {

@@ -1,4 +1,4 @@
-// 8-bit RGB PNGs <-> segment ids (id = R + 256 G + 65536 B).
+// 8-bit PNGs: maps <-> segment ids (id = R + 256 G + 65536 B), and pictures.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,12 +9,23 @@
 
 namespace ldmseg {
 
-// No 8-bit RGB PNG without interlacing, more pixels than allowed, or damaged.
+// Of another pixel format than asked for, interlaced, of more pixels than allowed, or damaged.
 struct UnreadablePng : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Only runs are made of the pixels, so most of the cost is inflating. Throw UnreadablePng.
+struct PngHeader {
+    size_t height, width, channels;  // 3: RGB; 1: grey
+};
+
+// Of an 8-bit RGB or grey PNG without interlacing. Throws UnreadablePng.
+PngHeader read_png_header(const uint8_t* content, size_t size, size_t max_pixels);
+
+// rgb: [height, width, 3], as the file stores them: no gamma, profile, transparency or orientation is applied. Throws
+// UnreadablePng.
+void read_png_picture(const uint8_t* content, size_t size, const PngHeader& header, uint8_t* rgb);
+
+// The ids of an RGB PNG. Only runs are made of the pixels, so most of the cost is inflating. Throw UnreadablePng.
 RunMap read_png(const uint8_t* content, size_t size, size_t max_pixels);
 RunMap read_png_file(const std::string& path, size_t max_pixels);
 

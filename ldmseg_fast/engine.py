@@ -15,17 +15,16 @@ from tqdm import tqdm
 
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoint import write_json
-from ldmseg_fast.config import Config, ConfigError, TrainConfig, describe, to_dict
-from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.config import Config, TrainConfig, describe, to_dict
 from ldmseg_fast.data.latent_cache import ShardCheck, attach_cache
-from ldmseg_fast.data.loader import Prefetcher, TrainingBatches
-from ldmseg_fast.data.transforms import Augmentation
+from ldmseg_fast.data.loader import Prefetcher
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
 from ldmseg_fast.optimizer import make_optimizer
 from ldmseg_fast.resume import Progress, TrainingCheckpoints
 from ldmseg_fast.stages import STAGES
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, OutOfMemory, is_out_of_memory
+from ldmseg_fast.training.inputs import check_batch, make_batches, make_dataset
 from ldmseg_fast.training.liveness import Agreement, Heartbeat, Interrupt, Stopped
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
@@ -44,51 +43,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     else:
         share = 1.0
     return config.learning_rate * share
-
-
-def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> CocoPanoptic:
-    data = config.data
-    return CocoPanoptic(
-        data.root,
-        split,
-        data.image_size,
-        train=train,
-        num_slots=num_slots,
-        id_assignment=data.id_assignment,
-        min_area=data.min_area,
-        augmentation=Augmentation(data.flip, data.scale_min, data.color_jitter),
-        seed=config.train.seed,
-        cache=data.cache,
-        resize=data.resize if train else "pillow",
-        limit=data.limit if train else data.val_limit,
-    )
-
-
-def check_batch(config: Config) -> None:
-    """Raises ConfigError where the batch cannot be shared among the ranks."""
-    world = distributed.world_size()
-    micro_batch = config.train.batch_size // config.train.accumulation
-    if micro_batch % world:
-        fitting = max(world, micro_batch - micro_batch % world) * config.train.accumulation
-        raise ConfigError(
-            f"train.batch_size / train.accumulation = {micro_batch} cannot be shared among {world} ranks; "
-            f"train.batch_size={fitting} can"
-        )
-
-
-def make_batches(dataset: CocoPanoptic, config: Config, first_item: int = 0) -> TrainingBatches:
-    """This rank's micro-batches, from what all ranks together have not seen yet."""
-    world = distributed.world_size()
-    return TrainingBatches(
-        dataset,
-        config.train.batch_size // config.train.accumulation // world,
-        rank=distributed.rank(),
-        world_size=world,
-        seed=config.train.seed,
-        first_item=first_item,
-        num_workers=config.data.num_workers,
-        timeout=config.data.timeout,
-    )
 
 
 class Run:
@@ -238,7 +192,8 @@ class Run:
             return False
         self.log.write(step, metrics)
         if distributed.is_main():
-            self.log.picture(step, pictures)
+            if pictures.is_file():
+                self.log.picture(step, pictures)
             if not self.bar.disable:
                 self.say(f"step {step}: " + "  ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
         improved = metrics["val/pq"] > max(self.progress.best.values(), default=-1.0)

@@ -2,6 +2,9 @@
 
 Points are drawn as in PointRend (Kirillov et al. 2020, section 3.1): `oversample` times too many at random, of which
 the most uncertain make `importance` of the result and new random ones the rest. Slot = id, so nothing is matched.
+
+Cross-entropy ignores void. So the uncertain points are looked for where there is a label, and in void only where labels
+do not suffice: no points are spent on pixels that count for nothing, and how many do count is known beforehand.
 """
 
 from __future__ import annotations
@@ -60,13 +63,40 @@ def _uncertain_points(
     generator: Generators,
 ) -> Tensor:
     """[R, P, 2] points; `uncertainty_of` maps points [R, P', 2] to [R, P'], larger is less certain."""
-    num_important = int(config.importance * config.num_points)
-    candidates = _random_points(rows, int(config.num_points * config.oversample), device, generator)
+    num_important = _num_important(config)
+    candidates = _candidates(rows, config, device, generator)
     with torch.no_grad():
         uncertainty = uncertainty_of(candidates)
     chosen = uncertainty.topk(num_important, dim=1, sorted=False).indices  # [R, P_important]
     important = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
     return torch.cat([important, _random_points(rows, config.num_points - num_important, device, generator)], dim=1)
+
+
+def _num_important(config: LossConfig) -> int:
+    return int(config.importance * config.num_points)
+
+
+def _candidates(rows: Sequence[int], config: LossConfig, device: torch.device, generator: Generators) -> Tensor:
+    return _random_points(rows, int(config.num_points * config.oversample), device, generator)
+
+
+def labelled_points(segment_ids: Tensor, config: LossConfig, generator: Generators) -> Tensor:
+    """How many CE points of `mask_losses` will not be void, float32 scalar, whatever the logits.
+
+    segment_ids: integer [B, H, W], 0 = void. generator: in the state in which `mask_losses` will have it.
+    """
+    device, rows, num_important = segment_ids.device, [1] * len(segment_ids), _num_important(config)
+    candidates = _labelled(segment_ids, _candidates(rows, config, device, generator)).sum(1)  # [B]
+    points = _random_points(rows, config.num_points - num_important, device, generator)
+    return candidates.clamp(max=num_important).sum().float() + _labelled(segment_ids, points).sum()
+
+
+def _labelled(segment_ids: Tensor, points: Tensor) -> Tensor:
+    """Whether the pixels [B, H, W] that hold the points [B, P, 2] are not void, bool [B, P]."""
+    height, width = segment_ids.shape[1:]
+    x = (points[..., 0] * width).long().clamp(0, width - 1)
+    y = (points[..., 1] * height).long().clamp(0, height - 1)
+    return segment_ids.flatten(1).gather(1, y * width + x) > 0
 
 
 def present_segments(segment_ids: Tensor, num_slots: int) -> Segments:
@@ -90,6 +120,20 @@ def share_num_masks(batches: Sequence[dict[str, Any]], device: torch.device) -> 
         batch["num_masks"] = num_masks
 
 
+def share_num_labelled(
+    batches: Sequence[dict[str, Any]], config: LossConfig, generators_of: Callable[[dict[str, Any]], Generators]
+) -> None:
+    """Put `num_labelled` into the micro-batches of a step: the mean of their `labelled_points`, over them and all
+    ranks, which is to CE what `num_masks` is to BCE and Dice.
+
+    generators_of: a batch's generators, as its `mask_losses` will get them.
+    """
+    counts = [labelled_points(batch["segment_ids"], config, generators_of(batch)) for batch in batches]
+    num_labelled = all_reduce_mean(torch.stack(counts).mean())
+    for batch in batches:
+        batch["num_labelled"] = num_labelled
+
+
 def mask_losses(
     mask_logits: Tensor,
     segment_ids: Tensor,
@@ -97,12 +141,13 @@ def mask_losses(
     generator: Generators = None,
     segments: Segments | None = None,
     num_masks: Tensor | None = None,
+    num_labelled: Tensor | None = None,
 ) -> MaskLosses:
     """Loss of slot logits against a segment map.
 
-    With a generator for each image its points do not depend on the rest of the batch. Then BCE, Dice and their
-    gradients are the same for any cut of a batch into ranks and micro-batches; CE is for ranks, and for micro-batches
-    where their points lie in void equally often, because each divides by its own number of points that do not.
+    With a generator for each image its points do not depend on the rest of the batch. Then the losses and their
+    gradients, averaged over micro-batches, are the same for any cut of a batch into ranks and micro-batches, where both
+    divisors are given; without them for any cut into ranks.
 
     Args:
         mask_logits: [B, Q, h, w], any float type; may be smaller than the map (points are in [0, 1]).
@@ -111,6 +156,7 @@ def mask_losses(
         generator: generator of the points, or one for each image.
         segments: what `present_segments` would find.
         num_masks: divisor of BCE and Dice, from `share_num_masks`; None: the mean of this micro-batch over the ranks.
+        num_labelled: divisor of CE, from `share_num_labelled`; None: likewise.
 
     Returns:
         CE averaged over points that are not void; BCE and Dice (+1 smoothing) averaged over segments; of all ranks.
@@ -120,9 +166,10 @@ def mask_losses(
         mask_logits = mask_logits.float()  # kernels take halves as they are, and add up in float32
     segments = segments or present_segments(segment_ids, mask_logits.shape[1])
 
-    points = _uncertain_points(
-        lambda points: -point_margin(mask_logits, points), [1] * len(mask_logits), config, device, generator
-    )
+    def where_labelled(points: Tensor) -> Tensor:
+        return torch.where(_labelled(segment_ids, points), -point_margin(mask_logits, points), -torch.inf)
+
+    points = _uncertain_points(where_labelled, [1] * len(mask_logits), config, device, generator)
     ce_sum, ce_count = sample_ce(mask_logits, segment_ids, points)
 
     image, slot = segments.image, segments.slot
@@ -133,6 +180,8 @@ def mask_losses(
 
     if num_masks is None:
         num_masks = all_reduce_mean(torch.full((), float(len(image)), device=device))
-    ce = ce_sum / all_reduce_mean(ce_count).clamp(min=TINY)
+    if num_labelled is None:
+        num_labelled = all_reduce_mean(ce_count)
+    ce = ce_sum / num_labelled.clamp(min=TINY)
     bce, dice = bce_sum / num_masks.clamp(min=TINY), dice_sum / num_masks.clamp(min=TINY)
     return MaskLosses(config.ce * ce + config.bce * bce + config.dice * dice, ce, bce, dice)

@@ -9,9 +9,6 @@ then renamed. It holds safetensors and JSON only: reading it runs no code.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -19,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +23,13 @@ from ldmseg_fast import distributed
 from ldmseg_fast.checkpoint import CheckpointError, check_state, load_weights, read_json, save_weights, write_json
 from ldmseg_fast.optimizer import Optimizer
 from ldmseg_fast.stages import Stage
+from ldmseg_fast.training.random_state import random_state, set_random_state
 from ldmseg_fast.training.shards import ShardReader, save_shards
+from ldmseg_fast.vouched_files import damage_of, sync_folder, why_not_written, write_files
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, FIXED = "manifest.json", "state.json", "fixed.safetensors"
+CURE = "free some space, or lower train.keep"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
@@ -108,7 +107,7 @@ class TrainingCheckpoints:
             shapes = {name: list(_full_shape(p)) for name, p in stage.named_parameters()}
             written: dict[str, Callable[[Path], None]] = {
                 f"shard-{rank:05d}-of-{world:05d}.safetensors": lambda path: save_shards(path, optimizer.own_shards()),
-                f"random-{rank:05d}.safetensors": lambda path: save_weights(_random_state(), path),
+                f"random-{rank:05d}.safetensors": lambda path: save_weights(random_state(), path),
             }
             if distributed.is_main():
                 state = {
@@ -121,7 +120,7 @@ class TrainingCheckpoints:
                 }
                 written[FIXED] = lambda path: save_weights(fixed, path)
                 written[STATE] = lambda path: write_json(path, state)
-            result = _write(temporary, written)
+            result = write_files(temporary, written, CURE)
         files: dict[str, Any] = {}
         errors = []
         for part in distributed.gather_objects(result):
@@ -133,7 +132,7 @@ class TrainingCheckpoints:
             try:
                 self._publish(temporary, progress, files)
             except OSError as error:
-                errors.append(_reason(error, temporary))
+                errors.append(why_not_written(error, temporary, CURE))
         self._agree(errors[0] if errors else "", temporary, progress.step)
 
     def _prepare(self, temporary: Path, step: int) -> None:
@@ -143,7 +142,7 @@ class TrainingCheckpoints:
             try:
                 temporary.mkdir(parents=True)
             except OSError as failure:
-                error = _reason(failure, temporary)
+                error = why_not_written(failure, temporary, CURE)
         self._agree(error, temporary, step)
 
     def _agree(self, error: str, temporary: Path, step: int) -> None:
@@ -158,14 +157,14 @@ class TrainingCheckpoints:
 
     def _publish(self, temporary: Path, progress: Progress, files: dict[str, Any]) -> None:
         write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
-        _sync_folder(temporary)
+        sync_folder(temporary)
         final = self.path(progress.step)
         old = final.with_name(f".old-{final.name}")
         if final.exists():
             final.rename(old)
         temporary.rename(final)
         write_json(self.folder / "latest", final.name)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         shutil.rmtree(old, ignore_errors=True)
         steps = self.steps()
         best = sorted((step for step in progress.best if step in steps), key=lambda step: -progress.best[step])
@@ -210,7 +209,7 @@ class TrainingCheckpoints:
         try:
             files = read_json(folder / MANIFEST)["files"]
             for name in sorted(files)[distributed.rank() :: distributed.world_size()]:
-                problem = problem or _damage_of(folder / name, files[name])
+                problem = problem or damage_of(folder / name, files[name])
         except (CheckpointError, KeyError, TypeError) as error:
             problem = f"{folder / MANIFEST}: damaged ({error})"
         return next((found for found in distributed.gather_objects(problem) if found), "")
@@ -239,7 +238,7 @@ class TrainingCheckpoints:
         optimizer.refresh()
         random_file = folder / f"random-{distributed.rank():05d}.safetensors"
         if state["world_size"] == distributed.world_size() and random_file.is_file():
-            _set_random_state(load_weights(random_file))
+            set_random_state(load_weights(random_file))
         return progress
 
 
@@ -252,68 +251,3 @@ def _fixed_state(stage: Stage) -> dict[str, Tensor]:
     frozen = {name: p.detach() for name, p in stage.named_parameters() if not p.requires_grad}
     saved = stage.state_dict(keep_vars=True)
     return frozen | {name: buffer for name, buffer in stage.named_buffers() if name in saved}
-
-
-def _write(folder: Path, written: dict[str, Callable[[Path], None]]) -> dict[str, Any] | str:
-    """Write files; their sizes and sums for the manifest, or why it failed."""
-    files = {}
-    for name, write in written.items():
-        try:
-            write(folder / name)
-            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
-        except OSError as error:
-            return _reason(error, folder / name)
-    return files
-
-
-def _reason(error: OSError, path: Path) -> str:
-    existing = next(parent for parent in path.parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free / 2**20
-    cure = "; free some space, or lower train.keep" if error.errno in (28, 122) else ""
-    return f"{path}: {error.strerror or error} ({free:.0f} MiB free{cure})"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _damage_of(path: Path, known: dict[str, Any]) -> str:
-    if not path.is_file():
-        return f"{path}: missing"
-    if path.stat().st_size != known["bytes"]:
-        return f"{path}: {path.stat().st_size} bytes instead of {known['bytes']}"
-    return "" if _sha256(path) == known["sha256"] else f"{path}: damaged, its SHA-256 is not the manifest's"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _random_state() -> dict[str, Tensor]:
-    """Every generator that code outside ours might draw from; our own draws depend on (seed, item) alone."""
-    _, words, gauss = random.getstate()
-    kind: Any = np.random.get_state(legacy=True)  # noqa: NPY002
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.from_numpy(np.asarray(kind[1]).astype(np.int64)),
-        "numpy_place": torch.tensor([kind[2], kind[3]], dtype=torch.int64),
-        "gauss": torch.tensor([float("nan") if gauss is None else gauss, kind[4]], dtype=torch.float64),
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    gauss, numpy_gauss = state["gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))
-    place, has_gauss = state["numpy_place"].tolist()
-    words = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, place, has_gauss, numpy_gauss))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldmseg_fast.data.folders import DataError, find_split, open_image, read_image
+from ldmseg_fast.data.folders import DataError, find_split, load_picture, read_dense_map, read_image
 from ldmseg_fast.data.transforms import (
     Augmentation,
     color_jitter,
     compact_ids,
     crop_box,
-    dense_ids,
     make_remap_table,
     resize_ids,
     resize_image,
@@ -98,6 +97,7 @@ class CocoPanoptic(Dataset):
         if cache and train and self.augmentation.scale_min < 1:
             raise ValueError("the cache holds resized pictures and cannot be cropped from: cache=false or scale_min=1")
         self.folders = find_split(root, split)
+        self._images, self._maps = str(self.folders.images), str(self.folders.maps)
         self.epoch = 0
         try:
             content = load_panoptic_json(self.folders.annotations)
@@ -177,24 +177,29 @@ class CocoPanoptic(Dataset):
         epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")  # IndexError is what ends a plain for loop
+        entry = self._entries[index]
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch if self.train else 0, index]))
-        rgb, segment_ids, num_segments, original_size = self._cached_item(index) or self._decoded_item(index, rng)
+        rgb, segment_ids, num_segments, original_size = self._cached_item(index) or self._decoded_item(entry, rng)
+        if len(self._cached) and not self._cached[index, 0]:
+            self._cached_rgb[index], self._cached_ids[index] = rgb, segment_ids
+            self._cached[index] = 1, num_segments, *original_size
         flipped = self.train and rng.random() < self.augmentation.flip
         if flipped:
-            segment_ids = segment_ids[:, ::-1]
+            segment_ids = np.ascontiguousarray(segment_ids[:, ::-1])
         if self.train and self.augmentation.color_jitter > 0:
             rgb = color_jitter(rgb, self.augmentation.color_jitter, rng)
         table = make_remap_table(segment_ids, num_segments, self.num_slots, self.id_assignment, rng)
+        shared = len(self._cached) > 0  # what is in the cache must not be handed out
         item = {
-            "image": _picture(rgb, flipped),
-            "segment_ids": torch.from_numpy(segment_ids.copy()),
+            "image": _picture(rgb, flipped, copied=shared),
+            "segment_ids": torch.from_numpy(segment_ids.copy() if shared else segment_ids),
             "table": torch.from_numpy(table),
             "num_segments": num_segments,
-            "image_id": self.image_id(index),
+            "image_id": entry["image_id"],
             "original_size": original_size,
         }
         if self._latents is not None:
-            item["image_latents"] = self._latents.read(self._entries[index]["image_name"], flipped)
+            item["image_latents"] = self._latents.read(entry["image_name"], flipped)
         return item
 
     def _cached_item(self, index: int) -> _Item | None:
@@ -203,50 +208,66 @@ class CocoPanoptic(Dataset):
         _, num_segments, height, width = self._cached[index].tolist()
         return self._cached_rgb[index], self._cached_ids[index], num_segments, (height, width)
 
-    def _decoded_item(self, index: int, rng: np.random.Generator) -> _Item:
+    def _decoded_item(self, entry: dict, rng: np.random.Generator) -> _Item:
         """Decoded, freed of crowds and crumbs, cropped and resized."""
-        image = open_image(self.paths(index)[0]) if self._latents is None else None
-        ids, segments_info = self.ground_truth(index)
-        path = self.folders.maps / self._entries[index]["file_name"]
-        height, width = ids.shape
-        if image is not None and image.size != (width, height):
-            turned = image.size == (height, width)
-            raise DataError(
-                f"{path}: the map is {width}x{height}, its picture {image.width}x{image.height}"
-                + (": was one of them rotated? COCO maps follow the stored pixels, not EXIF" if turned else "")
-            )
-        segment_list = [segment["id"] for segment in segments_info]
-        crowd = [self.train and bool(segment.get("iscrowd", 0)) for segment in segments_info]
-        try:
-            dense = dense_ids(ids, segment_list, crowd=crowd, min_area=self.min_area if self.train else 0)
-        except ValueError as error:
-            raise DataError(f"{path}: {error}; `ldmseg data check {self.root}` lists all such ids") from error
+        picture = None
+        if self._latents is None:
+            picture = load_picture(os.path.join(self._images, entry["image_name"]))  # noqa: PTH118 (as for the map)
+        dense = self._dense_map(entry)
+        height, width = dense.shape
+        if picture is not None:
+            found = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+            self._check_sizes(entry, (height, width), found)
         cropped = self.train and self.augmentation.scale_min < 1
         box = crop_box(height, width, self.augmentation.scale_min, rng) if cropped else None
-        if image is None:
+        if picture is None:
             rgb = np.zeros((0, 0, 3), np.uint8)
         elif self.resize == "torch":
-            rgb = _resize_fast(image, self.size, box)
+            rgb = _resize_fast(picture, self.size, box)
         else:
-            rgb = resize_image(image, self.size, box)
+            rgb = resize_image(picture, self.size, box)
         segment_ids, num_segments = compact_ids(resize_ids(dense, self.size, box), self.num_slots - 1)
-        if len(self._cached):
-            self._cached_rgb[index], self._cached_ids[index] = rgb, segment_ids
-            self._cached[index] = 1, num_segments, height, width
         return rgb, segment_ids, num_segments, (height, width)
 
+    def _dense_map(self, entry: dict) -> np.ndarray:
+        path = os.path.join(self._maps, entry["file_name"])  # noqa: PTH118 (joining Paths takes as long as decoding)
+        segments = entry["segments_info"]
+        try:
+            return read_dense_map(
+                path,
+                [segment["id"] for segment in segments],
+                crowd=[self.train and bool(segment.get("iscrowd", 0)) for segment in segments],
+                min_area=self.min_area if self.train else 0,
+            )
+        except (PanopticFormatError, OSError) as error:
+            raise DataError(str(error)) from error
+        except ValueError as error:
+            raise DataError(f"{path}: {error}; `ldmseg data check {self.root}` lists all such ids") from error
 
-def _resize_fast(image: Image.Image, size: int, box: tuple[int, int, int, int] | None) -> np.ndarray:
+    def _check_sizes(self, entry: dict, size: tuple[int, int], picture: tuple[int, int]) -> None:
+        """Raises DataError where a map of `size` is not that of its `picture`, (height, width) each."""
+        if picture == size:
+            return
+        turned = picture == size[::-1]
+        raise DataError(
+            f"{self.folders.maps / entry['file_name']}: the map is {size[1]}x{size[0]}, its picture "
+            f"{picture[1]}x{picture[0]}"
+            + (": was one of them rotated? COCO maps follow the stored pixels, not EXIF" if turned else "")
+        )
+
+
+def _resize_fast(picture: np.ndarray | Image.Image, size: int, box: tuple[int, int, int, int] | None) -> np.ndarray:
     """As `resize_image`, by torch's integer arithmetic: more than two grey levels apart in few pixels of thousands."""
-    picture = torch.from_numpy(np.array(image.crop(box) if box else image)).permute(2, 0, 1)[None]
-    small = F.interpolate(picture, (size, size), mode="bicubic", antialias=True, align_corners=False)
+    left, top, right, bottom = box or (0, 0, None, None)
+    pixels = torch.from_numpy(np.array(picture)[top:bottom, left:right]).permute(2, 0, 1)[None]
+    small = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
     return small[0].permute(1, 2, 0).numpy()
 
 
-def _picture(rgb: np.ndarray, flipped: bool) -> torch.Tensor:
-    """A copy of uint8 [S, S, 3] as [3, S, S], channels last in memory, which torch mirrors faster than numpy."""
+def _picture(rgb: np.ndarray, flipped: bool, copied: bool) -> torch.Tensor:
+    """uint8 [S, S, 3] as [3, S, S], channels last in memory, which torch mirrors faster than numpy."""
     picture = torch.from_numpy(rgb).permute(2, 0, 1)[None]
-    return (picture.flip(-1) if flipped else picture.clone())[0]
+    return (picture.flip(-1) if flipped else picture.clone() if copied else picture)[0]
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ldmseg_fast.data.folders import DataError
 from ldmseg_fast.data.sampler import EpochSampler
 
 T = TypeVar("T")
+CURE = "Raise data.timeout where reading takes longer, and go on with --resume"
 ATTEMPTS = 20  # replacements tried for one item before the data set as a whole counts as unreadable
 
 
@@ -32,10 +33,11 @@ class PatientReader:
     Args:
         timeout: seconds that a call may take.
         where: what is being read, for the error.
+        cure: what to do about it.
     """
 
-    def __init__(self, timeout: float, where: Callable[[], str]) -> None:
-        self.timeout, self.where = timeout, where
+    def __init__(self, timeout: float, where: Callable[[], str], cure: str = CURE) -> None:
+        self.timeout, self.where, self.cure = timeout, where, cure
         self._wanted: queue.SimpleQueue = queue.SimpleQueue()
         self._done: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -49,7 +51,7 @@ class PatientReader:
         try:
             result, error = self._done.get(timeout=self.timeout)
         except queue.Empty:
-            raise DataError(_hung(self.timeout, self.where())) from None
+            raise DataError(_hung(self.timeout, self.where(), self.cure)) from None
         if error is not None:
             raise error
         return result
@@ -65,11 +67,13 @@ class PatientReader:
                 self._done.put((None, error))
 
 
-def _hung(timeout: float, where: str) -> str:
-    return (
-        f"no batch for {timeout:g} s: {where}. Is the file server alive? Raise data.timeout where reading takes "
-        f"longer, and go on with --resume"
-    )
+def _hung(timeout: float, where: str, cure: str = CURE) -> str:
+    return f"no batch for {timeout:g} s: {where}. Is the file server alive? {cure}"
+
+
+def without_traceback(error: DataError) -> DataError:
+    """A worker process's error comes with that process's traceback as its text; this is the last line's."""
+    return DataError(str(error).strip().splitlines()[-1].removeprefix("ldmseg_fast.data.folders.DataError: "))
 
 
 class _Items(Dataset):
@@ -181,9 +185,7 @@ class TrainingBatches:
                 return self._reader.call(lambda: next(self._iterator))
             return next(self._iterator)
         except DataError as error:  # from a worker process it comes with that process's traceback as its text
-            raise DataError(
-                str(error).strip().splitlines()[-1].removeprefix("ldmseg_fast.data.folders.DataError: ")
-            ) from None
+            raise without_traceback(error) from None
         except RuntimeError as error:
             if "timed out" in str(error):
                 message = _hung(self.timeout, self._reading())

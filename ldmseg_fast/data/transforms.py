@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ldmseg_fast.native import _C
+
 __all__ = [
     "ID_SCHEMES",
     "TABLE_SIZE",
@@ -83,8 +85,11 @@ def dense_ids(
 def compact_ids(dense: np.ndarray, max_segments: int) -> tuple[np.ndarray, int]:
     """Renumber a map without gaps: uint8 [S, S] with 1..n in the old order, and n.
 
-    Of more than `max_segments` segments the largest are kept and the rest become void.
+    Of more than `max_segments` segments the largest are kept and the rest become void. A map that has no gaps already
+    is returned itself.
     """
+    if _C is not None and dense.dtype == np.uint8:
+        return _C.compact_ids(np.ascontiguousarray(dense), max_segments)
     values, starts = _runs(dense)
     lengths = np.diff(starts, append=dense.size)
     area = np.bincount(values, lengths)
@@ -108,13 +113,19 @@ def crop_box(height: int, width: int, scale_min: float, rng: np.random.Generator
 
 
 def resize_image(rgb: np.ndarray | Image.Image, size: int, box: Box | None = None) -> np.ndarray:
-    """uint8 [H, W, 3] -> [S, S, 3], Pillow's bicubic (with antialiasing); the aspect is not preserved."""
-    image = Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    """uint8 [H, W, 3] -> [S, S, 3], Pillow's bicubic (with antialiasing); the aspect is not preserved. An array that
+    has the size already is returned itself."""
+    if isinstance(rgb, np.ndarray):
+        if box is None and rgb.shape[:2] == (size, size):
+            return rgb
+        rgb = Image.fromarray(rgb)
+    return np.array(rgb.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def resize_ids(ids: np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
-    """uint8 or int32 [H, W] -> [S, S], Pillow's nearest."""
+    """uint8 or int32 [H, W] -> [S, S], Pillow's nearest. A map that has the size already is returned itself."""
+    if box is None and ids.shape == (size, size):
+        return ids
     return np.array(Image.fromarray(ids).resize((size, size), Image.Resampling.NEAREST, box=box))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldmseg_fast.checkpoint import postprocess_settings, save_component, save_index
 from ldmseg_fast.config import Config
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
-from ldmseg_fast.losses import mask_losses, share_num_masks
+from ldmseg_fast.losses import mask_losses
 from ldmseg_fast.model_card import write_model_card
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.panoptic import PanopticResult, postprocess
@@ -29,7 +29,7 @@ class AutoencoderStage(Stage):
         self.register_buffer("latent_std", torch.tensor(1.0))  # running, of the unscaled latents
 
     def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
-        share_num_masks(batches, self.latent_std.device)
+        self.share_counts(batches)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         config, vae = self.config.loss, self.mask_vae
@@ -55,7 +55,15 @@ class AutoencoderStage(Stage):
                 latents = latents + config.latent_noise * strength * spread * noise
             mask_logits = self.recompute(vae.decode, latents)  # [B, Q, H/2^.., W/2^..]
 
-        losses = mask_losses(mask_logits, slots, config, generators, segments_of(batch), batch.get("num_masks"))
+        losses = mask_losses(
+            mask_logits,
+            slots,
+            config,
+            self.generators(step, batch, "points"),
+            segments_of(batch),
+            batch.get("num_masks"),
+            batch.get("num_labelled"),
+        )
         kl = posterior.kl().float().mean()
         loss = losses.total + config.kl * kl
         if posterior.loss is not None:

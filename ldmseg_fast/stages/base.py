@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldmseg_fast.config import Config, ConfigError
 from ldmseg_fast.diffusion.sampler import seed_of
-from ldmseg_fast.losses import Segments
+from ldmseg_fast.losses import Segments, share_num_labelled, share_num_masks
 from ldmseg_fast.panoptic import PanopticResult
 
 T = TypeVar("T")
@@ -81,6 +81,11 @@ class Stage(nn.Module, abc.ABC):
         device = batch["segment_ids"].device
         seeds = [seed_of(self.config.train.seed, purpose, draw) for draw in _draws(step, batch)]
         return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def share_counts(self, batches: Sequence[dict[str, Any]]) -> None:
+        """For `prepare`: what `mask_losses` with generators for "points" divides by, over the whole step."""
+        share_num_masks(batches, batches[0]["segment_ids"].device)
+        share_num_labelled(batches, self.config.loss, lambda batch: self.generators(0, batch, "points"))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """AdamW's groups by weight decay (`train.no_decay`) and learning-rate factor (`train.lr_factors`).

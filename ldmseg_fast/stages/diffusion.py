@@ -18,7 +18,7 @@ from ldmseg_fast.diffusion.sampler import ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.init_from import load_image_encoder, load_unet, resolve_start
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
-from ldmseg_fast.losses import mask_losses, share_num_masks
+from ldmseg_fast.losses import mask_losses
 from ldmseg_fast.model_card import write_model_card
 from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, saved_conditioning, with_context
 from ldmseg_fast.models.image_vae import build_image_encoder
@@ -95,7 +95,7 @@ class DiffusionStage(Stage):
 
     def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
         if self.config.diffusion.task_loss:
-            share_num_masks(batches, batches[0]["segment_ids"].device)
+            self.share_counts(batches)
 
     def given_pixels(self, batch: dict[str, Any], step: int) -> Tensor:
         """Where the map is given, bool [B, H, W]: the blocks that stay of the images that are drawn for inpainting."""
@@ -168,9 +168,8 @@ class DiffusionStage(Stage):
             with self.autocast():
                 mask_logits = self.recompute(self.mask_vae.decode_latents, estimate)
             draws = self.generators(step, batch, "points")
-            losses["task"] = mask_losses(
-                mask_logits, slots, self.config.loss, draws, segments_of(batch), batch.get("num_masks")
-            ).total
+            counts = (batch.get("num_masks"), batch.get("num_labelled"))
+            losses["task"] = mask_losses(mask_logits, slots, self.config.loss, draws, segments_of(batch), *counts).total
             losses["loss"] = loss + config.task_loss * losses["task"]
         return losses
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.config import Config
-from ldmseg_fast.losses import mask_losses, share_num_masks
+from ldmseg_fast.losses import mask_losses
 from ldmseg_fast.slot_matching import match_slots, require_assignment_solver
 from ldmseg_fast.stages.base import per_image, remap, segments_of
 from ldmseg_fast.stages.few_step import FewStepStage
@@ -51,7 +51,7 @@ class OneStepStage(FewStepStage):
             self.mask_vae.decoder.requires_grad_(True)
 
     def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
-        share_num_masks(batches, batches[0]["segment_ids"].device)
+        self.share_counts(batches)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         few_step, segment_ids = self.config.few_step, batch["segment_ids"]
@@ -81,6 +81,7 @@ class OneStepStage(FewStepStage):
             self.generators(step, batch, "points"),
             segments_of(batch | {"table": table}),
             batch.get("num_masks"),
+            batch.get("num_labelled"),
         )
         losses = {"loss": parts.total, "ce": parts.ce, "bce": parts.bce, "dice": parts.dice}
         if few_step.latent_loss:

@@ -29,13 +29,14 @@ def exit_code_of(error: Exception) -> int | None:
     if isinstance(error, EXPECTED):
         _say(f"error: {error}", once=True)
         return 2
-    if _is_lost_connection(error):
+    if is_lost_connection(error):
         _say(f"error: rank {distributed.rank()}: another rank has gone; start again with --resume", once=False)
         return LOST_RANK
     return None
 
 
-def _is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because another rank has gone."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "NCCL")
     return isinstance(error, RuntimeError) and distributed.launched() and any(word in str(error) for word in words)
 

@@ -63,8 +63,11 @@ class RunLog:
             return
         # nine digits tell any two float32 apart
         record = {"step": step} | {key: float(f"{value:.9g}") for key, value in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk does not say which
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self.tensorboard is not None:
             for key, value in values.items():
                 self.tensorboard.add_scalar(key, value, step)

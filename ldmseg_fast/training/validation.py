@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ldmseg_fast import distributed
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.loader import PatientReader, to_device
 from ldmseg_fast.draw import enlarge, overlay, picture_grid
 from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.panoptic_format import replacing
 from ldmseg_fast.stages import Stage
 
 OBJECT = [{"id": 1, "name": "object", "isthing": 1}]
@@ -39,6 +42,10 @@ class _Chunks:
             truths.append(self.dataset.ground_truth(index))
         return collate(items), truths
 
+    def picture(self, index: int) -> np.ndarray:
+        self.at = index
+        return self.dataset.load_image(index)
+
     def where(self) -> str:
         return f"validation reads {' and '.join(map(str, self.dataset.paths(self.at)))}"
 
@@ -53,13 +60,14 @@ def validate(
     timeout: float = 300.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Class-agnostic PQ in percent over the split, the same for any number of ranks; a grid of pictures from rank 0.
+    """Class-agnostic PQ in percent over the split, the same for any number of ranks; a grid of pictures from rank 0, or
+    a warning where it cannot be written.
 
     The split is cut into chunks, which the ranks take in turn. All ranks run the network equally often, because under
     ZeRO 3 a forward pass needs all of them.
 
     Args:
-        timeout: seconds that reading a chunk may take.
+        timeout: seconds that reading a chunk, or a picture to show, may take.
         stop: asked before each chunk; where it is true on any rank, all of them leave off.
 
     Returns:
@@ -91,7 +99,7 @@ def validate(
         for index, (ids, segments), result in zip(indices, truths, results):
             stats[mine].add(ids, segments, result.segmentation, result.segments_info, image_id=index)
             if distributed.is_main() and len(rows) < PICTURES:
-                image = dataset.load_image(index)
+                image = reader.call(partial(source.picture, index))
                 picture, truth, guess = (enlarge(array, 256) for array in (image, ids, result.segmentation))
                 rows.append([picture, overlay(picture, truth), overlay(picture, guess)])
     reader.close()
@@ -102,8 +110,12 @@ def validate(
     for chunk in range(1, len(chunks)):  # in this order, whoever counted them: sums of floats depend on it
         merged = merged.merge(by_chunk[chunk])
     if distributed.is_main() and pictures is not None and rows:
-        pictures.parent.mkdir(parents=True, exist_ok=True)
-        picture_grid(rows, ["image", "truth", "prediction"]).save(pictures)
+        try:
+            pictures.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(pictures) as temporary:
+                picture_grid(rows, ["image", "truth", "prediction"]).save(temporary, format="PNG")
+        except OSError as error:  # no reason to lose the steps since the last checkpoint
+            tqdm.write(f"warning: {pictures}: {error.strerror or error}; the run goes on without it", file=sys.stderr)
     stage.train()
     values = merged.result()["All"]
     return {f"val/{key}": 100.0 * values[key] for key in ("pq", "sq", "rq")}

@@ -120,6 +120,8 @@ def test_head_needs_little_memory(harness):
         lambda c: c.joint_histogram(np.full((2, 2), -1, np.int32), np.zeros((2, 2), np.int32)),
         lambda c: c.read_png(b"", 2**26),
         lambda c: c.read_png(np.zeros((4, 4), np.int32), 2**26),
+        lambda c: c.read_png_picture(b"", 2**26),
+        lambda c: c.read_png_picture(np.zeros((4, 4), np.int32), 2**26),
         lambda c: c.match_files("none", np.zeros((0, 4), np.int64), "none", np.zeros((0, 4), np.int64), False, 2**26),
         lambda c: c.match_files(b"x\0y", np.zeros((0, 4), np.int64), b"", np.zeros((0, 4), np.int64), False, 2**26),
         lambda c: c.AnnotationIndex("none", False),

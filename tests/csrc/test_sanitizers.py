@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
     "tests/csrc/test_extension.py",
     "tests/csrc/test_fuzz.py",
+    "tests/csrc/test_png_pictures.py",
+    "tests/data/test_reading.py",
+    "tests/data/test_transforms.py",
     "tests/metrics",
     "tests/test_panoptic_format.py",
     "tests/test_panoptic.py",

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ldmseg_fast.data import transforms
 from ldmseg_fast.data.transforms import (
     ID_SCHEMES,
     Augmentation,
@@ -18,6 +19,13 @@ from ldmseg_fast.data.transforms import (
     resize_ids,
     resize_image,
 )
+
+
+@pytest.fixture(params=["as built", "numpy"])
+def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test once with the C++ helpers, where they are built, and once without."""
+    if request.param == "numpy":
+        monkeypatch.setattr(transforms, "_C", None)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -118,13 +126,28 @@ def test_dense_ids_drop_crowds_and_crumbs() -> None:
     assert dense_ids(np.zeros((3, 2), np.int32), []).tolist() == [[0, 0]] * 3
 
 
+@pytest.mark.usefixtures("both")
 def test_compact_keeps_the_largest() -> None:
     dense = np.repeat(np.arange(6), [10, 3, 5, 0, 4, 9]).reshape(1, -1)
+    dense = dense.astype(np.uint8)
     ids, count = compact_ids(dense, 3)
     assert count == 3
     assert np.bincount(ids.ravel()).tolist() == [13, 5, 4, 9]
     ids, count = compact_ids(dense, 255)
     assert count == 4 and np.bincount(ids.ravel()).tolist() == [10, 3, 5, 4, 9]
+
+
+def test_compact_numbers_are_the_same_in_cpp_and_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(60):
+        highest = int(rng(seed).integers(1, 256))
+        dense = rng(seed).choice(np.arange(highest + 1), rng(seed).integers(1, 40, 2)).astype(np.uint8)
+        limit = int(rng(seed).integers(1, 256))
+        ids, count = compact_ids(dense, limit)
+        with monkeypatch.context() as patch:
+            patch.setattr(transforms, "_C", None)
+            expected, expected_count = compact_ids(dense, limit)
+        assert count == expected_count and ids.dtype == np.uint8
+        np.testing.assert_array_equal(ids, expected)
 
 
 def test_resizing_is_pillows() -> None:
@@ -134,6 +157,7 @@ def test_resizing_is_pillows() -> None:
     assert np.array_equal(resize_ids(ids, 32), np.array(Image.fromarray(ids).resize((32, 32), Image.NEAREST)))
     assert set(np.unique(resize_ids(ids, 100)).tolist()) <= set(np.unique(ids).tolist())
     assert np.array_equal(resize_image(rgb[:32, :32], 32), rgb[:32, :32])
+    assert np.array_equal(resize_ids(ids[:32, :32], 32), ids[:32, :32])
 
 
 def test_picture_and_map_are_cropped_alike() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from ldmseg_fast.stages import AutoencoderStage
 from ldmseg_fast.training import validation
 from ldmseg_fast.training.faults import NonFiniteError, OutOfMemory
 from ldmseg_fast.training.liveness import Interrupt, Stopped
+from ldmseg_fast.training.run_log import RunLog
 from tests.training.helpers import TINY, Job, deepspeed, losses, metrics, torchrun, train_command
 from tests.training.two_ranks import spoil
 
@@ -110,6 +112,54 @@ def test_a_read_that_hangs_is_named(split: str, workers: int, scenes: Path, sett
     with pytest.raises(DataError, match=f"no batch for 3 s: .*{picture.name}.*data.timeout"):
         train("autoencoder", settings("run", *common))
     assert time.monotonic() - begun < 30
+
+
+def test_a_picture_for_the_grid_that_hangs_is_named(
+    scenes: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read a second time, as it was stored, once its map has been predicted."""
+    root = tmp_path / "hanging"
+    shutil.copytree(scenes, root)
+    picture = sorted((root / "val2017").iterdir())[2]
+    predict = AutoencoderStage.predict
+
+    def predicted(stage: AutoencoderStage, *arguments: Any) -> Any:
+        picture.unlink()
+        os.mkfifo(picture)
+        return predict(stage, *arguments)
+
+    monkeypatch.setattr(AutoencoderStage, "predict", predicted)
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=f"no batch for 3 s: validation reads .*{picture.name}.*data.timeout"):
+        train("autoencoder", settings("run", f"data.root={root}", "data.timeout=3", "train.validate_every=1"))
+    assert time.monotonic() - begun < 30
+
+
+class Unwritable:
+    """A picture for which the disk has no room left."""
+
+    def save(self, path: Path, **_: object) -> None:
+        path.write_bytes(b"a part of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_grid_that_cannot_be_written_does_not_end_the_run(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(validation, "picture_grid", lambda *_: Unwritable())
+    folder = train("autoencoder", settings("run", "train.steps=2", "train.validate_every=1"))
+    assert "val/pq" in metrics(folder)[-1]
+    assert not list((folder / "pictures").iterdir())
+    error = capfd.readouterr().err
+    assert error.count("step-00000001.png: No space left on device; the run goes on without it") == 1
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log.path = Path("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        log.write(1, {"loss": 1.0})
+    log.close()
 
 
 def logged(folder: Path, count: int) -> Callable[[], bool]:

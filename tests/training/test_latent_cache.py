@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ldmseg_fast.checkpoint import CheckpointError, save_weights
 from ldmseg_fast.config import Config, ConfigError, ImageEncoderConfig
-from ldmseg_fast.data import latent_cache
+from ldmseg_fast.data import cache_command, latent_cache
+from ldmseg_fast.data.cache_command import add_cache_arguments, load_encoder, run_cache
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.data.latent_cache import (
-    LatentCache,
-    add_cache_arguments,
-    cache_key,
-    load_encoder,
-    picture_files,
-    run_cache,
-)
+from ldmseg_fast.data.folders import DataError
+from ldmseg_fast.data.latent_cache import LatentCache, cache_key, picture_files
 from ldmseg_fast.engine import train
 from ldmseg_fast.models.image_vae import TaesdEncoder
 from tests.training.helpers import losses
@@ -180,3 +178,63 @@ def test_encoders_that_cannot_be_cached(autoencoder: Path, root: Path, taesd: Pa
     save_weights(dict(encoder.state_dict()), tmp_path / "model" / "image_vae" / "model.safetensors")
     with pytest.raises(ConfigError, match="trained with the UNet"):
         load_encoder(tmp_path / "model", 32)
+
+
+def test_a_full_disk_leaves_what_is_whole(
+    root: Path, taesd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(latent_cache, "PER_SHARD", 10)
+    save = cache_command.save_weights
+
+    def full(state: dict, path: Path) -> None:
+        save(state, path)
+        if "00001" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_command, "save_weights", full)
+    with pytest.raises(CheckpointError, match=r"latents-00001.*No space left.*MiB free; free some space.*goes on"):
+        make(root, taesd)
+    folder = next((root / "latents").iterdir())
+    assert sorted(file.name for file in folder.iterdir()) == ["latents-00000.safetensors", "manifest.json"]
+    monkeypatch.setattr(cache_command, "save_weights", save)
+    capsys.readouterr()
+    make(root, taesd)
+    assert "1 of 3 shards are there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_picture_is_named_in_one_line(workers: str, root: Path, taesd: Path) -> None:
+    picture = sorted((root / "train2017").iterdir())[5]
+    picture.write_bytes(picture.read_bytes()[:200])
+    with pytest.raises(DataError, match=f"{picture.name}: not a readable picture") as caught:
+        make(root, taesd, "--workers", workers)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_picture_that_hangs_is_named(workers: str, root: Path, taesd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of its batch, so that the error names it alone."""
+    picture = sorted((root / "train2017").iterdir())[8]
+    key = cache_command.cache_key
+
+    def then_hangs(*arguments: Any) -> str:  # the key looks at the sizes of files
+        found = key(*arguments)
+        picture.unlink()
+        os.mkfifo(picture)  # whoever opens it waits for a writer
+        return found
+
+    monkeypatch.setattr(cache_command, "cache_key", then_hangs)
+    with pytest.raises(
+        DataError, match=rf"no batch for 4 s: reading .*{picture.name} or one of the 7 after.*--timeout"
+    ):
+        make(root, taesd, "--workers", workers, "--timeout", "4")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"shards": []}', '{"shards": {}, "seconds_per_image": null}', "{"])
+def test_a_strange_manifest_is_no_cache(content: str, root: Path, taesd: Path) -> None:
+    folder = make(root, taesd)
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"ldmseg data cache|manifest"):
+        opened(root, taesd)
+    make(root, taesd)
+    opened(root, taesd)

@@ -1,0 +1,54 @@
+"""The data of a run, as its settings say."""
+
+from __future__ import annotations
+
+from ldmseg_fast import distributed
+from ldmseg_fast.config import Config, ConfigError
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.data.loader import TrainingBatches
+from ldmseg_fast.data.transforms import Augmentation
+
+
+def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> CocoPanoptic:
+    data = config.data
+    return CocoPanoptic(
+        data.root,
+        split,
+        data.image_size,
+        train=train,
+        num_slots=num_slots,
+        id_assignment=data.id_assignment,
+        min_area=data.min_area,
+        augmentation=Augmentation(data.flip, data.scale_min, data.color_jitter),
+        seed=config.train.seed,
+        cache=data.cache,
+        resize=data.resize if train else "pillow",
+        limit=data.limit if train else data.val_limit,
+    )
+
+
+def check_batch(config: Config) -> None:
+    """Raises ConfigError where the batch cannot be shared among the ranks."""
+    world = distributed.world_size()
+    micro_batch = config.train.batch_size // config.train.accumulation
+    if micro_batch % world:
+        fitting = max(world, micro_batch - micro_batch % world) * config.train.accumulation
+        raise ConfigError(
+            f"train.batch_size / train.accumulation = {micro_batch} cannot be shared among {world} ranks; "
+            f"train.batch_size={fitting} can"
+        )
+
+
+def make_batches(dataset: CocoPanoptic, config: Config, first_item: int = 0) -> TrainingBatches:
+    """This rank's micro-batches, from what all ranks together have not seen yet."""
+    world = distributed.world_size()
+    return TrainingBatches(
+        dataset,
+        config.train.batch_size // config.train.accumulation // world,
+        rank=distributed.rank(),
+        world_size=world,
+        seed=config.train.seed,
+        first_item=first_item,
+        num_workers=config.data.num_workers,
+        timeout=config.data.timeout,
+    )
