@@ -19,6 +19,7 @@ from ldmseg_fast.backends.passport import (
     Passport,
     Range,
     engine_file,
+    file_differences,
     passport_file,
     read_passport,
 )
@@ -28,7 +29,7 @@ from ldmseg_fast.export.model_export import PARITY
 from ldmseg_fast.export.output_folder import disk_full_named, exclusive
 
 MAX_OPSET = 22
-TIMING_CACHE, LOCK, UNFINISHED = "timing.cache", ".lock", ".new-"
+TIMING_CACHE, LOCK, UNFINISHED = "timing.cache", ".lock", ".ldmseg-new-"
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,21 @@ def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list
     if job.timing_cache is not None and not job.timing_cache.parent.is_dir():
         raise BackendError(f"--timing-cache {job.timing_cache}: no folder {job.timing_cache.parent}")
     profiles = {name: profiles_of(graph.spec, manifest, job.ranges) for name, graph in manifest.graphs.items()}
-    out.mkdir(parents=True, exist_ok=True)
     waiting = partial(job.progress, f"{out}: another build is under way; waiting for it")
-    with exclusive(out / LOCK, waiting), disk_full_named(out):
-        for abandoned in out.glob(f".*{UNFINISHED}*"):
-            if abandoned.is_file():  # a folder of this kind is an export under way
+    with disk_full_named(out), exclusive(out / LOCK, waiting):
+        for pattern in (f".*{UNFINISHED}*", ".*.passport.json.*"):
+            for abandoned in out.glob(pattern):
                 abandoned.unlink()
+        _check_foreign(out)
         passports = []
         for name, graph in manifest.graphs.items():
-            passports.append(_build_one(onnx_dir, out, manifest, graph, profiles[name], job, api))
-            job.progress(f"{name}: {passports[-1].engine_bytes / 2**20:.1f} MiB, {passports[-1].build_seconds:.1f} s")
+            key = build_key(graph, profiles[name], job.settings, api)
+            passport, how = _cached(out, name, key), "unchanged"
+            if passport is None:
+                passport = _build_one(onnx_dir, out, manifest, graph, profiles[name], key, job, api)
+                how = f"{passport.build_seconds:.1f} s"
+            passports.append(passport)
+            job.progress(f"{name}: {passport.engine_bytes / 2**20:.1f} MiB, {how}")
         # the manifest last: a folder without it is not loaded
         for file in (FILE_NAME, PARITY):
             if (onnx_dir / file).is_file() and onnx_dir.resolve() != out.resolve():
@@ -87,6 +93,18 @@ def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list
         if not (onnx_dir / PARITY).is_file():
             (out / PARITY).unlink(missing_ok=True)  # of graphs that were here before
     return passports
+
+
+def _check_foreign(out: Path) -> None:
+    """Raises BackendError where files of these names are somebody else's: an export's lie beside its manifest."""
+    try:
+        read_manifest(out)
+    except BackendError:
+        there = [name for name in (FILE_NAME, PARITY) if (out / name).exists()]
+        if there:
+            raise BackendError(
+                f"{out / there[0]}: belongs to no export, and would be replaced; choose another folder, or remove it"
+            ) from None
 
 
 def check_targets(api: TrtApi, settings: BuildSettings) -> None:
@@ -167,14 +185,11 @@ def _build_one(
     manifest: Manifest,
     graph: GraphFile,
     profiles: tuple[dict[str, Range], ...],
+    key: str,
     job: BuildJob,
     api: TrtApi,
 ) -> Passport:
     name = graph.spec.name
-    key = build_key(graph, profiles, job.settings, api)
-    there = _cached(out, name, key)
-    if there is not None:
-        return there
     cache_file = job.timing_cache or out / TIMING_CACHE
     cache = cache_file.read_bytes() if cache_file.is_file() else b""
     start = time.perf_counter()
@@ -216,11 +231,9 @@ def _cached(out: Path, name: str, key: str) -> Passport | None:
     """The passport of an engine that was built with the same key and is whole."""
     try:
         passport = read_passport(out, name)
-        engine = engine_file(out, name).read_bytes() if passport.key == key else b""
-    except (BackendError, OSError):
+    except BackendError:
         return None
-    whole = len(engine) == passport.engine_bytes and hashlib.sha256(engine).hexdigest() == passport.engine_sha256
-    return passport if passport.key == key and whole else None
+    return passport if passport.key == key and not file_differences(passport, engine_file(out, name)) else None
 
 
 def parity_summary(onnx_dir: Path) -> dict[str, float]:
@@ -236,7 +249,7 @@ def _replace(path: Path, content: bytes) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < len(content):
         raise BackendError(
-            f"{path}: {len(content) / 2**20:.0f} MiB to write, {free / 2**20:.0f} MiB free here; free some space"
+            f"{path}: {len(content) / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free here; free some space"
         )
     temporary = path.with_name(f".{path.name}{UNFINISHED}{os.getpid()}")
     try:

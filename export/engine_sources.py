@@ -14,6 +14,7 @@ from ldmseg_fast.export.engine_build import BuildJob, Ranges
 from ldmseg_fast.export.model_export import ExportSettings, export_model, is_current
 from ldmseg_fast.export.output_folder import exclusive
 from ldmseg_fast.export.parity import ParityReport
+from ldmseg_fast.pretrained import resolve_model_dir
 
 DEFAULT_PRECISION = "fp16"
 
@@ -63,7 +64,7 @@ def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityRep
         CheckpointError: a folder that is neither an export nor a model.
         BackendError: an export in another precision than the one asked for.
     """
-    source = Path(args.source)
+    source = resolve_model_dir(args.source)
     if (source / FILE_NAME).is_file():
         manifest = read_manifest(source)
         _refuse_settled(source, args)
@@ -85,7 +86,6 @@ def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityRep
         command=command,
     )
     graphs = args.out / "onnx"
-    args.out.mkdir(parents=True, exist_ok=True)
     with exclusive(args.out / ".export.lock", lambda: print(f"{graphs}: another export is under way; waiting for it")):
         if is_current(source, graphs, settings):
             print(f"graphs: {graphs}, unchanged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,14 +58,17 @@ class ExportSettings:
     command: str = ""
 
 
-def export_model(model_dir: str | Path, out: Path, settings: ExportSettings) -> ParityReport | None:
-    """Write `out`, complete or not at all.
+def export_model(
+    model_dir: str | Path, out: Path, settings: ExportSettings, progress: Callable[[str], None] = lambda _: None
+) -> ParityReport | None:
+    """Write `out`, complete or not at all. Of two processes that do so at a time one exports, the other one waits.
 
     Returns:
         The parity report, or None where it was not asked for. `out` is not written where the report is not ok.
 
     Raises:
         CheckpointError: a folder that is no model.
+        BackendError: a folder that cannot be written, a full disk.
         ExportError, ValueError: settings or a model that cannot be exported.
     """
     info = read_model_info(model_dir)
@@ -73,7 +77,10 @@ def export_model(model_dir: str | Path, out: Path, settings: ExportSettings) -> 
     if settings.data is not None:
         with comparison_data(info, settings.data, settings.split, 1):
             pass  # a wrong folder is refused before minutes of work
-    with new_folder(out, exported_files) as folder:
+    with new_folder(out, exported_files, progress) as folder:
+        if folder.waited and is_current(model_dir, out, settings):
+            folder.keep = False
+            return ParityReport.read(out / PARITY) if settings.parity else None
         write_graphs(info, folder.path, options, settings)
         return check_parity(info, folder, settings)
 
@@ -96,6 +103,8 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
         raise ExportError(f"--opset {opset}: {OPSETS[0]} to {OPSETS[-1]}; 21 is what every runtime here takes")
     if settings.precision == "bf16" and opset < BF16_OPSET:
         raise ExportError(f"--opset {opset}: ONNX has convolutions in bfloat16 from {BF16_OPSET} on")
+    if settings.parity_images < 1:
+        raise ExportError(f"--parity-images {settings.parity_images}: at least 1; --no-parity compares nothing")
     multiple = info.size_multiple
     image_size = _whole("--size", settings.size, {"model": info.image_size, "dynamic": 0})
     if image_size % multiple:
@@ -122,7 +131,9 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
 
 
 def resolve_opset(settings: ExportSettings) -> int:
-    return settings.opset or (BF16_OPSET if settings.precision == "bf16" else DEFAULT_OPSET)
+    if settings.opset is not None:
+        return settings.opset
+    return BF16_OPSET if settings.precision == "bf16" else DEFAULT_OPSET
 
 
 def exported_files(folder: Path) -> set[str]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
+import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.checkpoint import replace_folder
 
-LOCK = ".lock"
-SETTLED_SECONDS = 60
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -26,78 +26,117 @@ class ExportError(BackendError):
 
 @dataclass
 class NewFolder:
-    """A folder in the making; `keep` False drops it."""
+    """A folder in the making; `keep` False drops it. `waited`: another process has written `out` just before."""
 
     path: Path
+    waited: bool = False
     keep: bool = True
 
 
 @contextmanager
-def new_folder(out: Path, own: Callable[[Path], Collection[str]]) -> Iterator[NewFolder]:
+def new_folder(
+    out: Path, own: Callable[[Path], Collection[str]], progress: Callable[[str], None] = lambda _: None
+) -> Iterator[NewFolder]:
     """A folder beside `out` that takes its place once the block is through. What a killed process left is removed.
+
+    Two processes that write the same `out` do so one after the other.
 
     Args:
         out: the folder to write; an older one of the same kind is replaced.
         own: names in `out` that may go with the older one.
+        progress: is told when another process is waited for.
 
     Raises:
-        ExportError: `out` holds something else.
-        BackendError: the disk is full.
+        ExportError: `out` holds something else, or cannot be replaced.
+        BackendError: the disk is full, or `out` lies where nothing can be written.
     """
-    if out.exists() and not out.is_dir():
+    out = out.resolve()  # of a link, the folder that it means
+    folder = NewFolder(out.with_name(f".{out.name}.new"))
+
+    def waiting() -> None:
+        folder.waited = True
+        progress(f"{out}: another export is under way; waiting for it")
+
+    with disk_full_named(out), exclusive(out.with_name(f".{out.name}.lock"), waiting):
+        check_replaceable(out, own)
+        _tidy(out, folder.path)
+        folder.path.mkdir()
+        try:
+            yield folder
+            if folder.keep:
+                check_replaceable(out, own)  # minutes have passed
+                replace_folder(folder.path, out)
+        finally:
+            shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def check_replaceable(out: Path, own: Callable[[Path], Collection[str]]) -> None:
+    """Raises ExportError where `out` is no folder, holds something else than `own` names, or cannot be moved."""
+    if not out.exists():
+        return
+    if not out.is_dir():
         raise ExportError(f"{out}: a file; choose another folder")
-    foreign = sorted({path.name for path in out.iterdir()} - set(own(out))) if out.exists() else []
+    if out.is_mount() or out == Path.cwd():
+        raise ExportError(f"{out}: a mount point or the current folder, which cannot be replaced; name one inside it")
+    foreign = sorted({path.name for path in out.iterdir()} - set(own(out)))
     if foreign:
         names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise ExportError(f"{out}: holds something that is no export ({names}); choose another folder, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _unfinished(out) as folder, disk_full_named(out):
-        yield folder
-        if folder.keep:
-            (folder.path / LOCK).unlink()
-            replace_folder(folder.path, out)
 
 
-@contextmanager
-def _unfinished(out: Path) -> Iterator[NewFolder]:
-    """A temporary folder whose lock is held as long as this process lives."""
-    prefix = f".{out.name}.new-"
-    for path in out.parent.glob(f"{prefix}*"):
-        if _is_abandoned(path):
-            shutil.rmtree(path, ignore_errors=True)
-    folder = NewFolder(Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent)))
-    folder.path.chmod(0o755)  # mkdtemp makes it private
-    try:
-        with exclusive(folder.path / LOCK):
-            yield folder
-    finally:
-        shutil.rmtree(folder.path, ignore_errors=True)
-
-
-def _is_abandoned(folder: Path) -> bool:
-    """Whether no process holds its lock; a folder may be younger than its lock."""
-    try:
-        if time.time() - folder.stat().st_mtime < SETTLED_SECONDS:
-            return False
-        with (folder / LOCK).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # no lock in it: killed at once, or while it was being removed
-    return True
+def _tidy(out: Path, unfinished: Path) -> None:
+    """What processes left that were killed. An older folder comes back where its successor was not in place yet."""
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for old in out.parent.glob(f".{glob.escape(out.name)}.old.*"):
+        if not (old.is_dir() and old.suffix[1:].isdigit()):
+            continue  # not ours, whose names end in a process id
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(out)
 
 
 @contextmanager
 def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """One holder of the lock file at a time; a second one calls `waiting` and then waits here."""
-    with path.open("w") as file:
+    """One holder of the lock file at a time; a second one calls `waiting` and then waits here.
+
+    The file is made together with its folder, and removed by its holder; the kernel frees it when the holder is killed.
+
+    Raises:
+        BackendError: the folder cannot be written.
+    """
+    file = _lock(path, waiting)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _lock(path: Path, waiting: Callable[[], None]) -> IO[str]:
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            raise BackendError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        if _is_at(path, file):
+            return file
+        file.close()  # its last holder has removed it
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -109,5 +148,6 @@ def disk_full_named(out: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise BackendError(
-            f"{out}: the disk is full ({error.strerror}); free some space and try again, nothing was written"
+            f"{out}: the disk is full ({error.strerror}), here or in {tempfile.gettempdir()}; free some space and try "
+            f"again, nothing half-written is left"
         ) from None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,13 @@ class ParityReport:
     def to_dict(self) -> dict[str, Any]:
         rows = [asdict(row) | {"ok": row.ok} for row in self.rows]
         return {key: value for key, value in vars(self).items() if key != "rows"} | {"ok": self.ok, "rows": rows}
+
+    @classmethod
+    def read(cls, path: Path) -> ParityReport:
+        """What `to_dict` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row(*(row[item.name] for item in fields(Row))) for row in values["rows"]]
+        return cls(rows=rows, **{key: values[key] for key in ("precision", "images", "source", "latency")})
 
     def table(self) -> str:
         width = max(len(row.what) for row in self.rows)

@@ -42,9 +42,7 @@ def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Modul
     mtq = _modelopt()
     backend = TorchBackend(info, "cpu", torch.float32)
     unet: Any = backend.unet
-    for module in unet.modules():
-        if getattr(module, "fused_qkv", None) is not None:
-            module.fused_qkv = None  # modelopt knows linear layers, not bare products
+    unet.unfuse()  # modelopt knows linear layers, not bare products
     image_latents = backend.encode_image(pictures)
     noise = image_noise(0, list(range(len(pictures))), info.latent_shape)
 

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             split=args.split,
             command="python export/to_onnx.py " + shlex.join(sys.argv[1:] if argv is None else argv),
         )
-        report = export_model(args.model_dir, args.out, settings)
+        report = export_model(args.model_dir, args.out, settings, print)
     except (BackendError, CheckpointError, ConfigError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     except (BackendError, CheckpointError, ConfigError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    where = passports[0].gpu or "no GPU, ahead of time"
-    print(f"engines: {args.out} ({api.name}, {passports[0].precision}, built on {where})")
+    where = f"on {passports[0].gpu}" if passports[0].gpu else "ahead of time, without a GPU"
+    print(f"engines: {args.out} ({api.name}, {passports[0].precision}, built {where})")
     return 0
 
 

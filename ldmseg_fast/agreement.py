@@ -33,6 +33,7 @@ class TorchAgreement:
 
     Args:
         model_dir: MODEL_DIR.
+        image_size: side in pixels of what the networks see.
         sampling: the evaluation's num_inference_steps, solver and eta.
         seed, thresholds: likewise.
         make_stat: an empty PQStat as the evaluation uses it.
@@ -42,13 +43,14 @@ class TorchAgreement:
     def __init__(
         self,
         model_dir: str | Path,
+        image_size: int,
         sampling: Mapping[str, Any],
         seed: int,
         thresholds: PostprocessConfig,
         make_stat: Callable[[], PQStat],
         limit: int,
     ) -> None:
-        self.pipe = LDMSegPipeline.from_pretrained(model_dir)
+        self.pipe = LDMSegPipeline.from_pretrained(model_dir, image_size=image_size)
         self.settings = {**sampling, "seed": seed, "thresholds": thresholds}
         self.limit = limit
         self.ours, self.torch = make_stat(), make_stat()

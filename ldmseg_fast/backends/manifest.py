@@ -68,12 +68,12 @@ class Manifest:
         write_json(folder / FILE_NAME, record)
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """Raises BackendError where the folder holds no export, or one of another format."""
+def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
+    """Raises BackendError where the folder holds no export, or one of another format. `script` makes such a folder."""
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise BackendError(
-            f"{folder}: no {FILE_NAME} in it; make it with `python export/to_onnx.py MODEL_DIR --out {folder}`"
+            f"{folder}: no {FILE_NAME} in it; make it with `python export/{script} MODEL_DIR --out {folder}`"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -127,7 +127,8 @@ def at_graphs_size(info: ModelInfo, folder: str | Path, manifest: Manifest, imag
             f"{folder}: exported for pictures of {manifest.image_size} pixels, image_size={image_size} was asked for; "
             f"export with --size {image_size}, or --size dynamic"
         )
-    return info.at_size(image_size or manifest.image_size or info.image_size)
+    default = manifest.image_size or info.image_size
+    return info.at_size(default if image_size is None else image_size)
 
 
 def hash_files(folder: Path, *names: str | None) -> str:

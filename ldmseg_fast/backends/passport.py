@@ -92,11 +92,13 @@ def read_passport(folder: Path, graph: str) -> Passport:
                 f"build it again:\n  {values.get('command', 'python export/to_trt.py')}"
             )
         names = {item.name for item in fields(Passport)}
-        passport = Passport(**{key: value for key, value in values.items() if key in names})
-    except (ValueError, TypeError, AttributeError) as error:
+        values = {key: value for key, value in values.items() if key in names}
+        values["profiles"] = tuple(
+            {a: (low, best, high) for a, (low, best, high) in p.items()} for p in values["profiles"]
+        )
+        return Passport(**values | {"targets": tuple(values["targets"])})
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise BackendError(f"{path}: damaged ({error}); build the engine again") from None
-    profiles = tuple({axis: tuple(span) for axis, span in profile.items()} for profile in passport.profiles)
-    return Passport(**vars(passport) | {"profiles": profiles, "targets": tuple(passport.targets)})
 
 
 def check_passport(
@@ -132,7 +134,7 @@ def check_passport(
     for index, profile in enumerate(passport.profiles):
         if set(profile) != needed:
             differences.append(f"axes of profile {index}: {sorted(profile)}, the graph has {sorted(needed)}")
-    differences += _file_differences(passport, engine_file(folder, passport.graph))
+    differences += file_differences(passport, engine_file(folder, passport.graph))
     if differences:
         raise BackendError(
             f"{engine_file(folder, passport.graph)} does not fit: " + "; ".join(differences) + f"; {passport.rebuild}"
@@ -168,7 +170,8 @@ def _machine_differences(passport: Passport, machine: Machine) -> list[str]:
     return found
 
 
-def _file_differences(passport: Passport, path: Path) -> list[str]:
+def file_differences(passport: Passport, path: Path) -> list[str]:
+    """How the engine file differs from the one that the passport was written for."""
     if not path.is_file():
         return [f"engine file: {passport.engine_bytes} bytes, here none"]
     if path.stat().st_size != passport.engine_bytes:

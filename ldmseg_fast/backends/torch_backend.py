@@ -14,6 +14,7 @@ from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.graphs import DenoiserGraph
 from ldmseg_fast.backends.lanes import Lane, LanePool
 from ldmseg_fast.backends.loop import TorchRunner
+from ldmseg_fast.backends.packed_weights import can_pack, compile_frozen, pack_weights
 from ldmseg_fast.backends.specs import GraphOptions, denoiser
 from ldmseg_fast.checkpoint import load_component
 from ldmseg_fast.config import PostprocessConfig
@@ -51,8 +52,14 @@ class TorchBackend:
         self.image_vae = self._load("image_vae")
         self.conditioning = None if info.conditioning == "none" else self._load("conditioning")
         self.unet.fuse_qkv()
-        self._denoise = torch.compile(self.unet) if compile_networks else self.unet
-        self._encode = torch.compile(self.image_vae) if compile_networks else self.image_vae
+        self.unet.fuse_time()
+        self._denoise, self._encode = self.unet, self.image_vae
+        if compile_networks:
+            compiler: Any = compile_frozen if self.device.type == "cpu" else torch.compile
+            self._denoise, self._encode = compiler(self.unet), compiler(self.image_vae)
+        if can_pack(self.device, self.dtype):
+            for network in (self.mask_vae,) if compile_networks else (self.unet, self.image_vae, self.mask_vae):
+                pack_weights(network)
         self.cuda_graph = cuda_graph and self.device.type == "cuda"
         self._lanes = LanePool(self._make_lane, 1)
 

@@ -175,6 +175,10 @@ class TrtApi:
         cache = None
         if self.flavour == "tensorrt":
             cache = config.create_timing_cache(timing_cache)
+            if cache is None:
+                raise BackendError(
+                    f"the timing cache is damaged ({self.take_errors()}); remove it, or name another one"
+                )
             config.set_timing_cache(cache, True)
         layers = [self._describe(network.get_layer(index)) for index in range(network.num_layers)]
         engine = builder.build_serialized_network(network, config)
@@ -255,11 +259,6 @@ class TrtApi:
     def execute(self, context: Any, stream: int) -> None:
         if not context.execute_async_v3(stream):
             raise BackendError(f"{self.name} failed to run ({self.take_errors()})")
-
-    def inspect(self, engine: Any) -> str:
-        """The engine's own layer report, JSON text."""
-        inspector = engine.create_engine_inspector()
-        return str(inspector.get_engine_information(self.trt.LayerInformationFormat.JSON))
 
     @property
     def name(self) -> str:

@@ -90,7 +90,7 @@ def load_trt_backend(
         BackendError: no TensorRT, no GPU, or an engine that was not built for this model, machine, version or size.
     """
     folder = Path(engine_dir)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, "to_trt.py")
     passports = {name: read_passport(folder, name) for name in manifest.graphs}
     api = trt_api.load_api(passports["denoiser"].flavour)
     device = torch.device(device) if device is not None else api.device

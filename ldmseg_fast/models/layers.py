@@ -47,14 +47,18 @@ class ResnetBlock(nn.Module):
         self.norm1 = GroupNormSiLU(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(embed_channels, out_channels) if embed_channels else None
+        self.time_slice: slice | None = None  # of all blocks' projections; set by UNet.fuse_time for inference
         self.norm2 = GroupNormSiLU(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """x [B, C, h, w], time [B, E] (SiLU applied by the caller, once for all blocks)."""
+        """x [B, C, h, w], time [B, E] (SiLU applied by the caller, once for all blocks), or the projections of all
+        blocks side by side where `time_slice` tells which are this one's."""
         hidden = self.conv1(self.norm1(x))
-        if self.time_emb_proj is not None and time is not None:
+        if self.time_slice is not None and time is not None:
+            hidden = hidden + time[:, self.time_slice, None, None]
+        elif self.time_emb_proj is not None and time is not None:
             hidden = hidden + self.time_emb_proj(time)[:, :, None, None]
         hidden = self.conv2(self.norm2(hidden))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
@@ -77,7 +81,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         batch, tokens, channels = x.shape  # [B, N, C]
         if self.fused_qkv is not None and context is None:
-            q, k, v = F.linear(x, self.fused_qkv).view(batch, tokens, 3, self.num_heads, -1).unbind(2)
+            q, k, v = self.project_qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2)
         else:
             source = x if context is None else context
             q = self.to_q(x).view(batch, tokens, self.num_heads, -1)
@@ -85,6 +89,11 @@ class Attention(nn.Module):
             v = self.to_v(source).view(batch, source.shape[1], self.num_heads, -1)
         out = attention(q, k, v, self.backend)  # [B, N, heads, d]
         return self.to_out[0](out.reshape(batch, tokens, channels))
+
+    def project_qkv(self, x: Tensor) -> Tensor:
+        """q, k and v of x [B, N, C] in one product, [B, N, 3 C]; only where `fused_qkv` is set."""
+        assert self.fused_qkv is not None
+        return F.linear(x, self.fused_qkv)
 
 
 class GEGLU(nn.Module):

@@ -117,6 +117,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
+        self.fused_time: tuple[Tensor, Tensor] | None = None  # weight and bias; set by `fuse_time` for inference
         widths, groups, eps = config.block_out_channels, config.norm_groups, config.norm_eps
         embed = widths[0] * 4
 
@@ -208,6 +209,8 @@ class UNet(nn.Module):
         self, sample: Tensor, time: Tensor, context: Tensor | None = None, cache: FeatureCache | None = None
     ) -> Tensor:
         """`forward` from the activated time embedding [B, E] on, which a sampler may tabulate once for all steps."""
+        if self.fused_time is not None:
+            time = self.project_time(time)
         branch = -1 if cache is None else cache.branch
         features = None if cache is None else cache.features
         needed = None if features is None else branch + 1
@@ -262,6 +265,31 @@ class UNet(nn.Module):
             if isinstance(module, Attention) and module.to_k.in_features == module.to_q.in_features:
                 weights = [module.to_q.weight, module.to_k.weight, module.to_v.weight]
                 module.fused_qkv = torch.cat([weight.detach() for weight in weights])
+
+    def fuse_time(self) -> None:
+        """For inference: one product projects the time embedding for every block. The weights must not change after."""
+        blocks: list[Any] = [module for module in self.modules() if isinstance(module, ResnetBlock)]
+        projections = [block.time_emb_proj for block in blocks]
+        start = 0
+        for block, projection in zip(blocks, projections):
+            block.time_slice = slice(start, start + projection.out_features)
+            start += projection.out_features
+        weight = torch.cat([projection.weight.detach() for projection in projections])
+        self.fused_time = weight, torch.cat([projection.bias.detach() for projection in projections])
+
+    def unfuse(self) -> None:
+        """The layers as they are trained, again."""
+        self.fused_time = None
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fused_qkv = None
+            elif isinstance(module, ResnetBlock):
+                module.time_slice = None
+
+    def project_time(self, time: Tensor) -> Tensor:
+        """The blocks' projections of `time` [B, E], side by side; only where `fused_time` is set."""
+        assert self.fused_time is not None
+        return F.linear(time, *self.fused_time)
 
 
 def input_parts(config: UNetConfig) -> list[int]:

@@ -31,7 +31,6 @@ BuilderFlag = enum.Enum("BuilderFlag", "STRIP_PLAN REFIT VERSION_COMPATIBLE")
 MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE")
 ProfilingVerbosity = enum.Enum("ProfilingVerbosity", "LAYER_NAMES_ONLY DETAILED")
 HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS")
-LayerInformationFormat = enum.Enum("LayerInformationFormat", "ONELINE JSON")
 
 
 class ILogger:
@@ -158,9 +157,6 @@ class ICudaEngine:
     def create_execution_context(self):
         return IExecutionContext(self)
 
-    def create_engine_inspector(self):
-        return EngineInspector()
-
 
 class Refitter:
     refits = 0  # over all instances
@@ -180,11 +176,6 @@ class OnnxParserRefitter:
     def refit_from_file(self, model):
         onnx.load(model)
         return True
-
-
-class EngineInspector:
-    def get_engine_information(self, format):
-        return '{"Layers": []}'
 
 
 class IExecutionContext:

@@ -1,11 +1,15 @@
 """Graphs exported for any picture size serve the pipeline at other sizes; graphs of one size say why they do not."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.backends import BackendError
+from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.export import to_onnx, to_trt
 
@@ -59,3 +63,21 @@ def test_sizes_that_cannot_be(model_dir, graphs, any_size):
     for backend, folder in (("onnxruntime", any_size), ("torch", None)):
         with pytest.raises(BackendError, match="image_size=60: this model takes multiples of 8 pixels"):
             load(backend, folder, 60)
+
+
+def test_the_command_line_takes_a_size(model_dir, any_size, graphs, scenes, pictures, tmp_path, capsys):
+    Image.fromarray(pictures[0]).save(tmp_path / "p.png")
+    predict = ["predict", str(model_dir), str(tmp_path / "p.png"), "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main([*predict, "--size", "32"]) == 0 and Image.open(tmp_path / "out" / "p.png").size == (60, 50)
+    evaluate = ["evaluate", str(model_dir), "--data", str(scenes), "--steps", "1", "--limit", "2", "--no-baselines"]
+    evaluate += ["--mask-th", "0", "--count-th", "0", "--overlap-th", "0", "--json", str(tmp_path / "report.json")]
+    engine = ["--backend", "onnxruntime", "--engine-dir", str(any_size)]
+    assert main([*evaluate, "--size", "32", *engine]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["image_size"] == 32 and report["agreement"]["pixel_agreement"] > 0.999
+    capsys.readouterr()
+    for command in (predict, evaluate):
+        assert main([*command, "--size", "60"]) == 2
+        assert "image_size=60: this model takes multiples of 8 pixels" in capsys.readouterr().err
+        assert main([*command, "--size", "96", "--backend", "onnxruntime", "--engine-dir", str(graphs)]) == 2
+        assert "exported for pictures of 64 pixels, image_size=96 was asked for" in capsys.readouterr().err

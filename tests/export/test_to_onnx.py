@@ -3,9 +3,11 @@
 import errno
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +22,9 @@ from ldmseg_fast.backends.manifest import GraphFile, check_files, model_hash, re
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.specs import GraphOptions, graph_specs, sample_inputs
 from ldmseg_fast.checkpoint import CheckpointError, load_component
-from ldmseg_fast.export import model_export, output_folder, parity, to_onnx
+from ldmseg_fast.export import model_export, parity, to_onnx
 from ldmseg_fast.export.float_twin import float_twin
-from ldmseg_fast.export.graph_export import export_graph
+from ldmseg_fast.export.graph_export import OPSETS, export_graph
 from ldmseg_fast.export.model_export import exported_files
 from ldmseg_fast.export.networks import load_network, read_converted
 from ldmseg_fast.export.output_folder import new_folder
@@ -129,6 +131,19 @@ def test_any_picture_size(model_dir, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), module(**inputs)[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("opset", [opset for opset in OPSETS if opset != model_export.DEFAULT_OPSET])
+def test_every_other_opset(model_dir, tmp_path, opset):
+    info = read_model_info(model_dir)
+    spec = graph_specs(info, GraphOptions(image_size=64))["denoiser"]
+    module = build_graph(spec, info, {"unet": load_network(info, "unet", torch.float32)})
+    export_graph(spec, module, info, tmp_path, opset, {})
+    session = onnxruntime.InferenceSession(str(tmp_path / "denoiser.onnx"))
+    for batch in (1, 3):
+        inputs = sample_inputs(spec, info, {"batch": batch})
+        found = session.run(["model_output"], {name: value.numpy() for name, value in inputs.items()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), module(**inputs)[0], rtol=0, atol=1e-4)
+
+
 def test_large_weights_go_beside_the_graph(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("ldmseg_fast.export.graph_export.EMBEDDED_BYTES", 0)
     info = read_model_info(model_dir)
@@ -142,6 +157,8 @@ def test_large_weights_go_beside_the_graph(model_dir, tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--opset", "12"], "--opset 12: 18 to 23"),
+        (["--opset", "0"], "--opset 0: 18 to 23"),
+        (["--parity-images", "0"], "--parity-images 0: at least 1"),
         (["--opset", "24"], "--opset 24: 18 to 23"),
         (["--precision", "bf16", "--opset", "21"], "bfloat16 from 22 on"),
         (["--size", "60"], "--size 60: this model needs a multiple of 8"),
@@ -172,8 +189,6 @@ def test_folders_that_are_no_models(model_dir, tmp_path, capsys):
 
 
 def test_a_missed_tolerance_fails_and_writes_nothing(model_dir, graphs, tmp_path, capsys, monkeypatch):
-    import shutil
-
     def copy(info, folder, options, settings):
         shutil.copytree(graphs, folder, dirs_exist_ok=True)
 
@@ -228,21 +243,86 @@ def _export_and_wait(out: Path, ready) -> None:
         time.sleep(60)
 
 
-def test_a_killed_export_leaves_nothing_that_stays(tmp_path, monkeypatch):
+def test_a_second_export_waits_and_clears_up_after_a_killed_one(tmp_path):
     context = multiprocessing.get_context("fork")
-    ready, out = context.Event(), tmp_path / "out"
+    ready, out, said = context.Event(), tmp_path / "out", []
     worker = context.Process(target=_export_and_wait, args=(out, ready))
     worker.start()
-    assert ready.wait(30)
-    monkeypatch.setattr(output_folder, "SETTLED_SECONDS", 0)
-    with new_folder(out, exported_files) as folder:
-        folder.keep = False
-    assert len(list(tmp_path.iterdir())) == 1  # the other process is alive, and its folder is left to it
-    worker.kill()
+    assert ready.wait(30) and not out.exists()
+
+    def waiting(text):
+        said.append(text)
+        worker.kill()
+
+    with new_folder(out, exported_files, waiting) as folder:
+        assert folder.waited and not list(folder.path.iterdir())
+        (folder.path / "export.json").write_text("new")
     worker.join(30)
-    with new_folder(out, exported_files):
-        pass
+    assert "another export is under way; waiting" in said[0]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_exports_at_a_time_make_one(model_dir, graphs, tmp_path, monkeypatch):
+    written, said = [], []
+
+    def write(info, folder, options, settings):
+        written.append(folder)
+        time.sleep(0.5)
+        shutil.copytree(graphs, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(model_export, "write_graphs", write)
+    monkeypatch.setattr(model_export, "check_parity", lambda *_: parity.ParityReport.read(graphs / "parity.json"))
+    settings = model_export.ExportSettings(head="both", sampler_steps="2", parity_images=4)
+
+    def export(_):
+        return model_export.export_model(model_dir, tmp_path / "g", settings, said.append)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(export, range(2))
+    assert len(written) == len(said) == 1 and "another export is under way; waiting" in said[0]
+    assert one == other and one.ok
+    check_files(tmp_path / "g", read_manifest(tmp_path / "g"))
+    assert [path.name for path in tmp_path.iterdir()] == ["g"]
+
+
+def test_an_export_killed_in_the_last_moment(tmp_path):
+    """Between the two renames: the older export is found again."""
+    old = tmp_path / ".out.old.123"
+    old.mkdir()
+    (old / "export.json").write_text("old")
+    (tmp_path / ".out.old.zip").write_text("mine")
+    with new_folder(tmp_path / "out", exported_files) as folder:
+        folder.keep = False
+    assert (tmp_path / "out" / "export.json").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.old.zip", "out"]
+
+
+def test_what_comes_while_the_export_runs_is_not_deleted(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(BackendError, match=r"no export \(mine\.txt\)"), new_folder(out, exported_files):
+        out.mkdir()
+        (out / "mine.txt").write_text("meanwhile")
+    assert (out / "mine.txt").read_text() == "meanwhile"
+
+
+def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link", exported_files) as folder:
+        (folder.path / "export.json").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "export.json").read_text() == "new"
+    monkeypatch.chdir(tmp_path / "real")
+    with (
+        pytest.raises(BackendError, match="the current folder, which cannot be replaced"),
+        new_folder(Path(), exported_files),
+    ):
+        pass
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(BackendError, match=r"file: cannot be written \(File exists\); choose another folder"),
+        new_folder(tmp_path / "file" / "out", exported_files),
+    ):
+        pass
 
 
 def test_weights_are_read_in_another_type(model_dir):

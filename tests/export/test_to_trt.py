@@ -1,12 +1,11 @@
 """`to_trt.py`: real TensorRT-RTX builds without a GPU; cache, lock and refusals through the double."""
 
-import ast
 import fcntl
 import json
 import multiprocessing
-import re
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,17 +17,8 @@ from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.backends.manifest import read_manifest
 from ldmseg_fast.backends.passport import read_passport
 from ldmseg_fast.backends.trt_api import Machine, load_api
-from ldmseg_fast.export import engine_build, model_export, output_folder, to_trt
-
-ROOT = Path(__file__).resolve().parents[2]
-# of the documented removals in TensorRT 11, https://docs.nvidia.com/deeplearning/tensorrt: names this code could use
-REMOVED_IN_11 = {
-    "FP16", "INT8", "BF16", "FP8", "INT4", "FP4", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS",
-    "DIRECT_IO", "int8_calibrator", "set_calibration_profile", "set_quantization_flag", "device_memory_size",
-    "get_device_memory_size_for_profile", "platform_has_fast_fp16", "platform_has_fast_int8", "set_output_type",
-    "reset_precision", "EXPLICIT_BATCH", "execute_async", "execute_async_v2", "max_batch_size", "build_engine",
-    "max_workspace_size", "get_binding_index", "num_bindings", "algorithm_selector",
-}  # fmt: skip
+from ldmseg_fast.export import engine_build, engine_sources, model_export, output_folder, to_trt
+from ldmseg_fast.pretrained import resolve_model_dir
 
 
 @pytest.fixture(scope="module")
@@ -97,64 +87,6 @@ def test_a_damaged_graph_is_refused_by_the_parser(rtx, tmp_path):
         rtx.build(tmp_path / "bad.onnx", [], trt_api.BuildSettings(("portable",)))
 
 
-def bindings_of(module, kind: str, name: str) -> list[str] | None:
-    """Parameter names that the real bindings document for a method; None for a plain attribute."""
-    member = getattr(getattr(module, kind), name)
-    signature = re.search(rf"(?:^|\n)(?:\d+\. )?{name}\((.*?)\) -> ", str(member.__doc__ or ""))
-    if not callable(member) or signature is None:
-        return None
-    return [part.split(":")[0].strip() for part in re.split(r", (?=\w+:)", signature.group(1))][1:]
-
-
-def test_the_double_has_the_real_names_and_parameters(rtx, double):
-    kinds = [
-        "Runtime", "ICudaEngine", "IExecutionContext", "Builder", "IBuilderConfig", "IOptimizationProfile",
-        "OnnxParser", "INetworkDefinition", "EngineInspector", "ITimingCache", "Refitter", "OnnxParserRefitter",
-    ]  # fmt: skip
-    own = {"builds", "deserialized", "refits"}  # the double's counters
-    checked = 0
-    for kind in kinds:
-        members = {name: value for name, value in vars(getattr(double, kind)).items() if name[0] != "_"}
-        for name, member in members.items():
-            if name in own:
-                continue
-            assert hasattr(getattr(rtx.trt, kind), name), f"{kind}.{name} is not in the real bindings"
-            real = bindings_of(rtx.trt, kind, name)
-            if real is not None and callable(member):
-                ours = list(member.__code__.co_varnames[1 : member.__code__.co_argcount])
-                assert ours == real[: len(ours)], f"{kind}.{name}{ours}, the real one has {real}"
-                checked += 1
-    assert checked >= 20
-    for enum in ("BuilderFlag", "MemoryPoolType", "ProfilingVerbosity", "HardwareCompatibilityLevel"):
-        assert set(getattr(double, enum).__members__) <= set(getattr(rtx.trt, enum).__members__)
-
-
-def test_every_name_that_is_used_exists(rtx):
-    """Each attribute that `trt_api` reads off a TensorRT object is in the real bindings, and none that 11 removed."""
-    source = ast.parse((ROOT / "ldmseg_fast" / "backends" / "trt_api.py").read_text(encoding="utf-8"))
-    objects = {
-        "trt": rtx.trt, "builder": rtx.trt.Builder, "network": rtx.trt.INetworkDefinition, "parser": rtx.trt.OnnxParser,
-        "config": rtx.trt.IBuilderConfig, "profile": rtx.trt.IOptimizationProfile, "runtime": rtx.trt.Runtime,
-        "engine": rtx.trt.ICudaEngine, "context": rtx.trt.IExecutionContext, "inspector": rtx.trt.EngineInspector,
-        "layer": rtx.trt.ILayer, "cache": rtx.trt.ITimingCache, "refitter": rtx.trt.Refitter,
-        "weights": rtx.trt.OnnxParserRefitter,
-    }  # fmt: skip
-    used = set()
-    for node in ast.walk(source):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in objects:
-            used.add((node.value.id, node.attr))
-    for owner, name in used:
-        assert hasattr(objects[owner], name), f"{owner}.{name} is not in the real bindings"
-    flags = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    assert {"STRIP_PLAN", "REFIT", "VERSION_COMPATIBLE"} <= flags
-    assert len(used) >= 30 and not {name for _, name in used} & REMOVED_IN_11
-    other = [path for path in (ROOT / "ldmseg_fast").rglob("*.py") if path.name not in ("trt_api.py", "doctor.py")]
-    for path in [*other, *(ROOT / "export").glob("*.py")]:
-        imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
-        names = {alias.name for n in imports for alias in n.names} | {getattr(n, "module", None) for n in imports}
-        assert not names & {"tensorrt", "tensorrt_rtx"}, f"{path} uses TensorRT without the shim"
-
-
 def test_tensorrt_10_is_told_to_type_strongly(double):
     from ldmseg_fast.backends.trt_api import TrtApi
 
@@ -203,10 +135,11 @@ def test_a_model_is_exported_once(model_dir, trt, tmp_path, capsys):
 
 def test_what_a_killed_build_left_is_removed(graphs, trt, tmp_path):
     (tmp_path / "e").mkdir()
-    (tmp_path / "e" / ".denoiser.engine.new-123").write_bytes(b"half an engine")
-    (tmp_path / "e" / ".onnx.new-abc").mkdir()
+    (tmp_path / "e" / ".denoiser.engine.ldmseg-new-123").write_bytes(b"half an engine")
+    (tmp_path / "e" / ".denoiser.passport.json.123").write_bytes(b"half a passport")
+    (tmp_path / "e" / ".mine.new-abc").write_bytes(b"not ours")
     assert to_trt.main([str(graphs), "--out", str(tmp_path / "e")]) == 0
-    assert [path.name for path in (tmp_path / "e").glob(".*new*")] == [".onnx.new-abc"]
+    assert [path.name for path in (tmp_path / "e").glob(".*")] == [".mine.new-abc"]
 
 
 def test_a_waiting_builder_says_so(tmp_path):
@@ -223,7 +156,6 @@ def test_a_waiting_builder_says_so(tmp_path):
 
 def _build_in_a_process(graphs: str, out: str, log: str) -> None:
     """A builder that takes its time, so that a second one must wait for it."""
-    import time
 
     def build(self, onnx_file, shapes, settings, timing_cache=b""):
         with Path(log).open("a") as file:
@@ -254,6 +186,53 @@ def test_two_builders_make_one_build(graphs, tmp_path):
     assert sorted(built) == sorted(set(built)) and len(built) == 4
 
 
+def test_a_killed_build_is_not_loaded_and_goes_on(model_dir, graphs, trt, double, tmp_path):
+    out = tmp_path / "e"
+    arguments = (str(graphs), str(out), str(tmp_path / "log"))
+    worker = multiprocessing.get_context("fork").Process(target=_build_in_a_process, args=arguments)
+    worker.start()
+    deadline = time.monotonic() + 60
+    while not (out / "image_encoder.passport.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    worker.kill()
+    worker.join(30)
+    assert (out / "image_encoder.engine").exists() and (out / ".lock").exists()
+    with pytest.raises(BackendError, match=r"no export\.json in it; make it with `python export/to_trt\.py"):
+        load_backend(model_dir, "tensorrt", out)
+    assert to_trt.main([str(graphs), "--out", str(out), "--max-batch", "2"]) == 0
+    load_backend(model_dir, "tensorrt", out)
+    assert not list(out.glob(".*"))
+
+
+def test_files_of_others_are_not_replaced(graphs, trt, tmp_path, capsys):
+    for name in ("export.json", "parity.json"):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_text("mine")
+        assert to_trt.main([str(graphs), "--out", str(out)]) == 2
+        assert f"{name}: belongs to no export, and would be replaced" in capsys.readouterr().err
+        assert [path.read_text() for path in out.iterdir()] == ["mine"]
+    (tmp_path / "free").mkdir()
+    (tmp_path / "free" / "thesis.tex").write_text("all of it")
+    assert to_trt.main([str(graphs), "--out", str(tmp_path / "free")]) == 0
+    assert (tmp_path / "free" / "thesis.tex").read_text() == "all of it"
+    assert "image_encoder: 0." in capsys.readouterr().out
+    assert to_trt.main([str(graphs), "--out", str(tmp_path / "free")]) == 0
+    assert capsys.readouterr().out.count("MiB, unchanged") == 4
+
+
+def test_a_shipped_model_goes_by_its_name(trt, double, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def export(model_dir, out, settings):
+        asked.append(Path(model_dir))
+        raise BackendError("enough")
+
+    monkeypatch.setattr(engine_sources, "export_model", export)
+    assert to_trt.main(["tiny", "--out", str(tmp_path / "e")]) == 2
+    assert asked == [resolve_model_dir("tiny")]
+
+
 def test_a_full_disk_leaves_no_half_engine(graphs, trt, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(engine_build.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     assert to_trt.main([str(graphs), "--out", str(tmp_path / "e")]) == 2
@@ -268,7 +247,7 @@ def test_a_full_disk_leaves_no_half_engine(graphs, trt, tmp_path, capsys, monkey
     monkeypatch.setattr(engine_build.os, "fsync", full)
     assert to_trt.main([str(graphs), "--out", str(tmp_path / "e")]) == 2
     assert "the disk is full" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "e").iterdir()] == [".lock"]
+    assert not list((tmp_path / "e").iterdir())
 
 
 def test_an_interrupted_rebuild_is_not_loaded(graphs, trt, double, tmp_path, monkeypatch, capsys):

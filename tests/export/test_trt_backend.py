@@ -203,6 +203,15 @@ def test_engines_without_passport_or_changed_on_disk(model_dir, engines, trt, do
     (tmp_path / "b" / "denoiser.engine").unlink()
     with pytest.raises(BackendError, match=r"bytes, here none"):
         load_backend(model_dir, "tensorrt", tmp_path / "b")
+    shutil.copytree(engines, tmp_path / "c")
+    for values in (
+        {"profiles": None},
+        {"profiles": [{"batch": [1, 4]}]},
+        {"profiles": [{"batch": [1, 1, 4]}], "targets": 5},
+    ):
+        edit(tmp_path / "c", "denoiser", **values)
+        with pytest.raises(BackendError, match=r"denoiser\.passport\.json: damaged"):
+            load_backend(model_dir, "tensorrt", tmp_path / "c")
     (tmp_path / "b" / "denoiser.passport.json").write_text("[]")
     with pytest.raises(BackendError, match="damaged"):
         load_backend(model_dir, "tensorrt", tmp_path / "b")

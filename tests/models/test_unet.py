@@ -114,8 +114,26 @@ def test_fused_projections_change_nothing():
     unet = UNet(replace(SMALL, conditioning="learned", cross_attention_dim=16)).eval()
     inputs = torch.randn(2, 12, 8, 8), torch.tensor([5, 900]), torch.randn(2, 3, 16)
     before = unet(*inputs)
+    names = unet.state_dict().keys()
     unet.fuse_qkv()
+    unet.fuse_time()
     torch.testing.assert_close(unet(*inputs), before, rtol=1e-5, atol=1e-5)
+    assert unet.state_dict().keys() == names
+    unet.unfuse()
+    assert torch.equal(unet(*inputs), before)
+    assert unet.half().fused_time is None and not any(getattr(m, "time_slice", None) for m in unet.modules())
+
+
+@torch.no_grad()
+def test_the_fused_time_is_what_each_block_computes():
+    unet = UNet(replace(SMALL, separate_conv_in=True, separate_image_encoder=True)).eval()
+    time = torch.randn(2, unet.time_embedding.linear_2.out_features)
+    unet.fuse_time()
+    found = unet.project_time(time)
+    blocks = [module for module in unet.modules() if getattr(module, "time_slice", None)]
+    assert found.shape[1] == sum(block.time_emb_proj.out_features for block in blocks) and len(blocks) > 8
+    for block in blocks:
+        torch.testing.assert_close(found[:, block.time_slice], block.time_emb_proj(time))
 
 
 @torch.no_grad()
