@@ -1,8 +1,9 @@
-"""Two result files of one suite, row by row: python benchmarks/compare.py BEFORE AFTER [--force] [--all]
+"""Two result files of one suite, row by row: python benchmarks/compare.py BEFORE AFTER [--ratios] [--force] [--all]
 
-A time is a regression where its p20 is over the p80 of before and its median is more than 3 % longer. Values without
-a spread of their own (bytes, PQ, images/s of one sample) are shown and not judged. Exit code 1 on a regression, 2 where
-the files cannot be compared: another suite, or another machine (unless --force).
+A time is a regression where its p20 is over the p80 of before and its median is more than 3 % longer. With --ratios
+each time is first divided by its baseline's median in the same run, so that a load on the whole machine cancels.
+Values without a spread of their own (bytes, PQ, images/s of one sample) are shown and not judged. Exit code 1 on a
+regression, 2 where the files cannot be compared: another suite, or another machine (unless --force).
 """
 
 from __future__ import annotations
@@ -45,19 +46,32 @@ def machine(environment: dict[str, Any]) -> str:
     return f"{cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} threads"
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[Change], list[str]]:
-    """The rows that both records have, and the names of those that one lacks."""
+def compare(before: dict[str, Any], after: dict[str, Any], ratios: bool = False) -> tuple[list[Change], list[str]]:
+    """The rows that both records have, and the names of those that one lacks. `ratios`: times relative to the
+    baseline of their own run; rows without one, and the baselines, are left out."""
     old, new = (_keyed(record) for record in (before, after))
+    if ratios:
+        old, new = ({key: _relative(row) for key, row in rows.items() if _has_ratio(row)} for rows in (old, new))
     changes = [_change(key, old[key], new[key]) for key in old if key in new]
     lone = [f"only before: {key}" for key in old if key not in new] + [f"only after: {k}" for k in new if k not in old]
     return changes, lone
+
+
+def _has_ratio(row: dict[str, Any]) -> bool:
+    return bool(row.get("ratio")) and row["variant"] != row["baseline"]
+
+
+def _relative(row: dict[str, Any]) -> dict[str, Any]:
+    baseline = row["p50"] * row["ratio"]
+    return row | {"unit": "x time"} | {key: row[key] / baseline for key in ("p20", "p50", "p80")}
 
 
 def _keyed(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     keyed = {}
     for row in record["results"]:
         case = " ".join(f"{key}={json.dumps(value)}" for key, value in sorted(row["case"].items()))
-        keyed[" | ".join(part for part in (row["name"], case, row["variant"]) if part)] = row
+        unit = f"in {row['unit']}" if row["unit"] != "ms" else ""  # the same quantity in another unit is another row
+        keyed[" | ".join(part for part in (row["name"], case, row["variant"], unit) if part)] = row
     return keyed
 
 
@@ -77,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
+    parser.add_argument("--ratios", action="store_true", help="times relative to the baseline of the same run")
     parser.add_argument("--force", action="store_true", help="compare runs of different machines")
     parser.add_argument("--all", action="store_true", help="also rows that stayed within the spread")
     args = parser.parse_args(argv)
@@ -92,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     if machines[0] != machines[1] and not args.force:
         print(f"measured on {machines[0]} and on {machines[1]}; --force compares them all the same", file=sys.stderr)
         return 2
-    changes, lone = compare(before, after)
+    changes, lone = compare(before, after, args.ratios)
     for change in changes:
         if args.all or change.verdict != "within the spread":
             numbers = f"{change.before:>10.4g} -> {change.after:<10.4g} {change.unit:<9} {change.ratio:6.2f}x"

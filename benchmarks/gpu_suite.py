@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,6 @@ if __package__ in (None, ""):
 
 from benchmarks.gpu_targets import format_table
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, read_results
-from benchmarks.random_model import save_random_model
-from ldmseg_fast.config import PRESETS
 
 CLOSING_SECONDS = 5.0  # for the table and the file
 LEAST_SECONDS = 10.0  # under that a part is not begun
@@ -59,16 +58,18 @@ def script(name: str, *arguments: object) -> tuple[str, ...]:
 
 
 def make_parts(device: str, quick: bool, model: Path, out: Path) -> list[Part]:
-    """The suite, most valuable part first."""
+    """The suite, most valuable part first; the parts after "random weights" read `model`, which it writes."""
+    preset = "tiny" if quick else "coco"
     common = ("--model", model, "--device", device, "--out", out, "--minutes", "{minutes}", "--sizes", "480x640")
     variants = ["torch float32"] if device == "cpu" else ["torch bfloat16", "torch bfloat16, graph", "compile bfloat16"]
     latency = (*(["--quick"] if quick else []), "--variants", *variants, "plain torch, compile", "diffusers, compile")
     # the kernels' tests run first and in parallel; where they are red or late, no kernel is timed
     tests = () if importlib.util.find_spec("pytest") and not quick else ("--no-tests",)
     steps, batches = ((2,), (1,)) if quick else ((50, 4, 1), (1, 16))
-    training = ("--config", "tiny" if quick else "coco", "--no-zero", "--quick", "--minutes", "{minutes}", "--out", out)
+    training = ("--config", preset, "--no-zero", "--quick", "--minutes", "{minutes}", "--out", out)
     return [
         Part("kernels", script("bench_kernels", "--quick", *tests, "--minutes", "{minutes}", "--out", out), 0.45),
+        Part("random weights", script("random_model", "--preset", preset, "--out", model), 0.5),
         Part("UNet step", script("bench_latency", *common, *latency, "--parts", "step", "--batch", *batches), 0.4),
         Part(
             "whole image",
@@ -96,7 +97,9 @@ def run_part(part: Part, seconds: float) -> Outcome:
             status = "failed" if process.wait(seconds) else "passed"
         except subprocess.TimeoutExpired:
             status = "late"
-            os.killpg(process.pid, signal.SIGKILL)
+        finally:  # also where the suite itself is ended, and for what a finished part has left behind
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         log.seek(0)
         output = log.read().replace(str(ROOT), ".")
@@ -138,21 +141,28 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here; --quick --device cpu walks through the parts", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside; what was measured is kept"))
     run = Run("gpu", quick=args.quick)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "results"
         out.mkdir()
-        preset = "tiny" if args.quick else "coco"
-        model = save_random_model(Path(scratch) / f"{preset}-random-weights", PRESETS[preset])
-        parts: list[Part] = make_parts(args.device, args.quick, model, out)
+        parts: list[Part] = make_parts(args.device, args.quick, Path(scratch) / "model-random-weights", out)
         if args.only:
-            parts = [part for part in parts if part.name in args.only]
-        run_suite(run, parts, out, started + 60 * args.minutes)
+            parts = [part for part in parts if part.name in (*args.only, "random weights")]
+        try:
+            run_suite(run, parts, out, started + 60 * args.minutes)
+        finally:
+            if run.results:
+                close(run, args.out)
+    return 0
+
+
+def close(run: Run, out: Path) -> None:
+    """The file first, then the table."""
+    run.save(out)
     print(format_table(run.results))
-    run.save(args.out)
     outcomes: dict[str, Any] = {row["variant"]: row["status"] for row in run.results if row["name"] == "part"}
     print(json.dumps(outcomes))
-    return 0
 
 
 if __name__ == "__main__":

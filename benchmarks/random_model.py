@@ -1,12 +1,20 @@
-"""A model to time: a folder of trained weights, or a preset's sizes with random ones."""
+"""A model to time: a folder of trained weights, or a preset's sizes with random ones.
+
+python benchmarks/random_model.py --preset tiny|coco --out MODEL_DIR
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ldmseg_fast.checkpoint import postprocess_settings, save_component, save_index
 from ldmseg_fast.config import PRESETS, Config
@@ -47,3 +55,16 @@ def find_model(model: str | None, preset: str, scratch: Path) -> tuple[Path, str
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder}: no model_index.json; give a MODEL_DIR, or --preset {preset}")
     return folder, folder.name
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), required=True)
+    parser.add_argument("--out", type=Path, metavar="MODEL_DIR", required=True)
+    args = parser.parse_args(argv)
+    print(save_random_model(args.out, PRESETS[args.preset]).name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,11 @@
 """The README's tables, benchmarks/REPORT.md and an offline page with plots, all from the result files.
 
-    python benchmarks/report.py              renews the README's tables and REPORT.md
-    python benchmarks/report.py --html FILE  also the page with plots (needs matplotlib)
+    python benchmarks/report.py              renews the README's tables, REPORT.md and, beside it, REPORT.html
+    python benchmarks/report.py --html FILE  the page elsewhere
     python benchmarks/report.py --check      writes nothing; exit code 1 where README or REPORT.md is not current
+
+The page is one file that asks nothing of the network. It needs matplotlib, and is made of the same files as REPORT.md,
+so it is not kept in git.
 
 In the README each table stands between `<!-- results:SUITE -->` and `<!-- end -->`.
 """
@@ -10,6 +13,7 @@ In the README each table stands between `<!-- results:SUITE -->` and `<!-- end -
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -23,6 +27,7 @@ from benchmarks.report_tables import RESULTS, load_rows, machine, sources, suite
 from benchmarks.scaling import scaling_section
 
 __all__ = ["load_rows", "main", "render", "report"]
+PAGE = ROOT / "benchmarks" / "REPORT.html"
 MARKERS = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUITES = {
     "latency": "One picture, whole and stage by stage",
@@ -78,7 +83,7 @@ def gpu_section(folder: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file is not current")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also a page with plots")
+    parser.add_argument("--html", type=Path, metavar="FILE", default=PAGE, help="where the page with plots goes")
     args = parser.parse_args(argv)
     readme, whole = ROOT / "README.md", ROOT / "benchmarks" / "REPORT.md"
     old = {path: path.read_text(encoding="utf-8") if path.is_file() else "" for path in (readme, whole)}
@@ -90,10 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         return int(bool(stale))
     for path in stale:
         path.write_text(new[path], encoding="utf-8")
-    if args.html is not None:
-        from benchmarks.report_plots import write_page
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{args.html.name}: not written, the plots need matplotlib: pip install -e '.[demo]'", file=sys.stderr)
+        return 0
+    from benchmarks.report_page import write_page
 
-        write_page(args.html)
+    write_page(args.html)
     return 0
 
 

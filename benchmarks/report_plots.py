@@ -1,39 +1,46 @@
-"""The offline page with plots: latency against steps, stages, roofline, training, quality against time."""
+"""Plots as SVG for the offline page: latency against steps, stages, roofline, training, quality against time."""
 
 from __future__ import annotations
 
 import io
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.report_tables import RESULTS, Row, load_rows, machine, suite_table
-from ldmseg_fast.report import Page
+from benchmarks.report_tables import Row
 
 STAGES = ("decode file", "pre-process", "image encoder", "10 steps", "decoder and head", "write files")
 TRAINING = ("engine: data", "engine: encode", "engine: forward", "engine: backward", "engine: step")
 
 
-def figure(draw: Callable[[Any], None]) -> bytes:
-    """One pair of axes, drawn on by `draw`, as a PNG."""
+INK = "#123456"  # stands for the page's own colour of text while matplotlib draws
+FAINT, STRONG = "#8b8b8b", "#3b82c4"  # both can be seen on white and on black
+
+
+def figure(draw: Callable[[Any], None], height: float = 3.8) -> str:
+    """One pair of axes, drawn on by `draw`, as an SVG element of 8.2 x `height` inches, without a background; text and
+    frame have the page's colour."""
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", **ink}
+    buffer = io.StringIO()
+    with matplotlib.rc_context(settings):
+        made = Figure(figsize=(8.2, height), layout="tight")
+        axes = FigureCanvasSVG(made).figure.subplots()
+        draw(axes)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        made.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace(INK, "currentColor")
 
-    made, axes = pyplot.subplots(figsize=(8.2, 3.8), dpi=110)
-    draw(axes)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    made.tight_layout()
-    buffer = io.BytesIO()
-    made.savefig(buffer, format="png")
-    pyplot.close(made)
-    return buffer.getvalue()
 
-
-def latency_against_steps(rows: Sequence[Row]) -> bytes | None:
+def latency_against_steps(rows: Sequence[Row]) -> str | None:
     """A line per variant at batch 1, for the size that was measured first."""
     rows = [row for row in rows if row["name"] == "whole image" and row["case"]["batch"] == 1]
     if not rows:
@@ -53,7 +60,7 @@ def latency_against_steps(rows: Sequence[Row]) -> bytes | None:
     return figure(draw)
 
 
-def bars(groups: dict[str, dict[str, float]], order: Sequence[str]) -> bytes:
+def bars(groups: dict[str, dict[str, float]], order: Sequence[str]) -> str:
     """A stacked horizontal bar per group, milliseconds."""
 
     def draw(axes: Any) -> None:
@@ -66,10 +73,10 @@ def bars(groups: dict[str, dict[str, float]], order: Sequence[str]) -> bytes:
         axes.set_xlabel("ms")
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    return figure(draw)
+    return figure(draw, 1.6 + 0.4 * len(groups))
 
 
-def stage_waterfall(rows: Sequence[Row]) -> bytes | None:
+def stage_waterfall(rows: Sequence[Row]) -> str | None:
     """Where a picture's time goes, a bar per variant, for the size that was measured first."""
     rows = [row for row in rows if row["name"] in STAGES]
     groups: dict[str, dict[str, float]] = defaultdict(dict)
@@ -79,13 +86,13 @@ def stage_waterfall(rows: Sequence[Row]) -> bytes | None:
     return bars(groups, STAGES) if groups else None
 
 
-def training_breakdown(rows: Sequence[Row]) -> bytes | None:
+def training_breakdown(rows: Sequence[Row]) -> str | None:
     """Where a training step's time goes."""
     groups = {"engine": {row["name"]: row["value"] for row in rows if row["name"] in TRAINING}}
     return bars(groups, TRAINING) if groups["engine"] else None
 
 
-def roofline(rows: Sequence[Row]) -> bytes:
+def roofline(rows: Sequence[Row]) -> str:
     """Kernels under the data sheet's roof: measured ones as dots, all others where the floor would be, hollow."""
     from ldmseg_fast.kernels.cases import all_cases
     from ldmseg_fast.kernels.roofline import GPUS, find_gpu, floor_us
@@ -103,17 +110,17 @@ def roofline(rows: Sequence[Row]) -> bytes:
 
     def draw(axes: Any) -> None:
         x = [2.0**power for power in range(0, 14)]
-        axes.plot(x, [min(gpu.half_operations, v * gpu.bandwidth) / 1e12 for v in x], color="#444", linewidth=1.2)
-        axes.scatter(*zip(*floors), facecolors="none", edgecolors="#888", label="the kernel's floor")
+        axes.plot(x, [min(gpu.half_operations, v * gpu.bandwidth) / 1e12 for v in x], color=FAINT, linewidth=1.2)
+        axes.scatter(*zip(*floors), facecolors="none", edgecolors=FAINT, label="the kernel's floor")
         if measured:
-            axes.scatter(*zip(*measured), color="#2b6cb0", label=f"measured on {name}")
+            axes.scatter(*zip(*measured), color=STRONG, label=f"measured on {name}")
         axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel=f"TFLOP/s, {gpu.name}")
         axes.legend(frameon=False, fontsize=8)
 
     return figure(draw)
 
 
-def quality_against_time(rows: Sequence[Row]) -> bytes | None:
+def quality_against_time(rows: Sequence[Row]) -> str | None:
     """PQ on held-out images against milliseconds an image, one dot per number of steps."""
     lines: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
     for row in rows:
@@ -134,31 +141,10 @@ def quality_against_time(rows: Sequence[Row]) -> bytes | None:
     return figure(draw)
 
 
-PLOTS: tuple[tuple[str, str, Callable[[Sequence[Row]], bytes | None]], ...] = (
+PLOTS: tuple[tuple[str, str, Callable[[Sequence[Row]], str | None]], ...] = (
     ("Latency against steps", "latency", latency_against_steps),
     ("Where a picture's time goes", "latency", stage_waterfall),
     ("Where a training step's time goes", "training", training_breakdown),
     ("Quality against time", "quality", quality_against_time),
     ("Kernels under the roof", "kernels", roofline),
 )
-
-
-def write_page(path: Path, folder: Path = RESULTS) -> None:
-    """Everything in one HTML file. Needs matplotlib."""
-    from benchmarks.scaling import scaling_section
-
-    page = Page("What was measured")
-    for title, suite, plot in PLOTS:
-        rows = load_rows(suite, folder) or (load_rows("gpu", folder) if suite == "kernels" else [])
-        page.heading(title)
-        png = plot(rows)
-        if png is None:
-            page.text(f"Not measured yet: benchmarks/bench_{suite}.py", "note")
-        else:
-            page.picture(png, f"{title}; {machine(rows) or 'data-sheet values, not measured yet'}")
-    for suite in ("latency", "throughput", "training", "data", "evaluation", "export", "quality"):
-        if made := suite_table(suite, folder):
-            page.details(f"table: {suite}", made)
-    page.details("scaling, on paper", scaling_section(folder))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.write(path)

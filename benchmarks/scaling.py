@@ -3,14 +3,16 @@
 python benchmarks/scaling.py [--gpu H100|H200] [--zero 1] [--batch 256] [--micro-batch 32] [--cores 12] [--share 0.4]
 
 Time of a step: operations over a share of the GPU's peak, the optimiser's bytes over its memory bandwidth, what the
-reduction does not hide behind the backward pass, and the input pipeline where it is slower than all that. The form is
-fitted to, and tested on, what was measured (`fit`); peaks and links are data-sheet values.
+reduction does not hide behind the backward pass, and the input pipeline where it is slower than all that. The form, so
+much a call and so much an operation, is fitted to what was measured on a CPU, each kind of work by itself, and tested
+on points that were left out; `bench_scaling.py` measures them. Peaks and links are data-sheet values.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +26,7 @@ if __package__ in (None, "") and str(Path(__file__).resolve().parents[1]) not in
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report_tables import RESULTS, load_rows, table
-from ldmseg_fast.config import COCO, TINY, Config
+from ldmseg_fast.config import COCO, Config
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.training.estimate import Counts, activation_memory, count_parameters, state_memory
 
@@ -33,6 +35,7 @@ PER_NODE = 8
 ITERATIONS, GLOBAL_BATCH = 200_000, 256  # the paper's run on COCO
 # AdamW and the moving average in float32: weight, gradient, two moments and average read, all but the gradient written
 OPTIMIZER_BYTES = 4 * (5 + 4)
+STEP, PASSES = "denoising step", "forward and backward"
 # shares of the bfloat16 peak: what MosaicML published for SD 2 on A100s, and our target
 SHARES = (0.28, 0.40)
 
@@ -62,6 +65,7 @@ class Point:
     calls: float
     operations: float
     seconds: float
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,24 +89,28 @@ def unet_operations(config: Config) -> float:
 
 
 def cpu_points(folder: Path = RESULTS) -> list[Point]:
-    """Eager float32 on one CPU thread: denoising steps, and forward and backward of training steps."""
+    """Eager float32 on one CPU thread: denoising steps, and forward and backward passes of training, by batch size."""
     points = []
-    for row in load_rows("latency", folder):
+    for row in load_rows("scaling", folder):
+        batch, seconds = row["case"]["batch"], row["p50"] / 1e3
+        points.append(Point(f"{row['name']}, batch {batch}", 1, row["flops"], seconds, row["name"]))
+    for row in [] if points else load_rows("latency", folder):  # fewer points of the same kind
         if row["name"] == "one step" and row["variant"] == "torch float32" and row["case"]["threads"] == 1:
             batch = row["case"]["batch"]
-            points.append(Point(f"one step, latency, batch {batch}", 1, batch * row["flops"], batch * row["p50"] / 1e3))
-    for row in [] if points else load_rows("export", folder):  # the same quantity from another run
-        case = row["case"]
-        if row["variant"] == "torch eager" and case["threads"] == 1:
-            operations = case["batch"] * unet_operations(TINY)
-            points.append(Point(f"one step, export, batch {case['batch']}", 1, operations, row["p50"] / 1e3))
+            seconds = batch * row["p50"] / 1e3
+            points.append(Point(f"{STEP}, batch {batch}", 1, batch * row["flops"], seconds, STEP))
+    return points
+
+
+def engine_point(folder: Path = RESULTS) -> Point | None:
+    """Forward and backward of a training step of the engine on a CPU, from the training suite; None without one."""
     rows = load_rows("training", folder)
     both = [row["value"] for row in rows if row["name"] in ("engine: forward", "engine: backward")]
     step = next((row for row in rows if row["name"] == "training step" and row["variant"] == "engine"), None)
-    if step is not None and len(both) == 2 and not step["environment"]["gpu"]["name"]:
-        batch = step["case"]["batch"]
-        points.append(Point(f"forward and backward, batch {batch}", 3, step["flops"], sum(both) / 1e3))
-    return points
+    if step is None or len(both) != 2 or step["environment"]["gpu"]["name"]:
+        return None
+    batch = step["case"]["batch"]
+    return Point(f"the engine's forward and backward, batch {batch}", 1, step["flops"], sum(both) / 1e3, PASSES)
 
 
 def fit(points: Sequence[Point]) -> Fit:
@@ -121,8 +129,8 @@ def fit(points: Sequence[Point]) -> Fit:
 
 
 def held_out_errors(points: Sequence[Point]) -> list[float]:
-    """Each point's relative error under a fit to all others."""
-    return [fit([q for q in points if q is not p]).seconds(p) / p.seconds - 1 for p in points]
+    """Each point's relative error under a fit to all others of its kind."""
+    return [fit([q for q in points if q is not p and q.kind == p.kind]).seconds(p) / p.seconds - 1 for p in points]
 
 
 def data_seconds(folder: Path = RESULTS) -> float | None:
@@ -243,23 +251,27 @@ def scaling_section(folder: Path = RESULTS, gpu: Accelerator = ACCELERATORS["H20
 
 
 def fit_section(points: Sequence[Point], folder: Path) -> str:
-    """What was fitted to the CPU points, and how far each held-out point is off."""
-    lines = []
-    if len(points) > 2:
-        model, errors = fit(points), held_out_errors(points)
+    """What was fitted to the CPU points of each kind, and how far each held-out point is off."""
+    lines, rows = [], []
+    kinds: dict[str, list[Point]] = defaultdict(list)
+    for point in points:
+        kinds[point.kind].append(point)
+    kinds = {kind: group for kind, group in kinds.items() if len(group) > 2}
+    for kind, group in kinds.items():
+        model, errors = fit(group), held_out_errors(group)
         lines.append(
-            f"Fitted to {len(points)} points on one CPU thread (eager, float32): {1e3 * model.overhead:.2f} ms a call "
-            f"and {model.rate / 1e9:.1f} GFLOP/s. Each point under a fit to the others is off by "
-            f"{np.median(np.abs(errors)):.0%} in the median, {np.max(np.abs(errors)):.0%} at most (the points are from "
-            f"runs at different times, under different load):\n"
+            f"Fitted to {len(group)} points of `{kind}` on one CPU thread (eager, float32): "
+            f"{1e3 * model.overhead:.2f} ms a call and {model.rate / 1e9:.1f} GFLOP/s. Each point under a fit to the "
+            f"others is off by {np.median(np.abs(errors)):.0%} in the median, {np.max(np.abs(errors)):.0%} at most.\n"
         )
-        rows = [
-            [p.name, f"{1e3 * p.seconds:.1f} ms", f"{1e3 * p.seconds * (1 + error):.1f} ms", f"{error:+.0%}"]
-            for p, error in zip(points, errors)
-        ]
+        rows += [compared(point, point.seconds * (1 + error)) for point, error in zip(group, errors)]
+    other = engine_point(folder)
+    if other is not None and other.kind in kinds:
+        rows.append(compared(other, fit(kinds[other.kind]).seconds(other), "another run, a smaller picture"))
+    if rows:
         lines.append(table(["held-out point", "measured", "predicted", "error"], rows))
     else:
-        lines.append("Too few CPU points for a fit: run `python benchmarks/bench_latency.py`.\n")
+        lines.append("Too few CPU points for a fit: run `python benchmarks/bench_scaling.py`.\n")
     facts = []
     if (bandwidth := optimizer_bandwidth(folder)) is not None:
         facts.append(f"the optimiser moved {bandwidth / 1e9:.1f} GB/s")
@@ -270,6 +282,12 @@ def fit_section(points: Sequence[Point], folder: Path) -> str:
         worst = max(abs(row["value"] / row["expected"] - 1) for row in memory)
         facts.append(f"memory per rank, measured under ZeRO 0-3, is within {worst:.1%} of the formula used here")
     return "\n".join([*lines, f"Also measured: {'; '.join(facts)}.\n"] if facts else lines)
+
+
+def compared(point: Point, predicted: float, note: str = "") -> list[str]:
+    """A row of the table of held-out points."""
+    name = f"{point.name} ({note})" if note else point.name
+    return [name, f"{1e3 * point.seconds:.1f} ms", f"{1e3 * predicted:.1f} ms", f"{predicted / point.seconds - 1:+.0%}"]
 
 
 def main(argv: list[str] | None = None) -> int:

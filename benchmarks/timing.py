@@ -42,23 +42,25 @@ def measure(
     rounds: int = 20,
     min_sample_ms: float = 1.0,
     max_seconds: float = 60.0,
+    min_rounds: int = 5,
     flush_l2: bool = True,
+    memory: bool = True,
 ) -> dict[str, Timing]:
     """Times functions of no arguments: one sample of each per round, the order turning from round to round.
 
     On "cuda" by events after an L2 flush (`flush_l2`), otherwise by perf_counter. Calls shorter than `min_sample_ms`
-    are repeated within a sample. Stops early, after at least 5 rounds, when `max_seconds` have gone by. Then one more
-    call of each measures its peak memory.
+    are repeated within a sample; 0: never. Stops early, after at least `min_rounds` rounds, when another round would
+    not end within `max_seconds`. Then, with `memory`, one more call of each measures its peak memory.
     """
     cuda = torch.device(device).type == "cuda"
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if cuda and flush_l2 else None
     repeats = {}
     for name, function in functions.items():
-        for _ in range(max(warmup, 1)):
+        for _ in range(warmup):
             function()
-        once = _sample(function, 1, cuda, None)
         # a flushed cache is only flushed for the first of several calls
-        repeats[name] = 1 if flush is not None else max(1, math.ceil(min_sample_ms / max(once, 1e-4)))
+        once = math.inf if flush is not None or not min_sample_ms else _sample(function, 1, cuda, None)
+        repeats[name] = max(1, math.ceil(min_sample_ms / max(once, 1e-4)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     started = time.perf_counter()
@@ -66,9 +68,11 @@ def measure(
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
             samples[name].append(_sample(functions[name], repeats[name], cuda, flush))
-        if index >= 4 and time.perf_counter() - started > max_seconds:
+        rounds_done, seconds = index + 1, time.perf_counter() - started
+        if rounds_done >= min_rounds and seconds * (rounds_done + 1) / rounds_done > max_seconds:
             break
-    return {name: Timing(tuple(samples[name]), peak_memory(functions[name], device)) for name in names}
+    peaks = {name: peak_memory(functions[name], device) if memory else None for name in names}
+    return {name: Timing(tuple(samples[name]), peaks[name]) for name in names}
 
 
 def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int | None:

@@ -3,6 +3,8 @@
 import copy
 import html
 import json
+import re
+from html.parser import HTMLParser
 
 import pytest
 
@@ -51,15 +53,50 @@ def test_only_what_stands_between_markers_is_renewed(results):
     assert report.render(new, results) == new
 
 
-def test_the_page_holds_every_plot(results, tmp_path):
+def test_the_page_holds_every_plot_and_table(results, tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks.report_plots import PLOTS, write_page
+    from benchmarks.report_page import write_page
+    from benchmarks.report_plots import INK, PLOTS
 
     write_page(tmp_path / "out" / "page.html", results)
     text = (tmp_path / "out" / "page.html").read_text()
     assert all(html.escape(title) in text for title, *_ in PLOTS)
-    assert text.count("data:image/png;base64,") == 2  # latency against steps; the roof, which needs no measurement
-    assert "http" not in text.split("</style>")[1]
+    assert text.count("<svg") == 2  # latency against steps; the roof, which needs no measurement
+    assert "<td>7 ms</td>" in text and "<summary>latency</summary>" in text and "python x.py" in text
+    # one file that asks nothing of the network, in the colours of the reader's choice, as wide as the screen
+    assert not re.search(r"https?:|@import|url\((?!#)|<link|<img|<script", text)
+    assert "color-scheme: light dark" in text and "currentColor" in text and INK not in text
+    assert 'content="width=device-width"' in text and "overflow-x: auto" in text
+    write_page(tmp_path / "again.html", results)
+    assert (tmp_path / "again.html").read_text() == text
+
+
+def test_the_page_is_well_formed(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.report_page import write_page
+
+    write_page(tmp_path / "page.html", results)
+    open_tags = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "br", "hr", "img"):
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag):
+            assert open_tags.pop() == tag
+
+    Parser().feed((tmp_path / "page.html").read_text())
+    assert not open_tags
+
+
+def test_the_command_writes_the_page_where_it_is_told(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    assert report.main(["--html", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").is_file() and (tmp_path / "benchmarks" / "REPORT.md").is_file()
+    assert report.main(["--check"]) == 0
 
 
 def test_quality_rows_of_every_kind():

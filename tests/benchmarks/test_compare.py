@@ -63,4 +63,26 @@ def test_rows_that_one_side_lacks_are_named(record, pair, capsys):
     fewer = copy.deepcopy(record)
     fewer["results"].pop()
     assert compare.main(pair(record, fewer)) == 0
-    assert "only before: PQ | ours" in capsys.readouterr().out
+    assert "only before: PQ | ours | in %" in capsys.readouterr().out
+
+
+def test_ratios_see_through_a_load_on_the_whole_machine(record, pair, capsys):
+    ours = record["results"][0] | {"baseline": "diffusers", "ratio": 2.0}
+    theirs = ours | {"variant": "diffusers", "ratio": 1.0}
+    record["results"] = [ours, theirs | {key: 2 * ours[key] for key in ("p5", "p20", "p50", "p80", "p95", "p99")}]
+    loaded = scaled(record, 3.0)
+    assert compare.main(pair(record, loaded)) == 1
+    assert compare.main([*pair(record, loaded), "--ratios"]) == 0
+    assert "0 of 1 times slower" in capsys.readouterr().out
+    worse = scaled(loaded, 1.0)
+    worse["results"][0] |= {key: 1.3 * loaded["results"][0][key] for key in ("p20", "p50", "p80")} | {
+        "ratio": 2.0 / 1.3
+    }
+    assert compare.main([*pair(record, worse), "--ratios"]) == 1
+
+
+def test_another_unit_is_another_row(record, pair, capsys):
+    other = copy.deepcopy(record)
+    other["results"][1]["unit"] = "share"
+    assert compare.main(pair(record, other)) == 0
+    assert "only after: PQ | ours | in share" in capsys.readouterr().out

@@ -1,8 +1,12 @@
 """The GPU suite ends in time and survives its parts; its table says what is met and what was not measured."""
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +40,50 @@ def test_parts_may_fail_hang_or_be_missing(tmp_path, record, capsys):
     assert "x.json" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.json"))
     run.save(tmp_path)
+
+
+def test_ended_from_outside_it_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    child = tmp_path / "child"
+    code = f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    parts = [gpu_suite.Part("measured", python("print(1)"), 0.5), gpu_suite.Part("under way", python(code), 0.9)]
+    monkeypatch.setattr(gpu_suite, "make_parts", lambda *_: parts)
+
+    def end():
+        while not (child.is_file() and child.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=end)
+    thread.start()
+    try:
+        with pytest.raises(SystemExit, match="ended from outside"):
+            gpu_suite.main(["--device", "cpu", "--quick", "--minutes", "1", "--out", str(tmp_path / "out")])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        thread.join()
+    (path,) = (tmp_path / "out").glob("gpu-*.json")
+    assert [row["variant"] for row in json.loads(path.read_text())["results"]] == ["measured"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child.read_text()), 0)
+
+
+def test_what_a_finished_part_leaves_running_is_ended(tmp_path):
+    code = "import subprocess, sys\nprint(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid)"
+    outcome = gpu_suite.run_part(gpu_suite.Part("leaves a child", python(code), 1.0), 60)
+    assert outcome.status == "passed"
+    child = Path(f"/proc/{int(outcome.output)}/stat")
+    deadline = time.monotonic() + 10
+    while child.is_file() and child.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.is_file() or child.read_text().split()[2] == "Z"
+
+
+def test_without_weights_the_kernels_are_measured_all_the_same(tmp_path):
+    parts = gpu_suite.make_parts("cuda", False, tmp_path / "model", tmp_path)
+    names = [part.name for part in parts]
+    assert names.index("kernels") < names.index("random weights") < names.index("UNet step")
+    assert not any(str(tmp_path / "model") in part.command for part in parts[: names.index("random weights")])
 
 
 def test_without_time_nothing_is_begun(tmp_path):
@@ -82,5 +130,5 @@ def test_dry_run(script, tmp_path):
     record = json.loads(path.read_text())
     validate(record)
     assert record["quick"] and "UNet step, batch 1" in done.stdout
-    assert {row["variant"] for row in record["results"] if row["name"] == "part"} == set(parts)
+    assert {row["variant"] for row in record["results"] if row["name"] == "part"} == {*parts, "random weights"}
     assert str(tmp_path) not in path.read_text()

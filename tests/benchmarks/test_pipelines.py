@@ -103,7 +103,7 @@ def test_a_backend_that_cannot_run_is_named(model_dir, tmp_path, monkeypatch, ca
 
 
 def test_throughput_overlaps_and_stays_right(model_dir, tmp_path):
-    arguments = ["--images", "4", "--batch", "3", "--steps", "2", "--size", "48x64"]
+    arguments = ["--images", "4", "--batch", "3", "--steps", "2", "--size", "48x64", "--variants", "torch float32"]
     assert run_quick(bench_throughput.main, model_dir, tmp_path, *arguments) == 0
     record = json.loads(next(tmp_path.glob("throughput-*.json")).read_text())
     validate(record)
@@ -111,6 +111,18 @@ def test_throughput_overlaps_and_stays_right(model_dir, tmp_path):
     assert variants == {
         "diffusers, one at a time", "torch float32, batch 3, 0 readers", "torch float32, batch 3, 1 readers",
     }  # fmt: skip
+    (gain,) = (row for row in record["results"] if row["name"] == "gain of overlap")
+    assert gain["variant"] == "torch float32, batch 3, 1 readers" and gain["value"] > 0
+    rows = {row["variant"]: row for row in record["results"] if row["name"] == "file to file"}
+    assert all(row["samples"] >= 3 for row in rows.values()) and rows["diffusers, one at a time"]["ratio"] == 1
+
+
+def test_throughput_ends_in_time_and_names_what_it_left_out(model_dir, tmp_path, capsys):
+    arguments = ["--images", "2", "--steps", "1", "--size", "48x64", "--minutes", "0.0001"]
+    assert run_quick(bench_throughput.main, model_dir, tmp_path, *arguments) == 0
+    assert "torch bfloat16, batch 3, 1 readers: not measured (time budget)" in capsys.readouterr().out
+    record = json.loads(next(tmp_path.glob("throughput-*.json")).read_text())
+    assert [row["samples"] for row in record["results"] if row["name"] == "file to file"] == [3]
 
 
 def test_an_error_in_a_thread_comes_out(info, tmp_path):

@@ -1,8 +1,12 @@
 """The cost model: exact on points that obey it, honest about those that do not, and right in its limits."""
 
-import pytest
+import json
 
-from benchmarks import scaling
+import pytest
+import torch
+
+from benchmarks import bench_scaling, scaling
+from benchmarks.harness import validate
 from benchmarks.scaling import ACCELERATORS, Fit, Point, fit, gradient_traffic, held_out_errors, predict
 from ldmseg_fast.config import COCO
 
@@ -29,6 +33,37 @@ def test_held_out_errors_see_a_point_that_does_not_fit():
     points = [Point("", 1, work, work / 1e10) for work in (1e9, 2e9, 4e9, 8e9)]
     points.append(Point("odd", 1, 1e9, 0.3))
     assert held_out_errors(points)[-1] == pytest.approx(-2 / 3, abs=0.01)
+
+
+def test_each_kind_has_constants_of_its_own():
+    slow, fast = Fit(0.010, 20e9), Fit(0.001, 80e9)
+    points = [Point(f"{kind} {work}", 1, work, true.seconds(Point("", 1, work, 0)), kind)
+              for kind, true in (("slow", slow), ("fast", fast)) for work in (1e9, 2e9, 8e9)]  # fmt: skip
+    assert max(map(abs, held_out_errors(points))) < 1e-9
+
+
+def test_points_are_measured_recorded_and_fitted(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        assert bench_scaling.main(["--quick", "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (path,) = tmp_path.glob("scaling-*.json")
+    record = json.loads(path.read_text())
+    validate(record)
+    assert not scaling.cpu_points(tmp_path)  # quick runs are no results
+    path.write_text(json.dumps(record | {"quick": False}))
+    points = scaling.cpu_points(tmp_path)
+    assert [point.kind for point in points] == [scaling.STEP] * 3 + [scaling.PASSES] * 3
+    assert points[2].operations == pytest.approx(4 * points[0].operations)
+    assert points[3].operations == pytest.approx(3 * points[0].operations, rel=0.05)  # a backward pass is two forward
+    text = scaling.fit_section(points, tmp_path)
+    assert text.count("Fitted to 3 points") == 2 and f"| {scaling.PASSES}, batch 4 |" in text
+
+
+def test_too_few_points_are_no_fit(tmp_path):
+    text = scaling.fit_section([Point("one", 1, 1e9, 0.1, scaling.STEP)] * 2, tmp_path)
+    assert "Too few CPU points" in text and "held-out" not in text
 
 
 def test_traffic_of_the_zero_stages():
