@@ -29,6 +29,7 @@ from ldmseg_fast.config import (
     from_dict,
     to_dict,
 )
+from ldmseg_fast.panoptic_format import replacing
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -47,13 +48,11 @@ class CheckpointError(ValueError):
 
 def write_json(path: Path, value: Any) -> None:
     """Atomically: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_json(path: Path) -> Any:
@@ -201,12 +200,15 @@ def save_component(
     temporary = folder / f".{name}.new.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    if state is not None:
-        save_weights(state, temporary / WEIGHTS)
-    if write_files is not None:
-        write_files(temporary)
-    write_json(temporary / "config.json", to_dict(config) | (extra or {}))
-    replace_folder(temporary, folder / name)
+    try:
+        if state is not None:
+            save_weights(state, temporary / WEIGHTS)
+        if write_files is not None:
+            write_files(temporary)
+        write_json(temporary / "config.json", to_dict(config) | (extra or {}))
+        replace_folder(temporary, folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a full disk has left of it
 
 
 def save_index(folder: Path, components: list[str], settings: dict[str, Any]) -> None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
+import io
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from ldmseg_fast import __version__
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ldmseg", description="Latent-diffusion panoptic segmentation.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=LateParser)
 
     predict = commands.add_parser("predict", help="segment pictures")
     predict.add_argument("model_dir")
@@ -19,39 +27,17 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--seed", type=int, default=0)
     predict.add_argument("--samples", type=int, default=1, help="seeds per picture; above 1 with a map of agreement")
     predict.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
+    predict.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
     predict.add_argument("--cache-interval", type=int, default=1, help="compute deep features each so many steps only")
     _add_backend_arguments(predict)
     predict.set_defaults(run=run_predict)
 
-    from ldmseg_fast.inpaint_command import add_inpaint_arguments, run_inpaint
+    _add_late(commands, "inpaint", "inpaint_command", "complete a panoptic map of which a part is given", True)
+    _add_late(commands, "evaluate", "evaluate_command", "panoptic quality of a model on a COCO-panoptic folder", True)
+    _add_late(commands, "pq", "pq_command", "panoptic quality of result files, as panopticapi computes it")
+    _add_late(commands, "convert", "convert", "a published LDMSeg checkpoint as a model folder")
 
-    inpaint = commands.add_parser("inpaint", help="complete a panoptic map of which a part is given")
-    add_inpaint_arguments(inpaint)
-    _add_backend_arguments(inpaint)
-    inpaint.set_defaults(run=run_inpaint)
-
-    from ldmseg_fast.evaluate_command import add_evaluate_arguments, run_evaluate
-
-    evaluate = commands.add_parser("evaluate", help="panoptic quality of a model on a COCO-panoptic folder")
-    add_evaluate_arguments(evaluate)
-    _add_backend_arguments(evaluate)
-    evaluate.set_defaults(run=run_evaluate)
-
-    from ldmseg_fast.error_page.files import add_page_arguments, run_page
-    from ldmseg_fast.metrics.pq_command import add_pq_arguments, run_pq
-
-    pq = commands.add_parser("pq", help="panoptic quality of result files, as panopticapi computes it")
-    add_pq_arguments(pq)
-    add_page_arguments(pq)
-    pq.set_defaults(run=lambda args: run_pq(args) or (run_page(args) if args.page else 0))
-
-    from ldmseg_fast.convert import add_convert_arguments, run_convert
-
-    convert = commands.add_parser("convert", help="a published LDMSeg checkpoint as a model folder")
-    add_convert_arguments(convert)
-    convert.set_defaults(run=run_convert)
-
-    data = commands.add_parser("data", help="check a data set, or generate one").add_subparsers(required=True)
+    data = commands.add_parser("data", help="check a data set, generate or encode one").add_subparsers(required=True)
     check = data.add_parser("check", help="look for damaged or inconsistent files")
     check.add_argument("root")
     check.set_defaults(run=run_data_check)
@@ -63,18 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.add_argument("--sheet", type=Path, help="also write a 10x10 contact sheet")
     scenes.set_defaults(run=run_data_scenes)
 
-    from ldmseg_fast.data.latent_cache import add_cache_arguments, run_cache
+    _add_late(data, "cache", "data.cache_command", "encode every picture once, for training")
 
-    cache = data.add_parser("cache", help="encode every picture once, for training")
-    add_cache_arguments(cache)
-    cache.set_defaults(run=run_cache)
-
-    from ldmseg_fast.runs import add_runs_arguments, run_runs
-
-    runs = commands.add_parser("runs", help="training runs below a folder and their best PQ")
-    add_runs_arguments(runs)
-    runs.set_defaults(run=run_runs)
-
+    _add_late(commands, "runs", "runs", "training runs below a folder and their best PQ")
     report = commands.add_parser("report", help="curves and pictures of one training run as an HTML page")
     report.add_argument("run_dir", type=Path)
     report.add_argument("--out", type=Path, help="default RUN_DIR/report.html")
@@ -83,6 +60,32 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=run_doctor)
     return parser
+
+
+class LateParser(argparse.ArgumentParser):
+    """Gets its arguments when it is used, so that no command waits for the imports of another."""
+
+    fill: Callable[[], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.fill is not None:
+            self.fill()
+            self.fill = None
+        return super().parse_known_args(args, namespace)
+
+
+def _add_late(commands: Any, name: str, module: str, text: str, backend: bool = False) -> None:
+    """A command whose `add_NAME_arguments` and `run_NAME` stand in a module of their own."""
+    parser = commands.add_parser(name, help=text)
+
+    def fill() -> None:
+        found = importlib.import_module(f"ldmseg_fast.{module}")
+        getattr(found, f"add_{name}_arguments")(parser)
+        if backend:
+            _add_backend_arguments(parser)
+        parser.set_defaults(run=getattr(found, f"run_{name}"))
+
+    parser.fill = fill
 
 
 def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +101,7 @@ def run_predict(args: argparse.Namespace) -> int:
     from ldmseg_fast.predict import find_pictures, predict_files
 
     files = find_pictures(args.images)
-    pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir)
+    pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir, image_size=args.size)
     sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval}
     written = predict_files(pipe, files, args.out, args.steps, args.seed, args.batch_size, args.samples, **sampling)
     print(f"{len(written)} images segmented: {args.out}")
@@ -141,23 +144,26 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the answer is no, 2 wrong input."""
+    """Exit codes: 0 done, 1 the answer is no, 2 wrong input, 130 interrupted, 141 nobody reads the output any more."""
     args = build_parser().parse_args(argv)
-    from ldmseg_fast.backends import BackendError
-    from ldmseg_fast.checkpoint import CheckpointError
-    from ldmseg_fast.config import ConfigError
-    from ldmseg_fast.data.folders import DataError
-    from ldmseg_fast.panoptic_format import PanopticFormatError
-
-    expected = (BackendError, CheckpointError, ConfigError, DataError, PanopticFormatError, OSError, ValueError)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be text in the terminal's encoding
     try:
-        return args.run(args)
-    except expected as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except json.JSONDecodeError as error:
-        print(f"error: no JSON: {error}", file=sys.stderr)
-        return 2
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left is tried again at exit
+        return 128 + signal.SIGPIPE
+    except (Exception, KeyboardInterrupt) as error:
+        from ldmseg_fast.ending import reason_of
+
+        reason = reason_of(error)
+        if reason is None:
+            raise
+        print(reason[0], file=sys.stderr)
+        return reason[1]
 
 
 if __name__ == "__main__":

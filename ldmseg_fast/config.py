@@ -6,6 +6,7 @@ An unknown key, a value of the wrong type or a value out of range is a `ConfigEr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,10 +264,30 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML or JSON ({error})") from None
+        raise ConfigError(f"{path}: not readable as YAML or JSON ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a mapping of settings expected")
     return values
+
+
+_SHARE, _COUNT, _POSITIVE = (0, 1), (0, 1e9), (1, 1e9)
+RANGES: dict[str, tuple[float, float]] = {
+    "data.bad_items": _SHARE,
+    "data.min_area": _COUNT,
+    "conditioning.caption_dropout": _SHARE,
+    "loss.num_points": _POSITIVE,
+    "diffusion.self_condition": _SHARE,
+    "diffusion.inpainting": _SHARE,
+    "diffusion.inpainting_block": _POSITIVE,
+    "train.learning_rate": _COUNT,
+    "train.weight_decay": _COUNT,
+    "train.warmup": _COUNT,
+    "train.min_lr": _SHARE,
+    "postprocess.mask_threshold": _SHARE,
+    "postprocess.count_threshold": _COUNT,
+    "postprocess.overlap_threshold": _SHARE,
+    "num_inference_steps": _POSITIVE,
+}
 
 
 def validate(config: Config) -> Config:
@@ -298,15 +319,17 @@ def validate(config: Config) -> Config:
             f"unet.image_channels={unet.image_channels} must be image_encoder.latent_channels, "
             f"{config.image_encoder.latent_channels}",
         ),
-        (
-            0 <= config.diffusion.inpainting <= 1 and config.diffusion.inpainting_block > 0,
-            "diffusion.inpainting is a share from 0 to 1, diffusion.inpainting_block a number of pixels",
+        *(
+            (
+                least <= attrgetter(name)(config) <= most,
+                f"{name}={attrgetter(name)(config)}: from {least:g} to {most:g}",
+            )
+            for name, (least, most) in RANGES.items()
         ),
         (
             config.diffusion.inpainting == 0 or config.diffusion.self_condition > 0,
             "diffusion.inpainting needs the condition's channels: diffusion.self_condition above 0",
         ),
-        (0 <= config.conditioning.caption_dropout <= 1, "conditioning.caption_dropout is a share from 0 to 1"),
         (
             config.image_encoder.downsampling == vae.downsampling,
             f"image_encoder.downsampling={config.image_encoder.downsampling} and the mask auto-encoder's "
@@ -341,9 +364,7 @@ def validate(config: Config) -> Config:
             set(train.no_decay) <= {"norm", "bias", "embedding"},
             f"train.no_decay={','.join(train.no_decay)}: of norm, bias and embedding",
         ),
-        (0 <= config.data.bad_items <= 1, "data.bad_items is a share from 0 to 1"),
         (0 <= train.ema < 1, f"train.ema={train.ema}: at least 0 and under 1"),
-        (0 <= config.diffusion.self_condition <= 1, "diffusion.self_condition is a share from 0 to 1"),
     ]
     for ok, message in checks:
         if not ok:

@@ -82,17 +82,15 @@ def write_demo_report(out: Path, done: dict[str, float]) -> Path:
         for name in ("shipped", "evaluation", "reconstruction")
     )
     page = Page("ldmseg_fast: panoptic segmentation by latent diffusion, trained in minutes")
-    threads = torch.get_num_threads()
-    device = (
-        torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {threads} threads"
-    )
+    cpu = f"{os.cpu_count()} CPU cores (threads: {torch.get_num_threads()})"
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu
     page.text(
-        f"Made by `make demo` on {device}, Python {platform.python_version()}, PyTorch {torch.__version__}.", "note"
+        f"Made by make demo on {device}, Python {platform.python_version()}, PyTorch {torch.__version__}.", "note"
     )
     page.heading("Panoptic quality on held-out scenes")
     (_, *trained), *baselines = quality_rows(report)
     rows = [
-        [f"the shipped model `{SHIPPED}`", *quality_rows(shipped)[0][1:]],
+        [f"the shipped model, {SHIPPED}", *quality_rows(shipped)[0][1:]],
         ["the model trained here", *trained],
         ["its mask auto-encoder alone (upper bound)", *quality_rows(reconstruction)[0][1:]],
         *baselines,
@@ -103,7 +101,7 @@ def write_demo_report(out: Path, done: dict[str, float]) -> Path:
         f"{report['images']} scenes that neither model saw in training, {report['num_inference_steps']} denoising "
         f"steps ({shipped['num_inference_steps']} of the shipped model), thresholds {thresholds} (confidence / area in "
         f"pixels / overlap), {1000 * shipped['seconds_per_image']:.0f} ms per scene. "
-        "The model trained here has seen a few minutes of scenes: its curve below is still rising.",
+        "The model trained here has seen scenes for as long as the last table says; its curves are below.",
         "note",
     )
     page.heading("The shipped model")

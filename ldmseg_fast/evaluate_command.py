@@ -14,7 +14,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
     parser.add_argument("--overlap-th", type=float, help="least share of a segment's own area that it must win")
     parser.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction (random, position, ...)")
-    parser.add_argument("--size", type=int, help="side in pixels of an auto-encoder's reconstruction")
+    parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="mean and deviation over K noise seeds")
     parser.add_argument("--limit", type=int, default=0, help="first N images only")
@@ -32,7 +32,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", help="folder for COCO panoptic results (JSON + PNG); goes on where it was interrupted")
     parser.add_argument("--instances", metavar="FILE", help="segments as COCO instance results (RLE, scores)")
-    parser.add_argument("--page", metavar="FILE", help="HTML page with pictures of errors")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page with pictures of errors")
     parser.add_argument("--worst", type=int, default=8, metavar="K", help="worst images on the page (default 8)")
     parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")
     parser.add_argument("--no-baselines", action="store_true", help="leave the rows of trivial baselines out")
@@ -43,7 +43,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Exit code 0; what is wrong is raised."""
     from ldmseg_fast import distributed
     from ldmseg_fast.checkpoint import write_json
+    from ldmseg_fast.ending import joined_ranks
     from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report
+    from ldmseg_fast.panoptic_format import check_output
 
     if not args.inpainting and (args.block or args.probability):
         raise ValueError("--block and --probability are settings of --inpainting: add it")
@@ -75,14 +77,40 @@ def run_evaluate(args: argparse.Namespace) -> int:
         worst=args.worst,
         random=args.random,
     )
-    distributed.start()
-    report = evaluate(args.model_dir, args.data, options)
+    files = (args.json, args.instances, args.page)
+    with joined_ranks():
+        _check_meant_for_model(args)
+        for path in files if distributed.is_main() else ():
+            if path:
+                check_output(path)
+        report = evaluate(args.model_dir, args.data, options)
     if distributed.is_main():
-        print(format_report(report))
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(args.json, report)
-        for name, path in (("results", args.out), ("instances", args.instances), ("page", args.page)):
+        print(format_report(report))
+        for name, path in zip(("report", "instances", "page", "results"), (*files, args.out)):
             if path:
                 print(f"{name}: {path}")
     return 0
+
+
+def _check_meant_for_model(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that this kind of model has no use for."""
+    from ldmseg_fast.evaluation.predictors import is_autoencoder
+    from ldmseg_fast.pretrained import resolve_model_dir
+
+    if is_autoencoder(resolve_model_dir(args.model_dir)):
+        kind, given = (
+            "a mask auto-encoder does not sample",
+            {
+                "--steps": args.steps is not None,
+                "--solver": args.solver != "ddim",
+                "--eta": args.eta != 0,
+                "--backend": args.backend != "torch",
+                "--engine-dir": args.engine_dir is not None,
+            },
+        )
+    else:
+        kind, given = "a diffusion model is not told the segments", {"--ids": args.ids is not None}
+    if unused := [name for name, is_given in given.items() if is_given]:
+        raise ValueError(f"{', '.join(unused)}: {args.model_dir} has no use for it, {kind}; leave it out")

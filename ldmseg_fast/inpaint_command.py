@@ -23,12 +23,15 @@ def run_inpaint(args: argparse.Namespace) -> int:
     from ldmseg_fast.data.folders import DataError, open_image, read_image
     from ldmseg_fast.panoptic_format import read_panoptic_png
     from ldmseg_fast.pipeline import LDMSegPipeline
-    from ldmseg_fast.predict import write_result
+    from ldmseg_fast.predict import check_results, image_id, write_result
 
+    check_results([args.image], args.out, keep=[args.map, *filter(None, [args.known])])
     image = read_image(args.image)
     segmentation = read_panoptic_png(args.map)
     if args.known is None:
         known = segmentation != args.unknown_id
+        if known.all():
+            raise DataError(f"{args.map}: no pixel has the id {args.unknown_id} (--unknown-id): nothing to complete")
     else:
         known = np.asarray(open_image(args.known).convert("L")) > 127
     for path, size in ((args.map, segmentation.shape), (args.known, known.shape)):
@@ -38,7 +41,7 @@ def run_inpaint(args: argparse.Namespace) -> int:
             )
     pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir)
     result = pipe.inpaint(
-        image, segmentation, known, args.steps, seed=args.seed, image_ids=[args.image.stem], solver=args.solver
+        image, segmentation, known, args.steps, seed=args.seed, image_ids=[image_id(args.image)], solver=args.solver
     )[0]
     args.out.mkdir(parents=True, exist_ok=True)
     record = write_result(args.out, args.image, image, result)

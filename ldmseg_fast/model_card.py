@@ -10,6 +10,7 @@ from typing import Any
 
 from ldmseg_fast import __version__
 from ldmseg_fast.config import describe
+from ldmseg_fast.panoptic_format import replacing
 
 USE = """```python
 from ldmseg_fast import LDMSegPipeline
@@ -39,9 +40,8 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
         if _is_group(value):
             entries = describe(value) if is_dataclass(value) else [f"{name}={item}" for name, item in value.items()]
             lines += ["", f"## {key}", "", "```", *entries, "```"]
-    temporary = folder / ".README.md.new"
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(folder / "README.md")
+    with replacing(folder / "README.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def training_facts(folder: Path) -> dict[str, Any]:

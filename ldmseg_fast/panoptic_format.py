@@ -9,6 +9,7 @@ import io
 import json
 import secrets
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ except ImportError:
 
 MAX_ID = 2**24 - 1
 MAX_PIXELS = 2**26  # 8192 x 8192: far above any photograph, far below what exhausts memory
-VOID_ID = 0
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {0: "greyscale", 2: "RGB", 3: "palette", 4: "greyscale with alpha", 6: "RGBA"}
@@ -66,32 +66,6 @@ def check_ids(ids: np.ndarray) -> np.ndarray:
             f"segment ids must lie in 0..{MAX_ID} to fit three bytes, found {ids.min()}..{ids.max()}; renumber them"
         )
     return ids
-
-
-def two_channel_to_ids(channels: np.ndarray) -> tuple[np.ndarray, list[dict[str, int]]]:
-    """The two-channel form (channel 0: category, channel 1: instance number; category 0 is void) as ids and segments.
-
-    channels: [H, W, 2 or 3] uint8, a third channel must be zero.
-    Returns ids [H, W] int32 with id = category + 256 instance, and `[{"id", "category_id", "iscrowd", "area"}]`.
-    """
-    if channels.dtype != np.uint8 or channels.ndim != 3 or channels.shape[2] not in (2, 3):
-        raise PanopticFormatError(f"expected [H, W, 2 or 3] uint8, got {list(channels.shape)} {channels.dtype}")
-    if channels.shape[2] == 3 and channels[..., 2].any():
-        raise PanopticFormatError("the third channel of a two-channel map must be zero; is this a three-byte map?")
-    ids = channels[..., 0].astype(np.int32) | (channels[..., 1].astype(np.int32) << 8)
-    ids[channels[..., 0] == 0] = VOID_ID
-    present, areas = np.unique(ids, return_counts=True)
-    return ids, [
-        {"id": int(segment_id), "category_id": int(segment_id) & 255, "iscrowd": 0, "area": int(area)}
-        for segment_id, area in zip(present, areas)
-        if segment_id != VOID_ID
-    ]
-
-
-def read_png_header(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of a panoptic PNG from its first 29 bytes; `PanopticFormatError` if it cannot hold ids."""
-    with Path(path).open("rb") as file:
-        return _check_header(file.read(29), path, max_pixels)
 
 
 def read_panoptic_png(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -201,19 +175,38 @@ def _encode_pillow(rgb: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def check_output(path: str | Path) -> None:
+    """Makes the folder of a file that is written after long work. Raises OSError where writing it would fail."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        error.filename = str(path)  # in the place of the temporary name
+        raise
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise. An OSError
+    names `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a full disk, for one
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _check_header(header: bytes, path: str | Path, max_pixels: int) -> tuple[int, int]:
+def _check_header(header: bytes, path: str | Path, max_pixels: int) -> None:
     if len(header) < 29 or header[:8] != _SIGNATURE or header[12:16] != b"IHDR":
         raise PanopticFormatError(f"{path}: not a PNG file; panoptic maps are 8-bit RGB PNGs")
     width, height, depth, colour, _, _, _ = struct.unpack(">IIBBBBB", header[16:29])
@@ -224,7 +217,6 @@ def _check_header(header: bytes, path: str | Path, max_pixels: int) -> tuple[int
         )
     if width == 0 or height == 0 or width * height > max_pixels:
         raise PanopticFormatError(f"{path}: header claims {width}x{height}; between 1 and {max_pixels} pixels are read")
-    return height, width
 
 
 def _load_json(path: Path) -> Any:

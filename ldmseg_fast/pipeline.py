@@ -55,11 +55,12 @@ class LDMSegPipeline:
             backend: "torch", "compile", "onnxruntime" or "tensorrt".
             engine_dir: exported graphs or engines, for the last two.
             device, dtype: of the torch backends; default the first GPU in bfloat16, or the CPU in float32.
-            image_size: side in pixels of what the networks see; default the model's own.
+            image_size: side in pixels of what the networks see; default the model's own. Pictures are resized to it,
+                so a model does best at the size that it was trained at.
 
         Raises:
             CheckpointError: no model folder, or a damaged one.
-            BackendError: a backend that cannot run here.
+            BackendError: a backend that cannot run here, or a size that the model or its graphs do not take.
         """
         return cls(load_backend(model_dir, backend, engine_dir, device, dtype, image_size))
 

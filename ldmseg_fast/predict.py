@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,52 +13,70 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldmseg_fast.data.folders import read_image
-from ldmseg_fast.draw import overlay
+from ldmseg_fast.draw import enlarge, overlay
 from ldmseg_fast.ensemble import EnsembleResult
 from ldmseg_fast.panoptic import PanopticResult
-from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.panoptic_format import replacing, write_panoptic_png
 from ldmseg_fast.pipeline import LDMSegPipeline
 
 OVERLAY_SIDE = 2048
+SMALL_SIDE = 512  # what overlays of small pictures are enlarged to, about
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as they are, folders as the pictures in them.
+    """Files as they are, folders as the pictures in them (but hidden ones); each once.
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without pictures.
-        ValueError: two files whose results would have the same name.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            files = (file for file in path.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
+            inside = sorted(file for file in files if not file.name.startswith("."))
             if not inside:
                 raise FileNotFoundError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
             found += inside
-        elif path.is_file():
+        elif path.exists():
             found.append(path)
         else:
             raise FileNotFoundError(f"{path}: no such file or folder")
+    return list(dict.fromkeys(found))
+
+
+def check_results(files: Sequence[Path], out: Path, keep: Sequence[Path] = ()) -> None:
+    """Raises ValueError where results of `files` in the folder `out` would replace each other, one of the files, or one
+    of those to `keep`."""
+    folder = out.resolve()
+    pictures = {file.name: file for file in (*files, *keep) if file.parent.resolve() == folder}
     names: dict[str, Path] = {}
-    for path in found:
-        other = names.setdefault(path.stem, path)
-        if other != path:
-            raise ValueError(
-                f"{path} and {other} would both be written as {path.stem}.png; segment them into two folders"
-            )
-    return found
+    for file in files:
+        for ending in (".png", "_overlay.png", "_agreement.png", ".json"):
+            name = file.stem + ending
+            other = names.setdefault(name, file)
+            if other != file:
+                raise ValueError(f"{file} and {other} would both be written as {name}; segment them into two folders")
+            if name in pictures:
+                raise ValueError(f"{pictures[name]} would be replaced by the result of {file}; choose another --out")
+
+
+def image_id(file: Path) -> str:
+    """What a picture's noise is drawn by: its name without the ending, which need not be text."""
+    return os.fsencode(file.stem).decode("utf-8", "backslashreplace")
 
 
 def save_overlay(path: Path, image: np.ndarray, segmentation: np.ndarray) -> None:
-    """Picture uint8 [H, W, 3] and map int32 [H, W] as one PNG for the eye, at most OVERLAY_SIDE pixels long."""
+    """Picture uint8 [H, W, 3] and map int32 [H, W] as one PNG for the eye, at most OVERLAY_SIDE pixels long; pixels of
+    small pictures are enlarged, or their segments' edges would hide them."""
     longest = max(segmentation.shape)
     if longest > OVERLAY_SIDE:
         height, width = (max(1, round(side * OVERLAY_SIDE / longest)) for side in segmentation.shape)
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
         segmentation = np.asarray(Image.fromarray(segmentation).resize((width, height), Image.Resampling.NEAREST))
-    Image.fromarray(overlay(image, segmentation)).save(path)
+    else:
+        image, segmentation = enlarge(image, SMALL_SIDE), enlarge(segmentation, SMALL_SIDE)
+    _save_png(path, overlay(image, segmentation))
 
 
 def write_result(out: Path, file: Path, image: np.ndarray, result: PanopticResult) -> Path:
@@ -74,11 +93,17 @@ def write_result(out: Path, file: Path, image: np.ndarray, result: PanopticResul
     }
     if isinstance(result, EnsembleResult):
         agreement = np.rint(255.0 * result.agreement).astype(np.uint8)
-        Image.fromarray(agreement).save(out / f"{file.stem}_agreement.png")
+        _save_png(out / f"{file.stem}_agreement.png", agreement)
         record["agreement_file_name"] = f"{file.stem}_agreement.png"
     path = out / f"{file.stem}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _save_png(path: Path, picture: np.ndarray) -> None:
+    with replacing(path) as temporary:
+        Image.fromarray(picture).save(temporary, "PNG")
 
 
 def predict_files(
@@ -102,14 +127,18 @@ def predict_files(
 
     Raises:
         DataError: a file that is no readable picture, named.
+        ValueError: results that would replace each other or a picture; a batch_size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: at least 1")
+    check_results(files, out)
     out.mkdir(parents=True, exist_ok=True)
     written = []
     progress = tqdm(total=len(files), desc="predict", unit="image", disable=None)
     for start in range(0, len(files), batch_size):
         chunk = files[start : start + batch_size]
         images = [read_image(file) for file in chunk]
-        ids = [file.stem for file in chunk]
+        ids = [image_id(file) for file in chunk]
         settings: dict[str, Any] = {"seed": seed, "image_ids": ids, "batch_size": batch_size, **sampling}
         results: list[Any]
         if samples != 1:

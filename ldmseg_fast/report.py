@@ -5,20 +5,25 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldmseg_fast.panoptic_format import replacing
+
+LOG = Path("logs") / "log.jsonl"  # of a run's folder
 STYLE = """
-:root { color-scheme: light dark; }
+:root { color-scheme: light dark; --dim: #666; }
+@media (prefers-color-scheme: dark) { :root { --dim: #9a9a9a; } }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #8884; } th:first-child, td:first-child
 { text-align: left; } tr.strong td { font-weight: 650; }
 img { max-width: 100%; height: auto; border-radius: 4px; } figure { margin: 1rem 0; }
-figcaption, .note { color: #777; font-size: .9rem; } pre { overflow-x: auto; font-size: .8rem; }
+h1, h3, td:first-child { overflow-wrap: anywhere; }
+figcaption, .note { color: var(--dim); font-size: .9rem; } pre { overflow-x: auto; font-size: .8rem; }
+@media (max-width: 46rem) { body { margin: 1rem auto; } h1 { font-size: 1.35rem; } th, td { padding: .3rem .4rem; } }
 """
 
 
@@ -66,22 +71,23 @@ class Page:
         head += f"<style>{STYLE}{self.style}</style>"
         page = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `logs/log.jsonl`; empty where there are none."""
-    path = run / "logs" / "log.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The whole lines of a run's log; none where it has not logged."""
+    from ldmseg_fast.training.provenance import read_lines
+
+    return read_lines(run / LOG)
 
 
 def curves(run: Path) -> bytes:
-    """Loss (log axis) and validation PQ of a run against the step, as a PNG. Needs matplotlib."""
-    import matplotlib
+    """Loss (log axis) and validation PQ of a run against the step, as a PNG. Raises ValueError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("the curves of a run need matplotlib: pip install 'ldmseg_fast[demo]'") from None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -116,13 +122,14 @@ def last_picture(run: Path) -> bytes | None:
 
 
 def write_run_report(run: Path, path: Path) -> Path:
-    """Curves, newest pictures and settings of one training run, as one HTML page. Needs matplotlib.
+    """Curves, newest pictures and settings of one training run, as one HTML page.
 
     Raises:
         FileNotFoundError: `run` holds no log.
+        ValueError: matplotlib is not installed.
     """
     if not read_log(run):
-        raise FileNotFoundError(f"{run}: no logs/log.jsonl in it, so it is no training run (or has not logged yet)")
+        raise FileNotFoundError(f"{run}: no {LOG} in it, so it is no training run (or has not logged yet)")
     page = Page(f"Training run {run.name}")
     page.picture(curves(run), "loss and panoptic quality against the step")
     picture = last_picture(run)

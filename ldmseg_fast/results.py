@@ -133,15 +133,19 @@ class ResultsWriter:
                 if "settings" not in entry:
                     entries.append(entry)
                 elif entry["settings"] != self.settings:
+                    old, new = _flat(entry["settings"]), _flat(self.settings)
+                    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+                    listed = "; ".join(f"{key} {old.get(key)}, now {new.get(key)}" for key in changed)
                     raise ValueError(
-                        f"{journal}: holds results of other settings ({entry['settings']}, now {self.settings}); "
+                        f"{journal}: holds results of other settings ({listed}); "
                         "choose another folder, or delete this one to start again"
                     )
         return [entry for entry in entries if (self.png_folder / entry["annotation"]["file_name"]).is_file()]
 
 
 def instances_of(image_id: int | str, result: PanopticResult) -> list[dict[str, Any]]:
-    """A map's segments as COCO instance results: image_id, category_id, score, segmentation (RLE).
+    """A map's segments as COCO instance results, a list of which (`write_json_list`) pycocotools' `COCO.loadRes` reads:
+    image_id, category_id, score, segmentation (RLE).
 
     Without `bbox`, from which pycocotools would take the area; it finds both in the run lengths itself.
     """
@@ -160,11 +164,6 @@ def instances_of(image_id: int | str, result: PanopticResult) -> list[dict[str, 
     ]
 
 
-def write_instances_json(path: str | Path, results: Iterable[tuple[int | str, PanopticResult]]) -> None:
-    """A file for pycocotools' `COCO.loadRes`, from (image id, result) pairs, one image in memory at a time."""
-    write_json_list(path, (instance for image_id, result in results for instance in instances_of(image_id, result)))
-
-
 def write_json_list(path: str | Path, values: Iterable[Any]) -> None:
     """A JSON list with one value a line, none of them kept in memory."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -173,6 +172,14 @@ def write_json_list(path: str | Path, values: Iterable[Any]) -> None:
             file.write(separator + json.dumps(value))
             separator = ",\n"
         file.write("]\n" if separator != "[" else "[]\n")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups of settings as "group.name"."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _drop_torn_line(journal: Path) -> None:

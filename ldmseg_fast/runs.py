@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-LOG = Path("logs") / "log.jsonl"
+from ldmseg_fast.report import LOG, read_log
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def find_runs(folder: Path) -> list[RunSummary]:
 
 
 def summarize(run: Path, base: Path) -> RunSummary:
-    records = _records(run / LOG)
+    records = read_log(run)
     config = _json(run / "config.json")
     losses = [record for record in records if "loss" in record]
     validated = [record for record in records if "val/pq" in record]
@@ -89,17 +89,6 @@ def format_table(runs: list[RunSummary]) -> str:
 
 def _text(value: float | int | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log; the half line of a run that is writing or was killed is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
 
 
 def _json(path: Path) -> dict[str, Any]:

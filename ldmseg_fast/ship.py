@@ -68,14 +68,18 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
 
     Args:
         run_dir: the folder of a finished run (a MODEL_DIR with its config.json and logs).
-        out: the folder to make; one that is there is replaced.
+        out: the folder to make; a shipped model that is there is replaced.
         dtype: "fp16", "bf16", or "int8": large weights in int8 with a scale per output, the rest in float16.
         machine: where the run was trained, for runs whose log does not say so.
 
     Raises:
-        CheckpointError: no model folder, weights that half precision does not hold, or more than `LIMIT` bytes.
+        CheckpointError: no model folder, weights that half precision does not hold, more than `LIMIT` bytes, or
+            something else than a shipped model in `out`.
     """
     index = load_index(run_dir)
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if held and ("model_index.json" not in held or held & {"logs", "checkpoints"}):
+        raise CheckpointError(f"{out}: holds something else than a shipped model; choose another folder, or empty it")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     temporary.chmod(0o755)

@@ -1,6 +1,8 @@
 """Model folders: what is saved loads bit for bit, and what is damaged or foreign is named."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -168,3 +170,23 @@ def test_every_model_folder_has_a_card(model_dir):
     index = json.loads((model_dir / "model_index.json").read_text())
     assert index["format_version"] == 1
     assert to_dict(load_component_config(model_dir, "mask_vae")[0])["num_bits"] == 5
+
+
+def test_a_full_disk_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch):
+    vae = MaskVAE(SMALL)
+    save_component(tmp_path, "mask_vae", SMALL, vae.state_dict())
+    write_json(tmp_path / "report.json", {"pq": 1})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_component(tmp_path, "mask_vae", SMALL, {name: value + 1 for name, value in vae.state_dict().items()})
+    with pytest.raises(OSError, match=r"No space left on device: .*report\.json"):
+        write_json(tmp_path / "report.json", {"pq": 2})
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask_vae", "report.json"]
+    assert json.loads((tmp_path / "report.json").read_text()) == {"pq": 1}
+    for name, value in load_component(tmp_path, "mask_vae").state_dict().items():
+        assert (value == vae.state_dict()[name]).all()

@@ -24,7 +24,7 @@ def test_predict_writes_three_files_a_picture(model_dir, scenes, tmp_path, capsy
         record = json.loads((tmp_path / f"{picture.stem}.json").read_text())
         assert segmentation.shape == (record["height"], record["width"]) == (64, 64)
         assert {segment["id"] for segment in record["segments_info"]} == set(np.unique(segmentation)) - {0}
-        assert (tmp_path / f"{picture.stem}_overlay.png").is_file()
+        assert Image.open(tmp_path / f"{picture.stem}_overlay.png").size == (512, 512)  # small pictures are enlarged
     assert "3 images segmented" in capsys.readouterr().out
 
 
@@ -36,6 +36,33 @@ def test_predict_takes_folders_and_odd_pictures(model_dir, tmp_path):
     (folder / "notes.txt").write_text("no picture")
     assert main(["predict", str(model_dir), str(folder), "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == ["dot.json", "print.json"]
+
+
+def test_results_that_would_replace_each_other_are_refused(model_dir, tmp_path, capsys):
+    for name in ("a.jpg", "a_overlay.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    out = str(tmp_path / "out")
+    assert main(["predict", str(model_dir), str(tmp_path), "--out", out]) == 2
+    assert "would both be written as a_overlay.png" in capsys.readouterr().err
+    (tmp_path / "a_overlay.jpg").unlink()
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "._a.jpg").write_bytes(b"what another system keeps beside a picture")
+    once_each = [str(tmp_path), str(tmp_path / "a.jpg")]
+    assert main(["predict", str(model_dir), *once_each, "--out", str(tmp_path), "--steps", "1"]) == 0
+    assert "1 images segmented" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of other systems are text")
+def test_a_name_that_is_no_text(model_dir, tmp_path, capsys):
+    path = tmp_path / "b\udcffd\n.png"
+    Image.new("RGB", (8, 8)).save(path)
+    assert main(["predict", str(model_dir), str(path), "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {f"{path.stem}{end}" for end in ENDINGS}
+    assert main(["evaluate", str(path), "--data", str(tmp_path)]) == 2
+    assert "model folder" in capsys.readouterr().err
+
+
+ENDINGS = (".png", "_overlay.png", ".json")
 
 
 def test_a_large_picture_works(model_dir, tmp_path):
@@ -66,7 +93,14 @@ def broken(scenes, tmp_path):
         (["predict", "{model}", "{broken}/empty", "--out", "{out}"], "no pictures in this folder"),
         (["predict", "{broken}/empty", "{broken}/cut.png", "--out", "{out}"], "no model_index.json"),
         (["predict", "{model}", "{broken}/cut.png", "--out", "{out}", "--backend", "magic"], "backend='magic'"),
+        (["predict", "{model}", "{broken}/cut.png", "--out", "{out}", "--batch-size", "0"], "--batch-size 0"),
+        (["predict", "{model}", "{broken}/cut.png", "--out", "{broken}"], "cut.png would be replaced"),
         (["evaluate", "{model}", "--data", "{broken}/empty"], "empty"),
+        (["evaluate", "{model}", "--data", "{scenes}", "--ids", "random"], "--ids: "),
+        (["evaluate", "{model}-autoencoder", "--data", "{scenes}", "--steps", "2", "--eta", "1"], "--steps, --eta: "),
+        (["evaluate", "{model}", "--data", "{scenes}", "--json", "{broken}/empty"], "empty is a folder"),
+        (["evaluate", "{model}", "--data", "{scenes}", "--page", "{broken}/text.jpg/page.html"], "text.jpg"),
+        (["evaluate", "{model}", "--data", "{scenes}", "--mask-th", "50"], "--mask-th 50"),
         (["evaluate", "{model}", "--data", "{scenes}", "--split", "test2017"], "test2017"),
         (["evaluate", "{model}", "--data", "{scenes}", "--steps", "5000"], "num_inference_steps=5000"),
         (["data", "check", "{broken}/nowhere"], "nowhere"),
@@ -111,6 +145,40 @@ def test_pq_of_a_set_with_itself(scenes, tmp_path):
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     assert "PyTorch" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_says_so(tmp_path, monkeypatch, capsys):
+    def interrupted(root):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ldmseg_fast.data.check.check_folder", interrupted)
+    assert main(["data", "check", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldmseg_fast.data.check.check_folder", lambda root: None)
+    with pytest.raises(AttributeError):
+        main(["data", "check", str(tmp_path)])
+
+
+def test_nobody_reads_the_output_any_more(tmp_path):
+    """As after `ldmseg ... | head -1`."""
+    code = "import sys, time; from ldmseg_fast.cli import main; time.sleep(0.5); sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "runs", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 141
+
+
+def test_commands_wait_for_no_imports_of_others():
+    code = (
+        "import sys; from ldmseg_fast.cli import main\n"
+        "try: main(['pq', '--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.endswith(
+        "False\n"
+    )
 
 
 def test_the_installed_command_runs():

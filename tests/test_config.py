@@ -109,11 +109,16 @@ def test_wrong_settings_are_named(setting, message):
         (["train.accumulation=0"], "train.accumulation must be positive"),
         (["train.accumulation=3"], "a multiple of train.accumulation"),
         (["train.ema=1"], "train.ema=1.0"),
-        (["diffusion.self_condition=1.5"], "a share from 0 to 1"),
+        (["diffusion.self_condition=1.5"], "from 0 to 1"),
         (["unet.conditioning=learned"], "contradict each other"),
         (["unet.cross_attention_dim=16"], "contradict each other"),
         (["unet.separate_conv_in=true"], "unet.image_channels=4 must be image_encoder.latent_channels, 32"),
-        (["conditioning.caption_dropout=2"], "caption_dropout is a share"),
+        (["conditioning.caption_dropout=2"], "caption_dropout=2.0: from 0 to 1"),
+        (["train.learning_rate=nan"], "learning_rate=nan"),
+        (["train.learning_rate=-1"], "learning_rate=-1.0"),
+        (["postprocess.mask_threshold=7"], "mask_threshold=7.0: from 0 to 1"),
+        (["loss.num_points=0"], "num_points=0: from 1"),
+        (["num_inference_steps=-3"], "num_inference_steps=-3: from 1"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, message):

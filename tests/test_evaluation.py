@@ -1,6 +1,8 @@
 """`ldmseg evaluate`: segmentation, reconstruction, seeds, files, interruptions, trivial baselines."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -83,8 +85,22 @@ def test_an_interrupted_evaluation_goes_on(model_dir, scenes, tmp_path, monkeypa
     for key in ("class_agnostic", "class_aware"):
         assert again[key] == whole[key]
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings \(num_inference_steps 1, now 2\); choose another folder"):
         evaluate(model_dir, scenes, replace(options, steps=2))
+
+
+def test_results_of_other_weights_or_data_are_not_read_back(model_dir, scenes, tmp_path):
+    model, data = (shutil.copytree(folder, tmp_path / name) for folder, name in ((model_dir, "m"), (scenes, "d")))
+    options = EvaluationOptions(steps=1, limit=1, baselines=False, out=str(tmp_path / "out"))
+    evaluate(model, data, options)
+    assert evaluate(model, data, options)["seconds_per_image"] == 0.0, "read back"
+    weights, annotations = model / "unet" / "model.safetensors", data / "annotations" / "panoptic_val2017.json"
+    for path, name in ((weights, "weights.unet/model.safetensors"), (annotations, "annotations.panoptic_val2017.json")):
+        before = path.stat()
+        os.utime(path, ns=(0, 0))
+        with pytest.raises(ValueError, match=f"other settings .{name}"):
+            evaluate(model, data, options)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_a_batch_that_was_cut_is_predicted_whole(model_dir, scenes, tmp_path, monkeypatch):
@@ -240,6 +256,9 @@ def test_instances_for_pycocotools(model_dir, scenes, tmp_path):
         ({"inpainting": True, "page": "x.html"}, "--page"),
         ({"page": "x.html", "worst": 0, "random": 0}, "--page"),
         ({"worst": -1}, "--worst -1"),
+        ({"mask_threshold": 1.5}, "--mask-th 1.5"),
+        ({"overlap_threshold": -0.1}, "--overlap-th -0.1"),
+        ({"count_threshold": -1}, "--count-th -1"),
     ],
 )
 def test_options_that_cannot_be(wrong, message):

@@ -1,15 +1,18 @@
-"""Two ranks say the same as one, to the last digit, in every mode."""
+"""Two ranks say the same as one, to the last digit, in every mode; when one fails, both end."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+from ldmseg_fast.training.liveness import LOST_RANK
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"steps": 1, "limit": 7, "batch_size": 2, "mask_threshold": 0.0, "count_threshold": 0}
@@ -43,10 +46,8 @@ def options_of(mode: str, out: Path) -> EvaluationOptions:
     return EvaluationOptions(**settings, out=str(out / mode))
 
 
-@pytest.fixture(scope="module")
-def two_ranks(model_dir, scenes, tmp_path_factory):
-    """A folder with each mode's report by each rank."""
-    out = tmp_path_factory.mktemp("two_ranks")
+def run_two_ranks(script: str, *arguments: object) -> list[tuple[int, str, float]]:
+    """Exit code, stderr and time of the end of each rank; no launcher ends one when the other has failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,7 +57,7 @@ def two_ranks(model_dir, scenes, tmp_path_factory):
     }  # fmt: skip
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(model_dir), str(scenes), str(out)],
+            [sys.executable, "-c", script, *map(str, arguments)],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -64,12 +65,25 @@ def two_ranks(model_dir, scenes, tmp_path_factory):
         )
         for rank in range(2)
     ]
+
+    def wait(rank: subprocess.Popen) -> tuple[int, str, float]:
+        error = rank.communicate(timeout=300)[1]
+        return rank.returncode, error, time.monotonic()
+
     try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(wait, ranks))
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model_dir, scenes, tmp_path_factory):
+    """A folder with each mode's report by each rank."""
+    out = tmp_path_factory.mktemp("two_ranks")
+    ended = run_two_ranks(SCRIPT, model_dir, scenes, out)
+    assert [code for code, _, _ in ended] == [0, 0], ended
     return out
 
 
@@ -84,3 +98,47 @@ def test_equal_to_one_rank(two_ranks, model_dir, scenes, tmp_path, mode):
     for path in written:
         if not path.name.startswith("."):  # journals are each rank's own
             assert (two_ranks / path).read_bytes() == (tmp_path / path).read_bytes(), path
+
+
+FAILING = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from ldmseg_fast.cli import main
+from ldmseg_fast.evaluation.predictors import DiffusionModel
+segment, calls = DiffusionModel.segment, []
+def fails(self, indices, seed):
+    calls.append(indices)
+    if len(calls) == 2 and os.environ["RANK"] == sys.argv[1]:
+        if sys.argv[2] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise (ValueError if sys.argv[2] == "ValueError" else KeyError)("picture 7 is upside down")
+    return segment(self, indices, seed)
+DiffusionModel.segment = fails
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "code", "message"),
+    [
+        (1, "ValueError", 2, "error: picture 7 is upside down\n"),
+        (0, "KeyError", 1, "KeyError: 'picture 7 is upside down'\n"),
+        (1, "killed", -9, ""),
+    ],
+)
+def test_a_rank_that_fails_ends_the_other(model_dir, scenes, rank, how, code, message):
+    command = ["evaluate", model_dir, "--data", scenes, "--steps", "1", "--batch-size", "2", "--no-baselines"]
+    ended = run_two_ranks(FAILING, rank, how, *command)
+    (own_code, own_error, end), (other_code, other_error, other_end) = ended[rank], ended[1 - rank]
+    assert own_code == code and own_error.endswith(message), ended
+    assert "Traceback" not in own_error or how == "KeyError"
+    assert other_code == LOST_RANK and "Traceback" not in other_error, ended
+    words = "another rank has gone" if how == "killed" else f"rank {rank} has failed"
+    assert f"rank {1 - rank}: " in other_error and words in other_error
+    assert abs(other_end - end) < 15
+
+
+def test_what_is_wrong_for_all_ranks_is_said_once(model_dir, scenes):
+    ended = run_two_ranks(FAILING, "no", "", "evaluate", model_dir, "--data", scenes, "--split", "test2017")
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    assert sorted(error.count("test2017.json does not exist") for _, error, _ in ended) == [0, 1], ended

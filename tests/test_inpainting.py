@@ -269,3 +269,20 @@ def test_files_of_other_sizes_are_named(model_dir, files, capsys):
     command = ["inpaint", str(model_dir), "--image", f"{files}/street.png", "--map", f"{files}/small.png"]
     assert main([*command, "--unknown-id", "0", "--out", str(files / "out")]) == 2
     assert "small.png: 20x20 pixels" in capsys.readouterr().err
+
+
+def test_nothing_that_was_given_is_replaced(model_dir, files, capsys):
+    given = (files / "map.png").rename(files / "street_overlay.png")
+    before = given.read_bytes()
+    command = ["inpaint", str(model_dir), "--image", f"{files}/street.png", "--map", str(given), "--unknown-id", "0"]
+    for out in (files, files / "." / "out" / ".."):
+        (files / "out").mkdir(exist_ok=True)
+        assert main([*command, "--out", str(out)]) == 2
+        assert "choose another --out" in capsys.readouterr().err
+    assert given.read_bytes() == before
+
+
+def test_an_unknown_id_that_occurs_nowhere(model_dir, files, capsys):
+    command = ["inpaint", str(model_dir), "--image", f"{files}/street.png", "--map", f"{files}/map.png"]
+    assert main([*command, "--unknown-id", "5", "--out", str(files / "out")]) == 2
+    assert "no pixel has the id 5" in capsys.readouterr().err

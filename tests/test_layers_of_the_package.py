@@ -25,6 +25,7 @@ LAYERS = [
         "init_from",
         "safe_pickle",
         "diffusers_folder",
+        "vouched_files",
     },
     {
         "backends",
@@ -43,7 +44,20 @@ LAYERS = [
         "ensemble",
         "mask_sampling",
     },
-    {"train", "cli", "evaluate_command", "inpaint_command", "demo", "doctor", "runs", "ship", "export", "benchmarks"},
+    {
+        "train",
+        "cli",
+        "ending",
+        "evaluate_command",
+        "inpaint_command",
+        "pq_command",
+        "demo",
+        "doctor",
+        "runs",
+        "ship",
+        "export",
+        "benchmarks",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 THIRD_PARTY = {
@@ -107,9 +121,10 @@ def test_kernels_stays_a_namespace():
 
 
 def test_import_is_quick():
+    """In processor time: the machine may be busy with something else."""
     code = (
-        "import time, torch; start = time.perf_counter(); import ldmseg_fast; "
-        "from ldmseg_fast import LDMSegPipeline; print(time.perf_counter() - start)"
+        "import time, torch; start = time.process_time(); import ldmseg_fast; "
+        "from ldmseg_fast import LDMSegPipeline; print(time.process_time() - start)"
     )
     times = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

@@ -13,7 +13,7 @@ from ldmseg_fast import segments
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.panoptic import PanopticResult, clean_up, postprocess
 from ldmseg_fast.panoptic_format import PanopticFormatError, load_panoptic_json, read_panoptic_png
-from ldmseg_fast.results import ResultsWriter, instances_of, write_instances_json
+from ldmseg_fast.results import ResultsWriter, instances_of, write_json_list
 from ldmseg_fast.segments import clean_segments, segment_shapes
 
 THRESHOLDS = PostprocessConfig(mask_threshold=0.5, count_threshold=8, overlap_threshold=0.5)
@@ -153,7 +153,8 @@ def test_an_interrupted_run_knows_what_is_written(tmp_path):
 def test_instances_json_is_read_by_pycocotools(tmp_path):
     coco = pytest.importorskip("pycocotools.coco")
     results = postprocess(_logits(2), (32, 32), [(40, 50)] * 2, THRESHOLDS)
-    write_instances_json(tmp_path / "instances.json", enumerate(results, 1))
+    instances = (instance for image_id, result in enumerate(results, 1) for instance in instances_of(image_id, result))
+    write_json_list(tmp_path / "instances.json", instances)
     truth = coco.COCO()
     truth.dataset = {
         "images": [{"id": i, "height": 40, "width": 50} for i in (1, 2)],
@@ -167,7 +168,7 @@ def test_instances_json_is_read_by_pycocotools(tmp_path):
         assert entry["score"] == segment["score"]
         assert entry["area"] == segment["area"]
         np.testing.assert_array_equal(loaded.annToMask(entry), results[1].segmentation == segment["id"])
-    write_instances_json(tmp_path / "none.json", [])
+    write_json_list(tmp_path / "none.json", [])
     assert json.loads((tmp_path / "none.json").read_text()) == []
 
 

@@ -1,8 +1,10 @@
 """PNG <-> ids and the JSON beside them."""
 
+import errno
 import io
 import json
 import struct
+import tempfile
 import zlib
 
 import numpy as np
@@ -16,12 +18,12 @@ from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic_format import (
     MAX_ID,
     PanopticFormatError,
+    check_output,
     ids_to_rgb,
     load_panoptic_json,
     read_panoptic_png,
-    read_png_header,
+    replacing,
     rgb_to_ids,
-    two_channel_to_ids,
     write_panoptic_png,
 )
 
@@ -70,7 +72,6 @@ def test_png_round_trip(implementation, tmp_path, shape):
         assert back.dtype == np.int32
         assert (back == ids).all()
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
-    assert read_png_header(tmp_path / "x.png") == shape
 
 
 def _chunk(kind, body):
@@ -166,16 +167,6 @@ def test_no_file(tmp_path):
         read_panoptic_png(tmp_path / "none.png")
 
 
-def test_two_channel_form():
-    channels = np.array([[[0, 0, 0], [0, 9, 0], [3, 0, 0], [3, 1, 0], [3, 1, 0]]], np.uint8)
-    ids, segments = two_channel_to_ids(channels)
-    assert ids.tolist() == [[0, 0, 3, 259, 259]]
-    assert [(s["id"], s["category_id"], s["area"]) for s in segments] == [(3, 3, 1), (259, 3, 2)]
-    assert (two_channel_to_ids(channels[..., :2])[0] == ids).all()
-    with pytest.raises(PanopticFormatError, match="third channel"):
-        two_channel_to_ids(channels + np.uint8(1))
-
-
 def test_json_of_the_real_data(shared):
     for path in (shared / "data").glob("*/annotations/panoptic_*.json"):
         content = load_panoptic_json(path)
@@ -222,3 +213,26 @@ def test_predictions_need_annotations_alone(tmp_path):
     assert load_panoptic_json(path, predictions=True)["annotations"]
     with pytest.raises(PanopticFormatError, match="`images` is missing"):
         load_panoptic_json(path)
+
+
+def test_output_that_cannot_be_written_is_found_out_before(tmp_path, monkeypatch):
+    check_output(tmp_path / "new" / "report.json")
+    assert (tmp_path / "new").is_dir() and list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(OSError, match="is a folder: name a file"):
+        check_output(tmp_path)
+
+    def refused(dir):
+        raise OSError(errno.EROFS, "Read-only file system", f"{dir}/tmp123")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(OSError, match=r"Read-only file system: .*report\.json"):
+        check_output(tmp_path / "report.json")
+
+
+def test_an_error_while_writing_names_the_file_and_leaves_nothing(tmp_path):
+    (tmp_path / "map.png").write_bytes(b"before")
+    with pytest.raises(OSError, match=r"No space left on device: .*map\.png"), replacing(tmp_path / "map.png") as new:
+        new.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
+    assert (tmp_path / "map.png").read_bytes() == b"before"

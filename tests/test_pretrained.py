@@ -111,6 +111,18 @@ def test_what_is_too_big_or_too_wide_for_half_precision_is_refused(model_dir, tm
         ship.half({"conv": torch.tensor([1e6])}, torch.float16, "x")
 
 
+def test_only_a_shipped_model_is_replaced(model_dir, tmp_path):
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(model_dir, run)
+    (run / "logs").mkdir()
+    data.mkdir()
+    (data / "photo.jpg").write_bytes(b"dear to someone")
+    for out in (data, run):
+        with pytest.raises(CheckpointError, match=f"{out.name}: holds something else"):
+            ship.ship(run, out)
+    assert (data / "photo.jpg").is_file() and (run / "logs").is_dir()
+
+
 def test_a_run_without_a_log_of_its_starts(model_dir, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(model_dir, run)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_quality_rows():
     assert rows == [["model", "12.3", "50.0", "24.7"], ["halves", "12.3", "50.0", "24.7"]]
 
 
-def test_report_of_a_run(tmp_path):
+def test_report_of_a_run(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "val/pq": 12.5}]
     (tmp_path / "logs" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -42,6 +43,12 @@ def test_report_of_a_run(tmp_path):
     assert page.read_text().count("data:image/png;base64,") == 1
     with pytest.raises(FileNotFoundError, match=r"no logs/log\.jsonl"):
         write_run_report(tmp_path / "nothing", page)
+    with (tmp_path / "logs" / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "lo')  # a run that is writing
+    assert write_run_report(tmp_path, page) == page
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"need matplotlib: pip install 'ldmseg_fast\[demo\]'"):
+        write_run_report(tmp_path, page)
 
 
 def test_readme_tables_are_current():

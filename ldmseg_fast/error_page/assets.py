@@ -6,17 +6,17 @@ STYLE = """
 body { max-width: 90rem; } .note { max-width: 60rem; }
 .key { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; margin: 1rem 0; font-size: .9rem; }
 .key i { display: inline-block; width: 1em; height: 1em; border-radius: 3px; margin-right: .4em;
-vertical-align: -.1em; }
+vertical-align: -.1em; box-shadow: 0 0 0 1px #8888; }
 article { margin: 1.6rem 0 2.4rem; } article h3 { font-size: 1rem; margin: 0 0 .5rem; font-weight: 600; }
-article h3 span { font-weight: 400; color: #777; margin-left: .6em; }
+article h3 span { font-weight: 400; color: var(--dim); margin-left: .6em; }
 .four { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .5rem; }
 .four figure { margin: 0; } .view { position: relative; line-height: 0; cursor: crosshair; }
 .view img { width: 100%; } .view canvas { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none;
 border-radius: 4px; } .four figcaption { text-align: center; font-size: .8rem; }
 output { display: block; min-height: 3.2em; font-size: .85rem; line-height: 1.6; margin-top: .4rem; }
-summary { cursor: pointer; font-size: .85rem; color: #777; } details table { font-size: .85rem; }
-td:nth-child(2), th:nth-child(2) { text-align: left; }
-@media (max-width: 46rem) { .four { grid-template-columns: repeat(2, minmax(0, 1fr)); } body { margin: 1rem auto; } }
+summary { cursor: pointer; font-size: .85rem; color: var(--dim); } details table { font-size: .85rem; }
+td:first-child { overflow-wrap: normal; } td:nth-child(2) { text-align: left; overflow-wrap: anywhere; }
+@media (max-width: 46rem) { .four { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 """
 
 # Each <article> carries a grid of pairs (truth, prediction) as run lengths, and a line of text per segment.
@@ -55,7 +55,8 @@ for (const article of document.querySelectorAll("article")) {
   };
   article.addEventListener("pointermove", point);
   article.addEventListener("pointerdown", point);
-  article.addEventListener("pointerleave", () => show(-1));
+  // a finger leaves whenever it is lifted; what it tapped stays until the next tap
+  article.addEventListener("pointerleave", event => event.pointerType === "touch" || show(-1));
 }
 """
 

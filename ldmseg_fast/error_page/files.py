@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +10,15 @@ import numpy as np
 
 from ldmseg_fast.data.folders import DataError, find_split, read_image
 from ldmseg_fast.error_page.entry import PageEntry
-from ldmseg_fast.error_page.page import render_entry, write_error_page
+from ldmseg_fast.error_page.page import random_places, render_entry, worst_places, write_worst_and_random
 from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.metrics.pq_files import evaluate_files, png_folder
+from ldmseg_fast.metrics.pq_files import png_folder
 from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png
-
-
-def add_page_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page with pictures of errors")
-    parser.add_argument("--worst", type=int, default=8, metavar="K", help="worst images on the page (default 8)")
-    parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")
-    parser.add_argument("--images", type=Path, help="pictures for the page (default: the split's, if they are there)")
-
-
-def run_page(args: argparse.Namespace) -> int:
-    """The page that the arguments of `ldmseg pq` ask for; exit code 0, what is wrong is raised."""
-    write_page_of_files(
-        args.page,
-        args.gt_json,
-        args.pred_json,
-        args.gt_folder,
-        args.pred_folder,
-        args.images,
-        class_agnostic=args.class_agnostic,
-        allow_missing=args.allow_missing,
-        worst=args.worst,
-        random=args.random,
-        seed=args.seed,
-    )
-    print(f"page: {args.page}")
-    return 0
 
 
 def write_page_of_files(
     path: str | Path,
+    scores: Sequence[Mapping[str, Any]],
     gt_json: str | Path,
     pred_json: str | Path,
     gt_folder: str | Path | None = None,
@@ -51,7 +26,6 @@ def write_page_of_files(
     images: str | Path | None = None,
     *,
     class_agnostic: bool = False,
-    allow_missing: bool = False,
     worst: int = 8,
     random: int = 8,
     seed: int = 0,
@@ -60,32 +34,20 @@ def write_page_of_files(
 
     Args:
         path: the HTML file.
-        gt_json, pred_json, gt_folder, pred_folder, class_agnostic, allow_missing: see `evaluate_files`.
+        scores: `per_image` of `evaluate_files`, of the same files.
+        gt_json, pred_json, gt_folder, pred_folder, class_agnostic: see `evaluate_files`.
         images: folder of pictures, each under its `file_name`; by default the split's own. Grey where there are none.
         worst, random: how many images; the random ones depend on `seed`.
 
     Raises:
-        PanopticFormatError: see `evaluate_files`.
         DataError: no such folder of pictures, or one in it that cannot be read.
-        ValueError: no image to show.
     """
-    if min(worst, random) < 0 or worst + random == 0:
-        raise ValueError(f"--worst {worst} --random {random}: numbers of images to show, one at least")
-    scores = evaluate_files(gt_json, pred_json, gt_folder, pred_folder, class_agnostic, allow_missing, replicates=0)[
-        "per_image"
-    ]
-    by_quality = sorted((row["pq"], place) for place, row in enumerate(scores) if row["pq"] is not None)
-    worst_places = [place for _, place in by_quality[:worst]]
-    random_places = sorted(np.random.default_rng(seed).permutation(len(scores))[:random].tolist())
     reader = _Files(gt_json, pred_json, gt_folder, pred_folder, images, class_agnostic)
-    drawn = {place: render_entry(reader.entry(place)) for place in {*worst_places, *random_places}}
-    sections = {
-        f"The {len(worst_places)} worst images": [drawn[place] for place in worst_places],
-        f"{len(random_places)} random images": [drawn[place] for place in random_places],
-    }
-    kind = "class-agnostic" if class_agnostic else "by category"
-    note = f"{len(scores)} images, matched {kind}. An image's PQ is over its segments of all categories."
-    write_error_page(path, sections, f"{Path(pred_json).name} against {Path(gt_json).name}", note)
+    lowest = worst_places({place: row["pq"] for place, row in enumerate(scores) if row["pq"] is not None}, worst)
+    chosen = random_places(len(scores), random, seed)
+    drawn = {place: render_entry(reader.entry(place)) for place in {*lowest, *chosen}}
+    title = f"{Path(pred_json).name} against {Path(gt_json).name}"
+    write_worst_and_random(path, drawn, lowest, chosen, title, len(scores), by_category=not class_agnostic)
 
 
 class _Files:

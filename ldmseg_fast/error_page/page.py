@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ldmseg_fast.error_page.assets import SCRIPT, STYLE, color_key
 from ldmseg_fast.error_page.entry import PageEntry, image_quality
 from ldmseg_fast.error_page.pictures import embedded, pictures
@@ -34,6 +36,35 @@ def write_error_page(
             page.markup(entry if isinstance(entry, str) else render_entry(entry))
     page.markup(f"<script>{SCRIPT}</script>")
     page.write(Path(path))
+
+
+def worst_places(qualities: Mapping[int, float], count: int) -> list[int]:
+    """Places of the `count` lowest qualities, the lowest first; of equal ones the first of the split."""
+    return sorted(qualities, key=lambda place: (qualities[place], place))[:count]
+
+
+def random_places(images: int, count: int, seed: int) -> list[int]:
+    """`count` of the first `images` whole numbers, ascending; they depend on the arguments alone."""
+    return sorted(np.random.default_rng(seed).permutation(images)[:count].tolist())
+
+
+def write_worst_and_random(
+    path: str | Path,
+    drawn: Mapping[int, str],
+    worst: Sequence[int],
+    random: Sequence[int],
+    title: str,
+    images: int,
+    by_category: bool,
+) -> None:
+    """The page of an evaluation over `images` images. drawn: what `render_entry` made of those at `worst`, `random`."""
+    sections = {
+        f"The {len(worst)} worst images": [drawn[place] for place in worst],
+        f"{len(random)} random images": [drawn[place] for place in random],
+    }
+    kind = "by category" if by_category else "class-agnostic"
+    note = f"{images} images, matched {kind}. An image's PQ is over its segments of all categories."
+    write_error_page(path, {heading: entries for heading, entries in sections.items() if entries}, title, note)
 
 
 def render_entry(entry: PageEntry) -> str:

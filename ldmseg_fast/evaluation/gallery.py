@@ -10,7 +10,8 @@ import numpy as np
 
 from ldmseg_fast import distributed
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.error_page import PageEntry, image_quality, render_entry, write_error_page
+from ldmseg_fast.error_page import PageEntry, image_quality, render_entry
+from ldmseg_fast.error_page.page import random_places, worst_places, write_worst_and_random
 from ldmseg_fast.results import PanopticResult
 
 _Candidate = tuple[PanopticResult, np.ndarray]
@@ -24,8 +25,7 @@ class Gallery:
 
     def __init__(self, dataset: CocoPanoptic, worst: int, random: int, seed: int) -> None:
         self.dataset, self.count = dataset, worst
-        chosen = np.random.default_rng(seed).permutation(len(dataset))[:random]
-        self.random = sorted(chosen.tolist())
+        self.random = random_places(len(dataset), random, seed)
         self._qualities: dict[int, float] = {}
         self._kept: dict[int, _Candidate] = {}
 
@@ -35,7 +35,7 @@ class Gallery:
         if not math.isnan(quality):
             self._qualities[index] = quality
         self._kept[index] = (result, matches)
-        kept = set(self._worst(self._qualities)) | set(self.random)
+        kept = {*worst_places(self._qualities, self.count), *self.random}
         self._qualities = {key: value for key, value in self._qualities.items() if key in kept}
         self._kept = {key: value for key, value in self._kept.items() if key in kept}
 
@@ -44,21 +44,13 @@ class Gallery:
         qualities: dict[int, float] = {}
         for part in distributed.gather_objects(self._qualities):
             qualities |= part
-        worst = self._worst(qualities)
+        worst = worst_places(qualities, self.count)
         drawn = {index: self._draw(index, class_aware) for index in {*worst, *self.random} & self._kept.keys()}
         everything: dict[int, str] = {}
         for other in distributed.gather_objects(drawn):
             everything |= other
-        sections = {
-            f"The {len(worst)} worst images": [everything[index] for index in worst],
-            f"{len(self.random)} random images": [everything[index] for index in self.random],
-        }
-        kind = "by category" if class_aware else "class-agnostic"
-        note = f"{len(self.dataset)} images, matched {kind}. An image's PQ is over its segments of all categories."
-        distributed.run_on_main(partial(write_error_page, path, sections, title, note))
-
-    def _worst(self, qualities: dict[int, float]) -> list[int]:
-        return sorted(qualities, key=lambda index: (qualities[index], index))[: self.count]
+        page = (path, everything, worst, self.random, title, len(self.dataset), class_aware)
+        distributed.run_on_main(partial(write_worst_and_random, *page))
 
     def _draw(self, index: int, class_aware: bool) -> str:
         result, matches = self._kept[index]

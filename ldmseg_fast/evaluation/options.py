@@ -24,7 +24,7 @@ class EvaluationOptions:
     limit: int = 0
     batch_size: int = 16
     id_assignment: str | None = None  # of an auto-encoder's reconstruction
-    image_size: int | None = None  # likewise: it is convolutional and reconstructs maps of any size
+    image_size: int | None = None  # side in pixels of what the networks see
     solver: str = "ddim"
     eta: float = 0.0  # of the DDIM solver's noise
     backend: str = "torch"
@@ -48,6 +48,11 @@ class EvaluationOptions:
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: at least 1"),
             (self.limit >= 0, f"--limit {self.limit}: not negative; 0 means all images"),
             (min(self.worst, self.random) >= 0, f"--worst {self.worst} --random {self.random}: not negative"),
+            *(
+                (value is None or 0 <= value <= 1, f"--{name} {value}: a number from 0 to 1")
+                for name, value in (("mask-th", self.mask_threshold), ("overlap-th", self.overlap_threshold))
+            ),
+            ((self.count_threshold or 0) >= 0, f"--count-th {self.count_threshold}: not negative"),
             (
                 not self.page or self.worst + self.random > 0,
                 "--page: with --worst 0 and --random 0 it would show no image",

@@ -61,18 +61,18 @@ class DiffusionModel:
     def __init__(
         self, model_dir: str | Path, data: str | Path, options: EvaluationOptions, thresholds: PostprocessConfig
     ) -> None:
-        self.pipe = LDMSegPipeline.from_pretrained(model_dir, options.backend, options.engine_dir)
+        self.pipe = LDMSegPipeline.from_pretrained(
+            model_dir, options.backend, options.engine_dir, image_size=options.image_size
+        )
         info = self.pipe.info
         self.dataset = CocoPanoptic(
             data, options.split, info.image_size, num_slots=info.mask_vae.num_slots, limit=options.limit
         )
-        if options.image_size not in (None, info.image_size):
-            raise ValueError(f"--size {options.image_size}: this model works at {info.image_size} pixels")
         steps = info.num_inference_steps if options.steps is None else options.steps
         self.pipe.scheduler.timesteps(steps)  # refuses a number of steps that cannot be
         self.thresholds = thresholds
         self.sampling = {"num_inference_steps": steps, "solver": options.solver, "eta": options.eta}
-        self.facts = {"backend": options.backend, **self.sampling, "seed": options.seed}
+        self.facts = {"backend": options.backend, **self.sampling, "image_size": info.image_size, "seed": options.seed}
 
     def segment(self, indices: Sequence[int], seed: int) -> list[PanopticResult]:
         images = [self.dataset.load_image(index) for index in indices]

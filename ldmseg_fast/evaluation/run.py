@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ldmseg_fast import distributed
 from ldmseg_fast.agreement import TorchAgreement
+from ldmseg_fast.checkpoint import load_index
 from ldmseg_fast.evaluation import spread
 from ldmseg_fast.evaluation.categories import CategorySource, category_source
 from ldmseg_fast.evaluation.gallery import Gallery
@@ -28,7 +29,7 @@ from ldmseg_fast.evaluation.scores import (
     rank_batches,
     without_crowds,
 )
-from ldmseg_fast.evaluation.store import Clock, Store
+from ldmseg_fast.evaluation.store import Clock, Store, states_of
 from ldmseg_fast.metrics.inpainting import drop_blocks
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.pretrained import resolve_model_dir
@@ -59,7 +60,17 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
     thresholds = resolve_thresholds(model_dir, options)
     predictor = load_predictor(model_dir, data, options, thresholds)
     clock = Clock()
-    settings = {"model": str(model_dir), "split": options.split, "thresholds": asdict(thresholds), **predictor.facts}
+    truth = predictor.dataset.folders.annotations
+    settings = {
+        "model": str(model_dir.resolve()),
+        "weights": states_of(model_dir, [f"{name}/*" for name in load_index(model_dir)["components"]]),
+        "engine_dir": options.engine_dir and str(Path(options.engine_dir).resolve()),
+        "engines": states_of(Path(options.engine_dir), ["*"]) if options.engine_dir else {},
+        "data": str(truth.resolve()),
+        "annotations": states_of(truth.parent, [truth.name]),
+        "thresholds": asdict(thresholds),
+        **predictor.facts,
+    }
     store = Store(options.out, settings, clock)
     seeds = range(options.seed, options.seed + options.seeds)
     agreement = None
@@ -71,6 +82,7 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
         if options.backend != "torch" and not predictor.reconstructs and options.agreement_images > 0:
             agreement = TorchAgreement(
                 model_dir,
+                predictor.facts["image_size"],
                 {key: predictor.facts[key] for key in ("num_inference_steps", "solver", "eta")},
                 options.seed,
                 thresholds,

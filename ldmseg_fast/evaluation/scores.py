@@ -27,7 +27,7 @@ class SegmentationScores:
         self.categories = categories
         self.agnostic = PQStat(OBJECT, class_agnostic=True)
         self.aware = PQStat(categories.dataset.categories) if categories else None
-        self.mean_iou = MeanIoU(per_segment=True) if mean_iou else None
+        self.mean_iou = MeanIoU() if mean_iou else None
         self.baselines = {name: PQStat(OBJECT, class_agnostic=True) for name in BASELINES} if baselines else {}
 
     def add(

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ldmseg_fast import distributed
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.evaluation.scores import OBJECT
 from ldmseg_fast.results import PanopticResult, ResultsWriter
+
+
+def states_of(folder: Path, patterns: Sequence[str]) -> dict[str, list[int]]:
+    """Size and time of the last change of the files that match, by name: results of other contents are other results,
+    whatever the folder is called."""
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    states = {path.relative_to(folder).as_posix(): path.stat() for path in files}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
 class Clock:

@@ -31,7 +31,7 @@ def format_table(result: dict[str, Any]) -> str:
     if result.get("interval"):
         low, high = result["interval"]["pq"]
         lines.append(f"95 % interval of PQ over {result['images']} images: {100 * low:.1f} .. {100 * high:.1f}")
-    sizes = "  ".join(f"{name} {100 * row['pq']:.1f} ({row['n']})" for name, row in result["sizes"].items())
+    sizes = "  ".join(f"{name} {100 * row['pq']:.1f} ({row['n']})" for name, row in result["sizes"].items() if row["n"])
     lines.append(f"PQ by segment size (categories): {sizes}")
     if result.get("worst_images"):
         worst = "  ".join(f"{image['image_id']} {100 * image['pq']:.1f}" for image in result["worst_images"])

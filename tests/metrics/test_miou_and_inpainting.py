@@ -1,4 +1,4 @@
-"""Mean IoU over classes and segments; the inpainting protocol."""
+"""Mean IoU of segments; the inpainting protocol."""
 
 import numpy as np
 import pytest
@@ -14,11 +14,9 @@ def _maps(count=6, shape=(20, 30)):
     return [tuple(rng.integers(0, 5, (2, *shape)).astype(np.int32)) for _ in range(count)]
 
 
-def _plain(maps, per_segment):
-    gts, preds = np.stack([gt for gt, _ in maps]), np.stack([pred for _, pred in maps])
-    groups = list(zip(gts, preds)) if per_segment else [(gts, preds)]
+def _plain(maps):
     ious = []
-    for gt, pred in groups:
+    for gt, pred in maps:
         for value in np.unique(gt[gt > 0]):
             a, b = gt == value, (pred == value) & (gt > 0)
             ious.append((a & b).sum() / (a | b).sum())
@@ -26,33 +24,28 @@ def _plain(maps, per_segment):
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("per_segment", [True, False])
-def test_mean_iou(monkeypatch, native, per_segment):
+def test_mean_iou(monkeypatch, native):
     if not native:
         monkeypatch.setattr(matching, "_C", None)
     maps = _maps()
-    metric = MeanIoU(per_segment)
+    metric = MeanIoU()
     for gt, pred in maps:
         metric.add(gt, pred)
-    expected, count = _plain(maps, per_segment)
+    expected, count = _plain(maps)
     assert metric.result()["miou"] == pytest.approx(expected, abs=1e-12)
     assert metric.result()["n"] == count
 
 
-@pytest.mark.parametrize("per_segment", [True, False])
-def test_mean_iou_merges_to_the_last_digit(per_segment):
-    parts = [MeanIoU(per_segment) for _ in range(3)]
-    whole = MeanIoU(per_segment)
+def test_mean_iou_merges_to_the_last_digit():
+    parts, whole = [MeanIoU() for _ in range(3)], MeanIoU()
     for index, (gt, pred) in enumerate(_maps()):
         parts[index % 3].add(gt, pred)
         whole.add(gt, pred)
     assert parts[2].merge(parts[0]).merge(parts[1]).result() == whole.result()
-    with pytest.raises(ValueError, match="cannot be merged"):
-        whole.merge(MeanIoU(not per_segment))
 
 
 def test_mean_iou_of_nothing_and_of_other_sizes():
-    assert MeanIoU().result() == {"miou": 0.0, "n": 0, "per_id": {}}
+    assert MeanIoU().result() == {"miou": 0.0, "n": 0}
     with pytest.raises(PanopticFormatError, match="sizes must be equal"):
         MeanIoU().add(np.ones((2, 2), int), np.ones((2, 3), int))
 

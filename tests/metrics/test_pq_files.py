@@ -1,6 +1,5 @@
 """`ldmseg pq` on files: equal to peers, streaming, and one clear error for every bad input."""
 
-import argparse
 import json
 import shutil
 import struct
@@ -11,8 +10,8 @@ import pytest
 from PIL import Image
 
 from ldmseg_fast import panoptic_format
+from ldmseg_fast.cli import main
 from ldmseg_fast.metrics import annotation_index, matching, pq_files
-from ldmseg_fast.metrics.pq_command import add_pq_arguments, run_pq
 from ldmseg_fast.metrics.pq_files import evaluate_files, png_folder
 from ldmseg_fast.metrics.pq_report import format_table
 from ldmseg_fast.panoptic_format import PanopticFormatError, write_panoptic_png
@@ -71,9 +70,7 @@ def _edit(path, change):
 
 
 def _run(*arguments):
-    parser = argparse.ArgumentParser()
-    add_pq_arguments(parser)
-    return run_pq(parser.parse_args([str(argument) for argument in arguments]))
+    return main(["pq", *map(str, arguments)])
 
 
 def test_golden_from_files(shared, tmp_path):
@@ -123,7 +120,7 @@ def test_threads_and_reports(dataset, tmp_path, capsys):
     reports = []
     for threads in (1, 2, 5):
         out, table = tmp_path / "report.json", tmp_path / "table.csv"
-        assert _run(gt_json, pred_json, "--boundary", "--processes", threads, "--json", out, "--csv", table) == 0
+        assert _run(gt_json, pred_json, "--boundary", "--threads", threads, "--json", out, "--csv", table) == 0
         report = json.loads(out.read_text())
         assert report.pop("seconds") > 0
         assert report.pop("threads") == threads
@@ -229,7 +226,7 @@ def test_bad_pngs(dataset, capsys, fault, message, threads):
     gt_json, pred_json = dataset
     name = pred_json.parent / "predictions" / "000000000001.png"
     _spoil_first(name, fault)
-    assert _run(gt_json, pred_json, "--processes", threads) == 2
+    assert _run(gt_json, pred_json, "--threads", threads) == 2
     error = capsys.readouterr().err
     assert message in error
     assert str(name) in error
@@ -290,8 +287,11 @@ def test_wrong_paths(dataset, tmp_path, capsys):
     assert "none.json" in capsys.readouterr().err
     assert _run(gt_json, pred_json, "--pred-folder", tmp_path / "nowhere") == 2
     assert "nowhere" in capsys.readouterr().err
-    assert _run(gt_json, pred_json, "--json", tmp_path / "no" / "x.json") == 2
-    assert "its folder does not exist" in capsys.readouterr().err
+    assert _run(gt_json, pred_json, "--json", tmp_path) == 2
+    assert f"{tmp_path} is a folder" in capsys.readouterr().err
+    assert _run(gt_json, pred_json, "--csv", gt_json / "x.csv") == 2, "before any work"
+    assert str(gt_json) in capsys.readouterr().err
+    assert _run(gt_json, pred_json, "--json", tmp_path / "new" / "x.json") == 0
     shutil.rmtree(pred_json.parent / "predictions")
     assert _run(gt_json, pred_json) == 2
     assert "no folder of PNGs" in capsys.readouterr().err

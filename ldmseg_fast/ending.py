@@ -1,0 +1,93 @@
+"""How a command ends that cannot go on: one line that says why, on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+from ldmseg_fast import distributed
+from ldmseg_fast.backends import BackendError
+from ldmseg_fast.training.failures import is_lost_connection
+from ldmseg_fast.training.liveness import LOST_RANK, Heartbeat
+
+INTERRUPTED = 130  # exit code: 128 + SIGINT
+_FAILED = "ldmseg/failed"  # in the launcher's store: "RANK:why"
+
+
+def reason_of(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code of an error that the user can do something about; None for a fault in this package."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    # ValueError: our own errors about settings, checkpoints, data and formats among them
+    return (f"error: {error}", 2) if isinstance(error, BackendError | OSError | ValueError) else None
+
+
+@contextmanager
+def joined_ranks() -> Iterator[None]:
+    """Inside, the launcher's ranks work together; one that fails ends all of them within seconds.
+
+    The others would wait for it in their next collective until that times out, and longer than their launcher lives
+    where it is on another machine.
+    """
+    distributed.start()
+    if distributed.world_size() == 1:
+        yield
+    else:
+        with _RankWatch() as watch:
+            try:
+                yield
+            except BaseException as error:
+                watch.fail(error)
+    distributed.stop()
+
+
+class _RankWatch(Heartbeat):
+    """Besides, ends this process when another rank says that it has failed."""
+
+    def __init__(self, timeout: float = 30.0) -> None:
+        super().__init__(timeout, lambda: self._leave("the launcher has gone"), period=1.0)
+        self._threads.append(threading.Thread(target=self._listen, daemon=True))
+
+    def __enter__(self) -> _RankWatch:
+        super().__enter__()
+        return self
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Say why, once for all ranks that meet the same error, and end."""
+        if isinstance(error, Exception) and is_lost_connection(error):
+            time.sleep(2 * self.period)  # for the other's own words, which end this rank
+            self._leave("another rank has gone")
+        self._done.set()  # from here on this thread alone ends the process
+        text, code = reason_of(error) or (traceback.format_exc().rstrip(), 1)
+        said = ""
+        with suppress(RuntimeError):  # the store has gone with the rank that holds it
+            said = self._store.compare_set(_FAILED, "", f"{distributed.rank()}:{text}").decode()
+        if said.partition(":")[::2] in (("", ""), (str(distributed.rank()), text)):
+            print(text, file=sys.stderr, flush=True)
+            time.sleep(2 * self.period)  # until the others have read it: the store may live in this process
+        elif said.partition(":")[2] != text:
+            print(f"rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code)  # leaving the process group would wait for ranks that are stuck in a collective
+
+    def _listen(self) -> None:
+        while self._store is not None and not self._done.wait(self.period):
+            with suppress(RuntimeError):  # the store has gone: `_watch` deals with that
+                if self._store.check([_FAILED]):
+                    time.sleep(self.period)  # the main thread may be about to say the same by itself
+                    rank, _, text = self._store.get(_FAILED).decode().partition(":")
+                    self._end(f"ends because rank {rank} has failed ({text.splitlines()[-1]})")
+
+    def _leave(self, reason: str) -> None:
+        self._end(f"{reason}; run the command again")
+
+    def _end(self, text: str) -> None:
+        if not self._done.is_set():
+            print(f"rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
+            os._exit(LOST_RANK)  # the main thread sits in a collective that nothing can interrupt
