@@ -38,6 +38,8 @@ EXTRAS = {
         "scipy>=1.11",
         "hotcoco>=1.3; platform_system=='Linux'",
         "tensorrt-rtx-cu13>=1.7,<2; platform_system=='Linux' and platform_machine=='x86_64'",
+        # the Python layer without its libraries: names to compare with
+        "tensorrt-cu13-bindings>=11.4,<12; platform_system=='Linux' and platform_machine=='x86_64'",
         "nvidia-modelopt>=0.47",
         "types-PyYAML",
     ],

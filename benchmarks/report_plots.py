@@ -100,7 +100,9 @@ def roofline(rows: Sequence[Row]) -> str:
     name = next((row["environment"]["gpu"]["name"] for row in rows), None)
     gpu = find_gpu(name) or next(gpu for gpu in GPUS if gpu.name == "H200")
     floors = [
-        (c.operations / c.bytes_moved, c.operations / floor_us(c, gpu) / 1e6) for c in all_cases() if c.operations
+        (c.operations / c.bytes_moved, c.operations / floor_us(c, gpu) / 1e6)
+        for c in all_cases()
+        if c.operations and floor_us(c, gpu) < float("inf")  # a GPU without fp8 never gets there
     ]
     measured = [
         (row["flops"] / row["bytes"], row["flops"] / row["p50"] / 1e9)

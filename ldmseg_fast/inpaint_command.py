@@ -15,6 +15,7 @@ def add_inpaint_arguments(parser: argparse.ArgumentParser) -> None:
     known.add_argument("--unknown-id", type=int, help="the map is given where it does not have this id (0 is void)")
     parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
 
 
 def run_inpaint(args: argparse.Namespace) -> int:
@@ -39,7 +40,7 @@ def run_inpaint(args: argparse.Namespace) -> int:
             raise DataError(
                 f"{path}: {size[1]}x{size[0]} pixels, the picture {args.image} has {image.shape[1]}x{image.shape[0]}"
             )
-    pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir)
+    pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir, image_size=args.size)
     result = pipe.inpaint(
         image, segmentation, known, args.steps, seed=args.seed, image_ids=[image_id(args.image)], solver=args.solver
     )[0]

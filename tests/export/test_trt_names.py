@@ -46,7 +46,7 @@ def real(request) -> tuple[str, dict]:
     if name == "tensorrt" and importlib.util.find_spec(name) is None:
         found = "tensorrt_bindings"
     if importlib.util.find_spec(found) is None:
-        pytest.skip(f"no {found}; pip install 'ldmseg_fast[test]'")
+        pytest.skip(f"no {found}; pip install 'ldmseg_fast[dev]'")
     script = Path(__file__).with_name("describe_bindings.py")
     done = subprocess.run([sys.executable, str(script), found], stdout=subprocess.PIPE, text=True, check=True)
     return name, json.loads(done.stdout)["classes"]
