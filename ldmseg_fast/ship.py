@@ -140,7 +140,10 @@ def history(run_dir: Path, machine: str = "") -> dict[str, Any]:
 FOLDERS = {"data.root", "output_dir", "model.mask_vae", "model.init_from", "data.latent_cache", "image_encoder.path"}
 FEW_STEP = ("one_step", "distillation")
 # what these stages take from the model they start from
-FOUND = ("mask_vae.", "image_encoder.", "unet.", "scheduler.", "diffusion.", "model.mask_vae", "num_inference_steps")
+FOUND = (
+    *("mask_vae.", "image_encoder.", "unet.", "scheduler.", "model.mask_vae", "num_inference_steps"),
+    *("diffusion.latent_scale", "diffusion.self_condition"),
+)
 
 
 def command(settings: dict[str, Any]) -> str:
