@@ -1,10 +1,19 @@
-"""Quality against time of the rows of `bench_quality.py`, as one picture."""
+"""Quality against time of the rows of `bench_quality.py`, as one picture.
+
+python benchmarks/quality_curve.py FILE DATA SPLIT IMAGES draws those of all result files on one data set.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+if __package__ in (None, "") and str(Path(__file__).resolve().parents[1]) not in sys.path:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.report_tables import load_rows
 
 Row = dict[str, Any]
 
@@ -65,3 +74,21 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) != 4 or not argv[3].isdigit():
+        print(f"usage: {(__doc__ or '').splitlines()[2]}", file=sys.stderr)
+        return 2
+    file, data, split, images = argv
+    wanted = {"data": data, "split": split, "images": int(images), "mode": "class-agnostic"}
+    try:
+        draw_curve([row for row in load_rows("quality") if wanted.items() <= row["case"].items()], Path(file))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

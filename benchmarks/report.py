@@ -37,6 +37,7 @@ SUITES = {
     "evaluation": "Panoptic quality and post-processing on the CPU",
     "export": "Export and ONNX Runtime",
     "quality": "Quality of trained models",
+    "soak": "Long tests",
 }
 INTRODUCTION = """# What was measured
 
@@ -63,7 +64,7 @@ def report(folder: Path = RESULTS) -> str:
         parts.append(f"## {title}\n")
         rows = load_rows(suite, folder)
         if not rows:
-            parts.append(f"Not measured yet: `python benchmarks/bench_{suite}.py`.\n")
+            parts.append(f"Not measured yet: `python benchmarks/{'' if suite == 'soak' else 'bench_'}{suite}.py`.\n")
             continue
         parts.append(suite_table(suite, folder))
         parts.append("\n".join(f"- {line}" for line in sources(rows)) + "\n")

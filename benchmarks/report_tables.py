@@ -67,6 +67,7 @@ def quality(rows: Sequence[Row]) -> str:
     for row in rows:
         case = row["case"]
         data = f"{case['data']} {case['split']}, {case['images']}"
+        data += f", mean of {case['annotators']} annotators" if "annotators" in case else ""
         pq = f"{row['value']:.1f}" + (f" ± {row['deviation']:.1f}" if "deviation" in row else "")
         if case.get("mode") == "inpainting":
             completed.append([row["variant"], data, f"inpainting, blocks of {case['block']} px", pq, "", "", ""])
@@ -116,7 +117,13 @@ def latency(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"quality": quality, "latency": latency}
+def soak(rows: Sequence[Row]) -> str:
+    """What the long tests counted."""
+    counted = [row for row in rows if row["variant"] != "duration"]
+    return table(["test", "counted"], [[row["name"], f"{row['value']:g} {row['unit']}"] for row in counted])
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"quality": quality, "latency": latency, "soak": soak}
 
 
 def suite_table(suite: str, folder: Path = RESULTS) -> str:

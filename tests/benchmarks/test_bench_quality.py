@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import bench_quality
+from benchmarks import bench_quality, quality_curve
 from benchmarks.annotators import annotator_roots, mean_over_annotators
 from benchmarks.bench_quality import Journal, Tuned, classical_rows, fingerprint, measure
 from benchmarks.harness import Run
@@ -154,6 +154,15 @@ def test_the_picture(tmp_path):
         assert (tmp_path / "new" / f"curve{suffix}").stat().st_size > 5000
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_curve(rows[-1:], tmp_path / "empty.png")
+
+
+def test_the_picture_of_all_files(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert quality_curve.main([str(tmp_path / "x.png"), "scenes20k", "val2017", "500"]) == 0
+    assert (tmp_path / "x.png").stat().st_size > 5000
+    assert quality_curve.main([str(tmp_path / "y.png"), "nowhere", "val2017", "500"]) == 2
+    assert quality_curve.main([]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_missing(capsys):
