@@ -270,7 +270,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     return values
 
 
-_SHARE, _COUNT, _POSITIVE = (0, 1), (0, 1e9), (1, 1e9)
+_SHARE, _COUNT, _POSITIVE = (0, 1), (0, 1e15), (1, 1e15)
 RANGES: dict[str, tuple[float, float]] = {
     "data.bad_items": _SHARE,
     "data.min_area": _COUNT,
