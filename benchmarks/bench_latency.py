@@ -74,6 +74,7 @@ class Bench:
     def load(self, pictures: list[np.ndarray]) -> None:
         """Make each candidate and compare it with the baseline. One that cannot run here is named, with its reason."""
         noise = self.noise(1)
+        steps = min(LOOP, self.info.num_inference_steps)  # beyond its own a model of few steps falls into noise
         reference: tuple[Tensor, np.ndarray] | None = None
         for name, make in self.makers.items():
             if reference is not None and self.seconds_left() < SECONDS_TO_COMPILE * ("compile" in name):
@@ -81,8 +82,10 @@ class Bench:
                 continue
             try:
                 pipeline = make()
-                latents = pipeline.sample(noise, pipeline.encode(pipeline.preprocess(pictures[:1])), LOOP).float().cpu()
-                maps = pipeline.whole(pictures[:1], noise, LOOP)[0].segmentation
+                latents = (
+                    pipeline.sample(noise, pipeline.encode(pipeline.preprocess(pictures[:1])), steps).float().cpu()
+                )
+                maps = pipeline.whole(pictures[:1], noise, steps)[0].segmentation
             except Exception as error:  # a backend's refusal, whatever its type, is a line and not the end
                 if reference is None:
                     raise

@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_late(commands, "pq", "pq_command", "panoptic quality of result files, as panopticapi computes it")
     _add_late(commands, "convert", "convert", "a published LDMSeg checkpoint as a model folder")
 
-    data = commands.add_parser("data", help="check a data set, generate or encode one").add_subparsers(required=True)
+    data = commands.add_parser("data", help="check, generate, merge or encode data sets").add_subparsers(required=True)
     check = data.add_parser("check", help="look for damaged or inconsistent files")
     check.add_argument("root")
     check.set_defaults(run=run_data_check)
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.add_argument("--sheet", type=Path, help="also write a 10x10 contact sheet")
     scenes.set_defaults(run=run_data_scenes)
 
+    _add_late(data, "merge", "data.merge_command", "splits of several folders as one, by links")
     _add_late(data, "cache", "data.cache_command", "encode every picture once, for training")
 
     _add_late(commands, "runs", "runs", "training runs below a folder and their best PQ")

@@ -1,0 +1,85 @@
+"""`ldmseg data merge`: splits of several COCO-panoptic folders as one, for class-agnostic training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldmseg_fast.data.folders import DataError, find_split
+from ldmseg_fast.panoptic_format import load_panoptic_json, replacing
+
+OBJECT = {"id": 1, "name": "object", "supercategory": "object", "isthing": 1, "color": [220, 20, 60]}
+
+
+def merge_splits(out: str | Path, sources: Sequence[str], split: str = "train2017") -> int:
+    """Links to the sources' pictures and maps under OUT, beside one JSON in which every segment is an object.
+
+    Args:
+        out: a folder without this split.
+        sources: ROOT:SPLIT, or ROOT:SPLIT:N for its first N annotated maps.
+        split: the new one's name.
+
+    Returns:
+        How many annotated maps it has.
+
+    Raises:
+        DataError: a source that is not there or named otherwise, or a split that OUT has already.
+    """
+    out = Path(out)
+    path = out / "annotations" / f"panoptic_{split}.json"
+    if path.exists():
+        raise DataError(f"{path} is there already; choose another folder or --split")
+    parts = [_parse(source) for source in sources]
+    content: dict[str, Any] = {"info": {}, "images": [], "annotations": [], "categories": [OBJECT]}
+    for number, (root, name, limit) in enumerate(parts):
+        folders = find_split(root, name)
+        found = load_panoptic_json(folders.annotations)
+        images = {image["id"]: image for image in found["images"]}
+        numbers: dict[int, int] = {}
+        for annotation in found["annotations"][: limit or None]:
+            image = images[annotation["image_id"]]
+            if image["id"] not in numbers:
+                numbers[image["id"]] = len(content["images"]) + 1
+                picture = _link(out / split, f"{number}_{image['file_name']}", folders.images / image["file_name"])
+                size = {"height": image["height"], "width": image["width"]}
+                content["images"].append({"id": numbers[image["id"]], "file_name": picture, **size})
+            ids = _link(
+                out / f"panoptic_{split}", f"{number}_{annotation['file_name']}", folders.maps / annotation["file_name"]
+            )
+            segments = [segment | {"category_id": 1} for segment in annotation["segments_info"]]
+            entry = {"image_id": numbers[image["id"]], "file_name": ids, "segments_info": segments}
+            content["annotations"].append(entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    return len(content["annotations"])
+
+
+def _parse(source: str) -> tuple[str, str, int]:
+    parts = source.split(":")
+    if len(parts) not in (2, 3) or not all(parts) or (len(parts) == 3 and not parts[2].isdigit()):
+        raise DataError(f"{source!r}: ROOT:SPLIT or ROOT:SPLIT:N expected, such as coco:train2017")
+    return parts[0], parts[1], int(parts[2]) if len(parts) == 3 else 0
+
+
+def _link(folder: Path, name: str, target: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / name
+    if not link.is_symlink():
+        link.symlink_to(target.resolve())
+    return name
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="folder of links and one JSON; the sources stay as they are")
+    parser.add_argument("sources", nargs="+", metavar="ROOT:SPLIT[:N]", help="a split, or its first N annotated maps")
+    parser.add_argument("--split", default="train2017", help="name of the new split")
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    count = merge_splits(args.out, args.sources, args.split)
+    print(f"{count} annotated maps: {args.out}")
+    return 0
