@@ -52,7 +52,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     groups = curves(rows)
     if not groups:
         raise ValueError(f"{path}: nothing to draw, no row of a model that samples; give NAME=MODEL_DIR")
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     front = pareto_front([(row["ms_per_image"], row["value"]) for group in groups.values() for row in group])
     axes.step(*zip(*front), where="post", color="0.85", linewidth=6, zorder=0, label="Pareto front")
     for label, group in groups.items():
@@ -70,7 +70,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("ms per image (numbers: denoising steps)")
     axes.set_ylabel(f"PQ, class-agnostic, %, on {case['data']} {case['split']}, {case['images']} maps")
-    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

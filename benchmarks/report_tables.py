@@ -27,7 +27,9 @@ def load_rows(suite: str, folder: Path = RESULTS) -> list[Row]:
             renewed = {row["name"] for row in record["results"]}
             rows = {key: row for key, row in rows.items() if row["name"] not in renewed}
         for row in record["results"]:
-            key = json.dumps([row["name"], row["variant"], row["case"]], sort_keys=True)
+            # what was pooled over annotators once is a mean over them now
+            case = {name: value for name, value in row["case"].items() if name != "annotators"}
+            key = json.dumps([row["name"], row["variant"], case], sort_keys=True)
             rows.pop(key, None)
             rows[key] = row | {"environment": record["environment"], "file": path.name}
     return list(rows.values())
