@@ -29,7 +29,7 @@ def load_rows(suite: str, folder: Path = RESULTS) -> list[Row]:
         for row in record["results"]:
             # what was pooled over annotators once is a mean over them now
             case = {name: value for name, value in row["case"].items() if name != "annotators"}
-            key = json.dumps([row["name"], row["variant"], case], sort_keys=True)
+            key = json.dumps([row["name"], row["variant"], case, row.get("unit")], sort_keys=True)
             rows.pop(key, None)
             rows[key] = row | {"environment": record["environment"], "file": path.name}
     return list(rows.values())
