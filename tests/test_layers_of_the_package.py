@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # each module may import from its own row and the rows above; a name stands for the file or the folder
 LAYERS = [
-    {"config", "config_values", "native", "panoptic_format", "distributed", "segments", "results"},
+    {"config", "config_checks", "config_values", "native", "panoptic_format", "distributed", "segments", "results"},
     {"kernels"},
     {"models", "diffusion", "losses", "slot_matching", "panoptic", "metrics"},
     {
