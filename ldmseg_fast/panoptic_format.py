@@ -68,6 +68,26 @@ def check_ids(ids: np.ndarray) -> np.ndarray:
     return ids
 
 
+def two_channel_to_ids(channels: np.ndarray) -> tuple[np.ndarray, list[dict[str, int]]]:
+    """The two-channel form (channel 0: category, channel 1: instance number; category 0 is void) as ids and segments.
+
+    channels: [H, W, 2 or 3] uint8, a third channel must be zero.
+    Returns ids [H, W] int32 with id = category + 256 instance, and `[{"id", "category_id", "iscrowd", "area"}]`.
+    """
+    if channels.dtype != np.uint8 or channels.ndim != 3 or channels.shape[2] not in (2, 3):
+        raise PanopticFormatError(f"expected [H, W, 2 or 3] uint8, got {list(channels.shape)} {channels.dtype}")
+    if channels.shape[2] == 3 and channels[..., 2].any():
+        raise PanopticFormatError("the third channel of a two-channel map must be zero; is this a three-byte map?")
+    ids = channels[..., 0].astype(np.int32) | (channels[..., 1].astype(np.int32) << 8)
+    ids[channels[..., 0] == 0] = 0
+    present, areas = np.unique(ids, return_counts=True)
+    return ids, [
+        {"id": int(segment_id), "category_id": int(segment_id) & 255, "iscrowd": 0, "area": int(area)}
+        for segment_id, area in zip(present, areas)
+        if segment_id != 0
+    ]
+
+
 def read_panoptic_png(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Segment ids [H, W] int32 of an 8-bit RGB PNG.
 

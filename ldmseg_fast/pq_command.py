@@ -17,7 +17,7 @@ def add_pq_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, help="write one line per category")
     parser.add_argument("--json", type=Path, help="write the whole report, fractions")
     parser.add_argument(
-        "--threads", type=_positive, metavar="N", help="worker threads (default: one a core, at most 8)"
+        "--threads", "--processes", type=_positive, metavar="N", help="worker threads (default: one a core, at most 8)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap interval and of --random (default: 0)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page with pictures of errors")

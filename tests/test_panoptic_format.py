@@ -24,6 +24,7 @@ from ldmseg_fast.panoptic_format import (
     read_panoptic_png,
     replacing,
     rgb_to_ids,
+    two_channel_to_ids,
     write_panoptic_png,
 )
 
@@ -236,3 +237,13 @@ def test_an_error_while_writing_names_the_file_and_leaves_nothing(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
     assert (tmp_path / "map.png").read_bytes() == b"before"
+
+
+def test_two_channel_form():
+    channels = np.array([[[0, 0, 0], [0, 9, 0], [3, 0, 0], [3, 1, 0], [3, 1, 0]]], np.uint8)
+    ids, segments = two_channel_to_ids(channels)
+    assert ids.tolist() == [[0, 0, 3, 259, 259]]
+    assert [(s["id"], s["category_id"], s["area"]) for s in segments] == [(3, 3, 1), (259, 3, 2)]
+    assert (two_channel_to_ids(channels[..., :2])[0] == ids).all()
+    with pytest.raises(PanopticFormatError, match="third channel"):
+        two_channel_to_ids(channels + np.uint8(1))

@@ -226,7 +226,7 @@ def test_bad_pngs(dataset, capsys, fault, message, threads):
     gt_json, pred_json = dataset
     name = pred_json.parent / "predictions" / "000000000001.png"
     _spoil_first(name, fault)
-    assert _run(gt_json, pred_json, "--threads", threads) == 2
+    assert _run(gt_json, pred_json, "--processes", threads) == 2
     error = capsys.readouterr().err
     assert message in error
     assert str(name) in error
