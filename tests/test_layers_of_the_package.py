@@ -121,10 +121,9 @@ def test_kernels_stays_a_namespace():
 
 
 def test_import_is_quick():
-    """In processor time: the machine may be busy with something else."""
     code = (
-        "import time, torch; start = time.process_time(); import ldmseg_fast; "
-        "from ldmseg_fast import LDMSegPipeline; print(time.process_time() - start)"
+        "import time, torch; start = time.perf_counter(); import ldmseg_fast; "
+        "from ldmseg_fast import LDMSegPipeline; print(time.perf_counter() - start)"
     )
     times = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
