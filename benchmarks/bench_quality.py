@@ -28,9 +28,10 @@ from benchmarks.quality_curve import draw_curve
 from ldmseg_fast.checkpoint import load_component_config, load_index
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+from ldmseg_fast.files import read_lines
 from ldmseg_fast.metrics import classical
 from ldmseg_fast.pretrained import resolve_model_dir
-from ldmseg_fast.training.provenance import ancestors, cpu_minutes, read_lines
+from ldmseg_fast.training.provenance import ancestors, cpu_minutes
 
 Row = dict[str, Any]
 DETAILS = ("sq", "rq", "pq_crowd_correct", "tp", "fp", "fn")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.backends.manifest import FILE_NAME, read_manifest
 from ldmseg_fast.backends.passport import Range
 from ldmseg_fast.backends.trt_api import BuildSettings
-from ldmseg_fast.checkpoint import CheckpointError
+from ldmseg_fast.errors import BackendError, CheckpointError
 from ldmseg_fast.export.engine_build import BuildJob, Ranges
 from ldmseg_fast.export.model_export import ExportSettings, export_model, is_current
 from ldmseg_fast.export.output_folder import exclusive

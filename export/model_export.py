@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.base import BackendError, ModelInfo, read_model_info
+from ldmseg_fast.backends.base import ModelInfo, read_model_info
 from ldmseg_fast.backends.graphs import build_graph
 from ldmseg_fast.backends.manifest import (
     FILE_NAME,
@@ -23,15 +23,17 @@ from ldmseg_fast.backends.manifest import (
     read_manifest,
 )
 from ldmseg_fast.backends.specs import GraphOptions, graph_specs
-from ldmseg_fast.checkpoint import load_component_config, write_json
+from ldmseg_fast.checkpoint import load_component_config
 from ldmseg_fast.config import to_dict
 from ldmseg_fast.data.coco_panoptic import collate
+from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
 from ldmseg_fast.export.networks import load_networks, load_queries, network_of
 from ldmseg_fast.export.output_folder import ExportError, NewFolder, new_folder
 from ldmseg_fast.export.parity import ParityReport, comparison_data, measure_parity
 from ldmseg_fast.export.quantize import OPSET as QUANTISED_OPSET
 from ldmseg_fast.export.quantize import export_quantized, quantize_unet
+from ldmseg_fast.files import write_json
 
 QUANTISED = ("fp8", "int8")
 CALIBRATION_IMAGES = 16

@@ -15,13 +15,13 @@ from ldmseg_fast.checkpoint import (
     DTYPE_NAMES,
     INT8_SCALE,
     WEIGHTS,
-    CheckpointError,
     check_state,
     expand_int8,
-    inside,
     load_component,
     load_component_config,
 )
+from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.files import inside
 from ldmseg_fast.models.unet import UNet
 
 

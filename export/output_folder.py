@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ldmseg_fast.backends.base import BackendError
-from ldmseg_fast.checkpoint import replace_folder
+from ldmseg_fast.errors import BackendError
+from ldmseg_fast.files import replace_folder
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.manifest import GraphFile, hash_files
 from ldmseg_fast.backends.specs import GraphSpec, sample_inputs
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.graph_export import EMBEDDED_BYTES, check_graph, example_sizes, quiet
 from ldmseg_fast.models.conditioning import with_context
 

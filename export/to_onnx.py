@@ -13,10 +13,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.backends.specs import HEADS
-from ldmseg_fast.checkpoint import CheckpointError
-from ldmseg_fast.config import ConfigError
+from ldmseg_fast.errors import UserError
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             command="python export/to_onnx.py " + shlex.join(sys.argv[1:] if argv is None else argv),
         )
         report = export_model(args.model_dir, args.out, settings, print)
-    except (BackendError, CheckpointError, ConfigError, OSError, ValueError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if report is not None:

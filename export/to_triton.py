@@ -12,7 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ldmseg_fast.backends.base import BackendError
+from ldmseg_fast.errors import UserError
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
         settings = RepositorySettings(args.steps, args.max_batch, args.queue_delay, args.instances, args.device)
         names = write_repository(Path(args.source), args.out, settings)
-    except (BackendError, OSError, ValueError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"repository: {args.out} ({', '.join(names)})")

@@ -14,10 +14,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.backends.specs import HEADS
-from ldmseg_fast.checkpoint import CheckpointError
-from ldmseg_fast.config import ConfigError
+from ldmseg_fast.errors import UserError
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("error: a tolerance is missed, see above; nothing was built", file=sys.stderr)
                 return 1
         passports = build_engines(graphs, args.out, job, api)
-    except (BackendError, CheckpointError, ConfigError, OSError, ValueError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     where = f"on {passports[0].gpu}" if passports[0].gpu else "ahead of time, without a GPU"

@@ -22,6 +22,7 @@ from ldmseg_fast.config import PostprocessConfig, SchedulerConfig, from_dict
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.diffusion.sampler import image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.ddim_step import make_ddim_table
 from ldmseg_fast.panoptic import PanopticResult
 
@@ -150,7 +151,7 @@ class Head(_RequestByRequest):
             label, confidence, area = (output.cpu().numpy() for output in outputs)
             results += finish(label, confidence, area, thresholds)
         if len({result.segmentation.shape for result in results}) > 1:
-            raise ValueError("pictures of several sizes in one request; send one request for each")
+            raise ArgumentError("pictures of several sizes in one request; send one request for each")
         infos = np.array([[json.dumps(result.segments_info)] for result in results], object)
         maps = np.stack([result.segmentation for result in results])
         return [utils.Tensor("segmentation", maps), utils.Tensor("segments_info", infos)]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.backends.manifest import GRAPHS, Manifest, check_files, read_manifest
 from ldmseg_fast.backends.passport import engine_file, passport_file, read_passport
 from ldmseg_fast.backends.specs import GraphSpec, TensorSpec
+from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.output_folder import new_folder
 
 TYPES = {

@@ -11,6 +11,7 @@ import numpy as np
 
 from ldmseg_fast import distributed
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.panoptic import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
@@ -20,10 +21,10 @@ def same_pixels(one: Sequence[PanopticResult], other: Sequence[PanopticResult]) 
     """Pixels with the same id, and all pixels. Ids are slots, so equal noise gives equal ids.
 
     Raises:
-        ValueError: not the same images.
+        ArgumentError: not the same images.
     """
     if len(one) != len(other) or any(a.segmentation.shape != b.segmentation.shape for a, b in zip(one, other)):
-        raise ValueError(f"agreement: {len(one)} and {len(other)} maps of different images")
+        raise ArgumentError(f"agreement: {len(one)} and {len(other)} maps of different images")
     same = sum(int(np.count_nonzero(a.segmentation == b.segmentation)) for a, b in zip(one, other))
     return same, sum(a.segmentation.size for a in one)
 

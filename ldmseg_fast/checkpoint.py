@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ldmseg_fast import __version__
 from ldmseg_fast.config import (
     ConditioningConfig,
-    ConfigError,
     ImageEncoderConfig,
     MaskVAEConfig,
     PostprocessConfig,
@@ -29,7 +28,8 @@ from ldmseg_fast.config import (
     from_dict,
     to_dict,
 )
-from ldmseg_fast.panoptic_format import replacing
+from ldmseg_fast.errors import CheckpointError, ConfigError
+from ldmseg_fast.files import inside, read_json, replace_folder, write_json
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -40,38 +40,6 @@ COMPONENTS = {
     "scheduler": SchedulerConfig,
     "conditioning": ConditioningConfig,
 }
-
-
-class CheckpointError(ValueError):
-    """A folder that is no model, of another architecture, or damaged."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_json(path: Path) -> Any:
-    """Raises CheckpointError naming the file where it is missing or no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is {path.parent} a model folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: damaged, no JSON ({error}); save the model again") from None
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Put the finished folder `temporary` in the place of `final`; the old one stays until then."""
-    old = final.with_name(f".{final.name}.old.{os.getpid()}")
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 DTYPE_NAMES = {
@@ -112,23 +80,6 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
                 file.write(data.numpy().data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def inside(folder: Path, path: Path) -> Path:
-    """`path` itself, once it lies in `folder` after all links.
-
-    Raises:
-        CheckpointError: a link out of the folder; a download cache's own links, snapshots/ to blobs/, are followed.
-    """
-    root, real = folder.resolve(), path.resolve()
-    roots = [root] + [parent.parent.parent / "blobs" for parent in (root, *root.parents) if _is_snapshot(parent)]
-    if not any(real.is_relative_to(each) for each in roots):
-        raise CheckpointError(f"{path}: a link out of the folder, to {real}; put a copy of the file in its place")
-    return path
-
-
-def _is_snapshot(folder: Path) -> bool:
-    return folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

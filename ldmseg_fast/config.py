@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldmseg_fast.config_checks import validate
-from ldmseg_fast.config_values import ConfigError, describe, from_dict, to_dict, update
+from ldmseg_fast.config_values import describe, from_dict, to_dict, update
+from ldmseg_fast.errors import ConfigError
 
 
 @dataclass(frozen=True)

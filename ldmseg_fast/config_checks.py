@@ -5,7 +5,7 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from ldmseg_fast.config_values import ConfigError
+from ldmseg_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from ldmseg_fast.config import Config

@@ -12,10 +12,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-
-class ConfigError(ValueError):
-    """A setting that does not exist, has the wrong type, or contradicts another."""
-
+from ldmseg_fast.errors import ConfigError
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ldmseg_fast.checkpoint import write_json
+from ldmseg_fast.files import write_json
 from ldmseg_fast.report import Page, curves, last_picture, quality_rows
 
 SHIPPED = "tiny"

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ldmseg_fast.checkpoint import CheckpointError, inside, load_weights, read_json
+from ldmseg_fast.checkpoint import load_weights
+from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.files import inside, read_json
 
 # diffusers' UNet2DConditionModel: its defaults where the file says nothing, and what ours cannot differ in
 UNET_DEFAULTS: dict[str, Any] = {

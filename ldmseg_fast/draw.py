@@ -7,6 +7,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ldmseg_fast.errors import ArgumentError
+
 __all__ = [
     "ERROR_COLORS",
     "colorize",
@@ -114,10 +116,13 @@ def overlay(
     colors: uint8 [H, W, 3] in the place of `colorize`'s.
 
     Edges are a light line inside one segment and a dark one inside its neighbour; void is dimmed and hatched.
-    Small pictures should be enlarged first (`enlarge`), or their edges hide them. Raises ValueError where sizes differ.
+    Small pictures should be enlarged first (`enlarge`), or their edges hide them.
+
+    Raises:
+        ArgumentError: sizes that differ.
     """
     if image.shape != (*segmentation.shape, 3) or image.dtype != np.uint8:
-        raise ValueError(
+        raise ArgumentError(
             f"an RGB picture uint8 [H, W, 3] and a map [H, W] of one size expected, not {image.dtype} "
             f"{list(image.shape)} and {list(segmentation.shape)}"
         )
@@ -192,10 +197,10 @@ def picture_grid(
     """Pictures uint8 [H, W, 3] in rows, for example picture | truth | prediction, under one title a column.
 
     Small pictures are enlarged by a whole factor, large ones scaled down to fit cells of `cell` x `cell` pixels.
-    Raises ValueError without any picture.
+    Raises ArgumentError without any picture.
     """
     if not rows or not any(len(row) for row in rows):
-        raise ValueError("a grid needs at least one picture")
+        raise ArgumentError("a grid needs at least one picture")
     cells = [[_fit(picture, cell) for picture in row] for row in rows]
     columns = max(len(row) for row in cells)
     widths = [max((row[c].width for row in cells if c < len(row)), default=0) for c in range(columns)]

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from ldmseg_fast import distributed
-from ldmseg_fast.backends import BackendError
+from ldmseg_fast.errors import UserError
 from ldmseg_fast.training.failures import is_lost_connection
 from ldmseg_fast.training.liveness import LOST_RANK, Heartbeat
 
@@ -24,8 +24,7 @@ def reason_of(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit code of an error that the user can do something about; None for a fault in this package."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
-    # ValueError: our own errors about settings, checkpoints, data and formats among them
-    return (f"error: {error}", 2) if isinstance(error, BackendError | OSError | ValueError) else None
+    return (f"error: {error}", 2) if isinstance(error, UserError | OSError) else None
 
 
 @contextmanager

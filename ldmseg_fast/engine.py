@@ -14,18 +14,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoint import write_json
 from ldmseg_fast.config import Config, TrainConfig, describe, to_dict
 from ldmseg_fast.data.latent_cache import ShardCheck, attach_cache
 from ldmseg_fast.data.loader import Prefetcher
+from ldmseg_fast.errors import Stopped
+from ldmseg_fast.files import write_json
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
 from ldmseg_fast.optimizer import make_optimizer
 from ldmseg_fast.resume import Progress, TrainingCheckpoints
 from ldmseg_fast.stages import STAGES
 from ldmseg_fast.training.compilation import compile_stage
-from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, OutOfMemory, is_out_of_memory
+from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
 from ldmseg_fast.training.inputs import check_batch, make_batches, make_dataset
-from ldmseg_fast.training.liveness import Agreement, Heartbeat, Interrupt, Stopped
+from ldmseg_fast.training.liveness import Agreement, Heartbeat, Interrupt
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
 from ldmseg_fast.training.validation import validate
@@ -258,7 +259,7 @@ def train(
             run.loop()
         except Exception as error:
             if is_out_of_memory(error):
-                raise OutOfMemory(stage_name, config, distributed.world_size(), str(error)) from error
+                raise out_of_memory(stage_name, config, distributed.world_size(), str(error)) from error
             raise
         finally:
             if run is not None:

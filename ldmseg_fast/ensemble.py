@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.panoptic import PanopticResult
 
 
@@ -31,11 +32,11 @@ def combine(samples: Sequence[PanopticResult]) -> EnsembleResult:
     Segmentation", CVPR 2019, section 4.1). The sample with the highest mean PQ against all others is the result.
 
     Raises:
-        ValueError: no samples, or samples of different sizes.
+        ArgumentError: no samples, or samples of different sizes.
     """
     maps = [sample.segmentation for sample in samples]
     if not maps or any(each.shape != maps[0].shape for each in maps):
-        raise ValueError(f"samples of one image expected, not of sizes {[list(each.shape) for each in maps]}")
+        raise ArgumentError(f"samples of one image expected, not of sizes {[list(each.shape) for each in maps]}")
     compact = [np.unique(each, return_inverse=True) for each in maps]
     ids = [values for values, _ in compact]
     places = [inverse.ravel() for _, inverse in compact]

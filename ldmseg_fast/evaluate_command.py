@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldmseg_fast.errors import ArgumentError
+
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir", help="a diffusion model, or a mask auto-encoder, which reconstructs the split")
@@ -42,13 +44,12 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Exit code 0; what is wrong is raised."""
     from ldmseg_fast import distributed
-    from ldmseg_fast.checkpoint import write_json
     from ldmseg_fast.ending import joined_ranks
     from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report
-    from ldmseg_fast.panoptic_format import check_output
+    from ldmseg_fast.files import check_output, write_json
 
     if not args.inpainting and (args.block or args.probability):
-        raise ValueError("--block and --probability are settings of --inpainting: add it")
+        raise ArgumentError("--block and --probability are settings of --inpainting: add it")
     defaults = EvaluationOptions()
     options = EvaluationOptions(
         split=args.split,
@@ -95,7 +96,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _check_meant_for_model(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that this kind of model has no use for."""
+    """Raises ArgumentError for options that this kind of model has no use for."""
     from ldmseg_fast.evaluation.predictors import is_autoencoder
     from ldmseg_fast.pretrained import resolve_model_dir
 
@@ -113,4 +114,4 @@ def _check_meant_for_model(args: argparse.Namespace) -> None:
     else:
         kind, given = "a diffusion model is not told the segments", {"--ids": args.ids is not None}
     if unused := [name for name, is_given in given.items() if is_given]:
-        raise ValueError(f"{', '.join(unused)}: {args.model_dir} has no use for it, {kind}; leave it out")
+        raise ArgumentError(f"{', '.join(unused)}: {args.model_dir} has no use for it, {kind}; leave it out")

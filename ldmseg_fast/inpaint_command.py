@@ -21,7 +21,8 @@ def add_inpaint_arguments(parser: argparse.ArgumentParser) -> None:
 def run_inpaint(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from ldmseg_fast.data.folders import DataError, open_image, read_image
+    from ldmseg_fast.data.folders import open_image, read_image
+    from ldmseg_fast.errors import DataError
     from ldmseg_fast.panoptic_format import read_panoptic_png
     from ldmseg_fast.pipeline import LDMSegPipeline
     from ldmseg_fast.predict import check_results, image_id, write_result

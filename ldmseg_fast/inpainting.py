@@ -22,6 +22,7 @@ from ldmseg_fast.diffusion.inpainting import KnownLatents, whole_cells
 from ldmseg_fast.diffusion.sampler import seed_of
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.diffusion.solvers import Constraint, StepNoise
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.mask_sampling import MaskSampler, Sampling
 from ldmseg_fast.panoptic import PanopticResult
@@ -211,10 +212,13 @@ def follow_draft(numbered: np.ndarray, count: int, draft: np.ndarray, num_slots:
 def make_constraint(
     method: str, mask_vae: Any, givens: Sequence[Given], scheduler: Scheduler, step_noise: StepNoise, margin: int
 ) -> Constraint:
-    """The constraint that a batch's given pixels make, by method; `margin` as in `whole_cells`. Raises ValueError for
-    an unknown method."""
+    """The constraint that a batch's given pixels make, by method; `margin` as in `whole_cells`.
+
+    Raises:
+        ArgumentError: an unknown method.
+    """
     if method not in METHODS:
-        raise ValueError(f"method={method!r}: one of {', '.join(METHODS)} expected")
+        raise ArgumentError(f"method={method!r}: one of {', '.join(METHODS)} expected")
     device = next(mask_vae.parameters()).device
     slots = torch.from_numpy(np.stack([given.slots for given in givens])).to(device)  # [B, S, S]
     if method == "pixels":
@@ -269,20 +273,20 @@ def complete(result: PanopticResult, given: Given, min_area: int) -> PanopticRes
 def check_given(
     shapes: Sequence[tuple[int, ...]], segmentations: Sequence[np.ndarray], known_masks: Sequence[np.ndarray]
 ) -> None:
-    """Raises ValueError naming the first map or mask that does not fit its image, whose sizes `shapes` lists."""
+    """Raises ArgumentError naming the first map or mask that does not fit its image, whose sizes `shapes` lists."""
     if not len(shapes) == len(segmentations) == len(known_masks):
-        raise ValueError(
+        raise ArgumentError(
             f"{len(shapes)} images, {len(segmentations)} segmentations, {len(known_masks)} known_masks: give one each"
         )
     for index, (shape, segmentation, known) in enumerate(zip(shapes, segmentations, known_masks)):
         try:
             check_ids(segmentation)
         except ValueError as error:
-            raise ValueError(f"segmentations[{index}]: {error}") from None
+            raise ArgumentError(f"segmentations[{index}]: {error}") from None
         if known.dtype != np.bool_:
-            raise ValueError(f"known_masks[{index}]: {known.dtype}, expected bool, True where the map is given")
+            raise ArgumentError(f"known_masks[{index}]: {known.dtype}, expected bool, True where the map is given")
         if segmentation.shape != tuple(shape) or known.shape != tuple(shape):
-            raise ValueError(
+            raise ArgumentError(
                 f"images[{index}] is {list(shape)}, its segmentation {list(segmentation.shape)}, its known mask "
                 f"{list(known.shape)}: one size expected"
             )

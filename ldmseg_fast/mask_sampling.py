@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends import Backend
-from ldmseg_fast.checkpoint import load_component, read_json
+from ldmseg_fast.checkpoint import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.diffusion.sampler import Callback, image_noise, seed_of
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.diffusion.solvers import Constraint, Timesteps, check_solver, sample, solver_timesteps
+from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.files import read_json
 from ldmseg_fast.models.conditioning import with_context
 from ldmseg_fast.panoptic import PanopticResult
 
@@ -57,21 +59,21 @@ class MaskSampler:
         self._mask_vae: Any = None
 
     def settings(self, num_inference_steps: int | None, **settings: Any) -> Sampling:
-        """Checked before any work. Raises ValueError for what the solver, the schedule or the backend cannot do."""
+        """Checked before any work. Raises ArgumentError for what the solver, the schedule or the backend cannot do."""
         steps = self.info.num_inference_steps if num_inference_steps is None else num_inference_steps
         sampling = Sampling(steps, **settings)
         check_solver(sampling.solver, sampling.eta)
         solver_timesteps(self.scheduler, sampling.solver, steps, sampling.timesteps)
         interval, branch = sampling.cache_interval, sampling.cache_branch
         if interval < 1:
-            raise ValueError(f"cache_interval={interval}: at least 1, which caches nothing")
+            raise ArgumentError(f"cache_interval={interval}: at least 1, which caches nothing")
         if interval > 1:
             backend: Any = self.backend
             if not hasattr(backend, "caching"):
-                raise ValueError(f"cache_interval={interval}: graphs have no such option; use backend=torch")
+                raise ArgumentError(f"cache_interval={interval}: graphs have no such option; use backend=torch")
             skips = backend.unet.num_skips
             if not 0 <= branch < skips:
-                raise ValueError(f"cache_branch={branch}: from 0 to {skips - 1}, the skip connections of this UNet")
+                raise ArgumentError(f"cache_branch={branch}: from 0 to {skips - 1}, the skip connections of this UNet")
         return sampling
 
     def noise(self, seed: int, image_ids: Sequence[int | str]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ldmseg_fast import __version__
 from ldmseg_fast.config import describe
-from ldmseg_fast.panoptic_format import replacing
+from ldmseg_fast.files import replacing
 
 USE = """```python
 from ldmseg_fast import LDMSegPipeline

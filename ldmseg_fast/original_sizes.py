@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmseg_fast.checkpoint import CheckpointError, check_state
-from ldmseg_fast.config import ConfigError, ImageEncoderConfig, MaskVAEConfig, SchedulerConfig, UNetConfig, from_dict
+from ldmseg_fast.checkpoint import check_state
+from ldmseg_fast.config import ImageEncoderConfig, MaskVAEConfig, SchedulerConfig, UNetConfig, from_dict
+from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.models.image_vae import KL_DEFAULTS, SD_VAE_CONFIG, KLEncoder, modern_attention_names
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.panoptic_head import panoptic_head
 from ldmseg_fast.results import PanopticResult, ResultsWriter
 from ldmseg_fast.segments import clean_segments, segment_shapes
@@ -28,7 +29,7 @@ def postprocess(
     """
     if mask_logits.ndim != 4 or len(target_sizes) != len(mask_logits):
         shape = list(mask_logits.shape)
-        raise ValueError(
+        raise ArgumentError(
             f"expected mask_logits [B, Q, h, w] and B target sizes, got {shape} and {len(target_sizes)} sizes"
         )
     images_of_size: dict[tuple[int, int], list[int]] = defaultdict(list)

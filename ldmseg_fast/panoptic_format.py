@@ -7,17 +7,15 @@ cocodataset.org/#format-data).
 import gc
 import io
 import json
-import secrets
 import struct
-import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldmseg_fast.errors import PanopticFormatError
+from ldmseg_fast.files import replacing
 from ldmseg_fast.native import _C
 
 try:
@@ -30,10 +28,6 @@ MAX_PIXELS = 2**26  # 8192 x 8192: far above any photograph, far below what exha
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {0: "greyscale", 2: "RGB", 3: "palette", 4: "greyscale with alpha", 6: "RGBA"}
-
-
-class PanopticFormatError(ValueError):
-    """A panoptic PNG or JSON that breaks the format; the message names the file, the value and the cure."""
 
 
 def rgb_to_ids(rgb: np.ndarray) -> np.ndarray:
@@ -193,37 +187,6 @@ def _encode_pillow(rgb: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def check_output(path: str | Path) -> None:
-    """Makes the folder of a file that is written after long work. Raises OSError where writing it would fail."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        error.filename = str(path)  # in the place of the temporary name
-        raise
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise. An OSError
-    names `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        if error.filename is None:  # of a full disk, for one
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_header(header: bytes, path: str | Path, max_pixels: int) -> None:

@@ -15,6 +15,7 @@ from ldmseg_fast.backends import Backend, load_backend
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.solvers import Timesteps
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.mask_sampling import MaskSampler
 from ldmseg_fast.panoptic import PanopticResult
 
@@ -123,12 +124,12 @@ class LDMSegPipeline:
             "latent": the sampler's output [B, C, h, w], still scaled.
 
         Raises:
-            ValueError: an image that is none, an unknown output_type or solver, timesteps, latents or captions that
+            ArgumentError: an image that is none, an unknown output_type or solver, timesteps, latents or captions that
                 do not fit.
         """
         # 1. Check the input
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r}: one of {', '.join(OUTPUT_TYPES)} expected")
+            raise ArgumentError(f"output_type={output_type!r}: one of {', '.join(OUTPUT_TYPES)} expected")
         arrays = [as_array(image, index) for index, image in enumerate(_as_list(images))]
         sampling = self.sampler.settings(
             num_inference_steps,
@@ -141,7 +142,7 @@ class LDMSegPipeline:
             cache_branch=cache_branch,
         )
         if captions is not None and (self.info.conditioning != "clip_text" or len(captions) != len(arrays)):
-            raise ValueError(
+            raise ArgumentError(
                 f"captions: {len(captions)} for {len(arrays)} images of a model with unet.conditioning="
                 f"{self.info.conditioning}; clip_text takes one per image, the others none"
             )
@@ -185,15 +186,15 @@ class LDMSegPipeline:
             An EnsembleResult per image: the sample that agrees best with the others, with a map of agreement.
 
         Raises:
-            ValueError: fewer than 1 sample; what `__call__` refuses.
+            ArgumentError: fewer than 1 sample; what `__call__` refuses.
         """
         from ldmseg_fast.ensemble import combine
 
         if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples}: at least 1")
+            raise ArgumentError(f"num_samples={num_samples}: at least 1")
         refused = settings.keys() & {"generator", "latents", "output_type"}
         if refused:
-            raise ValueError(
+            raise ArgumentError(
                 f"{', '.join(sorted(refused))}: an ensemble's noise comes from its seeds, its results are maps"
             )
         images = _as_list(images)
@@ -252,7 +253,7 @@ class LDMSegPipeline:
             A PanopticResult per image, at its own size; its entries have "given" beside the usual ones.
 
         Raises:
-            ValueError: an image that is none, a map or mask that does not fit it, an unknown method or solver.
+            ArgumentError: an image that is none, a map or mask that does not fit it, an unknown method or solver.
         """
         from ldmseg_fast import inpainting
 
@@ -276,7 +277,7 @@ class LDMSegPipeline:
         shape = (len(ids), *self.info.latent_shape)
         if latents is not None:
             if tuple(latents.shape) != shape:
-                raise ValueError(f"latents: shape {tuple(latents.shape)}, expected {shape}")
+                raise ArgumentError(f"latents: shape {tuple(latents.shape)}, expected {shape}")
             return latents.float()
         if generator is not None:
             return torch.randn(shape, generator=generator, device=generator.device)
@@ -286,7 +287,7 @@ class LDMSegPipeline:
 def _image_ids(count: int, image_ids: Sequence[int | str] | None) -> list[int | str]:
     ids: list[int | str] = [*range(count)] if image_ids is None else list(image_ids)
     if len(ids) != count:
-        raise ValueError(f"image_ids: {len(ids)} ids for {count} images")
+        raise ArgumentError(f"image_ids: {len(ids)} ids for {count} images")
     return ids
 
 
@@ -297,12 +298,16 @@ def _as_list(images: Any) -> list[Any]:
 
 
 def as_array(image: Any, index: int = 0) -> np.ndarray:
-    """A PIL image of any mode, or a uint8 array [H, W, 3], as uint8 [H, W, 3]. Raises ValueError naming its place."""
+    """A PIL image of any mode, or a uint8 array [H, W, 3], as uint8 [H, W, 3].
+
+    Raises:
+        ArgumentError: anything else; `index` names its place.
+    """
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"images[{index}]: {array.dtype} of shape {array.shape}; give PIL images or uint8 arrays [H, W, 3]"
         )
     return array

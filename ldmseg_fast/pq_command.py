@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldmseg_fast.errors import ArgumentError
+
 
 def add_pq_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("gt_json", type=Path, metavar="GT_JSON", help="COCO panoptic ground truth")
@@ -30,16 +32,16 @@ def run_pq(args: argparse.Namespace) -> int:
     """Exit code 0; what is wrong is raised."""
     import json
 
+    from ldmseg_fast.files import check_output, replacing
     from ldmseg_fast.metrics.pq_files import evaluate_files
     from ldmseg_fast.metrics.pq_report import format_table, write_csv
-    from ldmseg_fast.panoptic_format import check_output, replacing
 
     if min(args.worst, args.random) < 0 or args.worst + args.random == 0:
-        raise ValueError(f"--worst {args.worst} --random {args.random}: numbers of images to show, one at least")
+        raise ArgumentError(f"--worst {args.worst} --random {args.random}: numbers of images to show, one at least")
     if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: not negative")
+        raise ArgumentError(f"--seed {args.seed}: not negative")
     if args.images is not None and not args.page:
-        raise ValueError("--images holds the pictures of --page: add it")
+        raise ArgumentError("--images holds the pictures of --page: add it")
     files = {"report": args.json, "categories": args.csv, "page": args.page}
     for path in files.values():
         if path:

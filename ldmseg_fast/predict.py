@@ -15,8 +15,10 @@ from tqdm import tqdm
 from ldmseg_fast.data.folders import read_image
 from ldmseg_fast.draw import enlarge, overlay
 from ldmseg_fast.ensemble import EnsembleResult
+from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.files import replacing
 from ldmseg_fast.panoptic import PanopticResult
-from ldmseg_fast.panoptic_format import replacing, write_panoptic_png
+from ldmseg_fast.panoptic_format import write_panoptic_png
 from ldmseg_fast.pipeline import LDMSegPipeline
 
 OVERLAY_SIDE = 2048
@@ -46,8 +48,8 @@ def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def check_results(files: Sequence[Path], out: Path, keep: Sequence[Path] = ()) -> None:
-    """Raises ValueError where results of `files` in the folder `out` would replace each other, one of the files, or one
-    of those to `keep`."""
+    """Raises ArgumentError where results of `files` in the folder `out` would replace each other, one of
+    the files, or one of those to `keep`."""
     folder = out.resolve()
     pictures = {file.name: file for file in (*files, *keep) if file.parent.resolve() == folder}
     names: dict[str, Path] = {}
@@ -56,9 +58,11 @@ def check_results(files: Sequence[Path], out: Path, keep: Sequence[Path] = ()) -
             name = file.stem + ending
             other = names.setdefault(name, file)
             if other != file:
-                raise ValueError(f"{file} and {other} would both be written as {name}; segment them into two folders")
+                raise ArgumentError(
+                    f"{file} and {other} would both be written as {name}; segment them into two folders"
+                )
             if name in pictures:
-                raise ValueError(f"{pictures[name]} would be replaced by the result of {file}; choose another --out")
+                raise ArgumentError(f"{pictures[name]} would be replaced by the result of {file}; choose another --out")
 
 
 def image_id(file: Path) -> str:
@@ -127,10 +131,10 @@ def predict_files(
 
     Raises:
         DataError: a file that is no readable picture, named.
-        ValueError: results that would replace each other or a picture; a batch_size below 1.
+        ArgumentError: results that would replace each other or a picture; a batch_size below 1.
     """
     if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: at least 1")
+        raise ArgumentError(f"--batch-size {batch_size}: at least 1")
     check_results(files, out)
     out.mkdir(parents=True, exist_ok=True)
     written = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ldmseg_fast.checkpoint import CheckpointError
+from ldmseg_fast.errors import CheckpointError
 
 SHIPPED = Path(__file__).with_name("weights")  # a model folder each, made by `python -m ldmseg_fast.ship`
 

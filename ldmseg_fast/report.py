@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.panoptic_format import replacing
+from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.files import replacing
 
 LOG = Path("logs") / "log.jsonl"  # of a run's folder
 STYLE = """
@@ -77,17 +78,21 @@ class Page:
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's log; none where it has not logged."""
-    from ldmseg_fast.training.provenance import read_lines
+    from ldmseg_fast.files import read_lines
 
     return read_lines(run / LOG)
 
 
 def curves(run: Path) -> bytes:
-    """Loss (log axis) and validation PQ of a run against the step, as a PNG. Raises ValueError without matplotlib."""
+    """Loss (log axis) and validation PQ of a run against the step, as a PNG.
+
+    Raises:
+        ArgumentError: matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("the curves of a run need matplotlib: pip install 'ldmseg_fast[demo]'") from None
+        raise ArgumentError("the curves of a run need matplotlib: pip install 'ldmseg_fast[demo]'") from None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -126,7 +131,7 @@ def write_run_report(run: Path, path: Path) -> Path:
 
     Raises:
         FileNotFoundError: `run` holds no log.
-        ValueError: matplotlib is not installed.
+        ArgumentError: matplotlib is not installed.
     """
     if not read_log(run):
         raise FileNotFoundError(f"{run}: no {LOG} in it, so it is no training run (or has not logged yet)")

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from ldmseg_fast import distributed
-from ldmseg_fast.panoptic_format import PanopticFormatError, read_panoptic_png, replacing, write_panoptic_png
+from ldmseg_fast.errors import ArgumentError, PanopticFormatError
+from ldmseg_fast.files import replacing
+from ldmseg_fast.panoptic_format import read_panoptic_png, write_panoptic_png
 from ldmseg_fast.segments import segment_shapes
 
 _COCO_KEYS = ("id", "category_id", "iscrowd", "area", "bbox", "score")
@@ -74,7 +76,7 @@ class ResultsWriter:
         """Writes one image. png_name: its file in FOLDER/NAME (default: the image id); image_name: the photograph's."""
         png_name = png_name or self.png_path(image_id).name
         if (owner := self._image_of_png.get(png_name, image_id)) != image_id:
-            raise ValueError(f"{png_name}: image {owner} has this name already; give {image_id} its own")
+            raise ArgumentError(f"{png_name}: image {owner} has this name already; give {image_id} its own")
         write_panoptic_png(self.png_folder / png_name, result.segmentation)
         height, width = result.segmentation.shape
         segments = [{key: segment[key] for key in _COCO_KEYS if key in segment} for segment in result.segments_info]
@@ -136,7 +138,7 @@ class ResultsWriter:
                     old, new = _flat(entry["settings"]), _flat(self.settings)
                     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
                     listed = "; ".join(f"{key} {old.get(key)}, now {new.get(key)}" for key in changed)
-                    raise ValueError(
+                    raise ArgumentError(
                         f"{journal}: holds results of other settings ({listed}); "
                         "choose another folder, or delete this one to start again"
                     )

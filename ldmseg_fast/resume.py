@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoint import CheckpointError, check_state, load_weights, read_json, save_weights, write_json
+from ldmseg_fast.checkpoint import check_state, load_weights, save_weights
+from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.files import damage_of, read_json, sync_folder, why_not_written, write_files, write_json
 from ldmseg_fast.optimizer import Optimizer
 from ldmseg_fast.stages import Stage
 from ldmseg_fast.training.random_state import random_state, set_random_state
 from ldmseg_fast.training.shards import ShardReader, save_shards
-from ldmseg_fast.vouched_files import damage_of, sync_folder, why_not_written, write_files
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, FIXED = "manifest.json", "state.json", "fixed.safetensors"

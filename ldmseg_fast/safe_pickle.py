@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.checkpoint import CheckpointError
+from ldmseg_fast.errors import CheckpointError
 
 # What tensors and plain dictionaries are made of in a pickle. torch's own list for weights_only is longer: some of its
 # entries allocate whatever size a file asks for.

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmseg_fast.config import ConfigError, LossConfig
+from ldmseg_fast.config import LossConfig
+from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.kernels.point_loss import point_logits
 
 GIVEN = 1e8  # above any sum of costs, so that a given pair is always part of the best assignment

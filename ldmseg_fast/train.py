@@ -15,7 +15,8 @@ if __package__ in (None, ""):  # run as a script: this folder must not hide othe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ldmseg_fast import distributed
-from ldmseg_fast.config import Config, ConfigError, load_config
+from ldmseg_fast.config import Config, load_config
+from ldmseg_fast.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):

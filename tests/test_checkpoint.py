@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldmseg_fast.checkpoint import (
-    CheckpointError,
-    inside,
     load_component,
     load_component_config,
     load_index,
@@ -21,9 +19,10 @@ from ldmseg_fast.checkpoint import (
     save_component,
     save_index,
     save_weights,
-    write_json,
 )
 from ldmseg_fast.config import MaskVAEConfig, to_dict
+from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.files import inside, write_json
 from ldmseg_fast.model_card import training_facts, write_model_card
 from ldmseg_fast.models.mask_vae import MaskVAE
 

@@ -5,7 +5,8 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from ldmseg_fast.config import PRESETS, Config, ConfigError, describe, from_dict, load_config, to_dict, update, validate
+from ldmseg_fast.config import PRESETS, Config, describe, from_dict, load_config, to_dict, update, validate
+from ldmseg_fast.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", PRESETS)

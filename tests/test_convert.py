@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ldmseg_fast import convert
-from ldmseg_fast.checkpoint import CheckpointError, load_component, load_component_config, load_index, load_weights
+from ldmseg_fast.checkpoint import load_component, load_component_config, load_index, load_weights
 from ldmseg_fast.config import ImageEncoderConfig, MaskVAEConfig, SchedulerConfig, UNetConfig
 from ldmseg_fast.convert import convert_checkpoint
+from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.models.image_vae import KLEncoder
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet

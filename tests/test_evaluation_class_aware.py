@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.data.folders import DataError
+from ldmseg_fast.errors import DataError
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report
 from ldmseg_fast.evaluation.categories import category_source, read_semantic_png
 from ldmseg_fast.metrics.class_vote import category_map, merge_stuff

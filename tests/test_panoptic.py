@@ -11,8 +11,9 @@ from safetensors import safe_open
 
 from ldmseg_fast import segments
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.panoptic import PanopticResult, clean_up, postprocess
-from ldmseg_fast.panoptic_format import PanopticFormatError, load_panoptic_json, read_panoptic_png
+from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png
 from ldmseg_fast.results import ResultsWriter, instances_of, write_json_list
 from ldmseg_fast.segments import clean_segments, segment_shapes
 

@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldmseg_fast import panoptic_format
+from ldmseg_fast.errors import PanopticFormatError
+from ldmseg_fast.files import check_output, replacing
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic_format import (
     MAX_ID,
-    PanopticFormatError,
-    check_output,
     ids_to_rgb,
     load_panoptic_json,
     read_panoptic_png,
-    replacing,
     rgb_to_ids,
     two_channel_to_ids,
     write_panoptic_png,

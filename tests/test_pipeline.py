@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.checkpoint import CheckpointError
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.errors import CheckpointError
 
 ANYTHING_GOES = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
 

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from ldmseg_fast import LDMSegPipeline, pretrained, ship
-from ldmseg_fast.checkpoint import CheckpointError, load_component, load_index, load_weights
+from ldmseg_fast.checkpoint import load_component, load_index, load_weights
 from ldmseg_fast.config import load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.engine import train
+from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from tests.conftest import NARROW
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from ldmseg_fast.checkpoint import CheckpointError, load_component, load_index
-from ldmseg_fast.config import ConfigError, LossConfig, load_config
+from ldmseg_fast.checkpoint import load_component, load_index
+from ldmseg_fast.config import LossConfig, load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
 from ldmseg_fast.diffusion.solvers import sample
 from ldmseg_fast.engine import train
+from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.kernels.point_loss import point_logits
 from ldmseg_fast.slot_matching import match_slots, matching_costs

@@ -1,5 +1,5 @@
 """What runs the networks. Every backend has the same three calls; see `Backend`."""
 
-from ldmseg_fast.backends.base import BACKENDS, Backend, BackendError, ModelInfo, load_backend
+from ldmseg_fast.backends.base import BACKENDS, Backend, ModelInfo, load_backend
 
-__all__ = ["BACKENDS", "Backend", "BackendError", "ModelInfo", "load_backend"]
+__all__ = ["BACKENDS", "Backend", "ModelInfo", "load_backend"]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ldmseg_fast.errors import ArgumentError
+
 Ranges = tuple[tuple[int, int], ...]  # least and largest batch of each profile
 ANY: Ranges = ((1, 2**31),)
 
@@ -30,13 +32,13 @@ def run_in_parts(
     """`run` over tensors whose first axis is the batch, in as few calls as `ranges` allow, put together again.
 
     Raises:
-        ValueError: no row at all, or tensors of different lengths.
+        ArgumentError: no row at all, or tensors of different lengths.
     """
     first, count = next((name, len(value)) for name, value in rows.items())
     if other := next((name for name, value in rows.items() if len(value) != count), None):
-        raise ValueError(f"{other}: {len(rows[other])} rows, but {first} has {count}")
+        raise ArgumentError(f"{other}: {len(rows[other])} rows, but {first} has {count}")
     if count == 0:
-        raise ValueError("an empty batch: give one image at least")
+        raise ArgumentError("an empty batch: give one image at least")
     results, start = [], 0
     for length, size in parts(count, ranges):
         part = {name: _filled(value[start : start + length], size) for name, value in rows.items()}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.backends import head
-from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.batching import ANY, Ranges, run_in_parts
 from ldmseg_fast.backends.lanes import Lane, LanePool
 from ldmseg_fast.backends.loop import Runner
@@ -19,6 +19,7 @@ from ldmseg_fast.checkpoint import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback, ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import BackendError
 from ldmseg_fast.panoptic import PanopticResult, postprocess
 
 MAX_HEAD_BYTES = 2 * 2**30  # of one tensor with every slot at the map's size; the head in the graph makes several

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.loop import Runner, SampleLoop, on_stream
+from ldmseg_fast.errors import ArgumentError, BackendError
 
 MAX_LOOPS = 4  # (batch, steps) pairs that keep their buffers and CUDA graph
 
@@ -64,7 +65,7 @@ class LanePool:
 
     def __init__(self, make_lane: Callable[[], Lane], size: int) -> None:
         if size < 1:
-            raise ValueError(f"lanes={size}: at least 1")
+            raise ArgumentError(f"lanes={size}: at least 1")
         self._make_lane = make_lane
         self._size = size
         self._free: list[Lane] = []

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.specs import GraphOptions, GraphSpec
-from ldmseg_fast.checkpoint import write_json
+from ldmseg_fast.errors import BackendError
+from ldmseg_fast.files import write_json
 
 FORMAT_VERSION = 1
 FILE_NAME = "export.json"

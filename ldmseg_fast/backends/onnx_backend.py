@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.batching import Ranges
 from ldmseg_fast.backends.graph_backend import GraphBackend
 from ldmseg_fast.backends.loop import Runner
 from ldmseg_fast.backends.manifest import at_graphs_size, check_files, check_model, read_manifest
 from ldmseg_fast.backends.specs import GraphSpec
+from ldmseg_fast.errors import BackendError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ONNX_TYPES = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}  # TensorProto.DataType

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.backends.base import BackendError
 from ldmseg_fast.backends.manifest import Manifest
 from ldmseg_fast.backends.trt_api import MIN_DRIVER, Machine, driver_major
-from ldmseg_fast.checkpoint import write_json
+from ldmseg_fast.errors import BackendError
+from ldmseg_fast.files import write_json
 
 FORMAT_VERSION = 1
 Range = tuple[int, int, int]  # least, best, largest

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.ddim_step import make_ddim_table
 
 Axis = int | str
@@ -64,21 +65,21 @@ class GraphSpec:
         return tuple(dict.fromkeys(names))
 
     def sizes(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-        """The dynamic axes' sizes in `inputs`. Raises ValueError where a shape or a dtype does not fit."""
+        """The dynamic axes' sizes in `inputs`. Raises ArgumentError where a shape or a dtype does not fit."""
         found: dict[str, int] = {}
         for tensor in self.inputs:
             if tensor.name not in inputs:
-                raise ValueError(
+                raise ArgumentError(
                     f"{self.name}: no {tensor.name} given; inputs: {', '.join(t.name for t in self.inputs)}"
                 )
             value = inputs[tensor.name]
             if value.dtype != tensor.torch_dtype:
-                raise ValueError(f"{self.name}.{tensor.name}: {value.dtype} given, this graph takes {tensor.dtype}")
+                raise ArgumentError(f"{self.name}.{tensor.name}: {value.dtype} given, this graph takes {tensor.dtype}")
             fits = value.ndim == len(tensor.shape) and all(
                 _matches(axis, size, found) for axis, size in zip(tensor.shape, value.shape)
             )
             if not fits:
-                raise ValueError(
+                raise ArgumentError(
                     f"{self.name}.{tensor.name}: shape {tuple(value.shape)}, this graph takes {list(tensor.shape)}"
                 )
         return found
@@ -197,7 +198,7 @@ def mask_decoder(info: ModelInfo, options: GraphOptions) -> GraphSpec:
     that probability. `sigmoid_area`: per slot, pixels whose sigmoid reaches the threshold.
     """
     if info.mask_vae.num_slots > MAX_SLOTS:
-        raise ValueError(
+        raise ArgumentError(
             f"mask_vae.num_slots={info.mask_vae.num_slots}: the exported head labels {MAX_SLOTS} slots at most"
         )
     batch, height, width = _axes(info, options)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ldmseg_fast.backends.base import BackendError
+from ldmseg_fast.errors import BackendError
 
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # least, best, largest per input
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends import trt_api
-from ldmseg_fast.backends.base import BackendError, ModelInfo
+from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.graph_backend import GraphBackend
 from ldmseg_fast.backends.loop import Runner
 from ldmseg_fast.backends.manifest import GraphFile, at_graphs_size, hash_files, model_hash, read_manifest
 from ldmseg_fast.backends.passport import Passport, check_passport, engine_file, read_passport
 from ldmseg_fast.backends.specs import GraphSpec
+from ldmseg_fast.errors import BackendError
 
 OPTIONS = {
     "batch": "--max-batch {}, or split the batch",

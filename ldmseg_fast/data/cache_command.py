@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldmseg_fast.checkpoint import CheckpointError, load_component, read_json, save_weights, write_json
-from ldmseg_fast.config import Config, ConfigError, ImageEncoderConfig
+from ldmseg_fast.checkpoint import load_component, save_weights
+from ldmseg_fast.config import Config, ImageEncoderConfig
 from ldmseg_fast.data import latent_cache
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.data.folders import DataError, load_picture
+from ldmseg_fast.data.folders import load_picture
 from ldmseg_fast.data.latent_cache import MANIFEST, cache_key, default_folder, is_broken, picture_files, shard_name
 from ldmseg_fast.data.loader import PatientReader, without_traceback
 from ldmseg_fast.data.transforms import resize_image
+from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
+from ldmseg_fast.files import entry_of, read_json, why_not_written, write_json
 from ldmseg_fast.init_from import load_image_encoder, resolve_start
 from ldmseg_fast.models.image_vae import build_image_encoder
-from ldmseg_fast.vouched_files import entry_of, why_not_written
 
 CURE = "Raise --timeout where reading takes longer; the same command goes on where it stopped"
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldmseg_fast.data.folders import DataError, find_split, load_picture, read_dense_map, read_image
+from ldmseg_fast.data.folders import find_split, load_picture, read_dense_map, read_image
 from ldmseg_fast.data.transforms import (
     Augmentation,
     color_jitter,
@@ -25,7 +25,8 @@ from ldmseg_fast.data.transforms import (
     resize_ids,
     resize_image,
 )
-from ldmseg_fast.panoptic_format import PanopticFormatError, load_panoptic_json, read_panoptic_png
+from ldmseg_fast.errors import ArgumentError, DataError, PanopticFormatError
+from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png
 
 __all__ = ["CocoPanoptic", "DataError", "collate"]
 
@@ -88,14 +89,16 @@ class CocoPanoptic(Dataset):
         resize: str = "pillow",
     ) -> None:
         if size < 1 or seed < 0:
-            raise ValueError(f"size={size} must be positive and seed={seed} not negative")
+            raise ArgumentError(f"size={size} must be positive and seed={seed} not negative")
         make_remap_table(np.zeros((1, 1), np.uint8), 0, num_slots, id_assignment, np.random.default_rng(0))
         self.root, self.split, self.size, self.train = Path(root), split, size, train
         self.num_slots, self.id_assignment, self.min_area, self.seed = num_slots, id_assignment, min_area, seed
         self.resize = resize
         self.augmentation = augmentation if augmentation is not None else Augmentation()
         if cache and train and self.augmentation.scale_min < 1:
-            raise ValueError("the cache holds resized pictures and cannot be cropped from: cache=false or scale_min=1")
+            raise ArgumentError(
+                "the cache holds resized pictures and cannot be cropped from: cache=false or scale_min=1"
+            )
         self.folders = find_split(root, split)
         self._images, self._maps = str(self.folders.images), str(self.folders.maps)
         self.epoch = 0

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ldmseg_fast.data.transforms import TABLE_SIZE, dense_ids
+from ldmseg_fast.errors import DataError
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic_format import MAX_PIXELS, read_panoptic_png
 
@@ -31,10 +32,6 @@ _PREFIX, _SUFFIX = "panoptic_", ".json"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG = (b"\x08\x02\0\0\0", b"\x08\0\0\0\0")  # 8-bit RGB or grey, not interlaced
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # what has eight bits and a meaning as RGB
-
-
-class DataError(ValueError):
-    """A data set that cannot be read; the message names the file and the cure."""
 
 
 @dataclass(frozen=True)

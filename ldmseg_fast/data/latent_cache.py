@@ -21,10 +21,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoint import CheckpointError, read_json
 from ldmseg_fast.config import Config, ImageEncoderConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.vouched_files import sha256
+from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.files import read_json, sha256
 
 PER_SHARD = 512
 MANIFEST = "manifest.json"

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
-from ldmseg_fast.data.folders import DataError
 from ldmseg_fast.data.sampler import EpochSampler
+from ldmseg_fast.errors import DataError
 
 T = TypeVar("T")
 CURE = "Raise data.timeout where reading takes longer, and go on with --resume"
@@ -73,7 +73,7 @@ def _hung(timeout: float, where: str, cure: str = CURE) -> str:
 
 def without_traceback(error: DataError) -> DataError:
     """A worker process's error comes with that process's traceback as its text; this is the last line's."""
-    return DataError(str(error).strip().splitlines()[-1].removeprefix("ldmseg_fast.data.folders.DataError: "))
+    return DataError(str(error).strip().splitlines()[-1].removeprefix("ldmseg_fast.errors.DataError: "))
 
 
 class _Items(Dataset):

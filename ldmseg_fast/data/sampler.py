@@ -6,6 +6,8 @@ from functools import lru_cache
 import numpy as np
 from torch.utils.data import Sampler
 
+from ldmseg_fast.errors import ArgumentError
+
 __all__ = ["EpochSampler"]
 
 
@@ -31,11 +33,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         first_item: int = 0,
     ) -> None:
         if num_items < 1 or batch_size_per_rank < 1:
-            raise ValueError(f"num_items={num_items} and batch_size_per_rank={batch_size_per_rank} must be positive")
+            raise ArgumentError(f"num_items={num_items} and batch_size_per_rank={batch_size_per_rank} must be positive")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} is not one of {world_size} ranks")
+            raise ArgumentError(f"rank={rank} is not one of {world_size} ranks")
         if start_step < 0 or seed < 0 or first_item < 0:
-            raise ValueError(f"start_step={start_step}, seed={seed}, first_item={first_item} must not be negative")
+            raise ArgumentError(f"start_step={start_step}, seed={seed}, first_item={first_item} must not be negative")
         self.num_items, self.batch_size, self.rank, self.world_size = num_items, batch_size_per_rank, rank, world_size
         self.seed, self.start_step, self.first_item = seed, start_step, first_item
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldmseg_fast.data.painter import STUFF, THINGS, Painter, minimum_area
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.panoptic_format import write_panoptic_png
 
 __all__ = ["CATEGORIES", "generate_scene", "minimum_area", "write_scenes"]
@@ -39,11 +40,11 @@ def generate_scene(
     """Scene `index` of a split: rgb uint8 [S, S, 3], ids int32 [S, S] without void, segments_info (id, category_id,
     area, bbox, iscrowd). Depends on its four arguments only.
 
-    Raises ValueError for an unknown split, a negative seed or index, or a size outside 32..2048.
+    Raises ArgumentError for an unknown split, a negative seed or index, or a size outside 32..2048.
     """
     _check_arguments(size, seed)
     if split not in SPLITS or index < 0:
-        raise ValueError(f"split={split!r}, index={index}: one of {', '.join(SPLITS)} and an index from 0 expected")
+        raise ArgumentError(f"split={split!r}, index={index}: one of {', '.join(SPLITS)} and an index from 0 expected")
     rng = np.random.Generator(np.random.PCG64([seed, SPLITS[split], index]))
     painter = Painter(size, rng)
     rgb = painter.paint()
@@ -76,11 +77,11 @@ def write_scenes(
     PNG: lossless, so that pixels do not hang on a JPEG library's version and thin objects keep their edges at 64x64.
     `workers` processes (default: one per core) share the work; the bytes do not depend on their number.
 
-    Raises ValueError for bad arguments, FileExistsError where `out` holds anything else.
+    Raises ArgumentError for bad arguments, FileExistsError where `out` holds anything else.
     """
     out = Path(out)
     if images < 1:
-        raise ValueError(f"images={images}: at least 1 expected")
+        raise ArgumentError(f"images={images}: at least 1 expected")
     _check_arguments(size, seed)
     record = {"images": images, "size": size, "seed": seed, "version": VERSION}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -105,9 +106,9 @@ def write_scenes(
 
 def _check_arguments(size: int, seed: int) -> None:
     if not SIZES[0] <= size <= SIZES[1]:
-        raise ValueError(f"size={size}: {SIZES[0]} to {SIZES[1]} expected")
+        raise ArgumentError(f"size={size}: {SIZES[0]} to {SIZES[1]} expected")
     if seed < 0:
-        raise ValueError(f"seed={seed}: must not be negative")
+        raise ArgumentError(f"seed={seed}: must not be negative")
 
 
 def _read_record(out: Path) -> dict | None:

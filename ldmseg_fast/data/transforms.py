@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.native import _C
 
 __all__ = [
@@ -43,7 +44,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         for name, low, high in (("flip", 0, 1), ("scale_min", 0.05, 1), ("color_jitter", 0, 1)):
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}={getattr(self, name)}: a number from {low} to {high} expected")
+                raise ArgumentError(f"{name}={getattr(self, name)}: a number from {low} to {high} expected")
 
 
 def _runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +66,7 @@ def dense_ids(
     where that is enough and int32 otherwise.
 
     Segments marked in `crowd` (as long as `segment_ids`, or empty) and those under `min_area` pixels become void.
-    Raises ValueError naming the first id of the map that the list lacks.
+    Raises ArgumentError naming the first id of the map that the list lacks.
     """
     values, starts = _runs(ids)
     lengths = np.diff(starts, append=ids.size)
@@ -75,7 +76,7 @@ def dense_ids(
     numbers = order[place]
     unknown = known[numbers] != values
     if unknown.any():
-        raise ValueError(f"segment id {values[unknown][0]} is in the map but not in segments_info")
+        raise ArgumentError(f"segment id {values[unknown][0]} is in the map but not in segments_info")
     kept = np.arange(len(known), dtype=np.uint8 if len(known) <= 256 else np.int32)
     kept[np.bincount(numbers, lengths, len(known)) < min_area] = 0
     kept[np.flatnonzero(crowd) + 1] = 0
@@ -156,14 +157,16 @@ def make_remap_table(
       hardly depends on which others there are, and doubt between two cells is doubt about one bit plane.
     - "area": slots 1, 2, 3, ... by falling area.
 
-    All but "random" are functions of the map. Raises ValueError for an unknown scheme or too many segments.
+    All but "random" are functions of the map. Raises ArgumentError for an unknown scheme or too many segments.
     """
     if scheme not in ID_SCHEMES:
-        raise ValueError(f"id_assignment={scheme!r}: one of {', '.join(ID_SCHEMES)} expected")
+        raise ArgumentError(f"id_assignment={scheme!r}: one of {', '.join(ID_SCHEMES)} expected")
     if not 2 <= num_slots <= TABLE_SIZE:
-        raise ValueError(f"num_slots={num_slots}: 2..{TABLE_SIZE} expected")
+        raise ArgumentError(f"num_slots={num_slots}: 2..{TABLE_SIZE} expected")
     if not 0 <= num_segments < num_slots:
-        raise ValueError(f"{num_segments} segments do not fit {num_slots - 1} slots: void the smallest (compact_ids)")
+        raise ArgumentError(
+            f"{num_segments} segments do not fit {num_slots - 1} slots: void the smallest (compact_ids)"
+        )
     table = np.zeros(TABLE_SIZE, np.uint8)
     if num_segments == 0:
         return table

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.config import SchedulerConfig
+from ldmseg_fast.errors import ArgumentError
 
 
 def make_betas(config: SchedulerConfig) -> Tensor:
@@ -51,7 +52,7 @@ class Scheduler:
         betas = make_betas(config)
         if config.rescale_zero_snr:
             if config.prediction_type == "epsilon":
-                raise ValueError("scheduler.rescale_zero_snr needs v_prediction: noise is no target at t = T")
+                raise ArgumentError("scheduler.rescale_zero_snr needs v_prediction: noise is no target at t = T")
             betas = rescale_zero_snr(betas)
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
         self.loss_weights = self._loss_weights()
@@ -115,7 +116,7 @@ class Scheduler:
                 schedule's own. A list is taken as it is, whatever N.
 
         Raises:
-            ValueError: fewer than 1 step, or more than the schedule has; an unknown word; a list that does not
+            ArgumentError: fewer than 1 step, or more than the schedule has; an unknown word; a list that does not
                 decrease, or leaves the schedule.
         """
         total = self.config.num_train_timesteps
@@ -123,13 +124,13 @@ class Scheduler:
             times = [int(time) for time in spacing]
             falling = all(here > there for here, there in itertools.pairwise(times))
             if not times or not falling or times[0] >= total or times[-1] < 0:
-                raise ValueError(f"timesteps={list(spacing)}: falling whole numbers from {total - 1} to 0 expected")
+                raise ArgumentError(f"timesteps={list(spacing)}: falling whole numbers from {total - 1} to 0 expected")
             return times, [*times[1:], -1]
         if not 1 <= num_inference_steps <= total:
-            raise ValueError(f"num_inference_steps={num_inference_steps}: from 1 to {total}")
+            raise ArgumentError(f"num_inference_steps={num_inference_steps}: from 1 to {total}")
         spacing = spacing or self.config.timestep_spacing
         if spacing not in ("trailing", "leading"):
-            raise ValueError(f"timesteps={spacing!r}: trailing, leading or a list of timesteps expected")
+            raise ArgumentError(f"timesteps={spacing!r}: trailing, leading or a list of timesteps expected")
         ratio = total // num_inference_steps
         offset = ratio - 1 if spacing == "trailing" else 0
         times = [ratio * i + offset for i in reversed(range(num_inference_steps))]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldmseg_fast.diffusion.sampler import Callback, Denoise, ddim, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import ArgumentError
 
 SOLVERS = ("ddim", "dpmpp_2m", "heun")
 Timesteps = Sequence[int] | str | None  # a decreasing list, "trailing" or "leading", or the schedule's own spacing
@@ -117,7 +118,7 @@ def sample(
         The last estimate of x_0, [B, C, h, w] float32: scaled mask latents.
 
     Raises:
-        ValueError: what `check_solver` and `Scheduler.timesteps` refuse.
+        ArgumentError: what `check_solver` and `Scheduler.timesteps` refuse.
     """
     check_solver(solver, eta)
     if solver == "ddim" and eta == 0 and constraint is None:
@@ -144,13 +145,13 @@ def sample(
 
 
 def check_solver(solver: str, eta: float = 0.0) -> None:
-    """Raises ValueError for an unknown solver, and for an eta outside 0..1 or of a solver that has none."""
+    """Raises ArgumentError for an unknown solver, and for an eta outside 0..1 or of a solver that has none."""
     if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r}: one of {', '.join(SOLVERS)} expected")
+        raise ArgumentError(f"solver={solver!r}: one of {', '.join(SOLVERS)} expected")
     if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta={eta}: from 0 (deterministic) to 1 (ancestral sampling)")
+        raise ArgumentError(f"eta={eta}: from 0 (deterministic) to 1 (ancestral sampling)")
     if eta and solver != "ddim":
-        raise ValueError(f"eta={eta}: {solver} is deterministic; use solver=ddim, or leave eta at 0")
+        raise ArgumentError(f"eta={eta}: {solver} is deterministic; use solver=ddim, or leave eta at 0")
 
 
 def solver_timesteps(
@@ -185,7 +186,7 @@ def _ddim(
         latents = signal[step + 1] * x0 + math.sqrt(sigma[step + 1] ** 2 - deviation**2) * epsilon
         if deviation:
             if step_noise is None:
-                raise ValueError(f"eta={eta}: give step_noise, which draws the noise of each step")
+                raise ArgumentError(f"eta={eta}: give step_noise, which draws the noise of each step")
             latents = latents + deviation * step_noise(step).to(latents)
         yield latents, x0
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ldmseg_fast.data.folders import DataError, find_split, read_image
+from ldmseg_fast.data.folders import find_split, read_image
 from ldmseg_fast.error_page.entry import PageEntry
 from ldmseg_fast.error_page.page import random_places, render_entry, worst_places, write_worst_and_random
+from ldmseg_fast.errors import DataError
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.metrics.pq_files import png_folder
 from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png

@@ -14,6 +14,7 @@ from ldmseg_fast.error_page.assets import SCRIPT, STYLE, color_key
 from ldmseg_fast.error_page.entry import PageEntry, image_quality
 from ldmseg_fast.error_page.pictures import embedded, pictures
 from ldmseg_fast.error_page.segments import descriptions, lookup
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.report import Page
 
 
@@ -71,12 +72,12 @@ def render_entry(entry: PageEntry) -> str:
     """One image as HTML: four pictures, a line that tells what the pointer is on, a table of segments.
 
     Raises:
-        ValueError: picture and maps of different sizes.
+        ArgumentError: picture and maps of different sizes.
     """
     sizes = {entry.gt_ids.shape, entry.pred_ids.shape} | ({entry.image.shape[:2]} if entry.image is not None else set())
     if len(sizes) > 1:
         listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
-        raise ValueError(f"{entry.name}: picture, truth and prediction must have one size, not {listed}")
+        raise ArgumentError(f"{entry.name}: picture, truth and prediction must have one size, not {listed}")
     pairs, missed, false = entry.pairs(), entry.missed(), entry.false()
     views = "".join(
         f'<figure><div class="view"><img alt="{caption} of {html.escape(entry.name)}" src="{embedded(picture)}"></div>'

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.data.folders import DataError
+from ldmseg_fast.errors import DataError
 from ldmseg_fast.metrics.class_vote import category_map, merge_stuff, vote_categories
 from ldmseg_fast.metrics.pq_files import png_folder
 from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png

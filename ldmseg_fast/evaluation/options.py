@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ldmseg_fast.checkpoint import load_index
 from ldmseg_fast.config import PostprocessConfig, from_dict
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.metrics.inpainting import PAPER_BLOCK, PAPER_PROBABILITIES
 
 
@@ -78,7 +79,7 @@ class EvaluationOptions:
         ]
         for ok, message in checks:
             if not ok:
-                raise ValueError(message)
+                raise ArgumentError(message)
 
     def sparsities(self) -> list[tuple[int, float]]:
         """(block, probability) of an inpainting evaluation, each once, ascending."""

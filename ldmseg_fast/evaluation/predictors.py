@@ -13,6 +13,7 @@ from ldmseg_fast.checkpoint import load_component, load_index
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.transforms import resize_ids
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.evaluation.options import EvaluationOptions
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.metrics.inpainting import keep_given
@@ -105,7 +106,7 @@ class Autoencoder:
         self.size = options.image_size or int(index.get("image_size", 512))
         if self.size % self.vae.config.downsampling:
             reduction = self.vae.config.downsampling
-            raise ValueError(f"--size {self.size}: not a multiple of {reduction}, the auto-encoder's reduction")
+            raise ArgumentError(f"--size {self.size}: not a multiple of {reduction}, the auto-encoder's reduction")
         self.dataset = CocoPanoptic(
             data,
             options.split,

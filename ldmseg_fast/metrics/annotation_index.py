@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics.matching import segment_table
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import PanopticFormatError, load_panoptic_json
+from ldmseg_fast.panoptic_format import load_panoptic_json
 
 
 @dataclass(frozen=True)

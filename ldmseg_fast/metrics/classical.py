@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.metrics.baselines import segments_of
 from ldmseg_fast.metrics.pq import PQStat
 
@@ -108,8 +109,8 @@ def tune(method: str, items: list[tuple[np.ndarray, Truth]]) -> tuple[Classical,
 
 
 def require_skimage() -> None:
-    """Raises ValueError where scikit-image is not installed."""
+    """Raises ArgumentError where scikit-image is not installed."""
     try:
         import skimage  # noqa: F401
     except ImportError:
-        raise ValueError("Felzenszwalb and SLIC need scikit-image: pip install 'ldmseg_fast[dev]'") from None
+        raise ArgumentError("Felzenszwalb and SLIC need scikit-image: pip install 'ldmseg_fast[dev]'") from None

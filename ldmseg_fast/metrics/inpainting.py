@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.metrics.baselines import ids_in
 from ldmseg_fast.metrics.pq import PQStat
 
@@ -28,7 +29,7 @@ def drop_blocks(
     Depends on the arguments alone, not on the batch or rank that an image is in.
     """
     if block < 1 or not 0.0 <= probability <= 1.0:
-        raise ValueError(f"blocks of {block} pixels dropped with probability {probability}: need >= 1 and 0..1")
+        raise ArgumentError(f"blocks of {block} pixels dropped with probability {probability}: need >= 1 and 0..1")
     key = zlib.crc32(str(image_id).encode())
     generator = np.random.default_rng([seed, key, block, round(1000 * probability)])
     cells = generator.random((-(-height // block), -(-width // block))) < probability

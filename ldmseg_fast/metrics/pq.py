@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 from ldmseg_fast.metrics.matching import (
     FALSE_NEGATIVE,
     FALSE_POSITIVE,
@@ -18,7 +19,6 @@ from ldmseg_fast.metrics.matching import (
     match_segments,
     segment_table,
 )
-from ldmseg_fast.panoptic_format import PanopticFormatError
 
 OBJECT_CATEGORY: dict[str, Any] = {"id": 1, "name": "object", "isthing": 1}
 SIZE_BINS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}  # COCO's areas, in pixels
@@ -90,9 +90,9 @@ class PQStat:
     def merge(self, other: "PQStat") -> "PQStat":
         """Adds the images of `other` (another rank's part). Raises `ValueError` if one was added by both."""
         if self.categories != other.categories or self.class_agnostic != other.class_agnostic:
-            raise ValueError("statistics over different categories cannot be merged")
+            raise ArgumentError("statistics over different categories cannot be merged")
         if both := set(self.image_ids) & set(other.image_ids):
-            raise ValueError(f"images counted twice, give each rank its own: {sorted(both, key=str)[:20]}")
+            raise ArgumentError(f"images counted twice, give each rank its own: {sorted(both, key=str)[:20]}")
         theirs = self._more(other._count)
         theirs[:] = other.matches()
         theirs["image"] += len(self.image_ids)

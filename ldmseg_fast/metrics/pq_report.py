@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ldmseg_fast.files import replacing
 from ldmseg_fast.metrics.matching import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE
 from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.panoptic_format import replacing
 
 
 def format_table(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.attention import attention as kernel_attention
 from ldmseg_fast.kernels.attention.dispatch import MAX_HEAD_SIZE
 
@@ -25,7 +26,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         [B, N, heads, d].
 
     Raises:
-        ValueError: an unknown backend; "triton" where the tensors are not on a GPU.
+        ArgumentError: an unknown backend; "triton" where the tensors are not on a GPU.
         ImportError: "xformers" where it is not installed.
     """
     if backend == "auto":
@@ -39,7 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         return kernel_attention(q, k, v)
     if backend == "triton":
         if q.device.type != "cuda":
-            raise ValueError(f"attention=triton needs a GPU, the tensors are on {q.device}; use auto or sdpa")
+            raise ArgumentError(f"attention=triton needs a GPU, the tensors are on {q.device}; use auto or sdpa")
         return kernel_attention(q, k, v)
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
@@ -47,7 +48,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q, k, v)
-    raise ValueError(f"attention={backend!r}: one of {', '.join(BACKENDS)} expected")
+    raise ArgumentError(f"attention={backend!r}: one of {', '.join(BACKENDS)} expected")
 
 
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmseg_fast.config import ConditioningConfig, ConfigError, UNetConfig
+from ldmseg_fast.config import ConditioningConfig, UNetConfig
+from ldmseg_fast.errors import ArgumentError, ConfigError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1] (Radford et al. 2021)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -71,10 +72,10 @@ class ClipTextTokens(nn.Module):
         self.projection = _projection(self.encoder.config.hidden_size, width)
 
     def forward(self, images: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """B images (only counted) and their captions -> [B, M, D]. Raises ValueError where their numbers differ."""
+        """B images (only counted) and their captions -> [B, M, D]. Raises ArgumentError where their numbers differ."""
         captions = [""] * len(images) if captions is None else list(captions)
         if len(captions) != len(images):
-            raise ValueError(f"captions: {len(captions)} for {len(images)} images")
+            raise ArgumentError(f"captions: {len(captions)} for {len(images)} images")
         encoded = self.tokenizer(
             captions,
             padding="max_length",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmseg_fast.config import ImageEncoderConfig
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.models.attention import attention
 from ldmseg_fast.models.layers import GroupNormSiLU, ResnetBlock
 
@@ -156,7 +157,7 @@ class KLEncoder(nn.Module):
         vae_config: default Stable Diffusion's.
 
     Raises:
-        ValueError: settings that this encoder does not have; the message names them.
+        ArgumentError: settings that this encoder does not have; the message names them.
     """
 
     def __init__(self, config: ImageEncoderConfig, vae_config: dict | None = None) -> None:
@@ -167,7 +168,7 @@ class KLEncoder(nn.Module):
         vae["down_block_types"] = sorted(set(vae["down_block_types"]))
         wrong = [f"{key}={vae[key]!r}" for key, value in KL_REQUIRED.items() if vae.get(key, value) != value]
         if wrong:
-            raise ValueError(f"image VAE: {', '.join(wrong)}: only Stable Diffusion's AutoencoderKL is known")
+            raise ArgumentError(f"image VAE: {', '.join(wrong)}: only Stable Diffusion's AutoencoderKL is known")
         self.encoder = _KLEncoderNetwork(vae)
         channels = 2 * vae["latent_channels"]
         self.quant_conv = nn.Conv2d(channels, channels, 1) if vae["use_quant_conv"] else None
@@ -220,7 +221,7 @@ def build_image_encoder(config: ImageEncoderConfig, vae_config: dict | None = No
     `vae_config`: "autoencoder_kl" only, diffusers' config.json; default Stable Diffusion's.
 
     Raises:
-        ValueError: a `vae_config` that is not Stable Diffusion's kind.
+        ArgumentError: a `vae_config` that is not Stable Diffusion's kind.
     """
     if config.kind == "conv":
         return ConvEncoder(config)

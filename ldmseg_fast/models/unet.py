@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldmseg_fast.config import UNetConfig
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.models.layers import (
     Attention,
     Downsample,
@@ -198,10 +199,10 @@ class UNet(nn.Module):
             [B, out_channels, h, w].
 
         Raises:
-            ValueError: no `context` where the configuration has cross-attention.
+            ArgumentError: no `context` where the configuration has cross-attention.
         """
         if self.config.cross_attention_dim and context is None:
-            raise ValueError(f"unet.conditioning={self.config.conditioning}: the UNet needs `context` for it")
+            raise ArgumentError(f"unet.conditioning={self.config.conditioning}: the UNet needs `context` for it")
         time = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(sample.dtype)
         return self.denoise(sample, F.silu(self.time_embedding(time)), context, cache)
 

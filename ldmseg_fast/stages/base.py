@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldmseg_fast.config import Config, ConfigError
+from ldmseg_fast.config import Config
 from ldmseg_fast.diffusion.sampler import seed_of
+from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.losses import Segments, share_num_labelled, share_num_masks
 from ldmseg_fast.panoptic import PanopticResult
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.checkpoint import load_component, load_index, postprocess_settings, save_component, save_index
-from ldmseg_fast.config import Config, ConfigError
+from ldmseg_fast.config import Config
 from ldmseg_fast.diffusion.inpainting import whole_cells
 from ldmseg_fast.diffusion.sampler import ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.init_from import load_image_encoder, load_unet, resolve_start
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.losses import mask_losses

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmseg_fast.config import Config, ConfigError
+from ldmseg_fast.config import Config
+from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.stages.base import per_image, remap
 from ldmseg_fast.stages.few_step import FewStepStage, ddim_update
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.config import Config, ConfigError
+from ldmseg_fast.config import Config
+from ldmseg_fast.errors import ConfigError
 
 # of a user's file: what our settings decide, and which setting that is
 OURS = {

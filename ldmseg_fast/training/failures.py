@@ -6,14 +6,9 @@ import sys
 import time
 
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoint import CheckpointError
-from ldmseg_fast.config import ConfigError
-from ldmseg_fast.data.folders import DataError
-from ldmseg_fast.panoptic_format import PanopticFormatError
-from ldmseg_fast.training.faults import NonFiniteError, OutOfMemory
-from ldmseg_fast.training.liveness import LOST_RANK, Stopped
+from ldmseg_fast.errors import Stopped, UserError
+from ldmseg_fast.training.liveness import LOST_RANK
 
-EXPECTED = (ConfigError, CheckpointError, DataError, PanopticFormatError, NonFiniteError, OutOfMemory, OSError)
 PATIENCE = 8.0  # seconds that other ranks wait for rank 0's word
 
 
@@ -26,7 +21,7 @@ def exit_code_of(error: Exception) -> int | None:
     if isinstance(error, Stopped):
         _say(str(error), once=True)
         return error.exit_code
-    if isinstance(error, EXPECTED):
+    if isinstance(error, UserError | OSError):
         _say(f"error: {error}", once=True)
         return 2
     if is_lost_connection(error):

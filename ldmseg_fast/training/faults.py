@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.config import Config
-from ldmseg_fast.data.folders import DataError
+from ldmseg_fast.errors import DataError, NonFiniteError, OutOfMemory
 from ldmseg_fast.training.estimate import advice
-
-
-class NonFiniteError(FloatingPointError):
-    """Too many steps in a row whose loss or gradients were not finite."""
 
 
 class NonFiniteGuard:
@@ -110,10 +106,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-class OutOfMemory(RuntimeError):
-    """No memory left; the message says which settings help most."""
-
-    def __init__(self, stage_name: str, config: Config, world_size: int, error: str) -> None:
-        lines = "\n".join(f"  {line}" for line in advice(stage_name, config, world_size))
-        reason = error.strip().splitlines()[0][:200]
-        super().__init__(f"out of memory ({reason}). What helps most:\n{lines}\nthen go on with --resume")
+def out_of_memory(stage_name: str, config: Config, world_size: int, error: str) -> OutOfMemory:
+    """The error of a run that found no memory, with the settings that free most. error: what torch said."""
+    lines = "\n".join(f"  {line}" for line in advice(stage_name, config, world_size))
+    reason = error.strip().splitlines()[0][:200]
+    return OutOfMemory(f"out of memory ({reason}). What helps most:\n{lines}\nthen go on with --resume")

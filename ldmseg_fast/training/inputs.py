@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ldmseg_fast import distributed
-from ldmseg_fast.config import Config, ConfigError
+from ldmseg_fast.config import Config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.loader import TrainingBatches
 from ldmseg_fast.data.transforms import Augmentation
+from ldmseg_fast.errors import ConfigError
 
 
 def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> CocoPanoptic:

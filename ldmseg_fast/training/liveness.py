@@ -20,14 +20,6 @@ from ldmseg_fast import distributed
 LOST_RANK = 74  # exit code: EX_IOERR of sysexits.h
 
 
-class Stopped(Exception):
-    """Training was interrupted by a signal and has saved."""
-
-    def __init__(self, step: int, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step} and saved; go on with --resume")
-        self.exit_code = 128 + number
-
-
 class Interrupt:
     """SIGTERM and SIGINT ask for a stop after the step in flight.
 

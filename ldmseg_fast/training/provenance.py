@@ -10,11 +10,11 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ldmseg_fast import distributed
+from ldmseg_fast.files import read_lines
 
 STARTS = "starts.jsonl"
 
@@ -41,17 +41,6 @@ def record_start(logs: Path, stage: str, start_step: int) -> None:
     }
     with (logs / STARTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; none where it is missing, and not the half line of a run that was killed."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
 
 
 def cpu_minutes(logs: Path) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import distributed
-from ldmseg_fast.config import ConfigError
+from ldmseg_fast.errors import ConfigError
 
 
 class Window:

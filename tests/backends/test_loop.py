@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ldmseg_fast.backends.base import BackendError, read_model_info
+from ldmseg_fast.backends.base import read_model_info
 from ldmseg_fast.backends.graphs import DenoiserGraph, SamplerGraph
 from ldmseg_fast.backends.lanes import MAX_LOOPS, Lane, LanePool
 from ldmseg_fast.backends.loop import SampleLoop, TorchRunner
@@ -13,6 +13,7 @@ from ldmseg_fast.backends.specs import GraphOptions, denoiser, schedule
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import BackendError
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ldmseg_fast.backends.base import BackendError, load_backend, read_model_info
+from ldmseg_fast.backends.base import load_backend, read_model_info
 from ldmseg_fast.backends.graphs import build_graph
 from ldmseg_fast.backends.specs import (
     GraphOptions,
@@ -19,6 +19,7 @@ from ldmseg_fast.backends.specs import (
 )
 from ldmseg_fast.checkpoint import load_component
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import BackendError
 
 SIZES = {"batch": 2, "latent_height": 16, "latent_width": 8, "height": 20, "width": 30}
 

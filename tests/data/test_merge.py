@@ -8,8 +8,8 @@ import pytest
 from ldmseg_fast.cli import main
 from ldmseg_fast.data.check import check_folder
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.data.folders import DataError
 from ldmseg_fast.data.merge_command import merge_splits
+from ldmseg_fast.errors import DataError
 
 
 def test_items_are_those_of_the_sources(scenes, tmp_path, capsys):

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.backends import BackendError, load_backend
+from ldmseg_fast.backends import load_backend
 from ldmseg_fast.backends.base import read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import BackendError
 
 OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
 

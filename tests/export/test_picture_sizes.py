@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.backends import BackendError
 from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export import to_onnx, to_trt
 
 OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)

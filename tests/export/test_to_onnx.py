@@ -16,12 +16,13 @@ import onnxruntime
 import pytest
 import torch
 
-from ldmseg_fast.backends.base import BackendError, read_model_info
+from ldmseg_fast.backends.base import read_model_info
 from ldmseg_fast.backends.graphs import DenoiserGraph, build_graph
 from ldmseg_fast.backends.manifest import GraphFile, check_files, model_hash, read_manifest
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.specs import GraphOptions, graph_specs, sample_inputs
-from ldmseg_fast.checkpoint import CheckpointError, load_component
+from ldmseg_fast.checkpoint import load_component
+from ldmseg_fast.errors import BackendError, CheckpointError
 from ldmseg_fast.export import model_export, parity, to_onnx
 from ldmseg_fast.export.float_twin import float_twin
 from ldmseg_fast.export.graph_export import OPSETS, export_graph

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.backends import BackendError, load_backend, trt_api
+from ldmseg_fast.backends import load_backend, trt_api
 from ldmseg_fast.backends.base import read_model_info
 from ldmseg_fast.backends.passport import read_passport
 from ldmseg_fast.backends.trt_api import Machine
@@ -19,6 +19,7 @@ from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export import to_trt
 
 OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics import matching
 from ldmseg_fast.metrics.matching import (
     FALSE_NEGATIVE,
@@ -15,7 +16,7 @@ from ldmseg_fast.metrics.matching import (
     segment_table,
 )
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import MAX_ID, PanopticFormatError
+from ldmseg_fast.panoptic_format import MAX_ID
 
 IDS = [0, 1, 2, 3, 7, 255, 256, 65535, 65536, MAX_ID - 1, MAX_ID]
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics import matching
 from ldmseg_fast.metrics.inpainting import BLOCKS, PROBABILITIES, InpaintingStat, drop_blocks, keep_given
 from ldmseg_fast.metrics.miou import MeanIoU
-from ldmseg_fast.panoptic_format import PanopticFormatError
 
 
 def _maps(count=6, shape=(20, 30)):

@@ -7,8 +7,9 @@ import torch
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.checkpoint import load_component, load_index
-from ldmseg_fast.config import ConditioningConfig, ConfigError, UNetConfig, load_config
+from ldmseg_fast.config import ConditioningConfig, UNetConfig, load_config
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
+from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, with_context
 from ldmseg_fast.stages import AutoencoderStage, DiffusionStage
 from tests.conftest import NARROW

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ldmseg_fast.checkpoint import load_index
-from ldmseg_fast.config import Config, ConfigError
+from ldmseg_fast.config import Config
 from ldmseg_fast.engine import Run, train
+from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.training.liveness import Interrupt
 from tests.training.helpers import losses
 

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from ldmseg_fast.checkpoint import CheckpointError, save_weights
-from ldmseg_fast.config import Config, ConfigError, ImageEncoderConfig
+from ldmseg_fast.checkpoint import save_weights
+from ldmseg_fast.config import Config, ImageEncoderConfig
 from ldmseg_fast.data import cache_command, latent_cache
 from ldmseg_fast.data.cache_command import add_cache_arguments, load_encoder, run_cache
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.data.folders import DataError
 from ldmseg_fast.data.latent_cache import LatentCache, cache_key, picture_files
 from ldmseg_fast.engine import train
+from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
 from ldmseg_fast.models.image_vae import TaesdEncoder
 from tests.training.helpers import losses
 

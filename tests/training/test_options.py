@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmseg_fast.config import Config, ConfigError, TrainConfig
+from ldmseg_fast.config import Config, TrainConfig
 from ldmseg_fast.engine import Run, learning_rate, train
+from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.kernels.backend import KERNELS, get_backend
 from ldmseg_fast.optimizer import LossScale
 from ldmseg_fast.stages.base import parameter_kinds

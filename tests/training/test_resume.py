@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from ldmseg_fast import resume as resume_module
-from ldmseg_fast.checkpoint import CheckpointError
 from ldmseg_fast.config import Config
 from ldmseg_fast.engine import Run, train
+from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.training.liveness import Interrupt
 from tests.training.helpers import Job, assembled, losses
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoint import CheckpointError
 from ldmseg_fast.config import Config, load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.engine import Run, train
+from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.panoptic import PanopticResult
 from ldmseg_fast.resume import TrainingCheckpoints
 from ldmseg_fast.stages import STAGES
