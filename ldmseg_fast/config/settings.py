@@ -6,12 +6,7 @@ An unknown key, a value of the wrong type or a value out of range is a `ConfigEr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
-
-from ldmseg_fast.config_checks import validate
-from ldmseg_fast.config_values import describe, from_dict, to_dict, update
-from ldmseg_fast.errors import ConfigError
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -234,102 +229,3 @@ class Config:
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     num_inference_steps: int = 50
     output_dir: str = ""
-
-
-def load_config(name_or_file: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """A preset (`tiny`, `coco`) or a YAML/JSON file, with `key=value` overrides.
-
-    Raises:
-        ConfigError: no such preset or file, an unknown key, a wrong type, values that contradict each other.
-    """
-    if name_or_file in PRESETS:
-        config = PRESETS[name_or_file]
-    else:
-        config = update(Config(), _read_file(Path(name_or_file)))
-    for item in overrides:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{item!r}: settings are written key=value, such as train.steps=1000")
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        config = update(config, nested)
-    return validate(config)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: neither a preset ({', '.join(PRESETS)}) nor a file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML or JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a mapping of settings expected")
-    return values
-
-
-# 64x64 pictures on a CPU, minutes.
-TINY = Config(
-    data=DataConfig(image_size=64, num_workers=0, cache=True, id_assignment="position_cell"),
-    mask_vae=MaskVAEConfig(
-        num_bits=5,
-        num_slots=32,
-        widths=(32, 64, 128),
-        decoder_width=64,
-        num_upscalers=1,
-        norm_groups=8,
-        scaling_factor=0.0,
-    ),
-    image_encoder=ImageEncoderConfig(
-        kind="conv", latent_channels=32, widths=(32, 64, 96), downsampling=4, scaling_factor=1.0
-    ),
-    unet=UNetConfig(
-        sample_size=16,
-        in_channels=40,
-        block_out_channels=(64, 128, 192),
-        attention=(False, True, True),
-        num_heads=(4, 4, 4),
-        layers_per_block=1,
-        norm_groups=8,
-    ),
-    model=ModelConfig(freeze=()),
-    scheduler=SchedulerConfig(prediction_type="sample", loss_weighting="none"),
-    loss=LossConfig(num_points=1024, kl=1e-6, latent_noise=0.3),
-    # with latents scaled down most steps are noise to the network, which then has to look at the picture
-    diffusion=DiffusionConfig(self_condition=0.5, latent_scale=0.5),
-    train=TrainConfig(
-        steps=3000,
-        batch_size=32,
-        learning_rate=1e-3,
-        warmup=100,
-        ema=0.998,
-        precision="bf16",
-        zero_stage=0,  # cutting so small a model costs its ranks more than it saves
-        validate_every=1000,
-        save_every=500,
-    ),
-    postprocess=PostprocessConfig(count_threshold=8),
-    num_inference_steps=10,
-)
-
-# The paper's run: COCO, Stable Diffusion 1.4, 8 GPUs.
-COCO = Config(
-    data=DataConfig(num_workers=8),
-    train=TrainConfig(checkpointing="blocks", compile="blocks"),
-)
-
-PRESETS: dict[str, Config] = {"tiny": TINY, "coco": COCO}
-
-__all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and name.endswith("Config")] + [
-    "ConfigError",
-    "PRESETS",
-    "describe",
-    "from_dict",
-    "load_config",
-    "to_dict",
-    "update",
-    "validate",
-]

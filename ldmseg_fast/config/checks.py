@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ldmseg_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ldmseg_fast.config import Config
+    from ldmseg_fast.config.settings import Config
 
 _SHARE, _COUNT, _POSITIVE = (0, 1), (0, 1e15), (1, 1e15)
 RANGES: dict[str, tuple[float, float]] = {
