@@ -25,12 +25,12 @@ if __package__ in (None, ""):
 from benchmarks.annotators import mean_over_annotators
 from benchmarks.harness import Run
 from benchmarks.quality_curve import draw_curve
-from ldmseg_fast.checkpoint import load_component_config, load_index
+from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.files import read_lines
 from ldmseg_fast.metrics import classical
-from ldmseg_fast.pretrained import resolve_model_dir
 from ldmseg_fast.training.provenance import ancestors, cpu_minutes
 
 Row = dict[str, Any]

@@ -32,7 +32,8 @@ from benchmarks.bench_data import plain_item
 from benchmarks.harness import RESULTS, measure
 from benchmarks.harness import Run as Record
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoint import save_component, save_index, save_weights
+from ldmseg_fast.checkpoints.model_folder import save_component, save_index
+from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig, load_config, validate
 from ldmseg_fast.data.cache_command import build_cache, load_encoder
 from ldmseg_fast.data.latent_cache import default_folder, picture_files

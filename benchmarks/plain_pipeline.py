@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.checkpoint import load_component, load_component_config
+from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
 from ldmseg_fast.config import PostprocessConfig, UNetConfig
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.kernels.backend import KERNELS, backend

@@ -16,7 +16,7 @@ import torch
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ldmseg_fast.checkpoint import postprocess_settings, save_component, save_index
+from ldmseg_fast.checkpoints.model_folder import postprocess_settings, save_component, save_index
 from ldmseg_fast.config import PRESETS, Config
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.mask_vae import MaskVAE

@@ -8,12 +8,12 @@ from pathlib import Path
 from ldmseg_fast.backends.manifest import FILE_NAME, read_manifest
 from ldmseg_fast.backends.passport import Range
 from ldmseg_fast.backends.trt_api import BuildSettings
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError, CheckpointError
 from ldmseg_fast.export.engine_build import BuildJob, Ranges
 from ldmseg_fast.export.model_export import ExportSettings, export_model, is_current
 from ldmseg_fast.export.output_folder import exclusive
 from ldmseg_fast.export.parity import ParityReport
-from ldmseg_fast.pretrained import resolve_model_dir
 
 DEFAULT_PRECISION = "fp16"
 

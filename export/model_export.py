@@ -23,7 +23,7 @@ from ldmseg_fast.backends.manifest import (
     read_manifest,
 )
 from ldmseg_fast.backends.specs import GraphOptions, graph_specs
-from ldmseg_fast.checkpoint import load_component_config
+from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.config import to_dict
 from ldmseg_fast.data.coco_panoptic import collate
 from ldmseg_fast.errors import BackendError

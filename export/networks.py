@@ -11,15 +11,8 @@ from torch import Tensor
 
 from ldmseg_fast.backends.base import ModelInfo
 from ldmseg_fast.backends.specs import DTYPES, GraphOptions, GraphSpec
-from ldmseg_fast.checkpoint import (
-    DTYPE_NAMES,
-    INT8_SCALE,
-    WEIGHTS,
-    check_state,
-    expand_int8,
-    load_component,
-    load_component_config,
-)
+from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
+from ldmseg_fast.checkpoints.tensors import DTYPE_NAMES, INT8_SCALE, WEIGHTS, check_state, expand_int8
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import inside
 from ldmseg_fast.models.unet import UNet

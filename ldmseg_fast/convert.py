@@ -44,10 +44,10 @@ def convert_checkpoint(
             configurations; the message lists what is wrong.
         FileExistsError: `out` holds something.
     """
-    from ldmseg_fast.checkpoint import save_component, save_index
-    from ldmseg_fast.model_card import write_model_card
-    from ldmseg_fast.original_checkpoint import read_parts
-    from ldmseg_fast.safe_pickle import load_torch_file
+    from ldmseg_fast.checkpoints.model_card import write_model_card
+    from ldmseg_fast.checkpoints.model_folder import save_component, save_index
+    from ldmseg_fast.checkpoints.original import read_parts
+    from ldmseg_fast.checkpoints.safe_pickle import load_torch_file
 
     source, target = Path(checkpoint), Path(out)
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):

@@ -97,8 +97,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def _check_meant_for_model(args: argparse.Namespace) -> None:
     """Raises ArgumentError for options that this kind of model has no use for."""
+    from ldmseg_fast.checkpoints.shipped import resolve_model_dir
     from ldmseg_fast.evaluation.predictors import is_autoencoder
-    from ldmseg_fast.pretrained import resolve_model_dir
 
     if is_autoencoder(resolve_model_dir(args.model_dir)):
         kind, given = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends import Backend
-from ldmseg_fast.checkpoint import load_component
+from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.diffusion.sampler import Callback, image_noise, seed_of

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoint import check_state, load_weights, save_weights
+from ldmseg_fast.checkpoints.tensors import check_state, load_weights, save_weights
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import damage_of, read_json, sync_folder, why_not_written, write_files, write_json
 from ldmseg_fast.optimizer import Optimizer

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.checkpoint import INT8_SCALE, WEIGHTS, load_index, load_weights, save_weights
+from ldmseg_fast.checkpoints.model_card import write_model_card
+from ldmseg_fast.checkpoints.model_folder import load_index
+from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, load_weights, save_weights
 from ldmseg_fast.config import PRESETS, to_dict
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import read_json, read_lines, replace_folder
-from ldmseg_fast.model_card import write_model_card
 from ldmseg_fast.training.provenance import STARTS, ancestors, cpu_minutes
 
 LIMIT = 20 * 10**6  # bytes of all model folders beside OUT, with it: what a wheel may carry

@@ -10,20 +10,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ldmseg_fast.checkpoint import (
+from ldmseg_fast.checkpoints.model_card import training_facts, write_model_card
+from ldmseg_fast.checkpoints.model_folder import (
     load_component,
     load_component_config,
     load_index,
-    load_state,
-    load_weights,
     save_component,
     save_index,
-    save_weights,
 )
+from ldmseg_fast.checkpoints.tensors import load_state, load_weights, save_weights
 from ldmseg_fast.config import MaskVAEConfig, to_dict
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import inside, write_json
-from ldmseg_fast.model_card import training_facts, write_model_card
 from ldmseg_fast.models.mask_vae import MaskVAE
 
 SMALL = MaskVAEConfig(num_bits=3, num_slots=8, widths=(8, 16), decoder_width=8, num_upscalers=1, norm_groups=4)

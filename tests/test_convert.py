@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from ldmseg_fast import convert
-from ldmseg_fast.checkpoint import load_component, load_component_config, load_index, load_weights
+from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config, load_index
+from ldmseg_fast.checkpoints.original_sizes import unet_config
+from ldmseg_fast.checkpoints.tensors import load_weights
 from ldmseg_fast.config import ImageEncoderConfig, MaskVAEConfig, SchedulerConfig, UNetConfig
 from ldmseg_fast.convert import convert_checkpoint
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.models.image_vae import KLEncoder
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet
-from ldmseg_fast.original_sizes import unet_config
 
 MASK = MaskVAEConfig(num_bits=5, num_slots=20, widths=(8, 16, 32), decoder_width=16, num_upscalers=1, norm_groups=8)
 UNET = UNetConfig(
@@ -466,7 +467,7 @@ def test_out_is_written_whole_or_not_at_all(files, monkeypatch):
     def full_disk(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldmseg_fast.checkpoint.save_index", full_disk)
+    monkeypatch.setattr("ldmseg_fast.checkpoints.model_folder.save_index", full_disk)
     with pytest.raises(OSError, match="No space left"):
         convert_checkpoint(files / "model.pt", files / "second", files / "unet.json", files / "vae.json")
     assert not [path.name for path in files.iterdir() if "second" in path.name]
@@ -485,7 +486,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from ldmseg_fast.convert import convert_checkpoint
-import ldmseg_fast.original_checkpoint, ldmseg_fast.model_card, ldmseg_fast.safe_pickle
+import ldmseg_fast.checkpoints.original, ldmseg_fast.checkpoints.model_card, ldmseg_fast.checkpoints.safe_pickle
 
 def peak():  # bytes; getrusage would count what the parent process used
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.checkpoint import load_component, load_component_config
+from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.convert import convert_checkpoint
 from ldmseg_fast.diffusion.sampler import ddim, unet_input

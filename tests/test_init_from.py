@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.checkpoint import load_component
+from ldmseg_fast.checkpoints.init_from import initial
+from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import load_config
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.init_from import initial
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.stages import DiffusionStage
 from tests.conftest import NARROW, make_model

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldmseg_fast import LDMSegPipeline, pretrained, ship
-from ldmseg_fast.checkpoint import load_component, load_index, load_weights
+from ldmseg_fast import LDMSegPipeline, ship
+from ldmseg_fast.checkpoints import shipped as pretrained
+from ldmseg_fast.checkpoints.model_folder import load_component, load_index
+from ldmseg_fast.checkpoints.tensors import load_weights
 from ldmseg_fast.config import load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.engine import train

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldmseg_fast.checkpoint import load_component, load_index
+from ldmseg_fast.checkpoints.model_folder import load_component, load_index
 from ldmseg_fast.config import LossConfig, load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.diffusion.inpainting import KnownLatents

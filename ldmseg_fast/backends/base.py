@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ldmseg_fast.checkpoint import load_component_config, load_index
+from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import MaskVAEConfig, PostprocessConfig, SchedulerConfig, UNetConfig, from_dict
 from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError, CheckpointError, ConfigError
 from ldmseg_fast.panoptic import PanopticResult
-from ldmseg_fast.pretrained import resolve_model_dir
 
 BACKENDS = ("torch", "compile", "onnxruntime", "tensorrt")
 

@@ -15,7 +15,7 @@ from ldmseg_fast.backends.batching import ANY, Ranges, run_in_parts
 from ldmseg_fast.backends.lanes import Lane, LanePool
 from ldmseg_fast.backends.loop import Runner
 from ldmseg_fast.backends.specs import GraphSpec, schedule
-from ldmseg_fast.checkpoint import load_component
+from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback, ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler

@@ -16,7 +16,7 @@ from ldmseg_fast.backends.lanes import Lane, LanePool
 from ldmseg_fast.backends.loop import TorchRunner
 from ldmseg_fast.backends.packed_weights import can_pack, compile_frozen, pack_weights
 from ldmseg_fast.backends.specs import GraphOptions, denoiser
-from ldmseg_fast.checkpoint import load_component
+from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback, ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler

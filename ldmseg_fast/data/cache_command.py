@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldmseg_fast.checkpoint import load_component, save_weights
+from ldmseg_fast.checkpoints.init_from import load_image_encoder, resolve_start
+from ldmseg_fast.checkpoints.model_folder import load_component
+from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig
 from ldmseg_fast.data import latent_cache
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
@@ -24,7 +26,6 @@ from ldmseg_fast.data.loader import PatientReader, without_traceback
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
 from ldmseg_fast.files import entry_of, read_json, why_not_written, write_json
-from ldmseg_fast.init_from import load_image_encoder, resolve_start
 from ldmseg_fast.models.image_vae import build_image_encoder
 
 CURE = "Raise --timeout where reading takes longer; the same command goes on where it stopped"

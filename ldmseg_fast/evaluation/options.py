@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ldmseg_fast.checkpoint import load_index
+from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.config import PostprocessConfig, from_dict
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.metrics.inpainting import PAPER_BLOCK, PAPER_PROBABILITIES

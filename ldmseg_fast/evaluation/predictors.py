@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ldmseg_fast.checkpoint import load_component, load_index
+from ldmseg_fast.checkpoints.model_folder import load_component, load_index
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.transforms import resize_ids

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ldmseg_fast import distributed
 from ldmseg_fast.agreement import TorchAgreement
-from ldmseg_fast.checkpoint import load_index
+from ldmseg_fast.checkpoints.model_folder import load_index
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.evaluation import spread
 from ldmseg_fast.evaluation.categories import CategorySource, category_source
 from ldmseg_fast.evaluation.gallery import Gallery
@@ -32,7 +33,6 @@ from ldmseg_fast.evaluation.scores import (
 from ldmseg_fast.evaluation.store import Clock, Store, states_of
 from ldmseg_fast.metrics.inpainting import drop_blocks
 from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.pretrained import resolve_model_dir
 from ldmseg_fast.results import PanopticResult, instances_of, write_json_list
 
 

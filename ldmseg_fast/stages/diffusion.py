@@ -11,21 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmseg_fast.checkpoint import load_component, load_index, postprocess_settings, save_component, save_index
+from ldmseg_fast.checkpoints.init_from import load_image_encoder, load_unet, resolve_start
+from ldmseg_fast.checkpoints.model_card import write_model_card
+from ldmseg_fast.checkpoints.model_folder import (
+    load_component,
+    load_index,
+    postprocess_settings,
+    save_component,
+    save_index,
+)
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import Config
 from ldmseg_fast.diffusion.inpainting import whole_cells
 from ldmseg_fast.diffusion.sampler import ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.init_from import load_image_encoder, load_unet, resolve_start
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.losses import mask_losses
-from ldmseg_fast.model_card import write_model_card
 from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, saved_conditioning, with_context
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.panoptic import PanopticResult, postprocess
-from ldmseg_fast.pretrained import resolve_model_dir
 from ldmseg_fast.stages.base import PRECISIONS, Stage, kept_blocks, per_image, remap, segments_of
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}

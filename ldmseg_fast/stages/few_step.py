@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.checkpoint import load_component_config, load_index
+from ldmseg_fast.checkpoints.model_card import write_model_card
+from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import Config, validate
 from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.diffusion.sampler import unet_input
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.model_card import write_model_card
-from ldmseg_fast.pretrained import resolve_model_dir
 from ldmseg_fast.stages.base import per_image
 from ldmseg_fast.stages.diffusion import DiffusionStage
 

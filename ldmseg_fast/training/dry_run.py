@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from ldmseg_fast import distributed
+from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.config import Config, describe
-from ldmseg_fast.init_from import resolve_start
 from ldmseg_fast.stages.few_step import started_from_model
 from ldmseg_fast.training.deepspeed_settings import deepspeed_config, merge_user_config
 from ldmseg_fast.training.estimate import count_parameters, report

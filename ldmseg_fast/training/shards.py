@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ldmseg_fast.checkpoint import save_weights
+from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

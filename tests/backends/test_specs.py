@@ -17,7 +17,7 @@ from ldmseg_fast.backends.specs import (
     sample_inputs,
     schedule,
 )
-from ldmseg_fast.checkpoint import load_component
+from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError
 

@@ -10,11 +10,11 @@ import torch
 from ldmseg_fast.backends.base import ModelInfo, read_model_info
 from ldmseg_fast.backends.graphs import build_graph
 from ldmseg_fast.backends.specs import GraphOptions, image_encoder, sample_inputs
-from ldmseg_fast.checkpoint import save_component
+from ldmseg_fast.checkpoints.init_from import Start, load_image_encoder
+from ldmseg_fast.checkpoints.model_folder import save_component
 from ldmseg_fast.config import ImageEncoderConfig, load_config
 from ldmseg_fast.export.graph_export import export_graph
 from ldmseg_fast.export.networks import load_network
-from ldmseg_fast.init_from import Start, load_image_encoder
 from ldmseg_fast.models.image_vae import KLEncoder, build_image_encoder
 
 STABLE_DIFFUSION = {

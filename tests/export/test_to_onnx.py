@@ -21,7 +21,8 @@ from ldmseg_fast.backends.graphs import DenoiserGraph, build_graph
 from ldmseg_fast.backends.manifest import GraphFile, check_files, model_hash, read_manifest
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.specs import GraphOptions, graph_specs, sample_inputs
-from ldmseg_fast.checkpoint import load_component
+from ldmseg_fast.checkpoints.model_folder import load_component
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError, CheckpointError
 from ldmseg_fast.export import model_export, parity, to_onnx
 from ldmseg_fast.export.float_twin import float_twin
@@ -29,7 +30,6 @@ from ldmseg_fast.export.graph_export import OPSETS, export_graph
 from ldmseg_fast.export.model_export import exported_files
 from ldmseg_fast.export.networks import load_network, read_converted
 from ldmseg_fast.export.output_folder import new_folder
-from ldmseg_fast.pretrained import resolve_model_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,9 +16,9 @@ from ldmseg_fast.backends import load_backend, trt_api
 from ldmseg_fast.backends.manifest import read_manifest
 from ldmseg_fast.backends.passport import read_passport
 from ldmseg_fast.backends.trt_api import Machine, load_api
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export import engine_build, engine_sources, model_export, output_folder, to_trt
-from ldmseg_fast.pretrained import resolve_model_dir
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.checkpoint import load_component, load_index
+from ldmseg_fast.checkpoints.model_folder import load_component, load_index
 from ldmseg_fast.config import ConditioningConfig, UNetConfig, load_config
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
 from ldmseg_fast.errors import ConfigError

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ldmseg_fast.checkpoints.init_from import Start, load_image_encoder
 from ldmseg_fast.config import ImageEncoderConfig, load_config
 from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.init_from import Start, load_image_encoder
 from ldmseg_fast.models.image_vae import (
     KLEncoder,
     TaesdEncoder,

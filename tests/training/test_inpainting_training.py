@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmseg_fast.checkpoint import load_index
+from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.config import Config
 from ldmseg_fast.engine import Run, train
 from ldmseg_fast.errors import ConfigError

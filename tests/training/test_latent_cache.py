@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmseg_fast.checkpoint import save_weights
+from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig
 from ldmseg_fast.data import cache_command, latent_cache
 from ldmseg_fast.data.cache_command import add_cache_arguments, load_encoder, run_cache

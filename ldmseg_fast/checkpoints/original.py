@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ldmseg_fast.checkpoint import postprocess_settings
+from ldmseg_fast.checkpoints.diffusers_folder import read_config, read_weights, unet_settings
+from ldmseg_fast.checkpoints.model_folder import postprocess_settings
+from ldmseg_fast.checkpoints.original_sizes import image_vae_config, mask_vae_config, scheduler_config, unet_config
+from ldmseg_fast.checkpoints.safe_pickle import check_tensors
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.diffusers_folder import read_config, read_weights, unet_settings
 from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.original_sizes import image_vae_config, mask_vae_config, scheduler_config, unet_config
-from ldmseg_fast.safe_pickle import check_tensors
 
 LATENT_SIDE = 64  # where nothing says otherwise
 

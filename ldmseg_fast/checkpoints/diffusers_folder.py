@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldmseg_fast.checkpoint import load_weights
+from ldmseg_fast.checkpoints.tensors import load_weights
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import inside, read_json
 

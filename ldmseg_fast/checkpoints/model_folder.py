@@ -5,7 +5,6 @@ MODEL_DIR/  model_index.json   unet/  mask_vae/  image_vae/  scheduler/     each
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmseg_fast import __version__
+from ldmseg_fast.checkpoints.tensors import WEIGHTS, load_state, load_weights, save_weights
 from ldmseg_fast.config import (
     ConditioningConfig,
     ImageEncoderConfig,
@@ -32,7 +31,6 @@ from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.files import inside, read_json, replace_folder, write_json
 
 FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
 COMPONENTS = {
     "unet": UNetConfig,
     "mask_vae": MaskVAEConfig,
@@ -40,99 +38,6 @@ COMPONENTS = {
     "scheduler": SchedulerConfig,
     "conditioning": ConditioningConfig,
 }
-
-
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file, on disk when this returns; tensors are copied to the CPU one at a time."""
-    header: dict[str, Any] = {}
-    end = 0
-    # widest elements first, so that every tensor starts at a multiple of its element's size
-    names = sorted(state, key=lambda name: (-state[name].element_size(), name))
-    for name in names:
-        tensor = state[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            if state[name].numel():
-                data = state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                file.write(data.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Raises CheckpointError where the file is missing or damaged."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; model folders hold their weights in {WEIGHTS}")
-    try:
-        return expand_int8(load_file(path))
-    except Exception as error:  # safetensors raises its own type, which is not exported
-        raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or save it again") from None
-
-
-INT8_SCALE = ".int8_scale"  # after a tensor's name: its scales
-
-
-def expand_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors stored as int8 [O, ...] beside scales [O] (see `ship.to_int8`) as float32; the others as they are."""
-    scales = {name.removesuffix(INT8_SCALE): state[name] for name in state if name.endswith(INT8_SCALE)}
-    expanded = {name: value for name, value in state.items() if not name.endswith(INT8_SCALE)}
-    for name, scale in scales.items():
-        expanded[name] = state[name].float() * scale.float().view(-1, *[1] * (state[name].ndim - 1))
-    return expanded
-
-
-def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """`load_state_dict` with one error that lists what is missing, extra, or of another shape.
-
-    A module on the meta device takes the tensors themselves, in float32, instead of copying them.
-    """
-    check_state(module.state_dict(), state, source)
-    if any(parameter.is_meta for parameter in module.parameters()):
-        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        module.load_state_dict(state, assign=True)
-    else:
-        module.load_state_dict(state)
-
-
-def check_state(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
-    """Raises CheckpointError listing what `state` lacks, has too much, or has in another shape than `own`."""
-    missing = sorted(own.keys() - state.keys())
-    extra = sorted(state.keys() - own.keys())
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & state.keys())
-        if own[key].shape != state[key].shape
-    ]
-    problems = [
-        f"{len(items)} {kind}: {', '.join(items[:5])}{', ...' if len(items) > 5 else ''}"
-        for kind, items in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
-        if items
-    ]
-    if problems:
-        raise CheckpointError(f"{source}: weights of another architecture; " + "; ".join(problems))
 
 
 def save_component(

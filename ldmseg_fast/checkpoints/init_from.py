@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldmseg_fast.checkpoint import WEIGHTS, load_component_config, load_index, load_state, load_weights
+from ldmseg_fast.checkpoints.diffusers_folder import read_config, read_weights, scheduler_settings, unet_settings
+from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.checkpoints.tensors import WEIGHTS, load_state, load_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig, SchedulerConfig, UNetConfig, update, validate
-from ldmseg_fast.diffusers_folder import read_config, read_weights, scheduler_settings, unet_settings
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.files import inside, read_json
 from ldmseg_fast.models.image_vae import TaesdEncoder, modern_attention_names
 from ldmseg_fast.models.unet import UNet, input_parts
-from ldmseg_fast.pretrained import resolve_model_dir
 
 # what weights fix; the rest of a UNet's configuration is the run's own choice
 UNET_STRUCTURE = (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmseg_fast.checkpoint import check_state
+from ldmseg_fast.checkpoints.tensors import check_state
 from ldmseg_fast.config import ImageEncoderConfig, MaskVAEConfig, SchedulerConfig, UNetConfig, from_dict
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.models.image_vae import KL_DEFAULTS, SD_VAE_CONFIG, KLEncoder, modern_attention_names
