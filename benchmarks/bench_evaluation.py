@@ -39,7 +39,7 @@ from ldmseg_fast.metrics.annotation_index import index_annotations
 from ldmseg_fast.metrics.matching import TRUE_POSITIVE, match_segments, segment_table
 from ldmseg_fast.metrics.pq_files import evaluate_files
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import ids_to_rgb, load_panoptic_json, read_panoptic_png
+from ldmseg_fast.panoptic.format import ids_to_rgb, load_panoptic_json, read_panoptic_png
 
 PARTS = ("memory", "files", "threads", "growth", "post-processing")
 HEIGHT, WIDTH = 480, 640

@@ -39,7 +39,7 @@ from benchmarks.random_model import find_model
 from ldmseg_fast.backends.base import read_model_info
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.sampler import image_noise
-from ldmseg_fast.panoptic_format import read_panoptic_png
+from ldmseg_fast.panoptic.format import read_panoptic_png
 
 AHEAD = 2  # batches that are read before they are needed
 DEFAULT_VARIANTS = {"cpu": ("torch bfloat16", "onnxruntime"), "cuda": ("torch bfloat16, graph",)}

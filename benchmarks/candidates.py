@@ -17,8 +17,8 @@ from ldmseg_fast.backends.base import Backend, ModelInfo
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.data.folders import read_image
 from ldmseg_fast.data.transforms import resize_image
-from ldmseg_fast.panoptic import PanopticResult
-from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.panoptic.format import write_panoptic_png
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
 
 Maker = Callable[[], Any]  # () -> OurPipeline or PlainPipeline

@@ -26,7 +26,7 @@ from ldmseg_fast.checkpoints.model_folder import load_component, load_component_
 from ldmseg_fast.config import PostprocessConfig, UNetConfig
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.kernels.backend import KERNELS, backend
-from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 

@@ -1,4 +1,4 @@
-// Areas, boxes, run lengths and connected pieces of a map's segments. The definitions are in ldmseg_fast/segments.py.
+// Areas, boxes, run lengths and connected pieces of a map's segments. The definitions are in ldmseg_fast/panoptic/shapes.py.
 #pragma once
 #include <cstddef>
 #include <cstdint>

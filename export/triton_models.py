@@ -24,7 +24,7 @@ from ldmseg_fast.diffusion.sampler import image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.ddim_step import make_ddim_table
-from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 
 def server() -> Any:

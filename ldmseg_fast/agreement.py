@@ -13,7 +13,7 @@ from ldmseg_fast import distributed
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
 
 

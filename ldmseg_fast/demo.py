@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     from ldmseg_fast.data.scenes import write_scenes
     from ldmseg_fast.draw import enlarge, overlay, picture_grid
     from ldmseg_fast.evaluation import EvaluationOptions, evaluate
-    from ldmseg_fast.panoptic_format import read_panoptic_png
+    from ldmseg_fast.panoptic.format import read_panoptic_png
     from ldmseg_fast.pipeline import LDMSegPipeline
     from ldmseg_fast.predict import find_pictures, predict_files
 

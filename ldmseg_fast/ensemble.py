@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 
 @dataclass(frozen=True)

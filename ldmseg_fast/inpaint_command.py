@@ -23,7 +23,7 @@ def run_inpaint(args: argparse.Namespace) -> int:
 
     from ldmseg_fast.data.folders import open_image, read_image
     from ldmseg_fast.errors import DataError
-    from ldmseg_fast.panoptic_format import read_panoptic_png
+    from ldmseg_fast.panoptic.format import read_panoptic_png
     from ldmseg_fast.pipeline import LDMSegPipeline
     from ldmseg_fast.predict import check_results, image_id, write_result
 

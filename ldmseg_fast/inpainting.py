@@ -25,9 +25,9 @@ from ldmseg_fast.diffusion.solvers import Constraint, StepNoise
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.mask_sampling import MaskSampler, Sampling
-from ldmseg_fast.panoptic import PanopticResult
-from ldmseg_fast.panoptic_format import check_ids
-from ldmseg_fast.segments import segment_shapes
+from ldmseg_fast.panoptic.format import check_ids
+from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.panoptic.shapes import segment_shapes
 
 METHODS = ("pixels", "estimate", "renoise")
 

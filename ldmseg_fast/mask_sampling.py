@@ -21,7 +21,7 @@ from ldmseg_fast.diffusion.solvers import Constraint, Timesteps, check_solver, s
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.files import read_json
 from ldmseg_fast.models.conditioning import with_context
-from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 
 @dataclass(frozen=True)

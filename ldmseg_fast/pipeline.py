@@ -17,7 +17,7 @@ from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.solvers import Timesteps
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.mask_sampling import MaskSampler
-from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 if TYPE_CHECKING:
     from ldmseg_fast.ensemble import EnsembleResult

@@ -17,8 +17,8 @@ from ldmseg_fast.draw import enlarge, overlay
 from ldmseg_fast.ensemble import EnsembleResult
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.files import replacing
-from ldmseg_fast.panoptic import PanopticResult
-from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.panoptic.format import write_panoptic_png
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
 
 OVERLAY_SIDE = 2048

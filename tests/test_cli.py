@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ldmseg_fast.cli import main
-from ldmseg_fast.panoptic_format import read_panoptic_png
+from ldmseg_fast.panoptic.format import read_panoptic_png
 
 ROOT = Path(__file__).resolve().parents[1]
 

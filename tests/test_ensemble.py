@@ -10,8 +10,8 @@ from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.ensemble import combine
-from ldmseg_fast.panoptic import PanopticResult
-from ldmseg_fast.segments import segment_shapes
+from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.panoptic.shapes import segment_shapes
 
 ANYTHING_GOES = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
 

@@ -104,7 +104,7 @@ def test_results_of_other_weights_or_data_are_not_read_back(model_dir, scenes, t
 
 
 def test_a_batch_that_was_cut_is_predicted_whole(model_dir, scenes, tmp_path, monkeypatch):
-    from ldmseg_fast.results import ResultsWriter
+    from ldmseg_fast.panoptic.results import ResultsWriter
 
     options = EvaluationOptions(steps=1, batch_size=4, baselines=False, limit=4, out=str(tmp_path))
     add, batches = ResultsWriter.add, []

@@ -111,7 +111,7 @@ def test_wrong_sources_are_named(dataset, semantic, tmp_path):
     Image.new("L", (5, 4), 1).save(lost)
     source = category_source(str(semantic), dataset)
     ids, segments = dataset.ground_truth(3)
-    from ldmseg_fast.results import PanopticResult
+    from ldmseg_fast.panoptic.results import PanopticResult
 
     with pytest.raises(DataError, match="5x4 and 64x64"):
         source.vote(3, PanopticResult(ids, segments))

@@ -12,7 +12,7 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report
 from ldmseg_fast.metrics.baselines import segments_of
 from ldmseg_fast.metrics.inpainting import PAPER_PROBABILITIES, drop_blocks, only_dropped
-from ldmseg_fast.results import PanopticResult
+from ldmseg_fast.panoptic.results import PanopticResult
 
 OPTIONS = EvaluationOptions(
     steps=1, limit=3, batch_size=2, inpainting=True, blocks=(8, 16), probabilities=(0.2, 0.6), count_threshold=0
@@ -54,7 +54,7 @@ def test_every_row_of_the_report(model_dir, scenes, kind):
 
 def test_given_pixels_stay(model_dir, scenes, tmp_path):
     """In the written files, of both kinds of model."""
-    from ldmseg_fast.panoptic_format import read_panoptic_png
+    from ldmseg_fast.panoptic.format import read_panoptic_png
 
     dataset = CocoPanoptic(scenes, "val2017", 64, limit=3)
     for folder in (model_dir, f"{model_dir}-autoencoder"):

@@ -12,7 +12,7 @@ from ldmseg_fast.convert import convert_checkpoint
 from ldmseg_fast.diffusion.sampler import ddim, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.kernels.mask_bits import decode_mask_bits, encode_mask_bits
-from ldmseg_fast.panoptic import postprocess
+from ldmseg_fast.panoptic.postprocess import postprocess
 
 
 @pytest.fixture(scope="module")

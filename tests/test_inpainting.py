@@ -15,9 +15,9 @@ from ldmseg_fast.data.transforms import make_remap_table
 from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.inpainting import METHODS, Given, KnownPixels, complete, follow_draft, prepare
 from ldmseg_fast.kernels.mask_bits import decode_mask_bits
-from ldmseg_fast.panoptic import PanopticResult
-from ldmseg_fast.panoptic_format import read_panoptic_png, write_panoptic_png
-from ldmseg_fast.segments import segment_shapes
+from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
+from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.panoptic.shapes import segment_shapes
 
 ANYTHING_GOES = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
 LARGEST = 2**24 - 1

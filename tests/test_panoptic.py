@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ldmseg_fast import segments
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import PanopticFormatError
-from ldmseg_fast.panoptic import PanopticResult, clean_up, postprocess
-from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png
-from ldmseg_fast.results import ResultsWriter, instances_of, write_json_list
-from ldmseg_fast.segments import clean_segments, segment_shapes
+from ldmseg_fast.panoptic import shapes as segments
+from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
+from ldmseg_fast.panoptic.postprocess import PanopticResult, clean_up, postprocess
+from ldmseg_fast.panoptic.results import ResultsWriter, instances_of, write_json_list
+from ldmseg_fast.panoptic.shapes import clean_segments, segment_shapes
 
 THRESHOLDS = PostprocessConfig(mask_threshold=0.5, count_threshold=8, overlap_threshold=0.5)
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldmseg_fast import panoptic_format
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.files import check_output, replacing
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import (
+from ldmseg_fast.panoptic import format as panoptic_format
+from ldmseg_fast.panoptic.format import (
     MAX_ID,
     ids_to_rgb,
     load_panoptic_json,

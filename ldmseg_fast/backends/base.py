@@ -15,7 +15,7 @@ from ldmseg_fast.config import MaskVAEConfig, PostprocessConfig, SchedulerConfig
 from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError, CheckpointError, ConfigError
-from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 BACKENDS = ("torch", "compile", "onnxruntime", "tensorrt")
 

@@ -20,7 +20,7 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback, ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.panoptic import PanopticResult, postprocess
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 
 MAX_HEAD_BYTES = 2 * 2**30  # of one tensor with every slot at the map's size; the head in the graph makes several
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.panoptic import PanopticResult, make_segments_info
+from ldmseg_fast.panoptic.postprocess import PanopticResult, make_segments_info
 
 
 def finish(

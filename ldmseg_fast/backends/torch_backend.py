@@ -21,7 +21,7 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback, ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.models.unet import FeatureCache
-from ldmseg_fast.panoptic import PanopticResult, postprocess
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 
 
 class TorchBackend:

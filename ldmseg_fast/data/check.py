@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldmseg_fast.data.folders import SplitFolders, find_split, list_splits, read_image
 from ldmseg_fast.data.transforms import present_ids
 from ldmseg_fast.errors import DataError, PanopticFormatError
-from ldmseg_fast.panoptic_format import MAX_ID, read_panoptic_png
+from ldmseg_fast.panoptic.format import MAX_ID, read_panoptic_png
 
 __all__ = ["Problem", "Report", "check_folder"]
 

@@ -26,7 +26,7 @@ from ldmseg_fast.data.transforms import (
     resize_image,
 )
 from ldmseg_fast.errors import ArgumentError, DataError, PanopticFormatError
-from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png
+from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
 
 __all__ = ["CocoPanoptic", "DataError", "collate"]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ldmseg_fast.data.transforms import TABLE_SIZE, dense_ids
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import MAX_PIXELS, read_panoptic_png
+from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
 
 __all__ = [
     "DataError",

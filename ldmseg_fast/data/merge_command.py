@@ -11,7 +11,7 @@ from typing import Any
 from ldmseg_fast.data.folders import find_split
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import replacing
-from ldmseg_fast.panoptic_format import load_panoptic_json
+from ldmseg_fast.panoptic.format import load_panoptic_json
 
 OBJECT = {"id": 1, "name": "object", "supercategory": "object", "isthing": 1, "color": [220, 20, 60]}
 

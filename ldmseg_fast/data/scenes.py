@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ldmseg_fast.data.painter import STUFF, THINGS, Painter, minimum_area
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.panoptic.format import write_panoptic_png
 
 __all__ = ["CATEGORIES", "generate_scene", "minimum_area", "write_scenes"]
 

@@ -14,7 +14,7 @@ from ldmseg_fast.error_page.page import random_places, render_entry, worst_place
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.metrics.pq_files import png_folder
-from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png
+from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
 
 
 def write_page_of_files(

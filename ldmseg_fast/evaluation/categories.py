@@ -13,8 +13,8 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.metrics.class_vote import category_map, merge_stuff, vote_categories
 from ldmseg_fast.metrics.pq_files import png_folder
-from ldmseg_fast.panoptic_format import load_panoptic_json, read_panoptic_png
-from ldmseg_fast.results import PanopticResult
+from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
+from ldmseg_fast.panoptic.results import PanopticResult
 
 GROUND_TRUTH = "GT"
 UNLABELLED = {0, 255, 65535}  # void in a semantic PNG, unless it is the id of a category

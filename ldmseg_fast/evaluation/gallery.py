@@ -12,7 +12,7 @@ from ldmseg_fast import distributed
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.error_page import PageEntry, image_quality, render_entry
 from ldmseg_fast.error_page.page import random_places, worst_places, write_worst_and_random
-from ldmseg_fast.results import PanopticResult
+from ldmseg_fast.panoptic.results import PanopticResult
 
 _Candidate = tuple[PanopticResult, np.ndarray]
 

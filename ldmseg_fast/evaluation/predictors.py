@@ -17,11 +17,11 @@ from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.evaluation.options import EvaluationOptions
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.metrics.inpainting import keep_given
-from ldmseg_fast.panoptic import postprocess
-from ldmseg_fast.panoptic_format import MAX_ID
+from ldmseg_fast.panoptic.format import MAX_ID
+from ldmseg_fast.panoptic.postprocess import postprocess
+from ldmseg_fast.panoptic.results import PanopticResult
+from ldmseg_fast.panoptic.shapes import segment_shapes
 from ldmseg_fast.pipeline import LDMSegPipeline
-from ldmseg_fast.results import PanopticResult
-from ldmseg_fast.segments import segment_shapes
 
 
 class Predictor(Protocol):

@@ -33,7 +33,7 @@ from ldmseg_fast.evaluation.scores import (
 from ldmseg_fast.evaluation.store import Clock, Store, states_of
 from ldmseg_fast.metrics.inpainting import drop_blocks
 from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.results import PanopticResult, instances_of, write_json_list
+from ldmseg_fast.panoptic.results import PanopticResult, instances_of, write_json_list
 
 
 def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions) -> dict[str, Any]:

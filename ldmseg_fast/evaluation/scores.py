@@ -13,7 +13,7 @@ from ldmseg_fast.metrics.baselines import BASELINES, fill_nearest, segments_of
 from ldmseg_fast.metrics.inpainting import InpaintingStat, only_dropped
 from ldmseg_fast.metrics.miou import MeanIoU
 from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.results import PanopticResult
+from ldmseg_fast.panoptic.results import PanopticResult
 
 OBJECT = [{"id": 1, "name": "object", "supercategory": "object", "isthing": 1}]
 

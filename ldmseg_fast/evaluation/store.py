@@ -10,7 +10,7 @@ from typing import Any
 from ldmseg_fast import distributed
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.evaluation.scores import OBJECT
-from ldmseg_fast.results import PanopticResult, ResultsWriter
+from ldmseg_fast.panoptic.results import PanopticResult, ResultsWriter
 
 
 def states_of(folder: Path, patterns: Sequence[str]) -> dict[str, list[int]]:

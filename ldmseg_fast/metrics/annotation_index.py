@@ -12,7 +12,7 @@ import numpy as np
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics.matching import segment_table
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import load_panoptic_json
+from ldmseg_fast.panoptic.format import load_panoptic_json
 
 
 @dataclass(frozen=True)

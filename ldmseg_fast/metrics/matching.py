@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.native import _C, warn_slow
-from ldmseg_fast.panoptic_format import MAX_ID
+from ldmseg_fast.panoptic.format import MAX_ID
 
 TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE, FALSE_POSITIVE_ONE_CROWD = 0, 1, 2, 3
 

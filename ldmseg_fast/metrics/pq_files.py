@@ -17,7 +17,7 @@ from ldmseg_fast.metrics.matching import match_segments
 from ldmseg_fast.metrics.pq import OBJECT_CATEGORY, PQStat
 from ldmseg_fast.metrics.pq_report import bootstrap_interval, image_qualities
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import MAX_PIXELS, read_panoptic_png
+from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
 
 MAX_THREADS = 8
 _TASK = 16  # images at most that a thread takes at a time

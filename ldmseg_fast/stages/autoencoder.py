@@ -16,7 +16,7 @@ from ldmseg_fast.config import Config
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.losses import mask_losses
 from ldmseg_fast.models.mask_vae import MaskVAE
-from ldmseg_fast.panoptic import PanopticResult, postprocess
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 from ldmseg_fast.stages.base import Stage, kept_blocks, per_image, remap, segments_of
 
 

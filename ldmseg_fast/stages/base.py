@@ -16,7 +16,7 @@ from ldmseg_fast.config import Config
 from ldmseg_fast.diffusion.sampler import seed_of
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.losses import Segments, share_num_labelled, share_num_masks
-from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -31,7 +31,7 @@ from ldmseg_fast.losses import mask_losses
 from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, saved_conditioning, with_context
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
-from ldmseg_fast.panoptic import PanopticResult, postprocess
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 from ldmseg_fast.stages.base import PRECISIONS, Stage, kept_blocks, per_image, remap, segments_of
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}

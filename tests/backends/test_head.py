@@ -9,7 +9,7 @@ from ldmseg_fast.backends.graphs import MaskDecoderGraph
 from ldmseg_fast.backends.head import finish
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.panoptic import postprocess
+from ldmseg_fast.panoptic.postprocess import postprocess
 
 
 class Decoded(torch.nn.Module):

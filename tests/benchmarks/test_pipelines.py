@@ -15,7 +15,7 @@ from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import image_noise
 from ldmseg_fast.kernels.panoptic_head import reference
-from ldmseg_fast.panoptic import make_segments_info
+from ldmseg_fast.panoptic.postprocess import make_segments_info
 
 
 @pytest.fixture(scope="module")

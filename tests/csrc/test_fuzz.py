@@ -14,7 +14,7 @@ from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics import annotation_index
 from ldmseg_fast.metrics.annotation_index import index_annotations
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import MAX_PIXELS, ids_to_rgb, read_panoptic_png, rgb_to_ids
+from ldmseg_fast.panoptic.format import MAX_PIXELS, ids_to_rgb, read_panoptic_png, rgb_to_ids
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 

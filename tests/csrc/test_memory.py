@@ -10,7 +10,7 @@ import pytest
 
 from ldmseg_fast.metrics.annotation_index import index_annotations
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.panoptic.format import write_panoptic_png
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import MAX_PIXELS
+from ldmseg_fast.panoptic.format import MAX_PIXELS
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 

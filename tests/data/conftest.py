@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ldmseg_fast.data.scenes import write_scenes
-from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.panoptic.format import write_panoptic_png
 
 
 class Folder:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldmseg_fast.data.check import Report, check_folder
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.panoptic.format import write_panoptic_png
 
 MakeMap = Callable[[int, int], np.ndarray]
 

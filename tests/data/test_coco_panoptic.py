@@ -17,7 +17,7 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic, DataError, collate
 from ldmseg_fast.data.folders import find_split, list_splits, read_image
 from ldmseg_fast.data.sampler import EpochSampler
 from ldmseg_fast.data.transforms import Augmentation
-from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.panoptic.format import write_panoptic_png
 
 MakeMap = Callable[[int, int], np.ndarray]
 

@@ -16,7 +16,7 @@ from ldmseg_fast.data.folders import load_picture, open_image, read_dense_map, r
 from ldmseg_fast.data.transforms import Augmentation, dense_ids
 from ldmseg_fast.errors import DataError, PanopticFormatError
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.panoptic.format import write_panoptic_png
 
 needs_c = pytest.mark.skipif(_C is None, reason="the extension is not built")
 

@@ -16,7 +16,7 @@ from ldmseg_fast.metrics.matching import (
     segment_table,
 )
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic_format import MAX_ID
+from ldmseg_fast.panoptic.format import MAX_ID
 
 IDS = [0, 1, 2, 3, 7, 255, 256, 65535, 65536, MAX_ID - 1, MAX_ID]
 

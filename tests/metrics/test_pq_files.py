@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldmseg_fast import panoptic_format
 from ldmseg_fast.cli import main
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics import annotation_index, matching, pq_files
 from ldmseg_fast.metrics.pq_files import evaluate_files, png_folder
 from ldmseg_fast.metrics.pq_report import format_table
-from ldmseg_fast.panoptic_format import write_panoptic_png
+from ldmseg_fast.panoptic import format as panoptic_format
+from ldmseg_fast.panoptic.format import write_panoptic_png
 
 CATEGORIES = [{"id": i, "name": f"c{i}", "isthing": int(i < 4)} for i in range(1, 7)]
 

@@ -21,7 +21,7 @@ from ldmseg_fast.config import Config, load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.engine import Run, train
 from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.panoptic import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.resume import TrainingCheckpoints
 from ldmseg_fast.stages import STAGES
 from ldmseg_fast.training.liveness import Interrupt

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ldmseg_fast.native import _C, warn_slow
-from ldmseg_fast.panoptic_format import check_ids
+from ldmseg_fast.panoptic.format import check_ids
 
 
 def segment_shapes(ids: np.ndarray, rle: bool = False) -> list[dict[str, Any]]:

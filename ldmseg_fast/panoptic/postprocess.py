@@ -10,8 +10,8 @@ from torch import Tensor
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.panoptic_head import panoptic_head
-from ldmseg_fast.results import PanopticResult, ResultsWriter
-from ldmseg_fast.segments import clean_segments, segment_shapes
+from ldmseg_fast.panoptic.results import PanopticResult, ResultsWriter
+from ldmseg_fast.panoptic.shapes import clean_segments, segment_shapes
 
 __all__ = ["PanopticResult", "ResultsWriter", "clean_up", "postprocess"]
 

@@ -11,8 +11,8 @@ import numpy as np
 from ldmseg_fast import distributed
 from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 from ldmseg_fast.files import replacing
-from ldmseg_fast.panoptic_format import read_panoptic_png, write_panoptic_png
-from ldmseg_fast.segments import segment_shapes
+from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
+from ldmseg_fast.panoptic.shapes import segment_shapes
 
 _COCO_KEYS = ("id", "category_id", "iscrowd", "area", "bbox", "score")
 

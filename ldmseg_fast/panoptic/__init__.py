@@ -1,0 +1,1 @@
+"""Panoptic maps: how they are stored, what their segments are, and how logits become one."""
