@@ -26,10 +26,10 @@ if __package__ in (None, ""):
 
 from benchmarks.harness import RESULTS, ROOT, Run, measure
 from benchmarks.random_model import save_random_model
-from ldmseg_fast.backends.base import read_model_info
-from ldmseg_fast.backends.graphs import DenoiserGraph
+from ldmseg_fast.backends.graphs.modules import DenoiserGraph
+from ldmseg_fast.backends.graphs.specs import sample_inputs
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
-from ldmseg_fast.backends.specs import sample_inputs
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config import COCO, TINY
 from ldmseg_fast.diffusion.scheduler import Scheduler
@@ -42,9 +42,9 @@ import sys
 from pathlib import Path
 from typing import Any
 import torch
-from ldmseg_fast.backends.base import read_model_info
-from ldmseg_fast.backends.graphs import build_graph
-from ldmseg_fast.backends.specs import GraphOptions, graph_specs
+from ldmseg_fast.backends.backend import read_model_info
+from ldmseg_fast.backends.graphs.modules import build_graph
+from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
 from ldmseg_fast.export.graph_export import export_graph
 from ldmseg_fast.export.networks import load_network
 info = read_model_info(sys.argv[1])
@@ -60,9 +60,9 @@ BUILD = """
 import sys
 from pathlib import Path
 from typing import Any
-from ldmseg_fast.backends.base import read_model_info
-from ldmseg_fast.backends.specs import GraphOptions, graph_specs
-from ldmseg_fast.backends.trt_api import BuildSettings, load_api
+from ldmseg_fast.backends.backend import read_model_info
+from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
+from ldmseg_fast.backends.trt.api import BuildSettings, load_api
 from ldmseg_fast.export.engine_build import shapes_of
 info = read_model_info(sys.argv[1])
 spec = graph_specs(info, GraphOptions("float16", image_size=info.image_size))["denoiser"]

@@ -32,7 +32,7 @@ if __package__ in (None, ""):
 from benchmarks.candidates import our_candidates, plain_candidates
 from benchmarks.harness import RESULTS, Run, Timing, measure
 from benchmarks.random_model import find_model
-from ldmseg_fast.backends.base import ModelInfo, read_model_info
+from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.sampler import image_noise

@@ -36,7 +36,7 @@ if __package__ in (None, ""):
 from benchmarks.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.harness import RESULTS, Run, Timing, measure
 from benchmarks.random_model import find_model
-from ldmseg_fast.backends.base import read_model_info
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.sampler import image_noise
 from ldmseg_fast.panoptic.format import read_panoptic_png

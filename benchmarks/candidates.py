@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_pipeline import HAS_DIFFUSERS, PlainPipeline
-from ldmseg_fast.backends.base import Backend, ModelInfo
+from ldmseg_fast.backends.backend import Backend
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.data.folders import read_image
 from ldmseg_fast.data.transforms import resize_image
@@ -100,7 +101,7 @@ def _onnx(info: ModelInfo, device: str, scratch: Path) -> Backend:
 
 
 def _tensorrt(info: ModelInfo, engine_dir: Path) -> Backend:
-    from ldmseg_fast.backends.trt_backend import load_trt_backend
+    from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
 
     return load_trt_backend(info, engine_dir)
 

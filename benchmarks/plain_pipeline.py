@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldmseg_fast.backends.base import ModelInfo
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
 from ldmseg_fast.config import PostprocessConfig, UNetConfig
 from ldmseg_fast.diffusion.scheduler import Scheduler

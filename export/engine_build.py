@@ -13,8 +13,10 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from ldmseg_fast.backends.manifest import FILE_NAME, GraphFile, Manifest, check_files, read_manifest
-from ldmseg_fast.backends.passport import (
+from ldmseg_fast.backends.graphs.manifest import FILE_NAME, GraphFile, Manifest, check_files, read_manifest
+from ldmseg_fast.backends.graphs.specs import GraphSpec
+from ldmseg_fast.backends.trt.api import RTX_TARGETS, BuildSettings, Shapes, TrtApi, check_driver
+from ldmseg_fast.backends.trt.passport import (
     Passport,
     Range,
     engine_file,
@@ -22,8 +24,6 @@ from ldmseg_fast.backends.passport import (
     passport_file,
     read_passport,
 )
-from ldmseg_fast.backends.specs import GraphSpec
-from ldmseg_fast.backends.trt_api import RTX_TARGETS, BuildSettings, Shapes, TrtApi, check_driver
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.model_export import PARITY
 from ldmseg_fast.export.output_folder import disk_full_named, exclusive

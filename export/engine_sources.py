@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldmseg_fast.backends.manifest import FILE_NAME, read_manifest
-from ldmseg_fast.backends.passport import Range
-from ldmseg_fast.backends.trt_api import BuildSettings
+from ldmseg_fast.backends.graphs.manifest import FILE_NAME, read_manifest
+from ldmseg_fast.backends.trt.api import BuildSettings
+from ldmseg_fast.backends.trt.passport import Range
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError, CheckpointError
 from ldmseg_fast.export.engine_build import BuildJob, Ranges

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ldmseg_fast.backends.manifest import GraphFile, Manifest, hash_files
-from ldmseg_fast.backends.specs import GraphSpec, TensorSpec
+from ldmseg_fast.backends.graphs.manifest import GraphFile, Manifest, hash_files
+from ldmseg_fast.backends.graphs.specs import GraphSpec, TensorSpec
 
 
 def float_twin(folder: Path, manifest: Manifest, out: Path) -> Path:

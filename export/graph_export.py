@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.manifest import GraphFile, hash_files
+from ldmseg_fast.backends.graphs.manifest import GraphFile, hash_files
+from ldmseg_fast.backends.graphs.specs import GraphSpec, TensorSpec, sample_inputs
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.onnx_backend import ONNX_TYPES
-from ldmseg_fast.backends.specs import GraphSpec, TensorSpec, sample_inputs
 from ldmseg_fast.export.output_folder import ExportError
 
 OPSETS = range(18, 24)

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.base import ModelInfo, read_model_info
-from ldmseg_fast.backends.graphs import build_graph
-from ldmseg_fast.backends.manifest import (
+from ldmseg_fast.backends.graphs.manifest import (
     FILE_NAME,
     PRECISION_DTYPES,
     Manifest,
@@ -22,7 +20,9 @@ from ldmseg_fast.backends.manifest import (
     model_hash,
     read_manifest,
 )
-from ldmseg_fast.backends.specs import GraphOptions, graph_specs
+from ldmseg_fast.backends.graphs.modules import build_graph
+from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
+from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.config import to_dict
 from ldmseg_fast.data.coco_panoptic import collate

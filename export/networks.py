@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.specs import DTYPES, GraphOptions, GraphSpec
+from ldmseg_fast.backends.graphs.specs import DTYPES, GraphOptions, GraphSpec
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
 from ldmseg_fast.checkpoints.tensors import DTYPE_NAMES, INT8_SCALE, WEIGHTS, check_state, expand_int8
 from ldmseg_fast.errors import CheckpointError

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.agreement import same_pixels
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.graph_backend import GraphBackend
-from ldmseg_fast.backends.manifest import Manifest
+from ldmseg_fast.backends.graphs.graph_backend import GraphBackend
+from ldmseg_fast.backends.graphs.manifest import Manifest
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.manifest import GraphFile, hash_files
-from ldmseg_fast.backends.specs import GraphSpec, sample_inputs
+from ldmseg_fast.backends.graphs.manifest import GraphFile, hash_files
+from ldmseg_fast.backends.graphs.specs import GraphSpec, sample_inputs
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler

@@ -13,7 +13,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ldmseg_fast.backends.specs import HEADS
+from ldmseg_fast.backends.graphs.specs import HEADS
 from ldmseg_fast.errors import UserError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ldmseg_fast.backends.specs import HEADS
+from ldmseg_fast.backends.graphs.specs import HEADS
 from ldmseg_fast.errors import UserError
 
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     command = "python export/to_trt.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     try:
-        from ldmseg_fast.backends.trt_api import load_api
+        from ldmseg_fast.backends.trt.api import load_api
         from ldmseg_fast.export.engine_build import build_engines, check_targets
         from ldmseg_fast.export.engine_sources import find_graphs, make_job
 

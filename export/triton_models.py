@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldmseg_fast.backends.head import finish
+from ldmseg_fast.backends.graphs.head import finish
 from ldmseg_fast.config import PostprocessConfig, SchedulerConfig, from_dict
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.diffusion.sampler import image_noise

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.backends.manifest import GRAPHS, Manifest, check_files, read_manifest
-from ldmseg_fast.backends.passport import engine_file, passport_file, read_passport
-from ldmseg_fast.backends.specs import GraphSpec, TensorSpec
+from ldmseg_fast.backends.graphs.manifest import GRAPHS, Manifest, check_files, read_manifest
+from ldmseg_fast.backends.graphs.specs import GraphSpec, TensorSpec
+from ldmseg_fast.backends.trt.passport import engine_file, passport_file, read_passport
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.output_folder import new_folder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ldmseg_fast.backends.trt_api import FLAVOURS, MIN_DRIVER, Machine, driver_major, this_machine
+from ldmseg_fast.backends.trt.api import FLAVOURS, MIN_DRIVER, Machine, driver_major, this_machine
 
 DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),

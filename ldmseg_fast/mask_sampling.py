@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends import Backend
+from ldmseg_fast.backends.backend import Backend
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.transforms import resize_image

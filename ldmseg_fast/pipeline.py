@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldmseg_fast.backends import Backend, load_backend
+from ldmseg_fast.backends.backend import Backend
+from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.solvers import Timesteps

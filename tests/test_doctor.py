@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ldmseg_fast import doctor
-from ldmseg_fast.backends import BACKENDS
-from ldmseg_fast.backends.trt_api import Machine
+from ldmseg_fast.backends.load import BACKENDS
+from ldmseg_fast.backends.trt.api import Machine
 from ldmseg_fast.cli import main
 
 NO_GPU = Machine()

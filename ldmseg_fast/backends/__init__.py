@@ -1,5 +1,1 @@
-"""What runs the networks. Every backend has the same three calls; see `Backend`."""
-
-from ldmseg_fast.backends.base import BACKENDS, Backend, ModelInfo, load_backend
-
-__all__ = ["BACKENDS", "Backend", "ModelInfo", "load_backend"]
+"""What runs the networks; every backend has the same calls, see `backend.Backend`."""

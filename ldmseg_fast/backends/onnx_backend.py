@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.batching import Ranges
-from ldmseg_fast.backends.graph_backend import GraphBackend
-from ldmseg_fast.backends.loop import Runner
-from ldmseg_fast.backends.manifest import at_graphs_size, check_files, check_model, read_manifest
-from ldmseg_fast.backends.specs import GraphSpec
+from ldmseg_fast.backends.graphs.batching import Ranges
+from ldmseg_fast.backends.graphs.graph_backend import GraphBackend
+from ldmseg_fast.backends.graphs.loop import Runner
+from ldmseg_fast.backends.graphs.manifest import at_graphs_size, check_files, check_model, read_manifest
+from ldmseg_fast.backends.graphs.specs import GraphSpec
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.errors import BackendError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.graphs import DenoiserGraph
-from ldmseg_fast.backends.lanes import Lane, LanePool
-from ldmseg_fast.backends.loop import TorchRunner
+from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
+from ldmseg_fast.backends.graphs.loop import TorchRunner
+from ldmseg_fast.backends.graphs.modules import DenoiserGraph
+from ldmseg_fast.backends.graphs.specs import GraphOptions, denoiser
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, compile_frozen, pack_weights
-from ldmseg_fast.backends.specs import GraphOptions, denoiser
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback, ddim

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldmseg_fast.backends.batching import ANY, parts, run_in_parts
+from ldmseg_fast.backends.graphs.batching import ANY, parts, run_in_parts
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ldmseg_fast.backends.base import read_model_info
-from ldmseg_fast.backends.graphs import MaskDecoderGraph
-from ldmseg_fast.backends.head import finish
+from ldmseg_fast.backends.graphs.head import finish
+from ldmseg_fast.backends.graphs.modules import MaskDecoderGraph
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.panoptic.postprocess import postprocess

@@ -5,11 +5,11 @@ import threading
 import pytest
 import torch
 
-from ldmseg_fast.backends.base import read_model_info
-from ldmseg_fast.backends.graphs import DenoiserGraph, SamplerGraph
-from ldmseg_fast.backends.lanes import MAX_LOOPS, Lane, LanePool
-from ldmseg_fast.backends.loop import SampleLoop, TorchRunner
-from ldmseg_fast.backends.specs import GraphOptions, denoiser, schedule
+from ldmseg_fast.backends.graphs.lanes import MAX_LOOPS, Lane, LanePool
+from ldmseg_fast.backends.graphs.loop import SampleLoop, TorchRunner
+from ldmseg_fast.backends.graphs.modules import DenoiserGraph, SamplerGraph
+from ldmseg_fast.backends.graphs.specs import GraphOptions, denoiser, schedule
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler

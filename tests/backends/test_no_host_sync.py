@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ldmseg_fast.backends.base import read_model_info
-from ldmseg_fast.backends.graphs import DenoiserGraph
-from ldmseg_fast.backends.loop import SampleLoop, TorchRunner
-from ldmseg_fast.backends.specs import GraphOptions, denoiser
+from ldmseg_fast.backends.graphs.loop import SampleLoop, TorchRunner
+from ldmseg_fast.backends.graphs.modules import DenoiserGraph
+from ldmseg_fast.backends.graphs.specs import GraphOptions, denoiser
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldmseg_fast.backends import packed_weights
-from ldmseg_fast.backends.base import read_model_info
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.packed_weights import can_pack, compile_frozen, pack_weights
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import image_noise

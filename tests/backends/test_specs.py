@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ldmseg_fast.backends.base import load_backend, read_model_info
-from ldmseg_fast.backends.graphs import build_graph
-from ldmseg_fast.backends.specs import (
+from ldmseg_fast.backends.graphs.modules import build_graph
+from ldmseg_fast.backends.graphs.specs import (
     GraphOptions,
     GraphSpec,
     TensorSpec,
@@ -17,6 +16,8 @@ from ldmseg_fast.backends.specs import (
     sample_inputs,
     schedule,
 )
+from ldmseg_fast.backends.load import load_backend
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError

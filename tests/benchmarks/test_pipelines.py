@@ -10,7 +10,7 @@ from benchmarks import bench_latency, bench_throughput, plain_pipeline
 from benchmarks.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.harness import BenchmarkError, validate
 from benchmarks.plain_pipeline import PlainPipeline, plain_postprocess
-from ldmseg_fast.backends.base import read_model_info
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import image_noise

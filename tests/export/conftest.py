@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmseg_fast.backends import trt_api
-from ldmseg_fast.backends.trt_api import Machine, TrtApi
+from ldmseg_fast.backends.trt import api as trt_api
+from ldmseg_fast.backends.trt.api import Machine, TrtApi
 from ldmseg_fast.export import to_onnx, to_trt
 
 GPU = Machine("NVIDIA H100 80GB HBM3", "9.0", "580.65.06")

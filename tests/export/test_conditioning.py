@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.backends.manifest import model_hash, read_manifest
+from ldmseg_fast.backends.graphs.manifest import model_hash, read_manifest
 from ldmseg_fast.checkpoints.model_folder import load_component, save_component
 from ldmseg_fast.export import to_onnx, to_triton
 from tests.conftest import make_model

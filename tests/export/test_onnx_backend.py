@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.backends import load_backend
-from ldmseg_fast.backends.base import read_model_info
+from ldmseg_fast.backends.load import load_backend
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
@@ -57,7 +57,7 @@ def test_maps_too_large_for_the_head_come_from_the_logits(pipes, monkeypatch):
     backend = pipes[1].backend
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = backend.decode_mask(latents, (70, 90), thresholds=OPEN)
-    monkeypatch.setattr("ldmseg_fast.backends.graph_backend.MAX_HEAD_BYTES", 100_000)
+    monkeypatch.setattr("ldmseg_fast.backends.graphs.graph_backend.MAX_HEAD_BYTES", 100_000)
     for one, other in zip(backend.decode_mask(latents, (70, 90), thresholds=OPEN), expected, strict=True):
         assert (one.segmentation == other.segmentation).mean() > 0.999
     specs = dict(backend.specs)

@@ -16,11 +16,11 @@ import onnxruntime
 import pytest
 import torch
 
-from ldmseg_fast.backends.base import read_model_info
-from ldmseg_fast.backends.graphs import DenoiserGraph, build_graph
-from ldmseg_fast.backends.manifest import GraphFile, check_files, model_hash, read_manifest
+from ldmseg_fast.backends.graphs.manifest import GraphFile, check_files, model_hash, read_manifest
+from ldmseg_fast.backends.graphs.modules import DenoiserGraph, build_graph
+from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs, sample_inputs
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
-from ldmseg_fast.backends.specs import GraphOptions, graph_specs, sample_inputs
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError, CheckpointError

@@ -12,7 +12,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.backends.base import read_model_info
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.export import to_triton, triton_models

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from ldmseg_fast.backends import load_backend, trt_api
-from ldmseg_fast.backends.manifest import read_manifest
-from ldmseg_fast.backends.passport import read_passport
-from ldmseg_fast.backends.trt_api import Machine, load_api
+from ldmseg_fast.backends.graphs.manifest import read_manifest
+from ldmseg_fast.backends.load import load_backend
+from ldmseg_fast.backends.trt import api as trt_api
+from ldmseg_fast.backends.trt.api import Machine, load_api
+from ldmseg_fast.backends.trt.passport import read_passport
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export import engine_build, engine_sources, model_export, output_folder, to_trt
@@ -88,7 +89,7 @@ def test_a_damaged_graph_is_refused_by_the_parser(rtx, tmp_path):
 
 
 def test_tensorrt_10_is_told_to_type_strongly(double):
-    from ldmseg_fast.backends.trt_api import TrtApi
+    from ldmseg_fast.backends.trt.api import TrtApi
 
     flag = SimpleNamespace(STRONGLY_TYPED=1)
     module = SimpleNamespace(ILogger=double.ILogger, __version__="10.13.2.6", NetworkDefinitionCreationFlag=flag)
@@ -327,7 +328,7 @@ def test_engines_without_weights(model_dir, graphs, trt, double, tmp_path):
 
 
 def test_pictures_of_any_size(graphs):
-    from ldmseg_fast.backends.specs import GraphSpec, TensorSpec
+    from ldmseg_fast.backends.graphs.specs import GraphSpec, TensorSpec
 
     spec = GraphSpec("image_encoder", (TensorSpec("images", "uint8", ("batch", 3, "latent_height*4", 64)),), ())
     manifest = read_manifest(graphs)

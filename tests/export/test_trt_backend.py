@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.backends import load_backend, trt_api
-from ldmseg_fast.backends.base import read_model_info
-from ldmseg_fast.backends.passport import read_passport
-from ldmseg_fast.backends.trt_api import Machine
-from ldmseg_fast.backends.trt_backend import load_trt_backend
+from ldmseg_fast.backends.load import load_backend
+from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.backends.trt import api as trt_api
+from ldmseg_fast.backends.trt.api import Machine
+from ldmseg_fast.backends.trt.passport import read_passport
+from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
 from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.scenes import generate_scene

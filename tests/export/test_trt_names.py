@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmseg_fast.backends.trt_api import RTX_TARGETS
+from ldmseg_fast.backends.trt.api import RTX_TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 # what each variable of trt_api is, and what some calls return

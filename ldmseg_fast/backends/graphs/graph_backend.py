@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmseg_fast.backends import head
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.batching import ANY, Ranges, run_in_parts
-from ldmseg_fast.backends.lanes import Lane, LanePool
-from ldmseg_fast.backends.loop import Runner
-from ldmseg_fast.backends.specs import GraphSpec, schedule
+from ldmseg_fast.backends.graphs import head
+from ldmseg_fast.backends.graphs.batching import ANY, Ranges, run_in_parts
+from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
+from ldmseg_fast.backends.graphs.loop import Runner
+from ldmseg_fast.backends.graphs.specs import GraphSpec, schedule
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback, ddim

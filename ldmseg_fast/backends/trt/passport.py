@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.backends.manifest import Manifest
-from ldmseg_fast.backends.trt_api import MIN_DRIVER, Machine, driver_major
+from ldmseg_fast.backends.graphs.manifest import Manifest
+from ldmseg_fast.backends.trt.api import MIN_DRIVER, Machine, driver_major
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.files import write_json
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.specs import GraphSpec
+from ldmseg_fast.backends.graphs.specs import GraphSpec
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.diffusion.sampler import unet_input
 from ldmseg_fast.kernels.ddim_step import ddim_step
 

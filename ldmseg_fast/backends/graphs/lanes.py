@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.loop import Runner, SampleLoop, on_stream
+from ldmseg_fast.backends.graphs.loop import Runner, SampleLoop, on_stream
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.errors import ArgumentError, BackendError
 
 MAX_LOOPS = 4  # (batch, steps) pairs that keep their buffers and CUDA graph

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends import trt_api
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.graph_backend import GraphBackend
-from ldmseg_fast.backends.loop import Runner
-from ldmseg_fast.backends.manifest import GraphFile, at_graphs_size, hash_files, model_hash, read_manifest
-from ldmseg_fast.backends.passport import Passport, check_passport, engine_file, read_passport
-from ldmseg_fast.backends.specs import GraphSpec
+from ldmseg_fast.backends.graphs.graph_backend import GraphBackend
+from ldmseg_fast.backends.graphs.loop import Runner
+from ldmseg_fast.backends.graphs.manifest import GraphFile, at_graphs_size, hash_files, model_hash, read_manifest
+from ldmseg_fast.backends.graphs.specs import GraphSpec
+from ldmseg_fast.backends.model_info import ModelInfo
+from ldmseg_fast.backends.trt import api as trt_api
+from ldmseg_fast.backends.trt.passport import Passport, check_passport, engine_file, read_passport
 from ldmseg_fast.errors import BackendError
 
 OPTIONS = {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.base import ModelInfo
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.ddim_step import make_ddim_table

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.specs import GraphSpec, schedule
+from ldmseg_fast.backends.graphs.specs import GraphSpec, schedule
+from ldmseg_fast.backends.model_info import ModelInfo
 
 
 class Runner(Protocol):

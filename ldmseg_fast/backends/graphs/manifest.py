@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.backends.base import ModelInfo
-from ldmseg_fast.backends.specs import GraphOptions, GraphSpec
+from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.files import write_json
 

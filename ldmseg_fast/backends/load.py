@@ -1,0 +1,61 @@
+"""From a name to a running backend; knows all backends and is known by none of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ldmseg_fast.backends.backend import Backend
+from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.errors import BackendError
+
+BACKENDS = ("torch", "compile", "onnxruntime", "tensorrt")
+
+
+def load_backend(
+    model_dir: str | Path,
+    name: str = "torch",
+    engine_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    image_size: int | None = None,
+) -> Backend:
+    """The backend called `name` for a model folder.
+
+    Args:
+        model_dir, name: which model, and one of BACKENDS.
+        engine_dir: exported graphs or engines, for the last two.
+        device, dtype: default the first GPU in bfloat16, or the CPU in float32; graphs have a dtype of their own.
+        image_size: side in pixels of what the networks see; default the model's own. Graphs must have been exported
+            for it, or for any size.
+
+    Raises:
+        BackendError: an unknown name, a missing package, an `engine_dir` that is missing or not meant for it, or a
+            size that the model or its graphs do not take.
+        CheckpointError: a folder that is no model.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"backend={name!r}: one of {', '.join(BACKENDS)} expected")
+    info = read_model_info(model_dir)
+    if name in ("torch", "compile"):
+        if engine_dir is not None:
+            raise BackendError(f"engine_dir={engine_dir}: backend={name} runs MODEL_DIR itself; leave engine_dir out")
+        from ldmseg_fast.backends.torch_backend import TorchBackend
+
+        info = info if image_size is None else info.at_size(image_size)
+        return TorchBackend(info, device, dtype, compile_networks=name == "compile")
+    if engine_dir is None:
+        script = "to_onnx.py" if name == "onnxruntime" else "to_trt.py"
+        raise BackendError(
+            f"backend={name} needs engine_dir; make it with `python export/{script} {model_dir} --out DIR`"
+        )
+    if dtype is not None:
+        raise BackendError(f"dtype={dtype}: fixed when the graphs were exported; export again with --precision")
+    if name == "onnxruntime":
+        from ldmseg_fast.backends.onnx_backend import load_onnx_backend
+
+        return load_onnx_backend(info, engine_dir, device, image_size=image_size)
+    from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
+
+    return load_trt_backend(info, engine_dir, device, image_size=image_size)

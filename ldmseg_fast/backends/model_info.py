@@ -1,0 +1,89 @@
+"""What a model folder says of itself, as the backends need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.config import MaskVAEConfig, PostprocessConfig, SchedulerConfig, UNetConfig, from_dict
+from ldmseg_fast.errors import BackendError, CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a pipeline needs to know of a model folder, apart from the weights."""
+
+    folder: Path
+    image_size: int
+    num_inference_steps: int
+    self_condition: bool
+    image_latent_channels: int
+    unet_levels: int
+    conditioning: str
+    mask_vae: MaskVAEConfig
+    scheduler: SchedulerConfig
+    postprocess: PostprocessConfig
+    context_shape: tuple[int, int] | None = None  # [M, D] of the tokens that each picture or caption brings
+    index: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pictures' sides must be multiples of this, for both auto-encoders and every level of the UNet."""
+        return self.mask_vae.downsampling * 2 ** (self.unet_levels - 1)
+
+    def at_size(self, image_size: int) -> ModelInfo:
+        """The same model for pictures of another size. Raises BackendError where its networks cannot divide it."""
+        if image_size < 1 or image_size % self.size_multiple:
+            raise BackendError(
+                f"image_size={image_size}: this model takes multiples of {self.size_multiple} pixels; pictures are "
+                f"resized to it"
+            )
+        return replace(self, image_size=image_size)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.image_size // self.mask_vae.downsampling
+        return self.mask_vae.latent_channels, side, side
+
+
+def read_model_info(model_dir: str | Path) -> ModelInfo:
+    """Raises CheckpointError where the folder is no model, or holds a mask auto-encoder only."""
+    folder = resolve_model_dir(model_dir)
+    index = load_index(folder)
+    missing = sorted({"unet", "mask_vae", "image_vae", "scheduler"} - set(index.get("components", [])))
+    if missing:
+        raise CheckpointError(
+            f"{folder}: no {', '.join(missing)} in this model folder"
+            + ("; it is a mask auto-encoder: train the diffusion stage with model.mask_vae=" + str(folder))
+        )
+    try:
+        postprocess = from_dict(PostprocessConfig, index.get("postprocess", {}), "postprocess.")
+        unet = load_component_config(folder, "unet")[0]
+        return ModelInfo(
+            folder=folder,
+            image_size=int(index["image_size"]),
+            num_inference_steps=int(index["num_inference_steps"]),
+            self_condition=bool(index["self_condition"]),
+            image_latent_channels=load_component_config(folder, "image_vae")[0].latent_channels,
+            unet_levels=len(unet.block_out_channels),
+            conditioning=unet.conditioning,
+            mask_vae=load_component_config(folder, "mask_vae")[0],
+            scheduler=load_component_config(folder, "scheduler")[0],
+            postprocess=postprocess,
+            context_shape=_context_shape(folder, unet),
+            index=index,
+        )
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{folder / 'model_index.json'}: {error} is missing or wrong") from None
+
+
+def _context_shape(folder: Path, unet: UNetConfig) -> tuple[int, int] | None:
+    if unet.conditioning not in ("clip_image", "clip_text"):
+        return None
+    clip = load_component_config(folder, "conditioning")[1]["_clip_config"]
+    if unet.conditioning == "clip_text":
+        return clip["max_position_embeddings"], unet.cross_attention_dim
+    return (clip["image_size"] // clip["patch_size"]) ** 2 + 1, unet.cross_attention_dim  # patches and the class token

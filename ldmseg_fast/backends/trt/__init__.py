@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: their API in one place, engines and their passports."""
