@@ -38,13 +38,13 @@ from ldmseg_fast.config import Config, ImageEncoderConfig, load_config, validate
 from ldmseg_fast.data.cache_command import build_cache, load_encoder
 from ldmseg_fast.data.latent_cache import default_folder, picture_files
 from ldmseg_fast.data.scenes import write_scenes
-from ldmseg_fast.engine import Run, learning_rate, make_dataset
+from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
 from ldmseg_fast.models.image_vae import TaesdEncoder
 from ldmseg_fast.models.mask_vae import MaskVAE
-from ldmseg_fast.stages import DiffusionStage
 from ldmseg_fast.training.estimate import Counts, count_parameters, state_memory
-from ldmseg_fast.training.liveness import Interrupt
+from ldmseg_fast.training.loop import Run, learning_rate, make_dataset
+from ldmseg_fast.training.stages import DiffusionStage
 
 RANKS = 2
 # 31 M parameters on 8x8 latents: seconds a step on a CPU, and large beside everything else that a process holds

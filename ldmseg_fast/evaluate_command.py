@@ -44,7 +44,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Exit code 0; what is wrong is raised."""
     from ldmseg_fast import distributed
-    from ldmseg_fast.ending import joined_ranks
+    from ldmseg_fast.distributed.ending import joined_ranks
     from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report
     from ldmseg_fast.files import check_output, write_json
 

@@ -53,7 +53,7 @@ def run(argv: list[str] | None) -> None:
 
         user_config = read_user_config(args.deepspeed_config)
     if args.dry_run:
-        from ldmseg_fast.training.dry_run import dry_run
+        from ldmseg_fast.training.estimate import dry_run
 
         if distributed.is_main():
             print("\n".join(dry_run(args.stage, config, user_config)))
@@ -61,7 +61,7 @@ def run(argv: list[str] | None) -> None:
     for key, value in (("data.root", config.data.root), ("output_dir", config.output_dir)):
         if not value:
             raise ConfigError(f"{key} is missing; write {key}=FOLDER")
-    from ldmseg_fast.engine import train
+    from ldmseg_fast.training.loop import train
 
     folder = train(args.stage, config, args.resume, user_config, args.trust)
     if distributed.is_main():
@@ -71,7 +71,7 @@ def run(argv: list[str] | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 wrong input or a fault (one line says which and what to do), 143 or 130 stopped by a signal
     after saving."""
-    from ldmseg_fast.training.failures import exit_code_of
+    from ldmseg_fast.distributed.ending import exit_code_of
 
     distributed.start()
     try:

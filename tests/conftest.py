@@ -59,7 +59,7 @@ NARROW = [
 def make_model(folder: Path, settings: tuple[str, ...] = ()) -> Path:
     """Both stages with random weights saved into `folder`; the auto-encoder alone into `folder`-autoencoder."""
     from ldmseg_fast.config import load_config
-    from ldmseg_fast.stages import AutoencoderStage, DiffusionStage
+    from ldmseg_fast.training.stages import AutoencoderStage, DiffusionStage
 
     torch.manual_seed(0)
     autoencoder = folder.with_name(folder.name + "-autoencoder")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ldmseg_fast.distributed.liveness import LOST_RANK
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
-from ldmseg_fast.training.liveness import LOST_RANK
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"steps": 1, "limit": 7, "batch_size": 2, "mask_threshold": 0.0, "count_threshold": 0}

@@ -14,7 +14,7 @@ from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import load_config
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.models.mask_vae import MaskVAE
-from ldmseg_fast.stages import DiffusionStage
+from ldmseg_fast.training.stages import DiffusionStage
 from tests.conftest import NARROW, make_model
 
 SD14 = {"attention_head_dim": 4}
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    from ldmseg_fast.stages import AutoencoderStage
+    from ldmseg_fast.training.stages import AutoencoderStage
 
     path = tmp_path_factory.mktemp("ae") / "ae"
     settings = [

@@ -4,10 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldmseg_fast import losses as losses_module
 from ldmseg_fast.config import LossConfig
 from ldmseg_fast.kernels.point_loss import sample_ce
-from ldmseg_fast.losses import labelled_points, mask_losses, present_segments, share_num_labelled, share_num_masks
+from ldmseg_fast.training import losses as losses_module
+from ldmseg_fast.training.losses import (
+    labelled_points,
+    mask_losses,
+    present_segments,
+    share_num_labelled,
+    share_num_masks,
+)
 
 
 def test_present_segments_leaves_void_out():

@@ -143,7 +143,7 @@ def test_timesteps_are_the_callers(pipe):
 def test_every_prediction_from_loss_to_map(settings, solver, tmp_path):
     """The stage's loss has gradients, the saved model samples."""
     from ldmseg_fast.config import load_config
-    from ldmseg_fast.stages import DiffusionStage
+    from ldmseg_fast.training.stages import DiffusionStage
     from tests.conftest import NARROW, make_model
 
     model = make_model(tmp_path / "model", settings)

@@ -13,9 +13,9 @@ from ldmseg_fast.checkpoints.model_folder import load_component, load_index
 from ldmseg_fast.checkpoints.tensors import load_weights
 from ldmseg_fast.config import load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.engine import train
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+from ldmseg_fast.training.loop import train
 from tests.conftest import NARROW
 
 
@@ -72,7 +72,7 @@ def test_int8_weights_are_a_quarter_as_large_and_predict_alike(model_dir, scenes
 def test_a_name_stands_for_a_folder_everywhere(weights, scenes):
     report = evaluate("small", scenes, EvaluationOptions(steps=1, limit=2))
     assert report["model"] == "small" and report["images"] == 2
-    from ldmseg_fast.stages import DiffusionStage, OneStepStage
+    from ldmseg_fast.training.stages import DiffusionStage, OneStepStage
 
     assert (
         OneStepStage(

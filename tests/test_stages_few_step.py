@@ -13,12 +13,12 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
 from ldmseg_fast.diffusion.solvers import sample
-from ldmseg_fast.engine import train
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.kernels.point_loss import point_logits
-from ldmseg_fast.slot_matching import match_slots, matching_costs
-from ldmseg_fast.stages import DistillationStage, OneStepStage
+from ldmseg_fast.training.loop import train
+from ldmseg_fast.training.slot_matching import match_slots, matching_costs
+from ldmseg_fast.training.stages import DistillationStage, OneStepStage
 from tests.conftest import NARROW
 
 SMALL = [*NARROW, "train.ema=0", "train.warmup=1", "data.val_limit=4", "train.validate_every=1000"]
@@ -199,7 +199,7 @@ def test_distillation_does_not_complete_maps(settings):
 @torch.no_grad()
 def test_a_distilled_step_ends_where_the_teachers_steps_end(settings, batch):
     """x~ put into one DDIM step gives the teacher's z_s; at the end it is the teacher's estimate."""
-    from ldmseg_fast.stages.few_step import ddim_update
+    from ldmseg_fast.training.stages.few_step import ddim_update
 
     stage = DistillationStage(settings("few_step.steps=2", "few_step.teacher_steps=8")).eval()
     image_latents = stage.encode_images(batch["image"])

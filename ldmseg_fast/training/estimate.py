@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldmseg_fast.config import Config
+from ldmseg_fast import distributed
+from ldmseg_fast.checkpoints.init_from import resolve_start
+from ldmseg_fast.config import Config, describe
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.layers import ResnetBlock
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet
-from ldmseg_fast.training.deepspeed_settings import BUCKET
+from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
+from ldmseg_fast.training.stages.few_step import started_from_model
 
 GIB = 2**30
 
@@ -208,3 +212,26 @@ def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = 
         options.append((0.0, f"loss.num_points={points // 2}: half of what the loss samples ({points} points now)"))
     best: list[Any] = sorted(options, key=lambda option: -option[0])[:3]
     return [text for _, text in best]
+
+
+def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None) -> list[str]:
+    """Lines: resolved settings, DeepSpeed's derived configuration, parameters, and memory per rank for ZeRO 0-3.
+
+    Raises:
+        ConfigError: settings that contradict a pre-trained folder or the user's DeepSpeed configuration.
+    """
+    if stage_name in ("one_step", "distillation"):
+        config = started_from_model(config)
+    if stage_name != "autoencoder" and config.model.init_from:
+        config = resolve_start(config).config
+    ranks = distributed.world_size()
+    counts = count_parameters(stage_name, config)
+    derived = deepspeed_config(config, ranks, counts.trainable)
+    derived = merge_user_config(derived, user_config or {}, config.train.clip)
+    return [
+        *describe(config),
+        "",
+        f"DeepSpeed configuration for {ranks} ranks: {json.dumps(derived, indent=2)}",
+        "",
+        *report(stage_name, config, ranks),
+    ]

@@ -18,7 +18,7 @@ from ldmseg_fast.data.loader import PatientReader, to_device
 from ldmseg_fast.draw import enlarge, overlay, picture_grid
 from ldmseg_fast.files import replacing
 from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.stages import Stage
+from ldmseg_fast.training.stages import Stage
 
 OBJECT = [{"id": 1, "name": "object", "isthing": 1}]
 CHUNK = 16  # images of a forward pass, whatever the number of ranks, so that the numbers do not depend on it

@@ -11,7 +11,7 @@ from ldmseg_fast.config import ConditioningConfig, UNetConfig, load_config
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, with_context
-from ldmseg_fast.stages import AutoencoderStage, DiffusionStage
+from ldmseg_fast.training.stages import AutoencoderStage, DiffusionStage
 from tests.conftest import NARROW
 
 WIDTH = 12

@@ -44,7 +44,7 @@ def settings(scenes: Path, tmp_path: Path) -> Callable[..., Config]:
 @pytest.fixture(scope="session")
 def autoencoder(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model folder of a barely trained auto-encoder."""
-    from ldmseg_fast.engine import train
+    from ldmseg_fast.training.loop import train
 
     folder = tmp_path_factory.mktemp("training") / "autoencoder"
     overrides = [

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from ldmseg_fast.config import load_config
-from ldmseg_fast.engine import Run
-from ldmseg_fast.training.liveness import Interrupt
+from ldmseg_fast.distributed.liveness import Interrupt
+from ldmseg_fast.training.loop import Run
 
 
 def forked(function, *arguments) -> int:

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from ldmseg_fast.config import Config, load_config
-from ldmseg_fast.engine import Run, train
+from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.errors import DataError, NonFiniteError, OutOfMemory, Stopped
-from ldmseg_fast.stages import AutoencoderStage
 from ldmseg_fast.training import validation
-from ldmseg_fast.training.liveness import Interrupt
+from ldmseg_fast.training.loop import Run, train
 from ldmseg_fast.training.run_log import RunLog
+from ldmseg_fast.training.stages import AutoencoderStage
 from tests.training.helpers import TINY, Job, deepspeed, losses, metrics, torchrun, train_command
 from tests.training.two_ranks import spoil
 

@@ -11,9 +11,9 @@ import torch
 
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.config import Config
-from ldmseg_fast.engine import Run, train
+from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.training.liveness import Interrupt
+from ldmseg_fast.training.loop import Run, train
 from tests.training.helpers import losses
 
 Settings = Callable[..., Config]

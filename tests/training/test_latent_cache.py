@@ -20,9 +20,9 @@ from ldmseg_fast.data import cache_command, latent_cache
 from ldmseg_fast.data.cache_command import add_cache_arguments, load_encoder, run_cache
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.latent_cache import LatentCache, cache_key, picture_files
-from ldmseg_fast.engine import train
 from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
 from ldmseg_fast.models.image_vae import TaesdEncoder
+from ldmseg_fast.training.loop import train
 from tests.training.helpers import losses
 
 Settings = Callable[..., Config]

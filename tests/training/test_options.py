@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from ldmseg_fast.config import Config, TrainConfig
-from ldmseg_fast.engine import Run, learning_rate, train
+from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.kernels.backend import KERNELS, get_backend
-from ldmseg_fast.optimizer import LossScale
-from ldmseg_fast.stages.base import parameter_kinds
 from ldmseg_fast.training.deepspeed_settings import deepspeed_config, merge_user_config, read_user_config
-from ldmseg_fast.training.liveness import Interrupt
+from ldmseg_fast.training.loop import Run, learning_rate, train
+from ldmseg_fast.training.optimizer import LossScale
+from ldmseg_fast.training.stages.base import parameter_kinds
 from tests.training.helpers import losses
 
 Settings = Callable[..., Config]

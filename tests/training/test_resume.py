@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmseg_fast import resume as resume_module
 from ldmseg_fast.config import Config
-from ldmseg_fast.engine import Run, train
+from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.training.liveness import Interrupt
+from ldmseg_fast.training import checkpoints as resume_module
+from ldmseg_fast.training.loop import Run, train
 from tests.training.helpers import Job, assembled, losses
 
 Settings = Callable[..., Config]

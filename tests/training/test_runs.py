@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ldmseg_fast.config import Config
-from ldmseg_fast.engine import train
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.runs import add_runs_arguments, find_runs, format_table, run_runs
+from ldmseg_fast.training.loop import train
 from ldmseg_fast.training.run_log import RunLog
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ldmseg_fast.config import load_config
-from ldmseg_fast.engine import Run, train
-from ldmseg_fast.resume import TrainingCheckpoints
-from ldmseg_fast.training.liveness import Interrupt
+from ldmseg_fast.distributed.liveness import Interrupt
+from ldmseg_fast.training.checkpoints import TrainingCheckpoints
+from ldmseg_fast.training.loop import Run, train
 from tests.training.helpers import TINY, Job, assembled, deepspeed, losses, metrics
 from tests.training.two_ranks import measured
 

@@ -19,12 +19,12 @@ import torch
 from ldmseg_fast import distributed
 from ldmseg_fast.config import Config, load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.engine import Run, train
+from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.panoptic.postprocess import PanopticResult
-from ldmseg_fast.resume import TrainingCheckpoints
-from ldmseg_fast.stages import STAGES
-from ldmseg_fast.training.liveness import Interrupt
+from ldmseg_fast.training.checkpoints import TrainingCheckpoints
+from ldmseg_fast.training.loop import Run, train
+from ldmseg_fast.training.stages import STAGES
 from ldmseg_fast.training.validation import validate
 
 TINY = Path(__file__).with_name("tiny.yaml")

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from ldmseg_fast.config import Config
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.stages.base import per_image, remap
-from ldmseg_fast.stages.few_step import FewStepStage, ddim_update
+from ldmseg_fast.training.stages.base import per_image, remap
+from ldmseg_fast.training.stages.few_step import FewStepStage, ddim_update
 
 
 class DistillationStage(FewStepStage):

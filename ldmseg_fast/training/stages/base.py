@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from ldmseg_fast.config import Config
 from ldmseg_fast.diffusion.sampler import seed_of
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.losses import Segments, share_num_labelled, share_num_masks
 from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.training.losses import Segments, share_num_labelled, share_num_masks
 
 T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -27,12 +27,12 @@ from ldmseg_fast.diffusion.sampler import ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
-from ldmseg_fast.losses import mask_losses
 from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, saved_conditioning, with_context
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
-from ldmseg_fast.stages.base import PRECISIONS, Stage, kept_blocks, per_image, remap, segments_of
+from ldmseg_fast.training.losses import mask_losses
+from ldmseg_fast.training.stages.base import PRECISIONS, Stage, kept_blocks, per_image, remap, segments_of
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 

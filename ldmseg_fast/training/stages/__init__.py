@@ -1,10 +1,10 @@
 """What is trained: a stage is models, a loss of a batch, and a validation."""
 
-from ldmseg_fast.stages.autoencoder import AutoencoderStage
-from ldmseg_fast.stages.base import Stage
-from ldmseg_fast.stages.diffusion import DiffusionStage
-from ldmseg_fast.stages.distillation import DistillationStage
-from ldmseg_fast.stages.one_step import OneStepStage
+from ldmseg_fast.training.stages.autoencoder import AutoencoderStage
+from ldmseg_fast.training.stages.base import Stage
+from ldmseg_fast.training.stages.diffusion import DiffusionStage
+from ldmseg_fast.training.stages.distillation import DistillationStage
+from ldmseg_fast.training.stages.one_step import OneStepStage
 
 STAGES: dict[str, type[Stage]] = {
     "autoencoder": AutoencoderStage,

@@ -16,8 +16,8 @@ from ldmseg_fast.config import Config, validate
 from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.diffusion.sampler import unet_input
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.stages.base import per_image
-from ldmseg_fast.stages.diffusion import DiffusionStage
+from ldmseg_fast.training.stages.base import per_image
+from ldmseg_fast.training.stages.diffusion import DiffusionStage
 
 
 class FewStepStage(DiffusionStage):

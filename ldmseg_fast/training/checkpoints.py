@@ -23,10 +23,9 @@ from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.tensors import check_state, load_weights, save_weights
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import damage_of, read_json, sync_folder, why_not_written, write_files, write_json
-from ldmseg_fast.optimizer import Optimizer
-from ldmseg_fast.stages import Stage
-from ldmseg_fast.training.random_state import random_state, set_random_state
-from ldmseg_fast.training.shards import ShardReader, save_shards
+from ldmseg_fast.training.optimizer import Optimizer
+from ldmseg_fast.training.shards import ShardReader, random_state, save_shards, set_random_state
+from ldmseg_fast.training.stages import Stage
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, FIXED = "manifest.json", "state.json", "fixed.safetensors"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ldmseg_fast import distributed
 from ldmseg_fast.config import Config
 from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.stages import Stage
 from ldmseg_fast.training.deepspeed_settings import deepspeed_config, merge_user_config
 from ldmseg_fast.training.shards import Averages, Shard, flat_shards, parameter_shards, whole_shards
+from ldmseg_fast.training.stages import Stage
 
 
 class LossScale:

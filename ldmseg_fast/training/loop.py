@@ -17,18 +17,18 @@ from ldmseg_fast import distributed
 from ldmseg_fast.config import Config, TrainConfig, describe, to_dict
 from ldmseg_fast.data.latent_cache import ShardCheck, attach_cache
 from ldmseg_fast.data.loader import Prefetcher
+from ldmseg_fast.distributed.liveness import Agreement, Heartbeat, Interrupt
 from ldmseg_fast.errors import Stopped
 from ldmseg_fast.files import write_json
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
-from ldmseg_fast.optimizer import make_optimizer
-from ldmseg_fast.resume import Progress, TrainingCheckpoints
-from ldmseg_fast.stages import STAGES
+from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
 from ldmseg_fast.training.inputs import check_batch, make_batches, make_dataset
-from ldmseg_fast.training.liveness import Agreement, Heartbeat, Interrupt
+from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
+from ldmseg_fast.training.stages import STAGES
 from ldmseg_fast.training.validation import validate
 
 

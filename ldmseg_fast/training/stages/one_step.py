@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.config import Config
-from ldmseg_fast.losses import mask_losses
-from ldmseg_fast.slot_matching import match_slots, require_assignment_solver
-from ldmseg_fast.stages.base import per_image, remap, segments_of
-from ldmseg_fast.stages.few_step import FewStepStage
+from ldmseg_fast.training.losses import mask_losses
+from ldmseg_fast.training.slot_matching import match_slots, require_assignment_solver
+from ldmseg_fast.training.stages.base import per_image, remap, segments_of
+from ldmseg_fast.training.stages.few_step import FewStepStage
 
 
 class OneStepStage(FewStepStage):

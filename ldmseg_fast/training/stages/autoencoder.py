@@ -14,10 +14,10 @@ from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings, save_component, save_index
 from ldmseg_fast.config import Config
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
-from ldmseg_fast.losses import mask_losses
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
-from ldmseg_fast.stages.base import Stage, kept_blocks, per_image, remap, segments_of
+from ldmseg_fast.training.losses import mask_losses
+from ldmseg_fast.training.stages.base import Stage, kept_blocks, per_image, remap, segments_of
 
 
 class AutoencoderStage(Stage):
