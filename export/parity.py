@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.agreement import same_pixels
 from ldmseg_fast.backends.graphs.graph_backend import GraphBackend
 from ldmseg_fast.backends.graphs.manifest import Manifest
 from ldmseg_fast.backends.model_info import ModelInfo
@@ -25,6 +24,7 @@ from ldmseg_fast.data.scenes import write_scenes
 from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.evaluation import OBJECT, in_percent
+from ldmseg_fast.evaluation.agreement import same_pixels
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.models.conditioning import with_context

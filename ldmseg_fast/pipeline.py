@@ -17,11 +17,11 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.solvers import Timesteps
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.mask_sampling import MaskSampler
+from ldmseg_fast.inference.sampling import MaskSampler
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 if TYPE_CHECKING:
-    from ldmseg_fast.ensemble import EnsembleResult
+    from ldmseg_fast.inference.ensemble import EnsembleResult
 
 OUTPUT_TYPES = ("panoptic", "logits", "latent")
 
@@ -189,7 +189,7 @@ class LDMSegPipeline:
         Raises:
             ArgumentError: fewer than 1 sample; what `__call__` refuses.
         """
-        from ldmseg_fast.ensemble import combine
+        from ldmseg_fast.inference.ensemble import combine
 
         if num_samples < 1:
             raise ArgumentError(f"num_samples={num_samples}: at least 1")
@@ -256,7 +256,7 @@ class LDMSegPipeline:
         Raises:
             ArgumentError: an image that is none, a map or mask that does not fit it, an unknown method or solver.
         """
-        from ldmseg_fast import inpainting
+        from ldmseg_fast.inference import inpainting
 
         arrays = [as_array(image, index) for index, image in enumerate(_as_list(images))]
         maps, masks = (_as_list(values) for values in (segmentations, known_masks))

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from ldmseg_fast.data.folders import read_image
 from ldmseg_fast.draw import enlarge, overlay
-from ldmseg_fast.ensemble import EnsembleResult
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.files import replacing
+from ldmseg_fast.inference.ensemble import EnsembleResult
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline

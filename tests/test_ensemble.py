@@ -9,7 +9,7 @@ from PIL import Image
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.ensemble import combine
+from ldmseg_fast.inference.ensemble import combine
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.panoptic.shapes import segment_shapes
 

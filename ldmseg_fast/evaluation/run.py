@@ -11,10 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from ldmseg_fast import distributed
-from ldmseg_fast.agreement import TorchAgreement
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.evaluation import spread
+from ldmseg_fast.evaluation.agreement import TorchAgreement
 from ldmseg_fast.evaluation.categories import CategorySource, category_source
 from ldmseg_fast.evaluation.gallery import Gallery
 from ldmseg_fast.evaluation.options import EvaluationOptions, resolve_thresholds

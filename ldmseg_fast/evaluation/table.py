@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldmseg_fast.agreement import format_agreement
+from ldmseg_fast.evaluation.agreement import format_agreement
 
 
 def format_report(report: dict[str, Any]) -> str:

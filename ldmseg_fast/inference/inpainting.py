@@ -23,8 +23,8 @@ from ldmseg_fast.diffusion.sampler import seed_of
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.diffusion.solvers import Constraint, StepNoise
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.sampling import MaskSampler, Sampling
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
-from ldmseg_fast.mask_sampling import MaskSampler, Sampling
 from ldmseg_fast.panoptic.format import check_ids
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.panoptic.shapes import segment_shapes

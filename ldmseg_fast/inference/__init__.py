@@ -1,0 +1,1 @@
+"""From noise to masks: sampling of a batch, inpainting, ensembles."""
