@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.report_plots import PLOTS
 from benchmarks.report_tables import RESULTS, load_rows, machine, sources, suite_table
 from benchmarks.scaling import scaling_section
-from ldmseg_fast.report import Page
+from ldmseg_fast.reports.page import Page
 
 SUITES = ("latency", "throughput", "training", "data", "evaluation", "export", "quality")
 STYLE = """

@@ -122,7 +122,7 @@ def run_data_scenes(args: argparse.Namespace) -> int:
 
     write_scenes(args.out, args.images, args.size, args.seed)
     if args.sheet:
-        from ldmseg_fast.draw import contact_sheet
+        from ldmseg_fast.reports.draw import contact_sheet
 
         contact_sheet(args.out, "train2017").save(args.sheet)
     print(f"scenes: {args.out}")
@@ -130,7 +130,7 @@ def run_data_scenes(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from ldmseg_fast.report import write_run_report
+    from ldmseg_fast.reports.run_page import write_run_report
 
     print(f"report: {write_run_report(args.run_dir, args.out or args.run_dir / 'report.html')}")
     return 0

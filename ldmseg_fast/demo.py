@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from ldmseg_fast.files import write_json
-from ldmseg_fast.report import Page, curves, last_picture, quality_rows
+from ldmseg_fast.reports.page import Page
+from ldmseg_fast.reports.run_page import curves, last_picture, quality_rows
 
 SHIPPED = "tiny"
 SCENES_SEED = 7  # no scene that the shipped model was trained on
@@ -132,11 +133,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from ldmseg_fast.data.folders import read_image
     from ldmseg_fast.data.scenes import write_scenes
-    from ldmseg_fast.draw import enlarge, overlay, picture_grid
     from ldmseg_fast.evaluation import EvaluationOptions, evaluate
     from ldmseg_fast.panoptic.format import read_panoptic_png
     from ldmseg_fast.pipeline import LDMSegPipeline
     from ldmseg_fast.predict import find_pictures, predict_files
+    from ldmseg_fast.reports.draw import enlarge, overlay, picture_grid
 
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)

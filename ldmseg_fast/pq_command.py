@@ -63,7 +63,7 @@ def run_pq(args: argparse.Namespace) -> int:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if args.page:
-        from ldmseg_fast.error_page.files import write_page_of_files
+        from ldmseg_fast.reports.error_files import write_page_of_files
 
         write_page_of_files(
             args.page,

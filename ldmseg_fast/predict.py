@@ -13,13 +13,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldmseg_fast.data.folders import read_image
-from ldmseg_fast.draw import enlarge, overlay
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.files import replacing
 from ldmseg_fast.inference.ensemble import EnsembleResult
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
+from ldmseg_fast.reports.draw import enlarge, overlay
 
 OVERLAY_SIDE = 2048
 SMALL_SIDE = 512  # what overlays of small pictures are enlarged to, about

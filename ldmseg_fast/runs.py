@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.report import LOG, read_log
+from ldmseg_fast.reports.run_page import LOG, read_log
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldmseg_fast.data.scenes import generate_scene, write_scenes
-from ldmseg_fast.draw import (
+from ldmseg_fast.reports.draw import (
     ERROR_COLORS,
     colorize,
     contact_sheet,

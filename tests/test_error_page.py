@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from ldmseg_fast.cli import main
-from ldmseg_fast.draw import ERROR_COLORS
-from ldmseg_fast.error_page import PageEntry, image_quality, render_entry, write_error_page
-from ldmseg_fast.error_page.pictures import nearest
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.reports.draw import ERROR_COLORS
+from ldmseg_fast.reports.error_entry import PageEntry, image_quality, nearest
+from ldmseg_fast.reports.error_page import render_entry, write_error_page
 
 
 def entry(shape=(40, 60), **changes):

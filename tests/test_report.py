@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ldmseg_fast.report import Page, quality_rows, write_run_report
+from ldmseg_fast.reports.page import Page
+from ldmseg_fast.reports.run_page import quality_rows, write_run_report
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from ldmseg_fast import distributed
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.error_page import PageEntry, image_quality, render_entry
-from ldmseg_fast.error_page.page import random_places, worst_places, write_worst_and_random
 from ldmseg_fast.panoptic.results import PanopticResult
+from ldmseg_fast.reports.error_entry import PageEntry, image_quality
+from ldmseg_fast.reports.error_page import random_places, render_entry, worst_places, write_worst_and_random
 
 _Candidate = tuple[PanopticResult, np.ndarray]
 

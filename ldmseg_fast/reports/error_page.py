@@ -10,12 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ldmseg_fast.error_page.assets import SCRIPT, STYLE, color_key
-from ldmseg_fast.error_page.entry import PageEntry, image_quality
-from ldmseg_fast.error_page.pictures import embedded, pictures
-from ldmseg_fast.error_page.segments import descriptions, lookup
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.report import Page
+from ldmseg_fast.reports.error_entry import PageEntry, descriptions, image_quality, lookup
+from ldmseg_fast.reports.error_pictures import SCRIPT, STYLE, color_key, embedded, pictures
+from ldmseg_fast.reports.page import Page
 
 
 def write_error_page(

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from ldmseg_fast.data.folders import find_split, read_image
-from ldmseg_fast.error_page.entry import PageEntry
-from ldmseg_fast.error_page.page import random_places, render_entry, worst_places, write_worst_and_random
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.metrics.pq_files import png_folder
 from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
+from ldmseg_fast.reports.error_entry import PageEntry
+from ldmseg_fast.reports.error_page import random_places, render_entry, worst_places, write_worst_and_random
 
 
 def write_page_of_files(
