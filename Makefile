@@ -17,7 +17,7 @@ $(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	touch $@
 
 demo: setup
-	$(BIN)/python -m ldmseg_fast.demo --out demo
+	$(BIN)/ldmseg demo --out demo
 
 lint: setup
 	$(BIN)/ruff check .

@@ -34,8 +34,8 @@ from benchmarks.harness import Run as Record
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.model_folder import save_component, save_index
 from ldmseg_fast.checkpoints.tensors import save_weights
+from ldmseg_fast.commands.data_cache import build_cache, load_encoder
 from ldmseg_fast.config import Config, ImageEncoderConfig, load_config, validate
-from ldmseg_fast.data.cache_command import build_cache, load_encoder
 from ldmseg_fast.data.latent_cache import default_folder, picture_files
 from ldmseg_fast.data.scenes import write_scenes
 from ldmseg_fast.distributed.liveness import Interrupt
@@ -264,7 +264,7 @@ def held_when_reduced(counts: Counts, config: Config, zero_stage: int) -> float:
 
 def bench_zero(record: Record, args: argparse.Namespace, folder: Path) -> None:
     """Memory per rank at two ranks against the formula, which then tells what 8 and 64 ranks need."""
-    from ldmseg_fast.demo import free_port
+    from ldmseg_fast.commands.demo import free_port
 
     config = settings(args, folder, *ZERO_MODEL)
     counts = count_parameters("diffusion", config)

@@ -151,13 +151,13 @@ def test_an_interrupted_command_says_so(tmp_path, monkeypatch, capsys):
     def interrupted(root):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ldmseg_fast.data.check.check_folder", interrupted)
+    monkeypatch.setattr("ldmseg_fast.commands.data_check.check_folder", interrupted)
     assert main(["data", "check", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldmseg_fast.data.check.check_folder", lambda root: None)
+    monkeypatch.setattr("ldmseg_fast.commands.data_check.check_folder", lambda root: None)
     with pytest.raises(AttributeError):
         main(["data", "check", str(tmp_path)])
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from ldmseg_fast import convert
 from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config, load_index
 from ldmseg_fast.checkpoints.original_sizes import unet_config
 from ldmseg_fast.checkpoints.tensors import load_weights
+from ldmseg_fast.commands import convert
+from ldmseg_fast.commands.convert import convert_checkpoint
 from ldmseg_fast.config import ImageEncoderConfig, MaskVAEConfig, SchedulerConfig, UNetConfig
-from ldmseg_fast.convert import convert_checkpoint
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.models.image_vae import KLEncoder
 from ldmseg_fast.models.mask_vae import MaskVAE
@@ -475,17 +475,17 @@ def test_out_is_written_whole_or_not_at_all(files, monkeypatch):
 
 def test_command_line(files, capsys):
     parser = argparse.ArgumentParser()
-    convert.add_convert_arguments(parser)
+    convert.add_arguments(parser)
     checkpoint = write(files / "model.pt", original_model())
     arguments = [str(checkpoint), "--out", str(files / "out"), "--unet-config", str(files / "unet.json")]
-    assert convert.run_convert(parser.parse_args([*arguments, "--image-vae", str(files / "vae.json")])) == 0
+    assert convert.run(parser.parse_args([*arguments, "--image-vae", str(files / "vae.json")])) == 0
     assert str(files / "out") in capsys.readouterr().out
 
 
 MEASURE = """
 import re, sys
 from pathlib import Path
-from ldmseg_fast.convert import convert_checkpoint
+from ldmseg_fast.commands.convert import convert_checkpoint
 import ldmseg_fast.checkpoints.original, ldmseg_fast.checkpoints.model_card, ldmseg_fast.checkpoints.safe_pickle
 
 def peak():  # bytes; getrusage would count what the parent process used

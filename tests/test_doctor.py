@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ldmseg_fast import doctor
 from ldmseg_fast.backends.load import BACKENDS
 from ldmseg_fast.backends.trt.api import Machine
 from ldmseg_fast.cli import main
+from ldmseg_fast.commands import doctor
 
 NO_GPU = Machine()
 H100 = Machine("NVIDIA H100 80GB HBM3", "9.0", "580.65.06")

@@ -7,8 +7,8 @@ from safetensors import safe_open
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
+from ldmseg_fast.commands.convert import convert_checkpoint
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.convert import convert_checkpoint
 from ldmseg_fast.diffusion.sampler import ddim, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.kernels.mask_bits import decode_mask_bits, encode_mask_bits

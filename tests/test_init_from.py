@@ -332,7 +332,7 @@ def test_a_model_of_ours_gets_self_conditioning(tmp_path):
 
 
 def test_a_converted_model_is_a_start(shared, tmp_path):
-    from ldmseg_fast.convert import convert_checkpoint
+    from ldmseg_fast.commands.convert import convert_checkpoint
 
     golden = shared / "golden"
     files = (golden / "base_unet_config.json", golden / "image_vae_config.json")

@@ -1,4 +1,4 @@
-"""The house keeps its shape: import direction, module names, a quick import."""
+"""The house keeps its shape: import direction, no circles, module names, a quick import."""
 
 import ast
 import subprocess
@@ -8,68 +8,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# each module may import from its own row and the rows above; a name stands for the file or the folder
-LAYERS = [
-    {
-        "errors",
-        "files",
-        "config",
-        "config_checks",
-        "config_values",
-        "native",
-        "panoptic_format",
-        "distributed",
-        "segments",
-        "results",
-    },
-    {"kernels"},
-    {"models", "diffusion", "losses", "slot_matching", "panoptic", "metrics"},
-    {
-        "data",
-        "checkpoint",
-        "convert",
-        "draw",
-        "model_card",
-        "pretrained",
-        "original_checkpoint",
-        "original_sizes",
-        "init_from",
-        "safe_pickle",
-        "diffusers_folder",
-    },
-    {
-        "backends",
-        "pipeline",
-        "stages",
-        "engine",
-        "training",
-        "optimizer",
-        "resume",
-        "report",
-        "predict",
-        "evaluation",
-        "error_page",
-        "agreement",
-        "inpainting",
-        "ensemble",
-        "mask_sampling",
-    },
-    {
-        "train",
-        "cli",
-        "ending",
-        "evaluate_command",
-        "inpaint_command",
-        "pq_command",
-        "demo",
-        "doctor",
-        "runs",
-        "ship",
-        "export",
-        "benchmarks",
-    },
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# from top to bottom: a file imports only from its own row's own folder and from lower rows
+LAYERS = (
+    ("benchmarks",),
+    ("cli",),
+    ("commands",),
+    ("train", "evaluation"),
+    ("export",),
+    ("training", "pipeline"),
+    ("inference", "reports"),
+    ("backends", "data", "metrics"),
+    ("checkpoints", "panoptic"),
+    ("models", "diffusion", "distributed"),
+    ("kernels",),
+    ("config", "files"),
+    ("errors", "native"),
+)
+LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
+# imports inside a function that point upwards on purpose: a name on first use, and what an export checks itself with
+LATE = {
+    ("ldmseg_fast", "ldmseg_fast.pipeline"),
+}
 THIRD_PARTY = {
     "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "hotcoco", "hypothesis", "kernels", "matplotlib",
     "modelopt",
@@ -78,34 +37,86 @@ THIRD_PARTY = {
 }  # fmt: skip
 
 
-def module_files() -> list[Path]:
-    folders = ("ldmseg_fast", "kernels", "export", "benchmarks")
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+def module_files() -> dict[str, Path]:
+    """Module name -> file, of everything below the four folders that hold code."""
+    modules = {}
+    for folder in ("ldmseg_fast", "kernels", "export", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = list(path.relative_to(ROOT).with_suffix("").parts)
+            parts = ["ldmseg_fast", *parts] if parts[0] in ("kernels", "export") else parts
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
 
 
-def imported(path: Path) -> set[str]:
-    """First names below ldmseg_fast that a file imports, wherever in the file."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ldmseg_fast"):
-            parts = node.module.split(".")[1:]
-            names |= {parts[0]} if parts else {alias.name for alias in node.names}
+MODULES = module_files()
+
+
+def imported(name: str) -> set[str]:
+    """The modules of ours that a module imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else node.module)
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ldmseg_fast.")}
-    return names - {"__version__", "LDMSegPipeline", "_C"}
+            found |= {alias.name for alias in node.names}
+    return {other for other in found & MODULES.keys() if (name, other) not in LATE} - {name}
 
 
-@pytest.mark.parametrize("path", module_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_point_one_way(path):
-    relative = path.relative_to(ROOT)
-    name = relative.parts[1] if relative.parts[0] == "ldmseg_fast" else relative.parts[0]
-    name = name.removesuffix(".py")
-    if name == "__init__":
-        return
-    assert name in LEVEL, f"give {name} a row in LAYERS"
-    for other in imported(path):
-        assert other in LEVEL, f"{relative}: give {other} a row in LAYERS"
-        assert LEVEL[other] <= LEVEL[name], f"{relative} imports {other}, which lies to its right"
+GRAPH = {name: imported(name) for name in MODULES}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of more than one module that reach each other (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(graph[name]):
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            place = stack.index(name)
+            if len(stack) - place > 1:
+                found.append(sorted(stack[place:]))
+            del stack[place:]
+
+    for name in sorted(graph):
+        if name not in index:
+            visit(name)
+    return found
+
+
+def room(name: str) -> str:
+    """What a module counts as in LAYERS: the file or the folder below `ldmseg_fast`."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "ldmseg_fast" and len(parts) > 1 else parts[0]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "ldmseg_fast"])
+def test_imports_point_downwards(name):
+    assert room(name) in LEVEL, f"give {room(name)} a row in LAYERS"
+    for other in GRAPH[name]:
+        if other == "ldmseg_fast" or room(other) == room(name):
+            continue
+        assert room(other) in LEVEL, f"give {room(other)} a row in LAYERS"
+        assert LEVEL[room(other)] < LEVEL[room(name)], f"{name} imports {other}, which does not lie lower"
+
+
+def test_no_circles():
+    assert circles(GRAPH) == []
+
+
+def test_a_circle_would_be_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
 def test_no_module_hides_an_import():

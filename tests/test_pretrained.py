@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldmseg_fast import LDMSegPipeline, ship
+from ldmseg_fast import LDMSegPipeline, cli
 from ldmseg_fast.checkpoints import shipped as pretrained
 from ldmseg_fast.checkpoints.model_folder import load_component, load_index
 from ldmseg_fast.checkpoints.tensors import load_weights
+from ldmseg_fast.commands import ship
 from ldmseg_fast.config import load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.errors import CheckpointError
@@ -92,7 +93,7 @@ def test_the_card_tells_every_training(scenes, tmp_path):
         "one_step": [f"model.init_from={tmp_path / 'diffusion'}", "few_step.steps=2", "few_step.matching=none"],
     }.items():
         train(stage, load_config("tiny", [*small, f"output_dir={tmp_path / stage}", *more]))
-    assert ship.main([str(tmp_path / "one_step"), str(tmp_path / "out" / "tiny")]) == 0
+    assert cli.main(["ship", str(tmp_path / "one_step"), str(tmp_path / "out" / "tiny")]) == 0
     card = (tmp_path / "out" / "tiny" / "README.md").read_text()
     assert card.index("## training 1: autoencoder") < card.index("## training 2: diffusion")
     assert card.index("## training 2: diffusion") < card.index("## training 3: one_step")
@@ -107,7 +108,7 @@ def test_what_is_too_big_or_too_wide_for_half_precision_is_refused(model_dir, tm
     size = ship.folder_size(tmp_path / "weights" / "one")
     monkeypatch.setattr(ship, "LIMIT", int(1.5 * size))
     assert ship.ship(model_dir, tmp_path / "weights" / "one").is_dir()  # replaced, and counted once
-    assert ship.main([str(model_dir), str(tmp_path / "weights" / "two")]) == 2
+    assert cli.main(["ship", str(model_dir), str(tmp_path / "weights" / "two")]) == 2
     assert "with the other models" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["one"]
     with pytest.raises(CheckpointError, match=r"conv not finite in torch.float16; use --dtype bf16"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldmseg_fast.errors import CheckpointError
 
-SHIPPED = Path(__file__).with_name("weights")  # a model folder each, made by `python -m ldmseg_fast.ship`
+SHIPPED = Path(__file__).parents[1] / "weights"  # a model folder each, made by `ldmseg ship`
 
 
 def shipped_models() -> dict[str, Path]:

@@ -6,12 +6,10 @@ The batches of a step depend on (seed, step) alone, not on ranks, accumulation, 
 from __future__ import annotations
 
 import os
-import queue
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,61 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
+from ldmseg_fast.data.reader import PatientReader, _hung, without_traceback
 from ldmseg_fast.data.sampler import EpochSampler
 from ldmseg_fast.errors import DataError
 
-T = TypeVar("T")
-CURE = "Raise data.timeout where reading takes longer, and go on with --resume"
 ATTEMPTS = 20  # replacements tried for one item before the data set as a whole counts as unreadable
-
-
-class PatientReader:
-    """Calls functions that read files in a thread of its own, because a read that hangs cannot be told to stop.
-
-    Args:
-        timeout: seconds that a call may take.
-        where: what is being read, for the error.
-        cure: what to do about it.
-    """
-
-    def __init__(self, timeout: float, where: Callable[[], str], cure: str = CURE) -> None:
-        self.timeout, self.where, self.cure = timeout, where, cure
-        self._wanted: queue.SimpleQueue = queue.SimpleQueue()
-        self._done: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def call(self, function: Callable[[], T]) -> T:
-        """What `function()` returns or raises. Raises DataError when it takes too long; then the reader is lost."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, daemon=True)  # daemon: nobody waits for it at exit
-            self._thread.start()
-        self._wanted.put(function)
-        try:
-            result, error = self._done.get(timeout=self.timeout)
-        except queue.Empty:
-            raise DataError(_hung(self.timeout, self.where(), self.cure)) from None
-        if error is not None:
-            raise error
-        return result
-
-    def close(self) -> None:
-        self._wanted.put(None)
-
-    def _serve(self) -> None:
-        while (function := self._wanted.get()) is not None:
-            try:
-                self._done.put((function(), None))
-            except BaseException as error:
-                self._done.put((None, error))
-
-
-def _hung(timeout: float, where: str, cure: str = CURE) -> str:
-    return f"no batch for {timeout:g} s: {where}. Is the file server alive? {cure}"
-
-
-def without_traceback(error: DataError) -> DataError:
-    """A worker process's error comes with that process's traceback as its text; this is the last line's."""
-    return DataError(str(error).strip().splitlines()[-1].removeprefix("ldmseg_fast.errors.DataError: "))
 
 
 class _Items(Dataset):

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ldmseg_fast import distributed
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
-from ldmseg_fast.data.loader import PatientReader, to_device
+from ldmseg_fast.data.loader import to_device
+from ldmseg_fast.data.reader import PatientReader
 from ldmseg_fast.files import replacing
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.reports.draw import enlarge, overlay, picture_grid

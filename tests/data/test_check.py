@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldmseg_fast.data.check import Report, check_folder
+from ldmseg_fast.commands.data_check import Report, check_folder
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.panoptic.format import write_panoptic_png
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ldmseg_fast.cli import main
-from ldmseg_fast.data.check import check_folder
+from ldmseg_fast.commands.data_check import check_folder
+from ldmseg_fast.commands.data_merge import merge_splits
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.data.merge_command import merge_splits
 from ldmseg_fast.errors import DataError
 
 

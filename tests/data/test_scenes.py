@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ldmseg_fast.commands.data_check import check_folder
 from ldmseg_fast.data import scenes as scenes_module
-from ldmseg_fast.data.check import check_folder
 from ldmseg_fast.data.scenes import CATEGORIES, generate_scene, minimum_area, write_scenes
 
 ISTHING = {category["id"]: category["isthing"] for category in CATEGORIES}
@@ -156,7 +156,7 @@ def test_bad_arguments(tmp_path: Path, arguments: dict, message: str) -> None:
 
 def test_generating_and_checking_need_no_torch() -> None:
     """Worker processes import these modules; torch would cost each of them seconds."""
-    code = "import sys, ldmseg_fast.data.scenes, ldmseg_fast.data.check; sys.exit('torch' in sys.modules)"
+    code = "import sys, ldmseg_fast.data.scenes, ldmseg_fast.commands.data_check; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from ldmseg_fast.checkpoints.tensors import save_weights
+from ldmseg_fast.commands import data_cache as cache_command
+from ldmseg_fast.commands.data_cache import add_arguments, load_encoder, run
 from ldmseg_fast.config import Config, ImageEncoderConfig
-from ldmseg_fast.data import cache_command, latent_cache
-from ldmseg_fast.data.cache_command import add_cache_arguments, load_encoder, run_cache
+from ldmseg_fast.data import latent_cache
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.latent_cache import LatentCache, cache_key, picture_files
 from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
@@ -48,9 +49,9 @@ def root(scenes: Path, tmp_path: Path) -> Path:
 def make(root: Path, taesd: Path, *arguments: str) -> Path:
     """The cache's own folder."""
     parser = argparse.ArgumentParser()
-    add_cache_arguments(parser)
+    add_arguments(parser)
     fixed = [str(root), "--image-vae", str(taesd), "--size", "32", "--workers", "0"]
-    assert run_cache(parser.parse_args([*fixed, *arguments])) == 0
+    assert run(parser.parse_args([*fixed, *arguments])) == 0
     return next((root / "latents").iterdir())
 
 

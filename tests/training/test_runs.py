@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ldmseg_fast.commands.runs import add_arguments, find_runs, format_table, run
 from ldmseg_fast.config import Config
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.runs import add_runs_arguments, find_runs, format_table, run_runs
 from ldmseg_fast.training.loop import train
 from ldmseg_fast.training.run_log import RunLog
 
@@ -41,11 +41,11 @@ def test_runs(settings: Callable[..., Config], tmp_path: Path, capsys: pytest.Ca
     table = format_table([first, second]).splitlines()
     assert len(table) == 3 and "best PQ" in table[0] and table[1].startswith("group/first") and "resumable" in table[2]
     parser = argparse.ArgumentParser()
-    add_runs_arguments(parser)
-    assert run_runs(parser.parse_args([str(tmp_path), "--json"])) == 0
+    add_arguments(parser)
+    assert run(parser.parse_args([str(tmp_path), "--json"])) == 0
     assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["group/first", "second"]
     (tmp_path / "empty").mkdir()
-    assert run_runs(parser.parse_args([str(tmp_path / "empty")])) == 1
+    assert run(parser.parse_args([str(tmp_path / "empty")])) == 1
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_runs(tmp_path / "nowhere")
 

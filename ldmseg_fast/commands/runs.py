@@ -98,12 +98,12 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def add_runs_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="holds output_dirs of trainings, at any depth")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
 
 
-def run_runs(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Exit code 1 where there is no run."""
     runs = find_runs(args.folder)
     if args.json:

@@ -75,13 +75,13 @@ def _link(folder: Path, name: str, target: Path) -> str:
     return name
 
 
-def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder of links and one JSON; the sources stay as they are")
     parser.add_argument("sources", nargs="+", metavar="ROOT:SPLIT[:N]", help="a split, or its first N annotated maps")
     parser.add_argument("--split", default="train2017", help="name of the new split")
 
 
-def run_merge(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     count = merge_splits(args.out, args.sources, args.split)
     print(f"{count} annotated maps: {args.out}")
     return 0

@@ -22,7 +22,7 @@ from ldmseg_fast.data import latent_cache
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.folders import load_picture
 from ldmseg_fast.data.latent_cache import MANIFEST, cache_key, default_folder, is_broken, picture_files, shard_name
-from ldmseg_fast.data.loader import PatientReader, without_traceback
+from ldmseg_fast.data.reader import PatientReader, without_traceback
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
 from ldmseg_fast.files import entry_of, read_json, why_not_written, write_json
@@ -178,7 +178,7 @@ def load_encoder(source: str | Path, size: int) -> tuple[nn.Module, ImageEncoder
     return encoder.eval().requires_grad_(False), settings
 
 
-def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", help="COCO-panoptic folder")
     parser.add_argument(
         "--image-vae", required=True, help="model folder, Stable Diffusion or VAE folder, or TAESD file"
@@ -194,7 +194,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for a batch of pictures")
 
 
-def run_cache(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     encoder, settings = load_encoder(args.image_vae, args.size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = picture_files(CocoPanoptic(args.root, args.split, args.size, train=True, limit=args.limit))

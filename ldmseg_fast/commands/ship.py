@@ -1,4 +1,4 @@
-"""A training run as weights to ship: python -m ldmseg_fast.ship RUN_DIR OUT [--dtype fp16|bf16|int8] [--machine TEXT]
+"""`ldmseg ship RUN_DIR OUT`: a training run as weights to ship.
 
 OUT becomes a model folder in half precision, or a quarter of the size in int8, with a model card that says how the
 weights came to be. For the package it is ldmseg_fast/weights/NAME, where `LDMSegPipeline.from_pretrained("NAME")` finds
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -176,23 +175,14 @@ def _last_part(path: str) -> str:
     return Path(path).name if re.search(r"[/\\]", path) else path
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ldmseg_fast.ship", description="A training run as weights to ship."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, help="folder of a finished training run")
     parser.add_argument("out", type=Path, help="model folder to write, such as ldmseg_fast/weights/tiny")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--machine", default="", help="where it was trained, if the run's log does not say so")
-    args = parser.parse_args(argv)
-    try:
-        out = ship(args.run_dir, args.out, args.dtype, args.machine)
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    out = ship(args.run_dir, args.out, args.dtype, args.machine)
     print(f"{out}: {folder_size(out) / 1e6:.2f} MB")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 from ldmseg_fast.errors import ArgumentError
 
 
-def add_pq_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("gt_json", type=Path, metavar="GT_JSON", help="COCO panoptic ground truth")
     parser.add_argument("pred_json", type=Path, metavar="PRED_JSON", help="predictions in the same format")
     parser.add_argument("--gt-folder", type=Path, help="PNGs of the ground truth (default: GT_JSON without .json)")
@@ -28,7 +28,7 @@ def add_pq_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, help="pictures for the page (default: the split's, if they are there)")
 
 
-def run_pq(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Exit code 0; what is wrong is raised."""
     import json
 

@@ -26,7 +26,7 @@ from ldmseg_fast.reports.run_page import curves, last_picture, quality_rows
 
 SHIPPED = "tiny"
 SCENES_SEED = 7  # no scene that the shipped model was trained on
-TRAIN = Path(__file__).resolve().parent / "train.py"
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def free_port() -> int:
@@ -121,22 +121,23 @@ def write_demo_report(out: Path, done: dict[str, float]) -> Path:
     return path
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train and evaluate a small model from nothing.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--autoencoder-steps", type=int, default=600)
     parser.add_argument("--diffusion-steps", type=int, default=450)
     parser.add_argument("--images", type=int, default=100, help="held-out scenes to evaluate")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or min(2, os.cpu_count() or 1))
-    args = parser.parse_args(argv)
 
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0; a training that fails ends with its launcher's exit code."""
+    from ldmseg_fast.commands.predict import find_pictures, predict_files
     from ldmseg_fast.data.folders import read_image
     from ldmseg_fast.data.scenes import write_scenes
     from ldmseg_fast.evaluation import EvaluationOptions, evaluate
     from ldmseg_fast.panoptic.format import read_panoptic_png
     from ldmseg_fast.pipeline import LDMSegPipeline
-    from ldmseg_fast.predict import find_pictures, predict_files
     from ldmseg_fast.reports.draw import enlarge, overlay, picture_grid
 
     out: Path = args.out
@@ -181,7 +182,3 @@ def main(argv: list[str] | None = None) -> int:
     numbers = f"{quality['shipped']:.1f} shipped model, {quality['evaluation']:.1f} trained here"
     print(f"\nPQ on {args.images} held-out scenes: {numbers}\nreport: {path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

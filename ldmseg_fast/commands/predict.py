@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ldmseg_fast.commands.options import add_backend_arguments
 from ldmseg_fast.data.folders import read_image
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.files import replacing
@@ -154,3 +156,25 @@ def predict_files(
         progress.update(len(chunk))
     progress.close()
     return written
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_dir")
+    parser.add_argument("images", nargs="+", help="files or folders")
+    parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1, help="seeds per picture; above 1 with a map of agreement")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
+    parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
+    parser.add_argument("--cache-interval", type=int, default=1, help="compute deep features each so many steps only")
+    add_backend_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0; what is wrong is raised."""
+    files = find_pictures(args.images)
+    pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir, image_size=args.size)
+    sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval}
+    written = predict_files(pipe, files, args.out, args.steps, args.seed, args.batch_size, args.samples, **sampling)
+    print(f"{len(written)} images segmented: {args.out}")
+    return 0

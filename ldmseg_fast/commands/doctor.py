@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -210,3 +211,12 @@ def format_table(findings: list[Finding]) -> str:
         if not finding.ok:
             lines.append(f"    {'':<{width}}  -> {finding.cure}")
     return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(args: argparse.Namespace) -> int:
+    print(format_table(examine()))
+    return 0

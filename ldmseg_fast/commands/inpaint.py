@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldmseg_fast.commands.options import add_backend_arguments
 
-def add_inpaint_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir")
     parser.add_argument("--image", required=True, type=Path, help="the picture")
     parser.add_argument("--map", required=True, type=Path, help="panoptic PNG of the picture's size")
@@ -16,16 +18,17 @@ def add_inpaint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
+    add_backend_arguments(parser)
 
 
-def run_inpaint(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     import numpy as np
 
+    from ldmseg_fast.commands.predict import check_results, image_id, write_result
     from ldmseg_fast.data.folders import open_image, read_image
     from ldmseg_fast.errors import DataError
     from ldmseg_fast.panoptic.format import read_panoptic_png
     from ldmseg_fast.pipeline import LDMSegPipeline
-    from ldmseg_fast.predict import check_results, image_id, write_result
 
     check_results([args.image], args.out, keep=[args.map, *filter(None, [args.known])])
     image = read_image(args.image)

@@ -8,14 +8,14 @@ import shutil
 from pathlib import Path
 
 
-def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="the .pt file: an auto-encoder, or a whole model")
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--unet-config", type=Path, help="diffusers' config.json of the UNet before it was changed")
     parser.add_argument("--image-vae", type=Path, help="diffusers' AutoencoderKL: its folder or its config.json")
 
 
-def run_convert(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     print(f"model folder: {convert_checkpoint(args.checkpoint, args.out, args.unet_config, args.image_vae)}")
     return 0
 

@@ -1,5 +1,6 @@
-"""What is wrong with a COCO-panoptic folder, before a training finds out."""
+"""`ldmseg data check`: what is wrong with a COCO-panoptic folder, before a training finds out."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -219,3 +220,14 @@ def _map_kind(path: Path) -> str:
             return _MAP_KINDS.get(image.mode, "unreadable map")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "unreadable map"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 1 where something is wrong with the folder."""
+    report = check_folder(args.root)
+    print(report.table())
+    return 0 if report.ok else 1

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldmseg_fast.commands.options import add_backend_arguments
 from ldmseg_fast.errors import ArgumentError
 
 
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir", help="a diffusion model, or a mask auto-encoder, which reconstructs the split")
     parser.add_argument("--data", required=True, help="COCO-panoptic folder")
     parser.add_argument("--split", default="val2017")
@@ -39,9 +40,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")
     parser.add_argument("--no-baselines", action="store_true", help="leave the rows of trivial baselines out")
     parser.add_argument("--json", type=Path, help="report file")
+    add_backend_arguments(parser)
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Exit code 0; what is wrong is raised."""
     from ldmseg_fast import distributed
     from ldmseg_fast.distributed.ending import joined_ranks

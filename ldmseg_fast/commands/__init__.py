@@ -1,0 +1,1 @@
+"""The commands of `ldmseg`, a file each: `add_arguments(parser)` and `run(args)`."""

@@ -1,0 +1,64 @@
+"""Reading that may hang: a read that takes too long is named, and its worker ended."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from ldmseg_fast.errors import DataError
+
+T = TypeVar("T")
+
+
+CURE = "Raise data.timeout where reading takes longer, and go on with --resume"
+
+
+class PatientReader:
+    """Calls functions that read files in a thread of its own, because a read that hangs cannot be told to stop.
+
+    Args:
+        timeout: seconds that a call may take.
+        where: what is being read, for the error.
+        cure: what to do about it.
+    """
+
+    def __init__(self, timeout: float, where: Callable[[], str], cure: str = CURE) -> None:
+        self.timeout, self.where, self.cure = timeout, where, cure
+        self._wanted: queue.SimpleQueue = queue.SimpleQueue()
+        self._done: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What `function()` returns or raises. Raises DataError when it takes too long; then the reader is lost."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, daemon=True)  # daemon: nobody waits for it at exit
+            self._thread.start()
+        self._wanted.put(function)
+        try:
+            result, error = self._done.get(timeout=self.timeout)
+        except queue.Empty:
+            raise DataError(_hung(self.timeout, self.where(), self.cure)) from None
+        if error is not None:
+            raise error
+        return result
+
+    def close(self) -> None:
+        self._wanted.put(None)
+
+    def _serve(self) -> None:
+        while (function := self._wanted.get()) is not None:
+            try:
+                self._done.put((function(), None))
+            except BaseException as error:
+                self._done.put((None, error))
+
+
+def _hung(timeout: float, where: str, cure: str = CURE) -> str:
+    return f"no batch for {timeout:g} s: {where}. Is the file server alive? {cure}"
+
+
+def without_traceback(error: DataError) -> DataError:
+    """A worker process's error comes with that process's traceback as its text; this is the last line's."""
+    return DataError(str(error).strip().splitlines()[-1].removeprefix("ldmseg_fast.errors.DataError: "))
