@@ -4,9 +4,9 @@
 
 Generated maps of 480x640 (and with --data the maps of a COCO-panoptic folder's train2017, perturbed for predictions)
 are written as PNGs by Pillow, then scored in memory and from files: by ldmseg_fast, by the usual numpy joint histogram,
-by panopticapi's algorithm (benchmarks/plain_pq.py), and by hotcoco, torchmetrics and panopticapi where they can be
-imported. All on one thread, but for the rows that say otherwise. Times from files are the difference of the wall times
-at 4N and N images, so that start-up costs drop out; the functions compared take turns. The floor beside them is
+by panopticapi's algorithm (benchmarks/peers/plain_pq.py), and by hotcoco, torchmetrics and panopticapi where they can
+be imported. All on one thread, but for the rows that say otherwise. Times from files are the difference of the wall
+times at 4N and N images, so that start-up costs drop out; the functions compared take turns. The floor beside them is
 libdeflate, inflating the same PNGs from memory and doing nothing with the pixels.
 """
 
@@ -14,7 +14,6 @@ import argparse
 import importlib
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,10 +29,10 @@ import torch
 from PIL import Image
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, Run, Timing, measure, peak_memory
-from benchmarks.plain_pq import evaluate_like_panopticapi, match_by_masks, numpy_joint_histogram
+from benchmarks.peers.plain_pq import evaluate_like_panopticapi, match_by_masks, numpy_joint_histogram
 from ldmseg_fast.kernels.panoptic_head import reference
 from ldmseg_fast.metrics.annotation_index import index_annotations
 from ldmseg_fast.metrics.matching import TRUE_POSITIVE, match_segments, segment_table

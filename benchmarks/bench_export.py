@@ -22,16 +22,16 @@ from pathlib import Path
 import torch
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, ROOT, Run, measure
-from benchmarks.random_model import save_random_model
+from benchmarks.peers.random_model import save_random_model
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph
 from ldmseg_fast.backends.graphs.specs import sample_inputs
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.torch_backend import TorchBackend
-from ldmseg_fast.config import COCO, TINY
+from ldmseg_fast.config.presets import COCO, TINY
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.export.model_export import ExportSettings, export_model
 

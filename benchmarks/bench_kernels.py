@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure
 from ldmseg_fast.kernels import configs

@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.candidates import our_candidates, plain_candidates
 from benchmarks.harness import RESULTS, Run, Timing, measure
-from benchmarks.random_model import find_model
+from benchmarks.peers.candidates import our_candidates, plain_candidates
+from benchmarks.peers.random_model import find_model
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.data.scenes import generate_scene

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.annotators import mean_over_annotators
 from benchmarks.harness import Run
-from benchmarks.quality_curve import draw_curve
+from benchmarks.peers.annotators import mean_over_annotators
+from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic

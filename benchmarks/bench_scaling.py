@@ -16,11 +16,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, Run, measure
 from benchmarks.scaling import PASSES, STEP
-from ldmseg_fast.config import TINY
+from ldmseg_fast.config.presets import TINY
 from ldmseg_fast.models.unet import UNet
 
 BATCHES = (1, 2, 4, 8, 16)

@@ -31,11 +31,11 @@ from PIL import Image
 from torch import Tensor
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.harness import RESULTS, Run, Timing, measure
-from benchmarks.random_model import find_model
+from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
+from benchmarks.peers.random_model import find_model
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.sampler import image_noise

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import BenchmarkError, read_results
 

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.gpu_targets import format_table
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, read_results
+from benchmarks.reporting.gpu_targets import format_table
 
 CLOSING_SECONDS = 5.0  # for the table and the file
 LEAST_SECONDS = 10.0  # under that a part is not begun

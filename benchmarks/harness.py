@@ -11,15 +11,14 @@ python benchmarks/harness.py --self-test [--device cuda]       # A/A: one functi
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
-if __package__ in (None, "") and str(Path(__file__).resolve().parents[1]) not in sys.path:
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):
+    import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.environment import PACKAGES, ROOT, environment
-from benchmarks.result_file import (
+from benchmarks.measuring.environment import PACKAGES, ROOT, environment
+from benchmarks.measuring.result_file import (
     PERCENTILES,
     RESULTS,
     SCHEMA_VERSION,
@@ -29,7 +28,7 @@ from benchmarks.result_file import (
     read_results,
     validate,
 )
-from benchmarks.timing import Timing, measure, peak_memory
+from benchmarks.measuring.timing import Timing, measure, peak_memory
 
 __all__ = [
     "PACKAGES",

@@ -15,9 +15,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.random_model import find_model
+from benchmarks.peers.random_model import find_model
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.scheduler import Scheduler

@@ -18,12 +18,12 @@ import re
 import sys
 from pathlib import Path
 
-if __package__ in (None, "") and str(Path(__file__).resolve().parents[1]) not in sys.path:
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):
+    import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.environment import ROOT
-from benchmarks.gpu_targets import HEADER, table_rows
-from benchmarks.report_tables import RESULTS, load_rows, machine, sources, suite_table, table
+from benchmarks.measuring.environment import ROOT
+from benchmarks.reporting.gpu_targets import HEADER, table_rows
+from benchmarks.reporting.tables import RESULTS, load_rows, machine, sources, suite_table, table
 from benchmarks.scaling import scaling_section
 
 __all__ = ["load_rows", "main", "render", "report"]
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         print(f"{args.html.name}: not written, the plots need matplotlib: pip install -e '.[demo]'", file=sys.stderr)
         return 0
-    from benchmarks.report_page import write_page
+    from benchmarks.reporting.page import write_page
 
     write_page(args.html)
     return 0

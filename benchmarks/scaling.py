@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-if __package__ in (None, "") and str(Path(__file__).resolve().parents[1]) not in sys.path:
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):
+    import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.report_tables import RESULTS, load_rows, table
-from ldmseg_fast.config import COCO, Config
+from benchmarks.reporting.tables import RESULTS, load_rows, table
+from ldmseg_fast.config import Config
+from ldmseg_fast.config.presets import COCO
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.training.estimate import Counts, activation_memory, count_parameters, state_memory
 

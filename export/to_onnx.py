@@ -10,8 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __package__ in (None, ""):
+    import checkout  # noqa: F401  (run as a script)
 
 from ldmseg_fast.backends.graphs.specs import HEADS
 from ldmseg_fast.errors import UserError

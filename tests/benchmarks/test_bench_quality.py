@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from benchmarks import bench_quality, quality_curve
-from benchmarks.annotators import annotator_roots, mean_over_annotators
+from benchmarks import bench_quality
 from benchmarks.bench_quality import Journal, Tuned, classical_rows, fingerprint, measure
 from benchmarks.harness import Run
-from benchmarks.quality_curve import curves, draw_curve, pareto_front
+from benchmarks.peers.annotators import annotator_roots, mean_over_annotators
+from benchmarks.reporting import quality_curve
+from benchmarks.reporting.quality_curve import curves, draw_curve, pareto_front
 from ldmseg_fast.metrics import classical
 from ldmseg_fast.metrics.classical import Classical
 

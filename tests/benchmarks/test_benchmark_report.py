@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from benchmarks import report, report_tables
+from benchmarks import report
+from benchmarks.reporting import tables as report_tables
 
 
 @pytest.fixture
@@ -55,8 +56,8 @@ def test_only_what_stands_between_markers_is_renewed(results):
 
 def test_the_page_holds_every_plot_and_table(results, tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks.report_page import write_page
-    from benchmarks.report_plots import INK, PLOTS
+    from benchmarks.reporting.page import write_page
+    from benchmarks.reporting.plots import INK, PLOTS
 
     write_page(tmp_path / "out" / "page.html", results)
     text = (tmp_path / "out" / "page.html").read_text()
@@ -73,7 +74,7 @@ def test_the_page_holds_every_plot_and_table(results, tmp_path):
 
 def test_the_page_is_well_formed(results, tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks.report_page import write_page
+    from benchmarks.reporting.page import write_page
 
     write_page(tmp_path / "page.html", results)
     open_tags = []

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_suite, gpu_targets
+from benchmarks import gpu_suite
 from benchmarks.harness import Run, validate
+from benchmarks.reporting import gpu_targets
 
 
 def python(code):

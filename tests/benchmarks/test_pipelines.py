@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_latency, bench_throughput, plain_pipeline
-from benchmarks.candidates import OurPipeline, our_candidates, plain_candidates
+from benchmarks import bench_latency, bench_throughput
 from benchmarks.harness import BenchmarkError, validate
-from benchmarks.plain_pipeline import PlainPipeline, plain_postprocess
+from benchmarks.peers import plain_pipeline
+from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
+from benchmarks.peers.plain_pipeline import PlainPipeline, plain_postprocess
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config import PostprocessConfig
@@ -96,7 +97,7 @@ def test_a_backend_that_cannot_run_is_named(model_dir, tmp_path, monkeypatch, ca
     def refuse(*_):
         raise RuntimeError("no such device")
 
-    monkeypatch.setattr("benchmarks.candidates._onnx", refuse)
+    monkeypatch.setattr("benchmarks.peers.candidates._onnx", refuse)
     arguments = ["--variants", "onnxruntime", "--sizes", "48x64", "--parts", "step"]
     assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == 0
     assert "onnxruntime: not measured (RuntimeError: no such device)" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from benchmarks import bench_scaling, scaling
 from benchmarks.harness import validate
 from benchmarks.scaling import ACCELERATORS, Fit, Point, fit, gradient_traffic, held_out_errors, predict
-from ldmseg_fast.config import COCO
+from ldmseg_fast.config.presets import COCO
 
 H200 = ACCELERATORS["H200"]
 

@@ -1,6 +1,6 @@
 """Quality against time of the rows of `bench_quality.py`, as one picture.
 
-python benchmarks/quality_curve.py FILE DATA SPLIT IMAGES draws those of all result files on one data set.
+python -m benchmarks.reporting.quality_curve FILE DATA SPLIT IMAGES draws those of all result files on one data set.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, "") and str(Path(__file__).resolve().parents[1]) not in sys.path:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from benchmarks.report_tables import load_rows
+from benchmarks.reporting.tables import load_rows
 
 Row = dict[str, Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-from benchmarks.report_plots import PLOTS
-from benchmarks.report_tables import RESULTS, load_rows, machine, sources, suite_table
+from benchmarks.reporting.plots import PLOTS
+from benchmarks.reporting.tables import RESULTS, load_rows, machine, sources, suite_table
 from benchmarks.scaling import scaling_section
 from ldmseg_fast.reports.page import Page
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.plain_pipeline import HAS_DIFFUSERS, PlainPipeline
+from benchmarks.peers.plain_pipeline import HAS_DIFFUSERS, PlainPipeline
 from ldmseg_fast.backends.backend import Backend
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.torch_backend import TorchBackend

@@ -1,6 +1,6 @@
 """A model to time: a folder of trained weights, or a preset's sizes with random ones.
 
-python benchmarks/random_model.py --preset tiny|coco --out MODEL_DIR
+python benchmarks/peers/random_model.py --preset tiny|coco --out MODEL_DIR
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings, save_component, save_index
 from ldmseg_fast.config import PRESETS, Config

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import ROOT, environment
-from benchmarks.timing import Timing
+from benchmarks.measuring.environment import ROOT, environment
+from benchmarks.measuring.timing import Timing
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 SCHEMA_VERSION = 1
 PERCENTILES = (5, 20, 50, 80, 95, 99)
 
