@@ -54,7 +54,7 @@ class Outcome:
 
 
 def script(name: str, *arguments: object) -> tuple[str, ...]:
-    return (sys.executable, f"benchmarks/{name}.py", *map(str, arguments))
+    return (sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments))
 
 
 def make_parts(device: str, quick: bool, model: Path, out: Path) -> list[Part]:
@@ -69,7 +69,7 @@ def make_parts(device: str, quick: bool, model: Path, out: Path) -> list[Part]:
     training = ("--config", preset, "--no-zero", "--quick", "--minutes", "{minutes}", "--out", out)
     return [
         Part("kernels", script("bench_kernels", "--quick", *tests, "--minutes", "{minutes}", "--out", out), 0.45),
-        Part("random weights", script("random_model", "--preset", preset, "--out", model), 0.5),
+        Part("random weights", script("peers.random_model", "--preset", preset, "--out", model), 0.5),
         Part("UNet step", script("bench_latency", *common, *latency, "--parts", "step", "--batch", *batches), 0.4),
         Part(
             "whole image",

@@ -1,6 +1,6 @@
 """A model to time: a folder of trained weights, or a preset's sizes with random ones.
 
-python benchmarks/peers/random_model.py --preset tiny|coco --out MODEL_DIR
+python -m benchmarks.peers.random_model --preset tiny|coco --out MODEL_DIR
 """
 
 from __future__ import annotations

@@ -156,7 +156,9 @@ def test_models_of_every_size(unet, change, files):
     own.load_state_dict({key: value for key, value in values["unet"].items() if not key.startswith("new_conv")})
     sample, timesteps = torch.randn(1, unet.in_channels, 8, 8), torch.tensor([500])
     with torch.no_grad():
-        assert torch.equal(load_component(folder, "unet")(sample, timesteps), own(sample, timesteps))
+        result, expected = load_component(folder, "unet")(sample, timesteps), own(sample, timesteps)
+    # the same weights at other addresses: vector code may add in another order
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_settings_come_from_p(files):

@@ -1,6 +1,5 @@
 """The HTML page, and the README's tables."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,14 +9,13 @@ import pytest
 from ldmseg_fast.reports.page import Page
 from ldmseg_fast.reports.run_page import quality_rows, write_run_report
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def benchmarks_report():
-    spec = importlib.util.spec_from_file_location("benchmarks_report", ROOT / "benchmarks" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from benchmarks import report
+
+    return report
 
 
 def test_page_escapes_and_embeds(tmp_path):

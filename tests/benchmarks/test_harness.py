@@ -1,7 +1,6 @@
 """The benchmark harness: what is recorded, what is refused."""
 
 import copy
-import importlib.util
 import json
 import sys
 import time
@@ -9,16 +8,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def harness():
-    spec = importlib.util.spec_from_file_location("harness", ROOT / "benchmarks" / "harness.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    from benchmarks import harness
+
+    return harness
 
 
 def _run(harness, monkeypatch, *arguments):

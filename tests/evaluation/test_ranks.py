@@ -14,7 +14,7 @@ import pytest
 from ldmseg_fast.distributed.liveness import LOST_RANK
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BASE = {"steps": 1, "limit": 7, "batch_size": 2, "mask_threshold": 0.0, "count_threshold": 0}
 MODES = {
     "class-agnostic": {"model": "", "seeds": 2},
