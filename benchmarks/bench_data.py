@@ -9,6 +9,7 @@ in float32, as a training loop written from the paper's text would have them.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from benchmarks.harness import RESULTS, Run, measure
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.loader import TrainingBatches
 from ldmseg_fast.data.scenes import write_scenes
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 
 NUM_BITS, NUM_SLOTS, TARGET = 7, 128, 4.0
@@ -154,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

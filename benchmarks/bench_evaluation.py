@@ -14,6 +14,7 @@ import argparse
 import importlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ if __package__ in (None, ""):
 
 from benchmarks.harness import RESULTS, Run, Timing, measure, peak_memory
 from benchmarks.peers.plain_pq import evaluate_like_panopticapi, match_by_masks, numpy_joint_histogram
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels.panoptic_head import reference
 from ldmseg_fast.metrics.annotation_index import index_annotations
 from ldmseg_fast.metrics.matching import TRUE_POSITIVE, match_segments, segment_table
@@ -372,4 +374,4 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

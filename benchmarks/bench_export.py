@@ -33,6 +33,7 @@ from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config.presets import COCO, TINY
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.export.model_export import ExportSettings, export_model
 
 MAX_MINUTES, MAX_GIB = 4.0, 4.0
@@ -153,4 +154,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -29,6 +29,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels import configs
 from ldmseg_fast.kernels.attention.dispatch import FP8_ARCHITECTURE
 from ldmseg_fast.kernels.backend import KERNELS
@@ -343,4 +344,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

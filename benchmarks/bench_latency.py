@@ -36,6 +36,7 @@ from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.sampler import image_noise
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels.roofline import find_gpu
 from ldmseg_fast.models.unet import UNet
 
@@ -258,4 +259,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -28,6 +28,7 @@ from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.files import read_lines
 from ldmseg_fast.metrics import classical
@@ -249,4 +250,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

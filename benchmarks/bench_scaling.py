@@ -21,6 +21,7 @@ if __package__ in (None, ""):
 from benchmarks.harness import RESULTS, Run, measure
 from benchmarks.scaling import PASSES, STEP
 from ldmseg_fast.config.presets import TINY
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.models.unet import UNet
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -72,4 +73,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -39,6 +39,7 @@ from benchmarks.peers.random_model import find_model
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.sampler import image_noise
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.panoptic.format import read_panoptic_png
 
 AHEAD = 2  # batches that are read before they are needed
@@ -250,4 +251,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -38,6 +38,7 @@ from ldmseg_fast.commands.data_cache import build_cache, load_encoder
 from ldmseg_fast.config import Config, ImageEncoderConfig, load_config, validate
 from ldmseg_fast.data.latent_cache import default_folder, picture_files
 from ldmseg_fast.data.scenes import write_scenes
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
 from ldmseg_fast.models.image_vae import TaesdEncoder
@@ -317,4 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

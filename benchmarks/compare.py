@@ -19,6 +19,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import BenchmarkError, read_results
+from ldmseg_fast.distributed.ending import run_command
 
 TOLERANCE = 1.03  # what an A/A comparison stays within
 
@@ -95,18 +96,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="compare runs of different machines")
     parser.add_argument("--all", action="store_true", help="also rows that stayed within the spread")
     args = parser.parse_args(argv)
-    try:
-        before, after = (read_results(path) for path in (args.before, args.after))
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit codes: 0 nothing is slower, 1 something is. Raises BenchmarkError where the files cannot be compared."""
+    before, after = (read_results(path) for path in (args.before, args.after))
     machines = [machine(record["environment"]) for record in (before, after)]
     if before["suite"] != after["suite"]:
-        print(f"{args.after}: suite {after['suite']}, {args.before} has {before['suite']}", file=sys.stderr)
-        return 2
+        raise BenchmarkError(f"{args.after}: suite {after['suite']}, {args.before} has {before['suite']}")
     if machines[0] != machines[1] and not args.force:
-        print(f"measured on {machines[0]} and on {machines[1]}; --force compares them all the same", file=sys.stderr)
-        return 2
+        raise BenchmarkError(f"measured on {machines[0]} and on {machines[1]}; --force compares them all the same")
     changes, lone = compare(before, after, args.ratios)
     for change in changes:
         if args.all or change.verdict != "within the spread":

@@ -30,6 +30,7 @@ if __package__ in (None, ""):
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, read_results
 from benchmarks.reporting.gpu_targets import format_table
+from ldmseg_fast.distributed.ending import run_command
 
 CLOSING_SECONDS = 5.0  # for the table and the file
 LEAST_SECONDS = 10.0  # under that a part is not begun
@@ -166,4 +167,4 @@ def close(run: Run, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

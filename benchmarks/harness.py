@@ -29,6 +29,7 @@ from benchmarks.measuring.result_file import (
     validate,
 )
 from benchmarks.measuring.timing import Timing, measure, peak_memory
+from ldmseg_fast.distributed.ending import run_command
 
 __all__ = [
     "PACKAGES",
@@ -75,4 +76,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

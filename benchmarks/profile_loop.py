@@ -21,6 +21,7 @@ from benchmarks.peers.random_model import find_model
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.distributed.ending import run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,4 +63,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -25,6 +25,7 @@ from benchmarks.measuring.environment import ROOT
 from benchmarks.reporting.gpu_targets import HEADER, table_rows
 from benchmarks.reporting.tables import RESULTS, load_rows, machine, sources, suite_table, table
 from benchmarks.scaling import scaling_section
+from ldmseg_fast.distributed.ending import run_command
 
 __all__ = ["load_rows", "main", "render", "report"]
 PAGE = ROOT / "benchmarks" / "REPORT.html"
@@ -106,4 +107,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -28,6 +28,7 @@ if __package__ in (None, ""):
 from benchmarks.reporting.tables import RESULTS, load_rows, table
 from ldmseg_fast.config import Config
 from ldmseg_fast.config.presets import COCO
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.training.estimate import Counts, activation_memory, count_parameters, state_memory
 
@@ -314,4 +315,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

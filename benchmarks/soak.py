@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run
+from ldmseg_fast.distributed.ending import run_command
 
 
 def run_tests(report: Path, arguments: list[str]) -> int:
@@ -60,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -14,7 +14,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from ldmseg_fast.backends.graphs.specs import HEADS
-from ldmseg_fast.errors import UserError
+from ldmseg_fast.distributed.ending import run_command
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,27 +36,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 a tolerance is missed (nothing is left in DIR), 2 wrong input."""
-    args = parse(argv)
-    try:
-        from ldmseg_fast.export.model_export import ExportSettings, export_model
+    command = "python export/to_onnx.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: run(parse(argv), command))
 
-        settings = ExportSettings(
-            precision=args.precision,
-            opset=args.opset,
-            batch=args.batch,
-            size=args.size,
-            head=args.head,
-            sampler_steps=args.sampler_steps,
-            parity=not args.no_parity,
-            parity_images=args.parity_images,
-            data=args.data,
-            split=args.split,
-            command="python export/to_onnx.py " + shlex.join(sys.argv[1:] if argv is None else argv),
-        )
-        report = export_model(args.model_dir, args.out, settings, print)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """`main` of parsed arguments; command: what the manifest says made the graphs."""
+    from ldmseg_fast.export.model_export import ExportSettings, export_model
+
+    settings = ExportSettings(
+        precision=args.precision,
+        opset=args.opset,
+        batch=args.batch,
+        size=args.size,
+        head=args.head,
+        sampler_steps=args.sampler_steps,
+        parity=not args.no_parity,
+        parity_images=args.parity_images,
+        data=args.data,
+        split=args.split,
+        command=command,
+    )
+    report = export_model(args.model_dir, args.out, settings, print)
     if report is not None:
         print(report.table())
         if not report.ok:

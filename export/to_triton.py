@@ -12,7 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
-from ldmseg_fast.errors import UserError
+from ldmseg_fast.distributed.ending import run_command
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,15 +28,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        from ldmseg_fast.export.triton_repository import RepositorySettings, write_repository
+    """Exit codes: 0 done, 2 wrong input."""
+    return run_command(lambda: run(parse(argv)))
 
-        settings = RepositorySettings(args.steps, args.max_batch, args.queue_delay, args.instances, args.device)
-        names = write_repository(Path(args.source), args.out, settings)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def run(args: argparse.Namespace) -> int:
+    from ldmseg_fast.export.triton_repository import RepositorySettings, write_repository
+
+    settings = RepositorySettings(args.steps, args.max_batch, args.queue_delay, args.instances, args.device)
+    names = write_repository(Path(args.source), args.out, settings)
     print(f"repository: {args.out} ({', '.join(names)})")
     return 0
 

@@ -15,7 +15,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from ldmseg_fast.backends.graphs.specs import HEADS
-from ldmseg_fast.errors import UserError
+from ldmseg_fast.distributed.ending import run_command
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,26 +55,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 a parity tolerance is missed, 2 wrong input or a build that fails."""
-    args = parse(argv)
     command = "python export/to_trt.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-    try:
-        from ldmseg_fast.backends.trt.api import load_api
-        from ldmseg_fast.export.engine_build import build_engines, check_targets
-        from ldmseg_fast.export.engine_sources import find_graphs, make_job
+    return run_command(lambda: run(parse(argv), command))
 
-        job = make_job(args, command)
-        api = load_api(args.flavour)
-        check_targets(api, job.settings)
-        graphs, report = find_graphs(args, command)
-        if report is not None:
-            print(report.table())
-            if not report.ok:
-                print("error: a tolerance is missed, see above; nothing was built", file=sys.stderr)
-                return 1
-        passports = build_engines(graphs, args.out, job, api)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """`main` of parsed arguments; command: what the passports say made them."""
+    from ldmseg_fast.backends.trt.api import load_api
+    from ldmseg_fast.export.engine_build import build_engines, check_targets
+    from ldmseg_fast.export.engine_sources import find_graphs, make_job
+
+    job = make_job(args, command)
+    api = load_api(args.flavour)
+    check_targets(api, job.settings)
+    graphs, report = find_graphs(args, command)
+    if report is not None:
+        print(report.table())
+        if not report.ok:
+            print("error: a tolerance is missed, see above; nothing was built", file=sys.stderr)
+            return 1
+    passports = build_engines(graphs, args.out, job, api)
     where = f"on {passports[0].gpu}" if passports[0].gpu else "ahead of time, without a GPU"
     print(f"engines: {args.out} ({api.name}, {passports[0].precision}, built {where})")
     return 0

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left is tried again at exit
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
-        from ldmseg_fast.distributed.ending import reason_of
+        from ldmseg_fast.distributed.ending import reason_of  # late: a command that ends well does without torch
 
         reason = reason_of(error)
         if reason is None:

@@ -9,13 +9,14 @@ from typing import Any
 
 from benchmarks.measuring.environment import ROOT, environment
 from benchmarks.measuring.timing import Timing
+from ldmseg_fast.errors import UserError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SCHEMA_VERSION = 1
 PERCENTILES = (5, 20, 50, 80, 95, 99)
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(UserError):
     """A red check or a record that does not follow the schema."""
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings, save_component, save_index
 from ldmseg_fast.config import PRESETS, Config
+from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet
@@ -64,4 +65,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

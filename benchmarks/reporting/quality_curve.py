@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting.tables import load_rows
+from ldmseg_fast.distributed.ending import run_command
 
 Row = dict[str, Any]
 
@@ -88,4 +89,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

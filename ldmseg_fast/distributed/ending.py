@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
@@ -16,6 +16,7 @@ from ldmseg_fast.distributed.liveness import LOST_RANK, Heartbeat
 from ldmseg_fast.errors import Stopped, UserError
 
 INTERRUPTED = 130  # exit code: 128 + SIGINT
+PATIENCE = 8.0  # seconds that other ranks wait for rank 0's word
 _FAILED = "ldmseg/failed"  # in the launcher's store: "RANK:why"
 
 
@@ -23,7 +24,24 @@ def reason_of(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit code of an error that the user can do something about; None for a fault in this package."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
+    if isinstance(error, Stopped):
+        return str(error), error.exit_code
     return (f"error: {error}", 2) if isinstance(error, UserError | OSError) else None
+
+
+def run_command(run: Callable[[], int | None]) -> int:
+    """Runs a command of one process and returns its exit code.
+
+    An error that the user can do something about ends in one line on stderr; a fault of ours keeps its traceback.
+    """
+    try:
+        return run() or 0
+    except (Exception, KeyboardInterrupt) as error:
+        reason = reason_of(error)
+        if reason is None:
+            raise
+        print(reason[0], file=sys.stderr)
+        return reason[1]
 
 
 @contextmanager
@@ -91,21 +109,16 @@ class _RankWatch(Heartbeat):
             os._exit(LOST_RANK)  # the main thread sits in a collective that nothing can interrupt
 
 
-PATIENCE = 8.0  # seconds that other ranks wait for rank 0's word
-
-
 def exit_code_of(error: Exception) -> int | None:
     """Say what happened, once for all ranks, and return the exit code; None for what deserves a traceback.
 
     An error that every rank meets is printed by rank 0; the others wait until it has, or their launcher would kill rank
     0 before it could. What happens to one rank alone is printed by that one.
     """
-    if isinstance(error, Stopped):
-        _say(str(error), once=True)
-        return error.exit_code
-    if isinstance(error, UserError | OSError):
-        _say(f"error: {error}", once=True)
-        return 2
+    reason = reason_of(error)
+    if reason is not None:
+        _say(reason[0], once=True)
+        return reason[1]
     if is_lost_connection(error):
         _say(f"error: rank {distributed.rank()}: another rank has gone; start again with --resume", once=False)
         return LOST_RANK

@@ -1,0 +1,128 @@
+"""How commands end: what the user can mend in one line, a fault of ours with its traceback."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldmseg_fast import cli, errors
+from ldmseg_fast.distributed.ending import reason_of, run_command
+from ldmseg_fast.export import to_onnx, to_triton, to_trt
+
+ROOT = Path(__file__).resolve().parents[2]
+# the least arguments that each command takes
+ARGUMENTS = {
+    "predict": ["tiny", "x.png", "--out", "out"],
+    "inpaint": ["tiny", "--image", "x.png", "--map", "y.png", "--unknown-id", "0", "--out", "out"],
+    "evaluate": ["tiny", "--data", "data"],
+    "pq": ["a.json", "b.json"],
+    "convert": ["x.pt", "--out", "out"],
+    "data check": ["data"],
+    "data scenes": ["out", "--images", "10"],
+    "data merge": ["out", "a:b"],
+    "data cache": ["data", "--image-vae", "x"],
+    "runs": ["folder"],
+    "report": ["folder"],
+    "ship": ["run", "out"],
+    "doctor": [],
+    "demo": ["--out", "out"],
+}
+SCRIPTS = {
+    to_onnx: ["tiny", "--out", "out"],
+    to_trt: ["tiny", "--out", "out", "--flavour", "rtx"],
+    to_triton: ["engines", "--out", "out"],
+}
+
+
+def broadcast(*_: object, **__: object) -> None:
+    np.zeros(3) + np.zeros(4)
+
+
+def missing_key(*_: object, **__: object) -> None:
+    {}["a key of ours"]
+
+
+FAULTS = [(broadcast, ValueError), (missing_key, KeyError)]
+
+
+def test_every_command_is_tried():
+    assert ARGUMENTS.keys() == cli.COMMANDS.keys()
+
+
+@pytest.mark.parametrize(("fault", "kind"), FAULTS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_fault_in_a_command_keeps_its_traceback(command, fault, kind, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.import_module(cli.COMMANDS[command][0]), "run", fault)
+    with pytest.raises(kind):
+        cli.main([*command.split(), *ARGUMENTS[command]])
+    assert "error:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("fault", "kind"), FAULTS)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__.rpartition(".")[2])
+def test_a_fault_in_an_export_keeps_its_traceback(script, fault, kind, monkeypatch):
+    monkeypatch.setattr(script, "run", fault)
+    with pytest.raises(kind):
+        script.main(SCRIPTS[script])
+
+
+@pytest.mark.parametrize(("fault", "kind"), FAULTS)
+def test_a_fault_in_training_keeps_its_traceback(fault, kind, monkeypatch):
+    from ldmseg_fast import train
+
+    monkeypatch.setattr(train, "run", fault)
+    with pytest.raises(kind):
+        train.main(["autoencoder"])
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_what_the_user_can_mend_is_one_line(command, monkeypatch, capsys):
+    def refuse(_: object) -> None:
+        raise errors.DataError("x.png: no picture; choose another")
+
+    monkeypatch.setattr(importlib.import_module(cli.COMMANDS[command][0]), "run", refuse)
+    assert cli.main([*command.split(), *ARGUMENTS[command]]) == 2
+    assert capsys.readouterr().err == "error: x.png: no picture; choose another\n"
+
+
+def test_every_error_of_ours_is_a_user_error():
+    found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert {value.__name__ for value in found if not issubclass(value, errors.UserError)} == {"Stopped"}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (errors.ConfigError("train.steps=-1"), ("error: train.steps=-1", 2)),
+        (FileNotFoundError(2, "No such file", "x"), ("error: [Errno 2] No such file: 'x'", 2)),
+        (KeyboardInterrupt(), ("interrupted", 130)),
+        (errors.Stopped(7, 15), ("stopped by SIGTERM at step 7 and saved; go on with --resume", 143)),
+        (ValueError("operands could not be broadcast"), None),
+        (KeyError("x"), None),
+        (RuntimeError("x"), None),
+    ],
+)
+def test_reasons(error, expected):
+    assert reason_of(error) == expected
+
+
+def test_run_command(capsys):
+    def refuse() -> int:
+        raise errors.ArgumentError("--steps 0: at least 1")
+
+    assert run_command(lambda: None) == 0
+    assert run_command(lambda: 3) == 3
+    assert run_command(refuse) == 2
+    assert capsys.readouterr().err == "error: --steps 0: at least 1\n"
+
+
+def test_a_benchmark_ends_in_one_line(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).write_text("no record")
+    command = [sys.executable, str(ROOT / "benchmarks" / "compare.py"), str(tmp_path / "x"), str(tmp_path / "y")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr and str(tmp_path / "x") in done.stderr
