@@ -1,4 +1,4 @@
-"""A model folder as ONNX graphs, checked against PyTorch.
+"""Exports a model folder as ONNX graphs, checked against PyTorch.
 
 python export/to_onnx.py MODEL_DIR --out DIR [--precision fp32|fp16|bf16] [--data ROOT]
 """
@@ -35,13 +35,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a tolerance is missed (nothing is left in DIR), 2 wrong input."""
+    """Exports and returns the exit code: 0 done, 1 a tolerance is missed (nothing is left in DIR), 2 wrong input."""
     command = "python export/to_onnx.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(parse(argv), command))
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    """`main` of parsed arguments; command: what the manifest says made the graphs."""
+    """Exports as parsed arguments say; `command` is what the manifest names as its maker."""
     from ldmseg_fast.export.model_export import ExportSettings, export_model
 
     settings = ExportSettings(

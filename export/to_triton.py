@@ -1,4 +1,4 @@
-"""Engines, or ONNX graphs, as a model repository of NVIDIA's Triton Inference Server.
+"""Writes engines, or ONNX graphs, as a model repository of NVIDIA's Triton Inference Server.
 
 python export/to_triton.py ENGINE_DIR|ONNX_DIR --out REPOSITORY
 """
@@ -28,7 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 wrong input."""
+    """Writes the repository and returns the exit code: 0 done, 2 wrong input."""
     return run_command(lambda: run(parse(argv)))
 
 

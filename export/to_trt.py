@@ -1,4 +1,4 @@
-"""A model folder, or its ONNX graphs, as TensorRT engines.
+"""Builds TensorRT engines of a model folder, or of its ONNX graphs.
 
 python export/to_trt.py MODEL_DIR|ONNX_DIR --out DIR [--flavour tensorrt|rtx] [--target sm80,sm89|portable|current]
     [--precision fp16|bf16|fp8|int8] [--max-batch N]
@@ -54,13 +54,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a parity tolerance is missed, 2 wrong input or a build that fails."""
+    """Builds and returns the exit code: 0 done, 1 a parity tolerance is missed, 2 wrong input or a build that fails."""
     command = "python export/to_trt.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(parse(argv), command))
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    """`main` of parsed arguments; command: what the passports say made them."""
+    """Builds as parsed arguments say; `command` is what the passports name as their maker."""
     from ldmseg_fast.backends.trt.api import load_api
     from ldmseg_fast.export.engine_build import build_engines, check_targets
     from ldmseg_fast.export.engine_sources import find_graphs, make_job

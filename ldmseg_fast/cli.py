@@ -1,4 +1,4 @@
-"""`ldmseg`: the table of its commands. Each stands in a module of `commands/` with `add_arguments` and `run`."""
+"""Holds the table of `ldmseg`'s commands. Each has a module in `commands/` with `add_arguments` and `run`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LateParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command; `args.run(args)` carries out the one that was chosen."""
+    """Builds the parser of all commands; `args.run(args)` carries out the one that was chosen."""
     parser = argparse.ArgumentParser(prog="ldmseg", description="Latent-diffusion panoptic segmentation.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands: Any = parser.add_subparsers(dest="command", required=True, parser_class=LateParser)
@@ -70,7 +70,10 @@ def _filler(parser: argparse.ArgumentParser, module: str) -> Callable[[], None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the answer is no, 2 wrong input, 130 interrupted, 141 nobody reads the output any more."""
+    """Runs a command and returns its exit code.
+
+    0: done, 1: the answer is no, 2: wrong input, 130: interrupted, 141: nobody reads the output any more.
+    """
     args = build_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

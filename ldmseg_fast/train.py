@@ -1,4 +1,4 @@
-"""Command line of training.
+"""Reads the command line of training and starts it.
 
 deepspeed ldmseg_fast/train.py {autoencoder|diffusion|one_step|distillation} [--config NAME_OR_FILE] [--resume]
     data.root=ROOT output_dir=DIR
@@ -20,7 +20,7 @@ from ldmseg_fast.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong usage is an error like any other, said once and not by every rank."""
+    """Raises wrong usage as an error like any other, which is said once and not by every rank."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise ConfigError(f"{message}; {self.prog} --help lists what there is")
@@ -69,8 +69,11 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 wrong input or a fault (one line says which and what to do), 143 or 130 stopped by a signal
-    after saving."""
+    """Trains and returns the exit code.
+
+    0: done, 2: wrong input or a fault (one line says which and what to do), 143 or 130: stopped by a signal after
+    saving.
+    """
     from ldmseg_fast.distributed.ending import exit_code_of
 
     distributed.start()

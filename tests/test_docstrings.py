@@ -23,7 +23,7 @@ NO_PROMISE = {"NotImplementedError", "AssertionError"}  # raised by what is abst
 CALLED = ("__call__", "forward")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-_AXIS = r"(?:\.\.\.|[A-Za-z0-9_'.()]+(?:\s?[-+*/^]\s?[A-Za-z0-9_'.()]+)*)"
+_AXIS = r"(?:\.\.\.|\*?[A-Za-z0-9_'.()]+(?:\s?[-+*/^]\s?[A-Za-z0-9_'.()]+)*)"
 SHAPE = re.compile(rf"(?<![\w\]])\[{_AXIS}(?:,\s+{_AXIS})*\]|\bscalars?\b|\bany shape\b", re.IGNORECASE)
 RANGE = re.compile(r"\[-?[\d.]+, [\d.]+\]")  # of values; [48, 3] is a shape all the same where a dtype stands before it
 TYPED = re.compile(r"\d \[[\d, ]+\]")

@@ -1,7 +1,7 @@
 """`make demo`: scenes -> the shipped model on them -> both stages trained under DeepSpeed -> one HTML report.
 
-For a bare machine. Every part is skipped where its result is already there, so a second run continues an interrupted
-first.
+It needs nothing but this package. A part is skipped where its result is already there, so a second run goes on with an
+interrupted first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def launch_training(stage: str, folder: Path, settings: list[str], ranks: int) -> float:
-    """Train, or continue, in `folder`; returns the wall seconds. Raises SystemExit with the launcher's exit code."""
+    """Trains, or continues, in `folder`; returns the wall seconds. Raises SystemExit with the launcher's exit code."""
     resume = ["--resume"] if any(folder.glob("checkpoints/step-*/state.json")) else []
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     launcher += ["--num_gpus", str(ranks)]
@@ -59,7 +59,7 @@ def launch_training(stage: str, folder: Path, settings: list[str], ranks: int) -
 
 
 class Progress:
-    """Which parts are done and how long they took, in OUT/progress.json."""
+    """Records which parts are done and how long they took, in OUT/progress.json."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / "progress.json"
@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; a training that fails ends with its launcher's exit code."""
+    """Runs all parts and returns 0; a training that fails ends with its launcher's exit code."""
     from ldmseg_fast.commands.predict import find_pictures, predict_files
     from ldmseg_fast.data.folders import read_image
     from ldmseg_fast.data.scenes import write_scenes

@@ -1,4 +1,4 @@
-"""`ldmseg evaluate`: its arguments, and what it prints and writes."""
+"""`ldmseg evaluate` measures the panoptic quality of a model on a COCO-panoptic folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; what is wrong is raised."""
+    """Evaluates, prints and writes what was asked for, and returns 0."""
     from ldmseg_fast import distributed
     from ldmseg_fast.distributed.ending import joined_ranks
     from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report

@@ -1,4 +1,4 @@
-"""`ldmseg pq GT_JSON PRED_JSON`: its arguments, and what it prints and writes."""
+"""`ldmseg pq GT_JSON PRED_JSON` measures the panoptic quality of result files, as panopticapi does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; what is wrong is raised."""
+    """Measures, prints and writes what was asked for, and returns 0."""
     import json
 
     from ldmseg_fast.files import check_output, replacing
