@@ -45,7 +45,7 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
             )
         batches = [(args.min_batch, args.opt_batch, args.max_batch)]
     if args.max_side < 1 or args.workspace < 0:
-        raise BackendError(f"--max-side {args.max_side}, --workspace {args.workspace}: must be positive")
+        raise BackendError(f"--max-side {args.max_side} must be positive, --workspace {args.workspace} not negative")
     sides = _range("--image-sizes", args.image_sizes) if args.image_sizes else None
     return BuildJob(settings, Ranges(tuple(batches), args.max_side, sides), command, args.timing_cache, print)
 

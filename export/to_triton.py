@@ -20,9 +20,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", metavar="ENGINE_DIR|ONNX_DIR")
     parser.add_argument("--out", required=True, type=Path, help="folder for the repository")
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
-    parser.add_argument("--max-batch", type=int, default=8, help="for ONNX graphs; engines have their own")
+    parser.add_argument("--max-batch", type=int, default=8, help="largest batch of ONNX graphs; engines have their own")
     parser.add_argument("--queue-delay", type=int, default=2000, help="microseconds a request waits for others")
-    parser.add_argument("--instances", type=int, default=1, help="of every model")
+    parser.add_argument("--instances", type=int, default=1, help="instances of every model")
     parser.add_argument("--device", default="gpu", choices=["gpu", "cpu"])
     return parser.parse_args(argv)
 

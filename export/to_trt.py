@@ -37,17 +37,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--max-side", type=int, default=1024, help="largest side of a map in pixels")
     parser.add_argument(
-        "--image-sizes", metavar="MIN,OPT,MAX", help="of pictures, for graphs exported with --size dynamic"
+        "--image-sizes", metavar="MIN,OPT,MAX", help="sides of pictures, for graphs exported with --size dynamic"
     )
     parser.add_argument("--level", type=int, default=3, choices=range(6), help="builder optimisation level")
     parser.add_argument("--workspace", type=float, default=0.0, help="GiB of scratch memory; default no limit")
     parser.add_argument("--timing-cache", type=Path, help="default DIR/timing.cache")
-    parser.add_argument("--strip", action="store_true", help="engines without weights, to be refitted")
-    parser.add_argument("--refit", action="store_true", help="weights can be replaced")
-    parser.add_argument("--version-compatible", action="store_true", help="loadable by later versions of this major")
+    parser.add_argument("--strip", action="store_true", help="build engines without weights, to be refitted")
+    parser.add_argument("--refit", action="store_true", help="build engines whose weights can be replaced")
+    parser.add_argument(
+        "--version-compatible", action="store_true", help="build engines that later versions of the same major can load"
+    )
     parser.add_argument("--verbose", action="store_true", help="write a layer report beside each engine")
-    parser.add_argument("--head", choices=HEADS, help="default panoptic; MODEL_DIR only, as the next three")
-    parser.add_argument("--sampler-steps", default="", help="also whole samplers of these numbers of steps, as 1,2,4")
+    parser.add_argument("--head", choices=HEADS, help="default panoptic; this and the next three need MODEL_DIR")
+    parser.add_argument(
+        "--sampler-steps", default="", help="also build whole samplers of these numbers of steps, as 1,2,4"
+    )
     parser.add_argument("--data", help="COCO-panoptic folder for calibration and the parity report")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     return parser.parse_args(argv)

@@ -93,8 +93,8 @@ def call(model: str, inputs: dict[str, Tensor], outputs: Sequence[str]) -> list[
 class Preprocess(_RequestByRequest):
     """Decodes pictures.
 
-    Encoded pictures [B, 1] (and seeds [B, 1]) -> images uint8 [B, 3, S, S], noise float32 [B, C, h, w], size int64 [B,
-    2].
+    Encoded pictures [B, 1] (and seeds [B, 1]) -> images uint8 [B, 3, S, S], noise float32 [B, C, h, w] and size
+    int64 [B, 2].
     """
 
     def run(self, request: Any) -> list[Any]:

@@ -17,18 +17,18 @@ from ldmseg_fast import __version__
 COMMANDS = {
     "predict": ("ldmseg_fast.commands.predict", "segment pictures"),
     "inpaint": ("ldmseg_fast.commands.inpaint", "complete a panoptic map of which a part is given"),
-    "evaluate": ("ldmseg_fast.commands.evaluate", "panoptic quality of a model on a COCO-panoptic folder"),
-    "pq": ("ldmseg_fast.commands.pq", "panoptic quality of result files, as panopticapi computes it"),
-    "convert": ("ldmseg_fast.commands.convert", "a published LDMSeg checkpoint as a model folder"),
+    "evaluate": ("ldmseg_fast.commands.evaluate", "measure the panoptic quality of a model on a COCO-panoptic folder"),
+    "pq": ("ldmseg_fast.commands.pq", "measure the panoptic quality of result files, as panopticapi does"),
+    "convert": ("ldmseg_fast.commands.convert", "turn a published LDMSeg checkpoint into a model folder"),
     "data check": ("ldmseg_fast.commands.data_check", "look for damaged or inconsistent files"),
     "data scenes": ("ldmseg_fast.commands.data_scenes", "generate scenes in COCO-panoptic layout"),
-    "data merge": ("ldmseg_fast.commands.data_merge", "splits of several folders as one, by links"),
+    "data merge": ("ldmseg_fast.commands.data_merge", "make one split of splits of several folders, by links"),
     "data cache": ("ldmseg_fast.commands.data_cache", "encode every picture once, for training"),
-    "runs": ("ldmseg_fast.commands.runs", "training runs below a folder and their best PQ"),
-    "report": ("ldmseg_fast.commands.report", "curves and pictures of one training run as an HTML page"),
-    "ship": ("ldmseg_fast.commands.ship", "a training run as small weights with a model card"),
-    "doctor": ("ldmseg_fast.commands.doctor", "what this machine can run, and what is missing"),
-    "demo": ("ldmseg_fast.commands.demo", "the whole path in minutes, from generated scenes to a report"),
+    "runs": ("ldmseg_fast.commands.runs", "list the training runs below a folder and their best PQ"),
+    "report": ("ldmseg_fast.commands.report", "write curves and pictures of one training run as an HTML page"),
+    "ship": ("ldmseg_fast.commands.ship", "turn a training run into small weights with a model card"),
+    "doctor": ("ldmseg_fast.commands.doctor", "tell what this machine can run, and what is missing"),
+    "demo": ("ldmseg_fast.commands.demo", "run the whole path in minutes, from generated scenes to a report"),
 }
 GROUPS = {"data": "check, generate, merge or encode data sets"}
 

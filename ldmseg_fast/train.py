@@ -31,11 +31,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("stage", choices=["autoencoder", "diffusion", "one_step", "distillation"])
     parser.add_argument("--config", default="tiny", help="a preset (tiny, coco) or a YAML/JSON file; default tiny")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
-    parser.add_argument("--trust", action="store_true", help="with --resume: also from pickles that DeepSpeed wrote")
+    parser.add_argument("--trust", action="store_true", help="with --resume: also read pickles that DeepSpeed wrote")
     parser.add_argument("--dry-run", action="store_true", help="print settings, parameters and memory, and stop")
-    parser.add_argument(
-        "--deepspeed_config", metavar="JSON", help="more DeepSpeed settings, merged with what ours mean"
-    )
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="file of more DeepSpeed settings, merged with ours")
     parser.add_argument(
         "--deepspeed", action="store_true", help=argparse.SUPPRESS
     )  # what other scripts are started with

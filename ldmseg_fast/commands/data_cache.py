@@ -198,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for caches; default ROOT/latents, which training finds by itself"
     )
-    parser.add_argument("--limit", type=int, default=0, help="first annotations only, as data.limit")
+    parser.add_argument("--limit", type=int, default=0, help="use the first annotations only, as data.limit does")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode pictures")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for a batch of pictures")

@@ -185,7 +185,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=1, help="seeds per picture; above 1 with a map of agreement")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
-    parser.add_argument("--cache-interval", type=int, default=1, help="compute deep features each so many steps only")
+    parser.add_argument(
+        "--cache-interval", type=int, default=1, metavar="N", help="compute deep features every N steps only"
+    )
     add_backend_arguments(parser)
 
 

@@ -106,7 +106,7 @@ class CocoPanoptic(Dataset):
         self.augmentation = augmentation if augmentation is not None else Augmentation()
         if cache and train and self.augmentation.scale_min < 1:
             raise ArgumentError(
-                "the cache holds resized pictures and cannot be cropped from: cache=false or scale_min=1"
+                "the cache keeps resized pictures, which cannot be cropped: set cache=false or scale_min=1"
             )
         self.folders = find_split(root, split)
         self._images, self._maps = str(self.folders.images), str(self.folders.maps)

@@ -75,7 +75,7 @@ class LatentCache:
             others = (
                 [entry.name for entry in folder.iterdir() if (entry / MANIFEST).is_file()] if folder.is_dir() else []
             )
-            stale = "; the one there is of another encoder, size or list of pictures" if others else ""
+            stale = "; the one there belongs to another encoder, size or list of pictures" if others else ""
             raise CheckpointError(f"{folder}: no latent cache for this run{stale}; {cure}")
         manifest = read_json(path / MANIFEST)
         if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), dict):
@@ -152,7 +152,7 @@ def why_not(config: Config) -> str:
         (config.image_encoder.kind == "conv", "image_encoder.kind=conv is trained"),
         (data.scale_min < 1, f"data.scale_min={data.scale_min} crops at random"),
         (data.color_jitter > 0, f"data.color_jitter={data.color_jitter} changes colours at random"),
-        (data.resize != "pillow", f"data.resize={data.resize}, the cache is made with Pillow's"),
+        (data.resize != "pillow", f"data.resize={data.resize} differs from the cache's, which is Pillow's"),
         (config.diffusion.sample_posterior, "diffusion.sample_posterior draws other latents each time"),
         (config.unet.conditioning == "clip_image", "unet.conditioning=clip_image sees the pictures"),
     ]
