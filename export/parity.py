@@ -34,7 +34,7 @@ STEPS = (4, 10)
 # Largest differences, relative to the reference's largest magnitude where that is above 1; smallest cosines.
 MAX_ABS = {"image_encoder": 1e-3, "denoiser": 1e-3, "mask_decoder": 1e-4}
 LOOP_ERROR, ARGMAX_AGREEMENT = 1e-3, 0.999
-# points of PQ; on a few images one segment that turns up or goes is a point or two
+# points of PQ; on a few images one segment more or less changes it by a point or two
 PQ_DIFFERENCE = {"fp32": 0.5, "fp16": 3.0, "bf16": 5.0, "fp8": 10.0, "int8": 10.0}
 COSINE = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.998, "fp8": 0.99, "int8": 0.98}
 
@@ -281,7 +281,7 @@ def _latency(
     pictures: Tensor,
 ) -> dict[str, float]:
     if graphs.specs["denoiser"].inputs[0].shape[0] not in (1, "batch"):
-        return {}  # graphs of a larger fixed batch are not what a single image is to be timed on
+        return {}  # graphs of a larger fixed batch cannot be timed on a single image
     inputs, times = denoiser_inputs(info, mask_latents, noise, reference.encode_image(pictures))
     calls = [denoiser(backend, pictures) for backend in (graphs, reference)]
     ours, theirs = best_times(lambda: calls[0](inputs.to(graphs.dtype), times), lambda: calls[1](inputs, times))

@@ -65,7 +65,7 @@ def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Modul
 
 def _modelopt() -> Any:
     try:
-        with warnings.catch_warnings():  # it warns of every transformers release that it does not know
+        with warnings.catch_warnings():  # modelopt warns of every transformers release that it does not know
             warnings.simplefilter("ignore")
             import modelopt.torch.quantization as mtq
     except ImportError as error:

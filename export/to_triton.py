@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Writes the repository as parsed arguments say."""
     from ldmseg_fast.export.triton_repository import RepositorySettings, write_repository
 
     settings = RepositorySettings(args.steps, args.max_batch, args.queue_delay, args.instances, args.device)

@@ -83,10 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left is tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the rest is written again at exit
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
-        from ldmseg_fast.distributed.ending import reason_of  # late: a command that ends well does without torch
+        from ldmseg_fast.distributed.ending import reason_of  # late: a command that ends well needs no torch
 
         reason = reason_of(error)
         if reason is None:

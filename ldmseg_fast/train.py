@@ -23,10 +23,16 @@ class Parser(argparse.ArgumentParser):
     """Raises wrong usage as an error like any other, which is said once and not by every rank."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Raises ConfigError in the place of argparse's exit."""
         raise ConfigError(f"{message}; {self.prog} --help lists what there is")
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Reads the command line and loads the configuration that it names.
+
+    Raises:
+        ConfigError: wrong usage, or settings that cannot be.
+    """
     parser = Parser(prog="train.py", description="Train a stage; settings are written key=value.")
     parser.add_argument("stage", choices=["autoencoder", "diffusion", "one_step", "distillation"])
     parser.add_argument("--config", default="tiny", help="a preset (tiny, coco) or a YAML/JSON file; default tiny")
@@ -34,9 +40,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--trust", action="store_true", help="with --resume: also read pickles that DeepSpeed wrote")
     parser.add_argument("--dry-run", action="store_true", help="print settings, parameters and memory, and stop")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="file of more DeepSpeed settings, merged with ours")
-    parser.add_argument(
-        "--deepspeed", action="store_true", help=argparse.SUPPRESS
-    )  # what other scripts are started with
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # other scripts are started with it
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("settings", nargs="*", help="key=value, such as train.steps=1000")
     args = parser.parse_intermixed_args(argv)
@@ -44,6 +48,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
 
 
 def run(argv: list[str] | None) -> None:
+    """Trains, or prints what `--dry-run` asks for."""
     args, config = parse(argv)
     user_config = None
     if args.deepspeed_config:

@@ -30,6 +30,7 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def free_port() -> int:
+    """Finds a port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -66,6 +67,7 @@ class Progress:
         self.done: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
     def run(self, name: str, part: Any) -> None:
+        """Runs a part and records it, unless it is done already."""
         if name in self.done:
             print(f"{name}: done before ({self.done[name]:.0f} s)", flush=True)
             return
@@ -78,6 +80,7 @@ class Progress:
 
 
 def write_demo_report(out: Path, done: dict[str, float]) -> Path:
+    """Writes OUT/report.html from the results in OUT, and returns it."""
     shipped, report, reconstruction = (
         json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("shipped", "evaluation", "reconstruction")

@@ -24,7 +24,7 @@ from ldmseg_fast.pipeline import LDMSegPipeline
 from ldmseg_fast.reports.draw import enlarge, overlay
 
 OVERLAY_SIDE = 2048
-SMALL_SIDE = 512  # what overlays of small pictures are enlarged to, about
+SMALL_SIDE = 512  # overlays of small pictures are enlarged to about this side
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 

@@ -25,9 +25,9 @@ from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import read_json, read_lines, replace_folder
 from ldmseg_fast.training.provenance import STARTS, ancestors, cpu_minutes
 
-LIMIT = 20 * 10**6  # bytes of all model folders beside OUT, with it: what a wheel may carry
+LIMIT = 20 * 10**6  # bytes that a wheel may carry: OUT and all model folders beside it
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
-LARGE = 4096  # elements from which on a matrix or a convolution is worth int8
+LARGE = 4096  # fewest elements at which a matrix or a convolution is worth int8
 
 
 def half(state: dict[str, Tensor], dtype: torch.dtype, source: str) -> dict[str, Tensor]:

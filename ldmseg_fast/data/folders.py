@@ -26,7 +26,7 @@ __all__ = [
     "read_image",
 ]
 
-MAX_BYTES = 2**30  # of a file: far above any picture of MAX_PIXELS
+MAX_BYTES = 2**30  # largest file that is read; far above any picture of MAX_PIXELS
 
 _PREFIX, _SUFFIX = "panoptic_", ".json"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -149,7 +149,7 @@ def read_dense_map(
         try:
             return _C.read_png(_read(path), MAX_PIXELS).dense_ids(segment_ids, crowd, min_area)
         except _C.UnreadablePng:
-            pass  # interlaced, or damaged: then the other reader says how
+            pass  # interlaced or damaged: the other reader says which
     return dense_ids(read_panoptic_png(path), segment_ids, crowd=crowd, min_area=min_area)
 
 

@@ -163,7 +163,7 @@ class TrainingBatches:
 
     def _kill_workers(self) -> None:
         """Kills the worker processes, because hung ones do not end when they are asked to."""
-        _remove_worker_pids(id(self._iterator))  # or their death would raise an error wherever the program then is
+        _remove_worker_pids(id(self._iterator))  # else their death raises an error wherever the program is then
         self._iterator._shutdown = True
         for worker in self._iterator._workers:
             os.kill(worker.pid, signal.SIGKILL)

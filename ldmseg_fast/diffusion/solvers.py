@@ -130,7 +130,7 @@ def sample(
         return ddim(denoise, noise, image_latents, scheduler, num_inference_steps, self_condition, callback, timesteps)
     estimate = Estimator(denoise, image_latents, scheduler, self_condition, constraint)
     times = solver_timesteps(scheduler, solver, num_inference_steps, timesteps)
-    alphas = scheduler.alphas_cumprod.tolist()  # at once: each number from a GPU would be a wait for it
+    alphas = scheduler.alphas_cumprod.tolist()  # all at once: each number read from a GPU would wait for it
     signal = [math.sqrt(alphas[time]) for time in times] + [1.0]
     sigma = [math.sqrt(1.0 - alphas[time]) for time in times] + [0.0]
     steps: Iterator[tuple[Tensor, Tensor]]

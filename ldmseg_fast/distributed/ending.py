@@ -77,7 +77,7 @@ class _RankWatch(Heartbeat):
     def fail(self, error: BaseException) -> NoReturn:
         """Says why, once for all ranks that meet the same error, and ends the process."""
         if isinstance(error, Exception) and is_lost_connection(error):
-            time.sleep(2 * self.period)  # for the other's own words, which end this rank
+            time.sleep(2 * self.period)  # lets the other rank say why, which ends this one
             self._leave("another rank has gone")
         self._done.set()  # from here on this thread alone ends the process
         text, code = reason_of(error) or (traceback.format_exc().rstrip(), 1)

@@ -23,7 +23,7 @@ from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
 
 MAX_THREADS = 8
-_TASK = 16  # images at most that a thread takes at a time
+_TASK = 16  # most images that a thread takes at a time
 
 
 def evaluate_files(
@@ -128,7 +128,7 @@ def _match_files(
 ) -> np.ndarray:
     """Matches one pair of PNGs; without `pred_path` the prediction is all void."""
     if _C is not None and pred_path is not None:
-        with suppress(ValueError):  # rare or wrong; below, all is read by the functions that say what
+        with suppress(ValueError):  # rare or wrong: the functions below read it whole and say what is wrong
             paths = os.fsencode(gt_path), os.fsencode(pred_path)
             return _C.match_files(paths[0], gt_table, paths[1], pred_table, boundary, MAX_PIXELS)
     gt_ids = _read(gt_path)

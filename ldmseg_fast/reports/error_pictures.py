@@ -12,7 +12,7 @@ from ldmseg_fast.reports.draw import ERROR_COLORS, colorize, enlarge, error_map,
 from ldmseg_fast.reports.error_entry import PageEntry, nearest
 
 SIDE = 400  # pixels of a picture's longer side
-BYTES = 27_000  # of a picture, at most, as far as the lowest quality allows
+BYTES = 27_000  # largest picture, as far as the lowest quality allows
 QUALITIES = (82, 72, 60, 45, 30)
 
 
