@@ -253,7 +253,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "native helpers of ldmseg_fast; each has a twin in numpy or torch beside its caller";
 
     // run_map.hpp, with what training_map.hpp makes of a map
-    py::class_<RunMap>(m, "RunMap", "A map [H, W] as the runs of its rows; what matching works on.")
+    py::class_<RunMap>(m, "RunMap", "Holds a map [H, W] as the runs of its rows, on which matching works.")
         .def(py::init(&py_run_map), py::arg("ids").noconvert())
         .def("ids", &py_paint)
         .def("dense_ids", &py_dense_ids, py::arg("segment_ids"), py::arg("dropped"), py::arg("min_area"))
@@ -278,7 +278,7 @@ PYBIND11_MODULE(_C, m) {
 
     // annotation_index.hpp
     py::register_exception<UnusualJson>(m, "UnusualJson", PyExc_ValueError);
-    py::class_<AnnotationIndex>(m, "AnnotationIndex", "Where the annotations of a COCO panoptic JSON stand in it.")
+    py::class_<AnnotationIndex>(m, "AnnotationIndex", "Indexes where the annotations of a COCO panoptic JSON stand in it.")
         .def(py::init(&py_annotation_index), py::arg("path"), py::arg("predictions"))
         .def_property_readonly("image_ids", &py_image_ids)
         .def_property_readonly("categories", &AnnotationIndex::categories)
