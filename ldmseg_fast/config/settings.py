@@ -32,7 +32,7 @@ Widths = Annotated[tuple[Width, ...], Length(1, 16)]  # one a resolution
 Flags = Annotated[tuple[bool, ...], Length(1, 16)]
 Blocks = Annotated[tuple[OptionalLayers, ...], Length(1, 16)]
 TeacherSteps = Annotated[int, Range(0, 1_000_000)]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Kind = Literal["norm", "bias", "embedding"]
 
 Location = Annotated[str, Form(r"[^\0]*", "a path without a null character")]
@@ -230,7 +230,7 @@ class TrainConfig:
     min_lr: Share = 0.0  # share of learning_rate at the end of the cosine
     zero_stage: Annotated[int, Range(0, 3)] = 1
     offload: bool = False
-    precision: Precision = "bf16"
+    precision: Precision = "auto"  # bf16 where the device has units for it, else fp32
     compile: Literal["none", "blocks", "model"] = "none"  # torch.compile: the repeated blocks, or whole networks
     compile_backend: Compiler = "inductor"
     channels_last: bool = True
