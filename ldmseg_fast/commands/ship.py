@@ -21,7 +21,6 @@ from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, load_weights, save_weights
 from ldmseg_fast.config import PRESETS, to_dict
-from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import read_json, read_lines, replace_folder
 from ldmseg_fast.training.provenance import STARTS, ancestors, cpu_minutes
@@ -84,9 +83,8 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
             if (run_dir / component / WEIGHTS).is_file():
                 weights = run_dir / component / WEIGHTS
                 state = load_weights(weights)
-                state = half(
-                    to_int8(state) if dtype == "int8" else state, DTYPES.get(dtype, torch.float16), str(weights)
-                )
+                floats = torch.bfloat16 if dtype == "bf16" else torch.float16  # the scales of int8 too
+                state = half(to_int8(state) if dtype == "int8" else state, floats, str(weights))
                 save_weights(state, temporary / component / WEIGHTS)
         write_model_card(temporary, {"weights": dtype, **history(run_dir, machine)})
         total = sum(

@@ -20,8 +20,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def has_units(device_type: str, dtype: torch.dtype) -> bool:
     """Whether a "cuda" device or the "cpu" computes in `dtype` itself, rather than by way of float32.
 
-    oneDNN takes bfloat16 on any processor with AVX-512, but has products of it only where AVX512_BF16 or AMX is; on
-    others float32 is faster. `ONEDNN_MAX_CPU_ISA=AVX2` makes a process answer as an older processor would.
+    oneDNN says that it supports bfloat16 on every x86 processor with AVX-512; without AVX512_BF16 it converts there and
+    back, and float32 is faster. `ONEDNN_MAX_CPU_ISA=AVX2` makes a process answer as an older processor would.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return True

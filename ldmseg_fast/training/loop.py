@@ -63,7 +63,7 @@ class Run:
         settings = config.train
         self.checkpoints = TrainingCheckpoints(self.folder / "checkpoints", settings.keep, settings.keep_best)
         self.checkpoints.check_start(resume, trust)
-        config = resolve_settings(config, self.device, self.folder if resume else None, self.say)
+        config, precision = resolve_settings(config, self.device, self.folder if resume else None)
         torch.set_num_threads(settings.threads or max(1, distributed.cores() // distributed.local_size()))
         torch.manual_seed(settings.seed)
         for kernel in KERNELS:
@@ -100,6 +100,7 @@ class Run:
             record_start(logs, stage_name, self.progress.step)
             (self.folder / "settings.txt").write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         self.log = RunLog(logs, self.progress.step, settings.wandb, to_dict(config))
+        self.say(precision)
         self.agreement, self.window = Agreement(), Window()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
         quiet = None if distributed.is_main() else True  # None: silent where there is no terminal

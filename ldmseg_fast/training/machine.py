@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +15,16 @@ from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.files import read_json
 
 
-def resolve_settings(config: Config, device: torch.device, resumed: Path | None, say: Callable[[str], None]) -> Config:
+def resolve_settings(config: Config, device: torch.device, resumed: Path | None) -> tuple[Config, str]:
     """Settles on all ranks what `config` leaves to the machine; all of them call it.
 
     Args:
         config: of the run.
         device: of this rank.
         resumed: folder of a run that goes on: with `train.precision=auto` it keeps the precision that it had.
-        say: takes a line about the precision and the reason for it.
 
     Returns:
-        `config` with "fp32", "bf16" or "fp16" as `train.precision`.
+        `config` with "fp32", "bf16" or "fp16" as `train.precision`, and a line that says which it is and why.
 
     Raises:
         ConfigError: `model.attention` names something that is not on this machine.
@@ -40,8 +38,7 @@ def resolve_settings(config: Config, device: torch.device, resumed: Path | None,
     # one rank that emulates bf16 holds up all others
     precision, reason = next((answer for answer in answers if answer[0] == "fp32"), answers[0])
     kept = reason.replace(f"train.precision={before}", "as the run began", 1) if before else reason
-    say(f"precision: {precision} ({kept})")
-    return replace(config, train=replace(config.train, precision=precision))
+    return replace(config, train=replace(config.train, precision=precision)), f"precision: {precision} ({kept})"
 
 
 def _check_attention(backend: str, device: torch.device) -> None:

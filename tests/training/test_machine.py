@@ -80,15 +80,14 @@ def test_a_run_that_moves_keeps_its_precision(
 def test_a_run_without_a_record_asks_the_machine(recorded: dict | None, processor: Callable, tmp_path: Path) -> None:
     if recorded is not None:
         (tmp_path / "config.json").write_text(json.dumps(recorded))
-    assert resolve_settings(load_config("tiny"), CPU, tmp_path, print).train.precision == "bf16"
+    assert resolve_settings(load_config("tiny"), CPU, tmp_path)[0].train.precision == "bf16"
 
 
 def test_one_rank_that_emulates_decides_for_all(processor: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = ("fp32", "this CPU emulates bf16")
     monkeypatch.setattr("ldmseg_fast.distributed.gather_objects", lambda value: [value, slow, value])
-    said: list[str] = []
-    assert resolve_settings(load_config("tiny"), CPU, None, said.append).train.precision == "fp32"
-    assert said == ["precision: fp32 (this CPU emulates bf16)"]
+    config, line = resolve_settings(load_config("tiny"), CPU, None)
+    assert config.train.precision == "fp32" and line == "precision: fp32 (this CPU emulates bf16)"
 
 
 @pytest.mark.parametrize("units", [True, False])
@@ -110,4 +109,4 @@ def test_attention_that_needs_a_gpu_is_refused_when_training_starts(settings: Se
 def test_attention_that_is_not_installed_is_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"model\.attention=xformers: `pip install xformers`"):
-        resolve_settings(settings("run", "model.attention=xformers"), CPU, None, print)
+        resolve_settings(settings("run", "model.attention=xformers"), CPU, None)
