@@ -25,6 +25,7 @@ from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
 from ldmseg_fast.training.inputs import check_batch, make_batches, make_dataset
+from ldmseg_fast.training.machine import resolve_settings
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
@@ -62,6 +63,7 @@ class Run:
         settings = config.train
         self.checkpoints = TrainingCheckpoints(self.folder / "checkpoints", settings.keep, settings.keep_best)
         self.checkpoints.check_start(resume, trust)
+        config, precision = resolve_settings(config, self.device, self.folder if resume else None)
         torch.set_num_threads(settings.threads or max(1, distributed.cores() // distributed.local_size()))
         torch.manual_seed(settings.seed)
         for kernel in KERNELS:
@@ -98,6 +100,7 @@ class Run:
             record_start(logs, stage_name, self.progress.step)
             (self.folder / "settings.txt").write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         self.log = RunLog(logs, self.progress.step, settings.wandb, to_dict(config))
+        self.say(precision)
         self.agreement, self.window = Agreement(), Window()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
         quiet = None if distributed.is_main() else True  # None: silent where there is no terminal

@@ -32,7 +32,7 @@ from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 from ldmseg_fast.training.losses import mask_losses
-from ldmseg_fast.training.stages.base import PRECISIONS, Stage, kept_blocks, per_image, remap, segments_of
+from ldmseg_fast.training.stages.base import Stage, kept_blocks, per_image, remap, segments_of
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -97,7 +97,7 @@ class DiffusionStage(Stage):
     def image_latents(self, batch: dict[str, Any]) -> Tensor:
         """[B, C, h, w] of a training batch, from the cache where there is one."""
         if "image_latents" in batch:
-            return batch["image_latents"].to(PRECISIONS[self.config.train.precision])
+            return batch["image_latents"].to(self.compute_dtype)
         return self.encode_images(batch["image"])
 
     def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
