@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmseg_fast.config import ImageEncoderConfig
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.models.attention import attention
-from ldmseg_fast.models.layers import GroupNormSiLU, ResnetBlock
+from ldmseg_fast.models.layers import GroupNormSiLU, ResnetBlock, numbered_tensors
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -244,3 +245,23 @@ def modern_attention_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value[:, :, 0, 0]  # older still: 1x1 convolutions
         renamed[key] = value
     return renamed
+
+
+def structure_from_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Reads the settings of diffusers' `AutoencoderKL` off its tensors, under today's names.
+
+    Norm groups are not in the tensors.
+
+    Raises:
+        CheckpointError: tensors that make no AutoencoderKL.
+    """
+    convolutions = numbered_tensors(state, "encoder.down_blocks.{}.resnets.0.conv1.weight")
+    widths = [weight.shape[0] for weight in convolutions if weight.ndim == 4]
+    moments = state.get("encoder.conv_out.weight")
+    if not widths or moments is None or moments.ndim != 4:
+        raise CheckpointError("no AutoencoderKL: encoder.down_blocks.* and encoder.conv_out.weight expected")
+    return {
+        "block_out_channels": widths,
+        "layers_per_block": len(numbered_tensors(state, "encoder.down_blocks.0.resnets.{}.conv1.weight")),
+        "latent_channels": moments.shape[0] // 2,
+    }

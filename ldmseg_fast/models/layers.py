@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -191,3 +193,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, 2h, 2w]
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def numbered_tensors(state: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Lists the tensors called `name` with 0, 1, 2, ... in the place of {}, up to the first that is missing."""
+    names = map(name.format, itertools.count())
+    return [state[found] for found in itertools.takewhile(state.__contains__, names)]

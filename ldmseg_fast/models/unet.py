@@ -6,7 +6,7 @@ compiled and exported: nothing in `forward` depends on data, and attention stand
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldmseg_fast.config import UNetConfig
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.models.layers import (
     Attention,
     Downsample,
@@ -24,6 +24,7 @@ from ldmseg_fast.models.layers import (
     SpatialTransformer,
     TimestepMLP,
     Upsample,
+    numbered_tensors,
     timestep_embedding,
 )
 
@@ -297,3 +298,30 @@ def input_parts(config: UNetConfig) -> list[int]:
     """Channels of the input's parts: noisy latents, image latents (, condition)."""
     condition = config.in_channels - config.out_channels - config.image_channels
     return [config.out_channels, config.image_channels] + ([condition] if condition else [])
+
+
+def structure_from_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Reads the fields of `UNetConfig` off the tensors of a UNet without cross-attention.
+
+    Head counts, norm groups and norm_eps are not in the tensors.
+
+    Raises:
+        CheckpointError: tensors that make no UNet.
+    """
+    convolutions = numbered_tensors(state, "down_blocks.{}.resnets.0.conv1.weight")
+    widths = [weight.shape[0] for weight in convolutions if weight.ndim == 4]
+    ends = [state[name] for name in ("conv_in.weight", "conv_out.weight") if name in state]
+    if not widths or [weight.ndim for weight in ends] != [4, 4]:
+        raise CheckpointError("no UNet: conv_in.weight, conv_out.weight and down_blocks.* expected")
+    projections = [value for key, value in state.items() if key.endswith("proj_in.weight")]
+    blocks = {key.split("transformer_blocks.")[1].split(".")[0] for key in state if "transformer_blocks." in key}
+    return {
+        "block_out_channels": tuple(widths),
+        "attention": tuple(f"down_blocks.{level}.attentions.0.norm.weight" in state for level in range(len(widths))),
+        "layers_per_block": len(numbered_tensors(state, "down_blocks.0.resnets.{}.conv1.weight")),
+        "transformer_layers": len(blocks) or 1,
+        "linear_projection": bool(projections) and projections[0].ndim == 2,
+        "mid_attention": any(key.startswith("mid_block.attentions.") for key in state),
+        "in_channels": ends[0].shape[1],
+        "out_channels": ends[1].shape[0],
+    }
