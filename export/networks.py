@@ -19,7 +19,7 @@ from ldmseg_fast.models.unet import UNet
 
 
 def network_of(graph: str) -> str:
-    """Names the component whose weights a graph holds."""
+    """Returns the component whose weights a graph holds."""
     return {"image_encoder": "image_vae", "mask_decoder": "mask_vae"}.get(graph, "unet")
 
 
@@ -58,9 +58,9 @@ def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
 
 
 def read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Reads a safetensors file and converts it to `dtype` tensor by tensor: a model is never in memory twice.
+    """Reads a safetensors file and converts its floats, any shape, to `dtype`.
 
-    int8 tensors and their scales stay as they are.
+    It converts tensor by tensor: a full-size model is never in memory twice. Integers and int8 scales stay.
 
     Raises:
         CheckpointError: a file that is missing or damaged.
