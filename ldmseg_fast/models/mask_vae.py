@@ -29,7 +29,8 @@ class ChannelLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, h, w]
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps float [B, C, h, w] to the same shape."""
         normed = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
         return normed.permute(0, 3, 1, 2)
 
@@ -41,7 +42,8 @@ class MidBlock(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, 0, groups, 1e-6) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, h, w]
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps float [B, C, h, w] to the same shape."""
         for resnet in self.resnets:
             x = resnet(x)
         return x
@@ -123,13 +125,16 @@ class MaskVAE(nn.Module):
         return self.decoder(mask_latents / self.config.scaling_factor)
 
     def upsample(self, logits: Tensor) -> Tensor:
-        """Resizes `decode`'s logits to the network's size: [B, Q, h 2^u, w 2^u] to [B, Q, h f, w f], bilinear."""
+        """Resizes `decode`'s logits to the network's size, bilinear without aligned corners.
+
+        Maps float [B, Q, h * 2^u, w * 2^u] to [B, Q, h * f, w * f]; f is `config.downsampling`.
+        """
         factor = self.config.downsampling / 2**self.config.num_upscalers
         return F.interpolate(logits, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def structure_from_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Reads the fields of `MaskVAEConfig` off the tensors of an auto-encoder.
+    """Reads the fields of `MaskVAEConfig` off the tensors of an auto-encoder, any shape and dtype.
 
     Norm groups, the bottleneck's activation and the latents' scale are not in the tensors. Codebooks are not known.
 
