@@ -23,7 +23,12 @@ State = dict[str, Tensor]
 
 
 def mask_vae_config(state: State, p: dict[str, Any], source: str) -> MaskVAEConfig:
-    """Configures the mask auto-encoder: sizes from its tensors, norm groups and scale from `p.vae_model_kwargs`.
+    """Configures the mask auto-encoder: sizes from its tensors, norm groups and scale from `p`.
+
+    Args:
+        state: tensors of any shape and dtype, without prefixes.
+        p: `p.vae_model_kwargs`.
+        source: the checkpoint's name, for errors.
 
     Raises:
         CheckpointError: tensors that are missing, too many, or make no auto-encoder of this kind.
@@ -53,7 +58,9 @@ def unet_config(state: State, given: dict[str, Any] | None, p: dict[str, Any], s
     """Configures the UNet: structure from its tensors, head counts and norm groups from `given`.
 
     Args:
-        state: without prefixes; the input convolution may be there twice, as `conv_in` and `new_conv`.
+        state: tensors of any shape and dtype, without prefixes; the input convolution may be there twice, as `conv_in`
+            and
+            `new_conv`.
         given: `UNetConfig` fields of the configuration that the UNet was made from; None: what `p` says, or Stable
             Diffusion 1.4's where the widths are its own.
         p: `p.model_kwargs`.
@@ -103,7 +110,7 @@ def image_vae_config(
     The decoder may be left out whole; `post_quant_conv` belongs to it and is checked, but not kept.
 
     Args:
-        state: without prefixes.
+        state: tensors of any shape and dtype, without prefixes.
         given: diffusers' configuration; None: Stable Diffusion's, but for what the tensors show.
         scaling_factor: of the latents.
         source: the checkpoint's name, for errors.

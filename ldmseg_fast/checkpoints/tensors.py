@@ -32,11 +32,12 @@ DTYPE_NAMES = {
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """Writes tensors of any layout and device as a safetensors file, which is on disk when this returns.
+    """Writes tensors of any shape, dtype, layout and device as a safetensors file, which is on disk when this returns.
 
     `safetensors.torch.save_file` takes contiguous tensors only. A stage in training has them in channels_last, or on a
-    GPU, so all of them would have to be copied first: the whole model a second time in main memory. This writer copies
-    one tensor at a time.
+    GPU,
+    so all of them would have to be copied first: the whole model a second time in main memory. This writer copies one
+    tensor at a time.
 
     Raises:
         OSError: the file cannot be written.
@@ -66,7 +67,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file of ours; int8 tensors come back as float32 (see `expand_int8`).
+    """Reads a safetensors file, any shape and dtype; int8 tensors come back as float32 (see `expand_int8`).
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -95,7 +96,7 @@ def expand_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads tensors into a module; `source` names where they come from.
+    """Loads tensors, any shape and dtype, into a module; `source` names where they come from.
 
     A module on the meta device takes the tensors themselves, in float32, instead of copying them.
 
@@ -111,7 +112,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None
 
 
 def check_state(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
-    """Compares names and shapes of tensors with those that a module has of its own.
+    """Compares names and shapes of tensors, any shape and dtype, with those that a module has of its own.
 
     Raises:
         CheckpointError: listing what `state` lacks, has too much, or has in another shape than `own`.

@@ -35,7 +35,7 @@ class Gallery:
         self._kept: dict[int, _Candidate] = {}
 
     def add(self, index: int, result: PanopticResult, matches: np.ndarray) -> None:
-        """Takes note of one image: its place in the split, its map, and its rows of `MATCH_DTYPE`."""
+        """Takes note of one image: its place in the split, its map, and its rows of `MATCH_DTYPE`, [N]."""
         quality = image_quality(matches)
         if not math.isnan(quality):
             self._qualities[index] = quality

@@ -41,7 +41,7 @@ class AutoencoderStage(Stage):
         self.share_counts(batches)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Gives the scalars `loss`, `ce`, `bce`, `dice` and `kl`; see `Stage.forward`."""
+        """Gives the float32 scalars `loss`, `ce`, `bce`, `dice` and `kl`; see `Stage.forward`."""
         config, vae = self.config.loss, self.mask_vae
         generators = self.generators(step, batch, "autoencoder")
         given = batch["segment_ids"]  # [B, H, W]

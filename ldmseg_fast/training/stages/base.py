@@ -104,7 +104,7 @@ class Stage(nn.Module, abc.ABC):
         share_num_labelled(batches, self.config.loss, lambda batch: self.generators(0, batch, "points"))
 
     def slot_losses(self, mask_logits: Tensor, batch: dict[str, Any], step: int) -> MaskLosses:
-        """Scores slot logits [B, Q, h, w] against the batch's maps; see `losses.mask_losses`."""
+        """Scores slot logits float [B, Q, h, w] against the batch's maps; see `losses.mask_losses`."""
         return mask_losses(
             mask_logits,
             remap(batch["segment_ids"], batch["table"]),
@@ -162,7 +162,7 @@ def _parse_factors(items: Sequence[str]) -> dict[str, float]:
 
 
 def per_image(draw: Callable[..., Tensor], shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Draws `draw(*shape)` for each image from its own generator: [B, *shape] on the generators' device."""
+    """Draws `draw(*shape)` for each image from its own generator: [B, *shape], in the dtype that `draw` gives."""
     return torch.stack([draw(*shape, generator=generator, device=generator.device) for generator in generators])
 
 

@@ -83,7 +83,7 @@ class DiffusionStage(LatentStage):
             self.share_counts(batches)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Gives the scalars `loss`, `error` (its unweighted mean) and, where it is on, `task`; see `Stage.forward`."""
+        """Gives float32 scalars: `loss`, `error` (not weighted) and, where it is on, `task`; see `Stage.forward`."""
         with self.autocast():
             inputs = self.noise_inputs(batch, step)
             condition = self.condition_of(inputs, batch, step)  # [B, C, h, w] or None
@@ -108,7 +108,7 @@ class DiffusionStage(LatentStage):
         return NoiseInputs(mask_latents, noise, timesteps, noisy_latents, image_latents, context)
 
     def context_of(self, batch: dict[str, Any], step: int) -> Tensor | None:
-        """Gives what cross-attention sees, [B, M, D], with a share of the captions dropped; None without it."""
+        """Gives what cross-attention sees, float [B, M, D], with a share of the captions dropped; None without it."""
         if self.conditioning is None:
             return None
         generator = self.generator(step, batch, "captions", "cpu")
@@ -116,7 +116,7 @@ class DiffusionStage(LatentStage):
         return self.conditioning(batch["image"], captions)
 
     def condition_of(self, inputs: NoiseInputs, batch: dict[str, Any], step: int) -> Tensor | None:
-        """Gives the condition [B, C, h, w]; None where the network has no channels for it.
+        """Gives the condition, float32 [B, C, h, w]; None where the network has no channels for it.
 
         It is the estimate of x_0 from a first pass with condition zero, or, in a share 1 - `diffusion.self_condition`
         of the steps, zero itself. Option: with `diffusion.inpainting`, known latents stand in the cells that are given.

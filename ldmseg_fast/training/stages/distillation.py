@@ -69,7 +69,7 @@ class DistillationStage(FewStepStage):
         return self
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Gives the scalars `loss` and `error` (its unweighted mean); see `Stage.forward`."""
+        """Gives the float32 scalars `loss` and `error` (its unweighted mean); see `Stage.forward`."""
         slots = remap(batch["segment_ids"], batch["table"])  # [B, H, W]
         times, previous = (torch.tensor(values, device=slots.device) for values in self.step_times())  # [N]
         with self.autocast():
@@ -96,9 +96,10 @@ class DistillationStage(FewStepStage):
     def condition_of(
         self, noisy_latents: Tensor, image_latents: Tensor, time: Tensor, first: Tensor, network: Any
     ) -> Tensor | None:
-        """Gives a network's condition [B, C, h, w] at z_t: zero in the sampler's first step, else its own estimate.
+        """Gives a network's condition float32 [B, C, h, w] at z_t.
 
-        Arguments as `teach` has them. None where the network has no channels for a condition.
+        It is zero in the sampler's first step, else the network's own estimate. None where the network has no channels
+        for a condition. Arguments as `teach` has them.
         """
         if not self.self_condition:
             return None

@@ -65,7 +65,7 @@ class FewStepStage(LatentStage):
         return self.scheduler.pred_original_sample(output, noisy_latents, timesteps)
 
     def alpha(self, time: int | Tensor, latents: Tensor) -> Tensor:
-        """Looks up the cumulative alpha at a timestep, or at one per image: float32 [1 or B, 1, 1, 1].
+        """Looks up the cumulative alpha at a timestep, or at one per image: float32 [1, 1, 1, 1] or [B, 1, 1, 1].
 
         Before step 0 it is that of step 0. `latents` says on which device.
         """
@@ -82,7 +82,7 @@ class FewStepStage(LatentStage):
 def ddim_update(noisy_latents: Tensor, estimate: Tensor, alpha: Tensor, next_alpha: Tensor) -> Tensor:
     """Steps from x_t and its estimate of x_0 to x_s (Song et al. 2021, equation 12 with eta 0).
 
-    All latents are [B, C, h, w]; the cumulative alphas at t and s are [1 or B, 1, 1, 1].
+    All latents are float32 [B, C, h, w]; the cumulative alphas at t and s are [1, 1, 1, 1] or [B, 1, 1, 1].
     """
     noise = (noisy_latents - alpha.sqrt() * estimate) / (1.0 - alpha).sqrt()
     return next_alpha.sqrt() * estimate + (1.0 - next_alpha).sqrt() * noise

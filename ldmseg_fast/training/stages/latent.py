@@ -87,7 +87,7 @@ class LatentStage(Stage):
             return self.recompute(self.image_vae, images)
 
     def image_latents(self, batch: dict[str, Any]) -> Tensor:
-        """Gives the image latents [B, C_image, h, w] of a training batch, from the cache where there is one."""
+        """Gives the image latents float [B, C_image, h, w] of a training batch, from the cache where there is one."""
         if "image_latents" in batch:
             return batch["image_latents"].to(PRECISIONS[self.config.train.precision])
         return self.encode_images(batch["image"])

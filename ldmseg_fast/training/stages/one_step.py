@@ -59,7 +59,7 @@ class OneStepStage(FewStepStage):
         self.share_counts(batches)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Gives the scalars `loss`, `ce`, `bce`, `dice` and, where it is on, `latent`; see `Stage.forward`."""
+        """Gives the float32 scalars `loss`, `ce`, `bce`, `dice` and, where it is on, `latent`; see `Stage.forward`."""
         loss, segment_ids = self.config.loss, batch["segment_ids"]
         points = per_image(torch.rand, (loss.num_points, 2), self.generators(step, batch, "matching"))  # [B, P, 2]
         table: Tensor | None = None
@@ -122,7 +122,7 @@ class OneStepStage(FewStepStage):
         return estimate if constraint is None else constraint.estimate(estimate)
 
     def loss_of(self, mask_logits: Tensor, estimate: Tensor, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Scores logits [B, Q, h 2^u, w 2^u] and the estimate of x_0 [B, C, h, w]: the scalars of `forward`.
+        """Scores logits float [B, Q, h * 2^u, w * 2^u] and the estimate of x_0 [B, C, h, w]: the scalars of `forward`.
 
         Option: `few_step.latent_loss` adds the squared error of the estimate.
         """
