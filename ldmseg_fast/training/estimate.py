@@ -186,32 +186,6 @@ def report(stage_name: str, config: Config, ranks: int) -> list[str]:
     return lines
 
 
-def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None) -> list[str]:
-    """Writes what `--dry-run` prints, as lines.
-
-    These are resolved settings, DeepSpeed's derived configuration, parameters, and memory per rank for ZeRO 0-3.
-
-    Raises:
-        ConfigError: settings that contradict a pre-trained folder or the user's DeepSpeed configuration.
-        CheckpointError: a pre-trained folder that is missing or damaged.
-    """
-    if stage_name in ("one_step", "distillation"):
-        config = started_from_model(config)
-    if stage_name != "autoencoder" and config.model.init_from:
-        config = resolve_start(config).config
-    ranks = distributed.world_size()
-    counts = count_parameters(stage_name, config)
-    derived = deepspeed_config(config, ranks, counts.trainable)
-    derived = merge_user_config(derived, user_config or {}, config.train.clip)
-    return [
-        *describe(config),
-        "",
-        f"DeepSpeed configuration for {ranks} ranks: {json.dumps(derived, indent=2)}",
-        "",
-        *report(stage_name, config, ranks),
-    ]
-
-
 def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = None) -> list[str]:
     """Names the three settings that free most memory, with estimates of how much.
 
@@ -259,3 +233,29 @@ def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = 
         options.append((0.0, f"loss.num_points={points // 2}: half of what the loss samples ({points} points now)"))
     best: list[Any] = sorted(options, key=lambda option: -option[0])[:3]
     return [text for _, text in best]
+
+
+def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None) -> list[str]:
+    """Writes what `--dry-run` prints, as lines.
+
+    These are resolved settings, DeepSpeed's derived configuration, parameters, and memory per rank for ZeRO 0-3.
+
+    Raises:
+        ConfigError: settings that contradict a pre-trained folder or the user's DeepSpeed configuration.
+        CheckpointError: a pre-trained folder that is missing or damaged.
+    """
+    if stage_name in ("one_step", "distillation"):
+        config = started_from_model(config)
+    if stage_name != "autoencoder" and config.model.init_from:
+        config = resolve_start(config).config
+    ranks = distributed.world_size()
+    counts = count_parameters(stage_name, config)
+    derived = deepspeed_config(config, ranks, counts.trainable)
+    derived = merge_user_config(derived, user_config or {}, config.train.clip)
+    return [
+        *describe(config),
+        "",
+        f"DeepSpeed configuration for {ranks} ranks: {json.dumps(derived, indent=2)}",
+        "",
+        *report(stage_name, config, ranks),
+    ]

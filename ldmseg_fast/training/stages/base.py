@@ -57,10 +57,15 @@ class Stage(nn.Module, abc.ABC):
     def save(self, folder: Path) -> None:
         """Writes components, index and model card into a model folder."""
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the networks compute in: `train.precision`."""
+        return PRECISIONS[self.config.train.precision]
+
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         """Runs what is inside in `train.precision` (Micikevicius et al. 2018)."""
-        dtype = PRECISIONS[self.config.train.precision]
+        dtype = self.compute_dtype
         device = next(self.parameters()).device.type
         # under ZeRO 3 a cached copy of a weight, made by the pass for self-conditioning, would outlive the weight
         cached = self.config.train.zero_stage < 3

@@ -28,7 +28,7 @@ from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
-from ldmseg_fast.training.stages.base import PRECISIONS, Stage, kept_blocks, per_image
+from ldmseg_fast.training.stages.base import Stage, kept_blocks, per_image
 
 
 class LatentStage(Stage):
@@ -89,7 +89,7 @@ class LatentStage(Stage):
     def image_latents(self, batch: dict[str, Any]) -> Tensor:
         """Gives the image latents float [B, C_image, h, w] of a training batch, from the cache where there is one."""
         if "image_latents" in batch:
-            return batch["image_latents"].to(PRECISIONS[self.config.train.precision])
+            return batch["image_latents"].to(self.compute_dtype)
         return self.encode_images(batch["image"])
 
     @torch.no_grad()
