@@ -31,7 +31,7 @@ if __package__ in (None, ""):
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels import configs
-from ldmseg_fast.kernels.attention.dispatch import FP8_ARCHITECTURE
+from ldmseg_fast.kernels.attention.op import FP8_ARCHITECTURE
 from ldmseg_fast.kernels.backend import KERNELS
 from ldmseg_fast.kernels.cases import Case, all_cases
 from ldmseg_fast.kernels.roofline import GPUS, find_gpu, floor_us

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from ldmseg_fast.kernels.attention import kernel as attention
+from ldmseg_fast.kernels.attention import host as attention
 from ldmseg_fast.kernels.attention import reference as attention_reference
 from ldmseg_fast.kernels.case import SLOTS, Case, blob_logits, normal, random_ids
-from ldmseg_fast.kernels.ddim_step import kernel as ddim_step
+from ldmseg_fast.kernels.ddim_step import host as ddim_step
 from ldmseg_fast.kernels.ddim_step import reference as ddim_step_reference
-from ldmseg_fast.kernels.group_norm_silu import kernel as group_norm_silu
+from ldmseg_fast.kernels.group_norm_silu import host as group_norm_silu
 from ldmseg_fast.kernels.group_norm_silu import reference as group_norm_silu_reference
-from ldmseg_fast.kernels.mask_bits import kernel as mask_bits
+from ldmseg_fast.kernels.mask_bits import host as mask_bits
 from ldmseg_fast.kernels.mask_bits import reference as mask_bits_reference
-from ldmseg_fast.kernels.panoptic_head import kernel as panoptic_head
+from ldmseg_fast.kernels.panoptic_head import host as panoptic_head
 from ldmseg_fast.kernels.panoptic_head import reference as panoptic_head_reference
-from ldmseg_fast.kernels.point_loss import kernel as point_loss
+from ldmseg_fast.kernels.point_loss import host as point_loss
 from ldmseg_fast.kernels.point_loss import reference as point_loss_reference
 
 POINTS = 12544

@@ -6,12 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ldmseg_fast.kernels.attention import kernel as attention
-from ldmseg_fast.kernels.ddim_step import kernel as ddim_step
-from ldmseg_fast.kernels.group_norm_silu import kernel as group_norm_silu
-from ldmseg_fast.kernels.mask_bits import kernel as mask_bits
-from ldmseg_fast.kernels.panoptic_head import kernel as panoptic_head
-from ldmseg_fast.kernels.point_loss import kernel as point_loss
+from ldmseg_fast.kernels.attention import host as attention
+from ldmseg_fast.kernels.ddim_step import host as ddim_step
+from ldmseg_fast.kernels.group_norm_silu import host as group_norm_silu
+from ldmseg_fast.kernels.mask_bits import host as mask_bits
+from ldmseg_fast.kernels.panoptic_head import host as panoptic_head
+from ldmseg_fast.kernels.point_loss import host as point_loss
 
 
 def edge_cases() -> Iterator[tuple[str, Callable[[], object]]]:

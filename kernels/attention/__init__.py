@@ -1,5 +1,5 @@
 """Softmax attention for the UNet's head sizes (40, 80, 160), without paying for padding to a power of two."""
 
-from ldmseg_fast.kernels.attention.dispatch import attention
+from ldmseg_fast.kernels.attention.op import attention
 
 __all__ = ["attention"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.attention import attention as kernel_attention
-from ldmseg_fast.kernels.attention.dispatch import MAX_HEAD_SIZE
+from ldmseg_fast.kernels.attention.op import MAX_HEAD_SIZE
 
 BACKENDS = ("auto", "triton", "sdpa", "xformers")
 

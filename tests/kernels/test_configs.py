@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldmseg_fast.kernels import configs, launch, roofline
-from ldmseg_fast.kernels.attention import kernel as attention
+from ldmseg_fast.kernels.attention import host as attention
 from ldmseg_fast.kernels.backend import KERNELS
 from ldmseg_fast.kernels.cases import all_cases
 

@@ -146,10 +146,10 @@ def ddim_step_op(
 
 @ddim_step_op.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.ddim_step import kernel  # Triton is imported on CUDA only
+    from ldmseg_fast.kernels.ddim_step import host  # Triton is imported on CUDA only
 
     check(*args)
-    return kernel.ddim_step(*args)
+    return host.ddim_step(*args)
 
 
 @ddim_step_op.register_fake

@@ -73,9 +73,9 @@ def panoptic_head_op(
         return _empty(mask_logits, target_size)
     if get_backend("panoptic_head") != "torch":
         if mask_logits.is_cuda:
-            from ldmseg_fast.kernels.panoptic_head import kernel  # Triton is imported on CUDA only
+            from ldmseg_fast.kernels.panoptic_head import host  # Triton is imported on CUDA only
 
-            return kernel.panoptic_head(mask_logits, *sizes, *thresholds)
+            return host.panoptic_head(mask_logits, *sizes, *thresholds)
         if _C is not None and hasattr(_C, "panoptic_head"):
             logits = mask_logits.detach().float().contiguous().numpy()
             segmentation, probability, area, box, score = _C.panoptic_head(

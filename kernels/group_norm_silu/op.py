@@ -104,10 +104,10 @@ def group_norm_silu_op(
 
 @group_norm_silu_op.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.group_norm_silu import kernel  # Triton is imported on CUDA only
+    from ldmseg_fast.kernels.group_norm_silu import host  # Triton is imported on CUDA only
 
     check(*args)
-    return kernel.group_norm_silu_forward(*args)
+    return host.group_norm_silu_forward(*args)
 
 
 @group_norm_silu_op.register_fake
@@ -148,9 +148,9 @@ def group_norm_silu_backward_op(
 
 @group_norm_silu_backward_op.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.group_norm_silu import kernel
+    from ldmseg_fast.kernels.group_norm_silu import host
 
-    return kernel.group_norm_silu_backward(*args)
+    return host.group_norm_silu_backward(*args)
 
 
 @group_norm_silu_backward_op.register_fake

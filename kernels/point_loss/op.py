@@ -123,10 +123,10 @@ def point_logits_op(mask_logits: Tensor, points: Tensor) -> Tensor:
 
 @point_logits_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.point_loss import kernel  # Triton is imported on CUDA only
+    from ldmseg_fast.kernels.point_loss import host  # Triton is imported on CUDA only
 
     check_points(*args)
-    return kernel.point_logits(*args)
+    return host.point_logits(*args)
 
 
 @point_logits_op.register_fake
@@ -143,10 +143,10 @@ def point_margin_op(mask_logits: Tensor, points: Tensor) -> Tensor:
 
 @point_margin_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
     check_points(*args, least_slots=2)
-    return kernel.point_margin(*args)
+    return host.point_margin(*args)
 
 
 @point_margin_op.register_fake
@@ -163,10 +163,10 @@ def slot_logits_op(mask_logits: Tensor, image_index: Tensor, slots: Tensor, poin
 
 @slot_logits_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
     check_rows(*args)
-    return kernel.slot_logits(*args)
+    return host.slot_logits(*args)
 
 
 @slot_logits_op.register_fake
@@ -184,10 +184,10 @@ def sample_ce_op(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tu
 
 @sample_ce_op.register_kernel("cuda")
 def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
     check_ce(*args)
-    return kernel.sample_ce_forward(*args)
+    return host.sample_ce_forward(*args)
 
 
 @sample_ce_op.register_fake
@@ -211,9 +211,9 @@ def sample_ce_backward_op(
 
 @sample_ce_backward_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
-    return kernel.sample_ce_backward(*args)
+    return host.sample_ce_backward(*args)
 
 
 @sample_ce_backward_op.register_fake
@@ -232,10 +232,10 @@ def sample_bce_dice_op(
 
 @sample_bce_dice_op.register_kernel("cuda")
 def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
     check_bce_dice(*args)
-    return kernel.sample_bce_dice_forward(*args)
+    return host.sample_bce_dice_forward(*args)
 
 
 @sample_bce_dice_op.register_fake
@@ -270,9 +270,9 @@ def sample_bce_dice_backward_op(
 
 @sample_bce_dice_backward_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
-    return kernel.sample_bce_dice_backward(*args)
+    return host.sample_bce_dice_backward(*args)
 
 
 @sample_bce_dice_backward_op.register_fake

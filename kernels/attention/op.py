@@ -81,9 +81,9 @@ def check_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 def attention_fp8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     check_fp8(q, k, v, scale)
     if q.is_cuda and get_backend("attention") != "torch":
-        from ldmseg_fast.kernels.attention import kernel  # Triton is imported on CUDA only
+        from ldmseg_fast.kernels.attention import host  # Triton is imported on CUDA only
 
-        return kernel.attention_fp8(q, k, v, scale)
+        return host.attention_fp8(q, k, v, scale)
     return reference.attention_fp8(q, k, v, scale).contiguous()
 
 
@@ -103,10 +103,10 @@ def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
 
 @attention_forward_op.register_kernel("cuda")
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from ldmseg_fast.kernels.attention import kernel  # Triton is imported on CUDA only
+    from ldmseg_fast.kernels.attention import host  # Triton is imported on CUDA only
 
     check(q, k, v, scale)
-    return kernel.attention_forward(q, k, v, scale)
+    return host.attention_forward(q, k, v, scale)
 
 
 @attention_forward_op.register_fake
@@ -126,9 +126,9 @@ def attention_backward_op(
 
 @attention_backward_op.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.attention import kernel
+    from ldmseg_fast.kernels.attention import host
 
-    return kernel.attention_backward(*args)
+    return host.attention_backward(*args)
 
 
 @attention_backward_op.register_fake

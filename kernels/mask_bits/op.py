@@ -120,9 +120,9 @@ def encode_op(
     if check_ids:
         check_values(segment_ids, num_bits, table)
     if segment_ids.is_cuda and get_backend("mask_bits") != "torch":
-        from ldmseg_fast.kernels.mask_bits import kernel  # Triton is imported on CUDA only
+        from ldmseg_fast.kernels.mask_bits import host  # Triton is imported on CUDA only
 
-        return kernel.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last)
+        return host.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last)
     bits = reference.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last)
     return in_format(bits, torch.channels_last) if channels_last else bits
 
@@ -154,10 +154,10 @@ def decode_op(bits: Tensor) -> Tensor:
 
 @decode_op.register_kernel("cuda")
 def _(bits: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.mask_bits import kernel
+    from ldmseg_fast.kernels.mask_bits import host
 
     check_decode(bits)
-    return kernel.decode_mask_bits(bits)
+    return host.decode_mask_bits(bits)
 
 
 @decode_op.register_fake

@@ -1,12 +1,7 @@
 """Triton: ids are read once and each bit is written once, in 16-byte accesses, in either memory format."""
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ldmseg_fast.kernels.configs import find_config
-from ldmseg_fast.kernels.launch import launch
 
 
 @triton.jit
@@ -137,48 +132,3 @@ def decode_channels_last_kernel(
             codes += tl.where(eight == p, mine, 0)
     pixel = first + group * 8 + eight
     tl.store(ids_ptr + image * num_pixels + pixel, codes, mask=pixel < num_pixels)
-
-
-def encode_mask_bits(
-    segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype: torch.dtype, channels_last: bool
-) -> Tensor:
-    batch, height, width = segment_ids.shape
-    segment_ids = segment_ids.contiguous()
-    table = None if table is None else table.contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    bits = torch.empty(
-        (batch, num_bits, height, width), dtype=dtype, device=segment_ids.device, memory_format=memory_format
-    )
-    config = find_config("encode_mask_bits", "channels_last" if channels_last else "planes")
-    launch(
-        encode_channels_last_kernel if channels_last else encode_planes_kernel,
-        (triton.cdiv(height * width, config.constants["BLOCK"]), batch),
-        *(segment_ids, segment_ids if table is None else table, bits, height * width),
-        1 if table is None else table.shape[1],
-        config=config,
-        NUM_BITS=num_bits,
-        HAS_TABLE=table is not None,
-    )
-    return bits
-
-
-def decode_mask_bits(bits: Tensor) -> Tensor:
-    batch, num_bits, height, width = bits.shape
-    if bits.stride(2) != width * bits.stride(3):
-        bits = bits.contiguous()
-    ids = torch.empty((batch, height, width), dtype=torch.int32, device=bits.device)
-    config = find_config("decode_mask_bits", "all")
-    grid = (triton.cdiv(height * width, config.constants["BLOCK"]), batch)
-    if bits.stride(1) == 1 and bits.stride(3) == num_bits:
-        arguments = (bits, ids, height * width, bits.stride(0))
-        launch(decode_channels_last_kernel, grid, *arguments, config=config, NUM_BITS=num_bits)
-        return ids
-    launch(
-        decode_kernel,
-        grid,
-        *(bits, ids, height * width, bits.stride(0), bits.stride(1), bits.stride(3)),
-        config=config,
-        NUM_BITS=num_bits,
-        BITS_PADDED=triton.next_power_of_2(num_bits),
-    )
-    return ids
