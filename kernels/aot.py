@@ -107,8 +107,7 @@ def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
     import torch
 
     from ldmseg_fast.kernels import configs
-    from ldmseg_fast.kernels.cases import Case, all_cases
-    from ldmseg_fast.kernels.edge_cases import edge_cases
+    from ldmseg_fast.kernels.case import Case, all_cases, edge_cases
     from ldmseg_fast.kernels.launch import record
 
     def start(case: Case) -> None:
@@ -127,7 +126,7 @@ def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
                 distinct.setdefault(key, (kernel, launch, target))
     shipped = {
         (kernel, shape_class)
-        for kernel, per_sm in configs.TABLE.items()
+        for kernel, per_sm in configs.all_configs().items()
         for entry in per_sm.values()
         for shape_class in entry
     }

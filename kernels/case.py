@@ -1,11 +1,18 @@
-"""What a case of `kernels.cases` is, and the inputs that cases are made of."""
+"""Gathers the shapes that count: what is compiled ahead of time, what the roofline prints and what benchmarks time.
 
-from collections.abc import Callable
+Every kernel's `cases.py` holds its own. Bytes are what must cross the memory bus at least once, operations those of
+matrix products, exponentials those of the method; padding and recomputation are not counted, so a floor is a floor.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ldmseg_fast.kernels.backend import KERNELS
 
 Function = Callable[..., Any]
 SLOTS = 128
@@ -28,6 +35,30 @@ class Case:
     fp8: bool = False  # products of e4m3 operands: for sm_89 and newer
     leaves: tuple[int, ...] = ()  # arguments to differentiate by: the case is forward and backward
     headline: bool = False  # measured first, and against torch.compile
+
+
+def all_cases() -> list[Case]:
+    """Gathers the cases of every kernel; together they reach every shipped configuration at least once."""
+    return [case for kernel in KERNELS for case in _own_cases(kernel).cases()]
+
+
+def edge_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yields (kernel folder, a function that launches its kernels on meta tensors whose sizes are 1).
+
+    The compiler turns such sizes into constants, which must build as well.
+    """
+    for kernel in KERNELS:
+        for run in _own_cases(kernel).edge_cases():
+            yield kernel, run
+
+
+def _own_cases(kernel: str) -> Any:
+    return import_module(f"ldmseg_fast.kernels.{kernel}.cases")
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Makes a tensor without memory, for recorded launches."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def normal(*shape: int, device: torch.device, dtype: torch.dtype, channels_last: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldmseg_fast.kernels.cases import Case, all_cases
+from ldmseg_fast.kernels.case import Case, all_cases
 
 
 @dataclass(frozen=True)
