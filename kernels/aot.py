@@ -70,31 +70,39 @@ class Build:
         return [fault for fault, present in named.items() if present]
 
 
-def specialise(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+Place = tuple[int, ...]  # of an argument, or of a member of a tuple
+
+
+def specialise(launch: Any) -> tuple[dict[str, Any], dict[Place, Any], dict[Place, Any]]:
     """(signature, constants, attributes) as Triton's own launcher would choose them: 1 and None become constants,
-    16-byte pointers and integers divisible by 16 are marked."""
+    16-byte pointers and integers divisible by 16 are marked. Members of a tuple are treated like arguments."""
     import torch
 
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    divisible = [["tt.divisibility", 16]]
-    for index, parameter in enumerate(launch.kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name], constants[index,] = "constexpr", launch.constants[name]
-            continue
-        value = launch.arguments[index]
+    constants: dict[Place, Any] = {}
+    attributes: dict[Place, Any] = {}
+
+    def type_of(value: Any, *path: int) -> Any:
+        divisible = [["tt.divisibility", 16]]
+        if isinstance(value, tuple):
+            return tuple(type_of(member, *path, index) for index, member in enumerate(value))
         if isinstance(value, torch.Tensor):
-            signature[name], attributes[index,] = POINTERS[str(value.dtype).removeprefix("torch.")], divisible
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1:
-            signature[name], constants[index,] = "constexpr", value
+            attributes[path] = divisible
+            return POINTERS[str(value.dtype).removeprefix("torch.")]
+        if isinstance(value, float):
+            return "fp32"
+        if value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = divisible
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature: dict[str, Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[index,] = "constexpr", launch.constants[parameter.name]
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[index,] = divisible
+            signature[parameter.name] = type_of(launch.arguments[index], index)
     return signature, constants, attributes
 
 

@@ -13,7 +13,7 @@ weights do not depend on the order of the blocks. They reach up to 2^8, which pu
 import triton
 import triton.language as tl
 
-from ldmseg_fast.kernels.attention.tiles import at_head, load_tile, store_tile
+from ldmseg_fast.kernels.attention.tiles import at_head, load_tile, store_tile, this_head
 
 WEIGHT_LOG2 = tl.constexpr(8.0)  # the largest weight is 2^8
 LEAST_NORMAL = tl.constexpr(2.0**-6)
@@ -39,27 +39,20 @@ def load_source(
     tokens,
     keys,
     heads,
-    q_image,
-    q_row,
-    q_head,
-    k_image,
-    k_row,
-    k_head,
-    v_image,
-    v_row,
-    v_head,
+    q_strides,
+    k_strides,
+    v_strides,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """[ROWS, COLUMNS] float32 of this program's block, head and tensor (0 q, 1 k, 2 v), zero outside"""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    _, image, head = this_head(heads)
     tensor = tl.program_id(2)
-    k_or_v_ptr = tl.where(
-        tensor == 1, at_head(k_ptr, image, head, k_image, k_head), at_head(v_ptr, image, head, v_image, v_head)
-    )
-    source_ptr = tl.where(tensor == 0, at_head(q_ptr, image, head, q_image, q_head), k_or_v_ptr)
+    q_ptr, q_row = at_head(q_ptr, q_strides, image, head)
+    k_ptr, k_row = at_head(k_ptr, k_strides, image, head)
+    v_ptr, v_row = at_head(v_ptr, v_strides, image, head)
+    source_ptr = tl.where(tensor == 0, q_ptr, tl.where(tensor == 1, k_ptr, v_ptr))
     stride = tl.where(tensor == 0, q_row, tl.where(tensor == 1, k_row, v_row))
     rows = tl.where(tensor == 0, tokens, keys)
     return load_tile(source_ptr, tl.program_id(0) * ROWS, rows, stride, ROWS, 0, COLUMNS, D, True).to(tl.float32)
@@ -74,23 +67,14 @@ def fp8_magnitude_kernel(
     tokens,
     keys,
     heads,
-    q_image,
-    q_row,
-    q_head,
-    k_image,
-    k_row,
-    k_head,
-    v_image,
-    v_row,
-    v_head,
+    q_strides,
+    k_strides,
+    v_strides,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    value = load_source(
-        *(q_ptr, k_ptr, v_ptr, tokens, keys, heads, q_image, q_row, q_head, k_image, k_row, k_head),
-        *(v_image, v_row, v_head, D, COLUMNS, ROWS),
-    )
+    value = load_source(q_ptr, k_ptr, v_ptr, tokens, keys, heads, q_strides, k_strides, v_strides, D, COLUMNS, ROWS)
     row = (tl.program_id(1).to(tl.int64) * 3 + tl.program_id(2)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(magnitude_ptr + row, tl.max(tl.max(tl.abs(value), 1), 0))
 
@@ -110,15 +94,9 @@ def fp8_quantise_kernel(
     heads,
     tokens_padded,
     keys_padded,
-    q_image,
-    q_row,
-    q_head,
-    k_image,
-    k_row,
-    k_head,
-    v_image,
-    v_row,
-    v_head,
+    q_strides,
+    k_strides,
+    v_strides,
     D: tl.constexpr,
     DQ: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -138,10 +116,7 @@ def fp8_quantise_kernel(
     if tl.program_id(0) == 0:
         tl.store(unit_ptr + pair * 3 + tensor, ((exponent - 7) << 23).to(tl.float32, bitcast=True))
 
-    value = load_source(
-        *(q_ptr, k_ptr, v_ptr, tokens, keys, heads, q_image, q_row, q_head, k_image, k_row, k_head),
-        *(v_image, v_row, v_head, D, COLUMNS, ROWS),
-    )
+    value = load_source(q_ptr, k_ptr, v_ptr, tokens, keys, heads, q_strides, k_strides, v_strides, D, COLUMNS, ROWS)
     value = to_e4m3(value * factor, EMULATE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)

@@ -56,7 +56,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
         attention_forward_kernel,
         (triton.cdiv(tokens, config.constants["BLOCK_M"]), batch * heads),
         *(q, k, v, out, logsumexp, scale * LOG2_E, tokens, k.shape[1], heads),
-        *(*_strides(q), *_strides(k), *_strides(v)),
+        *(_strides(q), _strides(k), _strides(v)),
         config=config,
         D=head_size,
         D1=first,
@@ -78,7 +78,7 @@ def attention_backward(
     launch(
         attention_delta_kernel,
         (triton.cdiv(tokens, delta_config.constants["BLOCK_M"]), batch * heads),
-        *(grad_out, out, delta, tokens, heads, *_strides(grad_out)),
+        *(grad_out, out, delta, tokens, heads, _strides(grad_out)),
         config=delta_config,
         D=head_size,
         D_PADDED=triton.next_power_of_2(head_size),
@@ -87,7 +87,7 @@ def attention_backward(
     split = {"D": head_size, "D1": first, "D2": second}
     inputs = (q, k, v, grad_out, logsumexp, delta)
     sizes = (scale, scale * LOG2_E, tokens, keys, heads)
-    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(grad_out))
+    strides = (_strides(q), _strides(k), _strides(v), _strides(grad_out))
     config = find_config("attention_backward_kv", shape_class(head_size))
     grid = (triton.cdiv(keys, config.constants["BLOCK_N"]), batch * heads)
     launch(attention_backward_kv_kernel, grid, *inputs, grad_k, grad_v, *sizes, *strides, config=config, **split)
@@ -122,7 +122,7 @@ def attention_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     emulate = q.device.type == "cpu"
 
     tile = {"D": head_size, "COLUMNS": tile_columns, "ROWS": tile_rows}
-    strides = (*_strides(q), *_strides(k), *_strides(v))
+    strides = (_strides(q), _strides(k), _strides(v))
     grid = (blocks, pairs, 3)
     launch(fp8_magnitude_kernel, grid, q, k, v, magnitudes, tokens, keys, heads, *strides, config=config, **tile)
     launch(

@@ -1,6 +1,7 @@
 """What the attention kernels share: tiles of one head's rows, and where a program's image and head begin.
 
-Strides are in units of 8 elements, so that the compiler knows that every row starts on 16 bytes.
+The strides of a tensor are a tuple (image, row, head) in units of 8 elements, so that the compiler knows that every row
+starts on 16 bytes.
 """
 
 import triton
@@ -57,6 +58,13 @@ def store_tile(
 
 
 @triton.jit
-def at_head(matrix_ptr, image, head, image_stride, head_stride):
-    """The first row of one head"""
-    return matrix_ptr + (image * image_stride + head * head_stride) * 8
+def this_head(heads):
+    """(image and head as one number, image, head) of this program, int64"""
+    pair = tl.program_id(1)
+    return pair.to(tl.int64), (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+
+
+@triton.jit
+def at_head(tensor_ptr, strides, image, head):
+    """(the first row of one head of a tensor [B, N, heads, D], the stride of its rows)"""
+    return tensor_ptr + (image * strides[0] + head * strides[2]) * 8, strides[1]
