@@ -12,14 +12,30 @@ from ldmseg_fast.kernels.configs import current_architecture
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 160
+MAX_PRODUCT = 256 * 256  # up to here, training on a CPU in bfloat16 is faster with the whole matrix in memory
 FP8_ARCHITECTURE = 89  # the first with products of e4m3
 
 
+def takes_head_size(head_size: int) -> bool:
+    """Whether the kernel takes heads of so many channels."""
+    return head_size % 8 == 0 and 8 <= head_size <= MAX_HEAD_SIZE
+
+
+def why_not_fp8(device: torch.device, dtype: torch.dtype) -> str:
+    """Says why products of e4m3 are of no use for tensors of `dtype` on `device`; empty where they are."""
+    if dtype not in HALVES:
+        return f"works on float16 or bfloat16 tensors, not on {str(dtype).removeprefix('torch.')}"
+    if device.type != "cuda":
+        return f"needs a GPU of sm_{FP8_ARCHITECTURE} or newer, not {device.type}"
+    sm = current_architecture()
+    return "" if sm >= FP8_ARCHITECTURE else f"needs a GPU of sm_{FP8_ARCHITECTURE} or newer, this is sm_{sm}"
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, fp8: bool = False) -> Tensor:
-    """softmax(q k^T scale) v over all tokens, accumulated in float32.
+    """Computes softmax(q k^T scale) v over all tokens, accumulated in float32 (FlashAttention-2, arXiv 2307.08691).
 
     Args:
-        q: [B, N, heads, d], d a multiple of 8 up to 160. Slices of one fused projection are read in place.
+        q: float [B, N, heads, d], d a multiple of 8 up to 160. Slices of one fused projection are read in place.
         k, v: [B, M, heads, d] of q's dtype.
         scale: positive; 1 / sqrt(d) by default.
         fp8: products of e4m3 numbers, accumulated in float32: inference only, float16 or bfloat16 inputs, GPUs of sm_89
@@ -42,8 +58,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, fp8: 
         return attention_fp8_op(q, k, v, scale)
     if runs_reference("attention", q) or q.dtype not in HALVES:
         check(q, k, v, scale)
+        if q.device.type == "cpu" and q.requires_grad and q.dtype in HALVES:
+            return _train_on_cpu(q, k, v, scale)
         return reference.attention(q, k, v, scale)
     return attention_forward_op(q, k, v, scale)[0]
+
+
+def _train_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if q.shape[1] * k.shape[1] <= MAX_PRODUCT:
+        return reference.attention_by_products(q, k, v, scale)
+    # on CPUs the backward pass of PyTorch's attention takes three times longer in bfloat16 than in float32
+    return reference.attention(q.float(), k.float(), v.float(), scale).to(q.dtype)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
@@ -61,7 +86,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     require(k.shape == v.shape, "v: shape {} differs from k's {}", v.shape, k.shape)
     require(k.shape[1] > 0, "k: no tokens to attend to")
     require(
-        q.shape[-1] % 8 == 0 and 8 <= q.shape[-1] <= MAX_HEAD_SIZE,
+        takes_head_size(q.shape[-1]),
         "q: head size {} is not a multiple of 8 up to {}",
         q.shape[-1],
         MAX_HEAD_SIZE,
@@ -72,9 +97,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 
 def check_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     check(q, k, v, scale)
-    require(q.dtype in HALVES, "fp8: expected float16 or bfloat16 tensors, got {}", q.dtype)
-    sm = current_architecture() if q.device.type == "cuda" else FP8_ARCHITECTURE
-    require(sm >= FP8_ARCHITECTURE, "fp8: needs a GPU of sm_{} or newer, this is sm_{}", FP8_ARCHITECTURE, sm)
+    on_reference = q.device.type != "cuda" and q.dtype in HALVES
+    reason = "" if on_reference else why_not_fp8(q.device, q.dtype)
+    require(not reason, "fp8: {}", reason)
 
 
 @torch.library.custom_op("ldmseg_fast::attention_fp8", mutates_args=())

@@ -15,6 +15,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.transpose(1, 2)
 
 
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`attention` as two matrix products with the whole [N, M] matrix between them: for short sequences."""
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # [B, heads, N, d]
+    weights = torch.softmax((q @ k.transpose(-1, -2)).float() * scale, dim=-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("bnhd,bmhd->bhnm", at_least_float32(q), at_least_float32(k)) * scale
     logsumexp = scores.logsumexp(-1)  # [B, heads, N]
