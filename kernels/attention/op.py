@@ -23,12 +23,12 @@ def takes_head_size(head_size: int) -> bool:
 
 def why_not_fp8(device: torch.device, dtype: torch.dtype) -> str:
     """Says why products of e4m3 are of no use for tensors of `dtype` on `device`; empty where they are."""
-    if dtype not in HALVES:
-        return f"works on float16 or bfloat16 tensors, not on {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda":
         return f"needs a GPU of sm_{FP8_ARCHITECTURE} or newer, not {device.type}"
     sm = current_architecture()
-    return "" if sm >= FP8_ARCHITECTURE else f"needs a GPU of sm_{FP8_ARCHITECTURE} or newer, this is sm_{sm}"
+    if sm < FP8_ARCHITECTURE:
+        return f"needs a GPU of sm_{FP8_ARCHITECTURE} or newer, this is sm_{sm}"
+    return "" if dtype in HALVES else f"takes float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, fp8: bool = False) -> Tensor:
@@ -97,8 +97,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 
 def check_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     check(q, k, v, scale)
-    on_reference = q.device.type != "cuda" and q.dtype in HALVES
-    reason = "" if on_reference else why_not_fp8(q.device, q.dtype)
+    require(q.dtype in HALVES, "fp8: takes float16 or bfloat16, not {}", q.dtype)
+    reason = why_not_fp8(q.device, q.dtype) if q.device.type == "cuda" else ""
     require(not reason, "fp8: {}", reason)
 
 

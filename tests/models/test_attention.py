@@ -57,7 +57,7 @@ def test_backends_that_cannot_run_are_refused() -> None:
         check_backend("flash", GPU, torch.float16)
     with configs.architecture(89):
         check_backend("fp8", GPU, torch.bfloat16)
-        with pytest.raises(BackendError, match="attention=fp8 works on float16 or bfloat16 tensors, not on float32"):
+        with pytest.raises(BackendError, match="attention=fp8 takes float16 or bfloat16, not float32; use"):
             check_backend("fp8", GPU, torch.float32)
         with pytest.raises(BackendError, match="attention=fp8 needs a GPU of sm_89 or newer, not cpu; use"):
             check_backend("fp8", CPU, torch.bfloat16)
