@@ -42,6 +42,10 @@ def validate(config: Config) -> Config:
             config.image_encoder.kind != "conv" or len(config.image_encoder.blocks) == len(config.image_encoder.widths),
             "image_encoder.widths and image_encoder.blocks must be equally long",
         ),
+        (
+            config.model.attention != "fp8",
+            "model.attention=fp8 has no backward pass: train with auto, and choose attention=fp8 for inference",
+        ),
         (unet.out_channels == vae.latent_channels, "unet.out_channels must equal mask_vae.latent_channels"),
         (2**vae.num_upscalers <= vae.downsampling, f"mask_vae.num_upscalers={vae.num_upscalers} overshoots"),
         (
