@@ -20,6 +20,7 @@ from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback, ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.models.attention import check_backend
 from ldmseg_fast.models.unet import FeatureCache
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 
@@ -32,6 +33,7 @@ class TorchBackend:
         device: default the first GPU, or the CPU.
         dtype: default bfloat16 on a GPU and float32 on a CPU.
         compile_networks: `torch.compile` for the denoiser and the encoder; the first call takes a minute or more.
+        attention: of the UNet, see `models.attention.attention`.
         cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps.
     """
 
@@ -47,6 +49,7 @@ class TorchBackend:
         self.info = info
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        check_backend(attention, self.device, self.dtype)
         self.unet = self._load("unet", attention)
         self.mask_vae = self._load("mask_vae")
         self.image_vae = self._load("image_vae")
