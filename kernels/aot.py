@@ -39,7 +39,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Build:
-    """One specialisation of one @triton.jit function."""
+    """Describes one specialisation of one @triton.jit function, and what ptxas said of it."""
 
     kernel: str  # its folder
     function: str
@@ -57,11 +57,12 @@ class Build:
 
     @property
     def shared_memory_limit(self) -> int:
-        """KiB that one program may use on this architecture."""
+        """Returns the KiB that one program may use on this architecture."""
         return SHARED_MEMORY[90 if 90 <= self.sm < 120 else 80]
 
     @property
     def faults(self) -> list[str]:
+        """Lists what makes the build unfit to ship."""
         named = {
             f"does not build: {self.error}": bool(self.error),
             f"spills {self.spill_bytes} bytes": self.spill_bytes > 0,
@@ -74,8 +75,11 @@ Place = tuple[int, ...]  # of an argument, or of a member of a tuple
 
 
 def specialise(launch: Any) -> tuple[dict[str, Any], dict[Place, Any], dict[Place, Any]]:
-    """(signature, constants, attributes) as Triton's own launcher would choose them: 1 and None become constants,
-    16-byte pointers and integers divisible by 16 are marked. Members of a tuple are treated like arguments."""
+    """Chooses (signature, constants, attributes) as Triton's own launcher would.
+
+    1 and None become constants, 16-byte pointers and integers divisible by 16 are marked. Members of a tuple count as
+    arguments.
+    """
     import torch
 
     constants: dict[Place, Any] = {}
@@ -107,7 +111,7 @@ def specialise(launch: Any) -> tuple[dict[str, Any], dict[Place, Any], dict[Plac
 
 
 def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
-    """(kernel folder, launch, sm) of every distinct build, and the table's entries for `sm` that no case reaches.
+    """Collects (kernel folder, launch, sm) of every distinct build, and the table's entries that no case reaches.
 
     80 also stands for 89: what needs e4m3 is built for that instead. Sizes of 1 are built for 90 only, since what they
     might break is the front of the compiler.
@@ -143,7 +147,7 @@ def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
 
 
 def build(sm: int, index: int) -> Build:
-    """Compile the `index`-th build of `sm`."""
+    """Compiles the `index`-th build of `sm`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -199,6 +203,7 @@ def _prepare_worker() -> None:
 
 
 def format_table(builds: Sequence[Build], details: bool) -> str:
+    """Writes one line per kernel and architecture, and with `details` one per build."""
     groups: dict[tuple[str, int], list[Build]] = {}
     for each in builds:
         groups.setdefault((each.kernel, each.sm), []).append(each)
@@ -221,6 +226,7 @@ def format_table(builds: Sequence[Build], details: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Builds everything and prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="compute capabilities, as 80 for 8.0")
     parser.add_argument("--only", nargs="+", help="kernels (folders) to compile")

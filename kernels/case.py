@@ -20,7 +20,7 @@ SLOTS = 128
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one shape."""
+    """Describes one kernel at one shape."""
 
     kernel: str  # its folder
     name: str
@@ -62,18 +62,19 @@ def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def normal(*shape: int, device: torch.device, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """Draws normal numbers of `dtype`, in channels_last if asked."""
     tensor = torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
 
 def random_ids(batch: int, size: int, device: torch.device) -> Tensor:
-    """uint8 [B, size, size]: blobs, as maps have them, not noise"""
+    """Draws uint8 [B, size, size] of blobs, as maps have them, not noise."""
     coarse = torch.randint(0, SLOTS, (batch, size // 32, size // 32), device=device, dtype=torch.uint8)
     return coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
 
 
 def blob_logits(batch: int, slots: int, size: int, device: torch.device, dtype: torch.dtype, last: bool) -> Tensor:
-    """Logits of a confident decoder: noise, and one slot that stands out in every region"""
+    """Draws logits [B, slots, size, size] of a confident decoder: noise, and one slot that stands out per region."""
     ids = random_ids(batch, size, device).long() % slots
     logits = normal(batch, slots, size, size, device=device, dtype=dtype)
     logits.scatter_add_(1, ids[:, None], torch.full_like(logits[:, :1], 12.0))

@@ -25,7 +25,7 @@ ENVIRONMENT_VARIABLE = "LDMSEG_FAST_KERNEL_CONFIGS"
 
 @dataclass(frozen=True)
 class Config:
-    """`constants` are the kernel's block sizes."""
+    """Holds one launch configuration; `constants` are the kernel's block sizes."""
 
     constants: dict[str, int]
     num_warps: int = 4
@@ -64,7 +64,7 @@ _architecture: int | None = None
 
 @contextmanager
 def architecture(sm: int) -> Iterator[None]:
-    """Choose configurations as a GPU of compute capability `sm` (80, 90) would, whatever is installed."""
+    """Chooses configurations as a GPU of compute capability `sm` (80, 90) would, whatever is installed."""
     global _architecture
     before, _architecture = _architecture, sm
     try:
@@ -78,7 +78,7 @@ _lookups: set[tuple[str, str]] | None = None
 
 @contextmanager
 def trace_lookups() -> Iterator[set[tuple[str, str]]]:
-    """Collect the (kernel, shape class) pairs that are looked up."""
+    """Collects the (kernel, shape class) pairs that are looked up."""
     global _lookups
     before, _lookups = _lookups, set()
     try:
@@ -88,10 +88,11 @@ def trace_lookups() -> Iterator[set[tuple[str, str]]]:
 
 
 def find_config(kernel: str, shape_class: str) -> Config:
-    """The entry for this GPU; without one, that of the nearest older architecture.
+    """Finds the entry for this GPU; without one, that of the nearest older architecture.
 
     Raises:
         KeyError: the table has no such kernel or shape class.
+        ValueError: the file that LDMSEG_FAST_KERNEL_CONFIGS names is no table, see `load_configs`.
     """
     if _lookups is not None:
         _lookups.add((kernel, shape_class))
@@ -105,12 +106,12 @@ def find_config(kernel: str, shape_class: str) -> Config:
 
 
 def current_architecture() -> int:
-    """10 times the compute capability of the GPU, or what `architecture` chose; 80 without a GPU."""
+    """Returns 10 times the compute capability of the GPU, or what `architecture` chose; 80 without a GPU."""
     return _architecture if _architecture is not None else _device_architecture()
 
 
 def table_architecture() -> int:
-    """Under which architecture this GPU is looked up: consumer Blackwell (120) has the shared memory of sm_89."""
+    """Returns what this GPU is looked up as: consumer Blackwell (120) has the shared memory of sm_89."""
     sm = current_architecture()
     return 89 if sm >= 120 else sm
 
@@ -130,7 +131,7 @@ def _overrides() -> Table:
 
 
 def load_configs(path: Path) -> Table:
-    """A table written by `dump_configs`.
+    """Reads a table that `dump_configs` wrote.
 
     Raises:
         ValueError: the file is not such a table, or names what `all_configs` does not know.
@@ -163,6 +164,7 @@ def _check_entry(kernel: str, shape_class: str, config: Config) -> None:
 
 
 def dump_configs(table: Table) -> str:
+    """Writes a table as JSON."""
     plain = {
         kernel: {str(sm): {name: vars(config) for name, config in classes.items()} for sm, classes in per_sm.items()}
         for kernel, per_sm in table.items()

@@ -21,7 +21,7 @@ def attention_delta_kernel(
     D_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The sum of grad_out * out over the head: what the softmax's backward subtracts."""
+    """Sums grad_out * out over the head: what the softmax's backward subtracts."""
     start = tl.program_id(0) * BLOCK_M
     pair, image, head = this_head(heads)
     grad_out_ptr, grad_row = at_head(grad_out_ptr, grad_strides, image, head)
@@ -58,7 +58,7 @@ def attend_transposed(
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of queries, added to the gradients of one block of keys and values"""
+    """Adds one block of queries to the gradients of one block of keys and values."""
     row = start + tl.arange(0, BLOCK_M)
     if MASKED:  # rows of q and grad_out beyond the end are zero and add nothing
         logsumexp = tl.load(logsumexp_ptr + row, mask=row < tokens, other=0.0)
@@ -111,6 +111,7 @@ def attention_backward_kv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Computes the gradients of one block of keys and values of one head (arXiv 2307.08691, algorithm 2)."""
     start_n = tl.program_id(0) * BLOCK_N
     pair, image, head = this_head(heads)
     q_ptr, q_row = at_head(q_ptr, q_strides, image, head)
@@ -173,7 +174,7 @@ def attend_backward(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys, added to the gradient of one block of queries; keys beyond the end are zero and add nothing"""
+    """Adds one block of keys to the gradient of one block of queries; keys beyond the end are zero and add nothing."""
     k1 = load_tile(k_ptr, start, keys, k_row, BLOCK_N, 0, D1, D, MASKED)
     v1 = load_tile(v_ptr, start, keys, v_row, BLOCK_N, 0, D1, D, MASKED)
     scores = tl.dot(q1, tl.trans(k1))  # [BLOCK_M, BLOCK_N]
@@ -215,6 +216,7 @@ def attention_backward_q_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Computes the gradient of one block of queries of one head."""
     start_m = tl.program_id(0) * BLOCK_M
     pair, image, head = this_head(heads)
     q_ptr, q_row = at_head(q_ptr, q_strides, image, head)

@@ -1,4 +1,4 @@
-"""The shapes of the kernel that count, and launches where every size is 1."""
+"""Lists the shapes of the kernel that count, and launches where every size is 1."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Launch configurations, and what `benchmarks/bench_kernels.py --tune` tries."""
+"""Lists the launch configurations, and what `benchmarks/bench_kernels.py --tune` tries."""
 
 from itertools import product
 

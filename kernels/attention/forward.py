@@ -27,7 +27,7 @@ def attend(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys"""
+    """Adds one block of keys to the running maximum, sum and weighted values (arXiv 2307.08691, algorithm 1)."""
     k1 = load_tile(k_ptr, start, keys, k_row, BLOCK_N, 0, D1, D, MASKED)
     scores = tl.dot(q1, tl.trans(k1))  # [BLOCK_M, BLOCK_N]
     if D > D1:
@@ -68,6 +68,7 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Computes one block of queries of one head (arXiv 2307.08691, algorithm 1)."""
     start_m = tl.program_id(0) * BLOCK_M
     pair, image, head = this_head(heads)
     q_ptr, q_row = at_head(q_ptr, q_strides, image, head)

@@ -22,7 +22,7 @@ SUBNORMAL_ROUNDER = tl.constexpr(1.5 * 2.0**14)  # float32 has steps of 2^-9 the
 
 @triton.jit
 def to_e4m3(value, EMULATE: tl.constexpr):
-    """float32 of magnitudes up to 256 to e4m3, to nearest even"""
+    """Rounds float32 of magnitudes up to 256 to e4m3, to nearest even."""
     if EMULATE:  # Triton's interpreter truncates: hand it numbers that e4m3 holds
         bits = value.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
@@ -46,7 +46,7 @@ def load_source(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """[ROWS, COLUMNS] float32 of this program's block, head and tensor (0 q, 1 k, 2 v), zero outside"""
+    """Loads this program's block of one head of one tensor (0 q, 1 k, 2 v), float32 [ROWS, COLUMNS], zero outside."""
     _, image, head = this_head(heads)
     tensor = tl.program_id(2)
     q_ptr, q_row = at_head(q_ptr, q_strides, image, head)
@@ -74,6 +74,7 @@ def fp8_magnitude_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Writes the largest magnitude of one block of rows."""
     value = load_source(q_ptr, k_ptr, v_ptr, tokens, keys, heads, q_strides, k_strides, v_strides, D, COLUMNS, ROWS)
     row = (tl.program_id(1).to(tl.int64) * 3 + tl.program_id(2)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(magnitude_ptr + row, tl.max(tl.max(tl.abs(value), 1), 0))
@@ -104,6 +105,7 @@ def fp8_quantise_kernel(
     BLOCKS: tl.constexpr,  # a power of two from the number of blocks on
     EMULATE: tl.constexpr,
 ):
+    """Writes one block of rows in e4m3, and the head's unit."""
     pair = tl.program_id(1).to(tl.int64)
     tensor = tl.program_id(2)
     block = tl.arange(0, BLOCKS)
@@ -132,7 +134,7 @@ def fp8_quantise_kernel(
 
 @triton.jit
 def load_rows(matrix_ptr, row, stride, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of a padded matrix"""
+    """Loads [ROWS, COLUMNS] of a padded matrix."""
     base = matrix_ptr + tl.cast(row, tl.int64) * stride
     return tl.load(base + tl.arange(0, ROWS)[:, None] * stride + (FIRST + tl.arange(0, COLUMNS))[None, :])
 
@@ -147,7 +149,7 @@ def load_columns(
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """[ROWS, COLUMNS] from row FIRST on of v transposed, zero beyond row D"""
+    """Loads [ROWS, COLUMNS] from row FIRST on of v transposed, zero beyond row D."""
     row = FIRST + tl.arange(0, ROWS)
     pointers = matrix_ptr + column + row.to(tl.int64)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
     if FIRST + ROWS > D:
@@ -179,7 +181,7 @@ def attend_fp8(
     MASKED: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """One block of keys"""
+    """Adds one block of keys, as `forward.attend`; the maximum is rounded up to an integer."""
     scores = tl.dot(q1, tl.trans(load_rows(k_ptr, start, DQ, BLOCK_N, 0, D1)))  # [BLOCK_M, BLOCK_N]
     if D > D1:
         scores = tl.dot(q2, tl.trans(load_rows(k_ptr, start, DQ, BLOCK_N, D1, D2)), scores)
@@ -222,6 +224,7 @@ def attention_fp8_kernel(
     BLOCK_N: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
+    """Computes one block of queries of one head from the copies in e4m3."""
     start_m = tl.program_id(0) * BLOCK_M
     pair = tl.program_id(1).to(tl.int64)
     q_ptr += pair * tokens_padded * DQ

@@ -1,4 +1,4 @@
-"""Public entry point: Triton on CUDA for float16 and bfloat16, torch's own attention otherwise."""
+"""Runs Triton on CUDA for float16 and bfloat16, and torch's own attention otherwise."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ FP8_ARCHITECTURE = 89  # the first with products of e4m3
 
 
 def takes_head_size(head_size: int) -> bool:
-    """Whether the kernel takes heads of so many channels."""
+    """Says whether the kernel takes heads of so many channels."""
     return head_size % 8 == 0 and 8 <= head_size <= MAX_HEAD_SIZE
 
 
@@ -72,6 +72,11 @@ def _train_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Refuses what the ops do not take; arguments as in `attention`.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, head size or scale; the message starts with the argument's name.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         require(tensor.ndim == 4, "{}: expected [B, N, heads, d], got shape {}", name, tensor.shape)
         require(tensor.dtype in FLOATS, "{}: expected a float tensor, got {}", name, tensor.dtype)
@@ -96,6 +101,11 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 
 
 def check_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Refuses what `attention_fp8_op` does not take; arguments as in `attention`.
+
+    Raises:
+        ValueError: as `check`; float32 or float64 tensors, or a GPU without products of e4m3.
+    """
     check(q, k, v, scale)
     require(q.dtype in HALVES, "fp8: takes float16 or bfloat16, not {}", q.dtype)
     reason = why_not_fp8(q.device, q.dtype) if q.device.type == "cuda" else ""
@@ -104,6 +114,19 @@ def check_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 
 @torch.library.custom_op("ldmseg_fast::attention_fp8", mutates_args=())
 def attention_fp8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Runs `attention` with e4m3 products: the kernel on CUDA, elsewhere the reference. There is no gradient.
+
+    Args:
+        q: float16 or bfloat16 [B, N, heads, d].
+        k, v: [B, M, heads, d] of q's dtype.
+        scale: positive.
+
+    Returns:
+        [B, N, heads, d] of q's dtype, contiguous.
+
+    Raises:
+        ValueError: see `check_fp8`.
+    """
     check_fp8(q, k, v, scale)
     if q.is_cuda and get_backend("attention") != "torch":
         from ldmseg_fast.kernels.attention import host  # Triton is imported on CUDA only
@@ -120,7 +143,20 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("ldmseg_fast::attention_forward", mutates_args=())
 def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [B, N, heads, d], logsumexp [B, heads, N])"""
+    """Runs the forward pass and keeps what the backward pass needs; differentiable in q, k and v.
+
+    Args:
+        q: float [B, N, heads, d]; float16 or bfloat16 on CUDA.
+        k, v: [B, M, heads, d] of q's dtype.
+        scale: positive.
+
+    Returns:
+        out [B, N, heads, d] of q's dtype, contiguous, and the logsumexp of the scores, float32 [B, heads, N] (float64
+        for float64).
+
+    Raises:
+        ValueError: see `check`.
+    """
     check(q, k, v, scale)
     out, logsumexp = reference.attention_forward(q, k, v, scale)
     return out.contiguous(), logsumexp
@@ -145,6 +181,16 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def attention_backward_op(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the backward pass (FlashAttention, arXiv 2205.14135, appendix B.2).
+
+    Args:
+        grad_out: [B, N, heads, d], the gradient of `out`.
+        q, k, v, scale: as in `attention_forward_op`.
+        out, logsumexp: what that returned.
+
+    Returns:
+        the gradients of q [B, N, heads, d], k and v [B, M, heads, d], of q's dtype, contiguous.
+    """
     grads = reference.attention_backward(grad_out, q, k, v, out, logsumexp, scale)
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 

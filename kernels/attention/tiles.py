@@ -23,7 +23,7 @@ def load_tile(
     D: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """[ROWS, COLUMNS], zero outside the matrix"""
+    """Loads [ROWS, COLUMNS] of one head's rows, zero outside the matrix."""
     local = tl.arange(0, ROWS)
     column = FIRST + tl.arange(0, COLUMNS)
     base = matrix_ptr + tl.cast(row, tl.int64) * (stride * 8)
@@ -50,6 +50,7 @@ def store_tile(
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
 ):
+    """Stores [ROWS, COLUMNS] to one head's rows, in their dtype; what lies outside the matrix is dropped."""
     local = tl.arange(0, ROWS)
     column = FIRST + tl.arange(0, COLUMNS)
     pointers = matrix_ptr + tl.cast(row, tl.int64) * (stride * 8) + local[:, None] * (stride * 8) + column[None, :]
@@ -59,12 +60,12 @@ def store_tile(
 
 @triton.jit
 def this_head(heads):
-    """(image and head as one number, image, head) of this program, int64"""
+    """Finds the head of this program: (image and head as one number, image, head), int64."""
     pair = tl.program_id(1)
     return pair.to(tl.int64), (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
 
 
 @triton.jit
 def at_head(tensor_ptr, strides, image, head):
-    """(the first row of one head of a tensor [B, N, heads, D], the stride of its rows)"""
+    """Finds one head of a tensor [B, N, heads, D]: (a pointer to its first row, the stride of its rows)."""
     return tensor_ptr + (image * strides[0] + head * strides[2]) * 8, strides[1]

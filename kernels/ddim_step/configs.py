@@ -1,4 +1,4 @@
-"""Launch configurations, and what `benchmarks/bench_kernels.py --tune` tries."""
+"""Lists the launch configurations, and what `benchmarks/bench_kernels.py --tune` tries."""
 
 from ldmseg_fast.kernels.configs import Candidates, Table, make_config
 

@@ -30,6 +30,7 @@ def ddim_step_kernel(
     IMAGE_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Computes one block of cells of one image (Song et al., arXiv 2010.02502, equation 12 with sigma = 0)."""
     batch = tl.program_id(1).to(tl.int64)
     cell = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     channel = tl.arange(0, CHANNELS_PADDED)

@@ -19,6 +19,20 @@ def ddim_step(
     self_condition: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the step; arguments have passed `op.check`.
+
+    Args:
+        model_output: float [B, C, h, w], either memory format.
+        noisy_latents: float32 [B, C, h, w].
+        image_latents: float [B, Ci, h, w].
+        step_index: int32 or int64, one number on the device.
+        table: float32 [N, 4].
+        prediction_type, self_condition, dtype: as in `op.ddim_step`.
+
+    Returns:
+        prev_latents and pred_original_sample float32 [B, C, h, w], and the next input, `dtype`
+        [B, C + Ci (+ C), h, w] in channels_last.
+    """
     batch, channels, height, width = model_output.shape
     image_channels = image_latents.shape[1]
     model_output, image_latents = _flat(model_output), _flat(image_latents)

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def load_codes(ids_ptr, table_ptr, table_size, inside, HAS_TABLE: tl.constexpr):
-    """int32 ids, remapped; an id without an entry in the table becomes void"""
+    """Loads int32 ids, remapped; an id without an entry in the table becomes void."""
     ids = tl.load(ids_ptr, mask=inside, other=0)
     if HAS_TABLE:
         ids = ids.to(tl.int64)
@@ -17,7 +17,7 @@ def load_codes(ids_ptr, table_ptr, table_size, inside, HAS_TABLE: tl.constexpr):
 
 @triton.jit
 def bit_values(codes, k, dtype: tl.constexpr):
-    """-1, 0 or +1 by selection only: converting integers is slow on a GPU"""
+    """Makes -1, 0 or +1 by selection only: converting integers is slow on a GPU."""
     one, minus_one, zero = tl.full([1], 1.0, dtype), tl.full([1], -1.0, dtype), tl.full([1], 0.0, dtype)
     return tl.where(codes == 0, zero, tl.where((codes >> k & 1) != 0, one, minus_one))
 
@@ -33,6 +33,7 @@ def encode_planes_kernel(
     HAS_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Encodes one block of pixels to planes."""
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < num_pixels
@@ -55,7 +56,10 @@ def encode_channels_last_kernel(
     HAS_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,  # pixels
 ):
-    """A thread takes 8 pixels, which are K vectors of 8 values: which pixel and bit a value is, the compiler knows"""
+    """Encodes one block of pixels to channels_last.
+
+    A thread takes 8 pixels, which are K vectors of 8 values: which pixel and bit a value is, the compiler knows.
+    """
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     eight = tl.arange(0, 8)[None, :]
@@ -90,6 +94,7 @@ def decode_kernel(
     BITS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Decodes one block of pixels of any strides."""
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, BITS_PADDED)
@@ -114,7 +119,7 @@ def decode_channels_last_kernel(
     NUM_BITS: tl.constexpr,
     BLOCK: tl.constexpr,  # pixels
 ):
-    """A thread takes 8 pixels, as in `encode_channels_last_kernel`"""
+    """Decodes one block of pixels in channels_last; a thread takes 8, as in `encode_channels_last_kernel`."""
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     eight = tl.arange(0, 8)[None, :]

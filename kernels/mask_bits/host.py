@@ -17,6 +17,18 @@ from ldmseg_fast.kernels.mask_bits.forward import (
 def encode_mask_bits(
     segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
+    """Launches the encoding; arguments have passed `op.check_encode`.
+
+    Args:
+        segment_ids: uint8, int16, int32 or int64 [B, H, W].
+        num_bits: K.
+        table: integer [B, T], or None; an id without an entry becomes void.
+        dtype: float16, bfloat16 or float32.
+        channels_last: memory format of the result.
+
+    Returns:
+        `dtype` [B, K, H, W] in {-1, +1}, 0 where the new id is 0.
+    """
     batch, height, width = segment_ids.shape
     segment_ids = segment_ids.contiguous()
     table = None if table is None else table.contiguous()
@@ -38,6 +50,7 @@ def encode_mask_bits(
 
 
 def decode_mask_bits(bits: Tensor) -> Tensor:
+    """Launches the decoding of float [B, K, H, W], either memory format, to int32 [B, H, W]."""
     batch, num_bits, height, width = bits.shape
     if bits.stride(2) != width * bits.stride(3):
         bits = bits.contiguous()
