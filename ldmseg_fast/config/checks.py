@@ -27,6 +27,10 @@ def validate(config: Config) -> Config:
             "image_encoder.widths and image_encoder.blocks must be equally long",
         ),
         *_width_checks(config),
+        (
+            config.model.attention != "fp8",
+            "model.attention=fp8 has no backward pass: train with auto, and choose attention=fp8 for inference",
+        ),
         (unet.out_channels == vae.latent_channels, "unet.out_channels must equal mask_vae.latent_channels"),
         (2**vae.num_upscalers <= vae.downsampling, f"mask_vae.num_upscalers={vae.num_upscalers} overshoots"),
         (

@@ -168,7 +168,7 @@ class ModelConfig:
     init_image: Literal["copy", "zero", "mean", "half", "random"] = "zero"
     init_condition: Literal["copy", "zero", "mean", "half", "random"] = "zero"
     freeze: tuple[Prefix, ...] = ("time_embedding",)  # parameter-name prefixes of the UNet
-    attention: Literal["auto", "triton", "sdpa", "xformers"] = "auto"
+    attention: Literal["auto", "triton", "sdpa", "xformers", "fp8"] = "auto"
     kernels: bool = True  # our kernels for bits, norms, head and step where they exist for the device
 
 

@@ -130,6 +130,7 @@ def test_wrong_settings_are_named(setting, message):
         (["postprocess.mask_threshold=7"], "mask_threshold=7.0: from 0 to 1"),
         (["loss.num_points=0"], "num_points=0: from 1"),
         (["num_inference_steps=-3"], "num_inference_steps=-3: from 1"),
+        (["model.attention=fp8"], "model.attention=fp8 has no backward pass: train with auto"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, message):
