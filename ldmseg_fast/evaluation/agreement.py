@@ -39,6 +39,7 @@ class TorchAgreement:
         seed, thresholds: likewise.
         make_stat: an empty PQStat as the evaluation uses it.
         limit: how many of this rank's images are compared at most.
+        cuda_graph: of the torch backend, see `LDMSegPipeline.from_pretrained`.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class TorchAgreement:
         thresholds: PostprocessConfig,
         make_stat: Callable[[], PQStat],
         limit: int,
+        cuda_graph: bool | None = None,
     ) -> None:
-        self.pipe = LDMSegPipeline.from_pretrained(model_dir, image_size=image_size)
+        self.pipe = LDMSegPipeline.from_pretrained(model_dir, image_size=image_size, cuda_graph=cuda_graph)
         self.settings = {**sampling, "seed": seed, "thresholds": thresholds}
         self.limit = limit
         self.ours, self.torch = make_stat(), make_stat()

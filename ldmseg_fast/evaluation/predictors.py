@@ -63,7 +63,11 @@ class DiffusionModel:
         self, model_dir: str | Path, data: str | Path, options: EvaluationOptions, thresholds: PostprocessConfig
     ) -> None:
         self.pipe = LDMSegPipeline.from_pretrained(
-            model_dir, options.backend, options.engine_dir, image_size=options.image_size
+            model_dir,
+            options.backend,
+            options.engine_dir,
+            image_size=options.image_size,
+            cuda_graph=options.cuda_graph,
         )
         info = self.pipe.info
         self.dataset = CocoPanoptic(

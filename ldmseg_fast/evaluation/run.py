@@ -88,6 +88,7 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
                 thresholds,
                 partial(PQStat, OBJECT, class_agnostic=True),
                 options.agreement_images,
+                options.cuda_graph,
             )
         qualities = [
             segment_split(predictor, options, store, seed, source, agreement if seed == options.seed else None)
