@@ -110,16 +110,16 @@ class Bench:
     def compare(
         self,
         row: str,
-        make: Callable[[Any, str], Callable[[], Any]],
+        call: Callable[[Any, str], Any],
         names: list[str],
         case: dict[str, Any],
         **options: Any,
     ) -> None:
-        """One row per pipeline in `names`, interleaved with the baseline."""
+        """Times `call(pipeline, its name)`: one row per pipeline in `names`, interleaved with the baseline."""
         if self.seconds_left() < 0:
             print(f"{row} {case}: not measured (time budget)")
             return
-        functions = {name: make(self.pipelines[name], name) for name in names if name in self.pipelines}
+        functions = {name: partial(call, self.pipelines[name], name) for name in names if name in self.pipelines}
         timings: dict[str, Timing] = measure(
             functions,
             device=self.device,
@@ -139,13 +139,13 @@ def bench_step(bench: Bench, batch: int, names: list[str]) -> None:
     gpu = find_gpu(bench.run.environment["gpu"]["name"])
     shape = (batch, bench.info.image_latent_channels, *bench.info.latent_shape[1:])
     latents, noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)), bench.noise(batch)
+    image_latents = {name: latents.to(each.device, each.dtype) for name, each in bench.pipelines.items()}
 
-    def make(pipeline: Any, _: str) -> Callable[[], Any]:
-        image_latents = latents.to(pipeline.device, getattr(pipeline, "dtype", None) or pipeline.backend.dtype)
-        return lambda: pipeline.sample(noise, image_latents, LOOP)
+    def run_loop(pipeline: Any, name: str) -> Tensor:
+        return pipeline.sample(noise, image_latents[name], LOOP)
 
     bench.compare(
-        "one step", make, names, bench.case(batch=batch), items=LOOP * batch, flops=flops,
+        "one step", run_loop, names, bench.case(batch=batch), items=LOOP * batch, flops=flops,
         floor_ms=1e3 * flops / gpu.half_operations if gpu else None,
     )  # fmt: skip
 
@@ -180,7 +180,7 @@ def bench_stages(bench: Bench, picture: np.ndarray, names: list[str], scratch: P
     }
     case = bench.case(batch=1, size=f"{size[0]}x{size[1]}", steps=LOOP)
     for stage, call in stages.items():
-        bench.compare(stage, partial(partial, call), names, case)  # makes partial(call, pipeline, name)
+        bench.compare(stage, call, names, case)
 
 
 def bench_whole(bench: Bench, picture: np.ndarray, batch: int, steps: int, names: list[str]) -> None:
@@ -188,9 +188,7 @@ def bench_whole(bench: Bench, picture: np.ndarray, batch: int, steps: int, names
     pictures, noise = [picture] * batch, bench.noise(batch)
     case = bench.case(batch=batch, size=f"{height}x{width}", steps=steps)
     target = TARGETS[bench.device] if (batch, steps) == (1, LOOP) or bench.device == "cuda" else None
-    bench.compare(
-        "whole image", lambda p, _: lambda: p.whole(pictures, noise, steps), names, case, items=batch, target=target
-    )
+    bench.compare("whole image", lambda p, _: p.whole(pictures, noise, steps), names, case, items=batch, target=target)
 
 
 def make_picture(size: str) -> np.ndarray:
