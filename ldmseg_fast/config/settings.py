@@ -209,7 +209,7 @@ class TrainConfig:
     max_skipped: int = 10  # steps in a row without finite loss and gradients before training ends; 0: never
     peer_timeout: float = 30.0  # seconds of silence after which a rank counts as dead
     wandb: str = ""  # project name for Weights & Biases; "": off
-    max_minutes: float = 0.0  # stop (and save) after this wall time; 0: no limit
+    max_minutes: float = 0.0  # wall time of the run, all starts together, that ends it before `steps`; 0: no limit
     threads: int = 0  # CPU threads per rank; 0: cores / ranks
 
 
