@@ -1,4 +1,4 @@
-"""A model folder's networks in the type that they are exported in, one in memory at a time."""
+"""Loads a model folder's networks in the type that they are exported in, one in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ldmseg_fast.models.unet import UNet
 
 
 def network_of(graph: str) -> str:
-    """The component whose weights a graph holds."""
+    """Returns the component whose weights a graph holds."""
     return {"image_encoder": "image_vae", "mask_decoder": "mask_vae"}.get(graph, "unet")
 
 
 def load_networks(info: ModelInfo, spec: GraphSpec, options: GraphOptions) -> dict[str, Any]:
-    """What `backends.graphs.build_graph` needs for a graph, by component."""
+    """Loads what `backends.graphs.build_graph` needs for a graph, by component."""
     needed = network_of(spec.name)
     dtype = DTYPES[options.decoder_dtype if needed == "mask_vae" else options.dtype]
     found = {needed: load_network(info, needed, dtype)}
@@ -32,13 +32,14 @@ def load_networks(info: ModelInfo, spec: GraphSpec, options: GraphOptions) -> di
 
 
 def load_queries(info: ModelInfo, dtype: torch.dtype) -> dict[str, Any]:
-    """The conditioning component where it is trained queries, which become part of the graph."""
+    """Loads the conditioning component where it is trained queries, which become part of the graph."""
     if info.conditioning != "learned":
         return {}
     return {"conditioning": load_component(info.folder, "conditioning").to(dtype)}
 
 
 def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
+    """Loads one component in `dtype`, ready for export."""
     if name != "unet":
         network: Any = load_component(info.folder, name)
         return network.to(dtype)
@@ -53,7 +54,9 @@ def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
 
 
 def read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A safetensors file in `dtype`, converted tensor by tensor: a full-size model is never in memory twice.
+    """Reads a safetensors file and converts its floats, any shape, to `dtype`.
+
+    It converts tensor by tensor: a full-size model is never in memory twice. Integers and int8 scales stay.
 
     Raises:
         CheckpointError: a damaged file.

@@ -1,6 +1,6 @@
-"""What generated scenes are coloured with: noise, colours, blends.
+"""Colours generated scenes: noise, colours, blends.
 
-A field is [h, w]: x to the right, y down, in units of the picture's side.
+Positions run in units of the picture's side, x to the right and y down.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Array = np.ndarray
 
 @lru_cache(maxsize=64)
 def _interpolation(size: int, cells: int) -> Array:
-    """[S, cells + 1] weights of smoothstep interpolation between random grid values."""
+    """Computes the weights [S, cells + 1] of smoothstep interpolation between random grid values."""
     position = (np.arange(size) + 0.5) / size * cells
     low = np.minimum(position.astype(np.int64), cells - 1)
     fraction = position - low
@@ -27,7 +27,11 @@ def _interpolation(size: int, cells: int) -> Array:
 
 
 def value_noise(rng: np.random.Generator, size: int, rows: int, columns: int, octaves: int = 1) -> Array:
-    """Value noise [S, S] of about unit amplitude: a random grid of rows x columns cells, then finer ones on top."""
+    """Draws value noise, float64 [S, S] of about unit amplitude.
+
+    It starts from a random grid of rows x columns cells. Each further octave adds one of twice the cells and 0.6 of the
+    amplitude.
+    """
     field = np.zeros((size, size))
     for octave in range(octaves):
         r, c = min(rows << octave, size), min(columns << octave, size)
@@ -48,5 +52,5 @@ def colour_of(numbers: Sequence[float], value: tuple[float, float]) -> tuple[flo
 
 
 def blend(amount: Array, first: Array, second: Array) -> Array:
-    """[h, w, 3] between two colours; amount [h, w] is clipped to [0, 1]."""
+    """Returns colours, float64 [h, w, 3], between two colours [3]; `amount` [h, w] is clipped to [0, 1]."""
     return first + np.clip(amount, 0, 1)[..., None] * (second - first)
