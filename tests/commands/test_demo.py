@@ -32,7 +32,7 @@ def test_the_whole_path_and_its_report(tmp_path, capsys):
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["images"] == 8
     assert json.loads((tmp_path / "shipped.json").read_text())["class_agnostic"]["pq"] > 20
-    assert len(list((tmp_path / "shipped").glob("*_overlay.png"))) == 8
+    assert len(list((tmp_path / "shipped" / "panoptic").glob("*.png"))) == 8
     assert "launch" in (tmp_path / "diffusion.log").read_text()
     runs = {run.name: run for run in find_runs(tmp_path)}
     assert runs["autoencoder"].step == 2  # that many steps were asked for
