@@ -151,7 +151,8 @@ def test_contexts_depend_on_what_they_should(clip):
     tokens = context("clip_text", images, ["a cat", ""])
     assert tokens.shape == (2, 10, WIDTH)
     assert not torch.allclose(tokens[0], tokens[1])
-    assert torch.equal(tokens[1:], context("clip_text", images[:1]))
+    # a product of two rows and one of a single row may add in another order
+    torch.testing.assert_close(tokens[1:], context("clip_text", images[:1]), rtol=1e-5, atol=1e-5)
     long = context("clip_text", images, ["a cat " * 50, "b"])
     assert long.shape == tokens.shape
     with pytest.raises(ValueError, match="captions: 1 for 2 images"):
