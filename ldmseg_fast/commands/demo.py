@@ -229,6 +229,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) <= 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # beside other work, threads that wait for each other cost more than they give
     demo = Demo(args)
     with interruptible("the same command"):
         for name, part in demo.parts().items():
