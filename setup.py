@@ -29,6 +29,7 @@ EXTRAS = {
     "matching": ["scipy>=1.11"],
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.9",
         "mypy>=1.13",

@@ -266,7 +266,7 @@ def held_when_reduced(counts: Counts, config: Config, zero_stage: int) -> float:
 
 def bench_zero(record: Record, args: argparse.Namespace, folder: Path) -> None:
     """Memory per rank at two ranks against the formula, which then tells what 8 and 64 ranks need."""
-    from ldmseg_fast.commands.demo import free_port
+    from ldmseg_fast.training.launch import free_port
 
     config = settings(args, folder, *ZERO_MODEL)
     counts = count_parameters("diffusion", config)

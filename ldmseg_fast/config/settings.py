@@ -245,7 +245,7 @@ class TrainConfig:
     max_skipped: Number = 10  # steps in a row without finite loss and gradients before training ends; 0: never
     peer_timeout: Seconds = 30.0  # seconds of silence after which a rank counts as dead
     wandb: Project = ""  # of Weights & Biases; "": off
-    max_minutes: Annotated[float, Range(0, 10_000_000)] = 0.0  # stop (and save) after this wall time; 0: no limit
+    max_minutes: Annotated[float, Range(0, 10_000_000)] = 0.0  # wall time of the run, all starts together; 0: no limit
     threads: Annotated[int, Range(0, 4096)] = 0  # CPU threads per rank; 0: cores / ranks
 
 

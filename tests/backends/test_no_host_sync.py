@@ -125,13 +125,14 @@ def test_no_synchronisation_on_a_gpu(info, captured):
     try:
         if captured:
             torch.cuda.set_sync_debug_mode("error")
-            backend.sample(noise, image_latents, scheduler, STEPS)
+            latents = backend.sample(noise, image_latents, scheduler, STEPS)
         else:
 
             def watched(unet_input: Tensor, timesteps: Tensor) -> Tensor:
                 torch.cuda.set_sync_debug_mode("error")
                 return backend.denoise(unet_input, timesteps)
 
-            ddim(watched, noise, image_latents, scheduler, STEPS)
+            latents = ddim(watched, noise, image_latents, scheduler, STEPS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert latents.shape == noise.shape  # it came to the end: in that mode a wait is an error

@@ -212,6 +212,7 @@ def test_a_validation_is_interrupted_and_done_again(
     assert metrics(cut) == metrics(whole)
 
 
+@pytest.mark.serial
 def test_sigterm_to_the_deepspeed_command(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
     """It dies at once and tells nobody; the ranks notice, save and end."""
     folder = tmp_path / "run"
@@ -223,6 +224,7 @@ def test_sigterm_to_the_deepspeed_command(scenes: Path, tmp_path: Path, start: C
     assert (folder / "checkpoints" / "latest").is_file(), job.output
 
 
+@pytest.mark.serial
 def test_a_killed_rank_ends_the_job(scenes: Path, tmp_path: Path, start: Callable[..., Job]) -> None:
     folder = tmp_path / "run"
     job = start(deepspeed(2, *train_command("autoencoder", folder, scenes, *ENDLESS, "data.num_workers=1")))
