@@ -1,4 +1,4 @@
-# make setup | demo | test | soak | clean: each sets up .venv by itself.
+# make setup | demo | test | docs | soak | clean: each sets up .venv by itself.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ EXTRA  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint soak clean
+.PHONY: setup demo test lint docs soak clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
@@ -26,6 +26,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -m 'not soak'
+
+docs: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 soak: setup
 	$(BIN)/python benchmarks/soak.py
