@@ -28,7 +28,7 @@ test: lint
 	$(BIN)/python -m pytest -m 'not soak'
 
 docs: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 soak: setup

@@ -9,7 +9,8 @@
 # memory of both trainings and does nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-coco=$1 stable_diffusion=$2 out=$3
+usage="usage: coco.sh COCO SD_FOLDER OUT [key=value ...]"
+coco=${1:?$usage} stable_diffusion=${2:?$usage} out=${3:?$usage}
 shift 3
 python=${PYTHON:-python}
 launch=${LAUNCH:-deepspeed}

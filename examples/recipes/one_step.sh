@@ -7,7 +7,8 @@
 # OUT go to both trainings and win. A second call goes on where the first was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-model=$1 data=$2 out=$3
+usage="usage: one_step.sh MODEL_DIR DATA OUT [key=value ...]"
+model=${1:?$usage} data=${2:?$usage} out=${3:?$usage}
 shift 3
 python=${PYTHON:-python}
 launch=${LAUNCH:-$python}

@@ -7,7 +7,7 @@
 # call goes on where the first was interrupted. LAUNCH="torchrun --nproc_per_node 2" trains on two ranks.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-out=$1
+out=${1:?usage: tiny.sh OUT [key=value ...]}
 shift
 python=${PYTHON:-python}
 launch=${LAUNCH:-$python}
