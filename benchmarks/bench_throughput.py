@@ -37,13 +37,17 @@ from benchmarks.harness import RESULTS, Run, Timing, measure
 from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.peers.random_model import find_model
 from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.config.precision import has_units
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.sampler import image_noise
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.panoptic.format import read_panoptic_png
 
 AHEAD = 2  # batches that are read before they are needed
-DEFAULT_VARIANTS = {"cpu": ("torch bfloat16", "onnxruntime"), "cuda": ("torch bfloat16, graph",)}
+DEFAULT_VARIANTS = {
+    "cpu": ("torch bfloat16" if has_units("cpu", torch.bfloat16) else "torch float32", "onnxruntime"),
+    "cuda": ("torch bfloat16, graph",),
+}
 PLAIN_PICTURES = 4
 ROUNDS = (3, 11)  # at least and at most; between them the clock decides
 

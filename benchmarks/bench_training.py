@@ -36,6 +36,7 @@ from ldmseg_fast.checkpoints.model_folder import save_component, save_index
 from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.commands.data_cache import build_cache, load_encoder
 from ldmseg_fast.config import Config, ImageEncoderConfig, load_config, validate
+from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.data.latent_cache import default_folder, picture_files
 from ldmseg_fast.data.scenes import write_scenes
 from ldmseg_fast.distributed.ending import run_command
@@ -204,7 +205,7 @@ def bench_engine(record: Record, args: argparse.Namespace, folder: Path) -> None
     with FlopCounterMode(display=False) as counter:
         run.stage(batch, 0)["loss"].backward()
     flops = counter.get_total_flops()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    dtype = DTYPES[args.precision]
     peak = peak_flops(device, dtype)
     counts = count_parameters("diffusion", config)
     case = {"model": args.config, "batch": args.batch, "precision": args.precision, "parameters": counts.trainable}

@@ -10,6 +10,7 @@
 #include "matching.hpp"
 #include "panoptic_head.hpp"
 #include "png.hpp"
+#include "run_map.hpp"
 #include "segments.hpp"
 #include "training_map.hpp"
 
@@ -43,6 +44,21 @@ Array<T> to_array(const std::vector<T>& rows) {
     return Array<T>(static_cast<py::ssize_t>(rows.size()), rows.data());
 }
 
+RunMap py_run_map(const Array<int32_t>& ids) {
+    const auto [height, width] = map_size(ids);
+    const int32_t* in = ids.data();
+    py::gil_scoped_release release;
+    return RunMap(in, height, width);
+}
+
+Array<int32_t> py_paint(const RunMap& map) {
+    Array<int32_t> ids({map.height, map.width});
+    int32_t* out = ids.mutable_data();
+    py::gil_scoped_release release;
+    map.paint(out);
+    return ids;
+}
+
 RunMap py_read_png(const py::buffer& buffer, size_t max_pixels) {
     const py::buffer_info info = buffer.request();
     require(info.ndim == 1 && info.itemsize == 1, "expected the bytes of a PNG");
@@ -61,45 +77,6 @@ Array<uint8_t> py_read_png_picture(const py::buffer& buffer, size_t max_pixels) 
     py::gil_scoped_release release;
     read_png_picture(content, size, header, out);
     return rgb;
-}
-
-Array<int32_t> py_paint(const RunMap& map) {
-    Array<int32_t> ids({map.height, map.width});
-    int32_t* out = ids.mutable_data();
-    py::gil_scoped_release release;
-    map.paint(out);
-    return ids;
-}
-
-Array<uint8_t> py_dense_ids(const RunMap& map, const std::vector<int32_t>& segment_ids, const std::vector<uint8_t>& dropped,
-                            int64_t min_area) {
-    Array<uint8_t> dense({map.height, map.width});
-    uint8_t* out = dense.mutable_data();
-    py::gil_scoped_release release;
-    dense_ids(map, segment_ids, dropped, min_area, out);
-    return dense;
-}
-
-// (map, number of segments); the map given where nothing changes
-py::tuple py_compact_ids(const Array<uint8_t>& dense, size_t max_segments) {
-    const auto pixels = static_cast<size_t>(dense.size());
-    const uint8_t* in = dense.data();
-    Numbering numbering;
-    {
-        py::gil_scoped_release release;
-        numbering = compact_numbers(in, pixels, max_segments);
-    }
-    if (!numbering.changes) return py::make_tuple(dense, numbering.count);
-    Array<uint8_t> compact(std::vector<py::ssize_t>(dense.shape(), dense.shape() + dense.ndim()));
-    std::transform(in, in + pixels, compact.mutable_data(), [&](uint8_t id) { return numbering.of[id]; });
-    return py::make_tuple(compact, numbering.count);
-}
-
-RunMap py_run_map(const Array<int32_t>& ids) {
-    const auto [height, width] = map_size(ids);
-    const int32_t* in = ids.data();
-    py::gil_scoped_release release;
-    return RunMap(in, height, width);
 }
 
 py::array py_filter_ids(const Array<int32_t>& ids) {
@@ -144,6 +121,19 @@ Array<Match> py_match_files(const std::string& gt_path, const Array<int64_t>& gt
     return to_array(matches);
 }
 
+Array<uint8_t> py_boundary_mask(const RunMap& map, size_t distance) {
+    require(distance > 0, "distance must be at least 1 pixel");
+    Array<uint8_t> mask({map.height, map.width});
+    uint8_t* out = mask.mutable_data();
+    {
+        py::gil_scoped_release release;
+        const BitRows boundary = boundary_rows(map, distance);
+        for (size_t y = 0; y < map.height; ++y)
+            for (size_t x = 0; x < map.width; ++x) *out++ = boundary.row(y)[x / 64] >> (x % 64) & 1;
+    }
+    return mask;
+}
+
 std::unique_ptr<AnnotationIndex> py_annotation_index(const std::string& path, bool predictions) {
     py::gil_scoped_release release;
     return std::make_unique<AnnotationIndex>(path, predictions);
@@ -170,42 +160,28 @@ py::tuple py_annotation(const AnnotationIndex& index, size_t k) {
     return py::make_tuple(annotation.file_name, table);
 }
 
-Array<uint8_t> py_boundary_mask(const RunMap& map, size_t distance) {
-    require(distance > 0, "distance must be at least 1 pixel");
-    Array<uint8_t> mask({map.height, map.width});
-    uint8_t* out = mask.mutable_data();
-    {
-        py::gil_scoped_release release;
-        const BitRows boundary = boundary_rows(map, distance);
-        for (size_t y = 0; y < map.height; ++y)
-            for (size_t x = 0; x < map.width; ++x) *out++ = boundary.row(y)[x / 64] >> (x % 64) & 1;
-    }
-    return mask;
+Array<uint8_t> py_dense_ids(const RunMap& map, const std::vector<int32_t>& segment_ids, const std::vector<uint8_t>& dropped,
+                            int64_t min_area) {
+    Array<uint8_t> dense({map.height, map.width});
+    uint8_t* out = dense.mutable_data();
+    py::gil_scoped_release release;
+    dense_ids(map, segment_ids, dropped, min_area, out);
+    return dense;
 }
 
-py::tuple py_panoptic_head(const Array<float>& logits, std::array<size_t, 2> network, std::array<size_t, 2> target,
-                           float mask_threshold, int64_t count_threshold, double overlap_threshold, size_t threads,
-                           int simd) {
-    require(logits.ndim() == 4 && logits.size() > 0, "expected mask logits float32 [B, Q, h, w]");
-    require(network[0] > 0 && network[1] > 0 && target[0] > 0 && target[1] > 0, "sizes must be at least 1x1");
-    const size_t batch = logits.shape(0), slots = logits.shape(1), height = target[0], width = target[1];
-    const Size source{static_cast<size_t>(logits.shape(2)), static_cast<size_t>(logits.shape(3))};
-    Array<int32_t> segmentation({batch, height, width}), area({batch, slots}), box({batch, slots, size_t{4}});
-    Array<float> probability({batch, height, width}), score({batch, slots});
-    const float* in = logits.data();
-    const HeadOutput first{segmentation.mutable_data(), probability.mutable_data(), area.mutable_data(), box.mutable_data(),
-                           score.mutable_data()};
+// (map, number of segments); the map given where nothing changes
+py::tuple py_compact_ids(const Array<uint8_t>& dense, size_t max_segments) {
+    const auto pixels = static_cast<size_t>(dense.size());
+    const uint8_t* in = dense.data();
+    Numbering numbering;
     {
         py::gil_scoped_release release;
-        for (size_t b = 0; b < batch; ++b) {
-            const HeadOutput output{first.segmentation + b * height * width, first.probability + b * height * width,
-                                    first.area + b * slots, first.box + 4 * b * slots, first.score + b * slots};
-            panoptic_head(in + b * slots * source.height * source.width, slots, source, {network[0], network[1]},
-                          {height, width}, {mask_threshold, count_threshold, overlap_threshold}, threads,
-                          static_cast<Simd>(simd), output);
-        }
+        numbering = compact_numbers(in, pixels, max_segments);
     }
-    return py::make_tuple(segmentation, probability, area, box, score);
+    if (!numbering.changes) return py::make_tuple(dense, numbering.count);
+    Array<uint8_t> compact(std::vector<py::ssize_t>(dense.shape(), dense.shape() + dense.ndim()));
+    std::transform(in, in + pixels, compact.mutable_data(), [&](uint8_t id) { return numbering.of[id]; });
+    return py::make_tuple(compact, numbering.count);
 }
 
 // (ids [S], areas [S], boxes [S, 4], compressed counts [S])
@@ -246,38 +222,77 @@ Array<int32_t> py_clean_segments(const Array<int32_t>& ids, int64_t min_island, 
     return cleaned;
 }
 
+py::tuple py_panoptic_head(const Array<float>& logits, std::array<size_t, 2> network, std::array<size_t, 2> target,
+                           float mask_threshold, int64_t count_threshold, double overlap_threshold, size_t threads,
+                           int simd) {
+    require(logits.ndim() == 4 && logits.size() > 0, "expected mask logits float32 [B, Q, h, w]");
+    require(network[0] > 0 && network[1] > 0 && target[0] > 0 && target[1] > 0, "sizes must be at least 1x1");
+    const size_t batch = logits.shape(0), slots = logits.shape(1), height = target[0], width = target[1];
+    const Size source{static_cast<size_t>(logits.shape(2)), static_cast<size_t>(logits.shape(3))};
+    Array<int32_t> segmentation({batch, height, width}), area({batch, slots}), box({batch, slots, size_t{4}});
+    Array<float> probability({batch, height, width}), score({batch, slots});
+    const float* in = logits.data();
+    const HeadOutput first{segmentation.mutable_data(), probability.mutable_data(), area.mutable_data(), box.mutable_data(),
+                           score.mutable_data()};
+    {
+        py::gil_scoped_release release;
+        for (size_t b = 0; b < batch; ++b) {
+            const HeadOutput output{first.segmentation + b * height * width, first.probability + b * height * width,
+                                    first.area + b * slots, first.box + 4 * b * slots, first.score + b * slots};
+            panoptic_head(in + b * slots * source.height * source.width, slots, source, {network[0], network[1]},
+                          {height, width}, {mask_threshold, count_threshold, overlap_threshold}, threads,
+                          static_cast<Simd>(simd), output);
+        }
+    }
+    return py::make_tuple(segmentation, probability, area, box, score);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "native helpers of ldmseg_fast; each has a twin in numpy or torch beside its caller";
-    PYBIND11_NUMPY_DTYPE(Match, image, category_id, outcome, gt_id, pred_id, area, iou, boundary_iou);
-    PYBIND11_NUMPY_DTYPE(Overlap, gt_id, pred_id, pixels);
-    py::register_exception<Inconsistent>(m, "Inconsistent", PyExc_ValueError);
-    py::register_exception<UnreadablePng>(m, "UnreadablePng", PyExc_ValueError);
-    m.def("read_png", &py_read_png, py::arg("content"), py::arg("max_pixels"));
-    m.def("read_png_picture", &py_read_png_picture, py::arg("content"), py::arg("max_pixels"));
-    py::register_exception<UnusualJson>(m, "UnusualJson", PyExc_ValueError);
-    py::class_<AnnotationIndex>(m, "AnnotationIndex", "Where the annotations of a COCO panoptic JSON stand in it.")
-        .def(py::init(&py_annotation_index), py::arg("path"), py::arg("predictions"))
-        .def_property_readonly("image_ids", &py_image_ids)
-        .def_property_readonly("categories", &AnnotationIndex::categories)
-        .def_property_readonly("used_categories", &AnnotationIndex::used_categories)
-        .def("annotation", &py_annotation, py::arg("k"));
-    m.def("filter_ids", &py_filter_ids, py::arg("ids").noconvert());
-    py::class_<RunMap>(m, "RunMap", "A map [H, W] as the runs of its rows; what matching works on.")
+
+    // run_map.hpp, with what training_map.hpp makes of a map
+    py::class_<RunMap>(m, "RunMap", "Holds a map [H, W] as the runs of its rows, on which matching works.")
         .def(py::init(&py_run_map), py::arg("ids").noconvert())
         .def("ids", &py_paint)
         .def("dense_ids", &py_dense_ids, py::arg("segment_ids"), py::arg("dropped"), py::arg("min_area"))
         .def_property_readonly("shape", [](const RunMap& map) { return py::make_tuple(map.height, map.width); });
-    m.def("compact_ids", &py_compact_ids, py::arg("dense").noconvert(), py::arg("max_segments"));
+
+    // png.hpp
+    py::register_exception<UnreadablePng>(m, "UnreadablePng", PyExc_ValueError);
+    m.def("read_png", &py_read_png, py::arg("content"), py::arg("max_pixels"));
+    m.def("read_png_picture", &py_read_png_picture, py::arg("content"), py::arg("max_pixels"));
+    m.def("filter_ids", &py_filter_ids, py::arg("ids").noconvert());
+
+    // matching.hpp
+    PYBIND11_NUMPY_DTYPE(Match, image, category_id, outcome, gt_id, pred_id, area, iou, boundary_iou);
+    PYBIND11_NUMPY_DTYPE(Overlap, gt_id, pred_id, pixels);
+    py::register_exception<Inconsistent>(m, "Inconsistent", PyExc_ValueError);
     m.def("joint_histogram", &py_joint_histogram, py::arg("gt"), py::arg("pred"));
     m.def("match_segments", &py_match_segments, py::arg("gt"), py::arg("gt_segments").noconvert(), py::arg("pred"),
           py::arg("pred_segments").noconvert(), py::arg("boundary_distance") = 0);
     m.def("match_files", &py_match_files, py::arg("gt_path"), py::arg("gt_segments").noconvert(), py::arg("pred_path"),
           py::arg("pred_segments").noconvert(), py::arg("boundary"), py::arg("max_pixels"));
     m.def("boundary_mask", &py_boundary_mask, py::arg("map"), py::arg("distance"));
+
+    // annotation_index.hpp
+    py::register_exception<UnusualJson>(m, "UnusualJson", PyExc_ValueError);
+    py::class_<AnnotationIndex>(m, "AnnotationIndex", "Indexes where the annotations of a COCO panoptic JSON stand in it.")
+        .def(py::init(&py_annotation_index), py::arg("path"), py::arg("predictions"))
+        .def_property_readonly("image_ids", &py_image_ids)
+        .def_property_readonly("categories", &AnnotationIndex::categories)
+        .def_property_readonly("used_categories", &AnnotationIndex::used_categories)
+        .def("annotation", &py_annotation, py::arg("k"));
+
+    // training_map.hpp
+    m.def("compact_ids", &py_compact_ids, py::arg("dense").noconvert(), py::arg("max_segments"));
+
+    // segments.hpp
     m.def("segment_shapes", &py_segment_shapes, py::arg("ids").noconvert(), py::arg("rle"));
     m.def("clean_segments", &py_clean_segments, py::arg("ids").noconvert(), py::arg("min_island"), py::arg("max_hole"));
+
+    // panoptic_head.hpp
     m.def("panoptic_head", &py_panoptic_head, py::arg("mask_logits").noconvert(), py::arg("network_size"),
           py::arg("target_size"), py::arg("mask_threshold"), py::arg("count_threshold"), py::arg("overlap_threshold"),
           py::arg("threads") = 0, py::arg("simd") = 2);

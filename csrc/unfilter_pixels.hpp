@@ -1,4 +1,6 @@
-// PNG's row filters, undone into pixels: for pictures, of which no two neighbours need be alike.
+// Undoes PNG's row filters into pixels: for pictures, of which no two neighbours need be alike.
+//
+// Generated scenes are PNGs, and Pillow's decoder would take most of an item's time on them.
 #pragma once
 #include <cstddef>
 #include <cstdint>

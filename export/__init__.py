@@ -1,1 +1,1 @@
-"""Exported graphs, engines and serving repositories. The graphs' definitions are in `ldmseg_fast.backends`."""
+"""Exports graphs, engines and serving repositories. The graphs' definitions are in `ldmseg_fast.backends`."""

@@ -1,4 +1,4 @@
-"""A folder of ONNX graphs -> TensorRT engines with passports; locked, cached, and never half-written."""
+"""Builds TensorRT engines with passports from a folder of ONNX graphs; locked, cached, and never half-written."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ TIMING_CACHE, LOCK, UNFINISHED = "timing.cache", ".lock", ".ldmseg-new-"
 
 @dataclass(frozen=True)
 class Ranges:
-    """Sizes the engines take.
+    """Holds the sizes that the engines take.
 
-    `profiles`: (least, best, largest) batch of each. `max_side`: largest side of a map, in pixels. `sides`: of
-    pictures, for graphs without a fixed size.
+    Attributes:
+        profiles: (least, best, largest) batch of each profile.
+        max_side: the largest side of a map in pixels.
+        sides: (least, best, largest) side of pictures, for graphs without a fixed size.
     """
 
     profiles: tuple[Range, ...] = ((1, 1, 8),)
@@ -47,6 +49,8 @@ class Ranges:
 
 @dataclass(frozen=True)
 class BuildJob:
+    """Holds what `build_engines` is to do."""
+
     settings: BuildSettings
     ranges: Ranges
     command: str
@@ -55,7 +59,7 @@ class BuildJob:
 
 
 def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list[Passport]:
-    """One engine per graph of `onnx_dir`, those that are there already with equal settings excepted.
+    """Builds one engine per graph of `onnx_dir`, but for those that are there already with equal settings.
 
     Raises:
         BackendError: files that differ from their manifest, settings that TensorRT does not take, a failed build, a
@@ -108,7 +112,11 @@ def _check_foreign(out: Path) -> None:
 
 
 def check_targets(api: TrtApi, settings: BuildSettings) -> None:
-    """Raises BackendError for targets that this flavour cannot build for on this machine."""
+    """Checks that this flavour can build for the targets on this machine.
+
+    Raises:
+        BackendError: it cannot.
+    """
     targets = settings.targets
     if api.flavour == "rtx":
         unknown = [t for t in targets if t not in (*RTX_TARGETS, "portable", "current")]
@@ -131,7 +139,11 @@ def check_targets(api: TrtApi, settings: BuildSettings) -> None:
 
 
 def profiles_of(spec: GraphSpec, manifest: Manifest, ranges: Ranges) -> tuple[dict[str, Range], ...]:
-    """A graph's optimisation profiles. Raises BackendError where a range is missing, or is none for this model."""
+    """Lists a graph's optimisation profiles.
+
+    Raises:
+        BackendError: a range is missing, or is none for this model.
+    """
     found: list[dict[str, Range]] = []
     for batch in ranges.profiles:
         profile = axis_ranges(spec, manifest, batch, ranges)
@@ -140,7 +152,11 @@ def profiles_of(spec: GraphSpec, manifest: Manifest, ranges: Ranges) -> tuple[di
 
 
 def axis_ranges(spec: GraphSpec, manifest: Manifest, batch: Range, ranges: Ranges) -> dict[str, Range]:
-    """Least, best and largest size of every dynamic axis of a graph, and of the map's height and width."""
+    """Returns least, best and largest size of every dynamic axis of a graph, and of the map's height and width.
+
+    Raises:
+        BackendError: a range is missing, or is none for this model.
+    """
     found: dict[str, Range] = {}
     for axis in spec.axes:
         if axis == "batch":
@@ -161,7 +177,7 @@ def axis_ranges(spec: GraphSpec, manifest: Manifest, batch: Range, ranges: Range
 
 
 def shapes_of(spec: GraphSpec, profile: Mapping[str, Range]) -> tuple[Shapes, Shapes]:
-    """A profile as TensorRT wants it: ranges of shapes, and of shape inputs' values."""
+    """Writes a profile as TensorRT wants it: ranges of shapes, and of shape inputs' values."""
     shapes, values = {}, {}
     ends = [{axis: span[end] for axis, span in profile.items()} for end in range(3)]
     for tensor in spec.inputs:
@@ -173,7 +189,7 @@ def shapes_of(spec: GraphSpec, profile: Mapping[str, Range]) -> tuple[Shapes, Sh
 
 
 def build_key(graph: GraphFile, profiles: tuple[dict[str, Range], ...], settings: BuildSettings, api: TrtApi) -> str:
-    """Equal keys make equal engines."""
+    """Hashes all that an engine depends on: equal keys make equal engines."""
     machine = asdict(api.machine) if settings.targets == ("current",) else {}
     parts = [graph.sha256, profiles, asdict(settings), api.flavour, api.version, machine]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -228,7 +244,7 @@ def _build_one(
 
 
 def _cached(out: Path, name: str, key: str) -> Passport | None:
-    """The passport of an engine that was built with the same key and is whole."""
+    """Returns the passport of an engine that was built with the same key and is whole; None where there is none."""
     try:
         passport = read_passport(out, name)
     except BackendError:
@@ -237,7 +253,7 @@ def _cached(out: Path, name: str, key: str) -> Passport | None:
 
 
 def parity_summary(onnx_dir: Path) -> dict[str, float]:
-    """Each comparison of the export's parity report; empty where the export has none."""
+    """Returns each comparison of the export's parity report; empty where the export has none."""
     path = onnx_dir / PARITY
     if not path.is_file():
         return {}
@@ -245,7 +261,7 @@ def parity_summary(onnx_dir: Path) -> dict[str, float]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write beside the file and rename: a reader sees the old one or the new one."""
+    """Writes beside the file and renames: a reader sees the old one or the new one."""
     free = shutil.disk_usage(path.parent).free
     if free < len(content):
         raise BackendError(

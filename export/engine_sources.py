@@ -1,4 +1,4 @@
-"""What `to_trt.py` builds from: its settings checked, and graphs exported first where a model folder was given."""
+"""Prepares what `to_trt.py` builds from: checked settings, and graphs, exported first where it gets a model folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ DEFAULT_PRECISION = "fp16"
 
 
 def make_job(args: argparse.Namespace, command: str) -> BuildJob:
-    """Raises BackendError naming the option that is wrong."""
+    """Makes a build job of the command line.
+
+    Raises:
+        BackendError: names the option that is wrong.
+    """
     targets = tuple(part.strip().lower() for part in args.target.split(",") if part.strip())
     if len(targets) > 1 and {"portable", "current"} & set(targets):
         raise BackendError(f"--target {args.target}: portable and current stand alone")
@@ -41,7 +45,7 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
             )
         batches = [(args.min_batch, args.opt_batch, args.max_batch)]
     if args.max_side < 1 or args.workspace < 0:
-        raise BackendError(f"--max-side {args.max_side}, --workspace {args.workspace}: must be positive")
+        raise BackendError(f"--max-side {args.max_side} must be positive, --workspace {args.workspace} not negative")
     sides = _range("--image-sizes", args.image_sizes) if args.image_sizes else None
     return BuildJob(settings, Ranges(tuple(batches), args.max_side, sides), command, args.timing_cache, print)
 
@@ -57,7 +61,7 @@ def _range(option: str, text: str) -> Range:
 
 
 def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityReport | None]:
-    """The folder of graphs to build from, and the parity report of an export that was made now.
+    """Returns the folder of graphs to build from, and the parity report of an export that was made now.
 
     Raises:
         CheckpointError: a folder that is neither an export nor a model.

@@ -1,4 +1,4 @@
-"""A float32 copy of bfloat16 graphs, so that a runtime without bfloat16 can check them: same nodes, same weights."""
+"""Copies bfloat16 graphs to float32, so that a runtime without bfloat16 can check them: same nodes, same weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldmseg_fast.backends.graphs.specs import GraphSpec, TensorSpec
 
 
 def float_twin(folder: Path, manifest: Manifest, out: Path) -> Path:
-    """Write the copy into `out`: every bfloat16 type becomes float32, weights keep their (rounded) values."""
+    """Writes the copy into `out`: every bfloat16 type becomes float32, weights keep their (rounded) values."""
     graphs = {name: _twin(folder, graph, out) for name, graph in manifest.graphs.items()}
     options = replace(manifest.options, dtype="float32")
     replace(manifest, graphs=graphs, options=options, precision="fp32").write(out)

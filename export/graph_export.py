@@ -1,4 +1,4 @@
-"""One module -> one checked ONNX file."""
+"""Exports one module as one checked ONNX file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EMBEDDED_BYTES = 64 * 2**20  # larger weights go into a file of their own
 def export_graph(
     spec: GraphSpec, module: nn.Module, info: ModelInfo, folder: Path, opset: int, metadata: dict[str, str]
 ) -> GraphFile:
-    """Trace, translate, simplify, save and check one graph.
+    """Traces, translates, simplifies, saves and checks one graph.
 
     Args:
         spec: names, dtypes and axes that the file must have.
@@ -62,7 +62,7 @@ def export_graph(
 
 
 def example_sizes(spec: GraphSpec, info: ModelInfo) -> dict[str, int]:
-    """Sizes to trace with: 2 where a dynamic batch must not be taken for a constant."""
+    """Returns sizes to trace with: 2 where a dynamic batch must not be taken for a constant."""
     side = info.latent_shape[1]
     multiple = info.size_multiple // info.mask_vae.downsampling
     sizes = {"batch": 2, "latent_height": max(side, 2 * multiple), "latent_width": max(side, 2 * multiple) + multiple}
@@ -74,7 +74,7 @@ def _dynamic_axes(tensor: TensorSpec) -> dict[int, Any]:
 
 
 def _name_axes(model: Any, spec: GraphSpec) -> None:
-    """The spec's names for the axes that the exporter numbered."""
+    """Gives the axes that the exporter numbered the spec's names."""
     names: dict[str, str] = {}
     for value, tensor in zip((*model.graph.inputs, *model.graph.outputs), (*spec.inputs, *spec.outputs)):
         for found, axis in zip(value.shape or (), tensor.shape):
@@ -87,10 +87,10 @@ def _name_axes(model: Any, spec: GraphSpec) -> None:
 
 
 def check_graph(path: Path, spec: GraphSpec) -> None:
-    """ONNX's own checker with shape inference; then names, dtypes and ranks against the spec.
+    """Runs ONNX's own checker with shape inference, then compares names, dtypes and ranks with the spec.
 
     Raises:
-        ExportError: what differs.
+        ExportError: says what differs.
     """
     import onnx
 
@@ -118,7 +118,7 @@ def _axis_kinds(tensor: TensorSpec) -> list[int | None]:
 
 @contextmanager
 def quiet(logger: str) -> Iterator[None]:
-    """No warnings, and of a logger nothing but errors, for the length of a `with` block."""
+    """Silences warnings, and all but the errors of a logger, inside a `with` block."""
     log = logging.getLogger(logger)
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A model folder -> a folder of graphs with its manifest and parity report."""
+"""Exports a model folder as a folder of graphs with its manifest and parity report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ldmseg_fast.backends.graphs.manifest import (
     FILE_NAME,
-    PRECISION_DTYPES,
     Manifest,
     check_files,
     describe_model,
@@ -25,6 +24,7 @@ from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.config import to_dict
+from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.data.coco_panoptic import collate
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
@@ -45,7 +45,7 @@ PACKAGES = ("ldmseg_fast", "torch", "onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """As the command line of `to_onnx.py` has them."""
+    """Holds the settings as the command line of `to_onnx.py` has them."""
 
     precision: str = "fp32"
     opset: int | None = None
@@ -63,7 +63,7 @@ class ExportSettings:
 def export_model(
     model_dir: str | Path, out: Path, settings: ExportSettings, progress: Callable[[str], None] = lambda _: None
 ) -> ParityReport | None:
-    """Write `out`, complete or not at all. Of two processes that do so at a time one exports, the other one waits.
+    """Writes `out`, complete or not at all. Of two processes that do so at a time one exports, the other one waits.
 
     Returns:
         The parity report, or None where it was not asked for. `out` is not written where the report is not ok.
@@ -88,7 +88,7 @@ def export_model(
 
 
 def check_parity(info: ModelInfo, folder: NewFolder, settings: ExportSettings) -> ParityReport | None:
-    """The report, also written into the folder, which is discarded where a tolerance is missed."""
+    """Measures the report, writes it into the folder, and discards the folder where a tolerance is missed."""
     if not settings.parity:
         return None
     manifest = read_manifest(folder.path)
@@ -99,7 +99,11 @@ def check_parity(info: ModelInfo, folder: NewFolder, settings: ExportSettings) -
 
 
 def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
-    """Raises ExportError naming the setting."""
+    """Turns settings into the options of graphs.
+
+    Raises:
+        ExportError: names the setting.
+    """
     opset = resolve_opset(settings)
     if opset not in OPSETS:
         raise ExportError(f"--opset {opset}: {OPSETS[0]} to {OPSETS[-1]}; 21 is what every runtime here takes")
@@ -124,7 +128,7 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
             f"--sampler-steps: unet.conditioning={info.conditioning} is sampled step by step; leave the option out"
         )
     return GraphOptions(
-        dtype=PRECISION_DTYPES[settings.precision],
+        dtype=str(DTYPES.get(settings.precision, torch.float16)).removeprefix("torch."),  # fp16 beside fp8 and int8
         batch=_whole("--batch", settings.batch, {"dynamic": 0}),
         image_size=image_size,
         head=settings.head,
@@ -133,13 +137,14 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
 
 
 def resolve_opset(settings: ExportSettings) -> int:
+    """Returns the opset that was asked for, or the precision's own."""
     if settings.opset is not None:
         return settings.opset
     return BF16_OPSET if settings.precision == "bf16" else DEFAULT_OPSET
 
 
 def exported_files(folder: Path) -> set[str]:
-    """Names in a folder that an export wrote; none where it holds no export."""
+    """Lists the names in a folder that an export wrote; none where it holds no export."""
     if not (folder / FILE_NAME).is_file():
         return set()
     graphs = (path.name for path in folder.iterdir() if path.name.endswith((".onnx", ".onnx.data")))
@@ -147,7 +152,7 @@ def exported_files(folder: Path) -> set[str]:
 
 
 def is_current(model_dir: str | Path, folder: Path, settings: ExportSettings) -> bool:
-    """Whether `folder` holds, undamaged, what `export_model` would write there now."""
+    """Tells whether `folder` holds, undamaged, what `export_model` would write there now."""
     info = read_model_info(model_dir)
     options = resolve_options(info, settings)
     try:
@@ -168,7 +173,7 @@ def _calibration(settings: ExportSettings) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that make an export."""
+    """Returns the versions of the packages that make an export."""
     return {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
 
 
@@ -181,7 +186,7 @@ def _whole(name: str, text: str, words: dict[str, int]) -> int:
 
 
 def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings: ExportSettings) -> Manifest:
-    """Every graph and `export.json`. One network is in memory at a time."""
+    """Writes every graph and `export.json`. One network is in memory at a time."""
     digest, packages = model_hash(info.folder), versions()
     quantised = settings.precision in QUANTISED
     opset = resolve_opset(settings)
@@ -222,7 +227,7 @@ def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings:
 
 
 def calibration_pictures(info: ModelInfo, settings: ExportSettings) -> Tensor:
-    """uint8 [B, 3, S, S] of the data set's split, or of generated scenes."""
+    """Reads pictures, uint8 [B, 3, S, S], of the data set's split, or of generated scenes."""
     with comparison_data(info, settings.data, settings.split, CALIBRATION_IMAGES) as dataset:
         return collate([dataset[index] for index in range(len(dataset))])["image"]
 

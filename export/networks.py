@@ -1,44 +1,49 @@
-"""A model folder's networks in the type that they are exported in, one in memory at a time."""
+"""Loads a model folder's networks in the type that they are exported in, one at a time."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldmseg_fast.backends.graphs.specs import DTYPES, GraphOptions, GraphSpec
+from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
-from ldmseg_fast.checkpoints.tensors import DTYPE_NAMES, INT8_SCALE, WEIGHTS, check_state, expand_int8
+from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, check_state, expand_int8
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import inside
 from ldmseg_fast.models.unet import UNet
 
 
 def network_of(graph: str) -> str:
-    """The component whose weights a graph holds."""
+    """Returns the component whose weights a graph holds."""
     return {"image_encoder": "image_vae", "mask_decoder": "mask_vae"}.get(graph, "unet")
 
 
 def load_networks(info: ModelInfo, spec: GraphSpec, options: GraphOptions) -> dict[str, Any]:
-    """What `backends.graphs.build_graph` needs for a graph, by component."""
+    """Loads what `backends.graphs.modules.build_graph` needs for a graph, by component. Raises as `load_network`."""
     needed = network_of(spec.name)
-    dtype = DTYPES[options.decoder_dtype if needed == "mask_vae" else options.dtype]
+    dtype: torch.dtype = getattr(torch, options.decoder_dtype if needed == "mask_vae" else options.dtype)
     found = {needed: load_network(info, needed, dtype)}
     return found | load_queries(info, dtype) if needed == "unet" else found
 
 
 def load_queries(info: ModelInfo, dtype: torch.dtype) -> dict[str, Any]:
-    """The conditioning component where it is trained queries, which become part of the graph."""
+    """Loads the conditioning component where it is trained queries, which become part of the graph."""
     if info.conditioning != "learned":
         return {}
     return {"conditioning": load_component(info.folder, "conditioning").to(dtype)}
 
 
 def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
+    """Loads a component in `dtype`; a UNet with its q, k and v projections fused, for inference.
+
+    Raises:
+        CheckpointError: weights that are missing, damaged, or do not fit.
+    """
     if name != "unet":
         network: Any = load_component(info.folder, name)
         return network.to(dtype)
@@ -53,26 +58,20 @@ def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
 
 
 def read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A safetensors file in `dtype`, converted tensor by tensor: a full-size model is never in memory twice.
+    """Reads a safetensors file and converts its floats, any shape, to `dtype`.
+
+    It converts tensor by tensor: a full-size model is never in memory twice. Integers and int8 scales stay.
 
     Raises:
-        CheckpointError: a damaged file.
+        CheckpointError: a file that is missing or damaged.
     """
-    kinds = {name: kind for kind, name in DTYPE_NAMES.items()}
-    state = {}
     try:
-        with path.open("rb") as file:
-            start = int.from_bytes(file.read(8), "little") + 8
-            header = json.loads(file.read(start - 8))
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                first, end = entry["data_offsets"]
-                file.seek(start + first)
-                content = bytearray(file.read(end - first))
-                tensor = torch.frombuffer(content, dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
+        state = {}
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a file, not a dictionary)
+                tensor = file.get_tensor(name)
                 keep = name.endswith(INT8_SCALE) or not tensor.is_floating_point()
                 state[name] = tensor if keep else tensor.to(dtype)
-    except (ValueError, KeyError, RuntimeError, MemoryError, OverflowError) as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or save it again") from None
     return state

@@ -1,4 +1,4 @@
-"""Folders that are written complete or not at all, by one process at a time."""
+"""Writes folders complete or not at all, by one process at a time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,18 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ExportError(BackendError):
-    """An export that cannot be made; the message says what and why."""
+    """Reports an export that cannot be made; the message says what and why."""
 
 
 @dataclass
 class NewFolder:
-    """A folder in the making; `keep` False drops it. `waited`: another process has written `out` just before."""
+    """Describes a folder in the making.
+
+    Attributes:
+        path: where it is written.
+        waited: whether another process has written `out` just before.
+        keep: False drops it.
+    """
 
     path: Path
     waited: bool = False
@@ -37,9 +43,9 @@ class NewFolder:
 def new_folder(
     out: Path, own: Callable[[Path], Collection[str]], progress: Callable[[str], None] = lambda _: None
 ) -> Iterator[NewFolder]:
-    """A folder beside `out` that takes its place once the block is through. What a killed process left is removed.
+    """Yields a folder beside `out` that takes its place once the block is through.
 
-    Two processes that write the same `out` do so one after the other.
+    What a killed process left is removed. Two processes that write the same `out` do so one after the other.
 
     Args:
         out: the folder to write; an older one of the same kind is replaced.
@@ -71,7 +77,11 @@ def new_folder(
 
 
 def check_replaceable(out: Path, own: Callable[[Path], Collection[str]]) -> None:
-    """Raises ExportError where `out` is no folder, holds something else than `own` names, or cannot be moved."""
+    """Checks that `out` may be replaced.
+
+    Raises:
+        ExportError: it is no folder, holds something else than `own` names, or cannot be moved.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -85,7 +95,7 @@ def check_replaceable(out: Path, own: Callable[[Path], Collection[str]]) -> None
 
 
 def _tidy(out: Path, unfinished: Path) -> None:
-    """What processes left that were killed. An older folder comes back where its successor was not in place yet."""
+    """Removes what killed processes left. An older folder comes back where its successor was not in place yet."""
     shutil.rmtree(unfinished, ignore_errors=True)
     for old in out.parent.glob(f".{glob.escape(out.name)}.old.*"):
         if not (old.is_dir() and old.suffix[1:].isdigit()):
@@ -98,9 +108,9 @@ def _tidy(out: Path, unfinished: Path) -> None:
 
 @contextmanager
 def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """One holder of the lock file at a time; a second one calls `waiting` and then waits here.
+    """Holds a lock file inside a `with` block. A second process calls `waiting` and then waits here.
 
-    The file is made together with its folder, and removed by its holder; the kernel frees it when the holder is killed.
+    The file is made together with its folder, and removed by its holder. The kernel frees it when the holder is killed.
 
     Raises:
         BackendError: the folder cannot be written.
@@ -141,7 +151,7 @@ def _is_at(path: Path, file: IO[str]) -> bool:
 
 @contextmanager
 def disk_full_named(out: Path) -> Iterator[None]:
-    """A full disk, a used-up quota and a file over the size limit as one clear BackendError."""
+    """Turns a full disk, a used-up quota and a file over the size limit into one clear BackendError."""
     try:
         yield
     except OSError as error:

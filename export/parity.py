@@ -1,4 +1,4 @@
-"""Exported graphs against PyTorch in float32, on pictures and maps of a data set, at fixed noise."""
+"""Compares exported graphs with PyTorch in float32, on pictures and maps of a data set, at fixed noise."""
 
 from __future__ import annotations
 
@@ -34,14 +34,21 @@ STEPS = (4, 10)
 # Largest differences, relative to the reference's largest magnitude where that is above 1; smallest cosines.
 MAX_ABS = {"image_encoder": 1e-3, "denoiser": 1e-3, "mask_decoder": 1e-4}
 LOOP_ERROR, ARGMAX_AGREEMENT = 1e-3, 0.999
-# points of PQ; on a few images one segment that turns up or goes is a point or two
+# points of PQ; on a few images one segment more or less changes it by a point or two
 PQ_DIFFERENCE = {"fp32": 0.5, "fp16": 3.0, "bf16": 5.0, "fp8": 10.0, "int8": 10.0}
 COSINE = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.998, "fp8": 0.99, "int8": 0.98}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `limit` None: reported only. `at_least`: the value must reach it, instead of staying below."""
+    """Holds one comparison.
+
+    Attributes:
+        what: its name.
+        value: what was measured.
+        limit: the tolerance; None only reports.
+        at_least: the value must reach the limit instead of staying below.
+    """
 
     what: str
     value: float
@@ -50,6 +57,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
+        """Tells whether the value keeps its limit."""
         if self.limit is None:
             return True
         return self.value >= self.limit if self.at_least else self.value <= self.limit
@@ -57,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every comparison; `latency` in milliseconds for one denoising step at batch 1 on this CPU, or empty."""
+    """Holds every comparison; `latency` is in milliseconds for one denoising step at batch 1 on this CPU, or empty."""
 
     precision: str
     images: int
@@ -67,20 +75,23 @@ class ParityReport:
 
     @property
     def ok(self) -> bool:
+        """Tells whether every value keeps its limit."""
         return all(row.ok for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
         rows = [asdict(row) | {"ok": row.ok} for row in self.rows]
         return {key: value for key, value in vars(self).items() if key != "rows"} | {"ok": self.ok, "rows": rows}
 
     @classmethod
     def read(cls, path: Path) -> ParityReport:
-        """What `to_dict` wrote."""
+        """Reads what `to_dict` returned from a JSON file."""
         values = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row(*(row[item.name] for item in fields(Row))) for row in values["rows"]]
         return cls(rows=rows, **{key: values[key] for key in ("precision", "images", "source", "latency")})
 
     def table(self) -> str:
+        """Formats the report, one comparison a line."""
         width = max(len(row.what) for row in self.rows)
         lines = [f"parity of {self.precision} with PyTorch float32, {self.images} images of {self.source}"]
         for row in self.rows:
@@ -104,7 +115,7 @@ def measure_parity(
     images: int = 8,
     batches: tuple[int, ...] = BATCHES,
 ) -> ParityReport:
-    """Compare a folder of exported graphs with the model, through ONNX Runtime on the CPU.
+    """Compares a folder of exported graphs with the model, through ONNX Runtime on the CPU.
 
     Args:
         data: a COCO-panoptic folder; default generated scenes.
@@ -130,7 +141,7 @@ def measure_parity(
 
 @contextmanager
 def comparison_data(info: ModelInfo, data: str | None, split: str, images: int) -> Iterator[CocoPanoptic]:
-    """The first images of a data set's split; of generated scenes where `data` is None."""
+    """Yields the first images of a data set's split, or of generated scenes where `data` is None."""
     with tempfile.TemporaryDirectory() as scratch:
         if data is None:
             side = max(info.image_size, 32)
@@ -206,7 +217,15 @@ def _compare(
 def denoiser_inputs(
     info: ModelInfo, mask_latents: Tensor, noise: Tensor, image_latents: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The UNet's input and timesteps for real mask latents, noised to times spread over the schedule."""
+    """Makes the UNet's input for real mask latents, noised to times spread over the schedule.
+
+    Args:
+        mask_latents, noise: float32 [B, C, h, w].
+        image_latents: float [B, C_image, h, w].
+
+    Returns:
+        The input in the dtype of `image_latents`, [B, C_in, h, w], and timesteps, int64 [B].
+    """
     scheduler = Scheduler(info.scheduler)
     total = info.scheduler.num_train_timesteps
     times = (torch.arange(1, len(noise) + 1) * total // (len(noise) + 1)).clamp(max=total - 1)
@@ -215,7 +234,7 @@ def denoiser_inputs(
 
 
 def decoder_logits(graphs: GraphBackend, latents: Tensor) -> Tensor:
-    """The mask decoder's raw logits for all latents in one call."""
+    """Decodes mask latents, float [B, C, h, w], into raw logits, float [B, Q, h', w'], in one call of the graph."""
     spec, info = graphs.specs["mask_decoder"], graphs.info
     inputs = {"latents": latents}
     if "size" in spec.tensors:
@@ -225,12 +244,12 @@ def decoder_logits(graphs: GraphBackend, latents: Tensor) -> Tensor:
 
 
 def take(values: Tensor, size: int) -> Tensor:
-    """The first `size` rows, repeated from the start where there are fewer."""
+    """Takes the first `size` rows of values [B, ...], any dtype, repeated from the start where there are fewer."""
     return values.repeat(-(-size // len(values)), *[1] * (values.ndim - 1))[:size]
 
 
 def denoiser(backend: Any, pictures: Tensor) -> Denoise:
-    """A backend's network with the context of these pictures, where it takes one."""
+    """Returns a backend's network, with the context of `pictures`, uint8 [B, 3, S, S], where it takes one."""
     if backend.info.conditioning == "none":
         return backend.denoise
     return with_context(backend.denoise, backend.conditioning, pictures)
@@ -245,7 +264,7 @@ def _loop(backend: Any, pictures: Tensor, noise: Tensor, steps: int) -> Tensor:
 
 
 def _pq(backend: Any, latents: Tensor, truth: list) -> float:
-    """Class-agnostic PQ in percent of maps at the images' own sizes, with the model's thresholds."""
+    """Measures class-agnostic PQ in percent of maps at the images' own sizes, with the model's thresholds."""
     stat = PQStat(OBJECT, class_agnostic=True)
     for index, (ids, segments) in enumerate(truth):
         (result,) = backend.decode_mask(latents[index : index + 1], ids.shape)
@@ -262,7 +281,7 @@ def _latency(
     pictures: Tensor,
 ) -> dict[str, float]:
     if graphs.specs["denoiser"].inputs[0].shape[0] not in (1, "batch"):
-        return {}  # graphs of a larger fixed batch are not what a single image is to be timed on
+        return {}  # graphs of a larger fixed batch cannot be timed on a single image
     inputs, times = denoiser_inputs(info, mask_latents, noise, reference.encode_image(pictures))
     calls = [denoiser(backend, pictures) for backend in (graphs, reference)]
     ours, theirs = best_times(lambda: calls[0](inputs.to(graphs.dtype), times), lambda: calls[1](inputs, times))
@@ -270,7 +289,7 @@ def _latency(
 
 
 def best_times(*calls: Callable[[], Any], rounds: int = 30, seconds: float = 5.0) -> list[float]:
-    """Milliseconds of each call, the best of interleaved rounds, so that a busy machine slows all alike.
+    """Times each call in milliseconds: the best of interleaved rounds, so that a busy machine slows all alike.
 
     Rounds end early once `seconds` have passed, but not before the second.
     """

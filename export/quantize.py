@@ -1,4 +1,4 @@
-"""Post-training quantisation of the denoiser through nvidia-modelopt: calibrated on real sampling, exported with Q/DQ.
+"""Quantises the denoiser after training through nvidia-modelopt: calibrated on real sampling, exported with Q/DQ.
 
 The image encoder and the mask decoder stay in half: each runs once per image, the denoiser N times.
 """
@@ -31,7 +31,7 @@ CALIBRATION_STEPS = 4
 
 
 def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Module:
-    """The UNet in half with quantisers around every other convolution and linear layer.
+    """Quantises the UNet: half precision, with quantisers around every other convolution and linear layer.
 
     Args:
         precision: "fp8" (E4M3) or "int8".
@@ -65,7 +65,7 @@ def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Modul
 
 def _modelopt() -> Any:
     try:
-        with warnings.catch_warnings():  # it warns of every transformers release that it does not know
+        with warnings.catch_warnings():  # modelopt warns of every transformers release that it does not know
             warnings.simplefilter("ignore")
             import modelopt.torch.quantization as mtq
     except ImportError as error:
@@ -78,7 +78,7 @@ def _modelopt() -> Any:
 def export_quantized(
     spec: GraphSpec, module: nn.Module, info: ModelInfo, folder: Path, metadata: dict[str, str]
 ) -> GraphFile:
-    """`graph_export.export_graph` for a quantised module, through the tracing exporter."""
+    """Exports a quantised module as `graph_export.export_graph` does, but through the tracing exporter."""
     import onnx
 
     inputs = sample_inputs(spec, info, example_sizes(spec, info))
@@ -117,7 +117,7 @@ def export_quantized(
 
 
 def standard_float8(model: Any, onnx: Any) -> None:
-    """modelopt's own float8 nodes as ONNX's QuantizeLinear and DequantizeLinear, which every runtime reads."""
+    """Replaces modelopt's own float8 nodes by ONNX's QuantizeLinear and DequantizeLinear, which every runtime reads."""
     zero = "float8_zero"
     used = False
     for node in model.graph.node:

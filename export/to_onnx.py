@@ -1,4 +1,4 @@
-"""A model folder as ONNX graphs, checked against PyTorch.
+"""Exports a model folder as ONNX graphs, checked against PyTorch.
 
 python export/to_onnx.py MODEL_DIR --out DIR [--precision fp32|fp16|bf16] [--data ROOT]
 """
@@ -22,11 +22,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model_dir")
     parser.add_argument("--out", required=True, type=Path, help="folder for the graphs; an older export is replaced")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16"])
-    parser.add_argument("--opset", type=int, help="of ONNX, 18 to 23; default 21, for bf16 22")
+    parser.add_argument("--opset", type=int, help="opset of ONNX, 18 to 23; default 21, for bf16 22")
     parser.add_argument("--batch", default="dynamic", help="a fixed batch size; default dynamic")
     parser.add_argument("--size", default="model", help="side of the pictures, or dynamic; default the model's")
     parser.add_argument("--head", default="panoptic", choices=HEADS, help="what the mask decoder returns")
-    parser.add_argument("--sampler-steps", default="", help="also whole samplers of these numbers of steps, as 1,2,4")
+    parser.add_argument(
+        "--sampler-steps", default="", help="also export whole samplers of these numbers of steps, as 1,2,4"
+    )
     parser.add_argument("--data", help="COCO-panoptic folder for the parity report; default generated scenes")
     parser.add_argument("--split", default="val2017")
     parser.add_argument("--parity-images", type=int, default=8)
@@ -35,13 +37,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a tolerance is missed (nothing is left in DIR), 2 wrong input."""
+    """Exports and returns the exit code: 0 done, 1 a tolerance is missed (nothing is left in DIR), 2 wrong input."""
     command = "python export/to_onnx.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(parse(argv), command))
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    """`main` of parsed arguments; command: what the manifest says made the graphs."""
+    """Exports as parsed arguments say; `command` is what the manifest names as its maker."""
     from ldmseg_fast.export.model_export import ExportSettings, export_model
 
     settings = ExportSettings(

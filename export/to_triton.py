@@ -1,4 +1,4 @@
-"""Engines, or ONNX graphs, as a model repository of NVIDIA's Triton Inference Server.
+"""Writes engines, or ONNX graphs, as a model repository of NVIDIA's Triton Inference Server.
 
 python export/to_triton.py ENGINE_DIR|ONNX_DIR --out REPOSITORY
 """
@@ -20,19 +20,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", metavar="ENGINE_DIR|ONNX_DIR")
     parser.add_argument("--out", required=True, type=Path, help="folder for the repository")
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
-    parser.add_argument("--max-batch", type=int, default=8, help="for ONNX graphs; engines have their own")
+    parser.add_argument("--max-batch", type=int, default=8, help="largest batch of ONNX graphs; engines have their own")
     parser.add_argument("--queue-delay", type=int, default=2000, help="microseconds a request waits for others")
-    parser.add_argument("--instances", type=int, default=1, help="of every model")
+    parser.add_argument("--instances", type=int, default=1, help="instances of every model")
     parser.add_argument("--device", default="gpu", choices=["gpu", "cpu"])
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 wrong input."""
+    """Writes the repository and returns the exit code: 0 done, 2 wrong input."""
     return run_command(lambda: run(parse(argv)))
 
 
 def run(args: argparse.Namespace) -> int:
+    """Writes the repository as parsed arguments say."""
     from ldmseg_fast.export.triton_repository import RepositorySettings, write_repository
 
     settings = RepositorySettings(args.steps, args.max_batch, args.queue_delay, args.instances, args.device)

@@ -1,4 +1,4 @@
-"""A model folder, or its ONNX graphs, as TensorRT engines.
+"""Builds TensorRT engines of a model folder, or of its ONNX graphs.
 
 python export/to_trt.py MODEL_DIR|ONNX_DIR --out DIR [--flavour tensorrt|rtx] [--target sm80,sm89|portable|current]
     [--precision fp16|bf16|fp8|int8] [--max-batch N]
@@ -37,30 +37,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--max-side", type=int, default=1024, help="largest side of a map in pixels")
     parser.add_argument(
-        "--image-sizes", metavar="MIN,OPT,MAX", help="of pictures, for graphs exported with --size dynamic"
+        "--image-sizes", metavar="MIN,OPT,MAX", help="sides of pictures, for graphs exported with --size dynamic"
     )
     parser.add_argument("--level", type=int, default=3, choices=range(6), help="builder optimisation level")
     parser.add_argument("--workspace", type=float, default=0.0, help="GiB of scratch memory; default no limit")
     parser.add_argument("--timing-cache", type=Path, help="default DIR/timing.cache")
-    parser.add_argument("--strip", action="store_true", help="engines without weights, to be refitted")
-    parser.add_argument("--refit", action="store_true", help="weights can be replaced")
-    parser.add_argument("--version-compatible", action="store_true", help="loadable by later versions of this major")
+    parser.add_argument("--strip", action="store_true", help="build engines without weights, to be refitted")
+    parser.add_argument("--refit", action="store_true", help="build engines whose weights can be replaced")
+    parser.add_argument(
+        "--version-compatible", action="store_true", help="build engines that later versions of the same major can load"
+    )
     parser.add_argument("--verbose", action="store_true", help="write a layer report beside each engine")
-    parser.add_argument("--head", choices=HEADS, help="default panoptic; MODEL_DIR only, as the next three")
-    parser.add_argument("--sampler-steps", default="", help="also whole samplers of these numbers of steps, as 1,2,4")
+    parser.add_argument("--head", choices=HEADS, help="default panoptic; this and the next three need MODEL_DIR")
+    parser.add_argument(
+        "--sampler-steps", default="", help="also build whole samplers of these numbers of steps, as 1,2,4"
+    )
     parser.add_argument("--data", help="COCO-panoptic folder for calibration and the parity report")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a parity tolerance is missed, 2 wrong input or a build that fails."""
+    """Builds and returns the exit code: 0 done, 1 a parity tolerance is missed, 2 wrong input or a build that fails."""
     command = "python export/to_trt.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(parse(argv), command))
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    """`main` of parsed arguments; command: what the passports say made them."""
+    """Builds as parsed arguments say; `command` is what the passports name as their maker."""
     from ldmseg_fast.backends.trt.api import load_api
     from ldmseg_fast.export.engine_build import build_engines, check_targets
     from ldmseg_fast.export.engine_sources import find_graphs, make_job

@@ -1,6 +1,6 @@
-"""The Python models of a Triton repository: pre-processing, the sampling loop, the head's last part.
+"""Defines the Python models of a Triton repository: pre-processing, the sampling loop, the head's last part.
 
-Each class is a `TritonPythonModel`; `execute` takes a list of requests, each a batch of its own, and answers every one.
+Each class is a `TritonPythonModel`. `execute` takes a list of requests, each a batch of its own, and answers every one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 
 def server() -> Any:
-    """Triton's own module, which exists inside the server only."""
+    """Imports Triton's own module, which exists inside the server only."""
     return importlib.import_module("triton_python_backend_utils")
 
 
@@ -46,11 +46,11 @@ class _RequestByRequest(_Model, ABC):
 
     @abstractmethod
     def run(self, request: Any) -> list[Any]:
-        """Output tensors for one request."""
+        """Returns output tensors for one request."""
 
 
 def answer(requests: Sequence[Any], run: Callable[[Any], list[Any]]) -> list[Any]:
-    """One response per request; an error stays with the request that caused it."""
+    """Answers each request; an error stays with the request that caused it."""
     utils, responses = server(), []
     for request in requests:
         try:
@@ -61,17 +61,26 @@ def answer(requests: Sequence[Any], run: Callable[[Any], list[Any]]) -> list[Any
 
 
 def array(request: Any, name: str) -> np.ndarray:
+    """Returns a request's input as an array, [B, ...] of the dtype that the model's configuration names."""
     return server().get_input_tensor_by_name(request, name).as_numpy()
 
 
 def tensor(message: Any, name: str, get: Callable[[Any, str], Any] | None = None) -> Tensor:
-    """A request's input, or with `get` a response's output, where it lies."""
+    """Returns a request's input, or with `get` a response's output, where it lies: [B, ...] of its dtype there."""
     found = (get or server().get_input_tensor_by_name)(message, name)
     return torch.from_dlpack(found.to_dlpack())
 
 
 def call(model: str, inputs: dict[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
-    """Another model of the repository. Raises RuntimeError with its message."""
+    """Calls another model of the repository.
+
+    Args:
+        inputs: by name, of the shapes and dtypes of the graph's inputs, such as float32 [B, C, h, w].
+        outputs: names of the outputs to return, in this order.
+
+    Raises:
+        RuntimeError: the model failed; the message is the server's.
+    """
     utils = server()
     tensors = [utils.Tensor.from_dlpack(name, torch.utils.dlpack.to_dlpack(value)) for name, value in inputs.items()]
     request = utils.InferenceRequest(model_name=model, requested_output_names=list(outputs), inputs=tensors)
@@ -82,7 +91,11 @@ def call(model: str, inputs: dict[str, Tensor], outputs: Sequence[str]) -> list[
 
 
 class Preprocess(_RequestByRequest):
-    """Encoded pictures [B, 1] (and seeds [B, 1]) -> images uint8 [B, 3, S, S], noise [B, C, h, w], size [B, 2]."""
+    """Decodes pictures.
+
+    Encoded pictures [B, 1] (and seeds [B, 1]) -> images uint8 [B, 3, S, S], noise float32 [B, C, h, w] and size
+    int64 [B, 2].
+    """
 
     def run(self, request: Any) -> list[Any]:
         utils, side = server(), self.facts["image_size"]
@@ -100,7 +113,7 @@ class Preprocess(_RequestByRequest):
 
 
 class Sampler(_Model):
-    """noise and image latents -> mask latents: the requests of one call go through the denoiser as one batch."""
+    """Samples mask latents from noise and image latents: the requests of one call are one batch of the denoiser."""
 
     def initialize(self, args: dict[str, str]) -> None:
         super().initialize(args)
@@ -126,7 +139,10 @@ class Sampler(_Model):
         )
 
     def sample(self, noise: Tensor, image_latents: Tensor) -> Tensor:
-        """noise [B, C, h, w] and image latents [B, Ci, h, w] -> the last estimate of x_0, float32."""
+        """Samples the last estimate of x_0, float32 [B, C, h, w], from noise, float32 [B, C, h, w].
+
+        image_latents: float [B, C_image, h, w] on the device to sample on, as `noise`.
+        """
         latents, estimate = noise, torch.zeros_like(noise)
         for time, coefficients in zip(self.times.to(noise.device), self.table.to(noise.device)):
             inputs = {"noisy_latents": latents, "image_latents": image_latents}
@@ -138,7 +154,10 @@ class Sampler(_Model):
 
 
 class Head(_RequestByRequest):
-    """mask latents [B, C, h, w] and size [B, 2] -> segmentation int32 [B, H, W] and segments_info (JSON) [B, 1]."""
+    """Decodes maps.
+
+    Mask latents [B, C, h, w] and size [B, 2] -> segmentation int32 [B, H, W] and segments_info (JSON) [B, 1].
+    """
 
     def run(self, request: Any) -> list[Any]:
         utils, thresholds = server(), from_dict(PostprocessConfig, self.facts["postprocess"])

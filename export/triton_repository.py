@@ -1,4 +1,4 @@
-"""The files of a Triton model repository: an ensemble of pre-processing, encoder, sampler and head.
+"""Writes the files of a Triton model repository: an ensemble of pre-processing, encoder, sampler and head.
 
 The encoder, the denoiser and the mask decoder are the engines themselves. Pre-processing, the loop over the denoiser
 and the head's last part are Python models (`triton_models`), so the server's Python needs ldmseg_fast.
@@ -32,12 +32,12 @@ PYTHON_MODELS = {"ldmseg_preprocess": "Preprocess", "ldmseg_sampler": "Sampler",
 
 
 class Word(str):
-    """A value that is written without quotes: an enumeration's name."""
+    """Marks a value that is written without quotes: an enumeration's name."""
 
 
 @dataclass(frozen=True)
 class RepositorySettings:
-    """As the command line of `to_triton.py` has them."""
+    """Holds the settings as the command line of `to_triton.py` has them."""
 
     steps: int | None = None
     max_batch: int = 8
@@ -47,7 +47,7 @@ class RepositorySettings:
 
 
 def write_repository(source: Path, out: Path, settings: RepositorySettings) -> list[str]:
-    """Write the repository, complete or not at all; large files are linked where the disk allows it.
+    """Writes the repository, complete or not at all; large files are linked where the disk allows it.
 
     Returns:
         The models' names, the ensemble first.
@@ -125,7 +125,7 @@ def _link(source: Path, target: Path) -> None:
 def model_configs(
     manifest: Manifest, settings: RepositorySettings, steps: int, batch: int, is_engine: bool
 ) -> dict[str, dict[str, Any]]:
-    """config.pbtxt of every model, as plain values."""
+    """Returns config.pbtxt of every model as plain values."""
     specs = {name: graph.spec for name, graph in manifest.graphs.items()}
     latents = specs["mask_decoder"].tensors["latents"]
     images, image_latents = specs["image_encoder"].inputs[0], specs["image_encoder"].outputs[0]
@@ -179,7 +179,7 @@ def model_configs(
 
 
 def _unbatched(name: str, spec: GraphSpec, settings: RepositorySettings, runtime: Mapping[str, str]) -> dict[str, Any]:
-    """A graph that the Python models call with whole tensors: some of its inputs have no batch axis."""
+    """Describes a graph that the Python models call with whole tensors: some of its inputs have no batch axis."""
     inputs = [_tensor(t, whole=True) | _shape_mark(t, runtime) for t in spec.inputs]
     outputs = [_tensor(t, whole=True) for t in spec.outputs]
     config = {"name": name, **runtime, "max_batch_size": 0, "input": inputs, "output": outputs}
@@ -208,7 +208,7 @@ def _instances(settings: RepositorySettings, backend: str | None) -> dict[str, A
 
 
 def to_text(values: Mapping[str, Any], indent: str = "") -> str:
-    """Protocol buffers' text format."""
+    """Formats values in protocol buffers' text format."""
     lines = []
     for key, value in values.items():
         for item in value if isinstance(value, list) and key != "dims" else [value]:

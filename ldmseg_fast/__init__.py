@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`LDMSegPipeline` on first use, so that importing the package does not import the models."""
+    """Imports `LDMSegPipeline` on first use, so that importing the package does not import the models."""
     if name == "LDMSegPipeline":
         from ldmseg_fast.pipeline import LDMSegPipeline
 

@@ -1,4 +1,4 @@
-"""`ldmseg`: the table of its commands. Each stands in a module of `commands/` with `add_arguments` and `run`."""
+"""Holds the table of `ldmseg`'s commands. Each has a module in `commands/` with `add_arguments` and `run`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ldmseg_fast import __version__
 COMMANDS = {
     "predict": ("ldmseg_fast.commands.predict", "segment pictures"),
     "inpaint": ("ldmseg_fast.commands.inpaint", "complete a panoptic map of which a part is given"),
-    "evaluate": ("ldmseg_fast.commands.evaluate", "panoptic quality of a model on a COCO-panoptic folder"),
-    "pq": ("ldmseg_fast.commands.pq", "panoptic quality of result files, as panopticapi computes it"),
-    "convert": ("ldmseg_fast.commands.convert", "a published LDMSeg checkpoint as a model folder"),
+    "evaluate": ("ldmseg_fast.commands.evaluate", "measure the panoptic quality of a model on a COCO-panoptic folder"),
+    "pq": ("ldmseg_fast.commands.pq", "measure the panoptic quality of result files, as panopticapi does"),
+    "convert": ("ldmseg_fast.commands.convert", "turn a published LDMSeg checkpoint into a model folder"),
     "data check": ("ldmseg_fast.commands.data_check", "look for damaged or inconsistent files"),
     "data scenes": ("ldmseg_fast.commands.data_scenes", "generate scenes in COCO-panoptic layout"),
-    "data merge": ("ldmseg_fast.commands.data_merge", "splits of several folders as one, by links"),
+    "data merge": ("ldmseg_fast.commands.data_merge", "make one split of splits of several folders, by links"),
     "data cache": ("ldmseg_fast.commands.data_cache", "encode every picture once, for training"),
-    "runs": ("ldmseg_fast.commands.runs", "training runs below a folder and their best PQ"),
-    "report": ("ldmseg_fast.commands.report", "curves and pictures of one training run as an HTML page"),
-    "ship": ("ldmseg_fast.commands.ship", "a training run as small weights with a model card"),
-    "doctor": ("ldmseg_fast.commands.doctor", "what this machine can run, and what is missing"),
-    "demo": ("ldmseg_fast.commands.demo", "the whole path in minutes, from generated scenes to a report"),
+    "runs": ("ldmseg_fast.commands.runs", "list the training runs below a folder and their best PQ"),
+    "report": ("ldmseg_fast.commands.report", "write curves and pictures of one training run as an HTML page"),
+    "ship": ("ldmseg_fast.commands.ship", "turn a training run into small weights with a model card"),
+    "doctor": ("ldmseg_fast.commands.doctor", "tell what this machine can run, and what is missing"),
+    "demo": ("ldmseg_fast.commands.demo", "run the whole path in minutes, from generated scenes to a report"),
 }
 GROUPS = {"data": "check, generate, merge or encode data sets"}
 
@@ -46,7 +46,7 @@ class LateParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command; `args.run(args)` carries out the one that was chosen."""
+    """Builds the parser of all commands; `args.run(args)` carries out the one that was chosen."""
     parser = argparse.ArgumentParser(prog="ldmseg", description="Latent-diffusion panoptic segmentation.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands: Any = parser.add_subparsers(dest="command", required=True, parser_class=LateParser)
@@ -70,7 +70,10 @@ def _filler(parser: argparse.ArgumentParser, module: str) -> Callable[[], None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the answer is no, 2 wrong input, 130 interrupted, 141 nobody reads the output any more."""
+    """Runs a command and returns its exit code.
+
+    0: done, 1: the answer is no, 2: wrong input, 130: interrupted, 141: nobody reads the output any more.
+    """
     args = build_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -80,10 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left is tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the rest is written again at exit
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
-        from ldmseg_fast.distributed.ending import reason_of  # late: a command that ends well does without torch
+        from ldmseg_fast.distributed.ending import reason_of  # late: a command that ends well needs no torch
 
         reason = reason_of(error)
         if reason is None:

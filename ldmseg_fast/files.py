@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: atomic replacement, JSON, and sums by which a file is recognised later."""
+"""Writes files so that nothing is lost: atomic replacement, JSON, and sums by which a file is recognised later."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from ldmseg_fast.errors import CheckpointError
 
 
 def write_files(folder: Path, written: dict[str, Callable[[Path], None]], cure: str) -> dict[str, Any] | str:
-    """Write files; their sizes and sums for the manifest, or why it failed. cure: of a full disk."""
+    """Writes files and returns their sizes and sums for the manifest, or why it failed.
+
+    cure: what to do about a full disk.
+    """
     files = {}
     for name, write in written.items():
         try:
@@ -31,12 +34,12 @@ def write_files(folder: Path, written: dict[str, Callable[[Path], None]], cure: 
 
 
 def entry_of(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file."""
+    """Returns what a manifest says of a file: its "bytes" and "sha256"."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def why_not_written(error: OSError, path: Path, cure: str) -> str:
-    """The error of a file that could not be written, with the free space and the cure for a full disk."""
+    """Describes why a file could not be written, with the free space and the cure for a full disk."""
     existing = next(parent for parent in path.parents if parent.is_dir())
     free = shutil.disk_usage(existing).free / 2**20
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -44,12 +47,13 @@ def why_not_written(error: OSError, path: Path, cure: str) -> str:
 
 
 def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage_of(path: Path, known: dict[str, Any]) -> str:
-    """What is wrong with a file by its manifest's "bytes" and "sha256", "" if nothing; reads all of it."""
+    """Describes what is wrong with a file by its manifest's "bytes" and "sha256", "" if nothing. Reads all of it."""
     if not path.is_file():
         return f"{path}: missing"
     if path.stat().st_size != known["bytes"]:
@@ -58,7 +62,7 @@ def damage_of(path: Path, known: dict[str, Any]) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Until this is done, a file that was renamed may be gone after a power cut."""
+    """Syncs a folder to disk. Until then a file that was renamed may be gone after a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,7 +71,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically: a reader sees the old file or the new one."""
+    """Writes a JSON atomically: a reader sees the old file or the new one."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
@@ -76,7 +80,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises CheckpointError naming the file where it is missing or no JSON."""
+    """Reads a JSON.
+
+    Raises:
+        CheckpointError: names the file that is missing or no JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -86,7 +94,7 @@ def read_json(path: Path) -> Any:
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Put the finished folder `temporary` in the place of `final`; the old one stays until then."""
+    """Puts the finished folder `temporary` in the place of `final`. The old one stays until then."""
     old = final.with_name(f".{final.name}.old.{os.getpid()}")
     if final.exists():
         final.rename(old)
@@ -95,10 +103,10 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """`path` itself, once it lies in `folder` after all links.
+    """Returns `path` itself where it lies in `folder` after all links.
 
     Raises:
-        CheckpointError: a link out of the folder; a download cache's own links, snapshots/ to blobs/, are followed.
+        CheckpointError: a link out of the folder. A download cache's own links, snapshots/ to blobs/, are followed.
     """
     root, real = folder.resolve(), path.resolve()
     roots = [root] + [parent.parent.parent / "blobs" for parent in (root, *root.parents) if _is_snapshot(parent)]
@@ -112,7 +120,11 @@ def _is_snapshot(folder: Path) -> bool:
 
 
 def check_output(path: str | Path) -> None:
-    """Makes the folder of a file that is written after long work. Raises OSError where writing it would fail."""
+    """Makes the folder of a file that is written after long work.
+
+    Raises:
+        OSError: the file could not be written.
+    """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file in it")
@@ -127,15 +139,20 @@ def check_output(path: str | Path) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise. An OSError
-    names `path`."""
+    """Yields a temporary path that takes the place of `path` when the block ends well, and vanishes otherwise.
+
+    The temporary path lies beside `path`.
+
+    Raises:
+        OSError: names `path`.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None:  # of a full disk, for one
+        if error.filename is None:  # a full disk gives none
             error.filename = str(path)
         raise
     finally:
@@ -143,7 +160,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; none where it is missing, and not the half line of a run that was killed."""
+    """Reads the records of a JSON-lines file; none where it is missing.
+
+    A run that was killed may leave half a line, which is left out.
+    """
     if not path.is_file():
         return []
     records = []

@@ -1,4 +1,4 @@
-"""The C++ helpers, or `None` where they are not built."""
+"""Loads the C++ helpers; `_C` is None where they are not built."""
 
 import functools
 import importlib
@@ -20,7 +20,7 @@ __all__ = ["_C", "warn_slow"]
 
 @functools.cache
 def warn_slow() -> None:
-    """Says once per process that numpy or torch stands in for the missing C++ helpers."""
+    """Warns once per process that numpy or torch stands in for the missing C++ helpers."""
     warnings.warn(
         "ldmseg_fast._C is not built, so slower numpy and torch code runs in its place; "
         "`python setup.py build_ext --inplace` (or a reinstall) with a C++17 compiler builds it",

@@ -49,6 +49,7 @@ class LDMSegPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         image_size: int | None = None,
+        attention: str = "auto",
     ) -> LDMSegPipeline:
         """The model in a folder.
 
@@ -59,12 +60,16 @@ class LDMSegPipeline:
             device, dtype: of the torch backends; default the first GPU in bfloat16, or the CPU in float32.
             image_size: side in pixels of what the networks see; default the model's own. Pictures are resized to it,
                 so a model does best at the size that it was trained at.
+            attention: of the torch backends: "auto", "triton", "sdpa", "xformers", or "fp8", products of e4m3 numbers
+                on GPUs of sm_89 and newer; see `models.attention.attention`.
 
         Raises:
+            ArgumentError: an unknown `attention`.
             CheckpointError: no model folder, or a damaged one.
-            BackendError: a backend that cannot run here, or a size that the model or its graphs do not take.
+            BackendError: a backend or an `attention` that cannot run here, or a size that the model or its graphs do
+                not take.
         """
-        return cls(load_backend(model_dir, backend, engine_dir, device, dtype, image_size))
+        return cls(load_backend(model_dir, backend, engine_dir, device, dtype, image_size, attention))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """A copy of the model folder, bit for bit. Raises FileExistsError where `folder` already holds something."""

@@ -1,4 +1,4 @@
-"""Command line of training.
+"""Reads the command line of training and starts it.
 
 deepspeed ldmseg_fast/train.py {autoencoder|diffusion|one_step|distillation} [--config NAME_OR_FILE] [--resume]
     data.root=ROOT output_dir=DIR
@@ -20,25 +20,27 @@ from ldmseg_fast.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong usage is an error like any other, said once and not by every rank."""
+    """Raises wrong usage as an error like any other, which is said once and not by every rank."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Raises ConfigError in the place of argparse's exit."""
         raise ConfigError(f"{message}; {self.prog} --help lists what there is")
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Reads the command line and loads the configuration that it names.
+
+    Raises:
+        ConfigError: wrong usage, or settings that cannot be.
+    """
     parser = Parser(prog="train.py", description="Train a stage; settings are written key=value.")
     parser.add_argument("stage", choices=["autoencoder", "diffusion", "one_step", "distillation"])
     parser.add_argument("--config", default="tiny", help="a preset (tiny, coco) or a YAML/JSON file; default tiny")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
-    parser.add_argument("--trust", action="store_true", help="with --resume: also from pickles that DeepSpeed wrote")
+    parser.add_argument("--trust", action="store_true", help="with --resume: also read pickles that DeepSpeed wrote")
     parser.add_argument("--dry-run", action="store_true", help="print settings, parameters and memory, and stop")
-    parser.add_argument(
-        "--deepspeed_config", metavar="JSON", help="more DeepSpeed settings, merged with what ours mean"
-    )
-    parser.add_argument(
-        "--deepspeed", action="store_true", help=argparse.SUPPRESS
-    )  # what other scripts are started with
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="file of more DeepSpeed settings, merged with ours")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # other scripts are started with it
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("settings", nargs="*", help="key=value, such as train.steps=1000")
     args = parser.parse_intermixed_args(argv)
@@ -46,6 +48,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
 
 
 def run(argv: list[str] | None) -> None:
+    """Trains, or prints what `--dry-run` asks for."""
     args, config = parse(argv)
     user_config = None
     if args.deepspeed_config:
@@ -69,8 +72,11 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 wrong input or a fault (one line says which and what to do), 143 or 130 stopped by a signal
-    after saving."""
+    """Trains and returns the exit code.
+
+    0: done, 2: wrong input or a fault (one line says which and what to do), 143 or 130: stopped by a signal after
+    saving.
+    """
     from ldmseg_fast.distributed.ending import exit_code_of
 
     distributed.start()

@@ -16,6 +16,7 @@ from benchmarks.peers.plain_pipeline import HAS_DIFFUSERS, PlainPipeline
 from ldmseg_fast.backends.backend import Backend
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.config.precision import has_units
 from ldmseg_fast.data.folders import read_image
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.panoptic.format import write_panoptic_png
@@ -62,11 +63,14 @@ class OurPipeline:
 def our_candidates(
     info: ModelInfo, device: str, scratch: Path, engine_dir: Path | None = None, slow: bool = True
 ) -> dict[str, Maker]:
-    """Our backends that can run here, by name. `slow`: those whose first call takes a minute as well.
+    """Our backends that can run here, by name; bfloat16 only where the device does not emulate it.
+
+    `slow`: those whose first call takes a minute as well.
 
     `engine_dir`: of a TensorRT export for this model.
     """
     dtypes = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16)
+    dtypes = tuple(dtype for dtype in dtypes if has_units(device, dtype))
     makers: dict[str, Maker] = {}
 
     def add(name: str, dtype: torch.dtype, compiled: bool = False, graph: bool = False) -> None:

@@ -94,7 +94,7 @@ def training_breakdown(rows: Sequence[Row]) -> str | None:
 
 def roofline(rows: Sequence[Row]) -> str:
     """Kernels under the data sheet's roof: measured ones as dots, all others where the floor would be, hollow."""
-    from ldmseg_fast.kernels.cases import all_cases
+    from ldmseg_fast.kernels.case import all_cases
     from ldmseg_fast.kernels.roofline import GPUS, find_gpu, floor_us
 
     name = next((row["environment"]["gpu"]["name"] for row in rows), None)

@@ -20,6 +20,7 @@ def load_backend(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     image_size: int | None = None,
+    attention: str = "auto",
 ) -> Backend:
     """The backend called `name` for a model folder.
 
@@ -29,10 +30,12 @@ def load_backend(
         device, dtype: default the first GPU in bfloat16, or the CPU in float32; graphs have a dtype of their own.
         image_size: side in pixels of what the networks see; default the model's own. Graphs must have been exported
             for it, or for any size.
+        attention: of the first two, see `models.attention.attention`; graphs have theirs from the export.
 
     Raises:
-        BackendError: an unknown name, a missing package, an `engine_dir` that is missing or not meant for it, or a
-            size that the model or its graphs do not take.
+        ArgumentError: an unknown `attention`.
+        BackendError: an unknown name, a missing package, an `engine_dir` that is missing or not meant for it, a size
+            that the model or its graphs do not take, or an `attention` that cannot run on the device.
         CheckpointError: a folder that is no model.
     """
     if name not in BACKENDS:
@@ -44,7 +47,9 @@ def load_backend(
         from ldmseg_fast.backends.torch_backend import TorchBackend
 
         info = info if image_size is None else info.at_size(image_size)
-        return TorchBackend(info, device, dtype, compile_networks=name == "compile")
+        return TorchBackend(info, device, dtype, compile_networks=name == "compile", attention=attention)
+    if attention != "auto":
+        raise BackendError(f"attention={attention}: fixed at export; backend={name} takes auto only")
     if engine_dir is None:
         script = "to_onnx.py" if name == "onnxruntime" else "to_trt.py"
         raise BackendError(

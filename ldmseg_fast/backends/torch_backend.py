@@ -18,8 +18,10 @@ from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, compile_frozen, pack_weights
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.config.precision import warn_if_emulated
 from ldmseg_fast.diffusion.sampler import Callback, ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.models.attention import check_backend
 from ldmseg_fast.models.unet import FeatureCache
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 
@@ -30,8 +32,10 @@ class TorchBackend:
     Args:
         info: from `read_model_info`.
         device: default the first GPU, or the CPU.
-        dtype: default bfloat16 on a GPU and float32 on a CPU.
+        dtype: default bfloat16 on a GPU and float32 on a CPU. One that the device emulates is slower than float32 and
+            gives a warning that says how much.
         compile_networks: `torch.compile` for the denoiser and the encoder; the first call takes a minute or more.
+        attention: of the UNet, see `models.attention.attention`.
         cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps.
     """
 
@@ -47,6 +51,8 @@ class TorchBackend:
         self.info = info
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        warn_if_emulated(self.device, self.dtype)
+        check_backend(attention, self.device, self.dtype)
         self.unet = self._load("unet", attention)
         self.mask_vae = self._load("mask_vae")
         self.image_vae = self._load("image_vae")

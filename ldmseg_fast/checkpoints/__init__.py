@@ -1,1 +1,6 @@
-"""Where weights come from and go to: model folders, shipped models, Stable Diffusion, published LDMSeg checkpoints."""
+"""Says where weights come from and go to.
+
+`model_folder` is the format, on top of `tensors`; `shipped` finds models by name; `init_from` takes starting weights
+from a folder of ours or Stable Diffusion's (`diffusers_folder`); `original` reads published LDMSeg checkpoints, through
+`safe_pickle`.
+"""

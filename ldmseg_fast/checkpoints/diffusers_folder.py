@@ -1,4 +1,4 @@
-"""Folders in diffusers' layout (Stable Diffusion 1.x, 2.x): their configurations as ours, and their weights."""
+"""Reads folders in diffusers' layout (Stable Diffusion 1.x, 2.x): their configurations as ours, and their weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ BETA_KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "
 
 
 def read_config(path: Path, part: str) -> dict[str, Any]:
-    """A diffusers `config.json`: the file itself, its folder, or a whole model with a folder called `part`."""
+    """Reads a diffusers `config.json`: the file itself, its folder, or a whole model with a folder called `part`.
+
+    Raises:
+        CheckpointError: a file that is missing, lies outside the folder, or holds no settings.
+    """
     if path.is_dir():
         folder = path / part if (path / part).is_dir() else path
         path = inside(path, folder / "config.json")
@@ -71,7 +75,9 @@ def read_config(path: Path, part: str) -> dict[str, Any]:
 
 
 def unet_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """`UNetConfig` fields of a UNet2DConditionModel's configuration; `attention_head_dim` counts heads, as there.
+    """Translates a UNet2DConditionModel's configuration into `UNetConfig` fields.
+
+    `attention_head_dim` counts heads, as in diffusers. `source` names the file, for errors.
 
     Raises:
         CheckpointError: listing settings that the UNet of this package does not have.
@@ -123,7 +129,11 @@ def unet_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def scheduler_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """`SchedulerConfig` fields of a diffusers scheduler's configuration. Raises CheckpointError on fixed betas."""
+    """Translates a diffusers scheduler's configuration into `SchedulerConfig` fields.
+
+    Raises:
+        CheckpointError: betas that are listed one by one.
+    """
     if values.get("trained_betas") is not None:
         raise CheckpointError(f"{source}: trained_betas are not known; give beta_schedule, beta_start and beta_end")
     found = {key: values[key] for key in BETA_KEYS if key in values}
@@ -131,7 +141,9 @@ def scheduler_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a component's folder, in one or several safetensors files, full precision before half.
+    """Reads the tensors, any shape and dtype, of a component's folder.
+
+    They lie in one or several safetensors files; full precision goes before half.
 
     Raises:
         CheckpointError: none there, pickles only, damaged, or links out of the folder.

@@ -1,4 +1,4 @@
-"""Starting weights of the diffusion stage: `model.init_from`, a Stable Diffusion folder or a model folder of ours."""
+"""Finds the starting weights of the diffusion stage: `model.init_from`, a Stable Diffusion folder or a model folder."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ HOW_TO_GET_ONE = (
 
 @dataclass(frozen=True)
 class Start:
-    """Where weights come from, and what the folder says about them.
+    """Says where weights come from, and what the folder says about them.
 
-    config: the run's, with the folder's values where the run left the defaults.
-    unet, image_vae: weights to load, None: train from scratch. `image_vae` is a folder, or TAESD's file.
-    vae_config: diffusers' configuration of the image VAE; None: Stable Diffusion's.
-    ours: whether `unet` and `image_vae` lie in a model folder of ours.
+    Attributes:
+        config: the run's, with the folder's values where the run left the defaults.
+        unet, image_vae: weights to load, None: train from scratch. `image_vae` is a folder, or TAESD's file.
+        vae_config: diffusers' configuration of the image VAE; None: Stable Diffusion's.
+        ours: whether `unet` and `image_vae` lie in a model folder of ours.
     """
 
     config: Config
@@ -57,7 +58,7 @@ class Start:
 
 
 def resolve_start(config: Config) -> Start:
-    """Read the configurations of `model.init_from` and `image_encoder.path`; weights are not read yet.
+    """Reads the configurations of `model.init_from` and `image_encoder.path`; weights are not read yet.
 
     A structural setting that the run left at its default takes the folder's value; one that the run set must be the
     folder's. Of the noise schedule, what the run set stays.
@@ -176,11 +177,12 @@ def _text(value: Any) -> str:
 
 @torch.no_grad()
 def load_unet(unet: UNet, start: Start) -> None:
-    """Weights of `start.unet` into `unet`: cross-attention dropped or kept as `unet` has it, the input widened.
+    """Loads the weights of `start.unet` into `unet`; without `start.unet` it keeps its own.
 
-    The parts of `conv_in` are initialised as `model.init_noisy`, `init_image` and `init_condition` say, where the
-    folder's model has no such part; its bias is copied. Parts that it does not have at all (cross-attention, a separate
-    image encoder) keep their own initialisation, or take a copy of the down path.
+    Cross-attention is dropped or kept as `unet` has it, and the input is widened. The parts of `conv_in` are
+    initialised as `model.init_noisy`, `init_image` and `init_condition` say, where the folder's model has no such part;
+    its bias is copied. Parts that it does not have at all (cross-attention, a separate image encoder) keep their own
+    initialisation, or take a copy of the down path.
 
     Raises:
         CheckpointError: weights that are missing, damaged, or do not fit.
@@ -203,7 +205,7 @@ def load_unet(unet: UNet, start: Start) -> None:
 
 
 def is_cross_attention(key: str) -> bool:
-    """Whether a tensor belongs to attention over the context and not over the picture."""
+    """Tells whether a tensor belongs to attention over the context and not over the picture."""
     return ".attn2." in key or ("transformer_blocks." in key and ".norm2." in key)
 
 
@@ -234,10 +236,10 @@ def _input_convolutions(weight: Tensor, bias: Tensor, unet: UNet, start: Start) 
 
 
 def initial(base: Tensor, mode: str, fresh: Tensor) -> Tensor:
-    """Weights like `fresh` [O, I, 3, 3] of a new input part, made from the pre-trained `base` [O, J, 3, 3].
+    """Makes weights like `fresh`, float [O, I, 3, 3], from the pre-trained `base`, float [O, J, 3, 3].
 
-    "copy" repeats base's input channels, "half" is half of that, "mean" gives every channel base's mean over its input
-    channels, "zero" is zero, and "random" is `fresh` itself.
+    `fresh` is of a new input part. "copy" repeats base's input channels, "half" is half of that, "mean" gives every
+    channel base's mean over its input channels, "zero" is zero, and "random" is `fresh` itself.
     """
     count = fresh.shape[1]
     if mode == "random":
@@ -251,7 +253,7 @@ def initial(base: Tensor, mode: str, fresh: Tensor) -> Tensor:
 
 
 def load_image_encoder(encoder: nn.Module, start: Start) -> None:
-    """Weights of `start.image_vae` into `encoder`.
+    """Loads the weights of `start.image_vae` into `encoder`; without `start.image_vae` it keeps its own.
 
     Raises:
         CheckpointError: weights that are missing, damaged, or do not fit.

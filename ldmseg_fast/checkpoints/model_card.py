@@ -1,4 +1,4 @@
-"""`README.md` of a model folder: what the model is, where it comes from, and how good it was."""
+"""Writes `README.md` of a model folder: what the model is, where it comes from, and how good it was."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ result.segmentation, result.segments_info
 
 
 def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
-    """Write `folder`/README.md.
+    """Writes `folder`/README.md.
 
     Args:
+        folder: the model folder; what its run's log says about steps and PQ is added.
         facts: a value, a mapping or a configuration dataclass each; values become lines of a table, the others a
-            section with one `key=value` a line. What the run's own log says about steps and PQ is added.
+            section with one `key=value` a line.
     """
     table = {"ldmseg_fast": __version__} | {key: value for key, value in facts.items() if not _is_group(value)}
     table |= training_facts(folder)
@@ -45,7 +46,7 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def training_facts(folder: Path) -> dict[str, Any]:
-    """Last step, and last validation, of the run whose log lies in `folder`; empty where there is none."""
+    """Reads last step and last validation from the log in `folder`; nothing where there is none."""
     path = folder / "logs" / "log.jsonl"
     if not path.is_file():
         return {}

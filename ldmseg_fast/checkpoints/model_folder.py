@@ -1,4 +1,4 @@
-"""Model folders (diffusers' layout, safetensors only) and training checkpoints.
+"""Reads and writes model folders: diffusers' layout, safetensors only.
 
 MODEL_DIR/  model_index.json   unet/  mask_vae/  image_vae/  scheduler/     each with config.json (+ model.safetensors)
 """
@@ -48,9 +48,18 @@ def save_component(
     extra: dict | None = None,
     write_files: Callable[[Path], object] | None = None,
 ) -> None:
-    """One component of a model folder, written beside the old one and then put in its place.
+    """Writes one component of a model folder beside the old one, and then puts it in its place.
 
-    `extra`: more entries of config.json, their names starting with "_". `write_files(folder)` adds files.
+    Args:
+        folder: the model folder.
+        name: of the component.
+        config: its dataclass.
+        state: its tensors, any shape and dtype; None: it has none.
+        extra: more entries of config.json, their names starting with "_".
+        write_files: adds files to the component's folder, which it is given.
+
+    Raises:
+        OSError: the folder cannot be written; the old component stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.new.{os.getpid()}"
@@ -68,13 +77,13 @@ def save_component(
 
 
 def save_index(folder: Path, components: list[str], settings: dict[str, Any]) -> None:
-    """`model_index.json`: the format's version, the components, and how the model is meant to be sampled."""
+    """Writes `model_index.json`: the format's version, the components, and how the model is meant to be sampled."""
     index = {"_class_name": "LDMSegPipeline", "format_version": FORMAT_VERSION, "ldmseg_fast": __version__}
     write_json(folder / "model_index.json", index | {"components": sorted(components)} | settings)
 
 
 def load_index(folder: str | Path) -> dict[str, Any]:
-    """`model_index.json` of a model folder.
+    """Reads `model_index.json` of a model folder.
 
     Raises:
         CheckpointError: no such folder, no model folder, or a format this version does not read.
@@ -98,7 +107,11 @@ def load_index(folder: str | Path) -> dict[str, Any]:
 
 
 def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str, Any]]:
-    """The component's config dataclass, and what else its config.json holds."""
+    """Reads a component's config dataclass, and what else its config.json holds.
+
+    Raises:
+        CheckpointError: a file that is missing, or holds other settings than there are.
+    """
     path = inside(Path(folder), Path(folder) / name / "config.json")
     values = read_json(path)
     if not isinstance(values, dict):
@@ -111,7 +124,12 @@ def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str,
 
 
 def load_component(folder: str | Path, name: str, attention: str = "auto") -> Any:
-    """`unet`, `mask_vae`, `image_vae` or `conditioning` of a model folder, in evaluation mode, with its weights.
+    """Loads `unet`, `mask_vae`, `image_vae` or `conditioning` with its weights, in evaluation mode and frozen.
+
+    Args:
+        folder: the model folder.
+        name: of the component.
+        attention: backend of a UNet's attention.
 
     Raises:
         CheckpointError: missing or damaged files, or weights that do not fit the configuration.
@@ -142,4 +160,5 @@ def load_component(folder: str | Path, name: str, attention: str = "auto") -> An
 
 
 def postprocess_settings(config: PostprocessConfig) -> dict[str, Any]:
+    """Gives the entry of `model_index.json` for the thresholds of the post-processing."""
     return {"postprocess": asdict(config)}

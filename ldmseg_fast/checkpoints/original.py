@@ -1,4 +1,4 @@
-"""Checkpoints of the original LDMSeg code as the parts of a model folder.
+"""Reads checkpoints of the original LDMSeg code as the parts of a model folder.
 
 An auto-encoder's is {"vae": tensors, "p": settings}, a whole model's {"unet", "vae_semseg", "vae_image", "p"}. Other
 top-level entries (step, epoch, opt, ema, scaler) are not used.
@@ -25,7 +25,7 @@ LATENT_SIDE = 64  # where nothing says otherwise
 
 @dataclass(frozen=True)
 class Part:
-    """One component of a model folder: its configuration, its tensors, and what else its config.json holds."""
+    """Holds one component of a model folder: its configuration, its tensors, and what else its config.json has."""
 
     name: str
     config: Any
@@ -36,7 +36,7 @@ class Part:
 def read_parts(
     values: dict[str, Any], source: str, unet_path: Path | None = None, vae_path: Path | None = None
 ) -> tuple[list[Part], dict[str, Any]]:
-    """The components, and the settings of `model_index.json`.
+    """Reads the components, and the settings of `model_index.json`.
 
     Args:
         values: the checkpoint.

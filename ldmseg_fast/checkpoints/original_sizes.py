@@ -1,13 +1,13 @@
-"""Configurations of the three networks from the tensors of an original LDMSeg checkpoint and its settings `p`.
+"""Finds the configurations of the three networks in an original LDMSeg checkpoint: its tensors and its settings `p`.
 
-Every function builds the network it found without memory for its weights and compares it with the tensors, so that
-what it returns fits them exactly.
+What the tensors show is read by `structure_from_state` beside each network; the rest comes from `p` or from diffusers'
+configurations. Every function then builds the network without memory for its weights and compares it with the tensors,
+so that what it returns fits them exactly.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,46 +16,33 @@ from torch import Tensor, nn
 from ldmseg_fast.checkpoints.tensors import check_state
 from ldmseg_fast.config import ImageEncoderConfig, MaskVAEConfig, SchedulerConfig, UNetConfig, from_dict
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.models.image_vae import KL_DEFAULTS, SD_VAE_CONFIG, KLEncoder, modern_attention_names
-from ldmseg_fast.models.mask_vae import MaskVAE
-from ldmseg_fast.models.unet import UNet
+from ldmseg_fast.models import image_vae, mask_vae, unet
+from ldmseg_fast.models.image_vae import KL_DEFAULTS, SD_VAE_CONFIG, modern_attention_names
 
 State = dict[str, Tensor]
 
 
 def mask_vae_config(state: State, p: dict[str, Any], source: str) -> MaskVAEConfig:
-    """Every size of a mask auto-encoder from its tensors; norm groups, scale and bottleneck from `p.vae_model_kwargs`.
+    """Configures the mask auto-encoder: sizes from its tensors, norm groups and scale from `p`.
+
+    Args:
+        state: tensors of any shape and dtype, without prefixes.
+        p: `p.vae_model_kwargs`.
+        source: the checkpoint's name, for errors.
 
     Raises:
         CheckpointError: tensors that are missing, too many, or make no auto-encoder of this kind.
     """
-    encoder, decoder = _convolutions(state, "encoder."), _convolutions(state, "decoder.")
-    if len(encoder) < 3 or len(encoder) % 2 == 0 or len(decoder) < 2:
+    found = _structure(mask_vae.structure_from_state, state, source)
+    parametrization = str(p.get("parametrization", found["parametrization"]))
+    if parametrization != found["parametrization"]:
         raise CheckpointError(
-            f"{source}: no mask auto-encoder: {len(encoder)} convolutions in encoder.*, {len(decoder)} in decoder.*, "
-            f"instead of 3, 5, 7, ... and at least 2"
-        )
-    upscalers = decoder[1:-1]
-    moments, latents = encoder[-1].shape[0], decoder[0].shape[1]
-    found = "gaussian" if moments == 2 * latents else "auto"
-    parametrization = str(p.get("parametrization", found))
-    if parametrization != found or moments not in (latents, 2 * latents):
-        raise CheckpointError(
-            f"{source}: the encoder ends in {moments} channels and the decoder takes {latents}, which is no "
-            f"{parametrization} bottleneck; only gaussian (twice as many) and auto (as many) are converted"
+            f"{source}: the tensors make a bottleneck of the kind {found['parametrization']}, and p says "
+            f"{parametrization}; only gaussian and auto are converted"
         )
     config = MaskVAEConfig(
-        num_bits=encoder[0].shape[1],
-        num_slots=decoder[-1].shape[0],
-        latent_channels=latents,
-        widths=tuple(weight.shape[0] for weight in encoder[0:-2:2]),
-        middle_width=encoder[-2].shape[0],
-        decoder_width=decoder[0].shape[0],
-        upscale_width=upscalers[0].shape[1] if upscalers else 0,
-        num_upscalers=len(upscalers),
-        num_mid_blocks=len({key.split(".")[1] for key in state if re.match(r"encoder\.\d+\.resnets\.", key)}),
+        **found,
         norm_groups=_number(p, "norm_num_groups", 32),
-        parametrization="gaussian" if found == "gaussian" else "auto",
         scaling_factor=_number(p, "scaling_factor", 0.18215),
     )
     if 2**config.num_bits < config.num_slots or 2**config.num_upscalers > config.downsampling:
@@ -63,51 +50,42 @@ def mask_vae_config(state: State, p: dict[str, Any], source: str) -> MaskVAEConf
             f"{source}: {config.num_bits} bit planes, {config.num_slots} slots, {config.num_upscalers} upscalers after "
             f"a factor of {config.downsampling}: no model of this kind"
         )
-    _check(MaskVAE, config, state, source, f"norm groups {config.norm_groups}")
+    _check(mask_vae.MaskVAE, config, state, source, f"norm groups {config.norm_groups}")
     return config
 
 
 def unet_config(state: State, given: dict[str, Any] | None, p: dict[str, Any], source: str) -> tuple[UNetConfig, State]:
-    """Structure of the UNet from its tensors, head count and norm groups from `given`, and its tensors under our names.
+    """Configures the UNet: structure from its tensors, head counts and norm groups from `given`.
 
     Args:
-        state: without prefixes; the input convolution may be there twice, as `conv_in` and `new_conv`.
+        state: tensors of any shape and dtype, without prefixes; the input convolution may be there twice, as `conv_in`
+            and
+            `new_conv`.
         given: `UNetConfig` fields of the configuration that the UNet was made from; None: what `p` says, or Stable
             Diffusion 1.4's where the widths are its own.
         p: `p.model_kwargs`.
+        source: the checkpoint's name, for errors.
+
+    Returns:
+        The configuration, and the tensors under our names.
 
     Raises:
         CheckpointError: tensors that are missing, too many, or do not fit `given`; all of them listed.
     """
     state = _one_conv_in(state, source)
-    widths = _levels(state, r"down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
-    required = ("conv_in.weight", "conv_out.weight")
-    if not widths or any(key not in state or state[key].ndim != 4 for key in required):
-        raise CheckpointError(f"{source}: no UNet: conv_in.weight, conv_out.weight and down_blocks.* expected")
+    found = _structure(unet.structure_from_state, state, source)
+    widths = found["block_out_channels"]
     if any(".attn2." in key for key in state):
         raise CheckpointError(
             f"{source}: the UNet keeps its cross-attention (attn2); only models without image descriptors or captions "
             f"are converted"
         )
-    projections = [value for key, value in state.items() if key.endswith("proj_in.weight")]
-    found: dict[str, Any] = {
-        "block_out_channels": tuple(widths),
-        "attention": tuple(f"down_blocks.{level}.attentions.0.norm.weight" in state for level in range(len(widths))),
-        "layers_per_block": len(_levels(state, r"down_blocks\.0\.resnets\.(\d+)\.conv1\.weight")),
-        "transformer_layers": len(
-            {key.split("transformer_blocks.")[1].split(".")[0] for key in state if "transformer_blocks." in key}
-        )
-        or 1,
-        "linear_projection": bool(projections) and projections[0].ndim == 2,
-        "mid_attention": any(key.startswith("mid_block.attentions.") for key in state),
-        "out_channels": state["conv_out.weight"].shape[0],
-    }
     if given is None:
         given = _unet_hints(p, len(widths))
-        if "num_heads" not in given and found["block_out_channels"] != UNetConfig().block_out_channels:
+        if "num_heads" not in given and widths != UNetConfig().block_out_channels:
             raise CheckpointError(
-                f"{source}: widths {widths} are not Stable Diffusion 1.4's, and head counts are not in the tensors; "
-                f"give the diffusers configuration that the UNet was made from with --unet-config"
+                f"{source}: widths {list(widths)} are not Stable Diffusion 1.4's, and head counts are not in the "
+                f"tensors; give the diffusers configuration that the UNet was made from with --unet-config"
             )
     differing = [
         f"{key} {value} in the tensors, {given[key]} in the configuration"
@@ -116,41 +94,42 @@ def unet_config(state: State, given: dict[str, Any] | None, p: dict[str, Any], s
     ]
     if differing:
         raise CheckpointError(f"{source}: does not fit --unet-config: {'; '.join(differing)}")
-    config = UNetConfig(**{**given, **found, "in_channels": state["conv_in.weight"].shape[1]})
+    config = UNetConfig(**{**given, **found})
     wrong = [f"{heads} heads for {width} channels" for heads, width in zip(config.num_heads, widths) if width % heads]
     if wrong or len(config.num_heads) != len(widths):
-        raise CheckpointError(f"{source}: head counts {config.num_heads} for widths {widths} do not fit: {wrong}")
-    _check(UNet, config, state, source, f"norm groups {config.norm_groups}, heads {config.num_heads}")
+        raise CheckpointError(f"{source}: head counts {config.num_heads} for widths {list(widths)} do not fit: {wrong}")
+    _check(unet.UNet, config, state, source, f"norm groups {config.norm_groups}, heads {config.num_heads}")
     return config, state
 
 
 def image_vae_config(
     state: State, given: dict[str, Any] | None, scaling_factor: float, source: str
 ) -> tuple[ImageEncoderConfig, dict[str, Any], State]:
-    """Our configuration, diffusers' configuration, and the encoder's tensors, of an AutoencoderKL.
+    """Configures the image encoder of an AutoencoderKL.
 
     The decoder may be left out whole; `post_quant_conv` belongs to it and is checked, but not kept.
+
+    Args:
+        state: tensors of any shape and dtype, without prefixes.
+        given: diffusers' configuration; None: Stable Diffusion's, but for what the tensors show.
+        scaling_factor: of the latents.
+        source: the checkpoint's name, for errors.
+
+    Returns:
+        Our configuration, diffusers' configuration, and the encoder's tensors.
 
     Raises:
         CheckpointError: other tensors missing or too many, or shapes that do not fit `given`.
     """
     state = modern_attention_names(state)
-    widths = _levels(state, r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
-    moments = state.get("encoder.conv_out.weight")
-    if not widths or moments is None:
-        raise CheckpointError(f"{source}: no AutoencoderKL: encoder.down_blocks.* and encoder.conv_out.weight expected")
-    found: dict[str, Any] = {
-        "block_out_channels": list(widths),
-        "layers_per_block": len(_levels(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1\.weight")),
-        "latent_channels": moments.shape[0] // 2,
-    }
+    found = _structure(image_vae.structure_from_state, state, source)
     merged = KL_DEFAULTS | (SD_VAE_CONFIG | found if given is None else given)
     differing = [
         f"{key} {value} in the tensors, {merged[key]} given" for key, value in found.items() if merged[key] != value
     ]
     if differing:
         raise CheckpointError(f"{source}: does not fit --image-vae: {'; '.join(differing)}")
-    levels = len(widths)
+    levels = len(found["block_out_channels"])
     types = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     vae_config: dict[str, Any] = SD_VAE_CONFIG | found | types if given is None else dict(given)
     config = ImageEncoderConfig(
@@ -161,7 +140,7 @@ def image_vae_config(
     )
     try:
         with torch.device("meta"):
-            expected = KLEncoder(config, vae_config).state_dict()
+            expected = image_vae.KLEncoder(config, vae_config).state_dict()
             post_quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1).state_dict()
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from None
@@ -173,7 +152,11 @@ def image_vae_config(
 
 
 def scheduler_config(p: dict[str, Any], source: str) -> SchedulerConfig:
-    """Noise schedule and loss weights of `p.noise_scheduler_kwargs`; METHOD's where it says nothing."""
+    """Configures noise schedule and loss weights from `p.noise_scheduler_kwargs`; our defaults where it says nothing.
+
+    Raises:
+        CheckpointError: a schedule that this version does not know.
+    """
     if p.get("clip_sample") or p.get("thresholding") or p.get("trained_betas") is not None:
         raise CheckpointError(
             f"{source}: clip_sample, thresholding and trained_betas of the noise schedule are not known"
@@ -204,21 +187,12 @@ def _number(p: dict[str, Any], key: str, default: Any) -> Any:
     return type(default)(value)
 
 
-def _levels(state: State, pattern: str) -> list[int]:
-    """Output channels of the tensors 0, 1, 2, ... that `pattern` numbers, until one is missing."""
-    numbered = {int(match[1]): value for key, value in state.items() if (match := re.fullmatch(pattern, key))}
-    consecutive = itertools.takewhile(numbered.__contains__, itertools.count())
-    return [numbered[index].shape[0] for index in consecutive if numbered[index].ndim]
-
-
-def _convolutions(state: State, prefix: str) -> list[Tensor]:
-    """Weights [_, _, k, k] right under `prefix`, in the order of their position."""
-    found = {
-        int(match[1]): value
-        for key, value in state.items()
-        if (match := re.fullmatch(re.escape(prefix) + r"(\d+)\.weight", key)) and value.ndim == 4
-    }
-    return [found[index] for index in sorted(found)]
+def _structure(read: Callable[[State], dict[str, Any]], state: State, source: str) -> dict[str, Any]:
+    """What `read` finds in the tensors; its error names the checkpoint."""
+    try:
+        return read(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _unet_hints(p: dict[str, Any], levels: int) -> dict[str, Any]:
@@ -254,7 +228,7 @@ def _decoder_tensors(vae_config: dict[str, Any]) -> State:
 
 
 def _check(kind: type[nn.Module], config: Any, state: State, source: str, what: str) -> None:
-    """Raises CheckpointError where a network of `config` has other tensors than `state`."""
+    """Raises CheckpointError where a network of `config` has other tensors than `state`; `what` is not in these."""
     try:
         with torch.device("meta"):
             expected = kind(config).state_dict()

@@ -1,4 +1,4 @@
-"""`torch.save` files of others, read without running anything that is in them."""
+"""Reads `torch.save` files of others without running anything that is in them."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ MAX_PICKLE_BYTES = 64 << 20  # of structure alone; tensors lie outside it
 
 
 def load_torch_file(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote: a dictionary of tensors, numbers, text and further dictionaries.
+    """Reads what `torch.save` wrote: a dictionary of tensors, numbers, text and further dictionaries.
 
     The pickle is looked through before it is read, and then read by `torch.load(weights_only=True)`. Tensors stay on
     the disk until they are used.
 
     Raises:
         CheckpointError: no such file, not written by `torch.save`, damaged, larger than it looks, or asking for
-            anything but tensors and plain values; nothing in it has run.
+            anything
+            but tensors and plain values; nothing in it has run.
     """
     _check_archive(path)
     try:
@@ -56,7 +57,9 @@ def load_torch_file(path: Path) -> dict[str, Any]:
 
 
 def check_tensors(state: Any, source: str) -> dict[str, Tensor]:
-    """`state` itself, once it is a dictionary of real tensors, none larger than its own bytes.
+    """Returns `state` itself, once it is a dictionary of real tensors of any shape and dtype.
+
+    None may be larger than its own bytes.
 
     Raises:
         CheckpointError: listing what is wrong.

@@ -1,4 +1,4 @@
-"""Model folders by name: weights that come with the package."""
+"""Finds model folders by name: weights that come with the package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SHIPPED = Path(__file__).parents[1] / "weights"  # a model folder each, made by 
 
 
 def shipped_models() -> dict[str, Path]:
-    """Name -> folder of the models that this installation brought along."""
+    """Lists name and folder of the models that this installation brought along."""
     return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/model_index.json"))}
 
 
 def resolve_model_dir(name_or_path: str | Path) -> Path:
-    """The model folder that a command or a setting means.
+    """Finds the model folder that a command or a setting means.
 
     What exists is a path, and so is what is written as one (`./tiny`, `runs/diffusion`); a bare word is the name of a
     shipped model.

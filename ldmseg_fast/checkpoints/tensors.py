@@ -1,4 +1,4 @@
-"""Safetensors files, and weights put into modules with one error that says what does not fit."""
+"""Reads and writes safetensors files, and puts weights into modules with one error that says what does not fit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,7 +32,16 @@ DTYPE_NAMES = {
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file, on disk when this returns; tensors are copied to the CPU one at a time."""
+    """Writes tensors of any shape, dtype, layout and device as a safetensors file, which is on disk when this returns.
+
+    `safetensors.torch.save_file` takes contiguous tensors only. A stage in training has them in channels_last, or on a
+    GPU,
+    so all of them would have to be copied first: the whole model a second time in main memory. This writer copies one
+    tensor at a time.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     header: dict[str, Any] = {}
     end = 0
     # widest elements first, so that every tensor starts at a multiple of its element's size
@@ -57,12 +67,16 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Raises CheckpointError where the file is missing or damaged."""
+    """Reads a safetensors file, any shape and dtype; int8 tensors come back as float32 (see `expand_int8`).
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; model folders hold their weights in {WEIGHTS}")
     try:
         return expand_int8(load_file(path))
-    except Exception as error:  # safetensors raises its own type, which is not exported
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:  # the last two: int8 without fitting scales
         raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or save it again") from None
 
 
@@ -70,7 +84,10 @@ INT8_SCALE = ".int8_scale"  # after a tensor's name: its scales
 
 
 def expand_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors stored as int8 [O, ...] beside scales [O] (see `ship.to_int8`) as float32; the others as they are."""
+    """Makes float32 of tensors stored as int8 [O, ...] beside scales [O] (see `ship.to_int8`).
+
+    Other tensors stay as they are; the scales are left out.
+    """
     scales = {name.removesuffix(INT8_SCALE): state[name] for name in state if name.endswith(INT8_SCALE)}
     expanded = {name: value for name, value in state.items() if not name.endswith(INT8_SCALE)}
     for name, scale in scales.items():
@@ -79,9 +96,12 @@ def expand_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """`load_state_dict` with one error that lists what is missing, extra, or of another shape.
+    """Loads tensors, any shape and dtype, into a module; `source` names where they come from.
 
     A module on the meta device takes the tensors themselves, in float32, instead of copying them.
+
+    Raises:
+        CheckpointError: listing what is missing, extra, or of another shape.
     """
     check_state(module.state_dict(), state, source)
     if any(parameter.is_meta for parameter in module.parameters()):
@@ -92,7 +112,11 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None
 
 
 def check_state(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
-    """Raises CheckpointError listing what `state` lacks, has too much, or has in another shape than `own`."""
+    """Compares names and shapes of tensors, any shape and dtype, with those that a module has of its own.
+
+    Raises:
+        CheckpointError: listing what `state` lacks, has too much, or has in another shape than `own`.
+    """
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
     shapes = [

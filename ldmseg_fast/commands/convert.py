@@ -1,4 +1,7 @@
-"""`ldmseg convert`: a checkpoint of the original LDMSeg code as a model folder. Nothing in the checkpoint is run."""
+"""`ldmseg convert` turns a checkpoint of the original LDMSeg code into a model folder.
+
+It runs nothing in the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def convert_checkpoint(
     unet_config: str | Path | None = None,
     image_vae: str | Path | None = None,
 ) -> Path:
-    """Write `out`, a model folder with the checkpoint's weights, whole or not at all.
+    """Writes `out`, a model folder with the checkpoint's weights, whole or not at all.
 
     Args:
         checkpoint: {"vae", "p"} of the auto-encoder, or {"unet", "vae_semseg", "vae_image", "p"} of the whole model.

@@ -1,4 +1,4 @@
-"""`ldmseg data cache`: the latents of every picture, encoded once for the trainings to come (see `latent_cache`)."""
+"""`ldmseg data cache` encodes the latents of every picture once for the trainings to come (see `latent_cache`)."""
 
 from __future__ import annotations
 
@@ -54,13 +54,18 @@ def build_cache(
     timeout: float = 300.0,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Encode every picture and its mirror image; what is already there and whole is kept.
+    """Encodes every picture and its mirror image, and keeps what is already there and whole.
 
     Args:
         encoder: on the device to use; float32.
+        settings: of the encoder, as they stand in the cache's key.
         files: pictures, each once.
+        size: side in pixels to which pictures are resized.
         folder: caches of several keys may lie in it.
+        batch_size: pictures encoded together.
+        num_workers: processes that decode pictures.
         timeout: seconds to wait for a batch of pictures.
+        say: is told how far it is.
 
     Returns:
         The cache's own folder.
@@ -96,7 +101,7 @@ def build_cache(
 
 
 def _known(path: Path) -> tuple[dict[str, Any], float]:
-    """Shards and seconds per image by the manifest; a damaged one knows nothing."""
+    """Returns shards and seconds per image by the manifest; a damaged one knows nothing."""
     try:
         manifest = read_json(path / MANIFEST)
         return dict(manifest["shards"]), float(manifest["seconds_per_image"])
@@ -108,7 +113,11 @@ def _known(path: Path) -> tuple[dict[str, Any], float]:
 def _encode(
     encoder: nn.Module, files: list[Path], size: int, batch_size: int, num_workers: int, timeout: float
 ) -> tuple[Tensor, float]:
-    """Latents [n, 2, C, h, w] float16 of pictures and their mirror images, and the seconds that encoding took."""
+    """Encodes pictures and their mirror images.
+
+    Returns:
+        Latents, float16 [n, 2, C, h, w], and the seconds that encoding took.
+    """
     device = next(encoder.parameters()).device
     batches = iter(DataLoader(_Pictures(files, size), batch_size, num_workers=num_workers))
     done, seconds = 0, 0.0
@@ -137,7 +146,7 @@ def _some(files: list[Path]) -> str:
 
 
 def _store(path: Path, name: str, latents: Tensor, manifest: dict[str, Any]) -> None:
-    """A shard and the manifest that vouches for it; `manifest["shards"]` gets its entry."""
+    """Writes a shard and the manifest that vouches for it; `manifest["shards"]` gets its entry."""
     temporary = path / f".{name}.new"
     try:
         save_weights({"latents": latents}, temporary)
@@ -152,10 +161,11 @@ def _store(path: Path, name: str, latents: Tensor, manifest: dict[str, Any]) -> 
 
 
 def load_encoder(source: str | Path, size: int) -> tuple[nn.Module, ImageEncoderConfig]:
-    """The image encoder of a model folder, a Stable Diffusion or VAE folder, or a TAESD file.
+    """Loads the image encoder of a model folder, a Stable Diffusion or VAE folder, or a TAESD file.
 
     Raises:
-        CheckpointError, ConfigError: nothing of the kind there, or an encoder that is trained with the UNet.
+        CheckpointError: nothing of the kind is there.
+        ConfigError: an encoder that is trained with the UNet, or a size that it cannot take.
     """
     source = Path(source)
     if (source / "image_vae" / "config.json").is_file():
@@ -188,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for caches; default ROOT/latents, which training finds by itself"
     )
-    parser.add_argument("--limit", type=int, default=0, help="first annotations only, as data.limit")
+    parser.add_argument("--limit", type=int, default=0, help="use the first annotations only, as data.limit does")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2, help="processes that decode pictures")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for a batch of pictures")

@@ -1,4 +1,4 @@
-"""`ldmseg data check`: what is wrong with a COCO-panoptic folder, before a training finds out."""
+"""`ldmseg data check` finds what is wrong with a COCO-panoptic folder before a training does."""
 
 import argparse
 import json
@@ -28,7 +28,13 @@ _NAMED = 20  # problems that a table spells out
 
 @dataclass(frozen=True)
 class Problem:
-    """kind: the row of the table it counts for. where: file or annotation. detail: the values."""
+    """Describes one problem.
+
+    Attributes:
+        kind: the row of the table it counts for.
+        where: file or annotation.
+        detail: the values.
+    """
 
     kind: str
     where: str
@@ -40,7 +46,13 @@ class Problem:
 
 @dataclass
 class Report:
-    """Result of `check_folder`. checked: maps looked at, by split."""
+    """Holds the result of `check_folder`.
+
+    Attributes:
+        root: the folder.
+        checked: maps looked at, by split.
+        problems: what was found.
+    """
 
     root: str
     checked: dict[str, int] = field(default_factory=dict)
@@ -48,13 +60,15 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Tells whether there is no problem."""
         return not self.problems
 
     def counts(self) -> dict[str, int]:
+        """Counts the problems by kind, the most frequent first."""
         return dict(Counter(problem.kind for problem in self.problems).most_common())
 
     def table(self) -> str:
-        """Maps by split, problems by kind, and the first twenty problems by name."""
+        """Formats maps by split, problems by kind, and the first twenty problems by name."""
         rows = [(f"maps in {split}", count) for split, count in self.checked.items()]
         rows += list(self.counts().items()) or [("problems", 0)]
         width = max(len(name) for name, _ in rows)
@@ -66,10 +80,13 @@ class Report:
 
 
 def check_folder(root: str | os.PathLike, workers: int | None = None) -> Report:
-    """Read every picture and map of every ROOT/annotations/panoptic_*.json and compare them with the JSON.
+    """Reads every picture and map of every ROOT/annotations/panoptic_*.json and compares them with the JSON.
 
-    `workers` processes (default: one per core) decode; the report does not depend on their number. Raises DataError
-    only where ROOT is no folder; all else is in the report.
+    `workers` processes (default: one per core) decode; the report does not depend on their number. What is wrong is in
+    the report.
+
+    Raises:
+        DataError: ROOT is no folder.
     """
     splits = list_splits(root)
     report = Report(str(root))
@@ -94,7 +111,7 @@ def check_folder(root: str | os.PathLike, workers: int | None = None) -> Report:
 
 @dataclass(frozen=True)
 class _Job:
-    """One annotated map: file names, size by the JSON (None: not given), segment ids by the JSON."""
+    """Describes one annotated map: file names, size by the JSON (None: not given), segment ids by the JSON."""
 
     picture: str | None
     map: str
@@ -123,7 +140,7 @@ def _read_json(path: Path) -> tuple[dict | None, list[Problem]]:
 
 
 def _check_json(path: Path, content: dict[str, Any]) -> tuple[list[_Job], list[Problem]]:
-    """What the JSON alone tells. Several annotations may share a picture's file name, but nothing else."""
+    """Checks what the JSON alone tells. Several annotations may share a picture's file name, but nothing else."""
     where = path.name
     problems = [
         *_repeated("duplicated image id", where, (image.get("id") for image in content["images"])),
@@ -214,7 +231,7 @@ def _check_job(folders: SplitFolders, job: _Job) -> list[Problem]:
 
 
 def _map_kind(path: Path) -> str:
-    """Why a map cannot be read, as far as its header tells."""
+    """Tells why a map cannot be read, as far as its header says."""
     try:
         with Image.open(path) as image:
             return _MAP_KINDS.get(image.mode, "unreadable map")
@@ -227,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 1 where something is wrong with the folder."""
+    """Prints the report and returns 1 where something is wrong with the folder."""
     report = check_folder(args.root)
     print(report.table())
     return 0 if report.ok else 1

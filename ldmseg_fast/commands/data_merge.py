@@ -1,4 +1,4 @@
-"""`ldmseg data merge`: splits of several COCO-panoptic folders as one, for class-agnostic training."""
+"""`ldmseg data merge` makes one split of splits of several COCO-panoptic folders, for class-agnostic training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OBJECT = {"id": 1, "name": "object", "supercategory": "object", "isthing": 1, "c
 
 
 def merge_splits(out: str | Path, sources: Sequence[str], split: str = "train2017") -> int:
-    """Links to the sources' pictures and maps under OUT, beside one JSON in which every segment is an object.
+    """Links the sources' pictures and maps under OUT, beside one JSON in which every segment is an object.
 
     Args:
         out: a folder without this split.
@@ -28,7 +28,7 @@ def merge_splits(out: str | Path, sources: Sequence[str], split: str = "train201
         How many annotated maps it has.
 
     Raises:
-        DataError: a source that is not there or named otherwise, or a split that OUT has already.
+        DataError: a source that is not there or is written otherwise, or a split that OUT has already.
     """
     out = Path(out)
     path = out / "annotations" / f"panoptic_{split}.json"

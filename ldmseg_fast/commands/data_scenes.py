@@ -1,4 +1,4 @@
-"""`ldmseg data scenes`: generated pictures with panoptic maps, the same bytes for the same seed."""
+"""`ldmseg data scenes` generates pictures with panoptic maps, the same bytes for the same seed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`make demo`: scenes -> the shipped model on them -> both stages trained under DeepSpeed -> one HTML report.
 
-For a bare machine. Every part is skipped where its result is already there, so a second run continues an interrupted
-first.
+It needs nothing but this package. A part is skipped where its result is already there, so a second run goes on with an
+interrupted first.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def free_port() -> int:
+    """Finds a port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def launch_training(stage: str, folder: Path, settings: list[str], ranks: int) -> float:
-    """Train, or continue, in `folder`; returns the wall seconds. Raises SystemExit with the launcher's exit code."""
+    """Trains, or continues, in `folder`; returns the wall seconds. Raises SystemExit with the launcher's exit code."""
     resume = ["--resume"] if any(folder.glob("checkpoints/step-*/state.json")) else []
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     launcher += ["--num_gpus", str(ranks)]
@@ -59,13 +60,14 @@ def launch_training(stage: str, folder: Path, settings: list[str], ranks: int) -
 
 
 class Progress:
-    """Which parts are done and how long they took, in OUT/progress.json."""
+    """Records which parts are done and how long they took, in OUT/progress.json."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / "progress.json"
         self.done: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
     def run(self, name: str, part: Any) -> None:
+        """Runs a part and records it, unless it is done already."""
         if name in self.done:
             print(f"{name}: done before ({self.done[name]:.0f} s)", flush=True)
             return
@@ -78,6 +80,7 @@ class Progress:
 
 
 def write_demo_report(out: Path, done: dict[str, float]) -> Path:
+    """Writes OUT/report.html from the results in OUT, and returns it."""
     shipped, report, reconstruction = (
         json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("shipped", "evaluation", "reconstruction")
@@ -131,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; a training that fails ends with its launcher's exit code."""
+    """Runs all parts and returns 0; a training that fails ends with its launcher's exit code."""
     from ldmseg_fast.commands.predict import find_pictures, predict_files
     from ldmseg_fast.data.folders import read_image
     from ldmseg_fast.data.scenes import write_scenes

@@ -1,4 +1,4 @@
-"""`ldmseg doctor`: what this machine has, what each backend will use, and the cure for what is missing."""
+"""`ldmseg doctor` tells what this machine has, what each backend will use, and the cure for what is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table. `cure` says what to do where `ok` is false."""
+    """Holds one line of the table. `cure` says what to do where `ok` is false."""
 
     subject: str
     ok: bool
@@ -32,7 +32,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """The findings, in the order of the table; the backends come last."""
+    """Lists the findings in the order of the table; the backends come last."""
     return [
         Finding("Python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("PyTorch", True, f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
@@ -56,7 +56,7 @@ def examine() -> list[Finding]:
 
 
 def backends() -> list[Finding]:
-    """What each backend would run on, or why it cannot."""
+    """Tells what each backend would run on, or why it cannot."""
     cuda = torch.cuda.is_available()
     device = "CUDA, bfloat16, Triton kernels" if cuda else "CPU, float32"
     compiler = cuda or shutil.which("g++") is not None
@@ -69,6 +69,7 @@ def backends() -> list[Finding]:
 
 
 def version_of(distribution: str) -> str | None:
+    """Returns the version of an installed distribution; None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -117,7 +118,7 @@ def _native() -> Finding:
 
 
 def onnxruntime_providers() -> list[str] | None:
-    """None where it is not installed."""
+    """Lists ONNX Runtime's execution providers; None where it is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     import onnxruntime
@@ -149,7 +150,7 @@ def _onnxruntime_backend(cuda: bool) -> Finding:
 
 
 def tensorrt_version(flavour: str) -> str | None:
-    """None where the flavour is not installed."""
+    """Returns the version of a flavour of TensorRT; None where it is not installed."""
     return next((version for name in DISTRIBUTIONS[flavour] if (version := version_of(name))), None)
 
 
@@ -203,7 +204,7 @@ def _disk() -> Finding:
 
 
 def format_table(findings: list[Finding]) -> str:
-    """One line a finding, the cure under each that is not ok."""
+    """Formats one line a finding, with the cure below each that is not ok."""
     width = max(len(finding.subject) for finding in findings)
     lines = []
     for finding in findings:
@@ -214,7 +215,7 @@ def format_table(findings: list[Finding]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """Adds nothing: the command takes no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:

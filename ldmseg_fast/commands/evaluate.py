@@ -1,4 +1,4 @@
-"""`ldmseg evaluate`: its arguments, and what it prints and writes."""
+"""`ldmseg evaluate` measures the panoptic quality of a model on a COCO-panoptic folder."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class-aware",
         metavar="SOURCE",
-        help="categories for the segments by majority vote: GT (of the ground truth: an upper bound), a folder of "
+        help="give segments a category by majority vote: GT (ground truth, an upper bound), a folder of "
         "semantic PNGs, or a JSON of COCO panoptic results",
     )
-    parser.add_argument("--inpainting", action="store_true", help="drop blocks of the maps, complete them: PQ each")
+    parser.add_argument(
+        "--inpainting", action="store_true", help="measure the PQ of maps whose dropped blocks are completed"
+    )
     parser.add_argument("--block", type=int, nargs="+", metavar="PX", help="sides of the blocks (default 16)")
     parser.add_argument(
-        "--probability", type=float, nargs="+", metavar="P", help="of a block to be dropped (default 0.1 ... 0.9)"
+        "--probability", type=float, nargs="+", metavar="P", help="of a block being dropped (default 0.1 ... 0.9)"
     )
     parser.add_argument("--out", help="folder for COCO panoptic results (JSON + PNG); goes on where it was interrupted")
     parser.add_argument("--instances", metavar="FILE", help="segments as COCO instance results (RLE, scores)")
@@ -44,14 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; what is wrong is raised."""
+    """Evaluates, prints and writes what was asked for, and returns 0."""
     from ldmseg_fast import distributed
     from ldmseg_fast.distributed.ending import joined_ranks
     from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report
     from ldmseg_fast.files import check_output, write_json
 
     if not args.inpainting and (args.block or args.probability):
-        raise ArgumentError("--block and --probability are settings of --inpainting: add it")
+        raise ArgumentError("--block and --probability are settings of --inpainting; add that option")
     defaults = EvaluationOptions()
     options = EvaluationOptions(
         split=args.split,
@@ -114,6 +116,6 @@ def _check_meant_for_model(args: argparse.Namespace) -> None:
             },
         )
     else:
-        kind, given = "a diffusion model is not told the segments", {"--ids": args.ids is not None}
+        kind, given = "a diffusion model does not see the segments", {"--ids": args.ids is not None}
     if unused := [name for name, is_given in given.items() if is_given]:
-        raise ArgumentError(f"{', '.join(unused)}: {args.model_dir} has no use for it, {kind}; leave it out")
+        raise ArgumentError(f"{', '.join(unused)}: {args.model_dir} cannot use it, because {kind}; leave it out")

@@ -1,4 +1,4 @@
-"""`ldmseg inpaint`: a picture and a part of its map -> the whole map, as PNG, overlay and JSON."""
+"""`ldmseg inpaint` completes a part of a picture's map: the whole map as PNG, overlay and JSON."""
 
 from __future__ import annotations
 

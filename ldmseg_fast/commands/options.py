@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Adds the options that several commands share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    """--backend, --engine-dir, --steps, --batch-size and --solver."""
+    """Adds --backend, --engine-dir, --steps, --batch-size and --solver."""
     parser.add_argument("--backend", default="torch", help="torch, compile, onnxruntime or tensorrt")
     parser.add_argument("--engine-dir", help="exported graphs or engines")
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")

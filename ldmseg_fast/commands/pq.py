@@ -1,4 +1,4 @@
-"""`ldmseg pq GT_JSON PRED_JSON`: its arguments, and what it prints and writes."""
+"""`ldmseg pq GT_JSON PRED_JSON` measures the panoptic quality of result files, as panopticapi does."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-missing", action="store_true", help="count images without prediction as empty")
     parser.add_argument("--boundary", action="store_true", help="add a column with boundary-aware PQ")
     parser.add_argument("--csv", type=Path, help="write one line per category")
-    parser.add_argument("--json", type=Path, help="write the whole report, fractions")
+    parser.add_argument("--json", type=Path, help="write the whole report, as fractions")
     parser.add_argument(
         "--threads", "--processes", type=_positive, metavar="N", help="worker threads (default: one a core, at most 8)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap interval and of --random (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the bootstrap interval and of --random (default: 0)"
+    )
     parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page with pictures of errors")
     parser.add_argument("--worst", type=int, default=8, metavar="K", help="worst images on the page (default 8)")
     parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; what is wrong is raised."""
+    """Measures, prints and writes what was asked for, and returns 0."""
     import json
 
     from ldmseg_fast.files import check_output, replacing
@@ -37,11 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from ldmseg_fast.metrics.pq_report import format_table, write_csv
 
     if min(args.worst, args.random) < 0 or args.worst + args.random == 0:
-        raise ArgumentError(f"--worst {args.worst} --random {args.random}: numbers of images to show, one at least")
+        raise ArgumentError(
+            f"--worst {args.worst} --random {args.random}: neither may be negative, and one must be above 0"
+        )
     if args.seed < 0:
         raise ArgumentError(f"--seed {args.seed}: not negative")
     if args.images is not None and not args.page:
-        raise ArgumentError("--images holds the pictures of --page: add it")
+        raise ArgumentError("--images needs --page: add it")
     files = {"report": args.json, "categories": args.csv, "page": args.page}
     for path in files.values():
         if path:

@@ -1,4 +1,4 @@
-"""`ldmseg predict`: pictures on disk -> map PNG, overlay PNG and JSON beside each other."""
+"""`ldmseg predict` segments pictures on disk: map PNG, overlay PNG and JSON beside each other."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ldmseg_fast.pipeline import LDMSegPipeline
 from ldmseg_fast.reports.draw import enlarge, overlay
 
 OVERLAY_SIDE = 2048
-SMALL_SIDE = 512  # what overlays of small pictures are enlarged to, about
+SMALL_SIDE = 512  # overlays of small pictures are enlarged to about this side
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as they are, folders as the pictures in them (but hidden ones); each once.
+    """Lists files as they are and folders as the pictures in them (but hidden ones), each once.
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without pictures.
@@ -50,8 +50,11 @@ def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def check_results(files: Sequence[Path], out: Path, keep: Sequence[Path] = ()) -> None:
-    """Raises ArgumentError where results of `files` in the folder `out` would replace each other, one of
-    the files, or one of those to `keep`."""
+    """Checks that no result of `files` in the folder `out` replaces something.
+
+    Raises:
+        ArgumentError: results would replace each other, one of the files, or one of those to `keep`.
+    """
     folder = out.resolve()
     pictures = {file.name: file for file in (*files, *keep) if file.parent.resolve() == folder}
     names: dict[str, Path] = {}
@@ -68,13 +71,16 @@ def check_results(files: Sequence[Path], out: Path, keep: Sequence[Path] = ()) -
 
 
 def image_id(file: Path) -> str:
-    """What a picture's noise is drawn by: its name without the ending, which need not be text."""
+    """Returns what a picture's noise is drawn by: its name without the ending, which need not be text."""
     return os.fsencode(file.stem).decode("utf-8", "backslashreplace")
 
 
 def save_overlay(path: Path, image: np.ndarray, segmentation: np.ndarray) -> None:
-    """Picture uint8 [H, W, 3] and map int32 [H, W] as one PNG for the eye, at most OVERLAY_SIDE pixels long; pixels of
-    small pictures are enlarged, or their segments' edges would hide them."""
+    """Writes a picture, uint8 [H, W, 3], and its map, int32 [H, W], as one PNG for the eye.
+
+    It is at most OVERLAY_SIDE pixels long. Pixels of small pictures are enlarged, or their segments' edges would hide
+    them.
+    """
     longest = max(segmentation.shape)
     if longest > OVERLAY_SIDE:
         height, width = (max(1, round(side * OVERLAY_SIDE / longest)) for side in segmentation.shape)
@@ -86,7 +92,19 @@ def save_overlay(path: Path, image: np.ndarray, segmentation: np.ndarray) -> Non
 
 
 def write_result(out: Path, file: Path, image: np.ndarray, result: PanopticResult) -> Path:
-    """OUT/NAME.png (ids as COCO colours), OUT/NAME_overlay.png and OUT/NAME.json of the picture `file`; the last."""
+    """Writes a result beside its picture: OUT/NAME.png, OUT/NAME_overlay.png and OUT/NAME.json.
+
+    OUT/NAME.png holds the ids as COCO colours. An ensemble's result also gets OUT/NAME_agreement.png.
+
+    Args:
+        out: a folder that is there.
+        file: the picture, whose name without the ending is NAME.
+        image: the picture, uint8 [H, W, 3].
+        result: its map, int32 [H, W], and segments.
+
+    Returns:
+        The JSON.
+    """
     write_panoptic_png(out / f"{file.stem}.png", result.segmentation)
     save_overlay(out / f"{file.stem}_overlay.png", image, result.segmentation)
     height, width = result.segmentation.shape
@@ -122,7 +140,8 @@ def predict_files(
     samples: int = 1,
     **sampling: Any,
 ) -> list[Path]:
-    """Segment `files`; writes OUT/NAME.png (ids as COCO colours), OUT/NAME_overlay.png and OUT/NAME.json each.
+    """Segments `files` and writes OUT/NAME.png (ids as COCO colours), OUT/NAME_overlay.png and OUT/NAME.json each.
+
     The overlay is scaled down to OVERLAY_SIDE pixels where the picture is larger.
 
     With several `samples` the map is an ensemble's (`LDMSegPipeline.ensemble`), and OUT/NAME_agreement.png shows how
@@ -166,12 +185,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=1, help="seeds per picture; above 1 with a map of agreement")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
-    parser.add_argument("--cache-interval", type=int, default=1, help="compute deep features each so many steps only")
+    parser.add_argument(
+        "--cache-interval", type=int, default=1, metavar="N", help="compute deep features every N steps only"
+    )
     add_backend_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0; what is wrong is raised."""
+    """Segments the pictures and returns 0."""
     files = find_pictures(args.images)
     pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir, image_size=args.size)
     sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval}

@@ -1,4 +1,4 @@
-"""`ldmseg report RUN_DIR`: curves and pictures of one training run as an HTML page."""
+"""`ldmseg report RUN_DIR` writes curves and pictures of one training run as an HTML page."""
 
 from __future__ import annotations
 

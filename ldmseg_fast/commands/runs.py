@@ -1,4 +1,4 @@
-"""`ldmseg runs DIR`: the trainings below a folder, with how far they are and their best panoptic quality."""
+"""`ldmseg runs DIR` lists the trainings below a folder, with how far they are and their best panoptic quality."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldmseg_fast.reports.run_page import LOG, read_log
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One training. Quantities that it has not logged yet are None; `best_pq` is in percent."""
+    """Sums up one training. Quantities that it has not logged yet are None; `best_pq` is in percent."""
 
     name: str
     stage: str
@@ -27,13 +27,14 @@ class RunSummary:
 
     @property
     def state(self) -> str:
+        """Says whether the run has finished, or can go on from a checkpoint."""
         if self.step >= self.steps > 0:
             return "finished"
         return "resumable" if self.checkpoint is not None else "no checkpoint"
 
 
 def find_runs(folder: Path) -> list[RunSummary]:
-    """All runs in `folder`, itself included, by name.
+    """Lists all runs in `folder`, itself included, by name.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -44,6 +45,7 @@ def find_runs(folder: Path) -> list[RunSummary]:
 
 
 def summarize(run: Path, base: Path) -> RunSummary:
+    """Sums up the run in the folder `run`; its name is relative to `base`."""
     records = read_log(run)
     config = _json(run / "config.json")
     losses = [record for record in records if "loss" in record]
@@ -65,7 +67,7 @@ def summarize(run: Path, base: Path) -> RunSummary:
 
 
 def format_table(runs: list[RunSummary]) -> str:
-    """A row a run, the best panoptic quality first."""
+    """Formats a row a run, the best panoptic quality first."""
     head = ["run", "stage", "step", "of", "loss", "images/s", "best PQ", "at step", "state"]
     rows = [head]
     for run in sorted(runs, key=lambda run: -(run.best_pq if run.best_pq is not None else -1.0)):
@@ -104,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 1 where there is no run."""
+    """Prints the runs and returns 1 where there is none."""
     runs = find_runs(args.folder)
     if args.json:
         print(json.dumps([asdict(run) | {"state": run.state} for run in runs], indent=2))

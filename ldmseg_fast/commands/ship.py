@@ -1,4 +1,4 @@
-"""`ldmseg ship RUN_DIR OUT`: a training run as weights to ship.
+"""`ldmseg ship RUN_DIR OUT` turns a training run into weights to ship.
 
 OUT becomes a model folder in half precision, or a quarter of the size in int8, with a model card that says how the
 weights came to be. For the package it is ldmseg_fast/weights/NAME, where `LDMSegPipeline.from_pretrained("NAME")` finds
@@ -25,13 +25,17 @@ from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import read_json, read_lines, replace_folder
 from ldmseg_fast.training.provenance import STARTS, ancestors, cpu_minutes
 
-LIMIT = 20 * 10**6  # bytes of all model folders beside OUT, with it: what a wheel may carry
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
-LARGE = 4096  # elements from which on a matrix or a convolution is worth int8
+LIMIT = 20 * 10**6  # bytes that a wheel may carry: OUT and all model folders beside it
+PRECISIONS = ("fp16", "bf16", "int8")
+LARGE = 4096  # fewest elements at which a matrix or a convolution is worth int8
 
 
 def half(state: dict[str, Tensor], dtype: torch.dtype, source: str) -> dict[str, Tensor]:
-    """`state` with its floats in `dtype`. Raises CheckpointError for a weight that is not finite there."""
+    """Converts the floats of a state, any shape, to `dtype`; integers stay.
+
+    Raises:
+        CheckpointError: a weight that is not finite in `dtype`; the message names `source`.
+    """
     converted = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     lost = [name for name, value in converted.items() if not torch.isfinite(value.float()).all()]
     if lost:
@@ -42,8 +46,11 @@ def half(state: dict[str, Tensor], dtype: torch.dtype, source: str) -> dict[str,
 
 
 def to_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Large weights [O, ...] as int8 with one float16 scale per output, so that the largest is 127; `load_weights`
-    multiplies them out. Rounding is to the nearest, an error of at most half a scale."""
+    """Stores large weights, float [O, ...], as int8 with one float16 scale [O] per output; the rest stays.
+
+    The scale makes the largest weight of an output 127. Rounding is to the nearest, an error of at most half a scale.
+    `load_weights` multiplies the weights out.
+    """
     stored: dict[str, Tensor] = {}
     for name, value in state.items():
         if value.ndim < 2 or value.numel() < LARGE or not value.is_floating_point():
@@ -57,7 +64,7 @@ def to_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Path:
-    """Write `out`, a model folder with the weights of `run_dir` made smaller; it appears whole or not at all.
+    """Writes `out`, a model folder with the weights of `run_dir` made smaller; it appears whole or not at all.
 
     Args:
         run_dir: the folder of a finished run (a MODEL_DIR with its config.json and logs).
@@ -83,7 +90,8 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
             if (run_dir / component / WEIGHTS).is_file():
                 weights = run_dir / component / WEIGHTS
                 state = load_weights(weights)
-                state = half(to_int8(state) if dtype == "int8" else state, DTYPES[dtype], str(weights))
+                floats = torch.bfloat16 if dtype == "bf16" else torch.float16  # the scales of int8 too
+                state = half(to_int8(state) if dtype == "int8" else state, floats, str(weights))
                 save_weights(state, temporary / component / WEIGHTS)
         write_model_card(temporary, {"weights": dtype, **history(run_dir, machine)})
         total = sum(
@@ -103,11 +111,12 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
 
 
 def folder_size(folder: Path) -> int:
+    """Sums the bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def history(run_dir: Path, machine: str = "") -> dict[str, Any]:
-    """Facts for the model card: each training that led to these weights, first to last."""
+    """Gathers facts for the model card: each training that led to these weights, first to last."""
     facts: dict[str, Any] = {}
     for number, folder in enumerate(ancestors(run_dir), 1):
         settings = read_json(folder / "config.json")
@@ -140,7 +149,10 @@ FOUND = (
 
 
 def command(settings: dict[str, Any]) -> str:
-    """The command that trains this: what differs from the nearest preset. Folders are named by their last part."""
+    """Composes the command that trains this: what differs from the nearest preset.
+
+    Folders are named by their last part.
+    """
     stage = settings["stage"]
     given = _flat({key: value for key, value in settings.items() if key != "stage"})
     unused = FOUND if stage in FEW_STEP else ("few_step.",)
@@ -178,7 +190,7 @@ def _last_part(path: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, help="folder of a finished training run")
     parser.add_argument("out", type=Path, help="model folder to write, such as ldmseg_fast/weights/tiny")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="fp16")
     parser.add_argument("--machine", default="", help="where it was trained, if the run's log does not say so")
 
 

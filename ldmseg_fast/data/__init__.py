@@ -1,2 +1,4 @@
-"""COCO-panoptic folders: reading, checking, generating. The modules are imported by name, so that none drags in torch
-for those that do without it."""
+"""Reads and generates COCO-panoptic folders.
+
+Callers import the modules by name, so that those which do without torch do not load it.
+"""

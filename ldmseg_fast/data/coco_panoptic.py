@@ -1,7 +1,7 @@
-"""Any COCO-panoptic folder as a torch data set of uint8 pictures and uint8 ids.
+"""Reads any COCO-panoptic folder as a torch data set of uint8 pictures and uint8 ids.
 
-Bit planes are made on the device: an item carries dense ids (1 byte per pixel) and the table that turns them into
-slots, `encode_mask_bits(segment_ids, num_bits, table)`.
+Bit planes are made on the device. An item carries dense ids (1 byte per pixel) and the table that turns them into
+slots: `encode_mask_bits(segment_ids, num_bits, table)`.
 """
 
 import json
@@ -34,7 +34,10 @@ _Item = tuple[np.ndarray, np.ndarray, int, tuple[int, int]]  # rgb [S, S, 3], id
 
 
 class _Packed:
-    """A list of JSON values in two arrays: worker processes share them, where Python objects would be copied."""
+    """Holds a list of JSON values in two arrays.
+
+    Worker processes share arrays. They would copy Python objects.
+    """
 
     def __init__(self, values: list) -> None:
         blobs = [json.dumps(value).encode() for value in values]
@@ -50,26 +53,32 @@ class _Packed:
 
 
 class CocoPanoptic(Dataset):
-    """One item per annotated map (an image annotated three times makes three items). `dataset[i]` is a dict:
+    """Gives one item per annotated map: an image annotated three times makes three items.
 
-    - image: uint8 [3, S, S], channels last in memory, Pillow's bicubic, aspect not preserved
-    - segment_ids: uint8 [S, S], 0 void, the segments that are there numbered 1..num_segments
+    `dataset[i]` is a dict:
+
+    - image: uint8 [3, S, S], channels last in memory, resized by Pillow's bicubic without keeping the aspect
+    - segment_ids: uint8 [S, S], 0 is void and the segments that are there have the numbers 1..num_segments
     - table: uint8 [256], dense id -> slot in 1..num_slots-1 (see `make_remap_table`), 0 elsewhere
-    - num_segments: int; image_id: int or str; original_size: (H, W)
+    - num_segments: int; image_id: int or str; original_size: (H, W) in pixels
 
-    With `train`, crowds and segments under `min_area` pixels (of the original map) are void and `augmentation`
-    applies: random crop before the resize, flip and colour jitter after it. Of more than num_slots - 1 segments the
-    largest stay (METHOD section 1; the paper's rules). What is random is drawn from (seed, epoch, index), so items do
-    not depend on workers or order; the epoch is the one of `set_epoch`, or the first of an (epoch, index) pair as
-    `EpochSampler` gives. Without `train` it is always 0.
+    With `train`, crowds and segments under `min_area` pixels of the original map become void. `augmentation` then crops
+    at random before the resize, and mirrors and changes colours after it. Of more than num_slots - 1 segments the
+    largest stay: slot 0 is void.
 
-    `cache` keeps resized pictures and maps in memory, 4 S^2 bytes an item, in each process that reads: best without
-    worker processes. It excludes random crops.
+    Random numbers are drawn from (seed, epoch, index), so items do not depend on workers or order. The epoch is the one
+    of `set_epoch`, or the first of an (epoch, index) pair as `EpochSampler` gives. Without `train` it is always 0.
 
-    `resize` "torch" is some four times faster than Pillow's and differs from it by a grey level or two here and there.
+    `cache` keeps resized pictures and maps in memory: 4 S^2 bytes an item, in each process that reads. It works best
+    without worker processes, and it excludes random crops.
 
-    Raises DataError, here for a missing folder, JSON, picture or map and for an empty split, and on access for a file
-    that cannot be read or does not match its annotation.
+    `resize="torch"` is several times faster than Pillow's resize and differs from it by a grey level or two here and
+    there.
+
+    Raises:
+        ArgumentError: a size, seed, number of slots or id assignment that cannot be, or a cache beside random crops.
+        DataError: here, a missing folder, JSON, picture or map, or an empty split; on access, a file that cannot be
+            read or does not match its annotation.
     """
 
     def __init__(
@@ -97,7 +106,7 @@ class CocoPanoptic(Dataset):
         self.augmentation = augmentation if augmentation is not None else Augmentation()
         if cache and train and self.augmentation.scale_min < 1:
             raise ArgumentError(
-                "the cache holds resized pictures and cannot be cropped from: cache=false or scale_min=1"
+                "the cache keeps resized pictures, which cannot be cropped: set cache=false or scale_min=1"
             )
         self.folders = find_split(root, split)
         self._images, self._maps = str(self.folders.images), str(self.folders.maps)
@@ -115,7 +124,11 @@ class CocoPanoptic(Dataset):
         self._cached_ids = np.zeros((cached, size, size), np.uint8)
 
     def _join(self, content: dict) -> list[dict]:
-        """Annotations with their picture's file name; every file has to be there."""
+        """Adds its picture's file name to each annotation.
+
+        Raises:
+            DataError: an empty split, an image without a file name, or a file that is not there.
+        """
         annotations = self.folders.annotations
         images = {image["id"]: image for image in content["images"]}
         if not content["annotations"]:
@@ -142,23 +155,34 @@ class CocoPanoptic(Dataset):
         return len(self._entries)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of plain integer indices; call it before worker processes start."""
+        """Sets the epoch of plain integer indices. Call it before worker processes start."""
         self.epoch = epoch
 
     def image_id(self, index: int) -> int | str:
+        """Returns the image id of an item as the JSON has it."""
         return self._entries[index]["image_id"]
 
     def paths(self, index: int) -> tuple[Path, Path]:
-        """Picture and map of an item."""
+        """Returns the files of an item's picture and of its map."""
         entry = self._entries[index]
         return self.folders.images / entry["image_name"], self.folders.maps / entry["file_name"]
 
     def load_image(self, index: int) -> np.ndarray:
-        """The picture as stored, uint8 [H, W, 3]."""
+        """Reads the picture of an item as it is stored: uint8 RGB [H, W, 3].
+
+        Raises:
+            DataError: see `load_picture`.
+        """
         return read_image(self.folders.images / self._entries[index]["image_name"])
 
     def ground_truth(self, index: int) -> tuple[np.ndarray, list[dict]]:
-        """The map as stored, ids int32 [H, W] (0 void), and its segments_info; no rule applied."""
+        """Reads the map of an item as it is stored: ids int32 [H, W], 0 void, and its segments_info.
+
+        No rule of training is applied: crowds, small segments and all slots are there.
+
+        Raises:
+            DataError: a map that is missing or damaged.
+        """
         entry = self._entries[index]
         try:
             return read_panoptic_png(self.folders.maps / entry["file_name"]), entry["segments_info"]
@@ -166,14 +190,16 @@ class CocoPanoptic(Dataset):
             raise DataError(str(error)) from error
 
     def use_latents(self, latents: Any) -> None:
-        """Read each picture's latents through `latents.read(file_name, flipped)` instead of the picture.
+        """Makes items carry the latents of their picture in the place of the picture.
 
-        Items then carry "image_latents", float16 [C, h, w], and their "image" is empty, [3, 0, 0].
+        `latents.read(file_name, flipped)` gives them. Items then have "image_latents", float16 [C, h, w], and their
+        "image" is empty, [3, 0, 0].
         """
         self._latents = latents
         self._cached_rgb = self._cached_rgb[:, :0, :0]
 
     def segments_info(self, index: int) -> list[dict]:
+        """Returns the `segments_info` of an item as the JSON has it."""
         return self._entries[index]["segments_info"]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
@@ -212,7 +238,7 @@ class CocoPanoptic(Dataset):
         return self._cached_rgb[index], self._cached_ids[index], num_segments, (height, width)
 
     def _decoded_item(self, entry: dict, rng: np.random.Generator) -> _Item:
-        """Decoded, freed of crowds and crumbs, cropped and resized."""
+        """Decodes an item, voids crowds and crumbs, crops and resizes."""
         picture = None
         if self._latents is None:
             picture = load_picture(os.path.join(self._images, entry["image_name"]))  # noqa: PTH118 (as for the map)
@@ -248,7 +274,7 @@ class CocoPanoptic(Dataset):
             raise DataError(f"{path}: {error}; `ldmseg data check {self.root}` lists all such ids") from error
 
     def _check_sizes(self, entry: dict, size: tuple[int, int], picture: tuple[int, int]) -> None:
-        """Raises DataError where a map of `size` is not that of its `picture`, (height, width) each."""
+        """Raises DataError where the map's `size` is not its `picture`'s, (height, width) each."""
         if picture == size:
             return
         turned = picture == size[::-1]
@@ -260,7 +286,10 @@ class CocoPanoptic(Dataset):
 
 
 def _resize_fast(picture: np.ndarray | Image.Image, size: int, box: tuple[int, int, int, int] | None) -> np.ndarray:
-    """As `resize_image`, by torch's integer arithmetic: more than two grey levels apart in few pixels of thousands."""
+    """Resizes as `resize_image` does, but with torch's integer arithmetic.
+
+    Few pixels of thousands are more than two grey levels apart from it.
+    """
     left, top, right, bottom = box or (0, 0, None, None)
     pixels = torch.from_numpy(np.array(picture)[top:bottom, left:right]).permute(2, 0, 1)[None]
     small = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
@@ -268,14 +297,18 @@ def _resize_fast(picture: np.ndarray | Image.Image, size: int, box: tuple[int, i
 
 
 def _picture(rgb: np.ndarray, flipped: bool, copied: bool) -> torch.Tensor:
-    """uint8 [S, S, 3] as [3, S, S], channels last in memory, which torch mirrors faster than numpy."""
+    """Turns uint8 [S, S, 3] into [3, S, S], channels last in memory, which torch mirrors faster than numpy."""
     picture = torch.from_numpy(rgb).permute(2, 0, 1)[None]
     return (picture.flip(-1) if flipped else picture.clone() if copied else picture)[0]
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items: image uint8 [B, 3, S, S] in channels_last, segment_ids uint8 [B, S, S], table uint8 [B, 256],
-    num_segments int64 [B], image_latents [B, C, h, w] where items have them; image_id and original_size stay lists."""
+    """Stacks items into a batch.
+
+    Returns:
+        image uint8 [B, 3, S, S] in channels_last, segment_ids uint8 [B, S, S], table uint8 [B, 256], num_segments
+        int64 [B], and image_latents float16 [B, C, h, w] where items have them. image_id and original_size stay lists.
+    """
     stacked = [key for key in ("segment_ids", "table", "image_latents") if key in items[0]]
     batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in stacked}
     batch["image"] = torch.stack([item["image"].permute(1, 2, 0) for item in items]).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Where a COCO-panoptic folder keeps things, and strict reading of its pictures and maps."""
+"""Finds the files of a COCO-panoptic folder and reads its pictures and maps strictly."""
 
 import io
 import os
@@ -26,7 +26,7 @@ __all__ = [
     "read_image",
 ]
 
-MAX_BYTES = 2**30  # of a file: far above any picture of MAX_PIXELS
+MAX_BYTES = 2**30  # largest file that is read; far above any picture of MAX_PIXELS
 
 _PREFIX, _SUFFIX = "panoptic_", ".json"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -36,7 +36,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # what has
 
 @dataclass(frozen=True)
 class SplitFolders:
-    """Annotation file, picture folder and map folder of one split."""
+    """Names the annotation file, the picture folder and the map folder of one split."""
 
     annotations: Path
     images: Path
@@ -44,7 +44,11 @@ class SplitFolders:
 
 
 def list_splits(root: str | os.PathLike) -> list[str]:
-    """Names NAME of all ROOT/annotations/panoptic_NAME.json. Raises DataError where ROOT is no folder."""
+    """Lists NAME of all ROOT/annotations/panoptic_NAME.json in alphabetical order.
+
+    Raises:
+        DataError: ROOT is no folder.
+    """
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"data root {str(root)!r} is not a folder: give one with annotations/panoptic_SPLIT.json")
@@ -54,11 +58,14 @@ def list_splits(root: str | os.PathLike) -> list[str]:
 
 
 def find_split(root: str | os.PathLike, split: str) -> SplitFolders:
-    """The files of a split: ROOT/annotations/panoptic_SPLIT.json; pictures in ROOT/SPLIT or ROOT/images/SPLIT; maps in
-    ROOT/panoptic_SPLIT or ROOT/annotations/panoptic_SPLIT.
+    """Finds the files of a split.
 
-    A second annotation of a split (val2017_classes beside val2017) uses the folders of the name before its last
-    underscore where it has none of its own. Raises DataError naming what is not there.
+    The annotations are ROOT/annotations/panoptic_SPLIT.json. Pictures lie in ROOT/SPLIT or ROOT/images/SPLIT, maps in
+    ROOT/panoptic_SPLIT or ROOT/annotations/panoptic_SPLIT. A second annotation of a split (val2017_classes beside
+    val2017) uses the folders of the name before its last underscore where it has none of its own.
+
+    Raises:
+        DataError: names the file or folder that is not there.
     """
     root, splits = Path(root), list_splits(root)
     annotations = root / "annotations" / f"{_PREFIX}{split}{_SUFFIX}"
@@ -79,24 +86,34 @@ def _first_folder(candidates: list[Path], contents: str) -> Path:
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """A picture as uint8 RGB [H, W, 3]. As `load_picture` otherwise."""
+    """Reads a picture as uint8 RGB [H, W, 3].
+
+    Raises:
+        DataError: see `load_picture`.
+    """
     picture = load_picture(path)
     return picture if isinstance(picture, np.ndarray) else np.array(picture)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """A picture as Pillow's image, in RGB. As `load_picture` otherwise."""
+    """Reads a picture as Pillow's image in RGB.
+
+    Raises:
+        DataError: see `load_picture`.
+    """
     picture = load_picture(path)
     return Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
 
 
 def load_picture(path: str | os.PathLike) -> np.ndarray | Image.Image:
-    """A decoded RGB picture, in the layout it is stored in: uint8 [H, W, 3] or Pillow's image, whichever costs less.
+    """Reads an RGB picture in the layout that costs less: uint8 [H, W, 3] or Pillow's image.
 
-    Plain PNGs are read in C++ where that is built, everything else by Pillow; the pixels are the same. Grey, palette,
-    CMYK and transparent files are converted. Gamma, colour profiles and EXIF orientation are not applied: COCO's maps,
-    and the sizes in its JSON, follow the stored pixels. Raises DataError for a missing, truncated, damaged, oversized
-    or more-than-8-bit file.
+    C++ reads plain PNGs where it is built, Pillow reads everything else; the pixels are the same. Grey, palette, CMYK
+    and transparent files are converted. Gamma, colour profiles and EXIF orientation are not applied: COCO's maps, and
+    the sizes in its JSON, follow the stored pixels.
+
+    Raises:
+        DataError: a file that is missing, truncated, damaged or too large, or has more than 8 bits per channel.
     """
     try:
         content = _read(path)
@@ -118,15 +135,21 @@ def load_picture(path: str | os.PathLike) -> np.ndarray | Image.Image:
 def read_dense_map(
     path: str | Path, segment_ids: Sequence[int], *, crowd: Sequence[bool] = (), min_area: int = 0
 ) -> np.ndarray:
-    """`dense_ids` of the map in a file: [H, W], 0 void and 1..len(segment_ids).
+    """Reads a map and numbers its segments as `dense_ids` does: [H, W] with 0 void and 1..len(segment_ids).
 
-    Raises PanopticFormatError as `read_panoptic_png`, ValueError as `dense_ids`, and OSError.
+    Returns:
+        uint8 [H, W] for up to 255 segments, int32 [H, W] for more.
+
+    Raises:
+        PanopticFormatError: see `read_panoptic_png`.
+        ValueError: an id of the map that `segment_ids` lacks.
+        OSError: a file that cannot be read.
     """
     if _C is not None and len(segment_ids) < TABLE_SIZE:
         try:
             return _C.read_png(_read(path), MAX_PIXELS).dense_ids(segment_ids, crowd, min_area)
         except _C.UnreadablePng:
-            pass  # interlaced, or damaged: then the other reader says how
+            pass  # interlaced or damaged: the other reader says which
     return dense_ids(read_panoptic_png(path), segment_ids, crowd=crowd, min_area=min_area)
 
 

@@ -1,9 +1,9 @@
-"""Image latents on disk, made once by a frozen encoder and read back instead of pictures.
+"""Keeps image latents on disk: a frozen encoder makes them once, and training reads them in the place of pictures.
 
 FOLDER/KEY/  manifest.json  latents-00000.safetensors ...    [n, 2, C, h, w] float16: of a picture and of its mirror
 
-KEY is a hash of the encoder's weights and settings, the transform and the list of pictures with their sizes: with any
-of them changed it is another cache. A shard is written whole or not at all, so an interrupted cache is completed.
+KEY is a hash of the encoder's weights and settings, the transform and the list of pictures with their sizes. Where any
+of them changes, the cache is another one. A shard is written whole or not at all, so an interrupted cache is completed.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ MANIFEST = "manifest.json"
 
 
 def default_folder(root: str | Path) -> Path:
+    """Returns the folder below a data root where training looks for caches by itself."""
     return Path(root) / "latents"
 
 
 def picture_files(dataset: CocoPanoptic) -> list[Path]:
-    """The pictures of a split, each once, in the order of their first annotation."""
+    """Lists the pictures of a split, each once, in the order of their first annotation."""
     return list(dict.fromkeys(dataset.paths(index)[0] for index in range(len(dataset))))
 
 
 def cache_key(encoder: nn.Module, settings: ImageEncoderConfig, size: int, files: list[Path]) -> str:
-    """What the latents depend on, in 32 hexadecimal digits."""
+    """Hashes all that the latents depend on into 32 hexadecimal digits."""
     digest = hashlib.sha256()
     digest.update(json.dumps([settings.kind, settings.latent_channels, size, "pillow bicubic"]).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -53,7 +54,7 @@ def cache_key(encoder: nn.Module, settings: ImageEncoderConfig, size: int, files
 
 @dataclass(frozen=True)
 class LatentCache:
-    """A complete cache, opened for reading; pictures are told by their file names."""
+    """Reads a complete cache; file names tell pictures apart."""
 
     folder: Path
     rows: dict[str, int]
@@ -63,10 +64,10 @@ class LatentCache:
 
     @classmethod
     def open(cls, folder: Path, key: str, files: list[Path], scaling_factor: float) -> LatentCache:
-        """The cache of `key` in `folder`, read out as latents times `scaling_factor`.
+        """Opens the cache of `key` in `folder`; `read` multiplies its latents up to `scaling_factor`.
 
         Raises:
-            CheckpointError: there is none, another one, or an incomplete or damaged one.
+            CheckpointError: there is no cache, another one, or an incomplete or damaged one.
         """
         cure = "make it with `ldmseg data cache`"
         path = folder / key
@@ -74,7 +75,7 @@ class LatentCache:
             others = (
                 [entry.name for entry in folder.iterdir() if (entry / MANIFEST).is_file()] if folder.is_dir() else []
             )
-            stale = "; the one there is of another encoder, size or list of pictures" if others else ""
+            stale = "; the one there belongs to another encoder, size or list of pictures" if others else ""
             raise CheckpointError(f"{folder}: no latent cache for this run{stale}; {cure}")
         manifest = read_json(path / MANIFEST)
         if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), dict):
@@ -89,14 +90,14 @@ class LatentCache:
         return cls(path, rows, shards, manifest["seconds_per_image"], factor)
 
     def read(self, file_name: str, flipped: bool) -> Tensor:
-        """float16 [C, h, w] of a picture, or of its mirror image."""
+        """Reads float16 [C, h, w] of a picture, or of its mirror image. The latents are scaled."""
         shard, row = divmod(self.rows[file_name], PER_SHARD)
         latents = _open_shard(self.folder / shard_name(shard)).get_slice("latents")[row : row + 1, int(flipped)][0]
         return latents if self.factor == 1.0 else latents * self.factor
 
 
 class ShardCheck:
-    """Reads the shards of a cache once, in a thread beside the training, for bits that have flipped since it was made.
+    """Reads the shards of a cache once, in a thread beside the training, and finds bits that have flipped since.
 
     The ranks share the work. `LatentCache.open` looks at sizes only, because reading gigabytes would hold up the start.
     """
@@ -108,7 +109,7 @@ class ShardCheck:
         self.thread.start()
 
     def raise_if_damaged(self) -> None:
-        """Raises CheckpointError naming the shard, once one was found."""
+        """Raises CheckpointError with the shard's name once one was found damaged."""
         if self._problem:
             raise CheckpointError(self._problem)
 
@@ -133,24 +134,25 @@ def _open_shard(path: Path) -> Any:
 
 
 def shard_name(index: int) -> str:
+    """Returns the file name of a shard."""
     return f"latents-{index:05d}.safetensors"
 
 
 def is_broken(path: Path, known: dict[str, Any] | None, thorough: bool = False) -> bool:
-    """Whether a shard is not what the manifest says; `thorough` reads all of it."""
+    """Tells whether a shard is not what the manifest says; `thorough` reads all of it."""
     if known is None or not path.is_file() or path.stat().st_size != known["bytes"]:
         return True
     return thorough and sha256(path) != known["sha256"]
 
 
 def why_not(config: Config) -> str:
-    """The reason why a run must encode its images in every step, "" where a cache would do."""
+    """Returns the reason why a run must encode its images in every step, "" where a cache would do."""
     data = config.data
     reasons = [
         (config.image_encoder.kind == "conv", "image_encoder.kind=conv is trained"),
         (data.scale_min < 1, f"data.scale_min={data.scale_min} crops at random"),
         (data.color_jitter > 0, f"data.color_jitter={data.color_jitter} changes colours at random"),
-        (data.resize != "pillow", f"data.resize={data.resize}, the cache is made with Pillow's"),
+        (data.resize != "pillow", f"data.resize={data.resize} differs from the cache's, which is Pillow's"),
         (config.diffusion.sample_posterior, "diffusion.sample_posterior draws other latents each time"),
         (config.unet.conditioning == "clip_image", "unet.conditioning=clip_image sees the pictures"),
     ]
@@ -160,7 +162,7 @@ def why_not(config: Config) -> str:
 def attach_cache(
     dataset: CocoPanoptic, config: Config, encoder: nn.Module, say: Callable[[str], None]
 ) -> LatentCache | None:
-    """Let a training set read latents, where `data.latent_cache` asks for them and the augmentation allows it.
+    """Lets a training set read latents where `data.latent_cache` asks for them and the augmentation allows it.
 
     Returns:
         The cache; None where pictures are encoded in every step.

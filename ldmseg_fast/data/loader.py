@@ -1,4 +1,4 @@
-"""Training batches for a rank: loaded ahead in worker processes, moved to the device ahead on a side stream.
+"""Gives a rank its training batches: worker processes load ahead, a side stream copies ahead to the device.
 
 The batches of a step depend on (seed, step) alone, not on ranks, accumulation, worker processes or resumes.
 """
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
-from ldmseg_fast.data.reader import PatientReader, _hung, without_traceback
+from ldmseg_fast.data.reader import PatientReader, hang_error, without_traceback
 from ldmseg_fast.data.sampler import EpochSampler
 from ldmseg_fast.errors import DataError
 
@@ -25,9 +25,9 @@ ATTEMPTS = 20  # replacements tried for one item before the data set as a whole 
 
 
 class _Items(Dataset):
-    """A data set's items for (epoch, index) keys; an unreadable one gives way to another and is reported.
+    """Gives a data set's items for (epoch, index) keys. Another item takes the place of an unreadable one and says so.
 
-    `reading` [workers, at least 1] tells the main process which item each worker is at, plus one.
+    `reading`, int64 [workers, at least 1], tells the main process which item each worker is at, plus one.
     """
 
     def __init__(self, dataset: CocoPanoptic, reading: Tensor) -> None:
@@ -72,10 +72,11 @@ def _start_worker(worker: int) -> None:
 
 
 class TrainingBatches:
-    """Endless micro-batches of one rank.
+    """Gives endless micro-batches to one rank.
 
-    What `collate` gives, and
-    - sample: a list of B, numbers that no other draw of the whole run has;
+    Each is what `collate` gives, and
+
+    - sample: a list of B numbers that no other draw of the whole run has;
     - failures: (index, message) of unreadable items that others stand in for;
     - segment_counts: a list of B, how many segments each map has;
     - segments: int64 [M, 2], all of them as (place in the batch, number in `segment_ids`).
@@ -88,7 +89,7 @@ class TrainingBatches:
         timeout: seconds to wait for a batch.
 
     Raises:
-        DataError: on a read that hangs, naming the file, or when nothing can be read.
+        DataError: on access, a read that hangs, whose file it names, or a data set of which nothing can be read.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class TrainingBatches:
         self._reader = None if num_workers else PatientReader(timeout, self._reading)
 
     def order(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, index) of this rank's micro-batch number `step`."""
+        """Returns the (epoch, index) pairs of this rank's micro-batch number `step`."""
         return self._sampler.batch(step)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -136,17 +137,23 @@ class TrainingBatches:
             raise without_traceback(error) from None
         except RuntimeError as error:
             if "timed out" in str(error):
-                message = _hung(self.timeout, self._reading())
+                hanging = hang_error(self.timeout, self._reading())  # before the workers are gone
                 self._kill_workers()
-                raise DataError(message) from None
+                raise hanging from None
             if "exited unexpectedly" in str(error):
                 raise DataError(f"a loader process died ({error}); too little memory? Lower data.num_workers") from None
             raise
         finally:
             self.waited += time.perf_counter() - start
 
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._iterator = iter(())
+        if self._reader is not None:
+            self._reader.close()
+
     def _reading(self) -> str:
-        """The files that the loading processes are at."""
+        """Names the files that the loading processes are at."""
         files = [
             f"process {worker} reads {' and '.join(map(str, self.dataset.paths(index - 1)))}"
             for worker, index in enumerate(self.reading.tolist())
@@ -154,30 +161,27 @@ class TrainingBatches:
         ]
         return "; ".join(files) or "no process is at a file"
 
-    def close(self) -> None:
-        """End the worker processes."""
-        self._iterator = iter(())
-        if self._reader is not None:
-            self._reader.close()
-
     def _kill_workers(self) -> None:
-        """Hung processes do not end when they are asked to."""
-        _remove_worker_pids(id(self._iterator))  # or their death would raise an error wherever the program then is
+        """Kills the worker processes, because hung ones do not end when they are asked to."""
+        _remove_worker_pids(id(self._iterator))  # else their death raises an error wherever the program is then
         self._iterator._shutdown = True
         for worker in self._iterator._workers:
             os.kill(worker.pid, signal.SIGKILL)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors on `device`; copies from pinned memory do not wait."""
+    """Copies a batch's tensors to `device`. Copies from pinned memory do not wait."""
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
 
 
 class Prefetcher:
-    """The micro-batches of a step on the device, `parts` of them; to a GPU they are moved on a side stream while the
-    step before is computed. Pictures and ids are bytes, so that a step's batch is small beside its activations."""
+    """Gives the `parts` micro-batches of a step on the device.
+
+    To a GPU they are copied on a side stream while the step before is computed. Pictures and ids are bytes, so a step's
+    batch is small beside its activations.
+    """
 
     def __init__(self, batches: Iterator[dict[str, Any]], device: torch.device, parts: int = 1) -> None:
         self.batches, self.device, self.parts = batches, device, parts
@@ -204,6 +208,6 @@ class Prefetcher:
         return step
 
     def fetch(self) -> None:
-        """Start on the next step's; called once the present one's work is queued."""
+        """Starts to copy the next step's batches. Call it once the present step's work is queued."""
         if self.stream is not None and self._next is None:
             self._next = self._load()

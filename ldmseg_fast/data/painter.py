@@ -1,8 +1,8 @@
 """Paints one generated scene: stuff regions, things upon them, light, shadows and sensor noise.
 
-Every layer is a signed distance in pixels: its antialiased edge (coverage), its id (coverage of at least a half) and
-its soft shadow come from the same numbers, so the picture and the map cannot disagree. A layer that would leave
-itself or any earlier segment too small is not painted but drawn again.
+Every layer is a signed distance in pixels. Its antialiased edge (coverage), its id (coverage of at least a half) and
+its soft shadow come from the same numbers, so the picture and the map cannot disagree. A layer that would leave itself
+or any earlier segment too small is not painted but drawn again.
 
 Arithmetic is float64 throughout, so that last-bit differences between processors do not reach the 8-bit result.
 """
@@ -23,14 +23,18 @@ Box = tuple[slice, slice]
 
 
 def minimum_area(size: int) -> int:
-    """Pixels that every segment of a `size` x `size` scene has at least: 16 at 64, 64 at 256."""
+    """Returns the pixels that every segment of a `size` x `size` scene has at least: 16 at 64, 64 at 256."""
     return size // 4
 
 
 class Painter:
     """Paints one `size` x `size` scene from what `rng` draws.
 
-    canvas: [S, S, 3] in [0, 1]. segments: [S, S], 1..n. kinds, area: what each segment is, and its visible pixels.
+    Attributes:
+        canvas: float64 [S, S, 3] in [0, 1].
+        segments: int64 [S, S], the segments are 1..n and none is void.
+        kinds: what each segment is.
+        area: the visible pixels of each segment.
     """
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
@@ -44,15 +48,23 @@ class Painter:
         self.light = rng.uniform(0, 2 * np.pi)
 
     def paint(self) -> np.ndarray:
-        """The finished picture, uint8 [S, S, 3]; `segments`, `kinds` and `area` then describe it."""
+        """Paints the scene and returns its picture, uint8 [S, S, 3], which the attributes then describe."""
         self.add_stuff()
         self.add_things()
         return self.photograph()
 
     def accept(self, box: Box, inside: Array, kind: str, floor: int, keep: float) -> bool:
-        """Claim the pixels `inside` for a new segment, unless it or a segment below falls under its floor.
+        """Claims pixels for a new segment, unless it or a segment below falls under its floor.
 
-        The new segment's own floor is the larger of `floor` and `keep` of the area that it has now.
+        Args:
+            box: the part of the scene that `inside` covers.
+            inside: bool [h, w], the pixels to claim.
+            kind: what the new segment is.
+            floor: its fewest visible pixels.
+            keep: the share of its present area that later segments must leave, if that is more than `floor`.
+
+        Returns:
+            Whether the pixels were claimed; `segments`, `kinds`, `area` and `floor` are then changed in place.
         """
         own = int(np.count_nonzero(inside))
         if own < floor:
@@ -67,7 +79,10 @@ class Painter:
         return True
 
     def add_stuff(self) -> None:
-        """2-5 regions of different kinds (a kind of stuff is one segment of an image), each cut out of the last."""
+        """Paints 2-5 regions, each cut out of the last.
+
+        Their kinds differ, because a kind of stuff is one segment of an image.
+        """
         rng, size = self.rng, self.size
         kinds = rng.permutation(STUFF)[: rng.choice([2, 3, 4, 5], p=[0.35, 0.35, 0.2, 0.1])]
         everything: Box = (slice(0, size), slice(0, size))
@@ -85,7 +100,7 @@ class Painter:
         self.floor = [max(minimum_area(size), area // 4) for area in self.area]
 
     def region(self) -> Array:
-        """Distance [S, S] to a random boundary: a skyline, a wall or a lake; smooth or irregular."""
+        """Returns the distance, float64 [S, S] in pixels, to a random boundary: a skyline, a wall or a lake."""
         rng, size = self.rng, self.size
         style = rng.random()
         if style < 0.75:
@@ -102,7 +117,7 @@ class Painter:
         return normalised(field)
 
     def stuff_texture(self, kind: str, beneath: Array | None) -> Array:
-        """[S, S, 3] of one kind of stuff, its colour away from the mean colour `beneath`."""
+        """Colours one kind of stuff, float64 [S, S, 3], away from the mean colour `beneath`, float64 [3]."""
         rng, size, x, y = self.rng, self.size, self.x, self.y
         first = self.contrasting(beneath, 0.3, (0.3, 1.0))
         second = np.clip(first * rng.uniform(0.5, 0.85) + rng.uniform(-0.08, 0.08, 3), 0, 1)
@@ -132,7 +147,7 @@ class Painter:
         return texture * (1 + 0.06 * value_noise(rng, size, 4, 4, 3))[..., None]
 
     def contrasting(self, beneath: Array | None, least: float, value: tuple[float, float] = (0.15, 1.0)) -> Array:
-        """A colour at least `least` away (RGB distance) from `beneath`, or the farthest of eight."""
+        """Draws a colour, float64 [3], at least `least` (RGB distance) from `beneath` [3], or the farthest of eight."""
         colours = [random_colour(self.rng, value) for _ in range(8)]
         if beneath is None:
             return colours[0]
@@ -140,7 +155,7 @@ class Painter:
         return next((c for c, far in zip(colours, away) if far >= least), colours[int(np.argmax(away))])
 
     def add_things(self) -> None:
-        """2-15 things, larger ones mostly further back."""
+        """Paints 2-15 things; larger ones lie mostly further back."""
         rng, size = self.rng, self.size
         smallest = 1.2 * math.sqrt(minimum_area(size) / np.pi)
         wanted = 2 + int(rng.binomial(13, rng.uniform(0.1, 0.8)))
@@ -153,7 +168,7 @@ class Painter:
             self.add_thing(smallest * rng.uniform(1, 2))
 
     def add_thing(self, radius: float) -> bool:
-        """Draw one thing at a random place; False where there is no room for it."""
+        """Paints one thing at a random place. Returns False where there is no room for it."""
         rng, size = self.rng, self.size
         kind = str(rng.choice(THINGS))
         shape = draw_shape(rng, kind, radius)
@@ -183,7 +198,13 @@ class Painter:
         return True
 
     def cast_shadow(self, box: Box, distance: Array, fall: float) -> None:
-        """Darken what lies behind: the shape moved away from the light, its edge softened."""
+        """Darkens the canvas behind a shape in place: the shape moved away from the light, its edge softened.
+
+        Args:
+            box: the part of the scene that `distance` covers.
+            distance: float64 [h, w] to the shape's edge in pixels.
+            fall: how far the shadow falls, in pixels.
+        """
         soft = np.clip(0.5 - distance / (1.5 + fall), 0, 1)
         down, right = round(fall * math.sin(self.light)), round(fall * math.cos(self.light))
         moved = np.zeros_like(soft)
@@ -194,7 +215,13 @@ class Painter:
         self.canvas[box] *= (1 - 0.45 * moved)[..., None]
 
     def shading(self, dx: Array, dy: Array, distance: Array, radius: float) -> Array:
-        """Brightness factor [h, w]: flat, a gradient away from the light, or round with a highlight."""
+        """Returns a brightness factor, float64 [h, w]: flat, a gradient away from the light, or round with a highlight.
+
+        Args:
+            dx, dy: float64 [h, w], pixels from the thing's centre.
+            distance: float64 [h, w] to its edge in pixels.
+            radius: its radius in pixels.
+        """
         style = self.rng.random()
         if style < 0.2:
             return np.ones_like(distance)
@@ -208,7 +235,14 @@ class Painter:
         return 0.6 + 0.4 * rim + 0.15 * np.clip(facing, -1, 1) + 0.5 * glow
 
     def thing_texture(self, u: Array, v: Array, distance: Array, radius: float, first: Array) -> Array:
-        """[h, w, 3] or [3]: plain, stripes, dots, rings, or noise, in the colour `first` and one related to it."""
+        """Returns colours, float64 [h, w, 3] or [3]: plain, stripes, dots, rings or noise.
+
+        Args:
+            u, v: float64 [h, w], pixels from the thing's centre along its own axes.
+            distance: float64 [h, w] to its edge in pixels.
+            radius: its radius in pixels.
+            first: float64 [3], its colour; the second one is related to it.
+        """
         rng = self.rng
         style = rng.random()
         second = np.clip(first + rng.choice([-1, 1]) * rng.uniform(0.15, 0.35) + rng.uniform(-0.1, 0.1, 3), 0, 1)
@@ -224,7 +258,10 @@ class Painter:
         return blend(0.5 + 0.2 * rng.standard_normal(u.shape), first, second)
 
     def photograph(self) -> np.ndarray:
-        """uint8 [S, S, 3]: uneven light, a tint, and noise that grows with brightness."""
+        """Turns the canvas into a picture, uint8 [S, S, 3].
+
+        It adds uneven light, a tint, and noise that grows with brightness.
+        """
         rng, size = self.rng, self.size
         uneven = (
             1

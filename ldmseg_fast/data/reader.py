@@ -1,4 +1,4 @@
-"""Reading that may hang: a read that takes too long is named, and its worker ended."""
+"""Reads in a thread that may hang, and says which file a hanging read is at."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from ldmseg_fast.errors import DataError
 
 T = TypeVar("T")
 
-
 CURE = "Raise data.timeout where reading takes longer, and go on with --resume"
 
 
@@ -20,8 +19,8 @@ class PatientReader:
 
     Args:
         timeout: seconds that a call may take.
-        where: what is being read, for the error.
-        cure: what to do about it.
+        where: says what is being read, for the error.
+        cure: says what to do about it.
     """
 
     def __init__(self, timeout: float, where: Callable[[], str], cure: str = CURE) -> None:
@@ -31,7 +30,11 @@ class PatientReader:
         self._thread: threading.Thread | None = None
 
     def call(self, function: Callable[[], T]) -> T:
-        """What `function()` returns or raises. Raises DataError when it takes too long; then the reader is lost."""
+        """Returns or raises what `function()` does.
+
+        Raises:
+            DataError: the call takes longer than `timeout`. The reader cannot be used any more then.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, daemon=True)  # daemon: nobody waits for it at exit
             self._thread.start()
@@ -39,12 +42,13 @@ class PatientReader:
         try:
             result, error = self._done.get(timeout=self.timeout)
         except queue.Empty:
-            raise DataError(_hung(self.timeout, self.where(), self.cure)) from None
+            raise hang_error(self.timeout, self.where(), self.cure) from None
         if error is not None:
             raise error
         return result
 
     def close(self) -> None:
+        """Ends the thread."""
         self._wanted.put(None)
 
     def _serve(self) -> None:
@@ -55,10 +59,11 @@ class PatientReader:
                 self._done.put((None, error))
 
 
-def _hung(timeout: float, where: str, cure: str = CURE) -> str:
-    return f"no batch for {timeout:g} s: {where}. Is the file server alive? {cure}"
+def hang_error(timeout: float, where: str, cure: str = CURE) -> DataError:
+    """Returns the error of a read that has taken `timeout` seconds; `where` says what it reads."""
+    return DataError(f"no batch for {timeout:g} s: {where}. Is the file server alive? {cure}")
 
 
 def without_traceback(error: DataError) -> DataError:
-    """A worker process's error comes with that process's traceback as its text; this is the last line's."""
+    """Cuts a worker process's traceback off the text of its error, which ends in the error's own line."""
     return DataError(str(error).strip().splitlines()[-1].removeprefix("ldmseg_fast.errors.DataError: "))

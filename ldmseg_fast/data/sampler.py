@@ -1,4 +1,4 @@
-"""Which pictures a rank sees in a step: resumable, and the same global batches for any number of ranks."""
+"""Says which pictures a rank sees in a step: resumable, and the same global batches for any number of ranks."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,14 +12,18 @@ __all__ = ["EpochSampler"]
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (epoch, index) pairs for `DataLoader(batch_sampler=...)` over a `CocoPanoptic`.
+    """Gives endless batches of (epoch, index) pairs for `DataLoader(batch_sampler=...)` over a `CocoPanoptic`.
 
-    The epochs, each a permutation drawn from (seed, epoch), form one endless line; global batch g is its next
+    The epochs, each a permutation drawn from (seed, epoch), form one endless line. Global batch g is its next
     `batch_size_per_rank * world_size` items, of which a rank takes its consecutive share. So no item is dropped, no
-    batch is short, a data set smaller than a batch works, and a run that goes on at `start_step`, on any number of
-    ranks with the same global batch, sees what it would have seen. `first_item` moves the start of the line: a run that
-    has seen that many items goes on there, with any batch size. The epoch travels with the index because worker
-    processes that read ahead could not be told otherwise.
+    batch is short, and a data set smaller than a batch works. A run that goes on at `start_step`, on any number of
+    ranks with the same global batch, sees what it would have seen.
+
+    `first_item` moves the start of the line: a run that has seen that many items goes on there, with any batch size.
+    The epoch travels with the index because worker processes that read ahead could not be told otherwise.
+
+    Raises:
+        ArgumentError: a number that is out of range.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             step += 1
 
     def batch(self, step: int) -> list[tuple[int, int]]:
-        """This rank's (epoch, index) pairs of one step."""
+        """Returns this rank's (epoch, index) pairs of one step."""
         first = self.first_item + (step * self.world_size + self.rank) * self.batch_size
         places = (divmod(place, self.num_items) for place in range(first, first + self.batch_size))
         return [(epoch, int(_permutation(self.num_items, self.seed, epoch)[place])) for epoch, place in places]

@@ -1,6 +1,6 @@
-"""Generated scenes in COCO-panoptic layout: pictures worth segmenting for a machine without any data.
+"""Generates scenes in COCO-panoptic layout: pictures worth segmenting for a machine without any data.
 
-2-5 stuff regions split each picture, 2-15 things are laid over them and over each other (see `painter`).
+2-5 stuff regions split each picture, 2-15 things lie over them and over each other (see `painter`).
 """
 
 import json
@@ -37,10 +37,13 @@ _CATEGORY_ID = {category["name"]: category["id"] for category in CATEGORIES}
 def generate_scene(
     size: int, seed: int, index: int, split: str = "train2017"
 ) -> tuple[np.ndarray, np.ndarray, list[dict]]:
-    """Scene `index` of a split: rgb uint8 [S, S, 3], ids int32 [S, S] without void, segments_info (id, category_id,
-    area, bbox, iscrowd). Depends on its four arguments only.
+    """Generates scene `index` of a split from its four arguments alone.
 
-    Raises ArgumentError for an unknown split, a negative seed or index, or a size outside 32..2048.
+    Returns:
+        rgb uint8 [S, S, 3], ids int32 [S, S] without void, and segments_info (id, category_id, area, bbox, iscrowd).
+
+    Raises:
+        ArgumentError: an unknown split, a negative seed or index, or a size outside 32..2048.
     """
     _check_arguments(size, seed)
     if split not in SPLITS or index < 0:
@@ -71,13 +74,15 @@ def generate_scene(
 def write_scenes(
     out: str | os.PathLike, images: int, size: int = 64, seed: int = 0, workers: int | None = None
 ) -> Path:
-    """Write `images` training and max(images // 10, 8) validation scenes under `out`, and return `out` as a Path.
+    """Writes `images` training and max(images // 10, 8) validation scenes under `out`, and returns `out` as a Path.
 
-    The folder appears complete or not at all. Where it already holds the same scenes nothing is done. Pictures are
-    PNG: lossless, so that pixels do not hang on a JPEG library's version and thin objects keep their edges at 64x64.
+    The folder appears complete or not at all. Where it already holds the same scenes nothing is done. Pictures are PNG:
+    lossless, so that pixels do not hang on a JPEG library's version and thin objects keep their edges at 64x64.
     `workers` processes (default: one per core) share the work; the bytes do not depend on their number.
 
-    Raises ArgumentError for bad arguments, FileExistsError where `out` holds anything else.
+    Raises:
+        ArgumentError: a number of images, a size or a seed that is out of range.
+        FileExistsError: `out` holds anything else.
     """
     out = Path(out)
     if images < 1:
@@ -142,7 +147,10 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int, worke
 
 
 def _write_scene(root: Path, split: str, size: int, seed: int, index: int) -> dict:
-    """Both PNGs of one scene; its COCO annotation. Image ids differ between the splits, as in COCO."""
+    """Writes both PNGs of one scene and returns its COCO annotation.
+
+    Image ids differ between the splits, as in COCO.
+    """
     rgb, ids, segments_info = generate_scene(size, seed, index, split)
     image_id = SPLITS[split] * 10_000_000 + index + 1
     name = f"{image_id:012d}.png"

@@ -1,4 +1,4 @@
-"""The outlines of generated scenes as signed distances in pixels, negative inside.
+"""Describes the outlines of generated scenes as signed distances in pixels, negative inside.
 
 u, v: pixels from a shape's centre, along its own axes; r: its radius in pixels.
 """
@@ -17,12 +17,15 @@ Array = np.ndarray
 
 
 def coverage(distance: Array) -> Array:
-    """Share of a pixel inside an edge `distance` pixels away (negative inside)."""
+    """Returns the share of each pixel inside an edge, float64 [h, w] in [0, 1].
+
+    distance: float64 [h, w] to the edge in pixels, negative inside.
+    """
     return np.clip(0.5 - distance, 0, 1)
 
 
 def normalised(field: Array) -> Array:
-    """Turn an implicit function (negative inside) into an approximate distance in pixels."""
+    """Turns an implicit function, float64 [h, w] and negative inside, into an approximate distance [h, w] in pixels."""
     down, right = np.gradient(field)
     return field / np.maximum(np.hypot(down, right), 1e-6)
 
@@ -38,7 +41,7 @@ def _box(u: Array, v: Array, a: float, b: float, corner: float) -> Array:
 
 
 def _polygon(u: Array, v: Array, vertices: Array) -> Array:
-    """Exact distance to a simple polygon, vertices [n, 2]; inside by crossing number."""
+    """Computes the exact distance to a simple polygon, vertices [n, 2]; crossing numbers tell inside from outside."""
     nearest = np.full(u.shape, np.inf)
     inside = np.zeros(u.shape, bool)
     for (au, av), (bu, bv) in zip(vertices, np.roll(vertices, -1, axis=0)):
@@ -57,7 +60,14 @@ def _around(radii: Array, angles: Array) -> Array:
 
 @dataclass(frozen=True)
 class Shape:
-    """distance(u, v) in pixels, the radius that encloses it, and the distance of a part in a second colour."""
+    """Describes a thing by its distance.
+
+    Attributes:
+        kind: one of `THINGS`.
+        distance: maps u and v, float64 [h, w] each, to the distance [h, w] in pixels.
+        reach: the radius in pixels that encloses the thing.
+        part: like `distance`, for a part in a second colour.
+    """
 
     kind: str
     distance: Callable[[Array, Array], Array]
@@ -66,7 +76,7 @@ class Shape:
 
 
 def draw_shape(rng: np.random.Generator, kind: str, r: float) -> Shape:
-    """A random thing of about the area of a disc of radius `r` pixels (thin kinds: less)."""
+    """Draws a random thing of about the area of a disc of radius `r` pixels (thin kinds: less)."""
     thin = max(0.95, r * rng.uniform(0.08, 0.22))  # under two pixels wide an object is lost between pixels
     if kind == "ellipse":
         stretch = rng.uniform(1.0, 1.7)

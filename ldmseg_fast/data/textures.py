@@ -1,6 +1,6 @@
-"""What generated scenes are coloured with: noise, colours, blends.
+"""Colours generated scenes: noise, colours, blends.
 
-A field is [h, w]: x to the right, y down, in units of the picture's side.
+Positions run in units of the picture's side, x to the right and y down.
 """
 
 from functools import lru_cache
@@ -14,7 +14,7 @@ Array = np.ndarray
 
 @lru_cache(maxsize=64)
 def _interpolation(size: int, cells: int) -> Array:
-    """[S, cells + 1] weights of smoothstep interpolation between random grid values."""
+    """Computes the weights [S, cells + 1] of smoothstep interpolation between random grid values."""
     position = (np.arange(size) + 0.5) / size * cells
     low = np.minimum(position.astype(np.int64), cells - 1)
     fraction = position - low
@@ -26,7 +26,11 @@ def _interpolation(size: int, cells: int) -> Array:
 
 
 def value_noise(rng: np.random.Generator, size: int, rows: int, columns: int, octaves: int = 1) -> Array:
-    """Value noise [S, S] of about unit amplitude: a random grid of rows x columns cells, then finer ones on top."""
+    """Draws value noise, float64 [S, S] of about unit amplitude.
+
+    It starts from a random grid of rows x columns cells. Each further octave adds one of twice the cells and 0.6 of the
+    amplitude.
+    """
     field = np.zeros((size, size))
     for octave in range(octaves):
         r, c = min(rows << octave, size), min(columns << octave, size)
@@ -36,12 +40,12 @@ def value_noise(rng: np.random.Generator, size: int, rows: int, columns: int, oc
 
 
 def random_colour(rng: np.random.Generator, value: tuple[float, float]) -> Array:
-    """A random colour, RGB in [0, 1]: any hue, every saturation, brightness within `value`."""
+    """Draws a colour, float64 [3], RGB in [0, 1]: any hue, every saturation, brightness within `value`."""
     hue, saturation, brightness = rng.random() * 6, rng.random() ** 0.7, rng.uniform(*value)
     ramp = np.clip(np.abs((hue + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
     return brightness * (1 - saturation + saturation * ramp)
 
 
 def blend(amount: Array, first: Array, second: Array) -> Array:
-    """[h, w, 3] between two colours; amount [h, w] is clipped to [0, 1]."""
+    """Returns colours, float64 [h, w, 3], between two colours [3]; `amount` [h, w] is clipped to [0, 1]."""
     return first + np.clip(amount, 0, 1)[..., None] * (second - first)

@@ -1,4 +1,4 @@
-"""From 24-bit ids to slots, and the augmentations. NumPy and Pillow; random draws come from a given generator only.
+"""Turns 24-bit ids into slots, and augments. It needs NumPy and Pillow; random draws come from a given generator only.
 
 Shapes: H W the picture as stored, S the side that the networks see, Q slots (slot 0 is void).
 """
@@ -34,8 +34,16 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Training only. flip: probability. scale_min: smallest side of a random crop, as a share (1: no crop).
-    color_jitter: largest relative change of brightness, contrast and saturation (0: none)."""
+    """Sets the augmentation of training.
+
+    Attributes:
+        flip: the probability of mirroring.
+        scale_min: the smallest side of a random crop as a share of the picture's (1: no crop).
+        color_jitter: the largest relative change of brightness, contrast and saturation (0: none).
+
+    Raises:
+        ArgumentError: a number that is out of range.
+    """
 
     flip: float = 0.5
     scale_min: float = 1.0
@@ -48,25 +56,33 @@ class Augmentation:
 
 
 def _runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and start positions of the runs of equal ids in raster order: maps have few of them."""
+    """Returns values and start positions of the runs of equal ids in raster order: maps have few of them."""
     flat = ids.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     return flat[starts], starts
 
 
 def present_ids(ids: np.ndarray) -> np.ndarray:
-    """Sorted distinct ids of a map [H, W], void included."""
+    """Returns the sorted distinct ids of a map, [N] in its own integer dtype, of a map [H, W], void included."""
     return np.unique(_runs(ids)[0])
 
 
 def dense_ids(
     ids: np.ndarray, segment_ids: Sequence[int], *, crowd: Sequence[bool] = (), min_area: int = 0
 ) -> np.ndarray:
-    """Number the segments of a map by their place in `segment_ids`: [H, W] with 0 void and 1..len(segment_ids), uint8
-    where that is enough and int32 otherwise.
+    """Numbers the segments of a map by their place in `segment_ids`.
 
-    Segments marked in `crowd` (as long as `segment_ids`, or empty) and those under `min_area` pixels become void.
-    Raises ArgumentError naming the first id of the map that the list lacks.
+    Args:
+        ids: an integer map [H, W], 0 void.
+        segment_ids: the ids that the map may have.
+        crowd: as long as `segment_ids`, or empty; segments marked here become void.
+        min_area: segments under this number of pixels become void.
+
+    Returns:
+        [H, W] with 0 void and 1..len(segment_ids), uint8 for up to 255 segments and int32 for more.
+
+    Raises:
+        ArgumentError: names the first id of the map that the list lacks.
     """
     values, starts = _runs(ids)
     lengths = np.diff(starts, append=ids.size)
@@ -84,10 +100,10 @@ def dense_ids(
 
 
 def compact_ids(dense: np.ndarray, max_segments: int) -> tuple[np.ndarray, int]:
-    """Renumber a map without gaps: uint8 [S, S] with 1..n in the old order, and n.
+    """Renumbers a map without gaps: uint8 [S, S] with 1..n in the old order, and n.
 
-    Of more than `max_segments` segments the largest are kept and the rest become void. A map that has no gaps already
-    is returned itself.
+    The map is uint8 or int32 [S, S]. Of more than `max_segments` segments the largest stay and the rest become void. A
+    uint8 map that has no gaps already is returned itself.
     """
     if _C is not None and dense.dtype == np.uint8:
         return _C.compact_ids(np.ascontiguousarray(dense), max_segments)
@@ -106,7 +122,7 @@ def compact_ids(dense: np.ndarray, max_segments: int) -> tuple[np.ndarray, int]:
 
 
 def crop_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> Box:
-    """A random box of the picture's own aspect, its sides `scale_min`..1 of the picture's."""
+    """Draws a random box of the picture's own aspect, with sides of `scale_min`..1 of the picture's."""
     scale = rng.uniform(scale_min, 1)
     box_height, box_width = max(1, round(height * scale)), max(1, round(width * scale))
     top, left = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
@@ -114,8 +130,10 @@ def crop_box(height: int, width: int, scale_min: float, rng: np.random.Generator
 
 
 def resize_image(rgb: np.ndarray | Image.Image, size: int, box: Box | None = None) -> np.ndarray:
-    """uint8 [H, W, 3] -> [S, S, 3], Pillow's bicubic (with antialiasing); the aspect is not preserved. An array that
-    has the size already is returned itself."""
+    """Resizes uint8 [H, W, 3] to [S, S, 3] by Pillow's bicubic (with antialiasing); the aspect is not preserved.
+
+    An array that has the size already is returned itself.
+    """
     if isinstance(rgb, np.ndarray):
         if box is None and rgb.shape[:2] == (size, size):
             return rgb
@@ -124,14 +142,21 @@ def resize_image(rgb: np.ndarray | Image.Image, size: int, box: Box | None = Non
 
 
 def resize_ids(ids: np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
-    """uint8 or int32 [H, W] -> [S, S], Pillow's nearest. A map that has the size already is returned itself."""
+    """Resizes a map, uint8 or int32 [H, W], to [S, S] by the nearest pixel, as Pillow does.
+
+    A map that has the size already is returned itself.
+    """
     if box is None and ids.shape == (size, size):
         return ids
     return np.array(Image.fromarray(ids).resize((size, size), Image.Resampling.NEAREST, box=box))
 
 
 def color_jitter(rgb: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [S, S, 3] with brightness, contrast and saturation each scaled by a random 1 - strength..1 + strength."""
+    """Scales brightness, contrast and saturation of uint8 [S, S, 3] each by a random 1 - strength..1 + strength.
+
+    Returns:
+        A new picture, uint8 [S, S, 3].
+    """
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3).astype(np.float32)
     luma = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's "L"
     picture = rgb.astype(np.float32) * brightness
@@ -145,11 +170,11 @@ def color_jitter(rgb: np.ndarray, strength: float, rng: np.random.Generator) -> 
 def make_remap_table(
     segment_ids: np.ndarray, num_segments: int, num_slots: int, scheme: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """Dense id -> slot, uint8 [256]: distinct slots in 1..Q-1 for 1..num_segments, 0 (void) for all other ids.
+    """Assigns slots to dense ids: uint8 [256] with distinct slots in 1..Q-1 for 1..num_segments, 0 (void) elsewhere.
 
     segment_ids: uint8 [S, S] as from `compact_ids`. Schemes:
 
-    - "random": a random subset of the slots without replacement, as the paper trains.
+    - "random": a random subset of the slots without replacement, as the paper trains (arXiv 2401.10227).
     - "position": slots 1, 2, 3, ... in raster order of the centroids, by coarse rows (an eighth of the side).
     - "position_spread": the same order, spread evenly over all slots.
     - "position_cell": the slot of the grid cell that holds the centroid, or of the nearest free cell; larger segments
@@ -157,7 +182,10 @@ def make_remap_table(
       hardly depends on which others there are, and doubt between two cells is doubt about one bit plane.
     - "area": slots 1, 2, 3, ... by falling area.
 
-    All but "random" are functions of the map. Raises ArgumentError for an unknown scheme or too many segments.
+    All but "random" are functions of the map.
+
+    Raises:
+        ArgumentError: an unknown scheme, a number of slots outside 2..256, or too many segments.
     """
     if scheme not in ID_SCHEMES:
         raise ArgumentError(f"id_assignment={scheme!r}: one of {', '.join(ID_SCHEMES)} expected")
@@ -198,7 +226,7 @@ def _by_rank(order: np.ndarray, slots: np.ndarray) -> np.ndarray:
 
 
 def _centroids(segment_ids: np.ndarray, num_segments: int) -> tuple[np.ndarray, np.ndarray]:
-    """y, x [num_segments] in [0, 1); segments without pixels at the end of the raster."""
+    """Returns y, x [num_segments] in [0, 1). Segments without pixels lie at the end of the raster."""
     height, width = segment_ids.shape
     flat, length = segment_ids.ravel(), num_segments + 1
     area = np.bincount(flat, minlength=length)[1:length]
@@ -211,7 +239,7 @@ def _centroids(segment_ids: np.ndarray, num_segments: int) -> tuple[np.ndarray, 
 
 
 def _cells(y: np.ndarray, x: np.ndarray, order: np.ndarray, num_slots: int) -> np.ndarray:
-    """Slots of the cells that hold y, x; in `order`, a taken one gives way to the nearest that is free."""
+    """Returns the slots of the cells that hold y, x. In `order`, a taken cell gives way to the nearest that is free."""
     bits = num_slots.bit_length() - 1
     rows, columns = 2 ** (bits // 2), 2 ** (bits - bits // 2)
     row, column = np.divmod(np.arange(rows * columns), columns)

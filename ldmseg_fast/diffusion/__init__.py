@@ -1,1 +1,1 @@
-"""Noise schedule and samplers."""
+"""Holds the noise schedule and the samplers."""

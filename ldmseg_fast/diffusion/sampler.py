@@ -1,4 +1,7 @@
-"""DDIM over a `denoise` callable, its steps fused; noise that belongs to an image. Other solvers: `solvers`."""
+"""Samples by DDIM over a `denoise` callable with fused steps, and draws the noise that belongs to an image.
+
+Source: Song et al., "Denoising diffusion implicit models", ICLR 2021, arXiv 2010.02502. `solvers` has other solvers.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,25 @@ Callback = Callable[[int, int, Tensor, Tensor], None]  # (step, timestep, noisy_
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part, the same on every machine."""
+    """Hashes all parts into a 63-bit seed, the same on every machine."""
     digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def image_noise(seed: int, image_ids: Sequence[int | str], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise [B, *shape], float32 on the CPU: each image's from (seed, its id), whatever its batch."""
+    """Draws standard normal noise, float32 [B, *shape] on the CPU.
+
+    Each image's noise comes from (seed, its id), whatever its batch.
+    """
     rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed_of(seed, i))) for i in image_ids]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 def unet_input(noisy_latents: Tensor, image_latents: Tensor, condition: Tensor | None) -> Tensor:
-    """Noisy mask latents, image latents (, self-condition) along the channels: [B, C_in, h, w]."""
+    """Joins noisy mask latents, image latents (and the self-condition) along the channels: [B, C_in, h, w].
+
+    All are float [B, ..., h, w]; the result has the dtype of `image_latents`, which is the network's.
+    """
     parts = [noisy_latents, image_latents] + ([] if condition is None else [condition])
     return torch.cat([part.to(image_latents.dtype) for part in parts], dim=1)
 
@@ -44,12 +53,12 @@ def ddim(
     callback: Callback | None = None,
     timesteps: Sequence[int] | str | None = None,
 ) -> Tensor:
-    """DDIM with eta 0 (Song et al. 2021, equation 12), the condition being the last step's estimate of x_0.
+    """Samples by DDIM with eta 0 (Song et al. 2021, equation 12); the condition is the last step's estimate of x_0.
 
     Args:
         denoise: the network; takes its whole input and the timesteps.
-        noise: x_T, [B, C, h, w].
-        image_latents: [B, C_image, h, w]; their dtype is the network's.
+        noise: x_T, float [B, C, h, w].
+        image_latents: float [B, C_image, h, w]; their dtype is the network's.
         scheduler: alphas, timesteps and prediction type.
         num_inference_steps: 1 to the schedule's length; with a list of `timesteps` that list decides.
         self_condition: whether the network's input ends in C condition channels; they start at zero.
@@ -57,7 +66,10 @@ def ddim(
         timesteps: where the network is evaluated; see `Scheduler.timesteps`.
 
     Returns:
-        The last step's estimate of x_0, [B, C, h, w] float32: scaled mask latents.
+        The last step's estimate of x_0, float32 [B, C, h, w]: scaled mask latents.
+
+    Raises:
+        ArgumentError: what `Scheduler.timesteps` refuses.
     """
     times, previous = scheduler.timesteps(num_inference_steps, timesteps)
     table = make_ddim_table(scheduler.alphas_cumprod, torch.tensor(times), torch.tensor(previous)).to(noise.device)

@@ -1,4 +1,7 @@
-"""Noise schedule: alphas, timesteps, the three predictions, loss weights. Tables in float32, as the method has them."""
+"""Computes the noise schedule: alphas, timesteps, the three predictions, loss weights. Tables are float32.
+
+Source: Ho et al., "Denoising diffusion probabilistic models", 2020, arXiv 2006.11239, and those named beside the lines.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from ldmseg_fast.errors import ArgumentError
 
 
 def make_betas(config: SchedulerConfig) -> Tensor:
-    """beta_t, [num_train_timesteps] float32."""
+    """Computes beta_t, float32 [num_train_timesteps]."""
     count, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
     if config.beta_schedule == "linear":  # Ho et al. 2020, section 4
         return torch.linspace(start, end, count, dtype=torch.float32)
@@ -31,7 +34,7 @@ def make_betas(config: SchedulerConfig) -> Tensor:
 
 
 def rescale_zero_snr(betas: Tensor) -> Tensor:
-    """Betas whose last cumulative product is zero (Lin et al. 2024, algorithm 1)."""
+    """Rescales betas, float32 [T], so that their last cumulative product is zero (Lin et al. 2024, algorithm 1)."""
     roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
     roots = (roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))
     squared = roots**2
@@ -40,11 +43,14 @@ def rescale_zero_snr(betas: Tensor) -> Tensor:
 
 
 class Scheduler:
-    """The forward process q(x_t | x_0) = N(sqrt(a_t) x_0, 1 - a_t) and what training and sampling need of it.
+    """Holds the forward process q(x_t | x_0) = N(sqrt(a_t) x_0, 1 - a_t) and what training and sampling need of it.
 
     Attributes:
-        alphas_cumprod: a_t, [T] float32. Before step 0 it is a_0, not 1.
-        loss_weights: w(t), [T] float32.
+        alphas_cumprod: a_t, float32 [T]. Before step 0 it is a_0, not 1.
+        loss_weights: w(t), float32 [T].
+
+    Raises:
+        ArgumentError: `rescale_zero_snr` with noise as the prediction.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -58,13 +64,13 @@ class Scheduler:
         self.loss_weights = self._loss_weights()
 
     def to(self, device: torch.device | str) -> Scheduler:
-        """Tables on `device`; self."""
+        """Moves the tables to `device` in place and returns self."""
         self.alphas_cumprod = self.alphas_cumprod.to(device)
         self.loss_weights = self.loss_weights.to(device)
         return self
 
     def _loss_weights(self) -> Tensor:
-        """w(t) of the squared error of what is predicted."""
+        """Computes w(t) of the squared error of what is predicted."""
         config = self.config
         snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
         if (
@@ -83,12 +89,25 @@ class Scheduler:
         return alphas.sqrt(), (1.0 - alphas).sqrt()
 
     def add_noise(self, mask_latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise; all [B, C, h, w], timesteps [B] (Ho et al. 2020, equation 4)."""
+        """Returns x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, equation 4).
+
+        Args:
+            mask_latents: x_0, float [B, C, h, w].
+            noise: standard normal, float [B, C, h, w].
+            timesteps: t, int64 [B].
+
+        Returns:
+            float32 [B, C, h, w], also of half-precision inputs.
+        """
         signal, sigma = self._coefficients(timesteps, mask_latents)
         return signal * mask_latents + sigma * noise
 
     def target(self, mask_latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet is to predict; v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans & Ho 2022, appendix D)."""
+        """Returns what the UNet is to predict, float [B, C, h, w]: noise, x_0, or v.
+
+        v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans & Ho 2022, appendix D). Arguments as of `add_noise`; noise and
+        x_0 are returned themselves.
+        """
         if self.config.prediction_type == "epsilon":
             return noise
         if self.config.prediction_type == "sample":
@@ -97,7 +116,15 @@ class Scheduler:
         return signal * noise - sigma * mask_latents
 
     def pred_original_sample(self, model_output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        """The estimate of x_0 that `model_output` stands for, [B, C, h, w]."""
+        """Returns the estimate of x_0, float [B, C, h, w], that `model_output` stands for.
+
+        It inverts `target`: for noise, x_0 = (x_t - sqrt(1 - a_t) noise) / sqrt(a_t) (Ho et al. 2020, equation 15).
+
+        Args:
+            model_output: float [B, C, h, w]; returned itself where x_0 is predicted.
+            noisy_latents: x_t, float [B, C, h, w].
+            timesteps: t, int64 [B].
+        """
         if self.config.prediction_type == "sample":
             return model_output
         signal, sigma = self._coefficients(timesteps, noisy_latents)
@@ -108,7 +135,7 @@ class Scheduler:
     def timesteps(
         self, num_inference_steps: int, spacing: Sequence[int] | str | None = None
     ) -> tuple[list[int], list[int]]:
-        """Timesteps from noise to data, and the one that follows each (negative: the data itself).
+        """Lists the timesteps from noise to data, and the one that follows each (negative: the data itself).
 
         Args:
             num_inference_steps: N.

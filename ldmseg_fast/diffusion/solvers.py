@@ -1,7 +1,10 @@
-"""Solvers of the reverse process behind one signature, and the model as they see it: an estimate of x_0.
+"""Solves the reverse process by several solvers behind one signature; all see the model as an estimate of x_0.
 
-In all of them x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) epsilon, the last step returns the estimate of x_0 itself, and a
+In all of them x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) epsilon, and the last step returns the estimate of x_0 itself. A
 schedule whose a_T is zero (Lin et al. 2024) is nothing special.
+
+Sources: DDIM, Song et al. 2021, arXiv 2010.02502; DPM-Solver++, Lu et al. 2022, arXiv 2211.01095; Heun, Karras et al.
+2022, arXiv 2206.00364.
 """
 
 from __future__ import annotations
@@ -23,27 +26,29 @@ StepNoise = Callable[[int], Tensor]  # step -> standard normal noise [B, C, h, w
 
 
 class Constraint(Protocol):
-    """What is known of x_0, put in at each evaluation of the network."""
+    """Says what is known of x_0, and puts it in at each evaluation of the network."""
 
     def condition(self, latents: Tensor) -> Tensor:
-        """What takes the place of the last estimate in the first evaluation, [B, C, h, w]."""
+        """Returns what takes the place of the last estimate in the first evaluation, float32 [B, C, h, w]."""
         ...
 
     def latents(self, latents: Tensor, timestep: int) -> Tensor:
-        """x_t [B, C, h, w] as the network is to see it."""
+        """Returns x_t, float32 [B, C, h, w], as the network is to see it."""
         ...
 
     def estimate(self, estimate: Tensor) -> Tensor:
-        """The estimate of x_0 [B, C, h, w] that the solver goes on with."""
+        """Returns the estimate of x_0, float32 [B, C, h, w], that the solver goes on with."""
         ...
 
 
 class Estimator:
-    """The network as a function x_t -> x_0: prediction type, self-conditioning and constraint in one place.
+    """Turns the network into a function x_t -> x_0: prediction type, self-conditioning and constraint in one place.
+
+    It keeps the last estimate, so each sampling needs one of its own.
 
     Args:
         denoise: takes the network's whole input and the timesteps.
-        image_latents: [B, C_image, h, w]; their dtype is the network's.
+        image_latents: float [B, C_image, h, w]; their dtype is the network's.
         scheduler: alphas and prediction type.
         self_condition: whether the input ends in the last estimate; before there is one, in zeros.
         constraint: what is known of x_0.
@@ -65,7 +70,7 @@ class Estimator:
         self.condition: Tensor | None = None
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
-        """x_t [B, C, h, w] float32 -> the estimate of x_0, likewise."""
+        """Estimates x_0, float32 [B, C, h, w], from x_t, float32 [B, C, h, w]."""
         if self.constraint is not None:
             latents = self.constraint.latents(latents, timestep)
         if self.self_condition and self.condition is None:
@@ -97,12 +102,12 @@ def sample(
     step_noise: StepNoise | None = None,
     constraint: Constraint | None = None,
 ) -> Tensor:
-    """Noise -> x_0 by any solver.
+    """Samples x_0 from noise by any solver.
 
     Args:
         denoise: the network; takes its whole input and the timesteps.
-        noise: x_T, [B, C, h, w].
-        image_latents: [B, C_image, h, w]; their dtype is the network's.
+        noise: x_T, float [B, C, h, w].
+        image_latents: float [B, C_image, h, w]; their dtype is the network's.
         scheduler: alphas, timesteps and prediction type.
         num_inference_steps: evaluations of the network. A list of `timesteps` decides instead: as many evaluations as
             it is long, with "heun" 2 n - 1.
@@ -115,17 +120,17 @@ def sample(
         constraint: what is known of x_0, for inpainting.
 
     Returns:
-        The last estimate of x_0, [B, C, h, w] float32: scaled mask latents.
+        The last estimate of x_0, float32 [B, C, h, w]: scaled mask latents.
 
     Raises:
-        ArgumentError: what `check_solver` and `Scheduler.timesteps` refuse.
+        ArgumentError: what `check_solver` and `Scheduler.timesteps` refuse, and an eta above 0 without `step_noise`.
     """
     check_solver(solver, eta)
     if solver == "ddim" and eta == 0 and constraint is None:
         return ddim(denoise, noise, image_latents, scheduler, num_inference_steps, self_condition, callback, timesteps)
     estimate = Estimator(denoise, image_latents, scheduler, self_condition, constraint)
     times = solver_timesteps(scheduler, solver, num_inference_steps, timesteps)
-    alphas = scheduler.alphas_cumprod.tolist()  # at once: each number from a GPU would be a wait for it
+    alphas = scheduler.alphas_cumprod.tolist()  # all at once: each number read from a GPU would wait for it
     signal = [math.sqrt(alphas[time]) for time in times] + [1.0]
     sigma = [math.sqrt(1.0 - alphas[time]) for time in times] + [0.0]
     steps: Iterator[tuple[Tensor, Tensor]]
@@ -145,7 +150,11 @@ def sample(
 
 
 def check_solver(solver: str, eta: float = 0.0) -> None:
-    """Raises ArgumentError for an unknown solver, and for an eta outside 0..1 or of a solver that has none."""
+    """Checks that a solver exists and takes this eta.
+
+    Raises:
+        ArgumentError: an unknown solver, an eta outside 0..1, or an eta of a solver that has none.
+    """
     if solver not in SOLVERS:
         raise ArgumentError(f"solver={solver!r}: one of {', '.join(SOLVERS)} expected")
     if not 0.0 <= eta <= 1.0:
@@ -157,8 +166,14 @@ def check_solver(solver: str, eta: float = 0.0) -> None:
 def solver_timesteps(
     scheduler: Scheduler, solver: str, num_inference_steps: int, timesteps: Timesteps = None
 ) -> list[int]:
-    """The times of a solver's steps. Heun's take two evaluations each but for the last, so N evaluations make
-    (N + 1) // 2 steps, or, N being even, one more of which the first goes without its correction."""
+    """Lists the times of a solver's steps.
+
+    Heun's steps take two evaluations each but for the last. So N evaluations make (N + 1) // 2 steps, or, N being even,
+    one more of which the first goes without its correction.
+
+    Raises:
+        ArgumentError: what `Scheduler.timesteps` refuses.
+    """
     if solver != "heun" or not (timesteps is None or isinstance(timesteps, str)):
         return scheduler.timesteps(num_inference_steps, timesteps)[0]
     scheduler.timesteps(num_inference_steps, timesteps)  # refuses what cannot be, naming the number that was given
@@ -174,7 +189,7 @@ def _ddim(
     eta: float,
     step_noise: StepNoise | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Song et al. 2021, equation 12, with the standard deviation of equation 16."""
+    """Steps by DDIM: Song et al. 2021, equation 12, with the standard deviation of equation 16."""
     for step, time in enumerate(times):
         x0 = estimate(latents, time)
         if step == len(times) - 1:
@@ -194,7 +209,10 @@ def _ddim(
 def _dpmpp_2m(
     estimate: Estimator, latents: Tensor, times: Sequence[int], signal: Sequence[float], sigma: Sequence[float]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """DPM-Solver++(2M), data prediction (Lu et al. 2022b, algorithm 2); first and last step are of first order."""
+    """Steps by DPM-Solver++(2M), data prediction (Lu et al. 2022b, algorithm 2).
+
+    The first and the last step are of first order.
+    """
     before: Tensor | None = None
     last_width = 0.0
     for step, time in enumerate(times):
@@ -222,10 +240,10 @@ def _heun(
     sigma: Sequence[float],
     uncorrected: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Heun's method (Karras et al. 2022, algorithm 1) without the churn; the first `uncorrected` steps are Euler's.
+    """Steps by Heun's method (Karras et al. 2022, algorithm 1) without the churn; the first `uncorrected` are Euler's.
 
-    The ODE is theirs with u = signal / sigma in the place of 1 / u: d(x / sigma) / du = x_0(x). It is finite at
-    a_T = 0, and Euler's step of it is DDIM's, as Euler's step of theirs is.
+    The ODE is theirs with u = signal / sigma in the place of 1 / u: d(x / sigma) / du = x_0(x). It is finite at a_T =
+    0, and Euler's step of it is DDIM's, as Euler's step of theirs is.
     """
     for step, time in enumerate(times):
         x0 = estimate(latents, time)

@@ -1,4 +1,4 @@
-"""Ranks: which one this is, how many there are, and the few collectives that the rest needs."""
+"""Tells which rank this is and how many there are, and has the few collectives that the rest needs."""
 
 from __future__ import annotations
 
@@ -13,42 +13,47 @@ from torch import Tensor
 
 
 def is_distributed() -> bool:
+    """Tells whether this process has joined a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
+    """Returns this process's number among all ranks."""
     return dist.get_rank() if is_distributed() else int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
+    """Returns this process's number among the ranks of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
+    """Returns the number of ranks."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def is_main() -> bool:
+    """Tells whether this is rank 0."""
     return rank() == 0
 
 
 def local_size() -> int:
-    """Ranks on this machine; torchrun and deepspeed tell it by different names."""
+    """Returns the number of ranks on this machine; torchrun and deepspeed tell it by different names."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launched() -> bool:
-    """Whether a launcher (deepspeed, torchrun) started this process."""
+    """Tells whether a launcher (deepspeed, torchrun) started this process."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def start(minutes: float = 30.0) -> None:
-    """Join the launcher's process group, NCCL on GPUs and gloo on CPUs; nothing without a launcher.
+    """Joins the launcher's process group, NCCL on GPUs and gloo on CPUs. Does nothing without a launcher.
 
     minutes: how long a rank waits for the others in a collective before it gives up.
     """
@@ -62,10 +67,10 @@ def start(minutes: float = 30.0) -> None:
 
 
 def stop() -> None:
-    """Leave the process group together, so that no rank waits for another at exit.
+    """Leaves the process group together with all ranks, so that none waits for another at exit.
 
-    gloo's threads drop the tensors of a collective after its caller has gone on. One that is about to when the
-    interpreter ends aborts the process (PyTorch pull request 179291); the barrier lets them finish, and its own work
+    gloo's threads drop the tensors of a collective after its caller has gone on. A thread that is about to when the
+    interpreter ends aborts the process (PyTorch pull request 179291). The barrier lets them finish, and its own work
     holds no tensor of Python's.
     """
     if is_distributed():
@@ -74,17 +79,18 @@ def stop() -> None:
 
 
 def device() -> torch.device:
-    """The device of this rank."""
+    """Returns the device of this rank."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def barrier() -> None:
+    """Waits until all ranks are here."""
     if is_distributed():
         dist.barrier()
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:
-    """Mean of a tensor over the ranks; the tensor itself on one rank."""
+    """Averages a tensor, float of any shape, over the ranks: a new tensor, or the tensor itself on one rank."""
     if world_size() == 1:
         return value
     value = value.clone()
@@ -93,7 +99,7 @@ def all_reduce_mean(value: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank."""
+    """Tells whether `flag` is set on any rank."""
     if world_size() == 1:
         return flag
     value = torch.tensor(int(flag), device=device())
@@ -102,7 +108,11 @@ def any_rank(flag: bool) -> bool:
 
 
 def run_on_main(function: Callable[[], None]) -> None:
-    """Call `function` on rank 0 while the others wait. Raises OSError on every rank where it raised one."""
+    """Calls `function` on rank 0 while the others wait.
+
+    Raises:
+        OSError: on every rank where `function` raised one.
+    """
     problem = ""
     if is_main():
         try:
@@ -115,7 +125,7 @@ def run_on_main(function: Callable[[], None]) -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, in the order of ranks, on every rank."""
+    """Returns `value` of every rank, in the order of ranks, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -124,7 +134,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value`, on every rank."""
+    """Returns rank 0's `value` on every rank."""
     if world_size() == 1:
         return value
     values = [value]

@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: one line that says why, on any number of ranks."""
+"""Ends a command that cannot go on with one line that says why, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FAILED = "ldmseg/failed"  # in the launcher's store: "RANK:why"
 
 
 def reason_of(error: BaseException) -> tuple[str, int] | None:
-    """The line and the exit code of an error that the user can do something about; None for a fault in this package."""
+    """Returns the line and the exit code of an error that the user can mend; None for a fault in this package."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
     if isinstance(error, Stopped):
@@ -32,7 +32,7 @@ def reason_of(error: BaseException) -> tuple[str, int] | None:
 def run_command(run: Callable[[], int | None]) -> int:
     """Runs a command of one process and returns its exit code.
 
-    An error that the user can do something about ends in one line on stderr; a fault of ours keeps its traceback.
+    An error that the user can mend ends in one line on stderr. A fault of ours keeps its traceback.
     """
     try:
         return run() or 0
@@ -46,10 +46,10 @@ def run_command(run: Callable[[], int | None]) -> int:
 
 @contextmanager
 def joined_ranks() -> Iterator[None]:
-    """Inside, the launcher's ranks work together; one that fails ends all of them within seconds.
+    """Joins the launcher's ranks inside a `with` block. Where one of them fails, all end within seconds.
 
-    The others would wait for it in their next collective until that times out, and longer than their launcher lives
-    where it is on another machine.
+    The others would wait for it in their next collective until that times out. On another machine that is longer than
+    their launcher lives.
     """
     distributed.start()
     if distributed.world_size() == 1:
@@ -64,7 +64,7 @@ def joined_ranks() -> Iterator[None]:
 
 
 class _RankWatch(Heartbeat):
-    """Besides, ends this process when another rank says that it has failed."""
+    """Ends this process also when another rank says that it has failed."""
 
     def __init__(self, timeout: float = 30.0) -> None:
         super().__init__(timeout, lambda: self._leave("the launcher has gone"), period=1.0)
@@ -75,9 +75,9 @@ class _RankWatch(Heartbeat):
         return self
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Say why, once for all ranks that meet the same error, and end."""
+        """Says why, once for all ranks that meet the same error, and ends the process."""
         if isinstance(error, Exception) and is_lost_connection(error):
-            time.sleep(2 * self.period)  # for the other's own words, which end this rank
+            time.sleep(2 * self.period)  # lets the other rank say why, which ends this one
             self._leave("another rank has gone")
         self._done.set()  # from here on this thread alone ends the process
         text, code = reason_of(error) or (traceback.format_exc().rstrip(), 1)
@@ -110,10 +110,10 @@ class _RankWatch(Heartbeat):
 
 
 def exit_code_of(error: Exception) -> int | None:
-    """Say what happened, once for all ranks, and return the exit code; None for what deserves a traceback.
+    """Says what happened, once for all ranks, and returns the exit code; None for what deserves a traceback.
 
-    An error that every rank meets is printed by rank 0; the others wait until it has, or their launcher would kill rank
-    0 before it could. What happens to one rank alone is printed by that one.
+    Rank 0 prints an error that every rank meets. The others wait until it has, or their launcher would kill rank 0
+    before it could. A rank prints what happens to it alone.
     """
     reason = reason_of(error)
     if reason is not None:
@@ -126,7 +126,7 @@ def exit_code_of(error: Exception) -> int | None:
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed because another rank has gone."""
+    """Tells whether a collective failed because another rank has gone."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "NCCL")
     return isinstance(error, RuntimeError) and distributed.launched() and any(word in str(error) for word in words)
 

@@ -1,4 +1,4 @@
-"""Ending well: stop requests from outside, and ranks that notice when another has died."""
+"""Catches stop requests from outside, and ends ranks when another one has died."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LOST_RANK = 74  # exit code: EX_IOERR of sysexits.h
 
 
 class Interrupt:
-    """SIGTERM and SIGINT ask for a stop after the step in flight.
+    """Makes SIGTERM and SIGINT ask for a stop after the step in flight.
 
-    A launcher that is told to stop sends both, one after the other, so only a SIGINT some seconds after the first
+    A launcher that is told to stop sends both, one after the other. So only a SIGINT some seconds after the first
     request stops at once. `signal` is the number that came, or 0.
     """
 
@@ -33,9 +33,11 @@ class Interrupt:
 
     @property
     def requested(self) -> bool:
+        """Tells whether a stop was asked for."""
         return self.signal != 0
 
     def request(self, number: int) -> None:
+        """Asks for a stop as the signal `number` would; the first request counts."""
         if not self.signal:
             self.signal, self._since = number, time.monotonic()
 
@@ -56,10 +58,10 @@ class Interrupt:
 
 
 class Agreement:
-    """What the ranks decide together after each step: whether to stop, and how many items were unreadable.
+    """Lets the ranks decide together after each step: whether to stop, and how many items were unreadable.
 
-    The exchange runs between CPUs and beside the next step's work, so that no device is waited for; what is asked for
-    takes effect one step later.
+    The exchange runs between CPUs and beside the next step's work, so no device is waited for. What is asked for takes
+    effect one step later.
     """
 
     def __init__(self) -> None:
@@ -68,7 +70,10 @@ class Agreement:
         self._pending: tuple[Tensor, Any] | None = None
 
     def exchange(self, stop: bool, bad_items: int) -> tuple[bool, int]:
-        """(stop, number of unreadable items): the ranks' sums as of the call before, on one rank as of this call."""
+        """Returns (stop, number of unreadable items) over all ranks.
+
+        They are those of the call before; on one rank those of this call.
+        """
         if self._group is None:
             return stop, bad_items
         values = torch.tensor([int(stop), bad_items])
@@ -82,7 +87,7 @@ class Agreement:
 
 
 class Heartbeat:
-    """A thread per rank that tells the others it is alive, and ends this process when one of them falls silent.
+    """Tells the other ranks, in a thread, that this one is alive, and ends this process when one of them falls silent.
 
     A killed rank would otherwise leave the others in a collective until that times out. `on_orphaned` is called once
     when the launcher itself has gone, which nobody else would tell the ranks.
@@ -134,7 +139,10 @@ class Heartbeat:
                     self._leave("the rank that holds the rendezvous has gone")
 
     def _watch_the_watch(self) -> None:
-        """A store whose process hangs answers nothing, not even with an error."""
+        """Ends the process when the watch hangs.
+
+        A store whose process hangs answers nothing, not even with an error.
+        """
         while not self._done.wait(self.period):
             if time.monotonic() - self._looked > self.timeout + self.period:
                 self._leave(f"the rank that holds the rendezvous has been silent for {self.timeout:.0f} s")
@@ -147,7 +155,7 @@ class Heartbeat:
 
 
 def _connect() -> Any:
-    """A connection of its own to the launcher's key-value store: the main thread's may be busy waiting."""
+    """Opens another connection to the launcher's key-value store: the main thread's may be busy waiting."""
     from torch.distributed import TCPStore
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -155,7 +163,7 @@ def _connect() -> Any:
 
 
 def _launcher() -> tuple[int, int] | None:
-    """Process ids of DeepSpeed's per-machine launcher and of the `deepspeed` command above it; None elsewhere."""
+    """Returns the process ids of DeepSpeed's per-machine launcher and of the `deepspeed` command; None elsewhere."""
     parent = os.getppid()
     try:
         if b"deepspeed.launcher.launch" not in Path(f"/proc/{parent}/cmdline").read_bytes():

@@ -1,9 +1,9 @@
-"""How far a backend's maps agree with the torch backend's: pixels, panoptic quality, time."""
+"""Measures how far a backend's maps agree with the torch backend's: pixels, panoptic quality, time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import numpy as np
 from ldmseg_fast import distributed
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.evaluation.scores import OBJECT
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
 
 
 def same_pixels(one: Sequence[PanopticResult], other: Sequence[PanopticResult]) -> tuple[int, int]:
-    """Pixels with the same id, and all pixels. Ids are slots, so equal noise gives equal ids.
+    """Counts the pixels with the same id, and all pixels. Ids are slots, so equal noise gives equal ids.
 
     Raises:
         ArgumentError: not the same images.
@@ -37,7 +38,6 @@ class TorchAgreement:
         image_size: side in pixels of what the networks see.
         sampling: the evaluation's num_inference_steps, solver and eta.
         seed, thresholds: likewise.
-        make_stat: an empty PQStat as the evaluation uses it.
         limit: how many of this rank's images are compared at most.
     """
 
@@ -48,18 +48,17 @@ class TorchAgreement:
         sampling: Mapping[str, Any],
         seed: int,
         thresholds: PostprocessConfig,
-        make_stat: Callable[[], PQStat],
         limit: int,
     ) -> None:
         self.pipe = LDMSegPipeline.from_pretrained(model_dir, image_size=image_size)
         self.settings = {**sampling, "seed": seed, "thresholds": thresholds}
         self.limit = limit
-        self.ours, self.torch = make_stat(), make_stat()
+        self.ours, self.torch = (PQStat(OBJECT, class_agnostic=True) for _ in range(2))
         self.images = self.same = self.total = 0
         self.seconds = 0.0
 
     def add(self, dataset: Any, indices: Sequence[int], results: Sequence[PanopticResult]) -> None:
-        """Compare the results of some images of the data set; those beyond the limit are passed over."""
+        """Compares the results of the images at `indices` of the data set; those beyond the limit are passed over."""
         indices = list(indices)[: max(self.limit - self.images, 0)]
         if not indices:
             return
@@ -79,7 +78,11 @@ class TorchAgreement:
                 stat.add(truth, segments, each.segmentation, each.segments_info, image_id=index)
 
     def report(self) -> dict[str, Any]:
-        """Over all ranks: `pixel_agreement` (share), `pq_difference` (this backend minus torch, in points)."""
+        """Merges all ranks' parts; all ranks call it.
+
+        `pixel_agreement` is a share, `pq` and `torch_pq` are in percent, `pq_difference` is this backend's minus
+        torch's, in points.
+        """
         parts = distributed.gather_objects((self.ours, self.torch, self.same, self.total, self.images, self.seconds))
         ours, torch, same, total, images, seconds = parts[0]
         for part in parts[1:]:
@@ -97,7 +100,7 @@ class TorchAgreement:
 
 
 def format_agreement(report: dict[str, Any], seconds_per_image: float) -> str:
-    """One line under an evaluation's table."""
+    """Writes a report of `TorchAgreement` as one line, to stand under an evaluation's table."""
     ratio = report["torch_seconds_per_image"] / max(seconds_per_image, 1e-9)
     return (
         f"agreement with torch over {report['images']} images: {100 * report['pixel_agreement']:.2f} % of pixels, "

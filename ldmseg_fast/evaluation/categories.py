@@ -1,4 +1,4 @@
-"""Where the categories of class-aware evaluation come from: the ground truth, semantic PNGs, or panoptic results."""
+"""Reads the categories of class-aware evaluation: from the ground truth, semantic PNGs, or panoptic results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,14 @@ UNLABELLED = {0, 255, 65535}  # void in a semantic PNG, unless it is the id of a
 
 @dataclass(frozen=True)
 class CategorySource:
-    """label: as the report names it. upper_bound: whether it is the ground truth. read: index -> categories int32
-    [H, W], 0 void."""
+    """Gives categories to the segments of results.
+
+    Attributes:
+        label: its name in the report.
+        upper_bound: whether it is the ground truth.
+        dataset: the split.
+        read: from an index of the split to category ids int32 [H, W], 0 = void.
+    """
 
     label: str
     upper_bound: bool
@@ -31,7 +37,9 @@ class CategorySource:
     read: Callable[[int], np.ndarray]
 
     def vote(self, index: int, result: PanopticResult) -> PanopticResult:
-        """The result with voted categories: segments without a vote are void, those of one stuff category are one.
+        """Gives each segment the category that most of its pixels have.
+
+        Segments without a vote become void, those of one stuff category become one.
 
         Raises:
             DataError: categories of another size than the result.
@@ -52,7 +60,9 @@ class CategorySource:
 
 
 def category_source(name: str, dataset: CocoPanoptic) -> CategorySource:
-    """From "GT", a folder of semantic PNGs, or the JSON of COCO panoptic results; every file has to be there.
+    """Opens a source: "GT", a folder of semantic PNGs, or the JSON of COCO panoptic results.
+
+    Every file has to be there.
 
     Raises:
         DataError: a data set without categories, no such folder, or pictures without a file in it, named.
@@ -93,8 +103,9 @@ def _semantic_reader(folder: Path, dataset: CocoPanoptic) -> Callable[[int], np.
 
 
 def read_semantic_png(path: Path, category_ids: np.ndarray) -> np.ndarray:
-    """Category ids of an 8- or 16-bit grey (or palette) PNG, int32 [H, W]. 0 is void, and so are 255 and 65535 unless
-    they are categories.
+    """Reads the category ids of an 8- or 16-bit grey (or palette) PNG, int32 [H, W].
+
+    0 is void, and so are 255 and 65535 unless they are among `category_ids`, integer [N].
 
     Raises:
         DataError: another kind of file, or a value that is no category.

@@ -1,4 +1,4 @@
-"""The worst and some random images of an evaluation, for its page of pictures."""
+"""Picks the worst and some random images of an evaluation, for its page of pictures."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ class Gallery:
     """Holds at most `worst` + `random` results of this rank while an evaluation runs.
 
     The random images depend on the seed and the split alone; of equally bad images the first of the split are shown.
+
+    Args:
+        dataset: the split.
+        worst, random: how many images of each kind.
+        seed: of the random choice.
     """
 
     def __init__(self, dataset: CocoPanoptic, worst: int, random: int, seed: int) -> None:
@@ -30,7 +35,7 @@ class Gallery:
         self._kept: dict[int, _Candidate] = {}
 
     def add(self, index: int, result: PanopticResult, matches: np.ndarray) -> None:
-        """One image and its rows of `MATCH_DTYPE`."""
+        """Takes note of one image: its place in the split, its map, and its rows of `MATCH_DTYPE`, [N]."""
         quality = image_quality(matches)
         if not math.isnan(quality):
             self._qualities[index] = quality
@@ -40,7 +45,13 @@ class Gallery:
         self._kept = {key: value for key, value in self._kept.items() if key in kept}
 
     def write(self, path: Path, title: str, class_aware: bool) -> None:
-        """The page, on rank 0; each rank draws its own images."""
+        """Writes the page, on rank 0; all ranks call it, and each draws its own images.
+
+        Args:
+            path: the HTML file.
+            title: its heading.
+            class_aware: whether segments were matched by category.
+        """
         qualities: dict[int, float] = {}
         for part in distributed.gather_objects(self._qualities):
             qualities |= part
@@ -49,8 +60,17 @@ class Gallery:
         everything: dict[int, str] = {}
         for other in distributed.gather_objects(drawn):
             everything |= other
-        page = (path, everything, worst, self.random, title, len(self.dataset), class_aware)
-        distributed.run_on_main(partial(write_worst_and_random, *page))
+        write = partial(
+            write_worst_and_random,
+            path,
+            everything,
+            worst=worst,
+            random=self.random,
+            title=title,
+            images=len(self.dataset),
+            by_category=class_aware,
+        )
+        distributed.run_on_main(write)
 
     def _draw(self, index: int, class_aware: bool) -> str:
         result, matches = self._kept[index]

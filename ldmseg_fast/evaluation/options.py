@@ -1,4 +1,4 @@
-"""What `ldmseg evaluate` can be asked for."""
+"""Describes what `ldmseg evaluate` can be asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from ldmseg_fast.metrics.inpainting import PAPER_BLOCK, PAPER_PROBABILITIES
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What `ldmseg evaluate` takes; None means the model's own setting."""
+    """Holds what `ldmseg evaluate` takes; None means the model's own setting.
+
+    Raises:
+        ArgumentError: a value out of range, or options that contradict each other.
+    """
 
     split: str = "val2017"
     steps: int | None = None
@@ -82,12 +86,17 @@ class EvaluationOptions:
                 raise ArgumentError(message)
 
     def sparsities(self) -> list[tuple[int, float]]:
-        """(block, probability) of an inpainting evaluation, each once, ascending."""
+        """Lists (block, probability) of an inpainting evaluation, each once, ascending."""
         return sorted({(block, share) for block in self.blocks for share in self.probabilities})
 
 
 def resolve_thresholds(model_dir: str | Path, options: EvaluationOptions) -> PostprocessConfig:
-    """The model's own thresholds, with those of the command line put in."""
+    """Takes the model's own thresholds, and puts those in that the options give.
+
+    Raises:
+        CheckpointError: no model folder.
+        ConfigError: a model folder with other thresholds than there are.
+    """
     own = from_dict(PostprocessConfig, load_index(model_dir).get("postprocess", {}), "postprocess.")
     names = ("mask_threshold", "count_threshold", "overlap_threshold")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}

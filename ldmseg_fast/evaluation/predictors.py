@@ -1,4 +1,4 @@
-"""What turns images of a split into panoptic maps: a diffusion model, or a mask auto-encoder that sees the truth."""
+"""Turns images of a split into panoptic maps, by a diffusion model or by a mask auto-encoder that sees the truth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.transforms import resize_ids
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.evaluation.options import EvaluationOptions
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.metrics.inpainting import keep_given
 from ldmseg_fast.panoptic.format import MAX_ID
@@ -25,63 +24,98 @@ from ldmseg_fast.pipeline import LDMSegPipeline
 
 
 class Predictor(Protocol):
-    """dataset: the split. facts: what the report says about the model. reconstructs: whether it sees the truth.
+    """Predicts maps of a split's images.
 
-    `segment` gives one result per index. `inpaint` also gets the maps int32 [H, W] (0 void) and their dropped pixels
-    bool [H, W]; what was neither dropped nor void has its own id in the result, new segments have others.
+    Attributes:
+        dataset: the split.
+        facts: what the report says about the model.
+        reconstructs: whether it sees the truth.
     """
 
     dataset: CocoPanoptic
     facts: dict[str, Any]
     reconstructs: bool
 
-    def segment(self, indices: Sequence[int], seed: int) -> list[PanopticResult]: ...
+    def segment(self, indices: Sequence[int], seed: int) -> list[PanopticResult]:
+        """Predicts a map of each image at `indices`."""
+        ...
 
     def inpaint(
         self, indices: Sequence[int], maps: Sequence[np.ndarray], dropped: Sequence[np.ndarray], seed: int
-    ) -> list[PanopticResult]: ...
+    ) -> list[PanopticResult]:
+        """Completes a map of each image at `indices`.
 
+        What was neither dropped nor void has its own id in the result; new segments have others.
 
-def load_predictor(
-    model_dir: str | Path, data: str | Path, options: EvaluationOptions, thresholds: PostprocessConfig
-) -> Predictor:
-    """A folder with a mask auto-encoder alone reconstructs; any other samples. Raises CheckpointError, DataError."""
-    kind = Autoencoder if is_autoencoder(model_dir) else DiffusionModel
-    return kind(model_dir, data, options, thresholds)
+        Args:
+            indices: places in the split.
+            maps: int32 [H, W], 0 = void.
+            dropped: bool [H, W].
+            seed: of the noise.
+        """
+        ...
 
 
 def is_autoencoder(model_dir: str | Path) -> bool:
+    """Tells whether a model folder holds a mask auto-encoder alone. Raises CheckpointError for no model folder."""
     return load_index(model_dir).get("components") == ["mask_vae"]
 
 
 class DiffusionModel:
-    """Samples a map for each picture."""
+    """Samples a map for each picture.
+
+    Args:
+        model_dir: MODEL_DIR.
+        data: a COCO-panoptic folder.
+        split: of it.
+        thresholds: of the post-processing.
+        limit: how many images of the split; 0: all.
+        seed: the first noise seed, for the report.
+        image_size: side in pixels of what the networks see; None: the model's own.
+        steps: of sampling; None: the model's own.
+        solver, eta, backend, engine_dir: as `LDMSegPipeline` has them.
+
+    Raises:
+        CheckpointError, BackendError, DataError: a folder that is not what it should be.
+        ArgumentError: a size or a number of steps that the model cannot have.
+    """
 
     reconstructs = False
 
     def __init__(
-        self, model_dir: str | Path, data: str | Path, options: EvaluationOptions, thresholds: PostprocessConfig
+        self,
+        model_dir: str | Path,
+        data: str | Path,
+        split: str,
+        thresholds: PostprocessConfig,
+        *,
+        limit: int,
+        seed: int,
+        image_size: int | None,
+        steps: int | None,
+        solver: str,
+        eta: float,
+        backend: str,
+        engine_dir: str | None,
     ) -> None:
-        self.pipe = LDMSegPipeline.from_pretrained(
-            model_dir, options.backend, options.engine_dir, image_size=options.image_size
-        )
+        self.pipe = LDMSegPipeline.from_pretrained(model_dir, backend, engine_dir, image_size=image_size)
         info = self.pipe.info
-        self.dataset = CocoPanoptic(
-            data, options.split, info.image_size, num_slots=info.mask_vae.num_slots, limit=options.limit
-        )
-        steps = info.num_inference_steps if options.steps is None else options.steps
+        self.dataset = CocoPanoptic(data, split, info.image_size, num_slots=info.mask_vae.num_slots, limit=limit)
+        steps = info.num_inference_steps if steps is None else steps
         self.pipe.scheduler.timesteps(steps)  # refuses a number of steps that cannot be
         self.thresholds = thresholds
-        self.sampling = {"num_inference_steps": steps, "solver": options.solver, "eta": options.eta}
-        self.facts = {"backend": options.backend, **self.sampling, "image_size": info.image_size, "seed": options.seed}
+        self.sampling = {"num_inference_steps": steps, "solver": solver, "eta": eta}
+        self.facts = {"backend": backend, **self.sampling, "image_size": info.image_size, "seed": seed}
 
     def segment(self, indices: Sequence[int], seed: int) -> list[PanopticResult]:
+        """See `Predictor.segment`."""
         images = [self.dataset.load_image(index) for index in indices]
         return list(self.pipe(images, **self._settings(indices, seed)))
 
     def inpaint(
         self, indices: Sequence[int], maps: Sequence[np.ndarray], dropped: Sequence[np.ndarray], seed: int
     ) -> list[PanopticResult]:
+        """See `Predictor.inpaint`."""
         images = [self.dataset.load_image(index) for index in indices]
         known = [~lost & (ids != 0) for ids, lost in zip(maps, dropped)]
         return list(self.pipe.inpaint(images, list(maps), known, **self._settings(indices, seed)))
@@ -93,39 +127,60 @@ class DiffusionModel:
 
 
 class Autoencoder:
-    """Encodes and decodes the split's own maps; the results have the maps' ids wherever a segment is recognised."""
+    """Encodes and decodes the split's own maps; the results have the maps' ids wherever a segment is recognised.
+
+    Args:
+        model_dir, data, split, thresholds, limit, image_size: as `DiffusionModel` has them.
+        seed: the first seed of the assignment of slots, for the report.
+        id_assignment: how segments get slots; None: as in the model's training.
+
+    Raises:
+        CheckpointError, DataError: a folder that is not what it should be.
+        ArgumentError: a size that the model cannot have.
+    """
 
     reconstructs = True
 
     def __init__(
-        self, model_dir: str | Path, data: str | Path, options: EvaluationOptions, thresholds: PostprocessConfig
+        self,
+        model_dir: str | Path,
+        data: str | Path,
+        split: str,
+        thresholds: PostprocessConfig,
+        *,
+        limit: int,
+        seed: int,
+        image_size: int | None,
+        id_assignment: str | None,
     ) -> None:
         index = load_index(model_dir)
         self.vae: Any = load_component(model_dir, "mask_vae")
-        scheme = options.id_assignment or index.get("id_assignment", "random")
-        self.size = options.image_size or int(index.get("image_size", 512))
+        scheme = id_assignment or index.get("id_assignment", "random")
+        self.size = image_size or int(index.get("image_size", 512))
         if self.size % self.vae.config.downsampling:
             reduction = self.vae.config.downsampling
             raise ArgumentError(f"--size {self.size}: not a multiple of {reduction}, the auto-encoder's reduction")
         self.dataset = CocoPanoptic(
             data,
-            options.split,
+            split,
             self.size,
             num_slots=self.vae.config.num_slots,
             id_assignment=scheme,
-            seed=options.seed,
-            limit=options.limit,
+            seed=seed,
+            limit=limit,
         )
         self.thresholds = thresholds
-        self.facts = {"backend": "torch", "id_assignment": scheme, "image_size": self.size, "seed": options.seed}
+        self.facts = {"backend": "torch", "id_assignment": scheme, "image_size": self.size, "seed": seed}
 
     def segment(self, indices: Sequence[int], seed: int) -> list[PanopticResult]:
+        """See `Predictor.segment`."""
         maps = [self.dataset.ground_truth(index)[0] for index in indices]
         return self._reconstruct(indices, maps, None, seed)
 
     def inpaint(
         self, indices: Sequence[int], maps: Sequence[np.ndarray], dropped: Sequence[np.ndarray], seed: int
     ) -> list[PanopticResult]:
+        """See `Predictor.inpaint`."""
         results = self._reconstruct(indices, maps, dropped, seed)
         return [
             _described(keep_given(result.segmentation, ids, lost), result)
@@ -136,7 +191,7 @@ class Autoencoder:
     def _reconstruct(
         self, indices: Sequence[int], maps: Sequence[np.ndarray], dropped: Sequence[np.ndarray] | None, seed: int
     ) -> list[PanopticResult]:
-        """Dropped pixels are void to the encoder."""
+        """Reconstructs maps; dropped pixels are void to the encoder. Arguments as `inpaint`'s."""
         self.dataset.seed = seed
         items = [self.dataset[index] for index in indices]
         ids_of_slots = [_ids_of_slots(item, resize_ids(ids, self.size)) for item, ids in zip(items, maps)]
@@ -150,7 +205,7 @@ class Autoencoder:
 
 
 def _ids_of_slots(item: dict[str, Any], ids: np.ndarray) -> dict[int, int]:
-    """Result id (slot + 1) -> the map's own id, from an item and its map [S, S]."""
+    """Tells the map's own id for a result's (slot + 1), from an item and its map int32 [S, S]."""
     dense = item["segment_ids"].numpy()
     pairs = np.unique(dense.astype(np.int64) << 24 | ids).tolist()
     table = item["table"].tolist()
@@ -158,7 +213,7 @@ def _ids_of_slots(item: dict[str, Any], ids: np.ndarray) -> dict[int, int]:
 
 
 def _with_ids(result: PanopticResult, names: dict[int, int], ids: np.ndarray) -> PanopticResult:
-    """`result` with ids exchanged as `names` says; all others become the lowest ids that the map `ids` lacks."""
+    """Exchanges a result's ids as `names` says; all others become the lowest ids that the map `ids` lacks."""
     taken = set(np.unique(ids).tolist())
     free = (candidate for candidate in range(1, MAX_ID + 1) if candidate not in taken)
     new_id = {s["id"]: names[s["id"]] if s["id"] in names else next(free) for s in result.segments_info}
@@ -170,7 +225,7 @@ def _with_ids(result: PanopticResult, names: dict[int, int], ids: np.ndarray) ->
 
 
 def _described(segmentation: np.ndarray, source: PanopticResult) -> PanopticResult:
-    """A changed map with areas and boxes of its own; scores are the source's, 1 for segments that it lacks."""
+    """Describes a changed map by its own areas and boxes; scores are the source's, 1 for segments that it lacks."""
     known = {segment["id"]: segment for segment in source.segments_info}
     default = {"category_id": 1, "label_id": 1, "isthing": True, "iscrowd": 0, "was_fused": False, "score": 1.0}
     return PanopticResult(

@@ -1,9 +1,12 @@
-"""One evaluation: a model on a split -> panoptic quality, result files, pictures, timings."""
+"""Runs one evaluation: a model on a split -> panoptic quality, result files, pictures, timings.
+
+`evaluate` alone knows all the options: what it calls gets what it needs of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,16 @@ from tqdm import tqdm
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.evaluation import spread
 from ldmseg_fast.evaluation.agreement import TorchAgreement
-from ldmseg_fast.evaluation.categories import CategorySource, category_source
+from ldmseg_fast.evaluation.categories import category_source
 from ldmseg_fast.evaluation.gallery import Gallery
 from ldmseg_fast.evaluation.options import EvaluationOptions, resolve_thresholds
-from ldmseg_fast.evaluation.predictors import Predictor, load_predictor
+from ldmseg_fast.evaluation.predictors import Autoencoder, DiffusionModel, Predictor, is_autoencoder
 from ldmseg_fast.evaluation.scores import (
     MODEL,
     NEAREST,
-    OBJECT,
     PLAIN,
     VOID,
     InpaintingScores,
@@ -30,14 +33,34 @@ from ldmseg_fast.evaluation.scores import (
     rank_batches,
     without_crowds,
 )
-from ldmseg_fast.evaluation.store import Clock, Store, states_of
+from ldmseg_fast.evaluation.store import Store, states_of
 from ldmseg_fast.metrics.inpainting import drop_blocks
-from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.panoptic.results import PanopticResult, instances_of, write_json_list
+
+Instances = list[tuple[int, list[dict[str, Any]]]]  # index of an image, and its COCO instance results
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Describes one pass over the split: its noise seed, what its result files' names end in, and its batches' size."""
+
+    seed: int
+    suffix: str
+    batch_size: int
+
+    def batches(self, count: int, label: str) -> Iterator[list[int]]:
+        """Gives this rank's batches of `count` images, with a progress bar on rank 0."""
+        batches = rank_batches(count, self.batch_size)
+        label = f"{label}, seed {self.seed}" if self.suffix else label
+        total = sum(map(len, batches))
+        with tqdm(total=total, desc=label, unit="image", disable=None if distributed.is_main() else True) as bar:
+            for batch in batches:
+                yield batch
+                bar.update(len(batch))
 
 
 def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions) -> dict[str, Any]:
-    """Panoptic quality of a model, or of a mask auto-encoder's reconstructions, over a split.
+    """Measures the panoptic quality of a model, or of a mask auto-encoder's reconstructions, over a split.
 
     Args:
         model_dir: MODEL_DIR. One with a mask auto-encoder only is evaluated on reconstructing the split's own maps.
@@ -54,55 +77,52 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
 
     Raises:
         CheckpointError, BackendError, DataError: a folder that is not what it should be.
-        ValueError: options that contradict each other or the model.
+        ArgumentError: options that contradict the model, or the results that `options.out` holds already.
     """
     model_dir = resolve_model_dir(model_dir)
     thresholds = resolve_thresholds(model_dir, options)
     predictor = load_predictor(model_dir, data, options, thresholds)
-    clock = Clock()
-    truth = predictor.dataset.folders.annotations
-    settings = {
-        "model": str(model_dir.resolve()),
-        "weights": states_of(model_dir, [f"{name}/*" for name in load_index(model_dir)["components"]]),
-        "engine_dir": options.engine_dir and str(Path(options.engine_dir).resolve()),
-        "engines": states_of(Path(options.engine_dir), ["*"]) if options.engine_dir else {},
-        "data": str(truth.resolve()),
-        "annotations": states_of(truth.parent, [truth.name]),
-        "thresholds": asdict(thresholds),
-        **predictor.facts,
-    }
-    store = Store(options.out, settings, clock)
+    dataset, baselines = predictor.dataset, options.baselines
+    store = Store(options.out, dataset, _what_results_depend_on(model_dir, predictor, options.engine_dir, thresholds))
     seeds = range(options.seed, options.seed + options.seeds)
+    passes = [Pass(seed, f"_seed{seed}" if options.seeds > 1 else "", options.batch_size) for seed in seeds]
     agreement = None
     if options.inpainting:
-        qualities = [inpaint_split(predictor, options, store, seed) for seed in seeds]
         mode = "inpainting by reconstruction" if predictor.reconstructs else "inpainting"
+        names = [MODEL, *((VOID, NEAREST) if baselines else ())]
+        names += [PLAIN] if baselines and not predictor.reconstructs else []
+        qualities = [inpaint_split(predictor, store, one, names, options.sparsities()) for one in passes]
     else:
-        source = category_source(options.class_aware, predictor.dataset) if options.class_aware else None
-        if options.backend != "torch" and not predictor.reconstructs and options.agreement_images > 0:
-            agreement = TorchAgreement(
-                model_dir,
-                predictor.facts["image_size"],
-                {key: predictor.facts[key] for key in ("num_inference_steps", "solver", "eta")},
-                options.seed,
-                thresholds,
-                partial(PQStat, OBJECT, class_agnostic=True),
-                options.agreement_images,
-            )
-        qualities = [
-            segment_split(predictor, options, store, seed, source, agreement if seed == options.seed else None)
-            for seed in seeds
-        ]
+        source = category_source(options.class_aware, dataset) if options.class_aware else None
         mode = "reconstruction" if predictor.reconstructs else "class-aware" if source else "class-agnostic"
+        if options.backend != "torch" and not predictor.reconstructs and options.agreement_images > 0:
+            sampling = {key: predictor.facts[key] for key in ("num_inference_steps", "solver", "eta")}
+            agreement = TorchAgreement(
+                model_dir, predictor.facts["image_size"], sampling, options.seed, thresholds, options.agreement_images
+            )
+        gallery = Gallery(dataset, options.worst, options.random, options.seed) if options.page else None
+        instances: Instances | None = [] if options.instances else None
+        qualities = []
+        for one in passes:
+            scores = SegmentationScores(source, predictor.reconstructs, baselines)
+            shown, compared = (gallery, agreement) if one is passes[0] else (None, None)
+            qualities.append(
+                segment_split(predictor, store, one, scores, instances=instances, gallery=shown, agreement=compared)
+            )
+        if instances is not None and options.instances:
+            _write_instances(Path(options.instances), instances)
+        if gallery is not None and options.page:
+            title = f"{model_dir.resolve().name} on {options.split}"
+            gallery.write(Path(options.page), title, class_aware=source is not None)
     store.finish()
     report = {
         "mode": mode,
-        "model": Path(model_dir).name,
+        "model": model_dir.name,
         "data": Path(data).name,
         "split": options.split,
         "thresholds": asdict(thresholds),
-        "images": len(predictor.dataset),
-        "seconds_per_image": clock.per_image(),
+        "images": len(dataset),
+        "seconds_per_image": store.clock.per_image(),
         **predictor.facts,
         **spread.mean(qualities),
     }
@@ -117,85 +137,137 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
     return report
 
 
+def load_predictor(
+    model_dir: Path, data: str | Path, options: EvaluationOptions, thresholds: PostprocessConfig
+) -> Predictor:
+    """Loads what predicts: a folder with a mask auto-encoder alone reconstructs, any other samples.
+
+    Raises:
+        CheckpointError, BackendError, DataError: a folder that is not what it should be.
+        ArgumentError: a size or a number of steps that the model cannot have.
+    """
+    if is_autoencoder(model_dir):
+        return Autoencoder(
+            model_dir,
+            data,
+            options.split,
+            thresholds,
+            limit=options.limit,
+            seed=options.seed,
+            image_size=options.image_size,
+            id_assignment=options.id_assignment,
+        )
+    return DiffusionModel(
+        model_dir,
+        data,
+        options.split,
+        thresholds,
+        limit=options.limit,
+        seed=options.seed,
+        image_size=options.image_size,
+        steps=options.steps,
+        solver=options.solver,
+        eta=options.eta,
+        backend=options.backend,
+        engine_dir=options.engine_dir,
+    )
+
+
+def _what_results_depend_on(
+    model_dir: Path, predictor: Predictor, engine_dir: str | None, thresholds: PostprocessConfig
+) -> dict[str, Any]:
+    truth = predictor.dataset.folders.annotations
+    return {
+        "model": str(model_dir.resolve()),
+        "weights": states_of(model_dir, [f"{name}/*" for name in load_index(model_dir)["components"]]),
+        "engine_dir": engine_dir and str(Path(engine_dir).resolve()),
+        "engines": states_of(Path(engine_dir), ["*"]) if engine_dir else {},
+        "data": str(truth.resolve()),
+        "annotations": states_of(truth.parent, [truth.name]),
+        "thresholds": asdict(thresholds),
+        **predictor.facts,
+    }
+
+
 def segment_split(
     predictor: Predictor,
-    options: EvaluationOptions,
     store: Store,
-    seed: int,
-    source: CategorySource | None,
-    agreement: TorchAgreement | None,
+    one: Pass,
+    scores: SegmentationScores,
+    instances: Instances | None = None,
+    gallery: Gallery | None = None,
+    agreement: TorchAgreement | None = None,
 ) -> dict[str, Any]:
-    """One pass over the split with one noise seed."""
-    dataset, first = predictor.dataset, seed == options.seed
-    scores = SegmentationScores(source, predictor.reconstructs, options.baselines)
-    gallery = Gallery(dataset, options.worst, options.random, options.seed) if options.page and first else None
-    suffix = f"_seed{seed}" if options.seeds > 1 else ""
-    instances: list[tuple[int, list[dict[str, Any]]]] = []
-    for batch in _batches(dataset, options, f"seed {seed}" if options.seeds > 1 else "evaluate"):
-        predict = partial(predictor.segment, seed=seed)
-        results = store.results(f"panoptic{suffix}", {"seed": seed}, dataset, batch, predict)
+    """Makes one pass over the split, and gives the report of `scores`.
+
+    Args:
+        predictor: makes the maps.
+        store: keeps them, and gives those back that are there already.
+        one: noise seed, and size of the batches.
+        scores: counts them.
+        instances: takes their segments as COCO instance results, image after image.
+        gallery: takes the images that are to be shown.
+        agreement: compares them with the torch backend's.
+    """
+    dataset, source = predictor.dataset, scores.categories
+    for batch in one.batches(len(dataset), "evaluate"):
+        predict = partial(predictor.segment, seed=one.seed)
+        results = store.results(f"panoptic{one.suffix}", {"seed": one.seed}, batch, predict)
         for index, result in zip(batch, results):
-            truth = dataset.ground_truth(index)
-            voted = source.vote(index, result) if source else None
-            matches = scores.add(index, truth, result, voted)
-            final = voted or result
-            if source:
-                settings = {"seed": seed, "categories_from": source.label}
-                store.write(f"panoptic_classes{suffix}", dataset.categories, settings, dataset, index, final)
-            if options.instances:
+            final, matches = scores.add(index, dataset.ground_truth(index), result)
+            if source is not None:
+                settings = {"seed": one.seed, "categories_from": source.label}
+                store.write(f"panoptic_classes{one.suffix}", dataset.categories, settings, index, final)
+            if instances is not None:
                 instances.append((index, instances_of(dataset.image_id(index), final)))
             if gallery is not None:
                 gallery.add(index, final, matches)
         if agreement is not None:
             agreement.add(dataset, batch, results)
-    if options.instances:
-        gathered = sorted(entry for part in distributed.gather_objects(instances) for entry in part)
-        distributed.run_on_main(partial(_write_instances, Path(options.instances), gathered))
-    if gallery is not None and options.page:
-        title = f"{Path(store.settings['model']).name} on {options.split}"
-        gallery.write(Path(options.page), title, class_aware=source is not None)
     return scores.report()
 
 
-def inpaint_split(predictor: Predictor, options: EvaluationOptions, store: Store, seed: int) -> dict[str, Any]:
-    """One pass over the split with one noise seed, every image at every sparsity."""
-    dataset = predictor.dataset
-    plain_row = options.baselines and not predictor.reconstructs
-    names = [MODEL, *((VOID, NEAREST) if options.baselines else ()), *((PLAIN,) if plain_row else ())]
-    scores = InpaintingScores(names)
-    suffix = f"_seed{seed}" if options.seeds > 1 else ""
-    for batch in _batches(dataset, options, f"inpaint, seed {seed}" if options.seeds > 1 else "inpaint"):
+def inpaint_split(
+    predictor: Predictor, store: Store, one: Pass, names: Sequence[str], sparsities: Sequence[tuple[int, float]]
+) -> dict[str, Any]:
+    """Makes one pass over the split, in which every image is completed at every sparsity.
+
+    Args:
+        predictor: completes the maps.
+        store: keeps them, and gives those back that are there already.
+        one: noise seed, and size of the batches.
+        names: rows of the report, of MODEL, VOID, NEAREST and PLAIN.
+        sparsities: side in pixels of the blocks that are dropped, and the probability of each to be.
+    """
+    dataset, scores = predictor.dataset, InpaintingScores(names)
+    for batch in one.batches(len(dataset), "inpaint"):
         truths = [dataset.ground_truth(index) for index in batch]
         maps = [without_crowds(*truth) for truth in truths]
         plain: list[PanopticResult] = []
-        if plain_row:
-            predict: Any = partial(predictor.segment, seed=seed)
-            plain = store.results(f"panoptic{suffix}", {"seed": seed}, dataset, batch, predict)
-        for block, probability in options.sparsities():
+        if PLAIN in names:
+            predict: Any = partial(predictor.segment, seed=one.seed)
+            plain = store.results(f"panoptic{one.suffix}", {"seed": one.seed}, batch, predict)
+        for block, probability in sparsities:
             dropped = [
-                drop_blocks(ids.shape[0], ids.shape[1], block, probability, seed, dataset.image_id(index))
+                drop_blocks(ids.shape[0], ids.shape[1], block, probability, one.seed, dataset.image_id(index))
                 for index, ids in zip(batch, maps)
             ]
-            predict = partial(predictor.inpaint, maps=maps, dropped=dropped, seed=seed)
-            name = f"inpainting_{block}_{probability:g}{suffix}".replace(".", "_")
-            settings = {"seed": seed, "block": block, "probability": probability}
-            results = store.results(name, settings, dataset, batch, predict)
+            predict = partial(predictor.inpaint, maps=maps, dropped=dropped, seed=one.seed)
+            name = f"inpainting_{block}_{probability:g}{one.suffix}".replace(".", "_")
+            settings = {"seed": one.seed, "block": block, "probability": probability}
+            results = store.results(name, settings, batch, predict)
             for place, index in enumerate(batch):
-                rows = {MODEL: results[place]} | ({PLAIN: plain[place]} if plain_row else {})
+                rows = {MODEL: results[place]} | ({PLAIN: plain[place]} if plain else {})
                 scores.add((block, probability), index, truths[place], maps[place], dropped[place], rows)
     return {"inpainting": scores.report()}
 
 
-def _batches(dataset: Any, options: EvaluationOptions, label: str) -> Iterator[list[int]]:
-    """This rank's batches, with a progress bar on rank 0."""
-    batches = rank_batches(len(dataset), options.batch_size)
-    total = sum(map(len, batches))
-    with tqdm(total=total, desc=label, unit="image", disable=None if distributed.is_main() else True) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
+def _write_instances(path: Path, instances: Instances) -> None:
+    """Writes all ranks' instance results as one file, in the order of the split."""
+    gathered = sorted(entry for part in distributed.gather_objects(instances) for entry in part)
 
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_list(path, (entry for _, entries in gathered for entry in entries))
 
-def _write_instances(path: Path, instances: list[tuple[int, list[dict[str, Any]]]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_list(path, (entry for _, entries in instances for entry in entries))
+    distributed.run_on_main(write)

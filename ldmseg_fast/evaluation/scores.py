@@ -1,4 +1,4 @@
-"""What is counted while results come in, and how the ranks' parts become one report."""
+"""Counts results while they come in, and makes one report of the ranks' parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ MODEL, VOID, NEAREST, PLAIN = "model", "dropped pixels void", "nearest known pix
 
 
 class SegmentationScores:
-    """Class-agnostic panoptic quality, and on request class-aware quality, mean IoU and trivial baselines."""
+    """Counts class-agnostic panoptic quality, and on request class-aware quality, mean IoU and trivial baselines.
+
+    Args:
+        categories: where the categories of class-aware quality come from; None: it is not counted.
+        mean_iou: whether results have the truth's own ids, so that mean IoU can be counted.
+        baselines: whether to count the trivial predictions of `metrics.baselines`.
+    """
 
     def __init__(self, categories: CategorySource | None, mean_iou: bool, baselines: bool) -> None:
         self.categories = categories
@@ -31,13 +37,21 @@ class SegmentationScores:
         self.baselines = {name: PQStat(OBJECT, class_agnostic=True) for name in BASELINES} if baselines else {}
 
     def add(
-        self,
-        index: int,
-        truth: tuple[np.ndarray, Sequence[dict[str, Any]]],
-        result: PanopticResult,
-        voted: PanopticResult | None,
-    ) -> np.ndarray:
-        """Counts one image; returns its rows of `MATCH_DTYPE`, those with categories where there are any."""
+        self, index: int, truth: tuple[np.ndarray, Sequence[dict[str, Any]]], result: PanopticResult
+    ) -> tuple[PanopticResult, np.ndarray]:
+        """Counts one image.
+
+        Args:
+            index: its place in the split.
+            truth: ids int32 [H, W], 0 = void, and COCO's segments_info.
+            result: the map that was predicted.
+
+        Returns:
+            The result, with categories where there are any, and its rows of `MATCH_DTYPE`.
+
+        Raises:
+            DataError: categories of another size than the map.
+        """
         ids, segments = truth
         matches = self.agnostic.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
         for name, baseline in self.baselines.items():
@@ -45,12 +59,13 @@ class SegmentationScores:
             baseline.add(ids, segments, guess, segments_of(guess), image_id=index)
         if self.mean_iou is not None:
             self.mean_iou.add(without_crowds(ids, segments), result.segmentation)
-        if self.aware is not None and voted is not None:
-            matches = self.aware.add(ids, segments, voted.segmentation, voted.segments_info, image_id=index)
-        return matches
+        if self.aware is not None and self.categories is not None:
+            result = self.categories.vote(index, result)
+            matches = self.aware.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
+        return result, matches
 
     def report(self) -> dict[str, Any]:
-        """All ranks' parts as one, in percent, on every rank."""
+        """Merges all ranks' parts, and gives every rank their report in percent; see `run.evaluate`."""
         report: dict[str, Any] = {"class_agnostic": in_percent(merge(self.agnostic).result())}
         if self.aware is not None and self.categories is not None:
             facts = {"categories_from": self.categories.label, "upper_bound": self.categories.upper_bound}
@@ -63,7 +78,11 @@ class SegmentationScores:
 
 
 class InpaintingScores:
-    """Panoptic quality for each (block, probability), over the whole image and over the dropped pixels alone."""
+    """Counts panoptic quality for each (block, probability), over whole images and over the dropped pixels alone.
+
+    Args:
+        names: rows of the report, MODEL among them.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.whole = {name: InpaintingStat() for name in names}
@@ -78,7 +97,16 @@ class InpaintingScores:
         dropped: np.ndarray,
         results: dict[str, PanopticResult],
     ) -> None:
-        """One image. given: its map without crowds, [H, W]. results: of MODEL, and of PLAIN where that is a row."""
+        """Counts one image.
+
+        Args:
+            sparsity: side of the dropped blocks in pixels, and their probability.
+            index: the image's place in the split.
+            truth: ids int32 [H, W], 0 = void, and COCO's segments_info.
+            given: the map without crowds, int32 [H, W].
+            dropped: bool [H, W].
+            results: maps of MODEL, and of PLAIN where that is a row.
+        """
         filled = {
             VOID: lambda: np.where(dropped, 0, given),
             NEAREST: lambda: np.where(dropped, fill_nearest(given, ~dropped & (given != 0)), given),
@@ -96,8 +124,11 @@ class InpaintingScores:
             self.unknown[name].add(*sparsity, hidden_ids, hidden_segments, *inside, index)
 
     def report(self) -> dict[str, Any]:
-        """All ranks' parts as one, in percent: `sparsities`, `mean_pq` and `paper_mean_pq` of the model (see
-        `InpaintingStat.result`), each row with `unknown_pq` too, and the same of each baseline in `baselines`."""
+        """Merges all ranks' parts, and gives every rank their report in percent.
+
+        It has `sparsities`, `mean_pq` and `paper_mean_pq` of the model (see `InpaintingStat.result`), each row with
+        `unknown_pq` too, and the same of each baseline in `baselines`.
+        """
         reports = {}
         for name in self.whole:
             report, unknown = merge(self.whole[name]).result(), merge(self.unknown[name]).result()
@@ -113,13 +144,13 @@ class InpaintingScores:
 
 
 def without_crowds(ids: np.ndarray, segments: Sequence[dict[str, Any]]) -> np.ndarray:
-    """A map [H, W] whose crowd regions are void."""
+    """Makes the crowd regions of a map void: ids int32 [H, W] with COCO's segments_info, to int32 [H, W]."""
     crowds = [segment["id"] for segment in segments if segment.get("iscrowd", 0)]
     return np.where(np.isin(ids, crowds), 0, ids).astype(np.int32) if crowds else ids
 
 
 def in_percent(result: dict[str, Any]) -> dict[str, Any]:
-    """pq, sq, rq and pq_crowd_correct in percent, and the counts."""
+    """Takes pq, sq, rq and pq_crowd_correct of `PQStat.result` in percent, and the counts tp, fp, fn."""
     values = result["class_agnostic"]
     report = {key: 100.0 * values[key] for key in ("pq", "sq", "rq")}
     report["pq_crowd_correct"] = 100.0 * result["pq_crowd_correct"]
@@ -127,7 +158,7 @@ def in_percent(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_category_in_percent(result: dict[str, Any]) -> dict[str, Any]:
-    """`All`, `Things`, `Stuff` and `per_category` of `PQStat.result`, qualities in percent."""
+    """Takes `All`, `Things`, `Stuff` and `per_category` of `PQStat.result`, with qualities in percent."""
 
     def scaled(entry: dict[str, Any]) -> dict[str, Any]:
         return entry | {key: 100.0 * entry[key] for key in ("pq", "sq", "rq")}
@@ -137,7 +168,7 @@ def by_category_in_percent(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(stat: Any) -> Any:
-    """All ranks' parts as one, on every rank."""
+    """Merges all ranks' parts of a statistic, on every rank; it has a method `merge(other)`."""
     merged, *others = distributed.gather_objects(stat)
     for other in others:
         merged = merged.merge(other)
@@ -145,7 +176,7 @@ def merge(stat: Any) -> Any:
 
 
 def rank_batches(count: int, size: int) -> list[list[int]]:
-    """This rank's batches of `count` images.
+    """Lists this rank's batches of the images 0..`count` - 1, of at most `size` each.
 
     They are the same batches for any number of ranks: what a network computes for an image can depend, in the last
     digits, on the images beside it.

@@ -1,4 +1,4 @@
-"""Several reports of one shape, one per noise seed: their mean and how far they lie apart."""
+"""Combines several reports of one shape, one per noise seed: their mean, and how far they lie apart."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ Tree = Any  # dictionaries and lists of numbers, strings and None
 
 
 def mean(trees: Sequence[Tree]) -> Tree:
-    """The mean of each number; counts that all agree stay whole."""
+    """Takes the mean of each number; counts that all agree stay whole."""
     return _combine(trees, lambda values: values[0] if len(set(values)) == 1 else math.fsum(values) / len(values))
 
 
 def deviation(trees: Sequence[Tree]) -> Tree:
-    """The sample standard deviation of each number (over n - 1)."""
+    """Takes the sample standard deviation of each number (over n - 1)."""
     return _combine(trees, _deviation)
 
 
 def each(trees: Sequence[Tree]) -> Tree:
-    """The list of each number's values."""
+    """Lists each number's values."""
     return _combine(trees, list)
 
 

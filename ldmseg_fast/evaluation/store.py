@@ -1,4 +1,4 @@
-"""Result files that an interrupted evaluation goes on from."""
+"""Keeps result files, which an interrupted evaluation goes on from."""
 
 from __future__ import annotations
 
@@ -14,49 +14,65 @@ from ldmseg_fast.panoptic.results import PanopticResult, ResultsWriter
 
 
 def states_of(folder: Path, patterns: Sequence[str]) -> dict[str, list[int]]:
-    """Size and time of the last change of the files that match, by name: results of other contents are other results,
-    whatever the folder is called."""
+    """Reads size and time of the last change (nanoseconds) of the files that match `patterns`, by name.
+
+    Results of other contents are other results, whatever the folder is called.
+    """
     files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     states = {path.relative_to(folder).as_posix(): path.stat() for path in files}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
 
 
 class Clock:
-    """Seconds spent predicting, and images predicted."""
+    """Counts seconds spent predicting, and images predicted."""
 
     def __init__(self) -> None:
         self.seconds, self.images = 0.0, 0
 
     def per_image(self) -> float:
-        """Over all ranks: the mean over the images that were not read back."""
+        """Gives the mean seconds over the images of all ranks that were not read back; 0 where all were."""
         seconds, images = (sum(parts) for parts in zip(*distributed.gather_objects((self.seconds, self.images))))
         return seconds / max(images, 1)
 
 
 class Store:
-    """Results by name in one folder (OUT/NAME.json, OUT/NAME/*.png); without a folder nothing is kept.
+    """Keeps results by name in one folder (OUT/NAME.json, OUT/NAME/*.png); without a folder it keeps nothing.
 
-    settings: what the results depend on; going on with other settings is a ValueError.
+    Args:
+        folder: OUT.
+        dataset: whose images the results are of.
+        settings: what the results depend on.
+
+    Attributes:
+        clock: of the results that were predicted.
     """
 
-    def __init__(self, folder: str | None, settings: Mapping[str, Any], clock: Clock) -> None:
-        self.folder, self.settings, self.clock = folder, settings, clock
+    def __init__(self, folder: str | None, dataset: CocoPanoptic, settings: Mapping[str, Any]) -> None:
+        self.folder, self.dataset, self.settings, self.clock = folder, dataset, settings, Clock()
         self._writers: dict[str, ResultsWriter] = {}
 
     def results(
         self,
         name: str,
         settings: Mapping[str, Any],
-        dataset: CocoPanoptic,
         indices: Sequence[int],
         predict: Callable[[Sequence[int]], list[PanopticResult]],
     ) -> list[PanopticResult]:
-        """A batch's results: read back where an earlier evaluation wrote all of them, otherwise predicted and written.
+        """Reads a batch's results where an earlier evaluation wrote all of them; otherwise predicts and writes them.
 
         A batch that was cut is predicted as a whole again, so that it has the same images beside each other.
+
+        Args:
+            name: of the results in the folder.
+            settings: what these depend on beside the store's.
+            indices: the batch's places in the data set.
+            predict: makes the results of such places.
+
+        Raises:
+            ArgumentError: the folder holds results of other settings.
         """
         writer = self.writer(name, OBJECT, settings)
-        ids = [dataset.image_id(index) for index in indices]
+        ids = [self.dataset.image_id(index) for index in indices]
         if writer is not None and all(image_id in writer.written for image_id in ids):
             return [writer.read(image_id) for image_id in ids]
         start = time.perf_counter()
@@ -64,7 +80,7 @@ class Store:
         self.clock.seconds += time.perf_counter() - start
         self.clock.images += len(results)
         for index, result in zip(indices, results):
-            self.write(name, OBJECT, settings, dataset, index, result)
+            self.write(name, OBJECT, settings, index, result)
         return results
 
     def write(
@@ -72,18 +88,24 @@ class Store:
         name: str,
         categories: Sequence[Mapping[str, Any]],
         settings: Mapping[str, Any],
-        dataset: CocoPanoptic,
         index: int,
         result: PanopticResult,
     ) -> None:
-        """One image, unless it is there already."""
-        writer = self.writer(name, categories, settings)
-        if writer is not None and dataset.image_id(index) not in writer.written:
-            writer.add(dataset.image_id(index), result, image_name=dataset.paths(index)[0].name)
+        """Writes one image's result, unless it is there already; arguments as `results` and `writer` have them."""
+        writer, image_id = self.writer(name, categories, settings), self.dataset.image_id(index)
+        if writer is not None and image_id not in writer.written:
+            writer.add(image_id, result, image_name=self.dataset.paths(index)[0].name)
 
     def writer(
         self, name: str, categories: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
     ) -> ResultsWriter | None:
+        """Gives the writer of the results called `name`, made on first use; None where nothing is kept.
+
+        Args:
+            name: of the results in the folder.
+            categories: COCO's, for their JSON.
+            settings: what they depend on beside the store's.
+        """
         if self.folder is None:
             return None
         if name not in self._writers:
@@ -92,7 +114,7 @@ class Store:
         return self._writers[name]
 
     def finish(self) -> None:
-        """The JSON files, once every rank is here."""
+        """Writes the JSON files, once every rank is here; all ranks call it."""
         distributed.barrier()
         for writer in self._writers.values():
             if distributed.is_main():

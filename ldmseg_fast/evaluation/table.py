@@ -1,4 +1,4 @@
-"""The table that `ldmseg evaluate` prints."""
+"""Writes the table that `ldmseg evaluate` prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ldmseg_fast.evaluation.agreement import format_agreement
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """A report of `evaluate` as text, in percent."""
+    """Writes a report of `evaluate` as text, in percent."""
     thresholds = " / ".join(f"{value:g}" for value in report["thresholds"].values())
     lines = [
         f"{report['mode']} on {report['data']}/{report['split']}, {report['images']} images, thresholds {thresholds}"

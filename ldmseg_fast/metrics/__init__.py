@@ -1,1 +1,1 @@
-"""Panoptic quality, mIoU and the inpainting protocol."""
+"""Measures panoptic quality, mIoU and inpainting, and segments without a model for comparison."""

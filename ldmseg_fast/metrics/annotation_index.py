@@ -1,4 +1,7 @@
-"""The annotations of a COCO panoptic JSON one at a time, without holding the file's contents."""
+"""Reads the annotations of a COCO panoptic JSON one at a time, without holding the file's contents.
+
+The format is panopticapi's, see `panoptic.format`.
+"""
 
 import json
 import os
@@ -17,10 +20,10 @@ from ldmseg_fast.panoptic.format import load_panoptic_json
 
 @dataclass(frozen=True)
 class AnnotationIndex:
-    """What a file lists, checked as `load_panoptic_json` does, and how to get at one annotation.
+    """Lists what a file holds, checked as `load_panoptic_json` does, and gets at one annotation.
 
-    annotation(k) returns the PNG's name and the segments as int64 [S, 4] (see `segment_table`; areas of ground truth
-    are those of the file) of the k-th of `image_ids`; any thread may call it.
+    annotation(k) returns the PNG's name and the segments as int64 [S, 4] of the k-th of `image_ids` (see
+    `segment_table`; areas of ground truth are those of the file). Any thread may call it.
     """
 
     image_ids: list[int | str]  # in the order of `annotations`
@@ -30,10 +33,13 @@ class AnnotationIndex:
 
 
 def index_annotations(path: str | Path, *, predictions: bool = False) -> AnnotationIndex:
-    """Raises what `load_panoptic_json` raises, in the same words.
+    """Indexes a JSON. C++ reads the file in a stream and keeps about 100 bytes an image.
 
-    C++ reads the file in a stream and keeps about 100 bytes an image. What it does not know (broken files, and legal
-    rarities such as escapes in names, other encodings or NaN) is read and judged whole by Python.
+    Python reads and judges as a whole what C++ does not know: broken files, and legal rarities such as escapes in
+    names, other encodings or NaN.
+
+    Raises:
+        PanopticFormatError: what `load_panoptic_json` raises, in the same words.
     """
     return _streamed(path, predictions) or _loaded(path, predictions)
 

@@ -1,4 +1,4 @@
-"""Segmentations without a model: what any trained one has to beat."""
+"""Segments without a model, which any trained one has to beat. The baselines are this project's own."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import numpy as np
 
 
 def one_segment(height: int, width: int) -> np.ndarray:
-    """The whole picture as one segment, int32 [H, W]."""
+    """Makes the whole picture one segment: int32 [H, W], all 1."""
     return np.ones((height, width), np.int32)
 
 
 def halves(height: int, width: int) -> np.ndarray:
-    """Upper and lower half, int32 [H, W]."""
+    """Makes the upper and the lower half one segment each: int32 [H, W], ids 1 and 2."""
     return grid(height, width, 2, 1)
 
 
 def grid(height: int, width: int, rows: int = 3, columns: int = 3) -> np.ndarray:
-    """rows x columns equal cells, int32 [H, W]."""
+    """Makes rows x columns equal cells: int32 [H, W], ids 1..rows * columns in raster order."""
     row = np.arange(height) * rows // height
     column = np.arange(width) * columns // width
     return (row[:, None] * columns + column[None, :] + 1).astype(np.int32)
@@ -26,20 +26,31 @@ BASELINES = {"one segment": one_segment, "halves": halves, "grid 3x3": grid}
 
 
 def segments_of(segmentation: np.ndarray) -> list[dict]:
-    """Class-agnostic `segments_info` of a map: its ids but 0."""
+    """Lists the ids of a map, integer [H, W], but 0 as class-agnostic `segments_info`."""
     return [{"id": i, "category_id": 1, "iscrowd": 0} for i in ids_in(segmentation) if i]
 
 
 def ids_in(segmentation: np.ndarray) -> list[int]:
-    """Ascending ids of a map [H, W], 0 included; maps have few runs, which are quicker to sort than their pixels."""
+    """Lists the ascending ids of a map, integer [H, W], 0 included.
+
+    Maps have few runs, and sorting those is quicker than sorting pixels.
+    """
     flat = segmentation.ravel()
     return np.unique(flat[np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))]).tolist()
 
 
 def fill_nearest(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """A map [H, W] whose unknown pixels have the id of the nearest known pixel, by city-block distance; int32.
+    """Gives each unknown pixel the id of the nearest known one by city-block distance.
 
-    Without any known pixel the map is void (0). Of several nearest pixels always the same one is taken.
+    The distance is found in two passes, along columns and then along rows (Rosenfeld and Pfaltz, "Sequential operations
+    in digital picture processing", JACM 1966). Of several nearest pixels always the same one is taken.
+
+    Args:
+        ids: integer [H, W].
+        known: bool [H, W], where `ids` holds.
+
+    Returns:
+        int32 [H, W]; void (0) everywhere where no pixel is known.
     """
     height, width = ids.shape
     if not known.any():

@@ -1,6 +1,8 @@
-"""Categories for class-agnostic segments, by majority vote of a category map.
+"""Gives class-agnostic segments a category by majority vote of a category map.
 
-The map comes from a semantic prediction or, for the upper bound of any classifier, from the ground truth.
+The map comes from a semantic prediction or, for the upper bound of any classifier, from the ground truth. Segments,
+stuff and `segments_info` are those of Kirillov et al., "Panoptic Segmentation", CVPR 2019; the vote is this project's
+own.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +14,10 @@ from ldmseg_fast.metrics.matching import joint_histogram
 
 
 def category_map(ids: np.ndarray, segments: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The category id of each pixel, int32 [H, W], 0 = void, from a panoptic map and its `segments_info`."""
+    """Looks up the category of each pixel: int32 [H, W], 0 void.
+
+    ids: a panoptic map, integer [H, W], with its `segments_info`. Ids that it does not list become void.
+    """
     listed = np.array([0] + [segment["id"] for segment in segments])
     categories = np.array([0] + [segment["category_id"] for segment in segments], np.int32)
     order = np.argsort(listed)
@@ -24,9 +29,19 @@ def category_map(ids: np.ndarray, segments: Sequence[Mapping[str, Any]]) -> np.n
 def vote_categories(
     ids: np.ndarray, segments: Sequence[Mapping[str, Any]], categories: np.ndarray
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """The map and its segments with the `category_id` that most of each segment's pixels have in `categories` [H, W].
+    """Gives each segment the `category_id` that most of its pixels have.
 
     Void pixels (0) do not vote; of equal counts the lower category wins. A segment without any vote becomes void.
+
+    Args:
+        ids: a panoptic map, integer [H, W], with its `segments_info`.
+        categories: the category of each pixel, integer [H, W].
+
+    Returns:
+        The map, in the dtype of `ids` [H, W], and its segments.
+
+    Raises:
+        PanopticFormatError: maps of different sizes or with ids outside 0..2^24-1.
     """
     votes: dict[int, tuple[int, int]] = {}  # segment id -> (pixels, -category)
     for (category, segment_id), pixels in joint_histogram(categories, ids).items():
@@ -39,11 +54,14 @@ def vote_categories(
 def merge_stuff(
     ids: np.ndarray, segments: Sequence[Mapping[str, Any]], stuff: Collection[int]
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """The map and its segments with one segment for each category in `stuff`, under the lowest of the ids.
+    """Makes one segment of all segments of a category in `stuff`, under the lowest of their ids.
 
-    Stuff has no instances (Kirillov et al., "Panoptic Segmentation", CVPR 2019, section 3.1), so that class-agnostic
+    Stuff has no instances (Kirillov et al., "Panoptic Segmentation", CVPR 2019, section 3.1), so class-agnostic
     segments of one stuff category are one segment. `score` becomes the mean over the pixels; `area` and `bbox` are
     those of the whole.
+
+    Returns:
+        A new map, in the dtype of `ids` [H, W], and its segments.
     """
     groups: dict[int, list[Mapping[str, Any]]] = {}  # id that stays -> segments
     of_category: dict[int, int] = {}

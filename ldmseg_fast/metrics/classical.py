@@ -1,7 +1,8 @@
-"""Segmentation without learning: Felzenszwalb's graphs and SLIC, each at its best setting on a training split.
+"""Segments without learning, by Felzenszwalb's graphs and by SLIC, each at its best setting on a training split.
 
-A model that loses to these has learnt nothing worth its weights. scikit-image does the work
-(`pip install 'ldmseg_fast[dev]'`).
+A model that loses to these has learnt nothing worth its weights. scikit-image does the work (`pip install
+'ldmseg_fast[dev]'`). Sources: Felzenszwalb and Huttenlocher, "Efficient graph-based image segmentation", IJCV 2004;
+Achanta et al., "SLIC superpixels compared to state-of-the-art superpixel methods", TPAMI 2012.
 """
 
 from __future__ import annotations
@@ -34,12 +35,16 @@ Truth = tuple[np.ndarray, list[dict]]  # ids [H, W] and segments_info
 
 @dataclass(frozen=True)
 class Classical:
-    """A method and its parameters; called with a picture uint8 [H, W, 3] it returns ids int32 [H, W], 1..n, no void."""
+    """Holds a method and its parameters. Called with a picture it returns a map."""
 
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Segments a picture, uint8 [H, W, 3], into ids int32 [H, W], 1..n without void.
+
+        Pictures longer than `SIDE` pixels are segmented at that size, and the map is enlarged by the nearest pixel.
+        """
         height, width = image.shape[:2]
         shrink = min(1.0, SIDE / max(height, width))
         if shrink == 1.0:
@@ -53,7 +58,10 @@ class Classical:
 
 
 def felzenszwalb(image: np.ndarray, scale: float, sigma: float, min_share: float) -> np.ndarray:
-    """Felzenszwalb & Huttenlocher 2004; components under `min_share` of the picture are merged into a neighbour."""
+    """Segments a picture, uint8 [H, W, 3], into ids int32 [H, W] from 1 on (Felzenszwalb and Huttenlocher 2004).
+
+    Components under `min_share` of the picture are merged into a neighbour.
+    """
     from skimage import segmentation
 
     least = max(1, round(min_share * image.shape[0] * image.shape[1]))
@@ -62,7 +70,10 @@ def felzenszwalb(image: np.ndarray, scale: float, sigma: float, min_share: float
 
 
 def slic(image: np.ndarray, n_segments: int, compactness: float, sigma: float) -> np.ndarray:
-    """Achanta et al. 2012, in CIELAB, connected."""
+    """Segments a picture, uint8 [H, W, 3], into connected ids int32 [H, W] from 1 on (Achanta et al. 2012).
+
+    Colours are compared in CIELAB.
+    """
     from skimage import segmentation
 
     return segmentation.slic(
@@ -75,9 +86,13 @@ GRIDS: dict[str, dict[str, tuple]] = {"felzenszwalb": FELZENSZWALB_GRID, "slic":
 
 
 def score(segment: Callable[[np.ndarray], np.ndarray], items: Iterable[tuple[np.ndarray, Truth]]) -> PQStat:
-    """Class-agnostic panoptic quality of `segment` over pictures [H, W, 3] and their annotations.
+    """Measures the class-agnostic panoptic quality of `segment`.
 
     A picture that comes several times in a row, as one object, is segmented once: it has several annotations.
+
+    Args:
+        segment: maps a picture, uint8 [H, W, 3], to ids int32 [H, W].
+        items: pictures with their annotations, ids int32 [H, W] and `segments_info`.
     """
     stat = PQStat([{"id": 1, "name": "object", "isthing": 1}], class_agnostic=True)
     before, guess = None, np.empty(0)
@@ -89,7 +104,10 @@ def score(segment: Callable[[np.ndarray], np.ndarray], items: Iterable[tuple[np.
 
 
 def load_items(dataset: Any) -> Iterator[tuple[np.ndarray, Truth]]:
-    """Pictures and annotations of a `CocoPanoptic`, at their own size; annotations of one picture share its array."""
+    """Yields the pictures, uint8 [H, W, 3], and annotations, int32 [H, W] with `segments_info`, of a `CocoPanoptic`.
+
+    All have their own size. Annotations of one picture share its array.
+    """
     before, image = None, np.empty(0)
     for index in range(len(dataset)):
         path = dataset.paths(index)[0]
@@ -99,8 +117,10 @@ def load_items(dataset: Any) -> Iterator[tuple[np.ndarray, Truth]]:
 
 
 def tune(method: str, items: list[tuple[np.ndarray, Truth]]) -> tuple[Classical, float]:
-    """The setting of a method's grid with the highest PQ on `items`, which are to be training pictures, and that PQ in
-    percent."""
+    """Finds the setting of a method's grid with the highest PQ on `items`, and that PQ in percent.
+
+    items: pictures, uint8 [H, W, 3], with ids int32 [H, W] and `segments_info`; take training pictures.
+    """
     grid = GRIDS[method]
     candidates = [Classical(method, dict(zip(grid, values))) for values in itertools.product(*grid.values())]
     scores = [100.0 * score(candidate, items).result()["All"]["pq"] for candidate in candidates]

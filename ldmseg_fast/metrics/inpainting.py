@@ -1,6 +1,6 @@
-"""Mask inpainting: blocks of the map are dropped, the model fills them in, panoptic quality per sparsity.
+"""Measures mask inpainting: blocks of the map are dropped, the model fills them in, panoptic quality per sparsity.
 
-Protocol of Van Gansbeke and De Brabandere, arXiv 2401.10227: blocks of 16 x 16 pixels, each dropped with
+The protocol is that of Van Gansbeke and De Brabandere, arXiv 2401.10227: blocks of 16 x 16 pixels, each dropped with
 probability 0.1 .. 0.9, and the mean PQ over the probabilities.
 """
 
@@ -24,9 +24,13 @@ PAPER_PROBABILITIES = PROBABILITIES[1:-1]
 def drop_blocks(
     height: int, width: int, block: int, probability: float, seed: int = 0, image_id: int | str = 0
 ) -> np.ndarray:
-    """Dropped pixels, bool [height, width]: whole blocks of block x block pixels, cut off at the right and lower edges.
+    """Draws the dropped pixels, bool [height, width]: whole blocks of block x block pixels.
 
-    Depends on the arguments alone, not on the batch or rank that an image is in.
+    Blocks are cut off at the right and lower edges. The result depends on the arguments alone, not on the batch or rank
+    that an image is in.
+
+    Raises:
+        ArgumentError: a block without pixels, or a probability outside 0..1.
     """
     if block < 1 or not 0.0 <= probability <= 1.0:
         raise ArgumentError(f"blocks of {block} pixels dropped with probability {probability}: need >= 1 and 0..1")
@@ -37,9 +41,9 @@ def drop_blocks(
 
 
 def keep_given(pred_ids: np.ndarray, given_ids: np.ndarray, dropped: np.ndarray) -> np.ndarray:
-    """The prediction with the given pixels put back: the map's ids where they were neither dropped nor void.
+    """Puts the given pixels back into a prediction: the map's ids where they were neither dropped nor void.
 
-    All [H, W]; both maps number their segments alike.
+    pred_ids, given_ids: integer [H, W], which number their segments alike. dropped: bool [H, W].
     """
     return np.where(dropped | (given_ids == 0), pred_ids, given_ids)
 
@@ -47,14 +51,14 @@ def keep_given(pred_ids: np.ndarray, given_ids: np.ndarray, dropped: np.ndarray)
 def only_dropped(
     ids: np.ndarray, segments: Sequence[Mapping[str, Any]], dropped: np.ndarray
 ) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
-    """A map [H, W] that is void outside the dropped pixels, and those of its segments that are left."""
+    """Voids a map, integer [H, W], outside the dropped pixels, bool [H, W], and lists the segments that are left."""
     inside = np.where(dropped, ids, 0)
     present = set(ids_in(inside))
     return inside, [segment for segment in segments if segment["id"] in present]
 
 
 class InpaintingStat:
-    """Class-agnostic panoptic quality for each (block, probability)."""
+    """Accumulates class-agnostic panoptic quality for each (block, probability)."""
 
     def __init__(self) -> None:
         self.stats: dict[tuple[int, float], PQStat] = {}
@@ -69,19 +73,30 @@ class InpaintingStat:
         pred_segments: Sequence[Mapping[str, Any]],
         image_id: int | str | None = None,
     ) -> None:
-        """Matches one image as `PQStat.add` does."""
+        """Matches one image as `PQStat.add` does: two maps, integer [H, W] with 0 void, and their `segments_info`.
+
+        Raises:
+            PanopticFormatError: see `PQStat.add`.
+        """
         stat = self.stats.setdefault((block, probability), PQStat([], class_agnostic=True))
         stat.add(gt_ids, gt_segments, pred_ids, pred_segments, image_id)
 
     def merge(self, other: "InpaintingStat") -> "InpaintingStat":
-        """Adds another rank's part."""
+        """Adds another rank's part to this one and returns this one.
+
+        Raises:
+            ArgumentError: an image that both have counted.
+        """
         for key, stat in other.stats.items():
             self.stats.setdefault(key, PQStat([], class_agnostic=True)).merge(stat)
         return self
 
     def result(self) -> dict[str, Any]:
-        """Fractions: `sparsities` -> one row each (block, probability, pq, sq, rq, pq_crowd_correct, images), `mean_pq`
-        keyed by str(block) over its probabilities, and `paper_mean_pq` (16 x 16, 0.1 .. 0.9; None if incomplete).
+        """Returns panoptic quality by sparsity, as fractions.
+
+        `sparsities` has one row each (block, probability, pq, sq, rq, pq_crowd_correct, images). `mean_pq`, keyed by
+        str(block), is the mean over its probabilities. `paper_mean_pq` is that of 16 x 16 blocks over 0.1 .. 0.9; None
+        where one of them is missing.
         """
         rows = []
         for (block, probability), stat in sorted(self.stats.items()):

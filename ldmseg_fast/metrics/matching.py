@@ -1,7 +1,7 @@
-"""Ground-truth and predicted segments of one image, matched by panopticapi's rules.
+"""Matches ground-truth and predicted segments of one image by panopticapi's rules.
 
 A pair matches when IoU > 0.5, where the union leaves out the predicted segment's void pixels (Kirillov et al.,
-"Panoptic Segmentation", CVPR 2019, section 4.1). Crowd regions never match; an unmatched prediction that lies by more
+"Panoptic Segmentation", CVPR 2019, section 4.1). Crowd regions never match. An unmatched prediction that lies by more
 than half on void and on a crowd of its own category is no false positive.
 """
 
@@ -36,7 +36,7 @@ MATCH_DTYPE = np.dtype(
 
 
 def segment_table(segments: Sequence[Mapping[str, Any]], class_agnostic: bool, use_area: bool = False) -> np.ndarray:
-    """`segments_info` as int64 [S, 4]: id, category id (1 if class-agnostic), iscrowd, area (-1: count it)."""
+    """Turns `segments_info` into int64 [S, 4]: id, category id (1 if class-agnostic), iscrowd, area (-1: count it)."""
     table = np.empty((len(segments), 4), np.int64)
     for row, segment in enumerate(segments):
         category = 1 if class_agnostic else segment["category_id"]
@@ -48,10 +48,18 @@ def segment_table(segments: Sequence[Mapping[str, Any]], class_agnostic: bool, u
 def match_segments(
     gt_ids: np.ndarray, gt_segments: np.ndarray, pred_ids: np.ndarray, pred_segments: np.ndarray, boundary: bool = False
 ) -> np.ndarray:
-    """Rows of `MATCH_DTYPE` for two id maps [H, W] and their tables [S, 4] (see `segment_table`); `image` is 0.
+    """Matches the segments of two id maps, integer [H, W].
 
-    With `boundary`, each match also gets its boundary IoU (see `boundary_mask`), otherwise NaN.
-    Raises `PanopticFormatError` where maps and tables disagree.
+    Args:
+        gt_ids, pred_ids: the maps, 0 void.
+        gt_segments, pred_segments: their tables, int64 [S, 4] (see `segment_table`).
+        boundary: also compute each match's boundary IoU (see `boundary_mask`); it is NaN otherwise.
+
+    Returns:
+        One row of `MATCH_DTYPE` per segment that counts, [M]; `image` is 0.
+
+    Raises:
+        PanopticFormatError: maps and tables that disagree.
     """
     if _C is None:
         warn_slow()
@@ -66,16 +74,22 @@ def match_segments(
 
 
 def int32_map(ids: np.ndarray) -> np.ndarray:
-    """Ids as the C++ helpers want them: C-contiguous int32 [H, W], values checked if they could be cut off."""
+    """Makes a map what the C++ helpers want: C-contiguous int32 [H, W].
+
+    Raises:
+        PanopticFormatError: values that int32 could cut off.
+    """
     if ids.dtype != np.int32:
         check_map(ids, "map")
     return np.ascontiguousarray(ids, np.int32)
 
 
 def boundary_mask(ids: np.ndarray, distance: int) -> np.ndarray:
-    """Pixels [H, W] whose (2 distance + 1)^2 window holds another id or reaches over the image's edge.
+    """Marks pixels, bool [H, W], whose (2 distance + 1)^2 window holds another id or reaches over the image's edge.
 
     This is each segment minus its erosion: the boundary region of Cheng et al., "Boundary IoU", CVPR 2021.
+
+    ids: integer [H, W]. distance: at least 1 pixel.
     """
     if _C is not None:
         return _C.boundary_mask(_C.RunMap(int32_map(ids)), distance).view(bool)
@@ -91,7 +105,7 @@ def _boundary_mask_numpy(ids: np.ndarray, distance: int) -> np.ndarray:
 
 
 def boundary_distance(height: int, width: int) -> int:
-    """Width of the boundary region in pixels: 2 % of the image's diagonal (the paper's choice), at least 1."""
+    """Returns the width of the boundary region: 2 % of the image's diagonal (the paper's choice), at least 1 pixel."""
     return max(1, round(0.02 * math.sqrt(height * height + width * width)))
 
 
@@ -158,7 +172,11 @@ def _set_boundary_iou(matches: np.ndarray, gt_ids: np.ndarray, pred_ids: np.ndar
 
 
 def joint_histogram(gt_ids: np.ndarray, pred_ids: np.ndarray) -> dict[tuple[int, int], int]:
-    """Pixels of each (ground-truth id, predicted id) that occurs, for two maps [H, W] of ids in 0..2^24-1."""
+    """Counts the pixels of each (ground-truth id, predicted id) that occurs in two maps, integer [H, W].
+
+    Raises:
+        PanopticFormatError: maps of different sizes, or ids outside 0..2^24-1.
+    """
     check_map(gt_ids, "ground truth")
     check_map(pred_ids, "prediction")
     if gt_ids.shape != pred_ids.shape:
@@ -179,7 +197,7 @@ def _joint_histogram(gt_ids: np.ndarray, pred_ids: np.ndarray) -> dict[tuple[int
 
 
 def _areas(ids: np.ndarray, segments: np.ndarray, name: str) -> dict[int, int]:
-    """Pixels of each segment id; map and table must list the same ids."""
+    """Counts the pixels of each segment id; map and table must list the same ids."""
     areas = dict(zip(*(column.tolist() for column in np.unique(ids, return_counts=True))))
     areas.pop(0, None)
     listed = segments[:, 0].tolist()
@@ -197,7 +215,11 @@ def _areas(ids: np.ndarray, segments: np.ndarray, name: str) -> dict[int, int]:
 
 
 def check_map(ids: np.ndarray, name: str) -> None:
-    """Raises `PanopticFormatError` unless `ids` is an integer map [H, W] with values in 0..2^24-1."""
+    """Checks that `ids` is an integer map [H, W] with values in 0..2^24-1.
+
+    Raises:
+        PanopticFormatError: it is not; `name` says which map.
+    """
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise PanopticFormatError(f"{name}: expected integer ids [H, W], got {list(ids.shape)} {ids.dtype}")
     if ids.min() < 0 or ids.max() > MAX_ID:

@@ -1,4 +1,7 @@
-"""Mean intersection over union of segments whose ids are known, such as the slots of a reconstruction."""
+"""Averages the intersection over union of segments whose ids are known, such as the slots of a reconstruction.
+
+IoU is the PASCAL VOC measure of segmentation (Everingham et al., IJCV 2010). Here each segment of each image has one.
+"""
 
 import math
 from collections import Counter
@@ -19,7 +22,11 @@ class MeanIoU:
         self._ious: list[float] = []
 
     def add(self, gt_ids: np.ndarray, pred_ids: np.ndarray) -> None:
-        """Counts one pair of maps [H, W] of ids in 0..2^24-1; `PanopticFormatError` where they are no such maps."""
+        """Counts one pair of maps, integer [H, W], ids in 0..2^24-1.
+
+        Raises:
+            PanopticFormatError: maps that are none, or of different sizes.
+        """
         overlap = joint_histogram(gt_ids, pred_ids)
         gt: Counter[int] = Counter()
         pred: Counter[int] = Counter()
@@ -32,10 +39,10 @@ class MeanIoU:
             self._ious.append(intersection / (gt[key] + pred[key] - intersection))
 
     def merge(self, other: "MeanIoU") -> "MeanIoU":
-        """Adds another rank's part."""
+        """Adds another rank's part to this one and returns this one."""
         self._ious += other._ious
         return self
 
     def result(self) -> dict[str, float]:
-        """`miou` (a fraction) and `n`, the number of segments."""
+        """Returns `miou` (a fraction) and `n`, the number of segments."""
         return {"miou": math.fsum(self._ious) / len(self._ious) if self._ious else 0.0, "n": len(self._ious)}

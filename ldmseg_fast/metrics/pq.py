@@ -1,4 +1,4 @@
-"""Panoptic quality in memory: add images, merge ranks, read the result.
+"""Accumulates panoptic quality in memory: add images, merge ranks, read the result.
 
 PQ = sum of matched IoU / (TP + FP/2 + FN/2) per category, averaged over the categories that occur (Kirillov et al.,
 "Panoptic Segmentation", CVPR 2019, equation 1).
@@ -33,9 +33,13 @@ KEPT_DTYPE = np.dtype(
 class PQStat:
     """Accumulates matches of images; the result does not depend on the order of images or on how ranks shared them.
 
-    categories: COCO entries with `id` and `isthing`. With `class_agnostic` every segment is one category ("object"),
-    the given categories are ignored, and `result()` also holds the crowd-correct numbers.
-    Kept per segment that counts: 29 bytes.
+    A segment that counts takes 29 bytes.
+
+    Args:
+        categories: COCO entries with `id` and `isthing`.
+        class_agnostic: makes every segment one category ("object") and ignores `categories`; `result()` then also holds
+            the crowd-correct numbers.
+        boundary: also computes boundary PQ.
     """
 
     def __init__(self, categories: Iterable[Mapping[str, Any]], class_agnostic: bool = False, boundary: bool = False):
@@ -55,11 +59,18 @@ class PQStat:
         image_id: int | str | None = None,
         use_gt_area: bool = False,
     ) -> np.ndarray:
-        """Matches one image (maps [H, W] of integer ids, 0 = void) and returns its rows of `MATCH_DTYPE`.
+        """Matches one image: two maps, integer [H, W] with 0 void, and their `segments_info`.
 
-        image_id: by default the number of images so far; needed where ranks are merged.
-        use_gt_area: take the ground truth's areas from `gt_segments`, as panopticapi does, instead of counting pixels.
-        Raises `PanopticFormatError` naming the image where maps and `segments_info` disagree.
+        Args:
+            image_id: by default the number of images so far; needed where ranks are merged.
+            use_gt_area: takes the ground truth's areas from `gt_segments`, as panopticapi does, instead of counting
+                pixels.
+
+        Returns:
+            The image's rows of `MATCH_DTYPE`, [M].
+
+        Raises:
+            PanopticFormatError: maps and `segments_info` that disagree; the message names the image.
         """
         image_id = len(self.image_ids) if image_id is None else image_id
         try:
@@ -74,12 +85,16 @@ class PQStat:
         return matches
 
     def check_categories(self, table: np.ndarray, name: str) -> None:
-        """Raises `PanopticFormatError` if a row of a segment table has a category that is not among the categories."""
+        """Checks the categories of a segment table, int64 [S, 4].
+
+        Raises:
+            PanopticFormatError: a category that is not among the categories; `name` says which table.
+        """
         if unknown := set(table[:, 1].tolist()) - self.categories.keys():
             raise PanopticFormatError(f"{name}: category ids {sorted(unknown)} are not among the categories")
 
     def add_matches(self, image_id: int | str, matches: np.ndarray) -> None:
-        """Adds rows that `match_segments` returned."""
+        """Adds the rows of one image, `MATCH_DTYPE` [M], that `match_segments` returned."""
         kept = self._more(len(matches))
         kept["image"] = len(self.image_ids)
         kept["area"] = np.minimum(matches["area"], np.iinfo(np.int32).max)
@@ -88,7 +103,11 @@ class PQStat:
         self.image_ids.append(image_id)
 
     def merge(self, other: "PQStat") -> "PQStat":
-        """Adds the images of `other` (another rank's part). Raises `ValueError` if one was added by both."""
+        """Adds the images of `other` (another rank's part) to this one and returns this one.
+
+        Raises:
+            ArgumentError: other categories, or an image that both have counted.
+        """
         if self.categories != other.categories or self.class_agnostic != other.class_agnostic:
             raise ArgumentError("statistics over different categories cannot be merged")
         if both := set(self.image_ids) & set(other.image_ids):
@@ -100,7 +119,7 @@ class PQStat:
         return self
 
     def _more(self, count: int) -> np.ndarray:
-        """The next `count` rows, to be filled in."""
+        """Makes room for `count` rows and returns them to be filled in."""
         if self._count + count > len(self._rows):
             rows = np.empty((self._count + count) * 3 // 2, KEPT_DTYPE)
             rows[: self._count] = self.matches()
@@ -109,14 +128,16 @@ class PQStat:
         return self._rows[self._count - count : self._count]
 
     def result(self) -> dict[str, Any]:
-        """Fractions as panopticapi's: `All`, `Things`, `Stuff` -> pq, sq, rq, n.
+        """Returns panopticapi's fractions: `All`, `Things`, `Stuff` -> pq, sq, rq, n.
 
         `per_category`, keyed by str(id), has tp, fp, fn, iou, pq, sq, rq of the categories that occur. `sizes` has the
-        averages over small, medium and large segments (a match or a miss counts at the ground truth's area, a false
-        positive at its own).
+        averages over small, medium and large segments. There a match or a miss counts at the ground truth's area, a
+        false positive at its own.
+
         With `boundary`, each also has `boundary_pq`: a match needs min(IoU, boundary IoU) > 0.5 and adds that minimum.
-        Class-agnostic results add `class_agnostic` (with tp, fp, fn, iou), and `crowd_correct` and `pq_crowd_correct`,
-        which excuse false positives on every crowd region instead of panopticapi's last one per category.
+
+        Class-agnostic results add `class_agnostic` (with tp, fp, fn, iou), and `crowd_correct` and `pq_crowd_correct`.
+        These excuse false positives on every crowd region instead of panopticapi's last one per category.
         """
         matches = self.matches()
         per_category = self._per_category(matches)
@@ -141,11 +162,14 @@ class PQStat:
         return result
 
     def matches(self) -> np.ndarray:
-        """All rows so far, in `KEPT_DTYPE`, not to be written to; `image` is the place in `image_ids`."""
+        """Returns all rows so far, `KEPT_DTYPE` [M]: a view that must not be written to.
+
+        `image` is the place in `image_ids`.
+        """
         return self._rows[: self._count]
 
     def _per_category(self, matches: np.ndarray) -> dict[int, dict[str, Any]]:
-        """Counts and qualities of the categories that occur, in the order of `categories`."""
+        """Computes counts and qualities of the categories that occur, in the order of `categories`."""
         entries = {}
         for category_id in self.categories:
             rows = matches[matches["category_id"] == category_id]
@@ -178,7 +202,7 @@ class PQStat:
         }
 
     def _total(self, per_category: dict[int, dict[str, Any]]) -> dict[str, Any]:
-        """The one category of class-agnostic counting, in the shape of an average."""
+        """Returns the one category of class-agnostic counting in the shape of an average."""
         entry = per_category.get(OBJECT_CATEGORY["id"]) or {"tp": 0, "fp": 0, "fn": 0, **_ratios(0, 0, 0, 0.0)}
         return {"n": len(per_category), **entry}
 

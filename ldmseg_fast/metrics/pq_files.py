@@ -1,4 +1,7 @@
-"""Panoptic quality of COCO panoptic files: reads pairs of PNGs on a few threads and keeps only their matches."""
+"""Measures panoptic quality of COCO panoptic files, as panopticapi does.
+
+A few threads read pairs of PNGs and keep only their matches.
+"""
 
 import os
 import time
@@ -20,7 +23,7 @@ from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
 
 MAX_THREADS = 8
-_TASK = 16  # images at most that a thread takes at a time
+_TASK = 16  # most images that a thread takes at a time
 
 
 def evaluate_files(
@@ -35,14 +38,20 @@ def evaluate_files(
     replicates: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """panopticapi's evaluation: `PQStat.result()` (fractions) and what only files can tell.
+    """Evaluates result files as panopticapi does.
 
     Folders of PNGs default to the JSON's path without ".json", then to ROOT/NAME for ROOT/annotations/NAME.json.
-    Added keys: `seconds` (reading + matching), `threads`, `missing` and `ignored` (image ids without a prediction, and
-    predicted but not in the ground truth), `interval` (bootstrap 95 % of PQ over images), `per_image` (in the order of
-    the ground truth) and `worst_images`. `boundary` adds boundary PQ (see `PQStat.result`).
-    Raises `PanopticFormatError` naming the file: see `load_panoptic_json`, `read_panoptic_png`, `match_segments`;
-    images without prediction unless `allow_missing`, which counts them as predicted all void; no folder of PNGs.
+    `allow_missing` counts images without prediction as predicted all void. `boundary` adds boundary PQ.
+
+    Returns:
+        `PQStat.result()` (fractions) and what only files can tell: `seconds` (reading and matching), `threads`,
+        `missing`
+        and `ignored` (image ids without a prediction, and predicted but not in the ground truth), `interval` (bootstrap
+        95 % of PQ over images), `per_image` (in the order of the ground truth) and `worst_images`.
+
+    Raises:
+        PanopticFormatError: names the file. See `load_panoptic_json`, `read_panoptic_png` and `match_segments`;
+            besides, images without prediction unless `allow_missing`, and a missing folder of PNGs.
     """
     started = time.perf_counter()
     gt, pred = index_annotations(gt_json), index_annotations(pred_json, predictions=True)
@@ -94,7 +103,11 @@ def evaluate_files(
 
 
 def png_folder(json_path: str | Path, given: str | Path | None = None) -> Path:
-    """Where the PNGs of a panoptic JSON lie; `PanopticFormatError` naming the places looked at where there is none."""
+    """Finds the folder with the PNGs of a panoptic JSON.
+
+    Raises:
+        PanopticFormatError: there is none; the message names the places looked at.
+    """
     path = Path(json_path)
     places = [path.with_suffix(""), path.parent.parent / path.stem] if given is None else [Path(given)]
     for place in places:
@@ -105,7 +118,7 @@ def png_folder(json_path: str | Path, given: str | Path | None = None) -> Path:
 
 
 def default_threads() -> int:
-    """One per core this process may use, at most `MAX_THREADS`."""
+    """Returns one thread per core that this process may use, at most `MAX_THREADS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_THREADS)
 
@@ -113,9 +126,9 @@ def default_threads() -> int:
 def _match_files(
     gt_path: Path, gt_table: np.ndarray, pred_path: Path | None, pred_table: np.ndarray, boundary: bool
 ) -> np.ndarray:
-    """One pair of PNGs; without `pred_path` the prediction is all void."""
+    """Matches one pair of PNGs; without `pred_path` the prediction is all void."""
     if _C is not None and pred_path is not None:
-        with suppress(ValueError):  # rare or wrong; below, all is read by the functions that say what
+        with suppress(ValueError):  # rare or wrong: the functions below read it whole and say what is wrong
             paths = os.fsencode(gt_path), os.fsencode(pred_path)
             return _C.match_files(paths[0], gt_table, paths[1], pred_table, boundary, MAX_PIXELS)
     gt_ids = _read(gt_path)
@@ -131,7 +144,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _map_in_order(function: Callable[[int], np.ndarray], count: int, threads: int) -> Iterator[np.ndarray]:
-    """function(0), function(1), ... over a few threads, a few tasks ahead; the first error cancels the rest."""
+    """Yields function(0), function(1), ... over a few threads, a few tasks ahead; the first error cancels the rest."""
     if threads == 1:
         yield from map(function, range(count))
         return

@@ -1,4 +1,4 @@
-"""What is told about a panoptic quality: table, interval, quality per image, CSV."""
+"""Tells a panoptic quality: table, interval, quality per image, CSV. The table is panopticapi's."""
 
 import csv
 import io
@@ -13,7 +13,10 @@ from ldmseg_fast.metrics.pq import PQStat
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """panopticapi's table in percent, boundary PQ as a fifth column where it was computed, and notes below it."""
+    """Formats panopticapi's table in percent, with notes below.
+
+    Boundary PQ is a fifth column where it was computed.
+    """
     boundary = "boundary_pq" in result["All"]
     lines = [f"{'':10s}| {'PQ':>5s}  {'SQ':>5s}  {'RQ':>5s} {'N':>5s}" + (f"  {'BPQ':>5s}" if boundary else "")]
     lines.append("-" * (len(lines[0]) + 1))
@@ -44,7 +47,10 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def image_qualities(stat: PQStat) -> list[dict[str, Any]]:
-    """Per image, over its segments of all categories: pq (None without segments), tp, fp, fn, iou."""
+    """Lists the quality of each image over its segments of all categories.
+
+    Each entry has image_id, pq (None without segments), tp, fp, fn and iou.
+    """
     matches, count = stat.matches(), len(stat.image_ids)
     tp, fp, fn, iou = _sums(matches, matches["image"], count)
     weight = tp + 0.5 * fp + 0.5 * fn
@@ -64,9 +70,10 @@ def image_qualities(stat: PQStat) -> list[dict[str, Any]]:
 def bootstrap_interval(
     stat: PQStat, replicates: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, Any] | None:
-    """Percentile interval of PQ when images are drawn anew with replacement; None without images.
+    """Returns the percentile interval of PQ when images are drawn anew with replacement; None without images.
 
-    Does not depend on the order in which images were added.
+    It does not depend on the order in which images were added. Source: Efron, "Bootstrap methods: another look at the
+    jackknife", 1979.
     """
     matches, count = stat.matches(), len(stat.image_ids)
     if not count or not len(matches) or not replicates:
@@ -93,7 +100,7 @@ def bootstrap_interval(
 
 
 def write_csv(path: str | Path, result: dict[str, Any]) -> None:
-    """One line per category that occurs: id, name, isthing, counts, iou, pq, sq, rq (fractions)."""
+    """Writes one line per category that occurs: id, name, isthing, counts, iou, pq, sq, rq (fractions)."""
     names = ["tp", "fp", "fn", "iou", "pq", "sq", "rq"] + (["boundary_pq"] if "boundary_pq" in result["All"] else [])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -105,7 +112,7 @@ def write_csv(path: str | Path, result: dict[str, Any]) -> None:
 
 
 def _sums(matches: np.ndarray, group: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """tp, fp, fn and summed IoU per group, each [count]."""
+    """Sums tp, fp, fn and IoU per group, each [count]."""
     outcome = matches["outcome"]
     tp, fp, fn = (
         np.bincount(group[chosen], minlength=count)

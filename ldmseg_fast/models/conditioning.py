@@ -1,4 +1,4 @@
-"""What the UNet's cross-attention sees: nothing, learned queries, CLIP's image tokens, or a caption."""
+"""Makes what the UNet's cross-attention sees: nothing, learned queries, CLIP's image tokens, or a caption."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ ContextDenoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # (unet_input, time
 
 
 class LearnedQueries(nn.Module):
-    """The same trained tokens for every image."""
+    """Gives the same trained tokens for every image.
+
+    Args:
+        config: `num_queries` is M.
+        width: D, of the UNet's cross-attention.
+    """
 
     def __init__(self, config: ConditioningConfig, width: int) -> None:
         super().__init__()
@@ -37,12 +42,21 @@ class LearnedQueries(nn.Module):
         self.queries = nn.Parameter(torch.randn(config.num_queries, width) * 0.02)
 
     def forward(self, images: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """images [B, 3, H, W] (only counted) -> [B, M, D]."""
+        """Gives tokens float [B, M, D], an option of LDMSeg (arXiv 2401.10227).
+
+        images: [B, 3, H, W], any dtype; they are only counted.
+        """
         return self.queries.expand(len(images), -1, -1)
 
 
 class ClipImageTokens(nn.Module):
-    """Patch tokens of a frozen CLIP vision model, projected to the UNet's width."""
+    """Gives the patch tokens of a frozen CLIP vision model (Radford et al. 2021), projected to the UNet's width.
+
+    Args:
+        config: of the conditioning.
+        width: D, of the UNet's cross-attention.
+        encoder: transformers' CLIPVisionModel.
+    """
 
     def __init__(self, config: ConditioningConfig, width: int, encoder: Any) -> None:
         super().__init__()
@@ -51,7 +65,7 @@ class ClipImageTokens(nn.Module):
         self.projection = _projection(self.encoder.config.hidden_size, width)
 
     def forward(self, images: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """uint8 images [B, 3, H, W] -> [B, M, D]."""
+        """Encodes images uint8 [B, 3, H, W] as tokens float [B, M, D]."""
         side = self.encoder.config.image_size
         pixels = F.interpolate(images.float() / 255.0, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
@@ -62,7 +76,13 @@ class ClipImageTokens(nn.Module):
 
 
 class ClipTextTokens(nn.Module):
-    """Token states of a frozen CLIP text model; an image without a caption has the empty one."""
+    """Gives the token states of a frozen CLIP text model (Radford et al. 2021); no caption counts as the empty one.
+
+    Args:
+        config: of the conditioning.
+        width: D, of the UNet's cross-attention.
+        encoder, tokenizer: transformers' CLIPTextModel and CLIPTokenizer.
+    """
 
     def __init__(self, config: ConditioningConfig, width: int, encoder: Any, tokenizer: Any) -> None:
         super().__init__()
@@ -72,7 +92,15 @@ class ClipTextTokens(nn.Module):
         self.projection = _projection(self.encoder.config.hidden_size, width)
 
     def forward(self, images: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """B images (only counted) and their captions -> [B, M, D]. Raises ArgumentError where their numbers differ."""
+        """Encodes captions as tokens float [B, M, D].
+
+        Args:
+            images: [B, 3, H, W], any dtype; they are only counted.
+            captions: B of them, or None.
+
+        Raises:
+            ArgumentError: their numbers differ.
+        """
         captions = [""] * len(images) if captions is None else list(captions)
         if len(captions) != len(images):
             raise ArgumentError(f"captions: {len(captions)} for {len(images)} images")
@@ -98,7 +126,7 @@ def build_conditioning(
     clip_config: dict[str, Any] | None = None,
     tokenizer_folder: Path | None = None,
 ) -> Any:
-    """The module whose forward(images, captions) gives the UNet's context, or None.
+    """Builds the module whose forward(images, captions) gives the UNet's context; None where it has none.
 
     Args:
         unet: `conditioning` names the kind, `cross_attention_dim` is D.
@@ -137,7 +165,12 @@ def build_conditioning(
 def saved_conditioning(
     module: Any,
 ) -> tuple[ConditioningConfig, dict[str, Tensor], dict[str, Any] | None, Callable[[Path], object] | None]:
-    """What a model folder keeps: settings, weights (CLIP's too), CLIP's own configuration, and a writer of files."""
+    """Lists what a model folder keeps of a conditioning, as `save_component` takes it after the name.
+
+    Returns:
+        Settings, weights of any shape and dtype (CLIP's too), CLIP's own configuration as transformers has it, and a
+        writer of further files; None for what there is not.
+    """
     config = replace(module.config, path="")
     if isinstance(module, LearnedQueries):
         return config, module.state_dict(), None, None
@@ -156,7 +189,7 @@ def _subfolder(folder: Path, name: str) -> Path:
 
 
 def drop_captions(captions: Sequence[str] | None, share: float, generator: torch.Generator) -> list[str] | None:
-    """Captions, about `share` of them emptied, so that guidance has a model without caption (Ho & Salimans 2022)."""
+    """Empties about `share` of the captions, so that guidance has a model without one (Ho & Salimans 2022)."""
     if captions is None:
         return None
     keep = (torch.rand(len(captions), generator=generator) >= share).tolist()
@@ -169,10 +202,19 @@ def with_context(
     images: Tensor,
     captions: Sequence[str] | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`denoise` with its context fixed, as a sampler calls it; guided where there are captions.
+    """Fixes the context of `denoise`, as a sampler calls it; with guidance where there are captions.
 
     With captions and a guidance scale s other than 1, each call evaluates 2 B inputs and returns
     e(none) + s (e(caption) - e(none)) (Ho & Salimans 2022, equation 6 with s = 1 + w).
+
+    Args:
+        denoise: the UNet, which takes a context float [B, M, D].
+        conditioning: what `build_conditioning` made.
+        images: uint8 [B, 3, H, W].
+        captions: B of them, or None.
+
+    Raises:
+        ArgumentError: as many captions as images are needed.
     """
     context = conditioning(images, captions)
     scale = conditioning.config.guidance_scale

@@ -1,8 +1,9 @@
-"""Image encoders: uint8 pictures -> `image_latents`."""
+"""Defines the image encoders: uint8 pictures -> `image_latents`."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmseg_fast.config import ImageEncoderConfig
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.models.attention import attention
-from ldmseg_fast.models.layers import GroupNormSiLU, ResnetBlock
+from ldmseg_fast.models.layers import GroupNormSiLU, ResnetBlock, numbered_tensors
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [B, 3, H, W] to [-1, 1] in `dtype`."""
+    """Scales uint8 [B, 3, H, W] to [-1, 1] in `dtype`, as Stable Diffusion's VAE takes it (Rombach et al. 2022)."""
     return (images.float() * (2.0 / 255.0) - 1.0).to(dtype)
 
 
 class ConvEncoder(nn.Module):
-    """A small convolutional encoder, trained jointly with the UNet."""
+    """Encodes pictures by a few convolutions, which are trained jointly with the UNet: this project's own design."""
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class ConvEncoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> [B, C, H/f, W/f]."""
+        """Encodes uint8 [B, 3, H, W] as float [B, C, H/f, W/f]."""
         return self.layers(normalize(images, next(self.parameters()).dtype)) * self.config.scaling_factor
 
 
@@ -51,9 +52,10 @@ class _TaesdBlock(nn.Module):
 
 
 class TaesdEncoder(nn.Module):
-    """TAESD: a distilled encoder into Stable Diffusion's latent space (github.com/madebyollin/taesd, MIT).
+    """Encodes pictures as Stable Diffusion's VAE does, by a distilled network: TAESD.
 
-    Takes pictures in [0, 1]; its latents are used as they are, `scaling_factor` is 1.
+    It takes pictures in [0, 1] (https://github.com/madebyollin/taesd, MIT). Its latents are used as they are:
+    `scaling_factor` is 1.
     """
 
     def __init__(self, config: ImageEncoderConfig) -> None:
@@ -67,7 +69,7 @@ class TaesdEncoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, config.latent_channels, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> [B, 4, H/8, W/8]."""
+        """Encodes uint8 [B, 3, H, W] as float [B, 4, H/8, W/8]."""
         return self.layers((images.float() / 255.0).to(next(self.parameters()).dtype)) * self.config.scaling_factor
 
 
@@ -150,11 +152,11 @@ class _KLEncoderNetwork(nn.Module):
 
 
 class KLEncoder(nn.Module):
-    """The encoder of diffusers' `AutoencoderKL` (Rombach et al. 2022, appendix G), from its `config.json`.
+    """Encodes pictures by the encoder of diffusers' `AutoencoderKL` (Rombach et al. 2022, appendix G).
 
     Args:
         config: `scaling_factor` multiplies the latents.
-        vae_config: default Stable Diffusion's.
+        vae_config: diffusers' `config.json`; default Stable Diffusion's.
 
     Raises:
         ArgumentError: settings that this encoder does not have; the message names them.
@@ -174,7 +176,7 @@ class KLEncoder(nn.Module):
         self.quant_conv = nn.Conv2d(channels, channels, 1) if vae["use_quant_conv"] else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> the posterior's mean times `scaling_factor`, [B, C, H/f, W/f]."""
+        """Encodes uint8 [B, 3, H, W] as the posterior's mean times `scaling_factor`, float [B, C, H/f, W/f]."""
         moments = self.encoder(normalize(images, self.encoder.conv_in.weight.dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
@@ -216,9 +218,11 @@ SD_VAE_CONFIG = {
 
 
 def build_image_encoder(config: ImageEncoderConfig, vae_config: dict | None = None) -> nn.Module:
-    """The encoder that `config.kind` names, with fresh weights.
+    """Builds the encoder that `config.kind` names, with fresh weights.
 
-    `vae_config`: "autoencoder_kl" only, diffusers' config.json; default Stable Diffusion's.
+    Args:
+        config: of the encoder.
+        vae_config: "autoencoder_kl" only, diffusers' config.json; default Stable Diffusion's.
 
     Raises:
         ArgumentError: a `vae_config` that is not Stable Diffusion's kind.
@@ -234,7 +238,10 @@ OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_at
 
 
 def modern_attention_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of an AutoencoderKL under today's names: SD 1.x's files call the attention's layers query, key, value."""
+    """Gives the tensors of a diffusers AutoencoderKL today's names; any shape and dtype.
+
+    Stable Diffusion 1.x's files call the attention's layers query, key, value and proj_attn.
+    """
     renamed = {}
     for key, value in state.items():
         parts = key.split(".")
@@ -244,3 +251,23 @@ def modern_attention_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value[:, :, 0, 0]  # older still: 1x1 convolutions
         renamed[key] = value
     return renamed
+
+
+def structure_from_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Reads the settings of diffusers' `AutoencoderKL` off its tensors, any shape and dtype, under today's names.
+
+    Norm groups are not in the tensors.
+
+    Raises:
+        CheckpointError: tensors that make no AutoencoderKL.
+    """
+    convolutions = numbered_tensors(state, "encoder.down_blocks.{}.resnets.0.conv1.weight")
+    widths = [weight.shape[0] for weight in convolutions if weight.ndim == 4]
+    moments = state.get("encoder.conv_out.weight")
+    if not widths or moments is None or moments.ndim != 4:
+        raise CheckpointError("no AutoencoderKL: encoder.down_blocks.* and encoder.conv_out.weight expected")
+    return {
+        "block_out_channels": widths,
+        "layers_per_block": len(numbered_tensors(state, "encoder.down_blocks.0.resnets.{}.conv1.weight")),
+        "latent_channels": moments.shape[0] // 2,
+    }

@@ -1,8 +1,10 @@
-"""Building blocks of the UNet. Parameter names are those of diffusers' UNet2DConditionModel."""
+"""Defines the building blocks of the UNet. Parameter names are those of diffusers' UNet2DConditionModel."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from ldmseg_fast.models.attention import attention
 
 
 def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
-    """Sinusoids of `timesteps` [B]: [B, channels], cosines first (Vaswani et al. 2017, section 3.5; SD's order)."""
+    """Embeds timesteps [B] as sinusoids float32 [B, channels], cosines first (Vaswani et al. 2017, section 3.5)."""
     half = channels // 2
     frequencies = torch.exp(
         torch.arange(half, dtype=torch.float32, device=timesteps.device) * (-math.log(10_000.0) / half)
@@ -23,24 +25,28 @@ def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """GroupNorm, then SiLU in the same pass."""
+    """Normalises groups of channels (Wu & He 2018), and applies SiLU in the same pass."""
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps float [B, C, h, w] to the same shape."""
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
 class TimestepMLP(nn.Module):
+    """Maps a timestep's sinusoids to the embedding that all residual blocks see (Ho et al. 2020, appendix B)."""
+
     def __init__(self, channels: int, embed_channels: int) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(channels, embed_channels)
         self.linear_2 = nn.Linear(embed_channels, embed_channels)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C] -> [B, E]
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps float [B, C] to [B, E]."""
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions around the time embedding, with a shortcut (He et al. 2016; Ho et al. 2020, appendix B)."""
+    """Runs two convolutions around the time embedding, with a shortcut (He et al. 2016; Ho et al. 2020, appendix B)."""
 
     def __init__(self, in_channels: int, out_channels: int, embed_channels: int, groups: int, eps: float) -> None:
         super().__init__()
@@ -53,8 +59,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """x [B, C, h, w], time [B, E] (SiLU applied by the caller, once for all blocks), or the projections of all
-        blocks side by side where `time_slice` tells which are this one's."""
+        """Maps x float [B, C, h, w] to [B, C_out, h, w].
+
+        The caller has applied SiLU to time [B, E], once for all blocks. Where `time_slice` is set, time holds the
+        projections of all blocks side by side, and the slice is this one's.
+        """
         hidden = self.conv1(self.norm1(x))
         if self.time_slice is not None and time is not None:
             hidden = hidden + time[:, self.time_slice, None, None]
@@ -65,7 +74,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; keys and values from `context` where it is given."""
+    """Attends with several heads (Vaswani et al. 2017, section 3.2.2), to `context` where it is given."""
 
     def __init__(self, channels: int, num_heads: int, context_channels: int = 0, backend: str = "auto") -> None:
         super().__init__()
@@ -79,6 +88,7 @@ class Attention(nn.Module):
         self.fused_qkv: Tensor | None = None  # [3 C, C]; set by UNet.fuse_qkv for inference
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Maps tokens float [B, N, C] to the same shape; context: [B, M, D]."""
         batch, tokens, channels = x.shape  # [B, N, C]
         if self.fused_qkv is not None and context is None:
             q, k, v = self.project_qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2)
@@ -91,34 +101,40 @@ class Attention(nn.Module):
         return self.to_out[0](out.reshape(batch, tokens, channels))
 
     def project_qkv(self, x: Tensor) -> Tensor:
-        """q, k and v of x [B, N, C] in one product, [B, N, 3 C]; only where `fused_qkv` is set."""
+        """Projects x float [B, N, C] to q, k and v in one product, [B, N, 3 C]; only where `fused_qkv` is set."""
         assert self.fused_qkv is not None
         return F.linear(x, self.fused_qkv)
 
 
 class GEGLU(nn.Module):
-    """x W1 * gelu(x W2) (Shazeer 2020, equation 6)."""
+    """Computes x W1 * gelu(x W2) (Shazeer 2020, equation 6)."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.proj = nn.Linear(channels, hidden * 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps float [..., C] to [..., hidden]."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
+    """Maps each token through a hidden layer of four times its width, gated by `GEGLU`."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         # index 1 is diffusers' dropout, which has no parameters
         self.net = nn.ModuleList([GEGLU(channels, channels * 4), nn.Identity(), nn.Linear(channels * 4, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps float [B, N, C] to the same shape."""
         return self.net[2](self.net[0](x))
 
 
 class TransformerBlock(nn.Module):
+    """Chains self-attention, cross-attention where there is a context, and a feed-forward layer, with shortcuts."""
+
     def __init__(self, channels: int, num_heads: int, context_channels: int, backend: str) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
@@ -128,7 +144,8 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:  # [B, N, C], [B, M, D]
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Maps tokens float [B, N, C] to the same shape; context: [B, M, D] or None."""
         x = x + self.attn1(self.norm1(x))
         if self.attn2 is not None and self.norm2 is not None:
             x = x + self.attn2(self.norm2(x), context)
@@ -136,7 +153,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer over the h*w cells of a feature map (Rombach et al. 2022, appendix E.2.1)."""
+    """Runs transformer blocks over the h*w cells of a feature map (Rombach et al. 2022, appendix E.2.1)."""
 
     def __init__(
         self,
@@ -158,6 +175,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Maps float [B, C, h, w] to the same shape; context: [B, M, D] or None."""
         batch, channels, height, width = x.shape
         hidden = self.norm(x)
         if not self.linear_projection:
@@ -176,18 +194,30 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halves height and width by a convolution of stride 2."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, h/2, w/2]
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps float [B, C, h, w] to [B, C, h/2, w/2]."""
         return self.conv(x)
 
 
 class Upsample(nn.Module):
+    """Doubles height and width by repetition, and convolves."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, 2h, 2w]
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps float [B, C, h, w] to [B, C, 2h, 2w]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def numbered_tensors(state: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Lists the tensors, any shape and dtype, called `name` with 0, 1, ... for {}, up to the first that is missing."""
+    names = map(name.format, itertools.count())
+    return [state[found] for found in itertools.takewhile(state.__contains__, names)]

@@ -1,4 +1,4 @@
-"""Mask auto-encoder: bit planes -> latents -> slot logits (LDMSeg, arXiv 2401.10227, section 3.1).
+"""Defines the mask auto-encoder: bit planes -> latents -> slot logits (LDMSeg, arXiv 2401.10227, section 3.1).
 
 Positions in the two Sequentials, and so parameter names, are those of the published checkpoints.
 """
@@ -6,19 +6,22 @@ Positions in the two Sequentials, and so parameter names, are those of the publi
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmseg_fast.config import MaskVAEConfig
+from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.models import posterior
 from ldmseg_fast.models.layers import ResnetBlock
 from ldmseg_fast.models.posterior import Posterior
 
 
 class ChannelLayerNorm(nn.Module):
-    """LayerNorm over the channels of [B, C, h, w]."""
+    """Normalises over the channels of [B, C, h, w] (Ba et al. 2016, LayerNorm)."""
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -27,18 +30,20 @@ class ChannelLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps float [B, C, h, w] to the same shape."""
         normed = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
         return normed.permute(0, 3, 1, 2)
 
 
 class MidBlock(nn.Module):
-    """Two residual blocks without time embedding and attention: diffusers' `UNetMidBlock2D`."""
+    """Chains two residual blocks without time embedding and attention: diffusers' `UNetMidBlock2D`."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, 0, groups, 1e-6) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps float [B, C, h, w] to the same shape."""
         for resnet in self.resnets:
             x = resnet(x)
         return x
@@ -74,7 +79,7 @@ def _decoder(config: MaskVAEConfig) -> nn.Sequential:
 
 
 class MaskVAE(nn.Module):
-    """Auto-encoder of segment maps.
+    """Encodes segment maps as latents, and decodes these to slot logits.
 
     Args:
         config: bits, slots, widths, bottleneck. The defaults are the released size.
@@ -92,7 +97,11 @@ class MaskVAE(nn.Module):
             self.codebook = codebook(config.codebook_size, channels)
 
     def encode(self, bits: Tensor) -> Posterior:
-        """Bit planes [B, K, H, W] in {-1, +1}, 0 where void, to the posterior of [B, C, H/f, W/f], unscaled."""
+        """Encodes bit planes float [B, K, H, W], -1 or +1 and 0 where void.
+
+        Returns:
+            The posterior of the unscaled latents [B, C, H/f, W/f]; f is `config.downsampling`.
+        """
         moments = self.encoder(bits)
         if self.config.parametrization == "gaussian":
             return posterior.gaussian(moments)
@@ -101,18 +110,70 @@ class MaskVAE(nn.Module):
         return self.codebook(moments)
 
     def encode_latents(self, bits: Tensor) -> Tensor:
-        """The posterior's mode times `scaling_factor`: what diffusion sees, [B, C, H/f, W/f]."""
+        """Encodes bit planes float [B, K, H, W] as what diffusion sees, float [B, C, H/f, W/f].
+
+        That is the posterior's mode times `scaling_factor` (Rombach et al. 2022, appendix G).
+        """
         return self.encode(bits).mode() * self.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents [B, C, h, w] to logits [B, Q, h * 2^u, w * 2^u], before the last bilinear resize."""
+        """Decodes unscaled latents float [B, C, h, w] to slot logits [B, Q, h 2^u, w 2^u], u being `num_upscalers`."""
         return self.decoder(latents)
 
     def decode_latents(self, mask_latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w], as the sampler returns them, to logits [B, Q, h * 2^u, w * 2^u]."""
+        """Decodes scaled latents float [B, C, h, w], as the sampler returns them; see `decode`."""
         return self.decoder(mask_latents / self.config.scaling_factor)
 
     def upsample(self, logits: Tensor) -> Tensor:
-        """`decode`'s logits at the network's size: bilinear by 8 / 2^u, align_corners false."""
+        """Resizes `decode`'s logits to the network's size, bilinear without aligned corners.
+
+        Maps float [B, Q, h * 2^u, w * 2^u] to [B, Q, h * f, w * f]; f is `config.downsampling`.
+        """
         factor = self.config.downsampling / 2**self.config.num_upscalers
         return F.interpolate(logits, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def structure_from_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Reads the fields of `MaskVAEConfig` off the tensors of an auto-encoder, any shape and dtype.
+
+    Norm groups, the bottleneck's activation and the latents' scale are not in the tensors. Codebooks are not known.
+
+    Raises:
+        CheckpointError: tensors that make no auto-encoder of this kind.
+    """
+    encoder, decoder = _convolutions(state, "encoder"), _convolutions(state, "decoder")
+    if len(encoder) < 3 or len(encoder) % 2 == 0 or len(decoder) < 2:
+        raise CheckpointError(
+            f"no mask auto-encoder: {len(encoder)} convolutions in encoder.*, {len(decoder)} in decoder.*, instead of "
+            f"3, 5, 7, ... and at least 2"
+        )
+    moments, latents = encoder[-1].shape[0], decoder[0].shape[1]
+    if moments not in (latents, 2 * latents):
+        raise CheckpointError(
+            f"the encoder ends in {moments} channels and the decoder takes {latents}: neither a gaussian bottleneck "
+            f"(twice as many) nor an auto one (as many)"
+        )
+    upscalers = decoder[1:-1]
+    positions = (key.split(".") for key in state if key.startswith("encoder."))
+    return {
+        "num_bits": encoder[0].shape[1],
+        "num_slots": decoder[-1].shape[0],
+        "latent_channels": latents,
+        "widths": tuple(weight.shape[0] for weight in encoder[0:-2:2]),
+        "middle_width": encoder[-2].shape[0],
+        "decoder_width": decoder[0].shape[0],
+        "upscale_width": upscalers[0].shape[1] if upscalers else 0,
+        "num_upscalers": len(upscalers),
+        "num_mid_blocks": len({parts[1] for parts in positions if parts[2:3] == ["resnets"]}),
+        "parametrization": "gaussian" if moments == 2 * latents else "auto",
+    }
+
+
+def _convolutions(state: Mapping[str, Tensor], part: str) -> list[Tensor]:
+    """The weights [_, _, k, k] right under `part`, in the order of their positions."""
+    found = {}
+    for key, value in state.items():
+        match key.split("."):
+            case [name, position, "weight"] if name == part and position.isdecimal() and value.ndim == 4:
+                found[int(position)] = value
+    return [found[position] for position in sorted(found)]

@@ -1,12 +1,12 @@
-"""The denoiser: Stable Diffusion's UNet without (or with) cross-attention.
+"""Defines the denoiser: Stable Diffusion's UNet without (or with) cross-attention.
 
-Parameter names and arithmetic are those of diffusers' `UNet2DConditionModel`, so its checkpoints load; written to be
-compiled and exported: nothing in `forward` depends on data, and attention stands behind one function.
+Parameter names and arithmetic are those of diffusers' `UNet2DConditionModel`, so its checkpoints load. It is written to
+be compiled and exported: nothing in `forward` depends on data, and attention stands behind one function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldmseg_fast.config import UNetConfig
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.models.layers import (
     Attention,
     Downsample,
@@ -24,12 +24,13 @@ from ldmseg_fast.models.layers import (
     SpatialTransformer,
     TimestepMLP,
     Upsample,
+    numbered_tensors,
     timestep_embedding,
 )
 
 
 class Block(nn.Module):
-    """One resolution: residual blocks, each with its transformer where the level has attention."""
+    """Holds one resolution: residual blocks, each with its transformer where the level has attention."""
 
     def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -39,11 +40,17 @@ class Block(nn.Module):
         self.has_attention = bool(attentions)
 
     def layer(self, index: int, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+        """Runs the residual block and transformer at `index`: x float [B, C, h, w] to [B, C_out, h, w].
+
+        time: [B, E], see `ResnetBlock.forward`; context: [B, M, D] or None.
+        """
         x = self.resnets[index](x, time)
         return self.attentions[index](x, context) if self.has_attention else x
 
 
 class DownBlock(Block):
+    """Holds one resolution of the down path, and the step to the next."""
+
     def __init__(
         self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], downsample: Downsample | None
     ) -> None:
@@ -54,6 +61,8 @@ class DownBlock(Block):
 
 
 class UpBlock(Block):
+    """Holds one resolution of the up path, and the step to the next."""
+
     def __init__(
         self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], upsample: Upsample | None
     ) -> None:
@@ -64,6 +73,8 @@ class UpBlock(Block):
 
 
 class MidBlock(nn.Module):
+    """Holds the lowest resolution: residual block, transformer where there is one, residual block."""
+
     def __init__(self, first: ResnetBlock, attention: SpatialTransformer | None, second: ResnetBlock) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([first, second])
@@ -72,6 +83,7 @@ class MidBlock(nn.Module):
         self.has_attention = attention is not None
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+        """Maps float [B, C, h, w] to the same shape; time: [B, E], context: [B, M, D] or None."""
         x = self.resnets[0](x, time)
         if self.has_attention:
             x = self.attentions[0](x, context)
@@ -79,7 +91,7 @@ class MidBlock(nn.Module):
 
 
 class SeparateConvIn(nn.Module):
-    """One convolution per part of the input, summed: noisy latents, image latents (, condition)."""
+    """Convolves each part of the input by itself and adds up: noisy latents, image latents (, condition)."""
 
     def __init__(self, channels: list[int], out_channels: int) -> None:
         super().__init__()
@@ -87,6 +99,7 @@ class SeparateConvIn(nn.Module):
         self.parts = nn.ModuleList(nn.Conv2d(part, out_channels, 3, padding=1) for part in channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps float [B, C_in, h, w] to [B, C_out, h, w]."""
         parts = x.split(self.channels, dim=1)
         out = self.parts[0](parts[0])
         for conv, part in zip(self.parts[1:], parts[1:]):
@@ -95,10 +108,11 @@ class SeparateConvIn(nn.Module):
 
 
 class FeatureCache:
-    """What evaluations of one sampling loop share: the features that come up from below the `branch`-th skip
-    connection, counted from the outermost (DeepCache: Ma et al. 2023, section 3.2).
+    """Keeps what evaluations of one sampling loop share.
 
-    An evaluation that finds `features` computes what lies above them alone; one that finds None leaves them here.
+    That is the features that come up from below the `branch`-th skip connection, counted from the outermost (DeepCache:
+    Ma et al. 2023, section 3.2). An evaluation that finds `features`, float [B, C, h, w], computes what lies above them
+    alone; one that finds None leaves them here.
     """
 
     def __init__(self, branch: int) -> None:
@@ -187,16 +201,16 @@ class UNet(nn.Module):
     def forward(
         self, sample: Tensor, timesteps: Tensor, context: Tensor | None = None, cache: FeatureCache | None = None
     ) -> Tensor:
-        """One evaluation of the denoiser.
+        """Evaluates the denoiser once.
 
         Args:
-            sample: [B, in_channels, h, w]: noisy mask latents, image latents (, condition), in that order.
-            timesteps: [B], from 0 to num_train_timesteps - 1.
-            context: [B, M, cross_attention_dim] where the configuration has cross-attention.
+            sample: float [B, in_channels, h, w]: noisy mask latents, image latents (, condition), in that order.
+            timesteps: integer [B], from 0 to num_train_timesteps - 1.
+            context: float [B, M, cross_attention_dim] where the configuration has cross-attention.
             cache: for sampling only.
 
         Returns:
-            [B, out_channels, h, w].
+            float [B, out_channels, h, w], in the type of `sample`.
 
         Raises:
             ArgumentError: no `context` where the configuration has cross-attention.
@@ -209,7 +223,10 @@ class UNet(nn.Module):
     def denoise(
         self, sample: Tensor, time: Tensor, context: Tensor | None = None, cache: FeatureCache | None = None
     ) -> Tensor:
-        """`forward` from the activated time embedding [B, E] on, which a sampler may tabulate once for all steps."""
+        """Evaluates from the activated time embedding float [B, E] on, which a sampler may tabulate for all steps.
+
+        The other arguments and the result are `forward`'s: [B, in_channels, h, w] to [B, out_channels, h, w].
+        """
         if self.fused_time is not None:
             time = self.project_time(time)
         branch = -1 if cache is None else cache.branch
@@ -261,14 +278,20 @@ class UNet(nn.Module):
         return block.layer(index, x, time, context)
 
     def fuse_qkv(self) -> None:
-        """For inference: one product makes q, k and v of each self-attention. The weights must not change after."""
+        """Prepares for inference: one product makes q, k and v of each self-attention.
+
+        The weights must not change after.
+        """
         for module in self.modules():
             if isinstance(module, Attention) and module.to_k.in_features == module.to_q.in_features:
                 weights = [module.to_q.weight, module.to_k.weight, module.to_v.weight]
                 module.fused_qkv = torch.cat([weight.detach() for weight in weights])
 
     def fuse_time(self) -> None:
-        """For inference: one product projects the time embedding for every block. The weights must not change after."""
+        """Prepares for inference: one product projects the time embedding for every block.
+
+        The weights must not change after.
+        """
         blocks: list[Any] = [module for module in self.modules() if isinstance(module, ResnetBlock)]
         projections = [block.time_emb_proj for block in blocks]
         start = 0
@@ -279,7 +302,7 @@ class UNet(nn.Module):
         self.fused_time = weight, torch.cat([projection.bias.detach() for projection in projections])
 
     def unfuse(self) -> None:
-        """The layers as they are trained, again."""
+        """Undoes `fuse_qkv` and `fuse_time`."""
         self.fused_time = None
         for module in self.modules():
             if isinstance(module, Attention):
@@ -288,12 +311,39 @@ class UNet(nn.Module):
                 module.time_slice = None
 
     def project_time(self, time: Tensor) -> Tensor:
-        """The blocks' projections of `time` [B, E], side by side; only where `fused_time` is set."""
+        """Projects time float [B, E] for all blocks, side by side: [B, sum of C]; only where `fused_time` is set."""
         assert self.fused_time is not None
         return F.linear(time, *self.fused_time)
 
 
 def input_parts(config: UNetConfig) -> list[int]:
-    """Channels of the input's parts: noisy latents, image latents (, condition)."""
+    """Lists the channels of the input's parts: noisy latents, image latents (, condition)."""
     condition = config.in_channels - config.out_channels - config.image_channels
     return [config.out_channels, config.image_channels] + ([condition] if condition else [])
+
+
+def structure_from_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Reads the fields of `UNetConfig` off the tensors, any shape and dtype, of a UNet without cross-attention.
+
+    Head counts, norm groups and norm_eps are not in the tensors.
+
+    Raises:
+        CheckpointError: tensors that make no UNet.
+    """
+    convolutions = numbered_tensors(state, "down_blocks.{}.resnets.0.conv1.weight")
+    widths = [weight.shape[0] for weight in convolutions if weight.ndim == 4]
+    ends = [state[name] for name in ("conv_in.weight", "conv_out.weight") if name in state]
+    if not widths or [weight.ndim for weight in ends] != [4, 4]:
+        raise CheckpointError("no UNet: conv_in.weight, conv_out.weight and down_blocks.* expected")
+    projections = [value for key, value in state.items() if key.endswith("proj_in.weight")]
+    blocks = {key.split("transformer_blocks.")[1].split(".")[0] for key in state if "transformer_blocks." in key}
+    return {
+        "block_out_channels": tuple(widths),
+        "attention": tuple(f"down_blocks.{level}.attentions.0.norm.weight" in state for level in range(len(widths))),
+        "layers_per_block": len(numbered_tensors(state, "down_blocks.0.resnets.{}.conv1.weight")),
+        "transformer_layers": len(blocks) or 1,
+        "linear_projection": bool(projections) and projections[0].ndim == 2,
+        "mid_attention": any(key.startswith("mid_block.attentions.") for key in state),
+        "in_channels": ends[0].shape[1],
+        "out_channels": ends[1].shape[0],
+    }

@@ -1,1 +1,1 @@
-"""Panoptic maps: how they are stored, what their segments are, and how logits become one."""
+"""Holds panoptic maps: their files, shapes of segments, post-processing and results."""

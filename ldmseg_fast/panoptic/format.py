@@ -1,4 +1,4 @@
-"""COCO panoptic files: PNG <-> segment ids, and the JSON beside them.
+"""Reads and writes COCO panoptic files: PNG <-> segment ids, and the JSON beside them.
 
 A pixel's id is R + 256 G + 65536 B and 0 is void (Kirillov et al., "Panoptic Segmentation", CVPR 2019;
 cocodataset.org/#format-data).
@@ -31,7 +31,11 @@ _COLOUR_TYPES = {0: "greyscale", 2: "RGB", 3: "palette", 4: "greyscale with alph
 
 
 def rgb_to_ids(rgb: np.ndarray) -> np.ndarray:
-    """RGB [H, W, 3] uint8 -> segment ids [H, W] int32."""
+    """Turns RGB, uint8 [H, W, 3], into segment ids, int32 [H, W].
+
+    Raises:
+        PanopticFormatError: another shape or dtype.
+    """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise PanopticFormatError(f"expected an RGB map [H, W, 3] uint8, got {list(rgb.shape)} {rgb.dtype}")
     ids = rgb[..., 2].astype(np.int32)
@@ -43,16 +47,21 @@ def rgb_to_ids(rgb: np.ndarray) -> np.ndarray:
 
 
 def ids_to_rgb(ids: np.ndarray) -> np.ndarray:
-    """Segment ids [H, W], any integer type -> RGB [H, W, 3] uint8.
+    """Turns segment ids, integer [H, W], into RGB, uint8 [H, W, 3].
 
-    Ids outside 0..2^24-1 are a `PanopticFormatError`.
+    Raises:
+        PanopticFormatError: no such map, or ids outside 0..2^24-1.
     """
     ids = check_ids(ids)
     return np.ascontiguousarray(ids.astype("<u4")).view(np.uint8).reshape(*ids.shape, 4)[..., :3].copy()
 
 
 def check_ids(ids: np.ndarray) -> np.ndarray:
-    """`ids` unchanged; raises `PanopticFormatError` unless it is an integer map [H, W] with values in 0..2^24-1."""
+    """Returns `ids` itself, an integer map [H, W] with values in 0..2^24-1.
+
+    Raises:
+        PanopticFormatError: it is no such map.
+    """
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise PanopticFormatError(f"expected integer ids [H, W], got {list(ids.shape)} {ids.dtype}")
     if ids.min() < 0 or ids.max() > MAX_ID:
@@ -63,10 +72,18 @@ def check_ids(ids: np.ndarray) -> np.ndarray:
 
 
 def two_channel_to_ids(channels: np.ndarray) -> tuple[np.ndarray, list[dict[str, int]]]:
-    """The two-channel form (channel 0: category, channel 1: instance number; category 0 is void) as ids and segments.
+    """Turns the two-channel form into ids and segments.
 
-    channels: [H, W, 2 or 3] uint8, a third channel must be zero.
-    Returns ids [H, W] int32 with id = category + 256 instance, and `[{"id", "category_id", "iscrowd", "area"}]`.
+    Channel 0 is the category, 0 void; channel 1 is the instance number.
+
+    Args:
+        channels: uint8 [H, W, 2] or [H, W, 3]; a third channel must be zero.
+
+    Returns:
+        ids int32 [H, W], which are category + 256 instance, and `[{"id", "category_id", "iscrowd", "area"}]`.
+
+    Raises:
+        PanopticFormatError: another shape or dtype, or a third channel that is not zero.
     """
     if channels.dtype != np.uint8 or channels.ndim != 3 or channels.shape[2] not in (2, 3):
         raise PanopticFormatError(f"expected [H, W, 2 or 3] uint8, got {list(channels.shape)} {channels.dtype}")
@@ -83,11 +100,13 @@ def two_channel_to_ids(channels: np.ndarray) -> tuple[np.ndarray, list[dict[str,
 
 
 def read_panoptic_png(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Segment ids [H, W] int32 of an 8-bit RGB PNG.
+    """Reads the segment ids, int32 [H, W], of an 8-bit RGB PNG.
 
     The header is checked before any pixel is decoded, so that a tiny file cannot claim gigabytes.
-    Raises `PanopticFormatError` for palette, grey, RGBA, 16-bit, oversized, truncated or damaged files, and
-    `FileNotFoundError` where there is no file.
+
+    Raises:
+        PanopticFormatError: a palette, grey, RGBA, 16-bit, oversized, truncated or damaged file.
+        FileNotFoundError: there is no file.
     """
     content = Path(path).read_bytes()
     _check_header(content[:29], path, max_pixels)
@@ -102,7 +121,14 @@ def read_panoptic_png(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.n
 
 
 def write_panoptic_png(path: str | Path, ids: np.ndarray) -> None:
-    """Writes segment ids [H, W] as an 8-bit RGB PNG at compression level 1; the file appears whole or not at all."""
+    """Writes segment ids, integer [H, W], as an 8-bit RGB PNG at compression level 1.
+
+    The file appears whole or not at all.
+
+    Raises:
+        PanopticFormatError: no such map, or ids outside 0..2^24-1.
+        OSError: a file that cannot be written.
+    """
     if _C is None:
         content = _encode_pillow(ids_to_rgb(ids))
     else:
@@ -115,12 +141,14 @@ def write_panoptic_png(path: str | Path, ids: np.ndarray) -> None:
 
 
 def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[str, Any]:
-    """A COCO panoptic JSON with its `images`, `annotations` and `categories` validated.
+    """Loads a COCO panoptic JSON and checks its `images`, `annotations` and `categories`.
 
     With `predictions=True` only `annotations` is required, as in panopticapi; what is there is still checked.
-    Raises `PanopticFormatError` naming the file and the entry: missing keys, wrong types, duplicate image ids,
-    category ids, annotations of one image or segment ids of one annotation, ids outside 1..2^24-1, segments of a
-    category or annotations of an image that the file does not list.
+
+    Raises:
+        PanopticFormatError: names the file and the entry. Missing keys, wrong types, duplicate image ids, category ids,
+            annotations of one image or segment ids of one annotation, ids outside 1..2^24-1, segments of a category or
+            annotations of an image that the file does not list.
     """
     try:
         content = _load_json(Path(path))
@@ -146,7 +174,7 @@ def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[s
 
 
 def _check_chunks(content: bytes) -> None:
-    """`ValueError` where a PNG ends early or a checksum fails; Pillow lets both pass."""
+    """Raises `ValueError` where a PNG ends early or a checksum fails; Pillow lets both pass."""
     offset = len(_SIGNATURE)
     while True:
         if offset + 12 > len(content):
@@ -203,7 +231,10 @@ def _check_header(header: bytes, path: str | Path, max_pixels: int) -> None:
 
 
 def _load_json(path: Path) -> Any:
-    """Without the garbage collector, which would go over the growing tree of dicts again and again and find nothing."""
+    """Loads a JSON without the garbage collector.
+
+    It would go over the growing tree of dicts again and again and find nothing.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -240,7 +271,7 @@ def _check_annotation(path: str | Path, annotation: dict[str, Any], category_ids
 
 
 def _unique(path: str | Path, content: dict[str, Any], key: str, field: str) -> set | None:
-    """The values of `field` over the list `key`, each there once; None where the file has no such list."""
+    """Returns the values of `field` over the list `key`, each there once; None where the file has no such list."""
     if key not in content:
         return None
     seen: set = set()

@@ -1,4 +1,7 @@
-"""Mask logits -> panoptic map and `segments_info` (Van Gansbeke and De Brabandere, arXiv 2401.10227, section 3.3)."""
+"""Turns mask logits into panoptic maps and `segments_info`.
+
+Source: Van Gansbeke and De Brabandere, arXiv 2401.10227, section 3.3.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,10 +25,21 @@ def postprocess(
     target_sizes: Sequence[tuple[int, int]],
     thresholds: PostprocessConfig,
 ) -> list[PanopticResult]:
-    """Class-agnostic panoptic maps at each image's own size.
+    """Makes class-agnostic panoptic maps at each image's own size.
 
-    mask_logits: [B, Q, h, w], one slot per segment, slot 0 never kept; resized bilinearly to `network_size`, then to
-    the image's entry of `target_sizes` (height, width). Images of one size are processed together.
+    Images of one size are processed together.
+
+    Args:
+        mask_logits: float16, bfloat16 or float32 [B, Q, h, w], one slot per segment; slot 0 is never kept.
+        network_size: (height, width) in pixels, to which the logits are resized bilinearly first.
+        target_sizes: (height, width) of each image's map, to which they are resized bilinearly then.
+        thresholds: see `kernels.panoptic_head`.
+
+    Returns:
+        One result per image, with int32 maps [H, W].
+
+    Raises:
+        ArgumentError: logits of another shape, or another number of sizes.
     """
     if mask_logits.ndim != 4 or len(target_sizes) != len(mask_logits):
         shape = list(mask_logits.shape)
@@ -53,9 +67,9 @@ def postprocess(
 
 
 def clean_up(result: PanopticResult, min_island: int = 0, max_hole: int = 0) -> PanopticResult:
-    """Without specks under `min_island` pixels and pinholes of at most `max_hole` pixels (see `clean_segments`).
+    """Removes specks under `min_island` pixels and pinholes of at most `max_hole` pixels (see `clean_segments`).
 
-    Areas and boxes are those of the new map, scores stay; segments of which nothing is left are dropped.
+    Areas and boxes are those of the new map, scores stay. Segments of which nothing is left are dropped.
     """
     segmentation = clean_segments(result.segmentation, min_island, max_hole)
     shapes = {shape["id"]: shape for shape in segment_shapes(segmentation)}
@@ -63,7 +77,10 @@ def clean_up(result: PanopticResult, min_island: int = 0, max_hole: int = 0) -> 
 
 
 def make_segments_info(area: np.ndarray, box: np.ndarray, score: np.ndarray) -> list[dict[str, Any]]:
-    """`segments_info` from each slot's area [Q], box [Q, 4] and score [Q]; slots of area 0 have no entry."""
+    """Makes `segments_info` from each slot's area, int [Q], box, int [Q, 4], and score, float [Q].
+
+    Areas are in pixels, boxes are (x, y, width, height). Slots of area 0 have no entry.
+    """
     return [
         {
             "id": slot + 1,

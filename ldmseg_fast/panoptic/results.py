@@ -1,4 +1,4 @@
-"""One image's result, and result files: COCO panoptic (JSON + PNGs) and COCO instances (run lengths)."""
+"""Holds one image's result, and writes result files: COCO panoptic (JSON + PNGs) and COCO instances (run lengths)."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,12 +19,14 @@ _COCO_KEYS = ("id", "category_id", "iscrowd", "area", "bbox", "score")
 
 @dataclass(frozen=True)
 class PanopticResult:
-    """One image's panoptic segmentation.
+    """Holds one image's panoptic segmentation.
 
-    segmentation: int32 [H, W], 0 = void, otherwise slot + 1 (or the given map's ids, where there was one).
-    segments_info: one entry per segment in ascending id, with `id`, `category_id`, `isthing`, `iscrowd`, `area`
-    (pixels), `bbox` ([x, y, width, height], pixels) and `score` (mean softmax probability over the segment's pixels),
-    as in COCO, and `label_id` and `was_fused` as in transformers' `post_process_panoptic_segmentation`.
+    Attributes:
+        segmentation: int32 [H, W], 0 void, otherwise slot + 1 (or the given map's ids, where there was one).
+        segments_info: one entry per segment in ascending id, with `id`, `category_id`, `isthing`, `iscrowd`, `area`
+            (pixels), `bbox` ([x, y, width, height], pixels) and `score` (mean softmax probability over the segment's
+            pixels), as in COCO, and `label_id` and `was_fused` as in transformers'
+            `post_process_panoptic_segmentation`.
     """
 
     segmentation: np.ndarray
@@ -43,7 +45,11 @@ class ResultsWriter:
 
     Every image is on disk once `add` returns: its PNG, then a line of the journal FOLDER/.NAME.RANK.jsonl, from which
     `finish` makes the JSON. A new writer on the same folder knows what all ranks have written (`written`).
-    settings: whatever the results depend on (JSON values); going on with other settings is a `ValueError`.
+
+    settings: whatever the results depend on (JSON values).
+
+    Raises:
+        ArgumentError: the folder holds results of other settings.
     """
 
     def __init__(
@@ -73,7 +79,16 @@ class ResultsWriter:
     def add(
         self, image_id: int | str, result: PanopticResult, png_name: str | None = None, image_name: str | None = None
     ) -> None:
-        """Writes one image. png_name: its file in FOLDER/NAME (default: the image id); image_name: the photograph's."""
+        """Writes one image.
+
+        Args:
+            png_name: the map's file in FOLDER/NAME; by default the image id.
+            image_name: the photograph's file; by default `png_name`.
+
+        Raises:
+            ArgumentError: another image has this PNG.
+            OSError: a file that cannot be written.
+        """
         png_name = png_name or self.png_path(image_id).name
         if (owner := self._image_of_png.get(png_name, image_id)) != image_id:
             raise ArgumentError(f"{png_name}: image {owner} has this name already; give {image_id} its own")
@@ -88,12 +103,16 @@ class ResultsWriter:
         self._annotations[image_id] = json.dumps(annotation)
 
     def read(self, image_id: int | str) -> PanopticResult:
-        """An image of `written`, from disk. Raises `PanopticFormatError` where its PNG is damaged."""
+        """Reads an image of `written` from disk.
+
+        Raises:
+            PanopticFormatError: its PNG is damaged.
+        """
         annotation = json.loads(self._annotations[image_id])
         return PanopticResult(read_panoptic_png(self.png_folder / annotation["file_name"]), annotation["segments_info"])
 
     def png_path(self, image_id: int | str) -> Path:
-        """Where an image's map goes unless `add` is told another name."""
+        """Returns where an image's map goes unless `add` is told another name."""
         return self.png_folder / (f"{image_id:012d}.png" if isinstance(image_id, int) else f"{image_id}.png")
 
     def finish(self) -> Path:
@@ -125,7 +144,7 @@ class ResultsWriter:
         self._journal.flush()
 
     def _entries(self) -> list[dict[str, Any]]:
-        """What the journals of all ranks list and whose PNG is there."""
+        """Lists what the journals of all ranks list and whose PNG is there."""
         entries = []
         for journal in sorted(self.folder.glob(f".{self.name}.*.jsonl")):
             for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -146,10 +165,13 @@ class ResultsWriter:
 
 
 def instances_of(image_id: int | str, result: PanopticResult) -> list[dict[str, Any]]:
-    """A map's segments as COCO instance results, a list of which (`write_json_list`) pycocotools' `COCO.loadRes` reads:
-    image_id, category_id, score, segmentation (RLE).
+    """Turns a map's segments into COCO instance results: image_id, category_id, score, segmentation (RLE).
 
-    Without `bbox`, from which pycocotools would take the area; it finds both in the run lengths itself.
+    pycocotools' `COCO.loadRes` reads a list of them (`write_json_list`). There is no `bbox`: pycocotools would take the
+    area from it, but finds both in the run lengths itself.
+
+    Raises:
+        PanopticFormatError: an id of the map that `segments_info` lacks.
     """
     segments = {segment["id"]: segment for segment in result.segments_info}
     shapes = segment_shapes(result.segmentation, rle=True)
@@ -167,7 +189,7 @@ def instances_of(image_id: int | str, result: PanopticResult) -> list[dict[str, 
 
 
 def write_json_list(path: str | Path, values: Iterable[Any]) -> None:
-    """A JSON list with one value a line, none of them kept in memory."""
+    """Writes a JSON list with one value a line and keeps none of them in memory."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         separator = "["
         for value in values:
@@ -177,7 +199,7 @@ def write_json_list(path: str | Path, values: Iterable[Any]) -> None:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Groups of settings as "group.name"."""
+    """Names the settings in groups as "group.name"."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}

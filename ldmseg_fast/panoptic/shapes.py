@@ -1,4 +1,4 @@
-"""Shapes of a map's segments (areas, boxes, COCO run lengths), and removal of specks and pinholes."""
+"""Measures a map's segments (areas, boxes, COCO run lengths), and removes specks and pinholes."""
 
 from typing import Any
 
@@ -9,9 +9,13 @@ from ldmseg_fast.panoptic.format import check_ids
 
 
 def segment_shapes(ids: np.ndarray, rle: bool = False) -> list[dict[str, Any]]:
-    """One entry per segment of a map [H, W], ascending: `id`, `area` (pixels), `bbox` [x, y, width, height].
+    """Lists the segments of a map, integer [H, W], in ascending id.
 
-    With `rle` also `segmentation`, {"size": [H, W], "counts": str}, as pycocotools writes and reads it.
+    Each has `id`, `area` (pixels) and `bbox` [x, y, width, height] (pixels). With `rle` it also has `segmentation`,
+    {"size": [H, W], "counts": str}, as pycocotools writes and reads it.
+
+    Raises:
+        PanopticFormatError: no such map, or ids outside 0..2^24-1.
     """
     ids = np.ascontiguousarray(check_ids(ids), np.int32)
     if _C is None:
@@ -29,10 +33,13 @@ def segment_shapes(ids: np.ndarray, rle: bool = False) -> list[dict[str, Any]]:
 
 
 def clean_segments(ids: np.ndarray, min_island: int = 0, max_hole: int = 0) -> np.ndarray:
-    """A map [H, W] int32 without specks and pinholes.
+    """Removes specks and pinholes from a map, integer [H, W], and returns a new one, int32 [H, W].
 
     4-connected pieces of a segment under `min_island` pixels become void. Then pieces of void of at most `max_hole`
     pixels that touch one segment alone, and not the image's edge, are given to that segment.
+
+    Raises:
+        PanopticFormatError: no such map, or ids outside 0..2^24-1.
     """
     ids = np.ascontiguousarray(check_ids(ids), np.int32)
     if _C is not None:
@@ -57,7 +64,7 @@ def _segment_shapes_numpy(ids: np.ndarray, rle: bool) -> tuple[np.ndarray, np.nd
 
 
 def _compress(counts: list[int]) -> bytes:
-    """COCO's string: differences to the count before last, five bits a character, lowest first, bit 5 = more."""
+    """Writes COCO's string: differences to the count before last, five bits a character, lowest first, bit 5 = more."""
     text = bytearray()
     for index, count in enumerate(counts):
         value = count - counts[index - 2] if index > 2 else count
@@ -87,7 +94,7 @@ def _clean_segments_numpy(ids: np.ndarray, min_island: int, max_hole: int) -> np
 
 
 def _pieces(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """4-connected pieces of equal id: their numbers [H, W] and the area of each number."""
+    """Numbers the 4-connected pieces of equal id, [H, W], and returns the area of each number."""
     piece = np.arange(ids.size).reshape(ids.shape)
     before = None
     while before is None or (before != piece).any():

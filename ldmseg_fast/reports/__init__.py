@@ -1,1 +1,1 @@
-"""Pages and pictures for people: curves of a run, errors of an evaluation, overlays."""
+"""Makes pages and pictures for people: curves of a run, errors of an evaluation, overlays."""

@@ -1,4 +1,4 @@
-"""Panoptic maps for the eye: overlays, coloured maps, error maps, picture grids, contact sheets."""
+"""Draws panoptic maps for the eye: overlays, coloured maps, error maps, picture grids, contact sheets."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ _ENOUGH = 0.17  # OKLab distance at which two neighbouring segments are told apa
 
 
 def _oklab_to_rgb(lab: np.ndarray) -> np.ndarray:
-    """OKLab [N, 3] -> sRGB [N, 3], outside [0, 1] where the screen cannot show it.
+    """Converts OKLab [N, 3] to sRGB [N, 3], outside [0, 1] where the screen cannot show it.
 
     Source: B. Ottosson, "A perceptual color space for image processing", 2020.
     """
@@ -49,7 +49,7 @@ def _oklab_to_rgb(lab: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _palette() -> tuple[np.ndarray, np.ndarray]:
-    """48 colours as RGB uint8 and OKLab: each the farthest from all before it among bright, saturated ones."""
+    """Chooses 48 colours, RGB uint8 and OKLab, each the farthest from all before it among bright, saturated ones."""
     lightness, a, b = np.meshgrid(np.linspace(0.55, 0.88, 8), *[np.linspace(-0.26, 0.26, 27)] * 2, indexing="ij")
     candidates = np.stack([lightness, a, b], axis=-1).reshape(-1, 3)
     rgb = _oklab_to_rgb(candidates)
@@ -65,12 +65,12 @@ def _palette() -> tuple[np.ndarray, np.ndarray]:
 
 
 def palette() -> np.ndarray:
-    """The 48 colours of segments, uint8 [48, 3], well apart from each other."""
+    """Returns the 48 colours of segments, uint8 [48, 3], well apart from each other."""
     return _palette()[0].copy()
 
 
 def segment_colors(segmentation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [N] of a map [H, W], sorted, and a colour for each, uint8 [N, 3]; void (0) is dark grey.
+    """Returns the sorted ids [N] of a map, integer [H, W], and a colour for each, uint8 [N, 3]; void (0) is dark grey.
 
     An id has the same colour in every map, unless a neighbour of lower id looks too much like it there.
     """
@@ -99,7 +99,7 @@ def segment_colors(segmentation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def colorize(segmentation: np.ndarray) -> np.ndarray:
-    """A coloured map uint8 [H, W, 3] from ids [H, W]; void is dark grey."""
+    """Colours a map, integer [H, W]: uint8 [H, W, 3]; void is dark grey."""
     ids, colors = segment_colors(segmentation)
     return colors[np.searchsorted(ids, segmentation)]
 
@@ -111,15 +111,18 @@ def overlay(
     edges: bool = True,
     colors: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The picture, uint8 [H, W, 3], tinted by its map, ids [H, W]: uint8 [H, W, 3].
+    """Tints a picture, uint8 [H, W, 3], by its map, integer [H, W], and returns a new one, uint8 [H, W, 3].
 
-    colors: uint8 [H, W, 3] in the place of `colorize`'s.
+    Edges are a light line inside one segment and a dark one inside its neighbour. Void is dimmed and hatched. Small
+    pictures should be enlarged first (`enlarge`), or their edges hide them.
 
-    Edges are a light line inside one segment and a dark one inside its neighbour; void is dimmed and hatched.
-    Small pictures should be enlarged first (`enlarge`), or their edges hide them.
+    Args:
+        alpha: the share of the tint, 0 to 1.
+        edges: whether to draw the edges.
+        colors: uint8 [H, W, 3] in the place of `colorize`'s.
 
     Raises:
-        ArgumentError: sizes that differ.
+        ArgumentError: another dtype, or sizes that differ.
     """
     if image.shape != (*segmentation.shape, 3) or image.dtype != np.uint8:
         raise ArgumentError(
@@ -156,11 +159,17 @@ def error_map(
     missed: Collection[int],
     false: Collection[int],
 ) -> np.ndarray:
-    """Where a prediction is wrong, over a dim grey picture: uint8 [H, W, 3] from one and two maps [H, W].
+    """Shows where a prediction is wrong, over a dim grey picture: uint8 [H, W, 3].
 
-    pairs: predicted id of each matched ground-truth id. missed: ground-truth ids without a match. false: predicted
-    ids without one. Boundary pixels lie in a matched segment but not in its partner, void aside; a pixel that is both
-    missed and false is striped. Void of the ground truth is hatched.
+    Boundary pixels lie in a matched segment but not in its partner, void aside. A pixel that is both missed and false
+    is striped. Void of the ground truth is hatched.
+
+    Args:
+        image: uint8 [H, W, 3].
+        gt_ids, pred_ids: integer [H, W], 0 void.
+        pairs: the predicted id of each matched ground-truth id.
+        missed: ground-truth ids without a match.
+        false: predicted ids without a match.
     """
     height, width = gt_ids.shape
     grey = image.astype(np.float32).mean(-1, keepdims=True)
@@ -186,7 +195,10 @@ def error_map(
 
 
 def enlarge(array: np.ndarray, side: int) -> np.ndarray:
-    """Repeat pixels of [H, W] or [H, W, 3] so often that the longer side is the largest multiple that fits `side`."""
+    """Repeats the pixels of [H, W] or [H, W, 3], any dtype, by a whole factor.
+
+    It is the largest at which the longer side has at most `side` pixels, and at least 1.
+    """
     factor = max(1, side // max(array.shape[:2]))
     return array.repeat(factor, 0).repeat(factor, 1)
 
@@ -194,10 +206,12 @@ def enlarge(array: np.ndarray, side: int) -> np.ndarray:
 def picture_grid(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] = (), cell: int = 256, gap: int = 8
 ) -> Image.Image:
-    """Pictures uint8 [H, W, 3] in rows, for example picture | truth | prediction, under one title a column.
+    """Lays pictures, uint8 [H, W, 3], out in rows under one title a column, for example picture | truth | prediction.
 
     Small pictures are enlarged by a whole factor, large ones scaled down to fit cells of `cell` x `cell` pixels.
-    Raises ArgumentError without any picture.
+
+    Raises:
+        ArgumentError: no picture at all.
     """
     if not rows or not any(len(row) for row in rows):
         raise ArgumentError("a grid needs at least one picture")
@@ -229,9 +243,12 @@ def _fit(picture: np.ndarray, cell: int) -> Image.Image:
 def contact_sheet(
     root: str | os.PathLike, split: str, rows: int = 10, columns: int = 10, cell: int | None = None
 ) -> Image.Image:
-    """The first rows x columns pictures of a COCO-panoptic split, each beside its overlay.
+    """Lays out the first rows x columns pictures of a COCO-panoptic split, each beside its overlay.
 
-    cell: pixels of a picture's longer side; by default the sheet is about 2560 pixels wide. Raises DataError.
+    cell: pixels of a picture's longer side; by default the sheet is about 2560 pixels wide.
+
+    Raises:
+        DataError: a split that cannot be read.
     """
     from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 

@@ -1,4 +1,4 @@
-"""One image of the page, and how its segments fared."""
+"""Describes one image of the page of errors, and how its segments fared."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from ldmseg_fast.metrics.matching import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_PO
 
 @dataclass(frozen=True)
 class PageEntry:
-    """One image. image: uint8 [H, W, 3], None where there is no picture. gt_ids, pred_ids: [H, W], 0 void.
+    """Holds one image of the page.
 
-    matches: rows of `MATCH_DTYPE` as `PQStat.add` returns them. categories: names by id; empty if class-agnostic.
+    Attributes:
+        name: what the page calls it.
+        image: uint8 [H, W, 3], None where there is no picture.
+        gt_ids, pred_ids: integer [H, W], 0 void.
+        gt_segments, pred_segments: the `segments_info` of the maps.
+        matches: rows of `MATCH_DTYPE` as `PQStat.add` returns them.
+        categories: names by id; empty if class-agnostic.
     """
 
     name: str
@@ -29,28 +35,31 @@ class PageEntry:
     categories: Mapping[int, str] = field(default_factory=dict)
 
     def pairs(self) -> dict[int, int]:
-        """Predicted id of each ground-truth segment that was found."""
+        """Returns the predicted id of each ground-truth segment that was found."""
         found = self.matches[self.matches["outcome"] == TRUE_POSITIVE]
         return dict(zip(found["gt_id"].tolist(), found["pred_id"].tolist()))
 
     def missed(self) -> set[int]:
-        """Ground-truth ids without a match."""
+        """Returns the ground-truth ids without a match."""
         return set(self.matches["gt_id"][self.matches["outcome"] == FALSE_NEGATIVE].tolist())
 
     def false(self) -> set[int]:
-        """Predicted ids without a match."""
+        """Returns the predicted ids without a match."""
         return set(self.matches["pred_id"][self.matches["outcome"] >= FALSE_POSITIVE].tolist())
 
 
 def image_quality(matches: np.ndarray) -> float:
-    """PQ of one image over its segments of all categories, a fraction; NaN where nothing counts."""
+    """Computes the PQ of one image over its segments of all categories, a fraction; NaN where nothing counts.
+
+    matches: its rows, `MATCH_DTYPE` [M].
+    """
     outcome = matches["outcome"]
     weight = np.count_nonzero(outcome == TRUE_POSITIVE) + 0.5 * np.count_nonzero(outcome != TRUE_POSITIVE)
     return math.fsum(matches["iou"][outcome == TRUE_POSITIVE].tolist()) / weight if weight else math.nan
 
 
 def nearest(ids: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A map [H, W] at another size: the ids at the centres of its pixels."""
+    """Resizes a map, [H, W] of any dtype, to [height, width]: the ids at the centres of its pixels."""
     rows, columns = ((np.arange(new) + 0.5) * old / new for new, old in zip((height, width), ids.shape))
     return ids[rows.astype(int)[:, None], columns.astype(int)[None, :]]
 
@@ -59,7 +68,7 @@ CELLS = 200  # of the longer side of the grid
 
 
 def descriptions(entry: PageEntry) -> tuple[dict[int, str], dict[int, str]]:
-    """A line for each segment, by id: of the truth and of the prediction, largest first."""
+    """Writes a line for each segment, by id: of the truth and of the prediction, largest first."""
     pairs, missed, false = entry.pairs(), entry.missed(), entry.false()
     overlap = joint_histogram(entry.gt_ids, entry.pred_ids)
     gt_area: dict[int, int] = {}
@@ -97,7 +106,10 @@ def descriptions(entry: PageEntry) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def lookup(entry: PageEntry, truth: Mapping[int, str], prediction: Mapping[int, str]) -> dict[str, Any]:
-    """What the script reads: a small grid of (truth, prediction) pairs as run lengths, and the lines of text."""
+    """Returns what the page's script reads.
+
+    That is a small grid of (truth, prediction) pairs as run lengths, and the lines of text.
+    """
     height, width = entry.gt_ids.shape
     scale = min(1.0, CELLS / max(height, width))
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
@@ -120,7 +132,7 @@ def lookup(entry: PageEntry, truth: Mapping[int, str], prediction: Mapping[int, 
 
 
 def _renumbered(ids: np.ndarray, numbers: Mapping[int, int]) -> np.ndarray:
-    """A map [H, W] with new ids; void stays void. Every other id needs a number."""
+    """Gives a map [H, W] new ids; void stays void. Every other id needs a number."""
     keys = np.array([0, *sorted(numbers)])
     values = np.array([0, *(numbers[key] for key in sorted(numbers))], np.int32)
     return values[np.searchsorted(keys, ids)]

@@ -1,4 +1,4 @@
-"""The page for result files: `ldmseg pq GT_JSON PRED_JSON --page FILE`."""
+"""Makes the page of errors for result files: `ldmseg pq GT_JSON PRED_JSON --page FILE`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_page_of_files(
     random: int = 8,
     seed: int = 0,
 ) -> None:
-    """The worst and some random images of COCO panoptic result files, as an HTML page.
+    """Writes the worst and some random images of COCO panoptic result files as an HTML page.
 
     Args:
         path: the HTML file.
@@ -52,7 +52,7 @@ def write_page_of_files(
 
 
 class _Files:
-    """Images of result files, read one at a time."""
+    """Reads the images of result files one at a time."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class _Files:
 
 
 def _picture_folder(gt_json: Path) -> Path | None:
-    """The pictures of ROOT/annotations/panoptic_SPLIT.json, where they are."""
+    """Finds the pictures of ROOT/annotations/panoptic_SPLIT.json; None where they are not there."""
     try:
         return find_split(gt_json.parent.parent, gt_json.stem.removeprefix("panoptic_")).images
     except DataError:

@@ -1,4 +1,4 @@
-"""The page of errors as HTML."""
+"""Writes the page of errors as HTML."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldmseg_fast.reports.page import Page
 def write_error_page(
     path: str | Path, sections: Mapping[str, Sequence[PageEntry | str]], title: str, note: str = ""
 ) -> None:
-    """The page, with a heading for each section.
+    """Writes the page, with a heading for each section.
 
     Args:
         path: the HTML file; its folder is made.
@@ -38,12 +38,12 @@ def write_error_page(
 
 
 def worst_places(qualities: Mapping[int, float], count: int) -> list[int]:
-    """Places of the `count` lowest qualities, the lowest first; of equal ones the first of the split."""
+    """Returns the places of the `count` lowest qualities, the lowest first; of equal ones the first of the split."""
     return sorted(qualities, key=lambda place: (qualities[place], place))[:count]
 
 
 def random_places(images: int, count: int, seed: int) -> list[int]:
-    """`count` of the first `images` whole numbers, ascending; they depend on the arguments alone."""
+    """Draws `count` of the first `images` whole numbers, ascending; they depend on the arguments alone."""
     return sorted(np.random.default_rng(seed).permutation(images)[:count].tolist())
 
 
@@ -56,7 +56,10 @@ def write_worst_and_random(
     images: int,
     by_category: bool,
 ) -> None:
-    """The page of an evaluation over `images` images. drawn: what `render_entry` made of those at `worst`, `random`."""
+    """Writes the page of an evaluation over `images` images.
+
+    drawn: what `render_entry` made of those at `worst` and `random`.
+    """
     sections = {
         f"The {len(worst)} worst images": [drawn[place] for place in worst],
         f"{len(random)} random images": [drawn[place] for place in random],
@@ -67,7 +70,7 @@ def write_worst_and_random(
 
 
 def render_entry(entry: PageEntry) -> str:
-    """One image as HTML: four pictures, a line that tells what the pointer is on, a table of segments.
+    """Renders one image as HTML: four pictures, a line that tells what the pointer is on, a table of segments.
 
     Raises:
         ArgumentError: picture and maps of different sizes.

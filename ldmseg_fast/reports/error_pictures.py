@@ -1,4 +1,4 @@
-"""The four pictures of an image on the page."""
+"""Draws the four pictures of an image on the page of errors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ldmseg_fast.reports.draw import ERROR_COLORS, colorize, enlarge, error_map,
 from ldmseg_fast.reports.error_entry import PageEntry, nearest
 
 SIDE = 400  # pixels of a picture's longer side
-BYTES = 27_000  # of a picture, at most, as far as the lowest quality allows
+BYTES = 27_000  # largest picture, as far as the lowest quality allows
 QUALITIES = (82, 72, 60, 45, 30)
 
 
 def pictures(entry: PageEntry) -> list[np.ndarray]:
-    """Picture, truth, prediction and errors, uint8 [h, w, 3], at the size they are shown in."""
+    """Draws picture, truth, prediction and errors, uint8 [h, w, 3] each, at the size they are shown in."""
     image, gt_ids, pred_ids, pairs = entry.image, entry.gt_ids, entry.pred_ids, entry.pairs()
     if image is None:
         image = np.full((*gt_ids.shape, 3), 150, np.uint8)
@@ -42,7 +42,10 @@ def pictures(entry: PageEntry) -> list[np.ndarray]:
 
 
 def embedded(picture: np.ndarray) -> str:
-    """A data address: PNG where that is small (enlarged pixels), else a JPEG of at most about BYTES."""
+    """Encodes a picture, uint8 [h, w, 3], as a data address.
+
+    It is a PNG where that is small (enlarged pixels), else a JPEG of at most about `BYTES`.
+    """
     png = _encoded(picture, "PNG", compress_level=6)
     for quality in QUALITIES:
         jpeg = _encoded(picture, "JPEG", quality=quality)
@@ -119,7 +122,7 @@ for (const article of document.querySelectorAll("article")) {
 
 
 def color_key() -> str:
-    """What the colours of an error map mean, as HTML."""
+    """Explains the colours of an error map as HTML."""
     missed, false, boundary = (f"rgb{ERROR_COLORS[name]}" for name in ("missed", "false", "boundary"))
     meanings = {
         "missed: a segment of the truth without a match": missed,

@@ -1,4 +1,4 @@
-"""One HTML page that needs no other file: headings, tables, pictures, details."""
+"""Builds one HTML page that needs no other file: headings, tables, pictures, details."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ figcaption, .note { color: var(--dim); font-size: .9rem; } pre { overflow-x: aut
 
 @dataclass
 class Page:
-    """Collects the parts of the page, in order."""
+    """Collects the parts of the page in order."""
 
     title: str
     parts: list[str] = field(default_factory=list)
     style: str = ""  # CSS after the common one
 
     def heading(self, text: str) -> None:
+        """Adds a heading."""
         self.parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def text(self, text: str, kind: str = "") -> None:
+        """Adds a paragraph; `kind` is its CSS class."""
         self.parts.append(f'<p class="{kind}">{html.escape(text)}</p>')
 
     def table(self, header: list[str], rows: list[list[str]], strong: int | None = None) -> None:
-        """`strong`: the row that is set in bold."""
+        """Adds a table; the row `strong` is set in bold."""
         lines = ["<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
         for number, row in enumerate(rows):
             lines.append(f'<tr class="{"strong" if number == strong else ""}">')
@@ -47,6 +49,7 @@ class Page:
         self.parts.append("".join(lines) + "</table>")
 
     def picture(self, png: bytes, caption: str) -> None:
+        """Adds a picture with its caption."""
         data = base64.b64encode(png).decode()
         text = html.escape(caption)
         self.parts.append(
@@ -54,14 +57,15 @@ class Page:
         )
 
     def markup(self, text: str) -> None:
-        """HTML as it is."""
+        """Adds HTML as it is."""
         self.parts.append(text)
 
     def details(self, summary: str, text: str) -> None:
+        """Adds text that opens on a click on `summary`."""
         self.parts.append(f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>")
 
     def write(self, path: Path) -> None:
-        """The whole page, atomically; folders are made."""
+        """Writes the whole page atomically and makes its folder."""
         title = html.escape(self.title)
         head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
         body = f"<h1>{title}</h1>" + "\n".join(self.parts)

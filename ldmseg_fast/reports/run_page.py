@@ -1,4 +1,4 @@
-"""One offline HTML page of a run: panoptic quality, curves, pictures, timings. Everything is embedded in the file."""
+"""Makes one offline HTML page of a run: panoptic quality, curves, pictures, timings. The file embeds everything."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LOG = Path("logs") / "log.jsonl"  # of a run's folder
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's log; none where it has not logged."""
+    """Reads the whole lines of a run's log; none where it has not logged."""
     from ldmseg_fast.files import read_lines
 
     return read_lines(run / LOG)
 
 
 def curves(run: Path) -> bytes:
-    """Loss (log axis) and validation PQ of a run against the step, as a PNG.
+    """Draws the loss (log axis) and the validation PQ of a run against the step, as a PNG.
 
     Raises:
         ArgumentError: matplotlib is missing.
@@ -57,13 +57,13 @@ def curves(run: Path) -> bytes:
 
 
 def last_picture(run: Path) -> bytes | None:
-    """The newest picture grid of a run's validation."""
+    """Reads the newest picture grid of a run's validation, a PNG; None where there is none."""
     pictures = sorted((run / "pictures").glob("step-*.png"))
     return pictures[-1].read_bytes() if pictures else None
 
 
 def write_run_report(run: Path, path: Path) -> Path:
-    """Curves, newest pictures and settings of one training run, as one HTML page.
+    """Writes curves, newest pictures and settings of one training run as one HTML page, and returns `path`.
 
     Raises:
         FileNotFoundError: `run` holds no log.
@@ -84,6 +84,6 @@ def write_run_report(run: Path, path: Path) -> Path:
 
 
 def quality_rows(report: dict[str, Any]) -> list[list[str]]:
-    """Rows of name, PQ, SQ, RQ for the model and the baselines of an evaluation report."""
+    """Returns rows of name, PQ, SQ, RQ for the model and the baselines of an evaluation report."""
     named = {"model": report["class_agnostic"]} | report["baselines"]
     return [[name, *(f"{row[key]:.1f}" for key in ("pq", "sq", "rq"))] for name, row in named.items()]

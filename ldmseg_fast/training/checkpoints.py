@@ -1,4 +1,4 @@
-"""Training checkpoints: OUTPUT_DIR/checkpoints/step-00000500/, each complete or not there at all.
+"""Saves and loads training checkpoints: OUTPUT_DIR/checkpoints/step-00000500/, each complete or not there at all.
 
 A folder is written under a temporary name, flushed to disk, listed with sizes and SHA-256 sums in manifest.json, and
 then renamed. It holds safetensors and JSON only: reading it runs no code.
@@ -35,7 +35,16 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 @dataclass
 class Progress:
-    """Where a run is. `items` counts training items seen by all ranks, which is the sampler's place."""
+    """Says where a run is.
+
+    Attributes:
+        stage: its name.
+        step: steps taken.
+        items: training items seen by all ranks, which is the sampler's place.
+        best: PQ of validations, by the step of their checkpoint.
+        skipped: steps whose loss or gradients were not finite.
+        validation_due: whether the validation of this step was interrupted.
+    """
 
     stage: str
     step: int = 0
@@ -46,14 +55,21 @@ class Progress:
 
 
 class TrainingCheckpoints:
-    """The checkpoints of one run: the newest `keep`, and those of the best `keep_best` validations."""
+    """Keeps the checkpoints of one run: the newest `keep`, and those of the best `keep_best` validations.
+
+    Attributes:
+        foreign: folder of a checkpoint of DeepSpeed's own that `check_start` found and was told to trust.
+    """
 
     def __init__(self, folder: Path, keep: int, keep_best: int = 0) -> None:
         self.folder, self.keep, self.keep_best = folder, keep, keep_best
         self.foreign: Path | None = None
 
     def steps(self) -> list[int]:
-        """Steps of complete checkpoints, ascending. A manifest is what makes one complete; `latest` is not asked."""
+        """Lists the steps of complete checkpoints, ascending.
+
+        A manifest is what makes one complete; `latest` is not asked.
+        """
         found = []
         for path in self.folder.glob("step-*"):
             match = re.fullmatch(r"step-(\d+)", path.name)
@@ -62,12 +78,16 @@ class TrainingCheckpoints:
         return sorted(found)
 
     def path(self, step: int) -> Path:
+        """Names the folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
     def check_start(self, resume: bool, trust: bool = False) -> None:
-        """Raises CheckpointError where there is nothing to resume, or where a fresh start would hide an older run.
+        """Checks that a run may start here.
 
         With `trust`, a checkpoint that DeepSpeed itself wrote there will do; `foreign` is its folder then.
+
+        Raises:
+            CheckpointError: there is nothing to resume, or a fresh start would hide an older run.
         """
         self._recover()
         steps, run = self.steps(), self.folder.parent
@@ -94,7 +114,7 @@ class TrainingCheckpoints:
         )
 
     def save(self, stage: Stage, optimizer: Optimizer, progress: Progress) -> None:
-        """Write the checkpoint of `progress.step` and drop what need not stay; all ranks call it.
+        """Writes the checkpoint of `progress.step` and drops what need not stay; all ranks call it.
 
         Raises:
             CheckpointError: on every rank where one of them cannot write; older checkpoints stay as they are.
@@ -178,7 +198,7 @@ class TrainingCheckpoints:
                 old.rename(old.with_name(old.name.removeprefix(".old-")))
 
     def load(self, stage: Stage, optimizer: Optimizer, stage_name: str, say: Callable[[str], None]) -> Progress:
-        """Load the newest checkpoint that is whole; all ranks call it, as many as like.
+        """Loads the newest checkpoint that is whole; all ranks call it, as many as like.
 
         A damaged one is named through `say` and the one before it taken. Where `check_start` found a trusted checkpoint
         of DeepSpeed's own instead, that is loaded.
@@ -203,7 +223,7 @@ class TrainingCheckpoints:
         raise CheckpointError(f"--resume: no checkpoint in {self.folder} is whole; the last one tried: {damage}")
 
     def damage(self, step: int) -> str:
-        """What is wrong with a checkpoint's files by its manifest, "" if nothing; the ranks share the reading."""
+        """Tells what is wrong with a checkpoint's files by its manifest, "" if nothing; the ranks share the reading."""
         folder = self.path(step)
         problem = ""
         try:

@@ -1,4 +1,4 @@
-"""Where torch.compile is applied. Modules are compiled in place, so parameter names stay what they are."""
+"""Applies torch.compile. Modules are compiled in place, so parameter names stay what they are."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ VARIANTS = 128  # dynamo's default, 8, would leave most blocks uncompiled withou
 
 
 def compile_stage(stage: nn.Module, mode: str, backend: str) -> None:
-    """`mode` "blocks": the repeated blocks, each kind compiled once per shape, in seconds; "model": whole networks, in
-    minutes and a little faster; "none".
+    """Compiles a stage's networks.
 
     The random draws and the loss's bookkeeping around the networks stay as they are.
+
+    Args:
+        stage: its networks are changed in place.
+        mode: "blocks" compiles the repeated blocks, each kind once per shape, in seconds; "model" compiles whole
+            networks,
+            in minutes, and they run a little faster; "none" does nothing.
+        backend: of torch.compile.
     """
     if mode == "none":
         return

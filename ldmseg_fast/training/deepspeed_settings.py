@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, derived from ours in one place, and merged with a user's own JSON."""
+"""Derives DeepSpeed's configuration from ours, and merges it with a user's own JSON."""
 
 from __future__ import annotations
 
@@ -31,10 +31,16 @@ OFF: tuple[Any, ...] = ({}, None, {"enabled": False})  # sections that change no
 
 
 def deepspeed_config(config: Config, world_size: int, num_elements: int = 0, on_gpu: bool = False) -> dict[str, Any]:
-    """DeepSpeed's settings for `world_size` ranks.
+    """Derives DeepSpeed's settings for `world_size` ranks.
 
     Autocast, loss scaling and the learning rate are the engine's own, so DeepSpeed sees float32 weights and no
-    scheduler. `num_elements` (trainable parameters) keeps its buffers from being larger than the model.
+    scheduler.
+
+    Args:
+        config: the run's.
+        world_size: ranks.
+        num_elements: trainable parameters; with them its buffers are not larger than the model.
+        on_gpu: whether the ranks have GPUs.
     """
     train = config.train
     zero: dict[str, Any] = {
@@ -61,7 +67,11 @@ def deepspeed_config(config: Config, world_size: int, num_elements: int = 0, on_
 
 
 def read_user_config(path: str | Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file. Raises ConfigError naming it."""
+    """Reads a DeepSpeed JSON file.
+
+    Raises:
+        ConfigError: a file that is missing or no JSON object; the message names it.
+    """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -74,7 +84,7 @@ def read_user_config(path: str | Path) -> dict[str, Any]:
 
 
 def merge_user_config(derived: dict[str, Any], user: dict[str, Any], clip: float) -> dict[str, Any]:
-    """`derived` with what `user` adds or tunes; "auto" means ours.
+    """Merges `derived` with what `user` adds or tunes; "auto" means ours.
 
     Raises:
         ConfigError: entries that our settings decide and that say something else, all of them named.

@@ -1,4 +1,7 @@
-"""Parameter counts and memory per rank, before anything is allocated: for `--dry-run` and out-of-memory advice."""
+"""Estimates parameters and memory per rank before anything is allocated.
+
+`train.py --dry-run` prints `dry_run`, a run that finds no memory `advice`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.config import Config, describe
+from ldmseg_fast.config.precision import resolve_precision
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.layers import ResnetBlock
 from ldmseg_fast.models.mask_vae import MaskVAE
@@ -24,18 +28,19 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters by part of the model, and how many of them are trained."""
+    """Counts parameters by part of the model, and how many of them are trained."""
 
     parts: dict[str, int]
     trainable: int
 
     @property
     def total(self) -> int:
+        """Adds the parts up."""
         return sum(self.parts.values())
 
 
 def count_parameters(stage_name: str, config: Config) -> Counts:
-    """Counted on the meta device: no weights are made or read."""
+    """Counts parameters on the meta device: no weights are made or read."""
     parts = _parts(stage_name, config)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
     if stage_name == "autoencoder":
@@ -59,7 +64,10 @@ def _parts(stage_name: str, config: Config) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes per rank, activations left out. `gradients` and `buffers` are what the backward pass needs at most."""
+    """Holds bytes per rank, activations left out.
+
+    `gradients` and `buffers` are what the backward pass needs at most.
+    """
 
     weights: float
     gradients: float
@@ -71,13 +79,16 @@ class StateMemory:
 
     @property
     def device(self) -> float:
+        """Adds up what lies on the device."""
         return self.weights + self.gradients + self.optimizer + self.averages + self.frozen + self.buffers
 
 
 def state_memory(counts: Counts, config: Config, ranks: int, zero_stage: int, on_gpu: bool = True) -> StateMemory:
-    """Rajbhandari et al. 2020 (ZeRO), section 3, for float32 weights under autocast: 4 bytes each for a weight, its
-    gradient, its average and each of two moments. Stage 1 cuts moments, master copy and averages along the ranks, 2 the
-    gradients too, 3 everything. On a GPU gradients pass through two buffers.
+    """Estimates a rank's memory but for activations (Rajbhandari et al. 2020, ZeRO, section 3).
+
+    Weights are float32 under autocast: a weight, its gradient, its average and each of two moments take 4 bytes. Stage
+    1 cuts moments, master copy and averages along the ranks, 2 the gradients too, 3 everything. On a GPU gradients pass
+    through two buffers.
     """
     trainable, frozen = counts.trainable, counts.total - counts.trainable
     share = trainable / ranks if zero_stage else trainable
@@ -95,11 +106,14 @@ def state_memory(counts: Counts, config: Config, ranks: int, zero_stage: int, on
 
 
 def activation_memory(config: Config, images: int, checkpointing: bool) -> int:
-    """Bytes that the UNet keeps for the backward pass of `images` images: what autograd saves of a pass on the meta
-    device, attention's score matrices left out, which no fused attention keeps."""
+    """Measures the bytes that the UNet keeps for the backward pass of `images` images, on the meta device.
+
+    This is what autograd saves. Attention's score matrices are left out, which no fused attention keeps. With
+    `checkpointing` only the inputs of the blocks are kept.
+    """
     unet = _parts("diffusion", config)["unet"]
     side = config.data.image_size // config.mask_vae.downsampling
-    half = config.train.precision != "fp32"
+    half = resolve_precision(config.train.precision, distributed.device())[0] != "fp32"
     heads = config.unet.num_heads
     scores = {(heads[level], *[(side >> level) ** 2] * 2) for level in range(len(heads))}
     seen = {p.untyped_storage()._cdata for p in unet.parameters()}
@@ -137,11 +151,12 @@ def activation_memory(config: Config, images: int, checkpointing: bool) -> int:
 
 
 def micro_batch(config: Config, ranks: int) -> int:
+    """Tells how many images a rank has in memory at a time."""
     return max(config.train.batch_size // config.train.accumulation // ranks, 1)
 
 
 def device_memory() -> int | None:
-    """Bytes of this rank's GPU; None without one."""
+    """Gives the bytes of this rank's GPU; None without one."""
     return (
         torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         if torch.cuda.is_available()
@@ -150,7 +165,7 @@ def device_memory() -> int | None:
 
 
 def report(stage_name: str, config: Config, ranks: int) -> list[str]:
-    """Lines of the estimate: parts, memory per rank for ZeRO 0-3, activations, and the device they must fit."""
+    """Writes the estimate: parts, memory per rank for ZeRO 0-3, activations, and the device they must fit; lines."""
     counts = count_parameters(stage_name, config)
     lines = [f"parameters: {counts.total:,} of which {counts.trainable:,} are trained"]
     lines += [f"  {name:<12} {count:>14,}" for name, count in counts.parts.items()]
@@ -173,7 +188,14 @@ def report(stage_name: str, config: Config, ranks: int) -> list[str]:
 
 
 def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = None) -> list[str]:
-    """The three settings that free most memory, with estimates of how much."""
+    """Names the three settings that free most memory, with estimates of how much.
+
+    Args:
+        stage_name: of `stages.STAGES`.
+        config: the run's.
+        ranks: how many there are.
+        trainable: parameters that are trained, where it is known better than by `count_parameters`.
+    """
     counts = count_parameters(stage_name, config)
     if trainable is not None:
         counts = replace(counts, trainable=trainable)
@@ -204,7 +226,7 @@ def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = 
         saved = (now - state_memory(counts, changed, ranks, zero_stage).device) / GIB
         name = f"train.zero_stage={zero_stage}" + (" train.offload=true" if offload and not train.offload else "")
         options.append((saved, f"{name}: {saved:.2f} GiB less on each of {ranks} ranks"))
-    if train.precision == "fp32":
+    if resolve_precision(train.precision, distributed.device())[0] == "fp32":
         options.append((activations / 2, f"train.precision=bf16: about {activations / 2:.2f} GiB less"))
     options.append((0.0, f"data.image_size={config.data.image_size // 2}: a quarter of the activations"))
     if stage_name == "autoencoder":
@@ -215,21 +237,31 @@ def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = 
 
 
 def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None) -> list[str]:
-    """Lines: resolved settings, DeepSpeed's derived configuration, parameters, and memory per rank for ZeRO 0-3.
+    """Writes what `--dry-run` prints, as lines.
+
+    These are resolved settings, DeepSpeed's derived configuration, parameters, and memory per rank for ZeRO 0-3.
+
+    `train.precision=auto` is resolved for the device of this machine; whether `model.attention` can run on it is not
+    asked, so that a GPU's run can be tried without one.
 
     Raises:
         ConfigError: settings that contradict a pre-trained folder or the user's DeepSpeed configuration.
+        CheckpointError: a pre-trained folder that is missing or damaged.
     """
     if stage_name in ("one_step", "distillation"):
         config = started_from_model(config)
     if stage_name != "autoencoder" and config.model.init_from:
         config = resolve_start(config).config
+    precision, reason = resolve_precision(config.train.precision, distributed.device())
+    config = replace(config, train=replace(config.train, precision=precision))
     ranks = distributed.world_size()
     counts = count_parameters(stage_name, config)
     derived = deepspeed_config(config, ranks, counts.trainable)
     derived = merge_user_config(derived, user_config or {}, config.train.clip)
     return [
         *describe(config),
+        "",
+        f"precision: {precision} ({reason})",
         "",
         f"DeepSpeed configuration for {ranks} ranks: {json.dumps(derived, indent=2)}",
         "",

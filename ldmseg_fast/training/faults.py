@@ -1,4 +1,4 @@
-"""What may go wrong in flight: numbers that are not finite, pictures that cannot be read, memory that runs out."""
+"""Handles what may go wrong in flight: numbers that are not finite, pictures that cannot be read, no memory left."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from ldmseg_fast.training.estimate import advice
 
 
 class NonFiniteGuard:
-    """Counts skipped steps, and writes down which images they had, in LOGS/nonfinite.jsonl of each rank.
+    """Counts skipped steps, and writes down which images they had, in LOGS/nonfinite-RANK.jsonl.
 
     The verdict on a step is read when the next one is under way, so that the CPU does not wait for the device.
+
+    Args:
+        path: the file.
+        limit: steps in a row after which training ends; 0: never.
     """
 
     def __init__(self, path: Path, limit: int) -> None:
@@ -28,13 +32,23 @@ class NonFiniteGuard:
         self._pending: deque[tuple[int, list[Any], Tensor, Any]] = deque()
 
     def watch(self, step: int, image_ids: list[Any], loss: Tensor, skipped: Tensor | bool) -> list[bool]:
-        """Note a step; returns the verdicts that are in by now: whether each step was skipped."""
+        """Takes note of a step; returns the verdicts that are in by now: whether each step was skipped.
+
+        Args:
+            step: its number.
+            image_ids: of this rank.
+            loss: a scalar, any float type.
+            skipped: a boolean, or a boolean scalar on the loss's device.
+
+        Raises:
+            NonFiniteError: too many steps in a row.
+        """
         verdict = torch.stack([loss.detach().float(), torch.as_tensor(skipped, device=loss.device).float()])
         self._pending.append((step, image_ids, *_start_copy(verdict)))
         return self._judge(keep=1 if loss.is_cuda else 0)
 
     def flush(self) -> list[bool]:
-        """The verdicts that are left."""
+        """Returns the verdicts that are left. Raises NonFiniteError as `watch`."""
         return self._judge(keep=0)
 
     def _judge(self, keep: int) -> list[bool]:
@@ -74,7 +88,14 @@ def _start_copy(values: Tensor) -> tuple[Tensor, Any]:
 
 
 class BadItems:
-    """The budget of pictures that cannot be read: each is named once and replaced; beyond the budget training ends."""
+    """Keeps the budget of pictures that cannot be read.
+
+    Each is named once and replaced; beyond the budget training ends.
+
+    Args:
+        num_items: of the data set.
+        share: of them that may be bad.
+    """
 
     def __init__(self, num_items: int, share: float) -> None:
         self.allowed = math.floor(share * num_items)
@@ -82,7 +103,11 @@ class BadItems:
         self.messages: dict[int, str] = {}
 
     def add(self, failures: list[tuple[int, str]]) -> list[str]:
-        """Messages that are new. Raises DataError when the budget is spent."""
+        """Takes (index, message) of failures, and returns the messages that are new.
+
+        Raises:
+            DataError: the budget is spent.
+        """
         new = [message for index, message in failures if index not in self.messages]
         self.messages.update(failures)
         self.check(len(self.messages))
@@ -100,6 +125,7 @@ class BadItems:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether an error says that memory has run out, on a GPU or in the host."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
@@ -107,7 +133,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(stage_name: str, config: Config, world_size: int, error: str) -> OutOfMemory:
-    """The error of a run that found no memory, with the settings that free most. error: what torch said."""
+    """Makes the error of a run that found no memory, with the settings that free most. error: what torch said."""
     lines = "\n".join(f"  {line}" for line in advice(stage_name, config, world_size))
     reason = error.strip().splitlines()[0][:200]
     return OutOfMemory(f"out of memory ({reason}). What helps most:\n{lines}\nthen go on with --resume")

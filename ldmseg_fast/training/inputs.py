@@ -1,4 +1,4 @@
-"""The data of a run, as its settings say."""
+"""Opens the data of a run, as its settings say."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from ldmseg_fast.errors import ConfigError
 
 
 def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> CocoPanoptic:
+    """Opens a split. Training augments and uses `data.limit`; validation does neither, and uses `data.val_limit`.
+
+    Raises:
+        DataError: a split that cannot be read.
+    """
     data = config.data
     return CocoPanoptic(
         data.root,
@@ -29,7 +34,11 @@ def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> Coc
 
 
 def check_batch(config: Config) -> None:
-    """Raises ConfigError where the batch cannot be shared among the ranks."""
+    """Checks that the batch can be shared among the ranks.
+
+    Raises:
+        ConfigError: it cannot; the message names one that can.
+    """
     world = distributed.world_size()
     micro_batch = config.train.batch_size // config.train.accumulation
     if micro_batch % world:
@@ -41,7 +50,7 @@ def check_batch(config: Config) -> None:
 
 
 def make_batches(dataset: CocoPanoptic, config: Config, first_item: int = 0) -> TrainingBatches:
-    """This rank's micro-batches, from what all ranks together have not seen yet."""
+    """Makes this rank's micro-batches, from what all ranks together have not seen yet."""
     world = distributed.world_size()
     return TrainingBatches(
         dataset,

@@ -1,4 +1,7 @@
-"""The training loop, one for both stages: data -> loss -> step -> log -> validate -> save."""
+"""Runs the training loop, one for all stages: data -> loss -> step -> log -> validate -> save.
+
+It stands on top of the optimizer and the checkpoints, these on the stages, and the stages on the losses.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
 from ldmseg_fast.training.inputs import check_batch, make_batches, make_dataset
+from ldmseg_fast.training.machine import resolve_settings
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
@@ -33,7 +37,10 @@ from ldmseg_fast.training.validation import validate
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of 0-based `step`: linear warm-up, then constant, cosine, or a tenth for the last tenth."""
+    """Computes the learning rate of 0-based `step`.
+
+    After a linear warm-up it is constant, follows a cosine, or is a tenth for the last tenth of the run.
+    """
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     progress = min((step - config.warmup) / max(config.steps - config.warmup, 1), 1.0)
@@ -47,7 +54,10 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 class Run:
-    """One training run from its settings to its model folder; `loop` is the whole story."""
+    """Holds one training run from its settings to its model folder; `loop` is the whole story.
+
+    Arguments and errors as `train` has them; `interrupt` tells that a signal has come.
+    """
 
     def __init__(
         self,
@@ -62,6 +72,7 @@ class Run:
         settings = config.train
         self.checkpoints = TrainingCheckpoints(self.folder / "checkpoints", settings.keep, settings.keep_best)
         self.checkpoints.check_start(resume, trust)
+        config, precision = resolve_settings(config, self.device, self.folder if resume else None)
         torch.set_num_threads(settings.threads or max(1, distributed.cores() // distributed.local_size()))
         torch.manual_seed(settings.seed)
         for kernel in KERNELS:
@@ -98,13 +109,14 @@ class Run:
             record_start(logs, stage_name, self.progress.step)
             (self.folder / "settings.txt").write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         self.log = RunLog(logs, self.progress.step, settings.wandb, to_dict(config))
+        self.say(precision)
         self.agreement, self.window = Agreement(), Window()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
         quiet = None if distributed.is_main() else True  # None: silent where there is no terminal
         self.bar = tqdm(total=settings.steps, initial=self.progress.step, desc=stage_name, unit="step", disable=quiet)
 
     def loop(self) -> None:
-        """Until train.steps, a signal, or train.max_minutes."""
+        """Trains until train.steps, a signal, or train.max_minutes."""
         settings, progress = self.config.train, self.progress
         if progress.validation_due:
             self.validate()
@@ -129,7 +141,11 @@ class Run:
                 self.save()
 
     def take_step(self) -> dict[str, Tensor]:
-        """One optimiser step over `accumulation` micro-batches; the losses averaged over them, this rank's."""
+        """Takes one optimiser step over `accumulation` micro-batches.
+
+        Returns:
+            This rank's losses by name, averaged over the micro-batches: float scalars on the device.
+        """
         settings, progress = self.config.train, self.progress
         self.optimizer.set_learning_rate(learning_rate(progress.step, settings))
         totals: dict[str, Tensor] = {}
@@ -153,12 +169,13 @@ class Run:
         return totals
 
     def settle(self, verdicts: list[bool]) -> None:
-        """Take note of which steps were skipped."""
+        """Takes note of which steps were skipped."""
         for skipped in verdicts:
             self.optimizer.scale.update(skipped)
             self.progress.skipped += skipped
 
     def write_log(self) -> None:
+        """Writes a line of the log; all ranks call it."""
         values = self.window.means(self.config.train.batch_size)
         seconds = max(time.monotonic() - self.window.started, 1e-9)
         values["lr"] = learning_rate(self.progress.step - 1, self.config.train)
@@ -175,7 +192,10 @@ class Run:
         self.batches.waited, self.window = 0.0, Window()
 
     def validate(self) -> bool:
-        """Whether the averaged weights are the best so far. A stop request ends it without a result; it is due then."""
+        """Validates, and tells whether the averaged weights are the best so far.
+
+        A stop request ends it without a result; it is due then.
+        """
         step = self.progress.step
         pictures = self.folder / "pictures" / f"step-{step:08d}.png"
         with self.optimizer.averaged_weights():
@@ -205,21 +225,24 @@ class Run:
         return improved
 
     def save(self) -> None:
-        """A checkpoint to go on from, and the averaged weights as a model folder."""
+        """Saves a checkpoint to go on from, and the averaged weights as a model folder."""
         self.settle(self.guard.flush())
         self.checkpoints.save(self.stage, self.optimizer, self.progress)
         self.export(self.folder)
         self.window, self.batches.waited = Window(), 0.0
 
     def export(self, folder: Path) -> None:
+        """Writes the averaged weights as a model folder; all ranks call it."""
         with self.optimizer.averaged_weights(), self.optimizer.whole_parameters():
             distributed.run_on_main(lambda: self.stage.save(folder))
 
     def say(self, message: str) -> None:
+        """Prints a line on rank 0, above the progress bar."""
         if distributed.is_main():
             tqdm.write(message, file=sys.stderr)
 
     def close(self) -> None:
+        """Closes the bar, the log and the loader."""
         self.bar.close()
         self.log.close()
         self.batches.close()
@@ -232,7 +255,7 @@ def train(
     deepspeed_config: dict[str, Any] | None = None,
     trust: bool = False,
 ) -> Path:
-    """Train one stage.
+    """Trains one stage.
 
     Args:
         stage_name: of `stages.STAGES`.

@@ -1,7 +1,8 @@
-"""The auto-encoder's loss: cross-entropy, and BCE + Dice per segment, on sampled points (LDMSeg, section 3.1).
+"""Computes the auto-encoder's loss: cross-entropy, and BCE + Dice per segment, on sampled points.
 
-Points are drawn as in PointRend (Kirillov et al. 2020, section 3.1): `oversample` times too many at random, of which
-the most uncertain make `importance` of the result and new random ones the rest. Slot = id, so nothing is matched.
+It is LDMSeg's (arXiv 2401.10227, section 3.1). Points are drawn as in PointRend (Kirillov et al. 2020, section 3.1):
+`oversample` times too many at random, of which the most uncertain make `importance` of the result and new random ones
+the rest. Slot = id, so nothing is matched.
 
 Cross-entropy ignores void. So the uncertain points are looked for where there is a label, and in void only where labels
 do not suffice: no points are spent on pixels that count for nothing, and how many do count is known beforehand.
@@ -25,7 +26,7 @@ TINY = 1e-6  # a divisor where there is nothing to divide
 
 @dataclass(frozen=True)
 class MaskLosses:
-    """Scalars: `total` is the weighted sum of the others."""
+    """Holds float32 scalars: `total` is the weighted sum of the others."""
 
     total: Tensor
     ce: Tensor
@@ -35,7 +36,12 @@ class MaskLosses:
 
 @dataclass(frozen=True)
 class Segments:
-    """Segments of a batch, void left out, image after image. image, slot: int64 [M]; counts: how many in each image."""
+    """Lists the segments of a batch, void left out, image after image.
+
+    Attributes:
+        image, slot: int64 [M].
+        counts: how many there are in each image.
+    """
 
     image: Tensor
     slot: Tensor
@@ -81,9 +87,12 @@ def _candidates(rows: Sequence[int], config: LossConfig, device: torch.device, g
 
 
 def labelled_points(segment_ids: Tensor, config: LossConfig, generator: Generators) -> Tensor:
-    """How many CE points of `mask_losses` will not be void, float32 scalar, whatever the logits.
+    """Counts how many CE points of `mask_losses` will not be void, whatever the logits: a float32 scalar.
 
-    segment_ids: integer [B, H, W], 0 = void. generator: in the state in which `mask_losses` will have it.
+    Args:
+        segment_ids: integer [B, H, W], 0 = void.
+        config: point counts.
+        generator: of the points, in the state in which `mask_losses` will have it.
     """
     device, rows, num_important = segment_ids.device, [1] * len(segment_ids), _num_important(config)
     candidates = _labelled(segment_ids, _candidates(rows, config, device, generator)).sum(1)  # [B]
@@ -100,7 +109,7 @@ def _labelled(segment_ids: Tensor, points: Tensor) -> Tensor:
 
 
 def present_segments(segment_ids: Tensor, num_slots: int) -> Segments:
-    """The segments of [B, H, W] ids by their values; on a GPU this waits for the device."""
+    """Lists the segments of ids integer [B, H, W] by their values; on a GPU this waits for the device."""
     flat = segment_ids.flatten(1).long()
     present = torch.zeros(flat.shape[0], num_slots, dtype=torch.bool, device=flat.device)
     present.scatter_(1, flat, True)
@@ -110,7 +119,7 @@ def present_segments(segment_ids: Tensor, num_slots: int) -> Segments:
 
 
 def share_num_masks(batches: Sequence[dict[str, Any]], device: torch.device) -> None:
-    """Put `num_masks` into the micro-batches of a step: the mean of their segment counts, over them and all ranks.
+    """Puts `num_masks` into the micro-batches of a step: the mean of their segment counts, over them and all ranks.
 
     With it as the divisor, the gradients that parts and ranks average are those of the whole batch at once.
     """
@@ -123,10 +132,14 @@ def share_num_masks(batches: Sequence[dict[str, Any]], device: torch.device) -> 
 def share_num_labelled(
     batches: Sequence[dict[str, Any]], config: LossConfig, generators_of: Callable[[dict[str, Any]], Generators]
 ) -> None:
-    """Put `num_labelled` into the micro-batches of a step: the mean of their `labelled_points`, over them and all
-    ranks, which is to CE what `num_masks` is to BCE and Dice.
+    """Puts `num_labelled` into the micro-batches of a step, which is to CE what `num_masks` is to BCE and Dice.
 
-    generators_of: a batch's generators, as its `mask_losses` will get them.
+    It is the mean of their `labelled_points`, over them and all ranks.
+
+    Args:
+        batches: the micro-batches.
+        config: point counts.
+        generators_of: a batch's generators, as its `mask_losses` will get them.
     """
     counts = [labelled_points(batch["segment_ids"], config, generators_of(batch)) for batch in batches]
     num_labelled = all_reduce_mean(torch.stack(counts).mean())
@@ -143,7 +156,7 @@ def mask_losses(
     num_masks: Tensor | None = None,
     num_labelled: Tensor | None = None,
 ) -> MaskLosses:
-    """Loss of slot logits against a segment map.
+    """Scores slot logits against a segment map.
 
     With a generator for each image its points do not depend on the rest of the batch. Then the losses and their
     gradients, averaged over micro-batches, are the same for any cut of a batch into ranks and micro-batches, where both
@@ -151,7 +164,7 @@ def mask_losses(
 
     Args:
         mask_logits: [B, Q, h, w], any float type; may be smaller than the map (points are in [0, 1]).
-        segment_ids: [B, H, W] integer, 0 = void, below Q.
+        segment_ids: integer [B, H, W], 0 = void, below Q.
         config: weights and point counts.
         generator: generator of the points, or one for each image.
         segments: what `present_segments` would find.

@@ -1,4 +1,4 @@
-"""Who takes the step: torch's AdamW on one process, DeepSpeed ZeRO where a launcher started several."""
+"""Takes the step: torch's AdamW on one process, DeepSpeed ZeRO where a launcher started several."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ from ldmseg_fast.training.stages import Stage
 
 
 class LossScale:
-    """Keeps float16 gradients in range (Micikevicius et al. 2018): halved by an overflow, doubled after quiet steps."""
+    """Keeps float16 gradients in range (Micikevicius et al. 2018).
+
+    The scale is halved by an overflow, and doubled after `patience` steps without one.
+    """
 
     def __init__(self, enabled: bool, start: float = 2.0**16, patience: int = 2000) -> None:
         self.enabled, self.patience = enabled, patience
         self.value, self.quiet_steps = (start if enabled else 1.0), 0
 
     def update(self, overflow: bool) -> None:
+        """Takes note of whether a step overflowed."""
         if not self.enabled:
             return
         self.quiet_steps = 0 if overflow else self.quiet_steps + 1
@@ -39,7 +43,7 @@ class LossScale:
 
 
 class Optimizer(abc.ABC):
-    """Forward, backward and step of a stage, and this rank's share of the state: weights, moments, averages."""
+    """Runs forward, backward and step of a stage, and holds this rank's state: weights, moments, averages."""
 
     shards: list[Shard]
 
@@ -54,11 +58,11 @@ class Optimizer(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Losses of a micro-batch."""
+        """Computes the losses of a micro-batch (see `Stage`): float scalars by name."""
 
     @abc.abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a micro-batch; `last` of its step."""
+        """Adds the gradients of a micro-batch's loss, a float32 scalar; `last` of its step."""
 
     @abc.abstractmethod
     def _update(self) -> Tensor | bool:
@@ -69,10 +73,14 @@ class Optimizer(abc.ABC):
 
     @abc.abstractmethod
     def refresh(self) -> None:
-        """Make the weights that the forward pass uses follow the shards' after these were written to."""
+        """Makes the weights that the forward pass uses follow the shards' after these were written to."""
 
     def step(self) -> Tensor | bool:
-        """One update of weights and averages. Returns whether gradients were not finite: then nothing changed."""
+        """Updates weights and averages once.
+
+        Returns:
+            Whether gradients were not finite, so that nothing changed: a boolean, or a boolean scalar on the device.
+        """
         skipped = self._update()
         if not isinstance(skipped, bool) or not skipped:
             self.steps += 1
@@ -81,16 +89,18 @@ class Optimizer(abc.ABC):
         return skipped
 
     def set_learning_rate(self, rate: float) -> None:
+        """Sets the learning rate, times each group's own factor."""
         for group in self._adamw().param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
 
     def counters(self) -> dict[str, float]:
-        """What a checkpoint holds beside the shards; `set_counters` takes it."""
+        """Gives what a checkpoint holds beside the shards; `set_counters` takes it."""
         adam_steps = next((int(state["step"]) for state in self._adamw().state.values()), 0)
         scale = {"loss_scale": self.scale.value, "quiet_steps": self.scale.quiet_steps}
         return {"steps": self.steps, "adam_steps": adam_steps} | scale
 
     def set_counters(self, counters: dict[str, float]) -> None:
+        """Goes on from what `counters` gave."""
         self.steps = int(counters["steps"])
         for state in self._adamw().state.values():
             state["step"].fill_(float(counters["adam_steps"]))
@@ -98,12 +108,15 @@ class Optimizer(abc.ABC):
             self.scale.value, self.scale.quiet_steps = counters["loss_scale"], int(counters["quiet_steps"])
 
     def own_shards(self) -> list[tuple[Shard, Tensor | None]]:
-        """What this rank writes into a checkpoint, with the averages: together the ranks write each piece once."""
+        """Lists what this rank writes into a checkpoint, each shard with its average, float32 of the shard's any shape.
+
+        Together the ranks write each piece once.
+        """
         averages: list[Any] = [None] * len(self.shards) if self.averages is None else self.averages.values
         return list(zip(self.shards, averages))
 
     def load_foreign(self, folder: Path) -> int:
-        """Load a checkpoint that DeepSpeed itself wrote, by unpickling it; returns its step.
+        """Loads a checkpoint that DeepSpeed itself wrote, by unpickling it; returns its step.
 
         Raises:
             CheckpointError: it cannot be loaded here.
@@ -114,12 +127,12 @@ class Optimizer(abc.ABC):
 
     @contextlib.contextmanager
     def whole_parameters(self, frozen_only: bool = False, write: bool = False) -> Iterator[None]:
-        """Inside, every rank sees whole parameters; with `write`, what rank 0 puts into them stays."""
+        """Lets every rank see whole parameters inside; with `write`, what rank 0 puts into them stays."""
         yield
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the stage holds its moving averages."""
+        """Lets the stage hold its moving averages inside."""
         if self.averages is None:
             yield
             return
@@ -133,7 +146,12 @@ class Optimizer(abc.ABC):
 
 
 def make_optimizer(stage: Stage, config: Config, user_config: dict[str, Any] | None = None) -> Optimizer:
-    """`user_config` is a DeepSpeed configuration of the user's, merged with ours.
+    """Makes the optimizer of this process: DeepSpeed's where a launcher started it.
+
+    Args:
+        stage: what is trained.
+        config: the run's.
+        user_config: a DeepSpeed configuration of the user's, merged with ours.
 
     Raises:
         ConfigError: it contradicts our settings.
@@ -157,7 +175,7 @@ def _norm_and_scale(gradients: list[Tensor], clip: float, loss_scale: float) -> 
 
 
 class PlainOptimizer(Optimizer):
-    """One process: AdamW, clipping, gradient accumulation, loss scaling; nothing in it waits for the device."""
+    """Trains on one process: AdamW, clipping, accumulation, loss scaling; nothing in it waits for the device."""
 
     def __init__(self, stage: Stage, config: Config) -> None:
         super().__init__(stage, config)
@@ -166,9 +184,11 @@ class PlainOptimizer(Optimizer):
         self._start(whole_shards(stage, self.adamw))
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """See `Optimizer.forward`."""
         return self.stage(batch, step)
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        """See `Optimizer.backward`."""
         (loss * (self.scale.value / self.config.accumulation)).backward()
 
     def _update(self) -> Tensor | bool:
@@ -185,11 +205,12 @@ class PlainOptimizer(Optimizer):
         return self.adamw
 
     def refresh(self) -> None:
+        """See `Optimizer.refresh`."""
         pass  # the shards are the parameters
 
 
 class DeepSpeedOptimizer(Optimizer):
-    """Several ranks: DeepSpeed ZeRO 0-3 around the same AdamW."""
+    """Trains on several ranks: DeepSpeed ZeRO 0-3 (Rajbhandari et al. 2020) around the same AdamW."""
 
     def __init__(self, stage: Stage, config: Config, user_config: dict[str, Any]) -> None:
         import deepspeed
@@ -223,9 +244,11 @@ class DeepSpeedOptimizer(Optimizer):
         return parameter_shards(stage, self.zero, distributed.rank())
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """See `Optimizer.forward`."""
         return self.engine(batch, step)
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        """See `Optimizer.backward`."""
         if self.zero_stage == 0:
             loss = loss * self.scale.value
         elif self.scale.enabled:
@@ -255,10 +278,12 @@ class DeepSpeedOptimizer(Optimizer):
         return self.zero.optimizer if self.zero_stage else self.zero
 
     def own_shards(self) -> list[tuple[Shard, Tensor | None]]:
+        """See `Optimizer.own_shards`."""
         own = super().own_shards()
         return own if self.zero_stage else own[distributed.rank() :: distributed.world_size()]
 
     def load_foreign(self, folder: Path) -> int:
+        """See `Optimizer.load_foreign`."""
         path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint in it")
@@ -268,6 +293,7 @@ class DeepSpeedOptimizer(Optimizer):
 
     @torch.no_grad()
     def refresh(self) -> None:
+        """See `Optimizer.refresh`."""
         if self.zero_stage in (1, 2):
             self.zero.update_lp_params()
         elif self.zero_stage == 3:
@@ -283,6 +309,7 @@ class DeepSpeedOptimizer(Optimizer):
 
     @contextlib.contextmanager
     def whole_parameters(self, frozen_only: bool = False, write: bool = False) -> Iterator[None]:
+        """See `Optimizer.whole_parameters`."""
         if self.zero_stage < 3:
             yield
             return

@@ -1,4 +1,4 @@
-"""What a run's folder says about how it was made: command and machine of each start, time spent."""
+"""Records how a run was made: command and machine of each start, time spent, the runs that it was built on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STARTS = "starts.jsonl"
 
 
 def machine() -> str:
-    """Processor and cores, or GPUs, and PyTorch's version: one line without a host name."""
+    """Describes this machine in one line without a host name: processor and cores, or GPUs, and PyTorch's version."""
     if torch.cuda.is_available():
         device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     else:
@@ -29,7 +29,7 @@ def machine() -> str:
 
 
 def record_start(logs: Path, stage: str, start_step: int) -> None:
-    """A line in logs/starts.jsonl; called by rank 0 each time a run is started or resumed."""
+    """Adds a line to logs/starts.jsonl; rank 0 calls it each time a run is started or resumed."""
     logs.mkdir(parents=True, exist_ok=True)
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -44,7 +44,7 @@ def record_start(logs: Path, stage: str, start_step: int) -> None:
 
 
 def cpu_minutes(logs: Path) -> float:
-    """Processor time of rank 0, all starts together."""
+    """Adds up the processor time of rank 0, all starts together, in minutes."""
     total = previous = 0.0
     for record in read_lines(logs / "log.jsonl"):
         now = record.get("cpu_seconds")
@@ -55,7 +55,7 @@ def cpu_minutes(logs: Path) -> float:
 
 
 def ancestors(run_dir: Path) -> list[Path]:
-    """Folders of the runs that this one was built on, oldest first, itself last; those that are still there."""
+    """Lists the folders that are there of the runs that this one was built on: oldest first, itself last."""
     chain: list[Path] = []
     waiting = [run_dir]
     while waiting:

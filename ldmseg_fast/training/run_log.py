@@ -1,4 +1,4 @@
-"""Scalars and pictures of a run: log.jsonl, TensorBoard and, where asked for, Weights & Biases."""
+"""Writes scalars and pictures of a run: log.jsonl, TensorBoard and, where asked for, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldmseg_fast.errors import ConfigError
 
 
 class Window:
-    """What is averaged between two lines of the log. Losses stay on the device until then."""
+    """Collects what is averaged between two lines of the log. Losses stay on the device until then."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -24,13 +24,14 @@ class Window:
         self.steps, self.started = 0, time.monotonic()
 
     def add(self, losses: dict[str, Tensor]) -> None:
+        """Takes a step's losses by name, float scalars on the device, "loss" among them."""
         finite = torch.isfinite(losses["loss"])
         self.steps, self.finite = self.steps + 1, self.finite + finite
         for key, value in losses.items():
             self.sums[key] = self.sums.get(key, 0.0) + torch.where(finite, value.float(), 0.0)
 
     def means(self, batch_size: int) -> dict[str, float]:
-        """Over steps and ranks; all ranks call it."""
+        """Averages over steps and ranks; all ranks call it. `batch_size` is that of a whole step."""
         names = list(self.sums)
         totals = distributed.all_reduce_mean(torch.stack([*self.sums.values(), self.finite.float()]))
         means = (totals[:-1] / totals[-1]).tolist()
@@ -39,7 +40,13 @@ class Window:
 
 
 class RunLog:
-    """Written by rank 0. A resumed run drops the lines after the checkpoint it starts from, then appends."""
+    """Writes the log, on rank 0.
+
+    A resumed run drops the lines after the checkpoint it starts from, then appends.
+
+    Raises:
+        ConfigError: Weights & Biases is asked for and not installed.
+    """
 
     def __init__(self, folder: Path, start_step: int, wandb_project: str = "", settings: dict | None = None) -> None:
         self.path = folder / "log.jsonl"
@@ -59,6 +66,11 @@ class RunLog:
             self.wandb = _start_wandb(wandb_project, folder, settings or {})
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes the numbers of a step.
+
+        Raises:
+            OSError: the log cannot be written; it names the file.
+        """
         if not distributed.is_main():
             return
         # nine digits tell any two float32 apart
@@ -75,7 +87,7 @@ class RunLog:
             self.wandb.log(values, step=step)
 
     def picture(self, step: int, path: Path) -> None:
-        """Show a picture file of this step in the viewers."""
+        """Shows a picture file of this step in the viewers."""
         if self.tensorboard is None and self.wandb is None:
             return
         import numpy as np
@@ -91,6 +103,7 @@ class RunLog:
             self.wandb.log({"validation": wandb.Image(pixels)}, step=step)
 
     def close(self) -> None:
+        """Ends what the viewers' writers have begun."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:

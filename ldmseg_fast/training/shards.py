@@ -1,10 +1,11 @@
-"""Training state cut along the ranks: every rank writes what it owns, and any number of ranks reads it back.
+"""Cuts training state along the ranks: every rank writes what it owns, and any number of ranks reads it back.
 
 A file holds flat pieces, each named KIND:START:NAME, where START is its first element in the flattened parameter:
 
     weight:0:unet.conv_in.weight  exp_avg:0:unet.conv_in.weight  exp_avg_sq:...  average:...
 
-So nothing is gathered to save, nothing is pickled, and how the pieces were cut does not matter to the reader.
+So nothing is gathered to save, nothing is pickled, and how the pieces were cut does not matter to the reader. A rank's
+random state, `random_state`, is its own, and useful to as many ranks only.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Shard:
-    """What this rank owns of one trainable parameter.
+    """Holds what this rank owns of one trainable parameter.
 
-    weight: master weights in float32, the whole parameter or, under ZeRO, a flat piece of it; writing to it changes
-        them. moments: AdamW's, alike. start: the piece's first element in the flattened parameter.
+    Attributes:
+        name: of the parameter.
+        start: the piece's first element in the flattened parameter.
+        weight: master weights in float32, the whole parameter or, under ZeRO, a flat piece of it; writing to it changes
+            them.
+        moments: AdamW's, alike.
     """
 
     name: str
@@ -41,7 +46,10 @@ class Shard:
 
 
 def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a parameter, made as AdamW itself would where no step was taken yet."""
+    """Gives AdamW's state of a parameter of any shape: "step" and the moments, all float32.
+
+    It is made as AdamW itself would make it where no step was taken yet.
+    """
     state = optimizer.state[parameter]
     if not state:
         fused = bool(optimizer.defaults.get("fused"))
@@ -52,7 +60,7 @@ def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Ten
 
 
 def whole_shards(stage: nn.Module, optimizer: torch.optim.AdamW) -> list[Shard]:
-    """Nothing is cut: one process, or ZeRO 0."""
+    """Takes parameters whole: one process, or ZeRO 0."""
     return [
         Shard(name, 0, parameter.detach(), adam_state(optimizer, parameter))
         for name, parameter in stage.named_parameters()
@@ -61,7 +69,7 @@ def whole_shards(stage: nn.Module, optimizer: torch.optim.AdamW) -> list[Shard]:
 
 
 def flat_shards(stage: nn.Module, zero: Any) -> list[Shard]:
-    """ZeRO 1 and 2: each rank owns one run of each parameter group, flattened end to end."""
+    """Cuts as ZeRO 1 and 2 do: each rank owns one run of each parameter group, flattened end to end."""
     states = [adam_state(zero.optimizer, flat) for flat in zero.single_partition_of_fp32_groups]
     shards = []
     for name, parameter in stage.named_parameters():
@@ -75,7 +83,7 @@ def flat_shards(stage: nn.Module, zero: Any) -> list[Shard]:
 
 
 def parameter_shards(stage: nn.Module, zero: Any, rank: int) -> list[Shard]:
-    """ZeRO 3: each rank owns a piece of every parameter; the last one's is padded."""
+    """Cuts as ZeRO 3 does: each rank owns a piece of every parameter; the last one's is padded."""
     states = [adam_state(zero.optimizer, flat) for flat in zero.fp32_partitioned_groups_flat]
     shards = []
     parameter: Any
@@ -93,7 +101,7 @@ def parameter_shards(stage: nn.Module, zero: Any, rank: int) -> list[Shard]:
 
 
 class Averages:
-    """Exponential moving averages of this rank's shards.
+    """Keeps exponential moving averages of this rank's shards.
 
     The decay is min(decay, (1 + step) / (10 + step)), so that early averages are not the initialisation.
     """
@@ -104,12 +112,13 @@ class Averages:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Moves the averages towards the weights after 1-based `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.values, [shard.weight.detach() for shard in self.shards], 1.0 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange averages and master weights; called twice it changes nothing."""
+        """Exchanges averages and master weights; called twice it changes nothing."""
         for value, shard in zip(self.values, self.shards):
             weight = shard.weight.clone()
             shard.weight.copy_(value)
@@ -117,7 +126,11 @@ class Averages:
 
 
 def save_shards(path: Path, shards: Iterable[tuple[Shard, Tensor | None]]) -> None:
-    """Write shards, each with its average where there is one. Raises OSError."""
+    """Writes shards, float32 of any shape, each with its average where there is one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     state: dict[str, Tensor] = {}
     for shard, average in shards:
         tensors = {"weight": shard.weight} | {key: shard.moments[key] for key in MOMENTS}
@@ -127,7 +140,7 @@ def save_shards(path: Path, shards: Iterable[tuple[Shard, Tensor | None]]) -> No
 
 
 class ShardReader:
-    """All shard files of a checkpoint as one; only what is asked for is read."""
+    """Reads all shard files of a checkpoint as one; only what is asked for is read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -140,10 +153,15 @@ class ShardReader:
                 self.pieces.setdefault((kind, name), []).append((int(start), length, file, key))
 
     def has(self, kind: str) -> bool:
+        """Tells whether there are pieces of a kind: weight, exp_avg, exp_avg_sq or average."""
         return any(known == kind for known, _ in self.pieces)
 
     def read_into(self, target: Tensor, kind: str, name: str, start: int) -> None:
-        """Fill `target` with elements start.. of a flattened parameter. Raises CheckpointError if some are missing."""
+        """Fills `target`, any shape and float type, with elements `start`.. of a flattened parameter.
+
+        Raises:
+            CheckpointError: some are missing.
+        """
         values = torch.empty(target.numel(), dtype=target.dtype)
         found = 0
         for piece_start, length, file, key in self.pieces.get((kind, name), []):
@@ -159,7 +177,9 @@ class ShardReader:
             target.copy_(values.view(target.shape))
 
     def load(self, shards: list[Shard], averages: Averages | None) -> None:
-        """Weights, moments and averages of `shards`; without averages in the files, those of `averages` start anew.
+        """Reads weights, moments and averages into `shards`.
+
+        Without averages in the files, those of `averages` start anew.
 
         Raises:
             CheckpointError: something is missing.
@@ -176,7 +196,13 @@ class ShardReader:
 
 
 def random_state() -> dict[str, Tensor]:
-    """Every generator that code outside ours might draw from; our own draws depend on (seed, item) alone."""
+    """Reads every generator that code outside ours might draw from.
+
+    Our own draws depend on (seed, item) alone.
+
+    Returns:
+        Tensors [N] by the generator's name: uint8 for torch's, int64 and float64 for Python's and numpy's.
+    """
     _, words, gauss = random.getstate()
     kind: Any = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
@@ -190,7 +216,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
-    """Go on where `random_state` was taken."""
+    """Goes on where `random_state` was taken: tensors [N], uint8, int64 and float64, by name."""
     gauss, numpy_gauss = state["gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))
     place, has_gauss = state["numpy_place"].tolist()

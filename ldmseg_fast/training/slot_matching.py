@@ -1,4 +1,4 @@
-"""Which slot a segment is: the assignment of predicted slots to true segments that costs least.
+"""Finds which slot a segment is: the assignment of predicted slots to true segments that costs least.
 
 Where ids are arbitrary, a prediction may name the segments otherwise than the annotation does and be as right. The cost
 of a pair is what the auto-encoder's loss would be for it (as Cheng et al. 2022, Mask2Former, section 3.3.1, with the
@@ -20,7 +20,11 @@ GIVEN = 1e8  # above any sum of costs, so that a given pair is always part of th
 
 
 def require_assignment_solver() -> None:
-    """Raises ConfigError where SciPy, whose Hungarian algorithm is used, is not installed."""
+    """Checks that SciPy, whose Hungarian algorithm is used, is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
     try:
         import scipy.optimize  # noqa: F401
     except ImportError:
@@ -31,16 +35,16 @@ def require_assignment_solver() -> None:
 
 @torch.no_grad()
 def matching_costs(logits: Tensor, dense: Tensor, num_segments: int, config: LossConfig) -> Tensor:
-    """Cost of giving slot q to segment m, for one image.
+    """Computes the cost of giving slot q to segment m, for one image.
 
     Args:
-        logits: [Q, P] float32 at P points.
-        dense: [P] integer, the segment at each point: 1..num_segments, 0 = void.
+        logits: float32 [Q, P] at P points.
+        dense: integer [P], the segment at each point: 1..num_segments, 0 = void.
         num_segments: M.
         config: weights of CE, BCE and Dice.
 
     Returns:
-        [M, Q - 1]: slots 1..Q-1; slot 0 is void and no segment's.
+        float32 [M, Q - 1]: slots 1..Q-1; slot 0 is void and no segment's.
     """
     target = F.one_hot(dense.long(), num_segments + 1)[:, 1:].T.to(logits.dtype)  # [M, P]
     slots = logits[1:]  # [Q - 1, P]
@@ -56,18 +60,17 @@ def matching_costs(logits: Tensor, dense: Tensor, num_segments: int, config: Los
 def match_slots(
     mask_logits: Tensor, segment_ids: Tensor, points: Tensor, config: LossConfig, given: Tensor | None = None
 ) -> Tensor:
-    """The table of slots under which `mask_logits` fit the segments best.
+    """Finds the table of slots under which `mask_logits` fit the segments best (Kuhn 1955; Crouse 2016, as in SciPy).
 
     Args:
         mask_logits: [B, Q, h, w], any float type.
-        segment_ids: [B, H, W] integer, dense: 1..M segments of an image, 0 = void; M < Q.
-        points: [B, P, 2], (x, y) in [0, 1], where the two are compared.
+        segment_ids: integer [B, H, W], dense: 1..M segments of an image, 0 = void; M < Q.
+        points: float [B, P, 2], (x, y) in [0, 1], where the two are compared.
         config: weights of the costs.
         given: integer [B, 256], the slots of the segments that the model was told, which stay; 0 for those to match.
 
     Returns:
-        int64 [B, 256], dense id -> slot, 0 where an id is void or absent; distinct slots within an image
-        (Kuhn 1955; Crouse 2016 as SciPy has it).
+        int64 [B, 256], dense id -> slot, 0 where an id is void or absent; distinct slots within an image.
     """
     from scipy.optimize import linear_sum_assignment
 

@@ -1,4 +1,4 @@
-"""Panoptic quality during training, shared among the ranks."""
+"""Measures panoptic quality during training, shared among the ranks."""
 
 from __future__ import annotations
 
@@ -61,13 +61,17 @@ def validate(
     timeout: float = 300.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Class-agnostic PQ in percent over the split, the same for any number of ranks; a grid of pictures from rank 0, or
-    a warning where it cannot be written.
+    """Measures class-agnostic PQ in percent over the split, the same for any number of ranks.
 
-    The split is cut into chunks, which the ranks take in turn. All ranks run the network equally often, because under
-    ZeRO 3 a forward pass needs all of them.
+    Rank 0 writes a grid of pictures, or prints a warning where it cannot be written. The split is cut into chunks,
+    which the ranks take in turn. All ranks run the network equally often, because under ZeRO 3 a forward pass needs all
+    of them.
 
     Args:
+        stage: predicts the maps.
+        dataset: the split.
+        device: of this rank.
+        pictures: the grid's file; None: there is none.
         timeout: seconds that reading a chunk, or a picture to show, may take.
         stop: asked before each chunk; where it is true on any rank, all of them leave off.
 

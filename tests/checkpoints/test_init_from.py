@@ -176,7 +176,8 @@ def test_a_step_and_a_saved_model(folder, make_stage, tmp_path):
     pipe = LDMSegPipeline.from_pretrained(tmp_path / "model", device="cpu")
     images = batch()["image"]
     actual = pipe([image.permute(1, 2, 0).numpy() for image in images], 3, output_type="latent")
-    torch.testing.assert_close(actual, stage.eval().sample(images, [0, 1], 3), rtol=1e-4, atol=1e-4)
+    expected = stage.eval().sample({"image": images, "image_id": [0, 1]}, 3)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"model.init_from={folder}" in card
     assert "scheduler.beta_start=0.0007" in card

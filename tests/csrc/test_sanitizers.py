@@ -17,8 +17,7 @@ TESTS = (
     "tests/data/test_reading.py",
     "tests/data/test_transforms.py",
     "tests/metrics",
-    "tests/test_panoptic_format.py",
-    "tests/test_panoptic.py",
+    "tests/panoptic",
 )
 # Leaks are not looked for: Python and torch keep what they allocate until the process ends.
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}

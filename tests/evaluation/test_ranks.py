@@ -29,7 +29,7 @@ from pathlib import Path
 torch.set_num_threads(1)
 from ldmseg_fast import distributed
 from ldmseg_fast.evaluation import evaluate
-from tests.test_evaluation_ranks import MODES, options_of
+from tests.evaluation.test_ranks import MODES, options_of
 distributed.start()
 out = Path(sys.argv[3])
 for mode in MODES:
@@ -104,6 +104,7 @@ FAILING = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from ldmseg_fast.cli import main
+from ldmseg_fast.errors import DataError
 from ldmseg_fast.evaluation.predictors import DiffusionModel
 segment, calls = DiffusionModel.segment, []
 def fails(self, indices, seed):
@@ -111,7 +112,7 @@ def fails(self, indices, seed):
     if len(calls) == 2 and os.environ["RANK"] == sys.argv[1]:
         if sys.argv[2] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise (ValueError if sys.argv[2] == "ValueError" else KeyError)("picture 7 is upside down")
+        raise (DataError if sys.argv[2] == "DataError" else KeyError)("picture 7 is upside down")
     return segment(self, indices, seed)
 DiffusionModel.segment = fails
 sys.exit(main(sys.argv[3:]))
@@ -121,7 +122,7 @@ sys.exit(main(sys.argv[3:]))
 @pytest.mark.parametrize(
     ("rank", "how", "code", "message"),
     [
-        (1, "ValueError", 2, "error: picture 7 is upside down\n"),
+        (1, "DataError", 2, "error: picture 7 is upside down\n"),
         (0, "KeyError", 1, "KeyError: 'picture 7 is upside down'\n"),
         (1, "killed", -9, ""),
     ],

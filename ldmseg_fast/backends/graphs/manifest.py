@@ -13,13 +13,12 @@ from typing import Any
 from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.files import write_json
+from ldmseg_fast.files import sha256, write_json
 
 FORMAT_VERSION = 1
 FILE_NAME = "export.json"
 GRAPHS = ("image_encoder", "denoiser", "mask_decoder")
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
-PRECISION_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16", "int8": "float16"}
 
 
 @dataclass(frozen=True)
@@ -136,13 +135,8 @@ def hash_files(folder: Path, *names: str | None) -> str:
     """SHA-256 over the files' own digests, in this order."""
     total = hashlib.sha256()
     for name in filter(None, names):
-        total.update(_digest(folder / name))
+        total.update(bytes.fromhex(sha256(folder / name)))
     return total.hexdigest()
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def model_hash(folder: Path) -> str:
@@ -154,10 +148,10 @@ def model_hash(folder: Path) -> str:
         if path.suffix in (".json", ".safetensors")
     )
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        digests = list(pool.map(_digest, paths))
+        digests = list(pool.map(sha256, paths))
     total = hashlib.sha256()
     for path, digest in zip(paths, digests):
-        total.update(f"{path.relative_to(folder).as_posix()}\0".encode() + digest)
+        total.update(f"{path.relative_to(folder).as_posix()}\0".encode() + bytes.fromhex(digest))
     return total.hexdigest()
 
 

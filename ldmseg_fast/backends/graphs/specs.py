@@ -20,14 +20,6 @@ from ldmseg_fast.kernels.ddim_step import make_ddim_table
 Axis = int | str
 HEADS = ("panoptic", "logits", "both")
 MAX_SLOTS = 256  # a label is one byte
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,7 @@ class TensorSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return getattr(torch, self.dtype)
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with every dynamic axis put in."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from ldmseg_fast.backends.graphs.manifest import Manifest
 from ldmseg_fast.backends.trt.api import MIN_DRIVER, Machine, driver_major
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.files import write_json
+from ldmseg_fast.files import sha256, write_json
 
 FORMAT_VERSION = 1
 Range = tuple[int, int, int]  # least, best, largest
@@ -176,8 +175,7 @@ def file_differences(passport: Passport, path: Path) -> list[str]:
         return [f"engine file: {passport.engine_bytes} bytes, here none"]
     if path.stat().st_size != passport.engine_bytes:
         return [f"engine file: {passport.engine_bytes} bytes, here {path.stat().st_size}"]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     return (
         [] if digest == passport.engine_sha256 else [f"engine file: {passport.engine_sha256[:12]}, here {digest[:12]}"]
     )

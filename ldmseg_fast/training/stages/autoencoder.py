@@ -1,4 +1,7 @@
-"""First stage: the mask auto-encoder learns to reconstruct segment maps from bit planes."""
+"""First stage: trains the mask auto-encoder to reconstruct segment maps from bit planes.
+
+The method is LDMSeg's, arXiv 2401.10227, section 3.1; `loss.drop_blocks` and `loss.latent_noise` are options of it.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +19,38 @@ from ldmseg_fast.config import Config
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
-from ldmseg_fast.training.losses import mask_losses
-from ldmseg_fast.training.stages.base import Stage, kept_blocks, per_image, remap, segments_of
+from ldmseg_fast.training.stages.base import Stage, kept_blocks, per_image
 
 
 class AutoencoderStage(Stage):
+    """Trains the mask auto-encoder.
+
+    Attributes:
+        latent_std: a float32 scalar, the running deviation of the unscaled latents, for a `scaling_factor` of 0.
+    """
+
     latent_std: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.mask_vae = MaskVAE(config.mask_vae)
-        self.register_buffer("latent_std", torch.tensor(1.0))  # running, of the unscaled latents
+        self.register_buffer("latent_std", torch.tensor(1.0))
 
     def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Shares the losses' divisors; see `Stage.prepare`."""
         self.share_counts(batches)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Gives the float32 scalars `loss`, `ce`, `bce`, `dice` and `kl`; see `Stage.forward`."""
         config, vae = self.config.loss, self.mask_vae
         generators = self.generators(step, batch, "autoencoder")
-        slots = remap(batch["segment_ids"], batch["table"])  # [B, H, W]
-        given = batch["segment_ids"]
+        given = batch["segment_ids"]  # [B, H, W]
         if config.drop_blocks:
             given = drop_blocks(given, config.drop_blocks, config.drop_block_size, generators)
 
         with self.autocast():
             bits = encode_mask_bits(  # looking at the ids would wait for a GPU
-                given, vae.config.num_bits, batch["table"], channels_last=True, check_ids=not slots.is_cuda
+                given, vae.config.num_bits, batch["table"], channels_last=True, check_ids=not given.is_cuda
             )  # [B, K, H, W]
             posterior = self.recompute(vae.encode, bits)
             latents = posterior.sample(per_image(torch.randn, posterior.mean.shape[1:], generators))  # [B, C, h, w]
@@ -55,15 +64,7 @@ class AutoencoderStage(Stage):
                 latents = latents + config.latent_noise * strength * spread * noise
             mask_logits = self.recompute(vae.decode, latents)  # [B, Q, H/2^.., W/2^..]
 
-        losses = mask_losses(
-            mask_logits,
-            slots,
-            config,
-            self.generators(step, batch, "points"),
-            segments_of(batch),
-            batch.get("num_masks"),
-            batch.get("num_labelled"),
-        )
+        losses = self.slot_losses(mask_logits, batch, step)
         kl = posterior.kl().float().mean()
         loss = losses.total + config.kl * kl
         if posterior.loss is not None:
@@ -72,7 +73,7 @@ class AutoencoderStage(Stage):
 
     @torch.no_grad()
     def predict(self, batch: dict[str, Any], target_sizes: Sequence[tuple[int, int]]) -> list[PanopticResult]:
-        """Reconstructions of the batch's own maps."""
+        """Reconstructs the batch's own maps; see `Stage.predict`."""
         vae = self.mask_vae
         with self.autocast():
             bits = encode_mask_bits(batch["segment_ids"], vae.config.num_bits, batch["table"], channels_last=True)
@@ -81,6 +82,7 @@ class AutoencoderStage(Stage):
         return postprocess(mask_logits.float(), size, list(target_sizes), self.config.postprocess)
 
     def save(self, folder: Path) -> None:
+        """Writes a model folder that holds the auto-encoder alone; see `Stage.save`."""
         vae_config = self.mask_vae.config
         if vae_config.scaling_factor == 0:
             vae_config = replace(vae_config, scaling_factor=round(1.0 / float(self.latent_std), 5))
@@ -91,7 +93,10 @@ class AutoencoderStage(Stage):
 
 
 def drop_blocks(segment_ids: Tensor, strength: float, size: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Void in blocks of size x size pixels: per image a share drawn from [0, strength] of them. Ids [B, H, W]."""
+    """Makes blocks of `size` x `size` pixels void, of each image a share drawn from [0, strength].
+
+    Takes and returns integer ids [B, H, W]; `generators` has one for each image.
+    """
     share = per_image(torch.rand, (1, 1), generators) * strength
     keep = kept_blocks(share, segment_ids.shape[1:], size, generators)
     return segment_ids * keep.to(segment_ids.dtype)

@@ -1,4 +1,4 @@
-"""The face that the training loop sees."""
+"""Defines a stage as the training loop sees it, and the random draws that stages share."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldmseg_fast.config import Config
+from ldmseg_fast.config.precision import DTYPES, resolve_precision
 from ldmseg_fast.diffusion.sampler import seed_of
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.panoptic.postprocess import PanopticResult
-from ldmseg_fast.training.losses import Segments, share_num_labelled, share_num_masks
+from ldmseg_fast.training.losses import MaskLosses, Segments, mask_losses, share_num_labelled, share_num_masks
 
 T = TypeVar("T")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stage(nn.Module, abc.ABC):
-    """One stage of training. Its `forward` is the loss, so that DeepSpeed can wrap it.
+    """Holds the networks of one stage of training. Its `forward` is the loss, so that DeepSpeed can wrap it.
 
-    A batch holds image uint8 [B, 3, S, S], segment_ids uint8 [B, S, S] numbered 1..n, table [B, 256] from those numbers
-    to slots, and a list of B: image_id. In training also sample, a list of numbers that no other draw of the run has,
-    and what `segments_of` takes.
+    A batch holds image uint8 [B, 3, S, S], segment_ids uint8 [B, S, S] numbered 1..n with 0 for void, table [B, 256]
+    from those numbers to slots, and a list of B: image_id. In training also sample, a list of B numbers that no other
+    draw of the run has, and what `segments_of` takes.
     """
 
     mask_vae: Any  # a MaskVAE, trained or frozen
@@ -38,23 +38,35 @@ class Stage(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Scalars; "loss" is what is minimised. Random numbers depend on (seed, step, image ids) alone."""
+        """Computes float32 scalars by name; "loss" is what is minimised.
+
+        Random numbers depend on the seed, `step` (0-based) and the images alone.
+        """
 
     def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Called with all micro-batches of a step before the first is used: what their losses need to know of each
-        other goes into them."""
+        """Puts into the micro-batches of a step what their losses need to know of each other.
+
+        The loop calls it with all of them before the first is used.
+        """
 
     @abc.abstractmethod
     def predict(self, batch: dict[str, Any], target_sizes: Sequence[tuple[int, int]]) -> list[PanopticResult]:
-        """Panoptic maps of a validation batch, at `target_sizes`."""
+        """Predicts panoptic maps of a validation batch, one each of `target_sizes`, (height, width) in pixels."""
 
     @abc.abstractmethod
     def save(self, folder: Path) -> None:
-        """Components and index into the model folder."""
+        """Writes components, index and model card into a model folder."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the networks compute in: `train.precision` on this stage's device."""
+        precision, _ = resolve_precision(self.config.train.precision, next(self.parameters()).device)
+        return DTYPES[precision]
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        dtype = PRECISIONS[self.config.train.precision]
+        """Runs what is inside in `train.precision` (Micikevicius et al. 2018)."""
+        dtype = self.compute_dtype
         device = next(self.parameters()).device.type
         # under ZeRO 3 a cached copy of a weight, made by the pass for self-conditioning, would outlive the weight
         cached = self.config.train.zero_stage < 3
@@ -62,34 +74,55 @@ class Stage(nn.Module, abc.ABC):
             yield
 
     def recompute(self, function: Callable[..., T], *inputs: Any) -> T:
-        """`function(*inputs)`, whose inner activations are computed again in the backward pass where
-        `train.checkpointing` is "all" (Chen et al. 2016)."""
+        """Calls `function(*inputs)`.
+
+        Where `train.checkpointing` is "all", its inner activations are not kept but computed again in the backward pass
+        (Chen et al. 2016).
+        """
         if self.config.train.checkpointing == "all" and self.training and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
 
     def generator(self, step: int, batch: dict[str, Any], purpose: str, device: str | None = None) -> torch.Generator:
-        """Random numbers of this step and these images, the same after a resume; default on the batch's device."""
+        """Makes a generator for this step, these images and `purpose`, the same after a resume.
+
+        It lies on the batch's device unless `device` names another.
+        """
         seed = seed_of(self.config.train.seed, purpose, step, *_draws(step, batch))
         return torch.Generator(device or batch["segment_ids"].device).manual_seed(seed)
 
     def chance(self, step: int, purpose: str) -> float:
-        """A number in [0, 1) that all ranks and micro-batches of a step share."""
+        """Draws a number in [0, 1) that all ranks and micro-batches of a step share."""
         return seed_of(self.config.train.seed, purpose, step) / 2.0**63
 
     def generators(self, step: int, batch: dict[str, Any], purpose: str) -> list[torch.Generator]:
-        """One per image: its random numbers are the same in any micro-batch, on any rank, at any accumulation."""
+        """Makes a generator for each of the B images, on the batch's device.
+
+        An image's random numbers are the same in any micro-batch, on any rank, at any accumulation.
+        """
         device = batch["segment_ids"].device
         seeds = [seed_of(self.config.train.seed, purpose, draw) for draw in _draws(step, batch)]
         return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def share_counts(self, batches: Sequence[dict[str, Any]]) -> None:
-        """For `prepare`: what `mask_losses` with generators for "points" divides by, over the whole step."""
+        """Puts into the micro-batches what `slot_losses` divides by, over the whole step; for `prepare`."""
         share_num_masks(batches, batches[0]["segment_ids"].device)
         share_num_labelled(batches, self.config.loss, lambda batch: self.generators(0, batch, "points"))
 
+    def slot_losses(self, mask_logits: Tensor, batch: dict[str, Any], step: int) -> MaskLosses:
+        """Scores slot logits float [B, Q, h, w] against the batch's maps; see `losses.mask_losses`."""
+        return mask_losses(
+            mask_logits,
+            remap(batch["segment_ids"], batch["table"]),
+            self.config.loss,
+            self.generators(step, batch, "points"),
+            segments_of(batch),
+            batch.get("num_masks"),
+            batch.get("num_labelled"),
+        )
+
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """AdamW's groups by weight decay (`train.no_decay`) and learning-rate factor (`train.lr_factors`).
+        """Sorts trained parameters into AdamW's groups, by `train.no_decay` and `train.lr_factors`.
 
         Raises:
             ConfigError: a factor that is no number, or for a prefix that no trained parameter has.
@@ -135,19 +168,31 @@ def _parse_factors(items: Sequence[str]) -> dict[str, float]:
 
 
 def per_image(draw: Callable[..., Tensor], shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """`draw(shape)` for each image from its own generator, stacked: [B, *shape] on the generators' device."""
+    """Draws `draw(*shape)` for each image from its own generator: [B, *shape], in the dtype that `draw` gives."""
     return torch.stack([draw(*shape, generator=generator, device=generator.device) for generator in generators])
 
 
+def random_integers(high: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draws an integer from 0 to `high` - 1 for each image from its own generator: int64 [B]."""
+    return torch.cat([torch.randint(0, high, (1,), generator=own, device=own.device) for own in generators])
+
+
 def kept_blocks(dropped: Tensor, size: Sequence[int], block: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Kept pixels, bool [B, H, W]: each block of block x block is dropped with its image's probability, [B, 1, 1]."""
+    """Draws which pixels are kept, bool [B, H, W].
+
+    Args:
+        dropped: float [B, 1, 1], the probability of an image's blocks to be dropped.
+        size: H and W.
+        block: side of the blocks in pixels.
+        generators: one for each image.
+    """
     height, width = size
     keep = per_image(torch.rand, (-(-height // block), -(-width // block)), generators) >= dropped
     return keep.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :height, :width]
 
 
 def parameter_kinds(module: nn.Module) -> dict[str, str]:
-    """ "norm", "bias", "embedding" or "weight" for each parameter's name."""
+    """Tells the kind of each parameter by its name: "norm", "bias", "embedding" or "weight"."""
     kinds = {}
     for path, owner in module.named_modules():
         for name, _ in owner.named_parameters(recurse=False):
@@ -162,7 +207,11 @@ def parameter_kinds(module: nn.Module) -> dict[str, str]:
 
 
 def segments_of(batch: dict[str, Any]) -> Segments | None:
-    """The segments of a training batch, which the loader has listed so that nobody waits for the device to do so."""
+    """Gives the segments of a training batch, or None where the loader has not listed them.
+
+    It lists them (segments, int64 [M, 2]: image and number; segment_counts, a list of B) so that nothing waits for the
+    device to do so.
+    """
     if "segments" not in batch:
         return None
     image, number = batch["segments"].unbind(1)  # [M] each
@@ -170,5 +219,5 @@ def segments_of(batch: dict[str, Any]) -> Segments | None:
 
 
 def remap(segment_ids: Tensor, table: Tensor) -> Tensor:
-    """Slots of dense ids: segment_ids [B, H, W] through table [B, T], int64 [B, H, W]."""
+    """Looks up the slots of dense ids: integer [B, H, W] through a table [B, T], as int64 [B, H, W]."""
     return table.long().gather(1, segment_ids.flatten(1).long()).view(segment_ids.shape)

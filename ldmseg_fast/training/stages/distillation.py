@@ -1,4 +1,4 @@
-"""Progressive distillation: N sampling steps learn what M > N steps of the same model do (Salimans & Ho 2022).
+"""Teaches N sampling steps what M > N steps of the same model do: progressive distillation (Salimans & Ho 2022).
 
 One run is one round of their algorithm 2; `model.init_from` of the next run is this run's MODEL_DIR, and
 16 -> 8 -> 4 -> 2 -> 1 takes four. With z_t = alpha_t x + sigma_t e, a student's step from t to s, and k = M / N DDIM
@@ -28,11 +28,18 @@ from torch import Tensor, nn
 
 from ldmseg_fast.config import Config
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.training.stages.base import per_image, remap
+from ldmseg_fast.training.stages.base import per_image, random_integers, remap
 from ldmseg_fast.training.stages.few_step import FewStepStage, ddim_update
+from ldmseg_fast.training.stages.latent import labelled_cells
 
 
 class DistillationStage(FewStepStage):
+    """Trains a copy of the model in `model.init_from` to do with fewer steps; see the module's docstring.
+
+    Arguments and errors as `FewStepStage`'s; ConfigError also for numbers of steps that do not divide, for
+    `diffusion.inpainting`, and for ZeRO 3.
+    """
+
     name = "distillation"
 
     def __init__(self, config: Config) -> None:
@@ -56,41 +63,51 @@ class DistillationStage(FewStepStage):
         self.teacher.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> DistillationStage:
+        """Puts what is trained into training mode; the teacher and what is frozen stay in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        device, slots = batch["segment_ids"].device, remap(batch["segment_ids"], batch["table"])
-        times, previous = (torch.tensor(values, device=device) for values in self.step_times())
+        """Gives the float32 scalars `loss` and `error` (its unweighted mean); see `Stage.forward`."""
+        slots = remap(batch["segment_ids"], batch["table"])  # [B, H, W]
+        times, previous = (torch.tensor(values, device=slots.device) for values in self.step_times())  # [N]
         with self.autocast():
-            with torch.no_grad():
-                bits = self.mask_bits(batch["segment_ids"], batch["table"])
-                mask_latents = self.mask_vae.encode_latents(bits).float()  # [B, C, h, w]
+            mask_latents = self.mask_latents(batch)  # x, [B, C, h, w]
             image_latents = self.image_latents(batch)  # [B, C_image, h, w]
             generators = self.generators(step, batch, self.name)
-            noise = per_image(torch.randn, mask_latents.shape[1:], generators)  # [B, C, h, w]
-            index = torch.cat([torch.randint(0, len(times), (1,), generator=g, device=device) for g in generators])
-            time, next_time = times[index], previous[index]  # [B]
-            first = (index == 0).view(-1, 1, 1, 1)
-            noisy_latents = torch.where(first, noise, self.scheduler.add_noise(mask_latents, noise, time))
+            noise = per_image(torch.randn, mask_latents.shape[1:], generators)  # e, [B, C, h, w]
+            index = random_integers(len(times), generators)  # [B]
+            time, next_time, first = times[index], previous[index], (index == 0).view(-1, 1, 1, 1)
+            noisy_latents = torch.where(first, noise, self.scheduler.add_noise(mask_latents, noise, time))  # z_t
 
-            target = self.teach(batch, noisy_latents, image_latents, time, next_time, first)
-            condition = None
-            if self.self_condition:
-                condition = torch.zeros_like(noisy_latents)
-                if len(times) > 1:
-                    with torch.no_grad():
-                        own = self.estimate(noisy_latents, image_latents, time, condition)
-                    condition = torch.where(first, condition, own)
-            estimate = self.estimate(noisy_latents, image_latents, time, condition)
+            target = self.teach(batch, noisy_latents, image_latents, time, next_time, first)  # x~, [B, C, h, w]
+            condition = self.condition_of(noisy_latents, image_latents, time, first, self.unet)
+            estimate = self.estimate(noisy_latents, image_latents, time, condition)  # [B, C, h, w]
 
         error = F.mse_loss(estimate, target, reduction="none")  # [B, C, h, w]
         if self.config.diffusion.mask_void:
-            error = error * (F.interpolate(slots[:, None].float(), error.shape[-2:], mode="nearest") > 0)
-        signal = self.alpha(time, error)
+            error = error * labelled_cells(slots, error.shape[-2:])
+        signal = self.alpha(time, error)  # alpha_t^2, [B, 1, 1, 1]
         loss = ((signal / (1.0 - signal)).clamp(min=1.0) * error).mean()
         return {"loss": loss, "error": error.detach().mean()}
+
+    @torch.no_grad()
+    def condition_of(
+        self, noisy_latents: Tensor, image_latents: Tensor, time: Tensor, first: Tensor, network: Any
+    ) -> Tensor | None:
+        """Gives a network's condition float32 [B, C, h, w] at z_t.
+
+        It is zero in the sampler's first step, else the network's own estimate. None where the network has no channels
+        for a condition. Arguments as `teach` has them.
+        """
+        if not self.self_condition:
+            return None
+        condition = torch.zeros_like(noisy_latents)
+        if self.config.few_step.steps == 1:
+            return condition
+        own = self.estimate(noisy_latents, image_latents, time, condition, network)
+        return torch.where(first, condition, own)
 
     @torch.no_grad()
     def teach(
@@ -102,19 +119,23 @@ class DistillationStage(FewStepStage):
         next_time: Tensor,
         first: Tensor,
     ) -> Tensor:
-        """x~, [B, C, h, w]: what one step from z_t [B, C, h, w] has to estimate to end where the teacher's steps do.
+        """Computes x~: what one step from z_t has to estimate to end where the teacher's steps do.
 
-        time, next_time: t and s, int64 [B]; s is negative in the sampler's last step. first: bool [B, 1, 1, 1], whether
-        t is the sampler's first.
+        Args:
+            batch: as `Stage` has it.
+            noisy_latents: z_t, float32 [B, C, h, w].
+            image_latents: [B, C_image, h, w], of the encoder in training; the teacher's own where that is trained.
+            time, next_time: t and s, int64 [B]; s is negative in the sampler's last step.
+            first: bool [B, 1, 1, 1], whether t is the sampler's first.
+
+        Returns:
+            float32 [B, C, h, w].
         """
         if self.trains_image_vae:
             image_latents = self.teacher["image_vae"](batch["image"].contiguous(memory_format=torch.channels_last))
         span = time - next_time  # [B]
         latents, now = noisy_latents, time
-        condition = torch.zeros_like(latents) if self.self_condition else None
-        if condition is not None and not bool(first.all()):
-            own = self.estimate(latents, image_latents, now, condition, self.teacher["unet"])
-            condition = torch.where(first, condition, own)
+        condition = self.condition_of(latents, image_latents, now, first, self.teacher["unet"])
         estimate = noisy_latents
         for substep in range(1, self.substeps + 1):
             estimate = self.estimate(latents, image_latents, now, condition, self.teacher["unet"])

@@ -1,4 +1,4 @@
-"""Fine-tuning for one step (or a few) with the loss of the task itself.
+"""Fine-tunes a model for one step (or a few) with the loss of the task itself.
 
 A model of many steps predicts the mean of all latents that the noise leaves possible; decoded, a mean of latents is no
 map. Here the sampler runs as it will be used, from pure noise x_T with its own N timesteps, and what is made better is
@@ -34,71 +34,125 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.config import Config
-from ldmseg_fast.training.losses import mask_losses
+from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.training.slot_matching import match_slots, require_assignment_solver
-from ldmseg_fast.training.stages.base import per_image, remap, segments_of
-from ldmseg_fast.training.stages.few_step import FewStepStage
+from ldmseg_fast.training.stages.base import per_image
+from ldmseg_fast.training.stages.few_step import FewStepStage, ddim_update
 
 
 class OneStepStage(FewStepStage):
+    """Trains the sampler's map; see the module's docstring. Arguments and errors as `FewStepStage`'s."""
+
     name = "one_step"
 
     def __init__(self, config: Config) -> None:
-        if config.few_step.matching == "hungarian":
+        matches = config.few_step.matching == "hungarian"
+        if matches:
             require_assignment_solver()
         super().__init__(config)
+        self.matches = matches
         if config.few_step.train_decoder:
             self.mask_vae.decoder.requires_grad_(True)
 
     def prepare(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Shares the losses' divisors; see `Stage.prepare`."""
         self.share_counts(batches)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        few_step, segment_ids = self.config.few_step, batch["segment_ids"]
-        depth = few_step.steps
-        if few_step.depth == "any":
-            depth = 1 + int(self.chance(step, "depth") * depth)
-        table, known = batch["table"], None
-        points = per_image(torch.rand, (self.config.loss.num_points, 2), self.generators(step, batch, "matching"))
+        """Gives the float32 scalars `loss`, `ce`, `bce`, `dice` and, where it is on, `latent`; see `Stage.forward`."""
+        loss, segment_ids = self.config.loss, batch["segment_ids"]
+        points = per_image(torch.rand, (loss.num_points, 2), self.generators(step, batch, "matching"))  # [B, P, 2]
+        table: Tensor | None = None
+        known: tuple[Tensor, Tensor] | None = None
         with self.autocast():
             image_latents = self.image_latents(batch)  # [B, C_image, h, w]
-            noise = self.initial_noise(batch, step, image_latents)  # [B, C, h, w]
+            noise = self.initial_noise(batch, step, image_latents)  # x_T, [B, C, h, w]
             if self.config.diffusion.inpainting:
                 given = self.given_pixels(batch, step)  # [B, H, W]
-                if few_step.matching == "hungarian":
-                    table = self.given_slots(batch, given, noise, image_latents, points)
-                with torch.no_grad():
-                    known = self.known_latents(batch, given, table)
-            estimate = self.unroll(noise, image_latents, depth, known)
+                if self.matches:
+                    table = self.given_slots(batch, given, noise, image_latents, points)  # [B, 256]
+                known = self.known_latents(batch, given, table)
+            estimate = self.unroll(noise, image_latents, self.depth(step), known)  # x_0, [B, C, h, w]
             mask_logits = self.recompute(self.mask_vae.decode_latents, estimate)  # [B, Q, h 2^u, w 2^u]
+        if self.matches:
+            batch = batch | {"table": match_slots(mask_logits, segment_ids, points, loss, table)}
+        return self.loss_of(mask_logits, estimate, batch, step)
 
-        if few_step.matching == "hungarian":
-            table = match_slots(mask_logits, segment_ids, points, self.config.loss, None if known is None else table)
-        parts = mask_losses(
-            mask_logits,
-            remap(segment_ids, table),
-            self.config.loss,
-            self.generators(step, batch, "points"),
-            segments_of(batch | {"table": table}),
-            batch.get("num_masks"),
-            batch.get("num_labelled"),
-        )
+    def depth(self, step: int) -> int:
+        """Tells which of the N sampling steps carries the loss, from 1 to N; drawn where `few_step.depth` is "any"."""
+        few_step = self.config.few_step
+        return 1 + int(self.chance(step, "depth") * few_step.steps) if few_step.depth == "any" else few_step.steps
+
+    def initial_noise(self, batch: dict[str, Any], step: int, image_latents: Tensor) -> Tensor:
+        """Draws x_T of each image, float32 [B, C, h, w], at the size of the image latents [B, C_image, h, w]."""
+        shape = (self.mask_vae.config.latent_channels, *image_latents.shape[-2:])
+        return per_image(torch.randn, shape, self.generators(step, batch, self.name))
+
+    def unroll(
+        self, noise: Tensor, image_latents: Tensor, depth: int, known: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Runs the sampler for `depth` of its steps; gradients flow through the last of them only.
+
+        Where `depth` is all of `few_step.steps`, the result equals `diffusion.sampler.ddim`'s, and with `known` that of
+        sampling under `KnownLatents`.
+
+        Args:
+            noise: x_T, [B, C, h, w].
+            image_latents: [B, C_image, h, w].
+            depth: from 1 to `few_step.steps`.
+            known: latents [B, C, h, w] and the cells where they hold, bool [B, 1, h, w].
+
+        Returns:
+            The last step's estimate of x_0, float32 [B, C, h, w].
+        """
+        times, previous = self.step_times()
+        latents = noise
+        constraint = None if known is None else KnownLatents(*known, self.scheduler)
+        condition = None
+        if self.self_condition:
+            condition = torch.zeros_like(latents) if constraint is None else constraint.condition(latents)
+        for time, next_time in zip(times[: depth - 1], previous):
+            with torch.no_grad():
+                estimate = self.estimate(latents, image_latents.detach(), time, condition)
+            if constraint is not None:
+                estimate = constraint.estimate(estimate)
+            latents = ddim_update(latents, estimate, self.alpha(time, latents), self.alpha(next_time, latents))
+            condition = estimate if self.self_condition else None
+        estimate = self.estimate(latents, image_latents, times[depth - 1], condition)
+        return estimate if constraint is None else constraint.estimate(estimate)
+
+    def loss_of(self, mask_logits: Tensor, estimate: Tensor, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Scores logits float [B, Q, h * 2^u, w * 2^u] and the estimate of x_0 [B, C, h, w]: the scalars of `forward`.
+
+        Option: `few_step.latent_loss` adds the squared error of the estimate.
+        """
+        parts = self.slot_losses(mask_logits, batch, step)
         losses = {"loss": parts.total, "ce": parts.ce, "bce": parts.bce, "dice": parts.dice}
-        if few_step.latent_loss:
-            with torch.no_grad(), self.autocast():
-                mask_latents = self.mask_vae.encode_latents(self.mask_bits(segment_ids, table)).float()  # [B, C, h, w]
+        if self.config.few_step.latent_loss:
+            with self.autocast():
+                mask_latents = self.mask_latents(batch)  # [B, C, h, w]
             losses["latent"] = F.mse_loss(estimate, mask_latents)
-            losses["loss"] = parts.total + few_step.latent_loss * losses["latent"]
+            losses["loss"] = parts.total + self.config.few_step.latent_loss * losses["latent"]
         return losses
 
     @torch.no_grad()
     def given_slots(
         self, batch: dict[str, Any], given: Tensor, noise: Tensor, image_latents: Tensor, points: Tensor
     ) -> Tensor:
-        """Dense id -> slot, int64 [B, 256], of the segments of which a pixel is `given`, bool [B, H, W]; 0 for others.
+        """Looks up what the model calls the segments of which something is given.
 
-        What the model calls them in its draft, its first evaluation from `noise` [B, C, h, w] without knowing the map:
-        names of its own that it only has to keep. points: [B, P, 2], where draft and map are compared.
+        It names them in its draft, its first evaluation without knowing the map. So these are names of its own, which
+        it only has to keep.
+
+        Args:
+            batch: as `Stage` has it.
+            given: bool [B, H, W].
+            noise: x_T, [B, C, h, w].
+            image_latents: [B, C_image, h, w].
+            points: [B, P, 2], (x, y) in [0, 1], where draft and map are compared.
+
+        Returns:
+            int64 [B, 256], dense id -> slot; 0 for segments of which no pixel is given.
         """
         segment_ids = batch["segment_ids"]
         draft = self.mask_vae.decode_latents(self.unroll(noise, image_latents, 1))  # [B, Q, h 2^u, w 2^u]

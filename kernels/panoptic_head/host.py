@@ -25,7 +25,7 @@ MAX_WINDOW = 128  # columns of logits under one tile
 
 @cache
 def least_logit(threshold: float) -> float:
-    """The smallest float32 whose sigmoid, as torch computes it, is at least `threshold`."""
+    """Finds the smallest float32 whose sigmoid, as torch computes it, is at least `threshold`."""
 
     def reaches(logit: float) -> bool:
         return bool(torch.tensor(logit, dtype=torch.float32, device="cpu").sigmoid() >= threshold)
@@ -44,7 +44,7 @@ def least_logit(threshold: float) -> float:
 
 @cache
 def window_columns(width: int, network_width: int, target_width: int, block: int, alignment: int) -> int:
-    """The most columns of logits, from an aligned one on, that a tile of `block` target columns touches."""
+    """Counts the most columns of logits, from an aligned one on, that a tile of `block` target columns touches."""
 
     def low(position: int, inner: int, outer: int) -> int:
         return min(int(max((position + 0.5) * (inner / outer) - 0.5, 0.0)), inner - 1)
@@ -66,6 +66,17 @@ def panoptic_head(
     count_threshold: int,
     overlap_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches the three kernels, or runs the reference for more slots or a stronger reduction than they take.
+
+    Args:
+        mask_logits: float16, bfloat16 or float32 [B, Q, h, w], either memory format.
+        network_size, target_size: (height, width) in pixels.
+        mask_threshold, count_threshold, overlap_threshold: as in `op.panoptic_head`.
+
+    Returns:
+        segmentation int32 [B, H, W], probability float32 [B, H, W], area int32 [B, Q], box int32 [B, Q, 4], score
+        float32 [B, Q], as in `op.panoptic_head`.
+    """
     batch, slots, height, width = mask_logits.shape
     block_q = max(16, triton.next_power_of_2(slots))
     slots_first = mask_logits.stride(1) == 1  # channels_last

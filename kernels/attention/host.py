@@ -26,7 +26,7 @@ FP8_ROWS = 128  # padded sequences of e4m3 copies are multiples of it; blocks of
 
 
 def split_head(head_size: int, least: int = 16) -> tuple[int, int]:
-    """(D1, D2), powers of two from `least` on: D1 alone covers the head, or D1 + D2 do with less padding.
+    """Splits a head into (D1, D2), powers of two from `least` on: D1 alone covers it, or D1 + D2 do with less padding.
 
     D2 is at least a quarter of D1: a narrower strip beside 128 columns makes the compiler spill on sm_80.
     """
@@ -37,6 +37,7 @@ def split_head(head_size: int, least: int = 16) -> tuple[int, int]:
 
 
 def shape_class(head_size: int) -> str:
+    """Names the entries of the launch tables that serve a head size of up to 160."""
     return next(f"d{most}" for most in (48, 96, 128, 160) if head_size <= most)
 
 
@@ -46,6 +47,16 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Launches the forward pass; arguments have passed `op.check`.
+
+    Args:
+        q: float16 or bfloat16 [B, N, heads, d]; copied only where its rows do not start on 16 bytes, as k and v are.
+        k, v: [B, M, heads, d] of q's dtype.
+        scale: of the scores.
+
+    Returns:
+        out [B, N, heads, d] of q's dtype, and the logsumexp of the scores, float32 [B, heads, N].
+    """
     batch, tokens, heads, head_size = q.shape
     q, k, v = in_units(q), in_units(k), in_units(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -56,7 +67,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
         attention_forward_kernel,
         (triton.cdiv(tokens, config.constants["BLOCK_M"]), batch * heads),
         *(q, k, v, out, logsumexp, scale * LOG2_E, tokens, k.shape[1], heads),
-        *(*_strides(q), *_strides(k), *_strides(v)),
+        *(_strides(q), _strides(k), _strides(v)),
         config=config,
         D=head_size,
         D1=first,
@@ -68,6 +79,16 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the backward pass, three kernels.
+
+    Args:
+        grad_out: [B, N, heads, d] of q's dtype, any strides.
+        q, k, v, scale: as in `attention_forward`.
+        out, logsumexp: what that returned.
+
+    Returns:
+        the gradients of q [B, N, heads, d], k and v [B, M, heads, d], of q's dtype.
+    """
     batch, tokens, heads, head_size = q.shape
     keys = k.shape[1]
     grad_out, q, k, v, out = in_units(grad_out), in_units(q), in_units(k), in_units(v), out.contiguous()
@@ -78,7 +99,7 @@ def attention_backward(
     launch(
         attention_delta_kernel,
         (triton.cdiv(tokens, delta_config.constants["BLOCK_M"]), batch * heads),
-        *(grad_out, out, delta, tokens, heads, *_strides(grad_out)),
+        *(grad_out, out, delta, tokens, heads, _strides(grad_out)),
         config=delta_config,
         D=head_size,
         D_PADDED=triton.next_power_of_2(head_size),
@@ -87,7 +108,7 @@ def attention_backward(
     split = {"D": head_size, "D1": first, "D2": second}
     inputs = (q, k, v, grad_out, logsumexp, delta)
     sizes = (scale, scale * LOG2_E, tokens, keys, heads)
-    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(grad_out))
+    strides = (_strides(q), _strides(k), _strides(v), _strides(grad_out))
     config = find_config("attention_backward_kv", shape_class(head_size))
     grid = (triton.cdiv(keys, config.constants["BLOCK_N"]), batch * heads)
     launch(attention_backward_kv_kernel, grid, *inputs, grad_k, grad_v, *sizes, *strides, config=config, **split)
@@ -98,6 +119,16 @@ def attention_backward(
 
 
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Launches the forward pass with e4m3 products, three kernels; arguments have passed `op.check_fp8`.
+
+    Args:
+        q: float16 or bfloat16 [B, N, heads, d].
+        k, v: [B, M, heads, d] of q's dtype.
+        scale: of the scores.
+
+    Returns:
+        [B, N, heads, d] of q's dtype.
+    """
     batch, tokens, heads, head_size = q.shape
     q, k, v = in_units(q), in_units(k), in_units(v)
     keys, pairs = k.shape[1], batch * heads
@@ -122,7 +153,7 @@ def attention_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     emulate = q.device.type == "cpu"
 
     tile = {"D": head_size, "COLUMNS": tile_columns, "ROWS": tile_rows}
-    strides = (*_strides(q), *_strides(k), *_strides(v))
+    strides = (_strides(q), _strides(k), _strides(v))
     grid = (blocks, pairs, 3)
     launch(fp8_magnitude_kernel, grid, q, k, v, magnitudes, tokens, keys, heads, *strides, config=config, **tile)
     launch(

@@ -1,4 +1,4 @@
-"""Public entry point: Triton on CUDA for float16 and bfloat16, torch's own attention otherwise."""
+"""Runs Triton on CUDA for float16 and bfloat16, and torch's own attention otherwise."""
 
 from typing import Any
 
@@ -12,14 +12,30 @@ from ldmseg_fast.kernels.configs import current_architecture
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 160
+MAX_PRODUCT = 256 * 256  # up to here, training on a CPU in bfloat16 is faster with the whole matrix in memory
 FP8_ARCHITECTURE = 89  # the first with products of e4m3
 
 
+def takes_head_size(head_size: int) -> bool:
+    """Says whether the kernel takes heads of so many channels."""
+    return head_size % 8 == 0 and 8 <= head_size <= MAX_HEAD_SIZE
+
+
+def why_not_fp8(device: torch.device, dtype: torch.dtype) -> str:
+    """Says why products of e4m3 are of no use for tensors of `dtype` on `device`; empty where they are."""
+    if device.type != "cuda":
+        return f"needs a GPU of sm_{FP8_ARCHITECTURE} or newer, not {device.type}"
+    sm = current_architecture()
+    if sm < FP8_ARCHITECTURE:
+        return f"needs a GPU of sm_{FP8_ARCHITECTURE} or newer, this is sm_{sm}"
+    return "" if dtype in HALVES else f"takes float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, fp8: bool = False) -> Tensor:
-    """softmax(q k^T scale) v over all tokens, accumulated in float32.
+    """Computes softmax(q k^T scale) v over all tokens, accumulated in float32 (FlashAttention-2, arXiv 2307.08691).
 
     Args:
-        q: [B, N, heads, d], d a multiple of 8 up to 160. Slices of one fused projection are read in place.
+        q: float [B, N, heads, d], d a multiple of 8 up to 160. Slices of one fused projection are read in place.
         k, v: [B, M, heads, d] of q's dtype.
         scale: positive; 1 / sqrt(d) by default.
         fp8: products of e4m3 numbers, accumulated in float32: inference only, float16 or bfloat16 inputs, GPUs of sm_89
@@ -42,11 +58,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, fp8: 
         return attention_fp8_op(q, k, v, scale)
     if runs_reference("attention", q) or q.dtype not in HALVES:
         check(q, k, v, scale)
+        if q.device.type == "cpu" and q.requires_grad and q.dtype in HALVES:
+            return _train_on_cpu(q, k, v, scale)
         return reference.attention(q, k, v, scale)
     return attention_forward_op(q, k, v, scale)[0]
 
 
+def _train_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if q.shape[1] * k.shape[1] <= MAX_PRODUCT:
+        return reference.attention_by_products(q, k, v, scale)
+    # on CPUs the backward pass of PyTorch's attention takes three times longer in bfloat16 than in float32
+    return reference.attention(q.float(), k.float(), v.float(), scale).to(q.dtype)
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Refuses what the ops do not take; arguments as in `attention`.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, head size or scale; the message starts with the argument's name.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         require(tensor.ndim == 4, "{}: expected [B, N, heads, d], got shape {}", name, tensor.shape)
         require(tensor.dtype in FLOATS, "{}: expected a float tensor, got {}", name, tensor.dtype)
@@ -61,7 +91,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     require(k.shape == v.shape, "v: shape {} differs from k's {}", v.shape, k.shape)
     require(k.shape[1] > 0, "k: no tokens to attend to")
     require(
-        q.shape[-1] % 8 == 0 and 8 <= q.shape[-1] <= MAX_HEAD_SIZE,
+        takes_head_size(q.shape[-1]),
         "q: head size {} is not a multiple of 8 up to {}",
         q.shape[-1],
         MAX_HEAD_SIZE,
@@ -71,19 +101,37 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 
 
 def check_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Refuses what `attention_fp8_op` does not take; arguments as in `attention`.
+
+    Raises:
+        ValueError: as `check`; float32 or float64 tensors, or a GPU without products of e4m3.
+    """
     check(q, k, v, scale)
-    require(q.dtype in HALVES, "fp8: expected float16 or bfloat16 tensors, got {}", q.dtype)
-    sm = current_architecture() if q.device.type == "cuda" else FP8_ARCHITECTURE
-    require(sm >= FP8_ARCHITECTURE, "fp8: needs a GPU of sm_{} or newer, this is sm_{}", FP8_ARCHITECTURE, sm)
+    require(q.dtype in HALVES, "fp8: takes float16 or bfloat16, not {}", q.dtype)
+    reason = why_not_fp8(q.device, q.dtype) if q.device.type == "cuda" else ""
+    require(not reason, "fp8: {}", reason)
 
 
 @torch.library.custom_op("ldmseg_fast::attention_fp8", mutates_args=())
 def attention_fp8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Runs `attention` with e4m3 products: the kernel on CUDA, elsewhere the reference. There is no gradient.
+
+    Args:
+        q: float16 or bfloat16 [B, N, heads, d].
+        k, v: [B, M, heads, d] of q's dtype.
+        scale: positive.
+
+    Returns:
+        [B, N, heads, d] of q's dtype, contiguous.
+
+    Raises:
+        ValueError: see `check_fp8`.
+    """
     check_fp8(q, k, v, scale)
     if q.is_cuda and get_backend("attention") != "torch":
-        from ldmseg_fast.kernels.attention import kernel  # Triton is imported on CUDA only
+        from ldmseg_fast.kernels.attention import host  # Triton is imported on CUDA only
 
-        return kernel.attention_fp8(q, k, v, scale)
+        return host.attention_fp8(q, k, v, scale)
     return reference.attention_fp8(q, k, v, scale).contiguous()
 
 
@@ -95,7 +143,20 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("ldmseg_fast::attention_forward", mutates_args=())
 def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [B, N, heads, d], logsumexp [B, heads, N])"""
+    """Runs the forward pass and keeps what the backward pass needs; differentiable in q, k and v.
+
+    Args:
+        q: float [B, N, heads, d]; float16 or bfloat16 on CUDA.
+        k, v: [B, M, heads, d] of q's dtype.
+        scale: positive.
+
+    Returns:
+        out [B, N, heads, d] of q's dtype, contiguous, and the logsumexp of the scores, float32 [B, heads, N] (float64
+        for float64).
+
+    Raises:
+        ValueError: see `check`.
+    """
     check(q, k, v, scale)
     out, logsumexp = reference.attention_forward(q, k, v, scale)
     return out.contiguous(), logsumexp
@@ -103,10 +164,10 @@ def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
 
 @attention_forward_op.register_kernel("cuda")
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from ldmseg_fast.kernels.attention import kernel  # Triton is imported on CUDA only
+    from ldmseg_fast.kernels.attention import host  # Triton is imported on CUDA only
 
     check(q, k, v, scale)
-    return kernel.attention_forward(q, k, v, scale)
+    return host.attention_forward(q, k, v, scale)
 
 
 @attention_forward_op.register_fake
@@ -120,15 +181,25 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def attention_backward_op(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the backward pass (FlashAttention, arXiv 2205.14135, appendix B.2).
+
+    Args:
+        grad_out: [B, N, heads, d], the gradient of `out`.
+        q, k, v, scale: as in `attention_forward_op`.
+        out, logsumexp: what that returned.
+
+    Returns:
+        the gradients of q [B, N, heads, d], k and v [B, M, heads, d], of q's dtype, contiguous.
+    """
     grads = reference.attention_backward(grad_out, q, k, v, out, logsumexp, scale)
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
 @attention_backward_op.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.attention import kernel
+    from ldmseg_fast.kernels.attention import host
 
-    return kernel.attention_backward(*args)
+    return host.attention_backward(*args)
 
 
 @attention_backward_op.register_fake

@@ -78,6 +78,20 @@ def group_norm_silu_forward(
     residual: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the forward pass: one kernel where a group fits on one multiprocessor, three otherwise.
+
+    Args:
+        x: float16, bfloat16 or float32 [B, C, H, W]; copied where it is not channels_last, as the residual is.
+        weight, bias: float [C].
+        num_groups: G, a divisor of C.
+        eps: added to the variance.
+        scale, shift: float [B, C], or None.
+        residual: [B, C, H, W] of x's dtype, or None.
+        silu: False leaves the activation out.
+
+    Returns:
+        y [B, C, H, W] of x's dtype in channels_last, and per group mean and 1 / standard deviation, float32 [B, G].
+    """
     batch, channels, height, width = x.shape
     pixels, per_group = height * width, channels // num_groups
     x = x.contiguous(memory_format=torch.channels_last)
@@ -140,6 +154,17 @@ def group_norm_silu_backward(
     shift: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches the backward pass: two kernels where a group fits on one multiprocessor, four otherwise.
+
+    Args:
+        grad_y: float [B, C, H, W].
+        x, weight, bias, scale, shift, silu: as in `group_norm_silu_forward`.
+        mean, rstd: float32 [B, G], what that returned.
+
+    Returns:
+        the gradients of x [B, C, H, W] (x's dtype, channels_last), and float32 of weight and bias [C], scale and shift
+        [B, C].
+    """
     batch, channels, height, width = x.shape
     num_groups = mean.shape[1]
     pixels, per_group = height * width, channels // num_groups

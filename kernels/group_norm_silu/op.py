@@ -1,4 +1,4 @@
-"""Public entry point: Triton on CUDA, the reference elsewhere; opaque to torch.compile, differentiable."""
+"""Runs Triton on CUDA and the reference elsewhere; opaque to torch.compile, differentiable."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def group_norm_silu(
     residual: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
-    """silu(group_norm(x) (1 + scale) + shift) + residual (Wu and He, arXiv 1803.08494).
+    """Computes silu(group_norm(x) (1 + scale) + shift) + residual (Wu and He, arXiv 1803.08494).
 
     Args:
         x: [B, C, H, W] float16, bfloat16 or float32. The kernel works in channels_last and copies another layout first.
@@ -57,6 +57,11 @@ def check(
     residual: Tensor | None,
     silu: bool,
 ) -> None:
+    """Refuses what the op does not take; arguments as in `group_norm_silu`.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, C not divisible by G; the message starts with the argument's name.
+    """
     require(x.ndim == 4, "x: expected [B, C, H, W], got shape {}", x.shape)
     require(x.is_floating_point(), "x: expected a float tensor, got {}", x.dtype)
     channels = x.shape[1]
@@ -95,7 +100,15 @@ def group_norm_silu_op(
     residual: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean [B, G], rstd [B, G]), y in channels_last"""
+    """Runs `group_norm_silu`, with its arguments, and keeps what the backward pass needs; differentiable.
+
+    Returns:
+        y [B, C, H, W] of x's dtype in channels_last, and per group mean and 1 / standard deviation, float32 [B, G]
+        (float64 for float64).
+
+    Raises:
+        ValueError: see `check`.
+    """
     args = (x, weight, bias, num_groups, eps, scale, shift, residual, silu)
     check(*args)
     y, mean, rstd = reference.group_norm_silu_forward(*args)
@@ -104,10 +117,10 @@ def group_norm_silu_op(
 
 @group_norm_silu_op.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.group_norm_silu import kernel  # Triton is imported on CUDA only
+    from ldmseg_fast.kernels.group_norm_silu import host  # Triton is imported on CUDA only
 
     check(*args)
-    return kernel.group_norm_silu_forward(*args)
+    return host.group_norm_silu_forward(*args)
 
 
 @group_norm_silu_op.register_fake
@@ -141,16 +154,26 @@ def group_norm_silu_backward_op(
     shift: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (channels_last), weight, bias [C], scale and shift [B, C]; all but the first in float32"""
+    """Runs the backward pass; the residual's gradient is `grad_y` itself.
+
+    Args:
+        grad_y: [B, C, H, W], the gradient of `y`.
+        x, weight, bias, scale, shift, silu: as in `group_norm_silu`.
+        mean, rstd: [B, G], what `group_norm_silu_op` returned.
+
+    Returns:
+        the gradients of x [B, C, H, W] (x's dtype, channels_last), weight and bias [C], scale and shift [B, C]; all
+        but the first in the dtype of `mean`.
+    """
     grad_x, *others = reference.group_norm_silu_backward(grad_y, x, mean, rstd, weight, bias, scale, shift, silu)
     return in_format(grad_x, torch.channels_last), others[0], others[1], others[2], others[3]
 
 
 @group_norm_silu_backward_op.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.group_norm_silu import kernel
+    from ldmseg_fast.kernels.group_norm_silu import host
 
-    return kernel.group_norm_silu_backward(*args)
+    return host.group_norm_silu_backward(*args)
 
 
 @group_norm_silu_backward_op.register_fake

@@ -1,4 +1,4 @@
-"""Public entry points: Triton on CUDA, the reference elsewhere; opaque to torch.compile."""
+"""Runs Triton on CUDA and the reference elsewhere; opaque to torch.compile."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def encode_mask_bits(
     channels_last: bool = False,
     check_ids: bool = True,
 ) -> Tensor:
-    """Bit planes of segment ids, least significant bit first (Chen et al., "Analog Bits", arXiv 2208.04202).
+    """Encodes segment ids as bit planes, least significant first (Chen et al., "Analog Bits", arXiv 2208.04202).
 
     Args:
         segment_ids: [B, H, W], uint8, int16, int32 or int64; 0 is void.
@@ -43,7 +43,7 @@ def encode_mask_bits(
 
 
 def decode_mask_bits(bits: Tensor) -> Tensor:
-    """Ids from bit planes by sign: bit k of the id is `bits[:, k] > 0`, so void decodes to 0.
+    """Decodes bit planes to ids by sign: bit k of the id is `bits[:, k] > 0`, so void decodes to 0.
 
     Args:
         bits: [B, K, H, W] float, K up to 16, contiguous or channels_last.
@@ -61,6 +61,11 @@ def decode_mask_bits(bits: Tensor) -> Tensor:
 
 
 def check_encode(segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype: torch.dtype) -> None:
+    """Refuses shapes, dtypes and devices that the op does not take; arguments as in `encode_mask_bits`.
+
+    Raises:
+        ValueError: the message starts with the argument's name.
+    """
     require(segment_ids.ndim == 3, "segment_ids: expected [B, H, W], got shape {}", segment_ids.shape)
     require(segment_ids.dtype in INTEGERS, "segment_ids: expected an integer tensor, got {}", segment_ids.dtype)
     require(1 <= num_bits <= MAX_BITS, "num_bits: expected 1 to {}, got {}", MAX_BITS, num_bits)
@@ -77,7 +82,16 @@ def check_encode(segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype
 
 
 def check_values(segment_ids: Tensor, num_bits: int, table: Tensor | None) -> None:
-    """Refuse ids that do not fit; free where the dtypes rule that out, one wait for the device otherwise."""
+    """Refuses ids that do not fit; free where the dtypes rule that out, one wait for the device otherwise.
+
+    Args:
+        segment_ids: integer [B, H, W].
+        num_bits: K.
+        table: integer [B, T], or None.
+
+    Raises:
+        ValueError: an id outside the table, a negative id, an id of more than K bits.
+    """
     codes, name = segment_ids, "segment_ids"
     if table is not None:
         codes, name = table, "table"
@@ -102,6 +116,11 @@ def _range(ids: Tensor) -> tuple[int, int]:
 
 
 def check_decode(bits: Tensor) -> None:
+    """Refuses what `decode_mask_bits` does not take.
+
+    Raises:
+        ValueError: wrong shape or dtype.
+    """
     require(bits.ndim == 4, "bits: expected [B, K, H, W], got shape {}", bits.shape)
     require(bits.is_floating_point(), "bits: expected a float tensor, got {}", bits.dtype)
     require(1 <= bits.shape[1] <= MAX_BITS, "bits: expected 1 to {} planes, got {}", MAX_BITS, bits.shape[1])
@@ -116,13 +135,18 @@ def encode_op(
     channels_last: bool,
     check_ids: bool,
 ) -> Tensor:
+    """Runs `encode_mask_bits`, with its arguments and result, the strides of which are those of `torch.empty`.
+
+    Raises:
+        ValueError: see `check_encode` and `check_values`.
+    """
     check_encode(segment_ids, num_bits, table, dtype)
     if check_ids:
         check_values(segment_ids, num_bits, table)
     if segment_ids.is_cuda and get_backend("mask_bits") != "torch":
-        from ldmseg_fast.kernels.mask_bits import kernel  # Triton is imported on CUDA only
+        from ldmseg_fast.kernels.mask_bits import host  # Triton is imported on CUDA only
 
-        return kernel.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last)
+        return host.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last)
     bits = reference.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last)
     return in_format(bits, torch.channels_last) if channels_last else bits
 
@@ -148,16 +172,21 @@ def _(
 
 @torch.library.custom_op("ldmseg_fast::decode_mask_bits", mutates_args=())
 def decode_op(bits: Tensor) -> Tensor:
+    """Runs `decode_mask_bits`: float [B, K, H, W] to int32 [B, H, W].
+
+    Raises:
+        ValueError: see `check_decode`.
+    """
     check_decode(bits)
     return reference.decode_mask_bits(bits)
 
 
 @decode_op.register_kernel("cuda")
 def _(bits: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.mask_bits import kernel
+    from ldmseg_fast.kernels.mask_bits import host
 
     check_decode(bits)
-    return kernel.decode_mask_bits(bits)
+    return host.decode_mask_bits(bits)
 
 
 @decode_op.register_fake

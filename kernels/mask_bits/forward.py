@@ -1,17 +1,12 @@
 """Triton: ids are read once and each bit is written once, in 16-byte accesses, in either memory format."""
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ldmseg_fast.kernels.configs import find_config
-from ldmseg_fast.kernels.launch import launch
 
 
 @triton.jit
 def load_codes(ids_ptr, table_ptr, table_size, inside, HAS_TABLE: tl.constexpr):
-    """int32 ids, remapped; an id without an entry in the table becomes void"""
+    """Loads int32 ids, remapped; an id without an entry in the table becomes void."""
     ids = tl.load(ids_ptr, mask=inside, other=0)
     if HAS_TABLE:
         ids = ids.to(tl.int64)
@@ -22,7 +17,7 @@ def load_codes(ids_ptr, table_ptr, table_size, inside, HAS_TABLE: tl.constexpr):
 
 @triton.jit
 def bit_values(codes, k, dtype: tl.constexpr):
-    """-1, 0 or +1 by selection only: converting integers is slow on a GPU"""
+    """Makes -1, 0 or +1 by selection only: converting integers is slow on a GPU."""
     one, minus_one, zero = tl.full([1], 1.0, dtype), tl.full([1], -1.0, dtype), tl.full([1], 0.0, dtype)
     return tl.where(codes == 0, zero, tl.where((codes >> k & 1) != 0, one, minus_one))
 
@@ -38,6 +33,7 @@ def encode_planes_kernel(
     HAS_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Encodes one block of pixels to planes."""
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < num_pixels
@@ -60,7 +56,10 @@ def encode_channels_last_kernel(
     HAS_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,  # pixels
 ):
-    """A thread takes 8 pixels, which are K vectors of 8 values: which pixel and bit a value is, the compiler knows"""
+    """Encodes one block of pixels to channels_last.
+
+    A thread takes 8 pixels, which are K vectors of 8 values: which pixel and bit a value is, the compiler knows.
+    """
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     eight = tl.arange(0, 8)[None, :]
@@ -95,6 +94,7 @@ def decode_kernel(
     BITS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Decodes one block of pixels of any strides."""
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, BITS_PADDED)
@@ -119,7 +119,7 @@ def decode_channels_last_kernel(
     NUM_BITS: tl.constexpr,
     BLOCK: tl.constexpr,  # pixels
 ):
-    """A thread takes 8 pixels, as in `encode_channels_last_kernel`"""
+    """Decodes one block of pixels in channels_last; a thread takes 8, as in `encode_channels_last_kernel`."""
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     eight = tl.arange(0, 8)[None, :]
@@ -137,48 +137,3 @@ def decode_channels_last_kernel(
             codes += tl.where(eight == p, mine, 0)
     pixel = first + group * 8 + eight
     tl.store(ids_ptr + image * num_pixels + pixel, codes, mask=pixel < num_pixels)
-
-
-def encode_mask_bits(
-    segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype: torch.dtype, channels_last: bool
-) -> Tensor:
-    batch, height, width = segment_ids.shape
-    segment_ids = segment_ids.contiguous()
-    table = None if table is None else table.contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    bits = torch.empty(
-        (batch, num_bits, height, width), dtype=dtype, device=segment_ids.device, memory_format=memory_format
-    )
-    config = find_config("encode_mask_bits", "channels_last" if channels_last else "planes")
-    launch(
-        encode_channels_last_kernel if channels_last else encode_planes_kernel,
-        (triton.cdiv(height * width, config.constants["BLOCK"]), batch),
-        *(segment_ids, segment_ids if table is None else table, bits, height * width),
-        1 if table is None else table.shape[1],
-        config=config,
-        NUM_BITS=num_bits,
-        HAS_TABLE=table is not None,
-    )
-    return bits
-
-
-def decode_mask_bits(bits: Tensor) -> Tensor:
-    batch, num_bits, height, width = bits.shape
-    if bits.stride(2) != width * bits.stride(3):
-        bits = bits.contiguous()
-    ids = torch.empty((batch, height, width), dtype=torch.int32, device=bits.device)
-    config = find_config("decode_mask_bits", "all")
-    grid = (triton.cdiv(height * width, config.constants["BLOCK"]), batch)
-    if bits.stride(1) == 1 and bits.stride(3) == num_bits:
-        arguments = (bits, ids, height * width, bits.stride(0))
-        launch(decode_channels_last_kernel, grid, *arguments, config=config, NUM_BITS=num_bits)
-        return ids
-    launch(
-        decode_kernel,
-        grid,
-        *(bits, ids, height * width, bits.stride(0), bits.stride(1), bits.stride(3)),
-        config=config,
-        NUM_BITS=num_bits,
-        BITS_PADDED=triton.next_power_of_2(num_bits),
-    )
-    return ids

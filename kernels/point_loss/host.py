@@ -21,10 +21,28 @@ def _format(mask_logits: Tensor) -> str:
 
 
 def point_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
+    """Launches the sampling of all slots at points.
+
+    Args:
+        mask_logits: float [B, Q, h, w], either memory format.
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        float32 [B, Q, P].
+    """
     return _point_logits(mask_logits, points, margin=False)
 
 
 def point_margin(mask_logits: Tensor, points: Tensor) -> Tensor:
+    """Launches best minus second best logit at points.
+
+    Args:
+        mask_logits: float [B, Q, h, w], either memory format.
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        float32 [B, P].
+    """
     return _point_logits(mask_logits, points, margin=True)
 
 
@@ -44,6 +62,16 @@ def _point_logits(mask_logits: Tensor, points: Tensor, margin: bool) -> Tensor:
 
 
 def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:
+    """Launches the sampling of one slot per row.
+
+    Args:
+        mask_logits: float [B, Q, h, w], either memory format.
+        image_index, slots: int64 [M].
+        points: float32 [M, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        float32 [M, P].
+    """
     rows, count = points.shape[:2]
     out = torch.empty((rows, count), dtype=torch.float32, device=points.device)
     config = find_config("slot_logits", "all")
@@ -58,6 +86,16 @@ def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points:
 
 
 def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches cross entropy over slots at points.
+
+    Args:
+        mask_logits: float [B, Q, h, w], either memory format.
+        segment_ids: integer [B, H, W].
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        the summed loss and the number of points that are not void, scalars, and the logsumexp [B, P]; all float32.
+    """
     batch, slots, height, width = mask_logits.shape
     count = points.shape[1]
     config = find_config("sample_ce", _format(mask_logits))
@@ -77,6 +115,18 @@ def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) 
 def sample_ce_backward(
     grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor
 ) -> Tensor:
+    """Launches the gradient of `sample_ce_forward`.
+
+    Args:
+        grad_loss: scalar, the gradient of the loss.
+        mask_logits: float [B, Q, h, w], either memory format.
+        segment_ids: integer [B, H, W].
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+        logsumexp: [B, P], what the forward pass returned.
+
+    Returns:
+        the gradient of `mask_logits`, in its shape, dtype and memory format.
+    """
     batch, slots, height, width = mask_logits.shape
     count = points.shape[1]
     grad = torch.zeros_like(mask_logits, dtype=torch.float32)
@@ -94,6 +144,18 @@ def sample_ce_backward(
 def sample_bce_dice_forward(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches binary cross entropy and Dice of one segment per row.
+
+    Args:
+        mask_logits: float [B, Q, h, w], either memory format.
+        segment_ids: integer [B, H, W].
+        image_index, slots: int64 [M].
+        points: float32 [M, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        both summed losses, scalars, and sums over the points of p t, p and t [M, 3], with p the sigmoid and t the
+        target; all float32.
+    """
     rows, count = points.shape[:2]
     bce, dice = (torch.empty(rows, dtype=torch.float32, device=points.device) for _ in range(2))
     sums = torch.empty((rows, 3), dtype=torch.float32, device=points.device)
@@ -117,6 +179,19 @@ def sample_bce_dice_backward(
     points: Tensor,
     sums: Tensor,
 ) -> Tensor:
+    """Launches the gradient of `sample_bce_dice_forward`.
+
+    Args:
+        grad_bce, grad_dice: scalars, the gradients of the losses.
+        mask_logits: float [B, Q, h, w], either memory format.
+        segment_ids: integer [B, H, W].
+        image_index, slots: int64 [M].
+        points: float32 [M, P, 2], (x, y) in [0, 1].
+        sums: [M, 3], what the forward pass returned.
+
+    Returns:
+        the gradient of `mask_logits`, in its shape, dtype and memory format.
+    """
     rows, count = points.shape[:2]
     grad = torch.zeros_like(mask_logits, dtype=torch.float32)
     config = find_config("sample_bce_dice_backward", "all")

@@ -1,4 +1,4 @@
-"""Public entry points: Triton on CUDA, the reference elsewhere; no step waits for the device."""
+"""Runs Triton on CUDA and the reference elsewhere; no step waits for the device."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from ldmseg_fast.kernels.point_loss.checks import check_bce_dice, check_ce, chec
 
 
 def point_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
-    """Logits of all slots at points: bilinear, align_corners false, zero outside.
+    """Samples the logits of all slots at points: bilinear, align_corners false, zero outside (arXiv 1912.08193).
 
     Args:
         mask_logits: [B, Q, h, w] float, either memory format.
@@ -28,9 +28,17 @@ def point_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
 
 
 def point_margin(mask_logits: Tensor, points: Tensor) -> Tensor:
-    """Best minus second best logit at points, [B, P] float32: minus the uncertainty by which CE points are chosen.
+    """Computes best minus second best logit at points: minus the uncertainty by which CE points are chosen.
 
-    Arguments and errors as for `point_logits`; at least two slots. Not differentiable.
+    Args:
+        mask_logits: [B, Q, h, w] float, either memory format, at least two slots.
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        float32 [B, P] (float64 for float64 logits), not differentiable.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
     """
     mask_logits = mask_logits.detach()
     if _runs_reference(mask_logits):
@@ -40,7 +48,9 @@ def point_margin(mask_logits: Tensor, points: Tensor) -> Tensor:
 
 
 def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:
-    """Logit of one slot per row at the row's own points; minus its absolute value is the uncertainty of BCE and Dice.
+    """Samples the logit of one slot per row at the row's own points.
+
+    Minus its absolute value is the uncertainty by which points of BCE and Dice are chosen (arXiv 1912.08193).
 
     Args:
         mask_logits: [B, Q, h, w] float, either memory format.
@@ -60,7 +70,7 @@ def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points:
 
 
 def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy over slots at points, void ignored (slot = id, so there is no matching).
+    """Computes cross entropy over slots at points, void ignored (slot = id, so there is no matching).
 
     Args:
         mask_logits: [B, Q, h, w] float, either memory format.
@@ -84,7 +94,7 @@ def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple
 def sample_bce_dice(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Binary cross entropy and Dice (+1 smoothing) of present segments, each on its own slot's logit plane.
+    """Computes binary cross entropy and Dice (+1 smoothing) of present segments, each on its own slot's plane.
 
     Args:
         mask_logits: [B, Q, h, w] float, either memory format.
@@ -117,16 +127,28 @@ def _needs_grad(mask_logits: Tensor) -> bool:
 
 @torch.library.custom_op("ldmseg_fast::point_logits", mutates_args=())
 def point_logits_op(mask_logits: Tensor, points: Tensor) -> Tensor:
+    """Runs `point_logits`, without gradient.
+
+    Args:
+        mask_logits: float [B, Q, h, w], either memory format.
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        float32 [B, Q, P].
+
+    Raises:
+        ValueError: see `checks.check_points`.
+    """
     check_points(mask_logits, points)
     return reference.point_logits(mask_logits, points).contiguous()
 
 
 @point_logits_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.point_loss import kernel  # Triton is imported on CUDA only
+    from ldmseg_fast.kernels.point_loss import host  # Triton is imported on CUDA only
 
     check_points(*args)
-    return kernel.point_logits(*args)
+    return host.point_logits(*args)
 
 
 @point_logits_op.register_fake
@@ -137,16 +159,28 @@ def _(mask_logits: Tensor, points: Tensor) -> Tensor:
 
 @torch.library.custom_op("ldmseg_fast::point_margin", mutates_args=())
 def point_margin_op(mask_logits: Tensor, points: Tensor) -> Tensor:
+    """Runs `point_margin`.
+
+    Args:
+        mask_logits: float [B, Q, h, w], either memory format.
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        float32 [B, P].
+
+    Raises:
+        ValueError: see `checks.check_points`.
+    """
     check_points(mask_logits, points, least_slots=2)
     return reference.point_margin(mask_logits, points)
 
 
 @point_margin_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
     check_points(*args, least_slots=2)
-    return kernel.point_margin(*args)
+    return host.point_margin(*args)
 
 
 @point_margin_op.register_fake
@@ -157,16 +191,29 @@ def _(mask_logits: Tensor, points: Tensor) -> Tensor:
 
 @torch.library.custom_op("ldmseg_fast::slot_logits", mutates_args=())
 def slot_logits_op(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:
+    """Runs `slot_logits`, without gradient.
+
+    Args:
+        mask_logits: float [B, Q, h, w], either memory format.
+        image_index, slots: int64 [M].
+        points: float32 [M, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        float32 [M, P].
+
+    Raises:
+        ValueError: see `checks.check_rows`.
+    """
     check_rows(mask_logits, image_index, slots, points)
     return reference.slot_logits(mask_logits, image_index, slots, points).contiguous()
 
 
 @slot_logits_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
     check_rows(*args)
-    return kernel.slot_logits(*args)
+    return host.slot_logits(*args)
 
 
 @slot_logits_op.register_fake
@@ -177,17 +224,30 @@ def _(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -
 
 @torch.library.custom_op("ldmseg_fast::sample_ce", mutates_args=())
 def sample_ce_op(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss_sum, count, logsumexp [B, P])"""
+    """Runs the forward pass of `sample_ce`, and keeps what the backward pass needs; differentiable.
+
+    Args:
+        mask_logits: float [B, Q, h, w], either memory format.
+        segment_ids: integer [B, H, W].
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        the summed loss and the number of points that are not void, scalars, and the logsumexp [B, P]; all float32
+        (float64 for float64 logits).
+
+    Raises:
+        ValueError: see `checks.check_ce`.
+    """
     check_ce(mask_logits, segment_ids, points)
     return reference.sample_ce_forward(mask_logits, segment_ids, points)
 
 
 @sample_ce_op.register_kernel("cuda")
 def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
     check_ce(*args)
-    return kernel.sample_ce_forward(*args)
+    return host.sample_ce_forward(*args)
 
 
 @sample_ce_op.register_fake
@@ -205,15 +265,27 @@ def _(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor,
 def sample_ce_backward_op(
     grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor
 ) -> Tensor:
+    """Runs the backward pass of `sample_ce_op`.
+
+    Args:
+        grad_loss: scalar, the gradient of the loss.
+        mask_logits: float [B, Q, h, w], either memory format.
+        segment_ids: integer [B, H, W].
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+        logsumexp: [B, P], what the forward pass returned.
+
+    Returns:
+        the gradient of `mask_logits`, in its shape, dtype and memory format.
+    """
     grad = reference.sample_ce_backward(grad_loss, mask_logits, segment_ids, points, logsumexp)
     return _like(grad, mask_logits)
 
 
 @sample_ce_backward_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
-    return kernel.sample_ce_backward(*args)
+    return host.sample_ce_backward(*args)
 
 
 @sample_ce_backward_op.register_fake
@@ -225,17 +297,31 @@ def _(grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tenso
 def sample_bce_dice_op(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(bce_sum, dice_sum, sums [M, 3] over the points: p t, p and t)"""
+    """Runs the forward pass of `sample_bce_dice`, and keeps what the backward pass needs; differentiable.
+
+    Args:
+        mask_logits: float [B, Q, h, w], either memory format.
+        segment_ids: integer [B, H, W].
+        image_index, slots: int64 [M].
+        points: float32 [M, P, 2], (x, y) in [0, 1].
+
+    Returns:
+        both summed losses, scalars, and sums over the points of p t, p and t [M, 3], with p the sigmoid and t the
+        target; all float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: see `checks.check_bce_dice`.
+    """
     check_bce_dice(mask_logits, segment_ids, image_index, slots, points)
     return reference.sample_bce_dice_forward(mask_logits, segment_ids, image_index, slots, points)
 
 
 @sample_bce_dice_op.register_kernel("cuda")
 def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
     check_bce_dice(*args)
-    return kernel.sample_bce_dice_forward(*args)
+    return host.sample_bce_dice_forward(*args)
 
 
 @sample_bce_dice_op.register_fake
@@ -262,6 +348,19 @@ def sample_bce_dice_backward_op(
     points: Tensor,
     sums: Tensor,
 ) -> Tensor:
+    """Runs the backward pass of `sample_bce_dice_op`.
+
+    Args:
+        grad_bce, grad_dice: scalars, the gradients of the losses.
+        mask_logits: float [B, Q, h, w], either memory format.
+        segment_ids: integer [B, H, W].
+        image_index, slots: int64 [M].
+        points: float32 [M, P, 2], (x, y) in [0, 1].
+        sums: [M, 3], what the forward pass returned.
+
+    Returns:
+        the gradient of `mask_logits`, in its shape, dtype and memory format.
+    """
     grad = reference.sample_bce_dice_backward(
         grad_bce, grad_dice, mask_logits, segment_ids, image_index, slots, points, sums
     )
@@ -270,9 +369,9 @@ def sample_bce_dice_backward_op(
 
 @sample_bce_dice_backward_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
-    from ldmseg_fast.kernels.point_loss import kernel
+    from ldmseg_fast.kernels.point_loss import host
 
-    return kernel.sample_bce_dice_backward(*args)
+    return host.sample_bce_dice_backward(*args)
 
 
 @sample_bce_dice_backward_op.register_fake

@@ -1,4 +1,4 @@
-"""Public entry points: Triton on CUDA, the reference elsewhere; safe inside a CUDA graph."""
+"""Runs Triton on CUDA and the reference elsewhere; safe inside a CUDA graph."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 def make_ddim_table(alphas_cumprod: Tensor, timesteps: Tensor, prev_timesteps: Tensor) -> Tensor:
-    """Coefficients of a whole loop, one row a step, for `ddim_step`.
+    """Tabulates the coefficients of a whole loop for `ddim_step`, one row a step.
 
     Args:
         alphas_cumprod: [T] float.
@@ -53,7 +53,7 @@ def ddim_step(
     self_condition: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """DDIM with eta 0 (Song et al., arXiv 2010.02502, equation 12) and the input of the UNet's next call.
+    """Makes a DDIM step with eta 0 (Song et al., arXiv 2010.02502, equation 12) and the UNet's next input.
 
     Args:
         model_output: [B, C, h, w] float, what the UNet returned; either memory format.
@@ -91,6 +91,11 @@ def check(
     self_condition: bool,
     dtype: torch.dtype,
 ) -> None:
+    """Refuses what the op does not take; arguments as in `ddim_step`.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, unknown prediction type; the message starts with the argument's name.
+    """
     require(model_output.ndim == 4, "model_output: expected [B, C, h, w], got shape {}", model_output.shape)
     require(model_output.dtype in FLOATS, "model_output: expected a float tensor, got {}", model_output.dtype)
     require(
@@ -136,6 +141,11 @@ def ddim_step_op(
     self_condition: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs `ddim_step`, with its arguments and results; without gradient.
+
+    Raises:
+        ValueError: see `check`.
+    """
     args = (model_output, noisy_latents, image_latents, step_index, table, prediction_type, self_condition, dtype)
     check(*args)
     prev, x0, next_unet_input = reference.ddim_step(*args)
@@ -146,10 +156,10 @@ def ddim_step_op(
 
 @ddim_step_op.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ldmseg_fast.kernels.ddim_step import kernel  # Triton is imported on CUDA only
+    from ldmseg_fast.kernels.ddim_step import host  # Triton is imported on CUDA only
 
     check(*args)
-    return kernel.ddim_step(*args)
+    return host.ddim_step(*args)
 
 
 @ddim_step_op.register_fake

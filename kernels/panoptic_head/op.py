@@ -1,4 +1,4 @@
-"""Public entry point: Triton on CUDA, C++ on the CPU where it is built, the reference elsewhere."""
+"""Runs Triton on CUDA, C++ on the CPU where it is built, and the reference elsewhere."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def panoptic_head(
     count_threshold: int,
     overlap_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Class-agnostic panoptic post-processing (Van Gansbeke and De Brabandere, arXiv 2401.10227, section 3.3).
+    """Turns mask logits into a class-agnostic panoptic map (Van Gansbeke and De Brabandere, arXiv 2401.10227, 3.3).
 
     The logits are resized to `network_size`, then to `target_size` (both bilinear, align_corners false, in float32).
     A pixel's label is its argmax slot, the lowest among equals. Pixels whose softmax probability is below
@@ -46,6 +46,11 @@ def panoptic_head(
 
 
 def check(mask_logits: Tensor, network_size: list[int], target_size: list[int]) -> None:
+    """Refuses what the op does not take; arguments as in `panoptic_head`.
+
+    Raises:
+        ValueError: wrong shape, dtype or size; the message starts with the argument's name.
+    """
     require(mask_logits.ndim == 4, "mask_logits: expected [B, Q, h, w], got shape {}", mask_logits.shape)
     require(mask_logits.dtype in FLOATS, "mask_logits: expected a float tensor, got {}", mask_logits.dtype)
     require(
@@ -66,6 +71,11 @@ def panoptic_head_op(
     count_threshold: int,
     overlap_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Runs `panoptic_head`, with its arguments (sizes as lists) and results; without gradient.
+
+    Raises:
+        ValueError: see `check`.
+    """
     check(mask_logits, network_size, target_size)
     sizes = (network_size[0], network_size[1]), (target_size[0], target_size[1])
     thresholds = (mask_threshold, count_threshold, overlap_threshold)
@@ -73,9 +83,9 @@ def panoptic_head_op(
         return _empty(mask_logits, target_size)
     if get_backend("panoptic_head") != "torch":
         if mask_logits.is_cuda:
-            from ldmseg_fast.kernels.panoptic_head import kernel  # Triton is imported on CUDA only
+            from ldmseg_fast.kernels.panoptic_head import host  # Triton is imported on CUDA only
 
-            return kernel.panoptic_head(mask_logits, *sizes, *thresholds)
+            return host.panoptic_head(mask_logits, *sizes, *thresholds)
         if _C is not None and hasattr(_C, "panoptic_head"):
             logits = mask_logits.detach().float().contiguous().numpy()
             segmentation, probability, area, box, score = _C.panoptic_head(

@@ -1,12 +1,7 @@
 """Triton: one program per block of latent cells of one image; the coefficients are read on the device."""
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ldmseg_fast.kernels.configs import find_config
-from ldmseg_fast.kernels.launch import launch
 
 
 @triton.jit
@@ -35,6 +30,7 @@ def ddim_step_kernel(
     IMAGE_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Computes one block of cells of one image (Song et al., arXiv 2010.02502, equation 12 with sigma = 0)."""
     batch = tl.program_id(1).to(tl.int64)
     cell = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     channel = tl.arange(0, CHANNELS_PADDED)
@@ -75,47 +71,3 @@ def ddim_step_kernel(
     image_offset = batch * image_batch + channel[None, :] * image_channel + cell[:, None] * image_cell
     image = tl.load(image_ptr + image_offset, mask=inside, other=0.0)
     tl.store(row + CHANNELS + channel[None, :], image.to(tl.float32).to(dtype), mask=inside)
-
-
-def ddim_step(
-    model_output: Tensor,
-    noisy_latents: Tensor,
-    image_latents: Tensor,
-    step_index: Tensor,
-    table: Tensor,
-    prediction_type: str,
-    self_condition: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, height, width = model_output.shape
-    image_channels = image_latents.shape[1]
-    model_output, image_latents = _flat(model_output), _flat(image_latents)
-    prev, x0 = (torch.empty(noisy_latents.shape, dtype=torch.float32, device=table.device) for _ in range(2))
-    next_unet_input = torch.empty(
-        (batch, channels * (2 if self_condition else 1) + image_channels, height, width),
-        dtype=dtype,
-        device=table.device,
-        memory_format=torch.channels_last,
-    )
-    config = find_config("ddim_step", "all")
-    launch(
-        ddim_step_kernel,
-        (triton.cdiv(height * width, config.constants["BLOCK"]), batch),
-        *(model_output, noisy_latents.contiguous(), image_latents, step_index, table.contiguous()),
-        *(prev, x0, next_unet_input, height * width, table.shape[0]),
-        *(model_output.stride(0), model_output.stride(1), model_output.stride(3)),
-        *(image_latents.stride(0), image_latents.stride(1), image_latents.stride(3)),
-        config=config,
-        PREDICTION=("epsilon", "sample", "v_prediction").index(prediction_type),
-        SELF_CONDITION=self_condition,
-        CHANNELS=channels,
-        CHANNELS_PADDED=triton.next_power_of_2(channels),
-        IMAGE_CHANNELS=image_channels,
-        IMAGE_PADDED=triton.next_power_of_2(max(image_channels, 1)),
-    )
-    return prev, x0, next_unet_input
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """`tensor` itself where one stride walks over its cells row by row."""
-    return tensor if tensor.stride(2) == tensor.shape[3] * tensor.stride(3) else tensor.contiguous()

@@ -1,0 +1,191 @@
+"""Shares what the stages of the denoiser have in common: the networks, the latents that they work on, and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldmseg_fast.checkpoints.init_from import Start, load_image_encoder, load_unet
+from ldmseg_fast.checkpoints.model_folder import (
+    load_component,
+    load_index,
+    postprocess_settings,
+    save_component,
+    save_index,
+)
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.diffusion.inpainting import whole_cells
+from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import ConfigError
+from ldmseg_fast.kernels.mask_bits import encode_mask_bits
+from ldmseg_fast.models.image_vae import build_image_encoder
+from ldmseg_fast.models.unet import UNet
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
+from ldmseg_fast.training.stages.base import Stage, kept_blocks, per_image
+
+
+class LatentStage(Stage):
+    """Holds a UNet in training between a frozen mask auto-encoder and an image encoder.
+
+    Args:
+        start: the run's settings with what the folders of its weights say, and where these weights are.
+
+    Raises:
+        ConfigError: no `model.mask_vae`, or one whose latents the UNet does not take.
+        CheckpointError: a folder that is missing or damaged, or weights that do not fit.
+    """
+
+    def __init__(self, start: Start) -> None:
+        config = start.config
+        super().__init__(config)
+        if not config.model.mask_vae:
+            raise ConfigError("model.mask_vae: the diffusion stage needs the MODEL_DIR of a trained mask auto-encoder")
+        autoencoder = resolve_model_dir(config.model.mask_vae)
+        load_index(autoencoder)
+        self.mask_vae: Any = load_component(autoencoder, "mask_vae")
+        vae_config = self.mask_vae.config
+        self.mask_vae.config = replace(
+            vae_config, scaling_factor=vae_config.scaling_factor * config.diffusion.latent_scale
+        )
+        if self.mask_vae.config.latent_channels != config.unet.out_channels:
+            raise ConfigError(
+                f"model.mask_vae={config.model.mask_vae}: {self.mask_vae.config.latent_channels} latent channels, "
+                f"unet.out_channels is {config.unet.out_channels}"
+            )
+        self.image_vae: Any = build_image_encoder(config.image_encoder, start.vae_config)
+        load_image_encoder(self.image_vae, start)
+        self.trains_image_vae = config.image_encoder.kind == "conv"
+        if not self.trains_image_vae:
+            self.image_vae.eval().requires_grad_(False)
+        self.unet = UNet(config.unet, config.model.attention)
+        load_unet(self.unet, start)
+        self.unet.checkpointing = config.train.checkpointing != "none"
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_(not name.startswith(config.model.freeze))
+        self.scheduler = Scheduler(config.scheduler)
+        self.self_condition = config.diffusion.self_condition > 0
+
+    def train(self, mode: bool = True) -> LatentStage:
+        """Puts what is trained into training mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        self.mask_vae.eval()
+        if not self.trains_image_vae:
+            self.image_vae.eval()
+        return self
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encodes images uint8 [B, 3, H, W] as latents [B, C_image, h, w], with gradients if the encoder is trained."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(self.trains_image_vae and torch.is_grad_enabled()):
+            return self.recompute(self.image_vae, images)
+
+    def image_latents(self, batch: dict[str, Any]) -> Tensor:
+        """Gives the image latents float [B, C_image, h, w] of a training batch, from the cache where there is one."""
+        if "image_latents" in batch:
+            return batch["image_latents"].to(self.compute_dtype)
+        return self.encode_images(batch["image"])
+
+    @torch.no_grad()
+    def mask_latents(self, batch: dict[str, Any], table: Tensor | None = None) -> Tensor:
+        """Encodes a batch's maps: x_0, float32 [B, C, h, w] (LDMSeg, arXiv 2401.10227, section 3.1).
+
+        Args:
+            batch: as `Stage` has it.
+            table: [B, 256], id -> slot, where not the batch's own.
+        """
+        bits = self.mask_bits(batch["segment_ids"], batch["table"] if table is None else table)
+        return self.mask_vae.encode_latents(bits).float()
+
+    def mask_bits(self, segment_ids: Tensor, table: Tensor) -> Tensor:
+        """Encodes ids uint8 [B, H, W] through a table [B, 256] as bit planes [B, K, H, W].
+
+        The ids are not checked on a GPU: those of the loader fit, and looking at them would wait for the device.
+        """
+        return encode_mask_bits(segment_ids, self.mask_vae.config.num_bits, table, check_ids=not segment_ids.is_cuda)
+
+    def given_pixels(self, batch: dict[str, Any], step: int) -> Tensor:
+        """Draws where the map is given, bool [B, H, W]: the blocks that are kept of the images that learn inpainting.
+
+        A share `diffusion.inpainting` of the images does. Each of them loses blocks with its own probability of 0.1 to
+        0.9, the range of LDMSeg's evaluation.
+        """
+        config, size = self.config.diffusion, batch["segment_ids"].shape[1:]
+        generators = self.generators(step, batch, "inpainting")
+        chosen = per_image(torch.rand, (1, 1), generators) < config.inpainting  # [B, 1, 1]
+        dropped = 0.1 + 0.8 * per_image(torch.rand, (1, 1), generators)
+        return kept_blocks(dropped, size, config.inpainting_block, generators) & chosen
+
+    @torch.no_grad()
+    def known_latents(self, batch: dict[str, Any], given: Tensor, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encodes the part of a batch's maps that is given.
+
+        Args:
+            batch: as `Stage` has it.
+            given: bool [B, H, W]; the other pixels are encoded as void.
+            table: [B, 256], id -> slot, where not the batch's own.
+
+        Returns:
+            Latents float32 [B, C, h, w], and the cells that are given whole, bool [B, 1, h, w].
+        """
+        ids = batch["segment_ids"] * given.to(batch["segment_ids"].dtype)
+        cells = whole_cells(given, self.mask_vae.config.downsampling)
+        return self.mask_latents(batch | {"segment_ids": ids}, table), cells
+
+    def denoiser(self, batch: dict[str, Any]) -> Denoise:
+        """The network for a batch's images as a sampler calls it."""
+        return self.unet
+
+    @torch.no_grad()
+    def sample(self, batch: dict[str, Any], num_inference_steps: int, seed: int = 0) -> Tensor:
+        """Samples scaled mask latents [B, C, h, w] for the batch's `image`, uint8 [B, 3, H, W], and `image_id`."""
+        images = batch["image"]
+        size = [side // self.mask_vae.config.downsampling for side in images.shape[-2:]]
+        shape = [self.mask_vae.config.latent_channels, *size]
+        noise = image_noise(seed, batch["image_id"], shape).to(images.device)
+        with self.autocast():
+            image_latents = self.encode_images(images)
+            denoise = self.denoiser(batch)
+            return ddim(denoise, noise, image_latents, self.scheduler, num_inference_steps, self.self_condition)
+
+    @torch.no_grad()
+    def predict(self, batch: dict[str, Any], target_sizes: Sequence[tuple[int, int]]) -> list[PanopticResult]:
+        """Samples maps for the batch's images; see `Stage.predict`."""
+        latents = self.sample(batch, self.config.num_inference_steps)
+        with self.autocast():
+            mask_logits = self.mask_vae.decode_latents(latents)
+        size = tuple(batch["image"].shape[-2:])
+        return postprocess(mask_logits.float(), size, list(target_sizes), self.config.postprocess)
+
+    def save_networks(self, folder: Path, others: Sequence[str] = ()) -> None:
+        """Writes the components and the index of a model folder. `others` names components that are there already."""
+        config = self.config
+        save_component(folder, "unet", config.unet, self.unet.state_dict())
+        save_component(folder, "mask_vae", self.mask_vae.config, self.mask_vae.state_dict())
+        vae_config = getattr(self.image_vae, "vae_config", None)
+        extra = {"_vae_config": dict(vae_config)} if vae_config else None
+        save_component(folder, "image_vae", config.image_encoder, self.image_vae.state_dict(), extra)
+        save_component(folder, "scheduler", config.scheduler, None)
+        settings = {
+            "image_size": config.data.image_size,
+            "num_inference_steps": config.num_inference_steps,
+            "self_condition": self.self_condition,
+            "id_assignment": config.data.id_assignment,
+            "inpainting": config.diffusion.inpainting > 0,  # trained to take known latents as its condition
+        }
+        components = ["unet", "mask_vae", "image_vae", "scheduler", *others]
+        save_index(folder, components, settings | postprocess_settings(config.postprocess))
+
+
+def labelled_cells(slots: Tensor, size: Sequence[int]) -> Tensor:
+    """Tells which latent cells are not void, bool [B, 1, h, w], from slots [B, H, W] and `size` (h, w).
+
+    A cell is what nearest interpolation picks for it (the void mask of LDMSeg's public training configuration).
+    """
+    return F.interpolate(slots[:, None].float(), tuple(size), mode="nearest") > 0
