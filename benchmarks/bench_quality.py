@@ -94,7 +94,7 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
     if options.seeds > 1:
         facts["deviation"] = report["seeds"]["deviation"]["class_agnostic"]["pq"]
         facts["seeds"] = options.seeds
-    facts["ms_per_image"] = 1000 * report["seconds_per_image"]
+    facts |= {"ms_per_image": 1000 * report["seconds_per_image"], "weights": fingerprint(model_dir)[:16]}
     rows = [(name, own_case, report["class_agnostic"], facts)]
     rows += [(baseline, case, values, {}) for baseline, values in report["baselines"].items()]
     return [
@@ -108,6 +108,7 @@ def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOp
     report = evaluate(model_dir, data, options)
     case = {"data": report["data"], "split": options.split, "images": report["images"], "mode": "inpainting"}
     facts = {"ms_per_image": 1000 * report["seconds_per_image"], "steps": report["num_inference_steps"]}
+    facts["weights"] = fingerprint(model_dir)[:16]
     scores = {name: report["inpainting"]} | report["inpainting"]["baselines"]
     return [
         {

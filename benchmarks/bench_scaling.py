@@ -19,7 +19,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, Run, measure
-from benchmarks.scaling import PASSES, STEP
+from benchmarks.reporting.scaling_tables import PASSES, STEP
 from ldmseg_fast.config.presets import TINY
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.models.unet import UNet

@@ -6,8 +6,9 @@ import html
 from pathlib import Path
 
 from benchmarks.reporting.plots import PLOTS
-from benchmarks.reporting.tables import RESULTS, load_rows, machine, sources, suite_table
-from benchmarks.scaling import scaling_section
+from benchmarks.reporting.rows import RESULTS, load_rows
+from benchmarks.reporting.scaling_tables import scaling_section
+from benchmarks.reporting.tables import machine, sources, suite_table
 from ldmseg_fast.reports.page import Page
 
 SUITES = ("latency", "throughput", "training", "data", "evaluation", "export", "quality")

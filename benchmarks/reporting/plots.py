@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.reporting.tables import Row
+from benchmarks.reporting.rows import Row
 
 STAGES = ("decode file", "pre-process", "image encoder", "10 steps", "decoder and head", "write files")
 TRAINING = ("engine: data", "engine: encode", "engine: forward", "engine: backward", "engine: step")

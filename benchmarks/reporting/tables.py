@@ -1,38 +1,12 @@
-"""Rows of the result files, and the Markdown tables made of them."""
+"""Markdown tables of rows, one layout for each kind of suite."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-
-Row = dict[str, Any]
-
-
-def load_rows(suite: str, folder: Path = RESULTS) -> list[Row]:
-    """Rows of a suite's full runs, oldest first. Of each name only the newest file that has it counts; results of
-    trained models (the suite "quality") are gathered over runs, and one counts until it is measured again.
-
-    Each row also has its run's `environment` and the name of its `file`.
-    """
-    rows: dict[str, Row] = {}
-    for path in sorted(folder.glob(f"{suite}-*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["quick"]:
-            continue
-        if suite != "quality":
-            renewed = {row["name"] for row in record["results"]}
-            rows = {key: row for key, row in rows.items() if row["name"] not in renewed}
-        for row in record["results"]:
-            # what was pooled over annotators once is a mean over them now
-            case = {name: value for name, value in row["case"].items() if name != "annotators"}
-            key = json.dumps([row["name"], row["variant"], case, row.get("unit")], sort_keys=True)
-            rows.pop(key, None)
-            rows[key] = row | {"environment": record["environment"], "file": path.name}
-    return list(rows.values())
+from benchmarks.reporting.rows import RESULTS, Row, load_rows
 
 
 def machine(rows: Sequence[Row]) -> str:
