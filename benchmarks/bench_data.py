@@ -1,4 +1,4 @@
-"""The input pipeline against the plain one: images a second on one core, and with worker processes.
+"""Times the input pipeline beside a plain one: images a second on one core, and with worker processes.
 
 python benchmarks/bench_data.py [--data ROOT] [--split NAME] [--size 512] [--quick]
 

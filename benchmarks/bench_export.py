@@ -1,4 +1,4 @@
-"""Export and engine builds: time and peak memory at full size, and steps in ONNX Runtime beside eager PyTorch.
+"""Measures export and engine builds at full size, and times steps in ONNX Runtime beside eager PyTorch.
 
 python benchmarks/bench_export.py [--quick] [--out FOLDER]
 

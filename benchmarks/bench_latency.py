@@ -1,4 +1,4 @@
-"""One picture's way through the pipeline, whole and stage by stage, beside the plain loop with diffusers' parts.
+"""Times one picture, whole and stage by stage, beside the plain loop with diffusers' parts.
 
 python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole]
     [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M] [--engine-dir DIR]

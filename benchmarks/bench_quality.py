@@ -1,4 +1,4 @@
-"""Panoptic quality of trained models over steps, solvers and noise seeds, beside baselines, as one result file.
+"""Scores trained models over steps, solvers and noise seeds, beside baselines, as one result file.
 
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [--split S] [--steps 1 4 10] [--solvers ddim heun]
     [--seeds 3] [--classical TRAIN_SPLIT] [--picture FILE] [--journal FILE]

@@ -1,4 +1,4 @@
-"""The points that `scaling.py` fits its cost model to: python benchmarks/bench_scaling.py [--minutes 2] [--quick]
+"""Times the points that `scaling.py` fits its cost model to: python benchmarks/bench_scaling.py [--minutes 2] [--quick]
 
 The tiny UNet with random weights on one CPU thread, eager float32: denoising steps, and forward and backward passes, at
 several batch sizes, all interleaved in one run, so that one load is on all of them.

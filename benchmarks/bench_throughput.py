@@ -1,4 +1,4 @@
-"""Images a second from files to files: batches, reading ahead and writing behind, beside the plain loop.
+"""Counts images a second from files to files, read ahead and written behind, beside the plain loop.
 
 python benchmarks/bench_throughput.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--batch 1 4 8]
     [--images N] [--steps N] [--workers 0 1 2] [--variants NAME ...] [--minutes M]

@@ -1,4 +1,4 @@
-"""Two result files of one suite, row by row: python benchmarks/compare.py BEFORE AFTER [--ratios] [--force] [--all]
+"""Compares two result files of one suite: python benchmarks/compare.py BEFORE AFTER [--ratios] [--force] [--all]
 
 A time is a regression where its p20 is over the p80 of before and its median is more than 3 % longer. With --ratios
 each time is first divided by its baseline's median in the same run, so that a load on the whole machine cancels.

@@ -1,4 +1,4 @@
-"""Everything that is worth knowing of one GPU, within a few minutes: python benchmarks/gpu_suite.py --minutes 9
+"""Measures what matters on one GPU within a few minutes: python benchmarks/gpu_suite.py --minutes 9
 
 Runs from a checkout with PYTHONPATH=. on a machine with torch, triton and transformers only. The parts come in order of
 value; each is a process of its own with a share of what is left of the time, and what fails or is late is named and

@@ -1,4 +1,4 @@
-"""Images a second, memory and the cost of COCO's 200 k iterations on 1 to 64 GPUs, on paper.
+"""Predicts images a second, memory and the cost of COCO's 200 k iterations on 1 to 64 GPUs, on paper.
 
 python benchmarks/scaling.py [--gpu H100|H200] [--zero 1] [--batch 256] [--micro-batch 32] [--cores 12] [--share 0.4]
 

@@ -1,4 +1,4 @@
-"""The long tests (kill -9 while saving, lost ranks, every ZeRO stage, two launchers), and a record of what they found.
+"""Runs the long tests (kill -9 while saving, lost ranks, every ZeRO stage, two launchers) and records what they found.
 
 python benchmarks/soak.py [--out FOLDER] [pytest arguments]
 
