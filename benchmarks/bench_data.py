@@ -34,7 +34,7 @@ NUM_BITS, NUM_SLOTS, TARGET = 7, 128, 4.0
 
 
 def same_content(dataset: CocoPanoptic, index: int) -> bool:
-    """Whether ours and the plain item hold the same picture and the same segments, up to which slot is which."""
+    """Returns whether ours and the plain item hold the same picture and segments, up to which slot is which."""
     ours = dataset[0, index]
     plain = plain_item(dataset, index, np.random.default_rng(0))
     pictures = [plain["image"], plain["image"].flip(-1)]

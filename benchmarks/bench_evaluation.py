@@ -5,9 +5,9 @@
 Generated maps of 480x640 (and with --data the maps of a COCO-panoptic folder's train2017, perturbed for predictions)
 are written as PNGs by Pillow, then scored in memory and from files: by ldmseg_fast, by the usual numpy joint histogram,
 by panopticapi's algorithm (benchmarks/peers/plain_pq.py), and by hotcoco, torchmetrics and panopticapi where they can
-be imported. All on one thread, but for the rows that say otherwise. Times from files are the difference of the wall
-times at 4N and N images, so that start-up costs drop out; the functions compared take turns. The floor beside them is
-libdeflate, inflating the same PNGs from memory and doing nothing with the pixels.
+be imported. All run on one thread, except where a row says otherwise. A time from files is the difference of
+the wall times at 4N and N images, so that start-up costs drop out; the functions compared take turns. The floor is
+libdeflate: it inflates the same PNGs from memory and does nothing with the pixels.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def in_memory(run: Run, data: PanopticMaps, rounds: int) -> None:
-    """One pair of maps, averaged over a handful: matching with all rules against a joint histogram alone."""
+    """Times matching with all rules, a pair of maps at a time, beside a joint histogram alone."""
     images = [data.loaded(index) for index in range(min(20, data.size))]
     tables = [(g, segment_table(gs, False), p, segment_table(ps, False)) for g, gs, p, ps in images]
     for (gt, gt_segments, pred, pred_segments), table in zip(images[:10], tables):
@@ -92,7 +92,7 @@ def in_memory(run: Run, data: PanopticMaps, rounds: int) -> None:
 
 
 def from_files(run: Run, data: PanopticMaps, rounds: int) -> None:
-    """PNG files -> PQ, one thread each, per image from the difference of 4N and N images."""
+    """Times PNG files -> PQ, one thread each, per image from the difference of 4N and N images."""
     small = max(data.size // 4, 1)
     few, many = data.json_of(small), data.json_of(4 * small)
     scores, slow_scores = file_scorers(data, boundary=False), file_scorers(data, boundary=True)
@@ -111,7 +111,7 @@ def from_files(run: Run, data: PanopticMaps, rounds: int) -> None:
 
 
 def threads(run: Run, data: PanopticMaps, rounds: int) -> None:
-    """The same files on one and on two threads, each per image from the difference of 4N and N images."""
+    """Times the same files on one and on two threads, each per image from the difference of 4N and N images."""
     if len(os.sched_getaffinity(0)) < 2:
         return
     size = max(data.size, 200)
@@ -126,7 +126,7 @@ def threads(run: Run, data: PanopticMaps, rounds: int) -> None:
 
 
 def growth(run: Run, data: PanopticMaps, sizes: tuple[int, ...]) -> None:
-    """Time and memory against the number of images; the files are there once and come round again."""
+    """Measures time and memory against the number of images; the files are there once and come round again."""
     folders = data.folder / "gt", data.folder / "pred"
     peaks = []
     for size in sizes:
@@ -155,7 +155,7 @@ def growth(run: Run, data: PanopticMaps, sizes: tuple[int, ...]) -> None:
 
 
 def post_processing(run: Run, rounds: int) -> None:
-    """128 slots of 64x64 and 256x256 logits -> 512x512 -> 427x640, one thread, against full-size logits in torch."""
+    """Times 128 slots of logits -> 512x512 -> 427x640 on one thread, beside full-size logits in torch."""
     if _C is None:
         return
     for side in (64, 256):

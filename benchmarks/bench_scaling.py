@@ -28,7 +28,7 @@ BATCHES = (1, 2, 4, 8, 16)
 
 
 def measure_points(run: Run, minutes: float, batches: Sequence[int], rounds: tuple[int, int]) -> None:
-    """A row for each kind of work and batch size. `rounds`: at least, at most."""
+    """Adds a row for each kind of work and batch size. `rounds`: at least, at most."""
     torch.manual_seed(0)
     side = TINY.data.image_size // TINY.mask_vae.downsampling
     unet = UNet(TINY.unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

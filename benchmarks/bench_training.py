@@ -46,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def split(run: Run, steps: int) -> dict[str, float]:
-    """Milliseconds a step of each part, the device waited for in between."""
+    """Returns milliseconds a step of each part, the device waited for in between."""
     times: dict[str, float] = dict.fromkeys(("data", "encode", "forward", "backward", "step"), 0.0)
 
     def timed(name: str, function: Callable[[], Any]) -> Any:
@@ -71,7 +71,7 @@ def split(run: Run, steps: int) -> dict[str, float]:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this device in this dtype, the best of ten."""
+    """Returns the FLOP/s of a large matrix product on this device in this dtype, the best of ten."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")

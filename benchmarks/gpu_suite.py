@@ -59,7 +59,7 @@ def script(name: str, *arguments: object) -> tuple[str, ...]:
 
 
 def make_parts(device: str, quick: bool, model: Path, out: Path) -> list[Part]:
-    """The suite, most valuable part first; the parts after "random weights" read `model`, which it writes."""
+    """Returns the suite, most valuable part first; the parts after "random weights" read `model`, which it writes."""
     preset = "tiny" if quick else "coco"
     common = ("--model", model, "--device", device, "--out", out, "--minutes", "{minutes}", "--sizes", "480x640")
     variants = ["torch float32"] if device == "cpu" else ["torch bfloat16", "torch bfloat16, graph", "compile bfloat16"]
@@ -83,7 +83,7 @@ def make_parts(device: str, quick: bool, model: Path, out: Path) -> list[Part]:
 
 
 def run_part(part: Part, seconds: float) -> Outcome:
-    """The part as a process group of its own, ended with all its children where it is late."""
+    """Runs the part as a process group of its own, ended with all its children where it is late."""
     command = [word.replace("{minutes}", f"{0.75 * seconds / 60:.3f}") for word in part.command]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def close(run: Run, out: Path) -> None:
-    """The file first, then the table."""
+    """Writes the file first, then prints the table."""
     run.save(out)
     print(format_table(run.results))
     outcomes: dict[str, Any] = {row["variant"]: row["status"] for row in run.results if row["name"] == "part"}

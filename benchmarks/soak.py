@@ -27,7 +27,7 @@ def run_tests(report: Path, arguments: list[str]) -> int:
 
 
 def record_report(record: Run, report: Path) -> None:
-    """A row for each test of a JUnit file that ran, and one for each number that it counted."""
+    """Adds a row for each test of a JUnit file that ran, and one for each number that it counted."""
     skipped = 0
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.attrib['classname'].removeprefix('tests.')}::{case.attrib['name']}"

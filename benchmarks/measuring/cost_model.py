@@ -1,4 +1,4 @@
-"""Time, memory and communication of a training step on 1 to 64 GPUs, on paper.
+"""Predicts time, memory and communication of a training step on 1 to 64 GPUs.
 
 Time of a step: operations over a share of the GPU's peak, the optimiser's bytes over its memory bandwidth, what the
 reduction does not hide behind the backward pass, and the input pipeline where it is slower than all that. The form, so
@@ -28,7 +28,7 @@ OPTIMIZER_BYTES = 4 * (5 + 4)
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A data sheet: operations/s (bfloat16, dense), bytes/s of memory, and of the links, per GPU and direction."""
+    """Holds a data sheet: operations/s (bfloat16, dense), bytes/s of memory, and of links, per GPU and direction."""
 
     name: str
     peak: float
@@ -45,7 +45,7 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class Point:
-    """Something measured: `calls` of a network with `operations` in all took `seconds`."""
+    """Holds something measured: `calls` of a network with `operations` in all took `seconds`."""
 
     name: str
     calls: float
@@ -56,7 +56,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Fit:
-    """seconds = calls * overhead + operations / rate."""
+    """Says that seconds = calls * overhead + operations / rate."""
 
     overhead: float
     rate: float
@@ -66,7 +66,7 @@ class Fit:
 
 
 def fit(points: Sequence[Point]) -> Fit:
-    """Least squares of the relative error, both constants at least zero.
+    """Fits by least squares of the relative error, both constants at least zero.
 
     Raises:
         BenchmarkError: fewer than two points.
@@ -85,13 +85,13 @@ def fit(points: Sequence[Point]) -> Fit:
 
 
 def held_out_errors(points: Sequence[Point]) -> list[float]:
-    """Each point's relative error under a fit to all others of its kind."""
+    """Returns each point's relative error under a fit to all others of its kind."""
     return [fit([q for q in points if q is not p and q.kind == p.kind]).seconds(p) / p.seconds - 1 for p in points]
 
 
 @lru_cache
 def unet_operations(config: Config) -> float:
-    """Of one evaluation for one image."""
+    """Returns the operations of one UNet evaluation of one image."""
     side = config.data.image_size // config.mask_vae.downsampling
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         UNet(config.unet, "sdpa")(torch.empty(1, config.unet.in_channels, side, side), torch.zeros(1))
@@ -100,6 +100,8 @@ def unet_operations(config: Config) -> float:
 
 @dataclass(frozen=True)
 class Prediction:
+    """Says what a number of GPUs would do."""
+
     gpus: int
     images_per_second: float
     memory_bytes: float
@@ -123,8 +125,11 @@ def _sizes(config: Config) -> tuple[float, float, Counts, int]:
 
 
 def gradient_traffic(parameters: int, ranks: int, zero_stage: int, forwards: float) -> tuple[float, float]:
-    """Bytes per rank and step: (reduction of the gradients, gathering of weights), float32 (Rajbhandari et al. 2020,
-    section 7). Under ZeRO 3 the weights come once for each forward pass and once for the backward pass."""
+    """Returns float32 bytes per rank and step: (reduction of the gradients, gathering of weights).
+
+    After Rajbhandari et al. 2020, section 7. Under ZeRO 3 the weights come once for each forward pass and once for the
+    backward pass.
+    """
     once = 4.0 * parameters * (ranks - 1) / ranks
     if zero_stage == 0:
         return 2 * once, 0.0
@@ -143,7 +148,7 @@ def predict(
     cores: int = 12,
     data: float | None = None,
 ) -> Prediction:
-    """A training step of `batch` images over `gpus`; latents are cached.
+    """Predicts a training step of `batch` images over `gpus`; latents are cached.
 
     Args:
         share: of `gpu.peak` that the passes reach.

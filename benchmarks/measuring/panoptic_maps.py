@@ -1,4 +1,4 @@
-"""Panoptic maps on disk, ground truth and predictions of known quality, for the benchmarks of evaluation."""
+"""Makes panoptic maps on disk, ground truth and predictions, for the benchmarks of evaluation."""
 
 from __future__ import annotations
 

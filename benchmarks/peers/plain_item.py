@@ -1,4 +1,4 @@
-"""A training item as a loop written from the paper's text would make it: Pillow, numpy, and float32 throughout."""
+"""Makes a training item as a loop written from the paper's text would: Pillow, numpy, and float32 throughout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 
 
 def plain_item(dataset: CocoPanoptic, index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """The same content as the data set's item, bit planes included, in the obvious way."""
+    """Returns the same content as the data set's item, bit planes included, in the obvious way."""
     picture, map_path = dataset.paths(index)
     with Image.open(picture) as opened:
         image = opened.convert("RGB").resize((dataset.size,) * 2, Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""What people use to score panoptic maps, as functions to be timed, and the floor under all of them."""
+"""Wraps what people use to score panoptic maps as functions to be timed, and times the floor under them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The six numbers that a newcomer wants, each beside its baseline and with its machine."""
+"""Makes the table of six numbers that a newcomer wants, each beside its baseline and with its machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = {"model": "tiny", "threads": 1}
 
 @dataclass(frozen=True)
 class Headline:
-    """One line: a row of ours and the row beside it, out of one result file or two.
+    """Describes one line: a row of ours and the row beside it, out of one result file or two.
 
     Args:
         what: the line's first cell.

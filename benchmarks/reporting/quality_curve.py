@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (ms, PQ) those that no other point beats in both, by rising time."""
+    """Returns the points (ms, PQ) that no other beats in both, by rising time."""
     front: list[tuple[float, float]] = []
     for ms, pq in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or pq > front[-1][1]:
@@ -30,7 +30,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of trained models by name and, where it is not DDIM, solver; by rising steps."""
+    """Groups rows of trained models by name and, where it is not DDIM, solver; by rising steps."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if "steps" in row["case"]:
@@ -41,8 +41,9 @@ def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def draw_curve(rows: Sequence[Row], path: Path) -> None:
-    """One line per model and solver with its steps as labels and the deviation over seeds as bars; the Pareto front
-    behind; a level for each baseline.
+    """Draws one line per model and solver, with its steps as labels and the deviation over seeds as bars.
+
+    Behind them stand the Pareto front and a level for each baseline.
 
     Raises:
         BenchmarkError: no row is one of a model that samples.

@@ -1,4 +1,4 @@
-"""Rows of the result files that are current, and the files of which none is.
+"""Finds the rows of the result files that are current, and the files of which none is.
 
 A row is current until a newer full run of its suite measures its subject again; then all older rows of that subject
 go, whatever their variants and cases. The subject of a row is
@@ -27,7 +27,7 @@ VARIED = ("steps", "annotators")
 
 
 def subject(suite: str, row: Row) -> str:
-    """What a row measures: rows of one subject are replaced together."""
+    """Returns what a row measures: rows of one subject are replaced together."""
     if suite == "soak":
         return suite
     if suite != "quality":

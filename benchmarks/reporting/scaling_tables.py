@@ -1,4 +1,4 @@
-"""The cost model beside what was measured: its fit to CPU points, and its predictions for GPUs, as Markdown."""
+"""Shows the cost model as Markdown: its fit to CPU points, and its predictions for GPUs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHARES = (0.28, 0.40)
 
 
 def cpu_points(folder: Path = RESULTS) -> list[Point]:
-    """Eager float32 on one CPU thread: denoising steps, and forward and backward passes of training, by batch size."""
+    """Returns denoising steps, and passes of training, by batch size, as measured in eager float32 on one thread."""
     points = []
     for row in load_rows("scaling", folder):
         batch, seconds = row["case"]["batch"], row["p50"] / 1e3
@@ -45,7 +45,7 @@ def cpu_points(folder: Path = RESULTS) -> list[Point]:
 
 
 def engine_point(folder: Path = RESULTS) -> Point | None:
-    """Forward and backward of a training step of the engine on a CPU, from the training suite; None without one."""
+    """Returns forward and backward of the engine's training step on a CPU, by the training suite; None without it."""
     rows = load_rows("training", folder)
     both = [row["value"] for row in rows if row["name"] in ("engine: forward", "engine: backward")]
     step = next((row for row in rows if row["name"] == "training step" and row["variant"] == "engine"), None)
@@ -56,21 +56,21 @@ def engine_point(folder: Path = RESULTS) -> Point | None:
 
 
 def data_seconds(folder: Path = RESULTS) -> float | None:
-    """Seconds of one core for a COCO image at 512x512, as measured; None where it was not."""
+    """Returns the seconds of one core for a COCO image at 512x512, as measured; None where it was not."""
     rows = [r for r in load_rows("data", folder) if r["name"] == "items on one core" and r["variant"] == "ours"]
     values = [row["p50"] / 1e3 for row in rows if row["case"]["size"] == 512]
     return values[0] if values else None
 
 
 def optimizer_bandwidth(folder: Path = RESULTS) -> float | None:
-    """Bytes/s that the optimiser reached on the CPU, as measured."""
+    """Returns the bytes/s that the optimiser reached on the CPU, as measured."""
     rows = load_rows("training", folder)
     times = [(row["value"] / 1e3, row["case"]["parameters"]) for row in rows if row["name"] == "engine: step"]
     return OPTIMIZER_BYTES * times[0][1] / times[0][0] if times else None
 
 
 def measured_share(folder: Path = RESULTS) -> float | None:
-    """Share of the peak that a measured training step on a GPU reached; None until there is one."""
+    """Returns the share of the peak that a measured training step on a GPU reached; None until there is one."""
     rows = [row for row in load_rows("gpu", folder) if row["name"] == "training step" and row["variant"] == "engine"]
     for row in rows:
         gpu = next((a for a in ACCELERATORS.values() if a.name in (row["environment"]["gpu"]["name"] or "")), None)
@@ -80,7 +80,7 @@ def measured_share(folder: Path = RESULTS) -> float | None:
 
 
 def scaling_section(folder: Path = RESULTS, gpu: Accelerator = ACCELERATORS["H200"], zero_stage: int = 1) -> str:
-    """The fit with its held-out errors, and the predictions, as Markdown."""
+    """Returns the fit with its held-out errors, and the predictions, as Markdown."""
     points, data, share = cpu_points(folder), data_seconds(folder), measured_share(folder)
     lines = [fit_section(points, folder)]
     shares = (share,) if share else SHARES
@@ -106,7 +106,7 @@ def scaling_section(folder: Path = RESULTS, gpu: Accelerator = ACCELERATORS["H20
 
 
 def fit_section(points: Sequence[Point], folder: Path) -> str:
-    """What was fitted to the CPU points of each kind, and how far each held-out point is off."""
+    """Says what was fitted to the CPU points of each kind, and how far each held-out point is off."""
     lines, rows = [], []
     kinds: dict[str, list[Point]] = defaultdict(list)
     for point in points:
@@ -140,6 +140,6 @@ def fit_section(points: Sequence[Point], folder: Path) -> str:
 
 
 def compared(point: Point, predicted: float, note: str = "") -> list[str]:
-    """A row of the table of held-out points."""
+    """Returns a row of the table of held-out points."""
     name = f"{point.name} ({note})" if note else point.name
     return [name, f"{1e3 * point.seconds:.1f} ms", f"{1e3 * predicted:.1f} ms", f"{predicted / point.seconds - 1:+.0%}"]

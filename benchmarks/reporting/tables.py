@@ -1,4 +1,4 @@
-"""Markdown tables of rows, one layout for each kind of suite."""
+"""Makes Markdown tables of rows, one layout for each kind of suite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.reporting.rows import RESULTS, Row, load_rows
 
 
 def machine(rows: Sequence[Row]) -> str:
-    """Where the rows were measured, one line."""
+    """Returns where the rows were measured, one line."""
     found = []
     for row in rows:
         env = row["environment"]
@@ -20,7 +20,7 @@ def machine(rows: Sequence[Row]) -> str:
 
 
 def sources(rows: Sequence[Row]) -> list[str]:
-    """One line per file that the rows come from: its name, commit, load before the run, and command."""
+    """Returns one line per file that the rows come from: its name, commit, load before the run, and command."""
     lines = {}
     for row in rows:
         env = row["environment"]
@@ -38,7 +38,7 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def quality(rows: Sequence[Row]) -> str:
-    """A line per trained model and way of running it, then a line per baseline and data set."""
+    """Returns a line per trained model and way of running it, then a line per baseline and data set."""
     models, completed, baselines = [], [], {}
     for row in rows:
         case = row["case"]
@@ -66,7 +66,7 @@ def _how(case: dict[str, Any]) -> str:
 
 
 def timings(rows: Sequence[Row]) -> str:
-    """A line per row: median, ratio to the baseline, and the ratio that was wanted."""
+    """Returns a line per row: median, ratio to the baseline, and the ratio that was wanted."""
     lines = []
     for row in rows:
         case = ", ".join(f"{key} {value}" for key, value in row["case"].items())
@@ -80,7 +80,7 @@ def timings(rows: Sequence[Row]) -> str:
 
 
 def latency(rows: Sequence[Row]) -> str:
-    """`timings` with the spread and the agreement with the baseline beside each number."""
+    """Returns `timings` with the spread and the agreement with the baseline beside each number."""
     lines = []
     for row in rows:
         case = ", ".join(f"{key} {value}" for key, value in row["case"].items() if key not in ("model", "threads"))
@@ -94,7 +94,7 @@ def latency(rows: Sequence[Row]) -> str:
 
 
 def soak(rows: Sequence[Row]) -> str:
-    """What the long tests counted."""
+    """Returns what the long tests counted."""
     counted = [row for row in rows if row["variant"] != "duration"]
     return table(["test", "counted"], [[row["name"], f"{row['value']:g} {row['unit']}"] for row in counted])
 
@@ -103,7 +103,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"quality": quality, "latenc
 
 
 def suite_table(suite: str, folder: Path = RESULTS) -> str:
-    """The suite's table and where it was measured; empty where no full run is there."""
+    """Returns the suite's table and where it was measured; empty where no full run is there."""
     rows = load_rows(suite, folder)
     if not rows:
         return ""
