@@ -22,7 +22,7 @@ from typing import Any
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.harness import Run
+from benchmarks.harness import RESULTS, Run
 from benchmarks.peers.annotators import mean_over_annotators
 from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
@@ -182,6 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--inpainting", action="store_true", help="completing maps with dropped blocks, in their place")
     parser.add_argument("--picture", type=Path, help="PNG or SVG: quality against time, with the Pareto front")
     parser.add_argument("--journal", type=Path, help="file of finished rows, by which a stopped campaign goes on")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--quick", action="store_true", help="16 images, 8 for tuning; nothing is saved")
     return parser
 
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.picture:
         draw_curve(run.results, args.picture)
     if not args.quick:
-        run.save()
+        run.save(args.out)
     return 0
 
 
