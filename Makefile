@@ -1,33 +1,48 @@
-# make setup | demo | test | soak | clean: each sets up .venv by itself.
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
+# make setup | demo [MINUTES=8] | test | docs | soak | clean: each sets up .venv by itself.
+PYTHON  ?= python3
+MINUTES ?= 8
+VENV    := .venv
+BIN     := $(VENV)/bin
 # `onnxruntime` and `onnxruntime-gpu` exclude each other: the GPU extra only where an NVIDIA driver answers.
-EXTRA  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+EXTRA   := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint soak clean
+.PHONY: setup demo test lint docs soak clean
+.SILENT:
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+	echo "environment: $(VENV)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRA),demo,dev]'
-	$(BIN)/python -m pip check
+	echo "packages: ldmseg_fast[$(EXTRA),demo,dev] with constraints.txt; the first time they are downloaded"
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[$(EXTRA),demo,dev]'
+	conflicts=$$($(BIN)/python -m pip check) || { echo "$$conflicts" >&2; exit 1; }
 	touch $@
+	echo "ready: $(BIN)/ldmseg"
 
 demo: setup
-	$(BIN)/ldmseg demo --out demo
+	echo "demo: $(MINUTES) minutes, into demo/"
+	$(BIN)/ldmseg demo --out demo --minutes $(MINUTES)
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	echo "lint: ruff, mypy"
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy --no-error-summary
 
 test: lint
-	$(BIN)/python -m pytest -m 'not soak'
+	echo "tests: on all cores"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not soak and not serial'
+	echo "tests: one at a time, those that measure or start ranks"
+	$(BIN)/python -m pytest -q -m 'serial and not soak'
+
+docs: setup
+	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 soak: setup
+	echo "soak: the long tests, one at a time"
 	$(BIN)/python benchmarks/soak.py
 
 clean:

@@ -11,13 +11,12 @@ Every variant is captured in a CUDA graph, so that the time of the GPU is compar
 
 import argparse
 import importlib.util
-import itertools
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,9 @@ if __package__ in (None, ""):
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels import configs
-from ldmseg_fast.kernels.attention.dispatch import FP8_ARCHITECTURE
+from ldmseg_fast.kernels.attention.op import FP8_ARCHITECTURE
 from ldmseg_fast.kernels.backend import KERNELS
-from ldmseg_fast.kernels.cases import Case, all_cases
+from ldmseg_fast.kernels.case import Case, all_cases
 from ldmseg_fast.kernels.roofline import GPUS, find_gpu, floor_us
 
 Variant = Callable[[], Any]
@@ -247,37 +246,6 @@ def benchmark(cases: Sequence[Case], options: argparse.Namespace) -> int:
     return 0
 
 
-TILED = [configs.Config({"ELEMENTS": e}, w, 1) for e, w in itertools.product((1024, 2048, 4096, 8192), (4, 8))]
-ATTENTION = [
-    configs.Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
-    for m, n, warps, stages in itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
-]
-CANDIDATES: Mapping[str, list[configs.Config]] = {
-    "encode_mask_bits": [
-        configs.Config({"BLOCK": b}, w, 1) for b, w in itertools.product((512, 1024, 2048, 4096), (2, 4, 8))
-    ],
-    "decode_mask_bits": [
-        configs.Config({"BLOCK": b}, w, 1) for b, w in itertools.product((256, 512, 1024, 2048), (4, 8))
-    ],
-    "attention_forward": ATTENTION,
-    "attention_fp8": [config for config in ATTENTION if config.constants["BLOCK_N"] >= 32],
-    "attention_backward_kv": ATTENTION,
-    "attention_backward_q": ATTENTION,
-    "panoptic_head": [
-        configs.Config({"BLOCK_X": x, "BLOCK_Y": y}, w, s)
-        for x, y, w, s in itertools.product((32, 64), (8, 16, 32), (4, 8), (1, 2))
-    ],
-    "group_norm_silu_forward": TILED,
-    "group_norm_silu_backward": TILED,
-    "point_logits": [
-        configs.Config({"BLOCK_P": p, "BLOCK_Q": q}, 4, 1) for p, q in itertools.product((8, 16, 32, 64), (8, 32, 128))
-    ],
-    "sample_ce": [
-        configs.Config({"BLOCK_P": p, "BLOCK_Q": q}, 4, 1) for p, q in itertools.product((8, 16, 32, 64), (8, 32, 128))
-    ],
-}
-
-
 def tune(cases: Sequence[Case], path: Path, deadline: Deadline) -> int:
     """Time every candidate of every table entry that the cases reach, first the headline ones; write the best."""
     if not torch.cuda.is_available():
@@ -285,7 +253,7 @@ def tune(cases: Sequence[Case], path: Path, deadline: Deadline) -> int:
         return 0
     cases = [case for case in cases if not case.fp8 or configs.current_architecture() >= FP8_ARCHITECTURE]
     sm = configs.table_architecture()
-    best: dict[str, dict[int, dict[str, configs.Config]]] = {}
+    best: configs.Table = {}
     done: set[tuple[str, str]] = set()
     for case in sorted(cases, key=lambda case: not case.headline):
         arguments = case.make(torch.device("cuda"))
@@ -294,8 +262,8 @@ def tune(cases: Sequence[Case], path: Path, deadline: Deadline) -> int:
         for kernel, shape_class in sorted(reached - done):
             shipped = configs.find_config(kernel, shape_class)
             names = set(shipped.constants)
-            candidates = [c for c in CANDIDATES.get(kernel, []) if set(c.constants) == names]
-            entry = configs.TABLE[kernel].setdefault(sm, {})
+            candidates = [c for c in configs.all_candidates().get(kernel, []) if set(c.constants) == names]
+            entry = configs.all_configs()[kernel].setdefault(sm, {})
             had = shape_class in entry
             times: list[tuple[float, configs.Config]] = []  # the shipped one first
             for config in [shipped, *candidates]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldmseg_fast.backends.graphs.manifest import GraphFile, Manifest, hash_files
-from ldmseg_fast.backends.graphs.specs import GraphSpec, TensorSpec
+from ldmseg_fast.backends.graphs.specs import TensorSpec
 
 
 def float_twin(folder: Path, manifest: Manifest, out: Path) -> Path:
@@ -27,7 +27,7 @@ def _twin(folder: Path, graph: GraphFile, out: Path) -> GraphFile:
     _convert(model.graph, onnx)
     del model.graph.value_info[:]  # types inferred for the original
     onnx.save(model, str(out / graph.file), save_as_external_data=graph.weights is not None, location=graph.weights)
-    spec = GraphSpec(graph.spec.name, _floats(graph.spec.inputs), _floats(graph.spec.outputs))
+    spec = replace(graph.spec, inputs=_floats(graph.spec.inputs), outputs=_floats(graph.spec.outputs))
     return GraphFile(spec, graph.file, graph.weights, hash_files(out, graph.file, graph.weights))
 
 

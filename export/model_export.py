@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ldmseg_fast.backends.graphs.manifest import (
     FILE_NAME,
-    PRECISION_DTYPES,
     Manifest,
     check_files,
     describe_model,
@@ -25,6 +24,7 @@ from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.config import to_dict
+from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.data.coco_panoptic import collate
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
@@ -128,7 +128,7 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
             f"--sampler-steps: unet.conditioning={info.conditioning} is sampled step by step; leave the option out"
         )
     return GraphOptions(
-        dtype=PRECISION_DTYPES[settings.precision],
+        dtype=str(DTYPES.get(settings.precision, torch.float16)).removeprefix("torch."),  # fp16 beside fp8 and int8
         batch=_whole("--batch", settings.batch, {"dynamic": 0}),
         image_size=image_size,
         head=settings.head,

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldmseg_fast.backends.graphs.specs import DTYPES, GraphOptions, GraphSpec
+from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
 from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, check_state, expand_int8
@@ -26,7 +26,7 @@ def network_of(graph: str) -> str:
 def load_networks(info: ModelInfo, spec: GraphSpec, options: GraphOptions) -> dict[str, Any]:
     """Loads what `backends.graphs.modules.build_graph` needs for a graph, by component. Raises as `load_network`."""
     needed = network_of(spec.name)
-    dtype = DTYPES[options.decoder_dtype if needed == "mask_vae" else options.dtype]
+    dtype: torch.dtype = getattr(torch, options.decoder_dtype if needed == "mask_vae" else options.dtype)
     found = {needed: load_network(info, needed, dtype)}
     return found | load_queries(info, dtype) if needed == "unet" else found
 

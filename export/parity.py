@@ -193,7 +193,7 @@ def _compare(
     # whole loops and maps; thresholds at zero keep every pixel, or random weights would leave only void to compare
     open_thresholds = replace(info.postprocess, mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
     final: dict[str, Tensor] = {}
-    whole = [int(name.removeprefix("sampler_")) for name in graphs.specs if name.startswith("sampler_")]
+    whole = [int(spec.tensors["timesteps"].shape[0]) for spec in graphs.specs.values() if spec.kind == "sampler"]
     for steps in sorted({*STEPS, *whole}):
         final = {
             name: _loop(backend, pictures, noise, steps) for name, backend in (("graphs", graphs), ("torch", reference))

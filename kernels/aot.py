@@ -39,7 +39,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Build:
-    """One specialisation of one @triton.jit function."""
+    """Describes one specialisation of one @triton.jit function, and what ptxas said of it."""
 
     kernel: str  # its folder
     function: str
@@ -57,11 +57,12 @@ class Build:
 
     @property
     def shared_memory_limit(self) -> int:
-        """KiB that one program may use on this architecture."""
+        """Returns the KiB that one program may use on this architecture."""
         return SHARED_MEMORY[90 if 90 <= self.sm < 120 else 80]
 
     @property
     def faults(self) -> list[str]:
+        """Lists what makes the build unfit to ship."""
         named = {
             f"does not build: {self.error}": bool(self.error),
             f"spills {self.spill_bytes} bytes": self.spill_bytes > 0,
@@ -70,36 +71,47 @@ class Build:
         return [fault for fault, present in named.items() if present]
 
 
-def specialise(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
-    """(signature, constants, attributes) as Triton's own launcher would choose them: 1 and None become constants,
-    16-byte pointers and integers divisible by 16 are marked."""
+Place = tuple[int, ...]  # of an argument, or of a member of a tuple
+
+
+def specialise(launch: Any) -> tuple[dict[str, Any], dict[Place, Any], dict[Place, Any]]:
+    """Chooses (signature, constants, attributes) as Triton's own launcher would.
+
+    1 and None become constants, 16-byte pointers and integers divisible by 16 are marked. Members of a tuple count as
+    arguments.
+    """
     import torch
 
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    divisible = [["tt.divisibility", 16]]
-    for index, parameter in enumerate(launch.kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name], constants[index,] = "constexpr", launch.constants[name]
-            continue
-        value = launch.arguments[index]
+    constants: dict[Place, Any] = {}
+    attributes: dict[Place, Any] = {}
+
+    def type_of(value: Any, *path: int) -> Any:
+        divisible = [["tt.divisibility", 16]]
+        if isinstance(value, tuple):
+            return tuple(type_of(member, *path, index) for index, member in enumerate(value))
         if isinstance(value, torch.Tensor):
-            signature[name], attributes[index,] = POINTERS[str(value.dtype).removeprefix("torch.")], divisible
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1:
-            signature[name], constants[index,] = "constexpr", value
+            attributes[path] = divisible
+            return POINTERS[str(value.dtype).removeprefix("torch.")]
+        if isinstance(value, float):
+            return "fp32"
+        if value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = divisible
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature: dict[str, Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[index,] = "constexpr", launch.constants[parameter.name]
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[index,] = divisible
+            signature[parameter.name] = type_of(launch.arguments[index], index)
     return signature, constants, attributes
 
 
 def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
-    """(kernel folder, launch, sm) of every distinct build, and the table's entries for `sm` that no case reaches.
+    """Collects (kernel folder, launch, sm) of every distinct build, and the table's entries that no case reaches.
 
     80 also stands for 89: what needs e4m3 is built for that instead. Sizes of 1 are built for 90 only, since what they
     might break is the front of the compiler.
@@ -107,8 +119,7 @@ def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
     import torch
 
     from ldmseg_fast.kernels import configs
-    from ldmseg_fast.kernels.cases import Case, all_cases
-    from ldmseg_fast.kernels.edge_cases import edge_cases
+    from ldmseg_fast.kernels.case import Case, all_cases, edge_cases
     from ldmseg_fast.kernels.launch import record
 
     def start(case: Case) -> None:
@@ -127,7 +138,7 @@ def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
                 distinct.setdefault(key, (kernel, launch, target))
     shipped = {
         (kernel, shape_class)
-        for kernel, per_sm in configs.TABLE.items()
+        for kernel, per_sm in configs.all_configs().items()
         for entry in per_sm.values()
         for shape_class in entry
     }
@@ -136,7 +147,7 @@ def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
 
 
 def build(sm: int, index: int) -> Build:
-    """Compile the `index`-th build of `sm`."""
+    """Compiles the `index`-th build of `sm`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -192,6 +203,7 @@ def _prepare_worker() -> None:
 
 
 def format_table(builds: Sequence[Build], details: bool) -> str:
+    """Writes one line per kernel and architecture, and with `details` one per build."""
     groups: dict[tuple[str, int], list[Build]] = {}
     for each in builds:
         groups.setdefault((each.kernel, each.sm), []).append(each)
@@ -214,6 +226,7 @@ def format_table(builds: Sequence[Build], details: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Builds everything and prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="compute capabilities, as 80 for 8.0")
     parser.add_argument("--only", nargs="+", help="kernels (folders) to compile")

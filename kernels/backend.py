@@ -1,4 +1,4 @@
-"""Which implementation a public function runs, and the one way in which kernels refuse an argument."""
+"""Chooses which implementation a public function runs, and refuses arguments in one way."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,13 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+# the folders of `kernels/`; a new kernel is entered here and nowhere else
 KERNELS = ("mask_bits", "attention", "panoptic_head", "group_norm_silu", "ddim_step", "point_loss")
 BACKENDS = ("auto", "torch")
 _backends = dict.fromkeys(KERNELS, "auto")
 
 
 def set_backend(kernel: str, backend: str) -> None:
-    """Choose for the whole process: "auto" = Triton on CUDA and torch elsewhere, "torch" = the reference everywhere.
+    """Chooses for the whole process: "auto" = Triton on CUDA and torch elsewhere, "torch" = the reference everywhere.
 
     Raises:
         ValueError: unknown kernel or backend.
@@ -23,12 +24,21 @@ def set_backend(kernel: str, backend: str) -> None:
 
 
 def get_backend(kernel: str) -> str:
+    """Returns the choice of `set_backend`.
+
+    Raises:
+        KeyError: unknown kernel.
+    """
     return _backends[kernel]
 
 
 @contextmanager
 def backend(kernel: str, name: str) -> Iterator[None]:
-    """`set_backend` for the length of a `with` block."""
+    """Runs `set_backend` for the length of a `with` block.
+
+    Raises:
+        ValueError: unknown kernel or backend.
+    """
     before = get_backend(kernel)
     set_backend(kernel, name)
     try:
@@ -38,38 +48,51 @@ def backend(kernel: str, name: str) -> Iterator[None]:
 
 
 def runs_reference(kernel: str, tensor: Tensor) -> bool:
-    """True where the public function composes torch ops itself: on a CPU autograd and inductor do better with them
-    than with an opaque op."""
+    """Says whether the public function composes torch ops itself for a tensor of any shape and dtype.
+
+    On a CPU autograd and inductor do better with them than with an opaque op.
+    """
     return exporting() or tensor.device.type != "cuda" or _backends[kernel] == "torch"
 
 
 def exporting() -> bool:
-    """True while a graph is exported: it must hold torch's own ops, because no runtime knows ours."""
+    """Says whether a graph is being exported: it must hold torch's own ops, because no runtime knows ours."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def require(condition: bool, message: str, *values: object) -> None:
-    """Raise `ValueError` unless `condition`; the message starts with the argument's name.
+    """Refuses an argument unless `condition` holds; the message starts with the argument's name.
 
     The values are formatted only on failure: formatting a symbolic size would pin it under torch.compile.
+
+    Raises:
+        ValueError: `condition` is false.
     """
     if not condition:
         raise ValueError(message.format(*(tuple(v) if isinstance(v, torch.Size) else v for v in values)))
 
 
 def require_same_device(first: Tensor, **others: Tensor | None) -> None:
+    """Refuses tensors, of any shape and dtype, on another device than `first`; None is no tensor.
+
+    Raises:
+        ValueError: one lies elsewhere; the message starts with its name.
+    """
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{name}: on {tensor.device}, the other tensors are on {first.device}")
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """float16 and bfloat16 become float32; float32 and float64 stay what they are."""
+    """Converts float16 and bfloat16 of any shape to float32; float32 and float64 stay what they are."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """A copy with exactly the strides that `torch.empty` gives, also where sizes of 1 leave several that would do."""
+    """Copies a tensor of any dtype, [B, C, H, W], into exactly the strides that `torch.empty` gives.
+
+    Sizes of 1 leave several strides that would do, of which a fake tensor promises these.
+    """
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format).copy_(
         tensor
     )

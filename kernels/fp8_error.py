@@ -22,7 +22,7 @@ INPUTS = ("normal", "wide scores", "channel means")
 
 
 def make_inputs(kind: str, images: int, tokens: int, heads: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """bfloat16 [B, N, heads, d] each"""
+    """Draws q, k and v, bfloat16 [B, N, heads, d] each; `kind` is one of INPUTS."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn((3, images, tokens, heads, head_size), generator=generator)
     if kind == "wide scores":
@@ -33,7 +33,15 @@ def make_inputs(kind: str, images: int, tokens: int, heads: int, head_size: int)
 
 
 def only_scores(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Scores from e4m3 q and k; weights and values in bfloat16"""
+    """Computes attention with scores from e4m3 q and k; weights and values are bfloat16.
+
+    Args:
+        q, k, v: bfloat16 [B, N, heads, d].
+        scale: of the scores.
+
+    Returns:
+        bfloat16 [B, N, heads, d].
+    """
     (q8, q_unit), (k8, k_unit) = reference.quantise(q), reference.quantise(k)
     factor = (q_unit * k_unit).transpose(1, 2) * scale
     weights = (torch.einsum("bnhd,bmhd->bhnm", q8, k8) * factor).softmax(-1)
@@ -41,11 +49,12 @@ def only_scores(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Computes the norm of the difference over that of the exact result, float64 of any shape."""
     return float((actual.double() - exact).norm() / exact.norm())
 
 
 def rows(images: int, tokens: int, heads: int) -> Iterator[tuple[str, int, float, float, float]]:
-    """(inputs, head size, error of torch in bfloat16, of e4m3 scores only, of all products in e4m3)"""
+    """Yields (inputs, head size, error of torch in bfloat16, of e4m3 scores only, of all products in e4m3)."""
     for kind in INPUTS:
         for head_size in HEAD_SIZES:
             q, k, v = make_inputs(kind, images, tokens, heads, head_size)
@@ -57,6 +66,7 @@ def rows(images: int, tokens: int, heads: int) -> Iterator[tuple[str, int, float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--images", type=int, default=2)

@@ -1,4 +1,4 @@
-"""Every Triton launch goes through `launch`, so that a check without a GPU can see exactly what would run."""
+"""Launches every Triton kernel, so that a check without a GPU can see exactly what would run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +16,7 @@ MAX_GRID = 65535  # programs along the second and third axis
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with the arguments it would have been started with."""
+    """Holds one kernel with the arguments it would have been started with."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -29,7 +29,14 @@ _recorder: Callable[[Launch], None] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, **constants: Any) -> None:
-    """Start `kernel` on the device of its first tensor, or hand it to `record`; an empty grid starts nothing.
+    """Starts `kernel` on the device of its first tensor, or hands it to `record`; an empty grid starts nothing.
+
+    Args:
+        kernel: a @triton.jit function.
+        grid: programs along up to three axes.
+        arguments: tensors, numbers, and tuples of numbers.
+        config: its constants reach the kernel where that has them, its warps and stages always.
+        constants: further compile-time constants, which come before those of `config`.
 
     Raises:
         ValueError: more images (or images times heads, or rows) than one launch may have.
@@ -50,7 +57,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, 
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Collect launches instead of starting them; arguments may be meta tensors."""
+    """Collects launches instead of starting them; arguments may be meta tensors."""
     global _recorder
     launches: list[Launch] = []
     before, _recorder = _recorder, launches.append
@@ -61,7 +68,10 @@ def record() -> Iterator[list[Launch]]:
 
 
 def in_units(tensor: Tensor) -> Tensor:
-    """`tensor` itself where it starts on 16 bytes, its last axis is dense and its strides are multiples of `UNIT`."""
+    """Copies a tensor [..., d] unless kernels can read it where it lies.
+
+    They can where it starts on 16 bytes, its last axis is dense and its strides are multiples of `UNIT`.
+    """
     dense = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
     whole = all(stride % UNIT == 0 for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1]) if size > 1)
     aligned = tensor.is_meta or tensor.data_ptr() % 16 == 0

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldmseg_fast.kernels.cases import Case, all_cases
+from ldmseg_fast.kernels.case import Case, all_cases
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A data sheet: bytes, dense float16 and e4m3 operations (0: it has none), exponentials; all per second."""
+    """Quotes a data sheet: bytes, dense float16 and e4m3 operations (0: it has none), exponentials; all per second."""
 
     name: str
     bandwidth: float
@@ -38,7 +38,7 @@ GPUS = (
 
 
 def floor_us(case: Case, gpu: Gpu) -> float:
-    """The least time of `case` on `gpu`, in microseconds; infinite where the GPU lacks what the case needs."""
+    """Computes the least time of `case` on `gpu`, in microseconds; infinite where the GPU lacks what the case needs."""
     rate = gpu.fp8_operations if case.fp8 else gpu.half_operations
     if not rate:
         return math.inf
@@ -46,11 +46,12 @@ def floor_us(case: Case, gpu: Gpu) -> float:
 
 
 def find_gpu(name: str | None) -> Gpu | None:
-    """The data sheet of a device name such as "NVIDIA H100 80GB HBM3"; None for a GPU that is not in the table."""
+    """Finds the data sheet of a device name such as "NVIDIA H100 80GB HBM3"; None where the table has none."""
     return next((gpu for gpu in GPUS if name and gpu.name in name), None)
 
 
 def format_row(case: Case) -> str:
+    """Writes one line of the table."""
     floors = "".join(f"{floor_us(case, gpu):>9.1f}".replace("inf", "  -") for gpu in GPUS)
     amounts = f"{case.bytes_moved / 1e6:>10.2f}{case.operations / 1e9:>10.1f}{case.exponentials / 1e6:>9.1f}"
     dtype = str(case.dtype).removeprefix("torch.")
@@ -58,6 +59,7 @@ def format_row(case: Case) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="kernels (folders) to print")
     parser.add_argument("--json", type=Path, help="write the rows to this file")

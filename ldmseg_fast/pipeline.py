@@ -1,4 +1,4 @@
-"""Image -> panoptic map."""
+"""Segments images: the method's ten steps in one place."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import Backend
@@ -17,6 +15,7 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.solvers import Timesteps
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.inputs import as_arrays, as_list, batches_of, image_ids_of
 from ldmseg_fast.inference.sampling import MaskSampler
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 
@@ -27,7 +26,7 @@ OUTPUT_TYPES = ("panoptic", "logits", "latent")
 
 
 class LDMSegPipeline:
-    """Latent-diffusion panoptic segmentation (arXiv 2401.10227) of whole images.
+    """Segments whole images by latent diffusion (LDMSeg, arXiv 2401.10227).
 
     >>> pipe = LDMSegPipeline.from_pretrained("runs/diffusion")
     >>> result = pipe(Image.open("street.jpg"))[0]
@@ -49,8 +48,11 @@ class LDMSegPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         image_size: int | None = None,
+        attention: str = "auto",
+        *,
+        cuda_graph: bool | None = None,
     ) -> LDMSegPipeline:
-        """The model in a folder.
+        """Loads the model in a folder.
 
         Args:
             model_dir: a MODEL_DIR that training or `ldmseg convert` wrote.
@@ -59,15 +61,23 @@ class LDMSegPipeline:
             device, dtype: of the torch backends; default the first GPU in bfloat16, or the CPU in float32.
             image_size: side in pixels of what the networks see; default the model's own. Pictures are resized to it,
                 so a model does best at the size that it was trained at.
+            attention: of the torch backends: "auto", "triton", "sdpa", "xformers", or "fp8", products of e4m3 numbers
+                on GPUs of sm_89 and newer; see `models.attention.attention`.
+            cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
+                cannot be captured runs without, with a warning.
 
         Raises:
+            ArgumentError: an unknown `attention`.
             CheckpointError: no model folder, or a damaged one.
-            BackendError: a backend that cannot run here, or a size that the model or its graphs do not take.
+            BackendError: a backend or an `attention` that cannot run here, a size that the model or its graphs do not
+                take, or cuda_graph=True without a GPU.
         """
-        return cls(load_backend(model_dir, backend, engine_dir, device, dtype, image_size))
+        return cls(
+            load_backend(model_dir, backend, engine_dir, device, dtype, image_size, attention, cuda_graph=cuda_graph)
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """A copy of the model folder, bit for bit. Raises FileExistsError where `folder` already holds something."""
+        """Copies the model folder, bit for bit. Raises FileExistsError where `folder` already holds something."""
         import shutil
 
         target = Path(folder)
@@ -101,13 +111,16 @@ class LDMSegPipeline:
         cache_interval: int = 1,
         cache_branch: int = 0,
     ) -> list[PanopticResult] | Tensor:
-        """Segment images.
+        """Segments images.
+
+        Shapes in the comments: N images, B in a batch, H W an image's own size, S the network's side, h w latent cells,
+        C and C_image channels of mask and image latents, M context tokens of width D, Q slots.
 
         Args:
             images: PIL images or uint8 arrays [H, W, 3] of any sizes; one, or a sequence.
             num_inference_steps: UNet evaluations; default the model's own.
             generator: draws the initial noise, in the order of the images.
-            latents: the initial noise itself, [B, C, h, w].
+            latents: the initial noise itself, float [N, C, h, w].
             output_type: "panoptic", "logits" or "latent".
             seed, image_ids: without `generator` and `latents` each image's noise comes from (seed, id), so that a
                 result does not depend on the batch; the ids default to 0, 1, 2, ...
@@ -121,17 +134,20 @@ class LDMSegPipeline:
             cache_branch: the skip connection, counted from the outermost, below which features are kept.
 
         Returns:
-            "panoptic": a PanopticResult per image, at its own size. "logits": [B, Q, S, S] at the network's size.
-            "latent": the sampler's output [B, C, h, w], still scaled.
+            "panoptic": a PanopticResult per image, at its own size. "logits": float32 [N, Q, S, S] at the network's
+            size. "latent": the sampler's output, float32 [N, C, h, w], still scaled.
 
         Raises:
             ArgumentError: an image that is none, an unknown output_type or solver, timesteps, latents or captions that
-                do not fit.
+                do not fit, a batch_size below 1.
         """
-        # 1. Check the input
+        # 1. Check the input, before any work
         if output_type not in OUTPUT_TYPES:
             raise ArgumentError(f"output_type={output_type!r}: one of {', '.join(OUTPUT_TYPES)} expected")
-        arrays = [as_array(image, index) for index, image in enumerate(_as_list(images))]
+        arrays = as_arrays(images)  # N times uint8 [H, W, 3]
+        sizes = [(array.shape[0], array.shape[1]) for array in arrays]
+        ids = image_ids_of(len(arrays), image_ids)
+        self._check_captions(captions, len(arrays))
         sampling = self.sampler.settings(
             num_inference_steps,
             solver=solver,
@@ -142,46 +158,67 @@ class LDMSegPipeline:
             cache_interval=cache_interval,
             cache_branch=cache_branch,
         )
-        if captions is not None and (self.info.conditioning != "clip_text" or len(captions) != len(arrays)):
-            raise ArgumentError(
-                f"captions: {len(captions)} for {len(arrays)} images of a model with unet.conditioning="
-                f"{self.info.conditioning}; clip_text takes one per image, the others none"
-            )
 
-        # 2. Initial noise, on the CPU, so that a seed means the same on every device
-        ids = _image_ids(len(arrays), image_ids)
-        noise = self._initial_noise(generator, latents, seed, ids)  # [B, C, h, w]
+        # 2. Draw the initial noise, on the CPU, so that a seed means the same on every device
+        noise = self._initial_noise(generator, latents, seed, ids)  # float32 [N, C, h, w]
 
         outputs: list[Any] = []
-        for start in range(0, len(arrays), batch_size):
-            chunk = slice(start, start + batch_size)
-            # 3. - 5. Picture, image latents, denoising
-            mask_latents = self.sampler.latents(
-                arrays[chunk], noise[chunk], ids[chunk], sampling, captions and captions[chunk]
-            )  # [B, C, h, w]
+        for batch in batches_of(len(arrays), batch_size):
+            # 3. Resize the pictures to the network's size, and move them to the device
+            pixels = self.sampler.resize(arrays[batch])  # uint8 [B, 3, S, S]
 
-            # 6. Decode
+            # 4. Encode them to image latents
+            image_latents = self.backend.encode_image(pixels)  # backend.dtype [B, C_image, h, w]
+
+            # 5. Give the network its context [B, M, D]: none, trained queries, CLIP's tokens of picture or caption
+            network = self.sampler.network(pixels, sampling, captions and captions[batch])
+
+            # 6. Denoise: the solver's loop over the network
+            mask_latents = self.sampler.denoise(  # float32 [B, C, h, w], scaled
+                network, noise[batch], image_latents, ids[batch], sampling
+            )
             if output_type == "latent":
                 outputs.append(mask_latents)
-            elif output_type == "logits":
-                size = (self.info.image_size, self.info.image_size)
-                outputs.append(self.backend.decode_mask(mask_latents, size, "logits"))
+                continue
+
+            # Steps 7 to 9 are one call, as backends fuse them: a Triton kernel or C++ does 8 and 9 at once, an exported
+            # graph all three. Pictures of one size go through together.
+            # 7. Undo the latent scale, decode to slot logits        # float [B, Q, h 2^u, w 2^u]
+            # 8. Resize these bilinearly to the network's size,      # float32 [B, Q, S, S]
+            #    then to the picture's own                           # float32 [B, Q, H, W]
+            # 9. Take the argmax over the slots, apply thresholds    # int32 [B, H, W]
+            if output_type == "logits":
+                network_size = (self.info.image_size, self.info.image_size)
+                outputs.append(self.backend.decode_mask(mask_latents, network_size, "logits"))  # float32 [B, Q, S, S]
             else:
-                outputs += self.sampler.decode(mask_latents, [array.shape[:2] for array in arrays[chunk]], thresholds)
+                outputs += self.sampler.decode(mask_latents, sizes[batch], thresholds)  # B times int32 [H, W]
+
+        # 10. Return a result per picture, at its own size, or one tensor
         if output_type == "panoptic":
             return outputs
         return torch.cat(outputs) if outputs else torch.empty(0, *self.info.latent_shape)
 
+    @torch.inference_mode()
     def ensemble(
-        self, images: Any, num_samples: int = 8, *, seed: int = 0, batch_size: int = 16, **settings: Any
+        self,
+        images: Any,
+        num_samples: int = 8,
+        *,
+        num_inference_steps: int | None = None,
+        seed: int = 0,
+        image_ids: Sequence[int | str] | None = None,
+        thresholds: PostprocessConfig | None = None,
+        batch_size: int = 16,
+        captions: Sequence[str] | None = None,
+        **settings: Any,
     ) -> list[EnsembleResult]:
-        """Segment images `num_samples` times, from noise of the seeds seed, seed + 1, ..., and compare the results.
+        """Segments images `num_samples` times, from noise of the seeds seed, seed + 1, ..., and compares the results.
 
         Args:
             images: as in `__call__`.
             num_samples: k.
-            seed, batch_size: as in `__call__`.
-            settings: further arguments of `__call__`.
+            num_inference_steps, seed, image_ids, thresholds, batch_size, captions: as in `__call__`.
+            settings: `solver`, `eta`, `timesteps`, `callback`, `cache_interval` and `cache_branch` of `__call__`.
 
         Returns:
             An EnsembleResult per image: the sample that agrees best with the others, with a map of agreement.
@@ -189,7 +226,7 @@ class LDMSegPipeline:
         Raises:
             ArgumentError: fewer than 1 sample; what `__call__` refuses.
         """
-        from ldmseg_fast.inference.ensemble import combine
+        from ldmseg_fast.inference.ensemble import sample_ensemble
 
         if num_samples < 1:
             raise ArgumentError(f"num_samples={num_samples}: at least 1")
@@ -198,18 +235,21 @@ class LDMSegPipeline:
             raise ArgumentError(
                 f"{', '.join(sorted(refused))}: an ensemble's noise comes from its seeds, its results are maps"
             )
-        images = _as_list(images)
-        per_image = {key: settings.pop(key, None) for key in ("image_ids", "captions")}
-        per_image["image_ids"] = _image_ids(len(images), per_image["image_ids"])
+        arrays = as_arrays(images)
+        ids = image_ids_of(len(arrays), image_ids)
+        self._check_captions(captions, len(arrays))
+        sampling = self.sampler.settings(num_inference_steps, seed=seed, **settings)
         results: list[EnsembleResult] = []
-        for start in range(0, len(images), batch_size):
-            chunk = slice(start, start + batch_size)
-            own = {key: values and values[chunk] for key, values in per_image.items()}
-            samples: list[Any] = [
-                self(images[chunk], seed=seed + sample, batch_size=batch_size, **own, **settings)
-                for sample in range(num_samples)
-            ]
-            results += [combine(of_one_image) for of_one_image in zip(*samples)]
+        for batch in batches_of(len(arrays), batch_size):
+            results += sample_ensemble(
+                self.sampler,
+                arrays[batch],
+                ids[batch],
+                sampling,
+                num_samples=num_samples,
+                thresholds=thresholds,
+                captions=captions and captions[batch],
+            )
         return results
 
     @torch.inference_mode()
@@ -231,7 +271,7 @@ class LDMSegPipeline:
         method: str | None = None,
         draft_steps: int = 4,
     ) -> list[PanopticResult]:
-        """Complete panoptic maps: given pixels stay exactly as they are, the model finds the rest.
+        """Completes panoptic maps: given pixels stay exactly as they are, the model finds the rest.
 
         A given segment keeps its id and may grow into what was not given; new segments get unused ids. A given pixel
         of id 0 stays void.
@@ -254,23 +294,39 @@ class LDMSegPipeline:
             A PanopticResult per image, at its own size; its entries have "given" beside the usual ones.
 
         Raises:
-            ArgumentError: an image that is none, a map or mask that does not fit it, an unknown method or solver.
+            ArgumentError: an image that is none, a map or mask that does not fit it, an unknown method or solver, a
+                batch_size below 1.
         """
         from ldmseg_fast.inference import inpainting
 
-        arrays = [as_array(image, index) for index, image in enumerate(_as_list(images))]
-        maps, masks = (_as_list(values) for values in (segmentations, known_masks))
+        arrays = as_arrays(images)
+        maps, masks = as_list(segmentations), as_list(known_masks)
         inpainting.check_given([array.shape[:2] for array in arrays], maps, masks)
         sampling = self.sampler.settings(
             num_inference_steps, solver=solver, eta=eta, timesteps=timesteps, seed=seed, callback=callback
         )
-        ids = _image_ids(len(arrays), image_ids)
+        ids = image_ids_of(len(arrays), image_ids)
         results: list[PanopticResult] = []
-        for start in range(0, len(arrays), batch_size):
-            chunk = slice(start, start + batch_size)
-            batch = (arrays[chunk], maps[chunk], masks[chunk], ids[chunk])
-            results += inpainting.inpaint(self.sampler, *batch, sampling, thresholds, method, draft_steps)
+        for batch in batches_of(len(arrays), batch_size):
+            results += inpainting.inpaint(
+                self.sampler,
+                arrays=arrays[batch],
+                maps=maps[batch],
+                masks=masks[batch],
+                image_ids=ids[batch],
+                sampling=sampling,
+                thresholds=thresholds,
+                method=method,
+                draft_steps=draft_steps,
+            )
         return results
+
+    def _check_captions(self, captions: Sequence[str] | None, count: int) -> None:
+        if captions is not None and (self.info.conditioning != "clip_text" or len(captions) != count):
+            raise ArgumentError(
+                f"captions: {len(captions)} for {count} images of a model with unet.conditioning="
+                f"{self.info.conditioning}; clip_text takes one per image, the others none"
+            )
 
     def _initial_noise(
         self, generator: torch.Generator | None, latents: Tensor | None, seed: int, ids: Sequence[int | str]
@@ -283,32 +339,3 @@ class LDMSegPipeline:
         if generator is not None:
             return torch.randn(shape, generator=generator, device=generator.device)
         return self.sampler.noise(seed, ids)
-
-
-def _image_ids(count: int, image_ids: Sequence[int | str] | None) -> list[int | str]:
-    ids: list[int | str] = [*range(count)] if image_ids is None else list(image_ids)
-    if len(ids) != count:
-        raise ArgumentError(f"image_ids: {len(ids)} ids for {count} images")
-    return ids
-
-
-def _as_list(images: Any) -> list[Any]:
-    if isinstance(images, (Image.Image, np.ndarray)) and not (isinstance(images, np.ndarray) and images.ndim == 4):
-        return [images]
-    return list(images)
-
-
-def as_array(image: Any, index: int = 0) -> np.ndarray:
-    """A PIL image of any mode, or a uint8 array [H, W, 3], as uint8 [H, W, 3].
-
-    Raises:
-        ArgumentError: anything else; `index` names its place.
-    """
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ArgumentError(
-            f"images[{index}]: {array.dtype} of shape {array.shape}; give PIL images or uint8 arrays [H, W, 3]"
-        )
-    return array

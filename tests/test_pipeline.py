@@ -82,6 +82,7 @@ def test_grey_and_transparent_pictures_work(pipe):
         ({"num_inference_steps": 1001}, "num_inference_steps=1001"),
         ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents: shape \(1, 4, 3, 3\)"),
         ({"image_ids": [1, 2]}, "2 ids for 1 images"),
+        ({"batch_size": 0}, "batch_size=0: at least 1"),
     ],
 )
 def test_wrong_arguments_are_named(pipe, arguments, message):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from benchmarks.peers.plain_pipeline import HAS_DIFFUSERS, PlainPipeline
 from ldmseg_fast.backends.backend import Backend
+from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import ModelInfo
-from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.config.precision import has_units
 from ldmseg_fast.data.folders import read_image
-from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
@@ -30,15 +30,14 @@ class OurPipeline:
 
     def __init__(self, backend: Backend) -> None:
         self.pipe = LDMSegPipeline(backend)
-        self.info, self.device, self.backend = backend.info, backend.device, backend
+        self.info, self.device, self.dtype, self.backend = backend.info, backend.device, backend.dtype, backend
 
     def decode_file(self, path: Path) -> np.ndarray:
         return read_image(path)
 
     def preprocess(self, images: list[np.ndarray]) -> Tensor:
         """uint8 [H, W, 3] each -> uint8 [B, 3, S, S] on the device."""
-        pixels = np.stack([resize_image(image, self.info.image_size) for image in images])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
+        return self.pipe.sampler.resize(images)
 
     def encode(self, inputs: Tensor) -> Tensor:
         return self.backend.encode_image(inputs)
@@ -62,25 +61,33 @@ class OurPipeline:
 def our_candidates(
     info: ModelInfo, device: str, scratch: Path, engine_dir: Path | None = None, slow: bool = True
 ) -> dict[str, Maker]:
-    """Our backends that can run here, by name. `slow`: those whose first call takes a minute as well.
+    """Our backends that can run here, by name, each as `LDMSegPipeline.from_pretrained` makes it; bfloat16 only where
+    the device does not emulate it.
 
-    `engine_dir`: of a TensorRT export for this model.
+    Args:
+        info: of the model.
+        device: "cpu" or "cuda".
+        scratch: folder for exported graphs.
+        engine_dir: of a TensorRT export for this model.
+        slow: whether to include those whose first call takes a minute.
     """
     dtypes = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16)
+    dtypes = tuple(dtype for dtype in dtypes if has_units(device, dtype))
     makers: dict[str, Maker] = {}
 
-    def add(name: str, dtype: torch.dtype, compiled: bool = False, graph: bool = False) -> None:
+    def add(name: str, dtype: torch.dtype, backend: str = "torch", cuda_graph: bool | None = None) -> None:
+        """`cuda_graph` None is what users get."""
         makers[name] = lambda: OurPipeline(
-            TorchBackend(info, device, dtype, compile_networks=compiled, cuda_graph=graph)
+            load_backend(info.folder, backend, device=device, dtype=dtype, cuda_graph=cuda_graph)
         )
 
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        add(f"torch {name}", dtype)
+        add(f"torch {name}", dtype, cuda_graph=False)
         if device == "cuda":
-            add(f"torch {name}, graph", dtype, graph=True)
+            add(f"torch {name}, graph", dtype)
         if slow:
-            add(f"compile {name}", dtype, compiled=True, graph=device == "cuda")
+            add(f"compile {name}", dtype, "compile")
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
         makers["onnxruntime"] = lambda: OurPipeline(_onnx(info, device, scratch))
     if engine_dir is not None:

@@ -6,7 +6,7 @@ Scores are computed again from the saved logsumexp, so nothing of size N x M is 
 import triton
 import triton.language as tl
 
-from ldmseg_fast.kernels.attention.tiles import LOG2_E, at_head, load_tile, store_tile
+from ldmseg_fast.kernels.attention.tiles import LOG2_E, at_head, load_tile, store_tile, this_head
 
 
 @triton.jit
@@ -16,24 +16,21 @@ def attention_delta_kernel(
     delta_ptr,  # [B, heads, N] float32
     tokens,
     heads,
-    grad_image,
-    grad_row,
-    grad_head,
+    grad_strides,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The sum of grad_out * out over the head: what the softmax's backward subtracts."""
+    """Sums grad_out * out over the head: what the softmax's backward subtracts."""
     start = tl.program_id(0) * BLOCK_M
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    grad_out_ptr = at_head(grad_out_ptr, image, head, grad_image, grad_head)
+    pair, image, head = this_head(heads)
+    grad_out_ptr, grad_row = at_head(grad_out_ptr, grad_strides, image, head)
     out_ptr += (image * tokens * heads + head) * D
     grad = load_tile(grad_out_ptr, start, tokens, grad_row, BLOCK_M, 0, D_PADDED, D, True)
     out = load_tile(out_ptr, start, tokens, heads * (D // 8), BLOCK_M, 0, D_PADDED, D, True)
     row = start + tl.arange(0, BLOCK_M)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * tokens + row, delta, mask=row < tokens)
+    tl.store(delta_ptr + pair * tokens + row, delta, mask=row < tokens)
 
 
 @triton.jit
@@ -61,7 +58,7 @@ def attend_transposed(
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of queries, added to the gradients of one block of keys and values"""
+    """Adds one block of queries to the gradients of one block of keys and values."""
     row = start + tl.arange(0, BLOCK_M)
     if MASKED:  # rows of q and grad_out beyond the end are zero and add nothing
         logsumexp = tl.load(logsumexp_ptr + row, mask=row < tokens, other=0.0)
@@ -104,32 +101,23 @@ def attention_backward_kv_kernel(
     tokens,
     keys,
     heads,
-    q_image,
-    q_row,
-    q_head,
-    k_image,
-    k_row,
-    k_head,
-    v_image,
-    v_row,
-    v_head,
-    grad_image,
-    grad_row,
-    grad_head,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Computes the gradients of one block of keys and values of one head (arXiv 2307.08691, algorithm 2)."""
     start_n = tl.program_id(0) * BLOCK_N
-    pair = tl.program_id(1).to(tl.int64)
-    image = pair // heads
-    head = pair % heads
-    q_ptr = at_head(q_ptr, image, head, q_image, q_head)
-    k_ptr = at_head(k_ptr, image, head, k_image, k_head)
-    v_ptr = at_head(v_ptr, image, head, v_image, v_head)
-    grad_out_ptr = at_head(grad_out_ptr, image, head, grad_image, grad_head)
+    pair, image, head = this_head(heads)
+    q_ptr, q_row = at_head(q_ptr, q_strides, image, head)
+    k_ptr, k_row = at_head(k_ptr, k_strides, image, head)
+    v_ptr, v_row = at_head(v_ptr, v_strides, image, head)
+    grad_out_ptr, grad_row = at_head(grad_out_ptr, grad_strides, image, head)
     logsumexp_ptr += pair * tokens
     delta_ptr += pair * tokens
 
@@ -186,7 +174,7 @@ def attend_backward(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys, added to the gradient of one block of queries; keys beyond the end are zero and add nothing"""
+    """Adds one block of keys to the gradient of one block of queries; keys beyond the end are zero and add nothing."""
     k1 = load_tile(k_ptr, start, keys, k_row, BLOCK_N, 0, D1, D, MASKED)
     v1 = load_tile(v_ptr, start, keys, v_row, BLOCK_N, 0, D1, D, MASKED)
     scores = tl.dot(q1, tl.trans(k1))  # [BLOCK_M, BLOCK_N]
@@ -218,32 +206,23 @@ def attention_backward_q_kernel(
     tokens,
     keys,
     heads,
-    q_image,
-    q_row,
-    q_head,
-    k_image,
-    k_row,
-    k_head,
-    v_image,
-    v_row,
-    v_head,
-    grad_image,
-    grad_row,
-    grad_head,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Computes the gradient of one block of queries of one head."""
     start_m = tl.program_id(0) * BLOCK_M
-    pair = tl.program_id(1).to(tl.int64)
-    image = pair // heads
-    head = pair % heads
-    q_ptr = at_head(q_ptr, image, head, q_image, q_head)
-    k_ptr = at_head(k_ptr, image, head, k_image, k_head)
-    v_ptr = at_head(v_ptr, image, head, v_image, v_head)
-    grad_out_ptr = at_head(grad_out_ptr, image, head, grad_image, grad_head)
+    pair, image, head = this_head(heads)
+    q_ptr, q_row = at_head(q_ptr, q_strides, image, head)
+    k_ptr, k_row = at_head(k_ptr, k_strides, image, head)
+    v_ptr, v_row = at_head(v_ptr, v_strides, image, head)
+    grad_out_ptr, grad_row = at_head(grad_out_ptr, grad_strides, image, head)
 
     row = start_m + tl.arange(0, BLOCK_M)
     logsumexp = tl.load(logsumexp_ptr + pair * tokens + row, mask=row < tokens, other=0.0) * LOG2_E

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ldmseg_fast.kernels.attention.tiles import LN_2, at_head, load_tile, store_tile
+from ldmseg_fast.kernels.attention.tiles import LN_2, at_head, load_tile, store_tile, this_head
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def attend(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys"""
+    """Adds one block of keys to the running maximum, sum and weighted values (arXiv 2307.08691, algorithm 1)."""
     k1 = load_tile(k_ptr, start, keys, k_row, BLOCK_N, 0, D1, D, MASKED)
     scores = tl.dot(q1, tl.trans(k1))  # [BLOCK_M, BLOCK_N]
     if D > D1:
@@ -59,27 +59,21 @@ def attention_forward_kernel(
     tokens,  # N
     keys,  # M
     heads,
-    q_image,
-    q_row,
-    q_head,
-    k_image,
-    k_row,
-    k_head,
-    v_image,
-    v_row,
-    v_head,
+    q_strides,
+    k_strides,
+    v_strides,
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Computes one block of queries of one head (arXiv 2307.08691, algorithm 1)."""
     start_m = tl.program_id(0) * BLOCK_M
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    q_ptr = at_head(q_ptr, image, head, q_image, q_head)
-    k_ptr = at_head(k_ptr, image, head, k_image, k_head)
-    v_ptr = at_head(v_ptr, image, head, v_image, v_head)
+    pair, image, head = this_head(heads)
+    q_ptr, q_row = at_head(q_ptr, q_strides, image, head)
+    k_ptr, k_row = at_head(k_ptr, k_strides, image, head)
+    v_ptr, v_row = at_head(v_ptr, v_strides, image, head)
 
     q1 = load_tile(q_ptr, start_m, tokens, q_row, BLOCK_M, 0, D1, D, True)
     q2 = load_tile(q_ptr, start_m, tokens, q_row, BLOCK_M, D1, D2, D, True)
@@ -102,7 +96,7 @@ def attention_forward_kernel(
 
     row = start_m + tl.arange(0, BLOCK_M)
     logsumexp = (top + tl.math.log2(total)) * LN_2
-    tl.store(logsumexp_ptr + tl.program_id(1).to(tl.int64) * tokens + row, logsumexp, mask=row < tokens)
+    tl.store(logsumexp_ptr + pair * tokens + row, logsumexp, mask=row < tokens)
     out_ptr += (image * tokens * heads + head) * D
     out_row = heads * (D // 8)
     scale = 1.0 / total[:, None]

@@ -13,7 +13,7 @@ weights do not depend on the order of the blocks. They reach up to 2^8, which pu
 import triton
 import triton.language as tl
 
-from ldmseg_fast.kernels.attention.tiles import at_head, load_tile, store_tile
+from ldmseg_fast.kernels.attention.tiles import at_head, load_tile, store_tile, this_head
 
 WEIGHT_LOG2 = tl.constexpr(8.0)  # the largest weight is 2^8
 LEAST_NORMAL = tl.constexpr(2.0**-6)
@@ -22,7 +22,7 @@ SUBNORMAL_ROUNDER = tl.constexpr(1.5 * 2.0**14)  # float32 has steps of 2^-9 the
 
 @triton.jit
 def to_e4m3(value, EMULATE: tl.constexpr):
-    """float32 of magnitudes up to 256 to e4m3, to nearest even"""
+    """Rounds float32 of magnitudes up to 256 to e4m3, to nearest even."""
     if EMULATE:  # Triton's interpreter truncates: hand it numbers that e4m3 holds
         bits = value.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
@@ -39,27 +39,20 @@ def load_source(
     tokens,
     keys,
     heads,
-    q_image,
-    q_row,
-    q_head,
-    k_image,
-    k_row,
-    k_head,
-    v_image,
-    v_row,
-    v_head,
+    q_strides,
+    k_strides,
+    v_strides,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """[ROWS, COLUMNS] float32 of this program's block, head and tensor (0 q, 1 k, 2 v), zero outside"""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    """Loads this program's block of one head of one tensor (0 q, 1 k, 2 v), float32 [ROWS, COLUMNS], zero outside."""
+    _, image, head = this_head(heads)
     tensor = tl.program_id(2)
-    k_or_v_ptr = tl.where(
-        tensor == 1, at_head(k_ptr, image, head, k_image, k_head), at_head(v_ptr, image, head, v_image, v_head)
-    )
-    source_ptr = tl.where(tensor == 0, at_head(q_ptr, image, head, q_image, q_head), k_or_v_ptr)
+    q_ptr, q_row = at_head(q_ptr, q_strides, image, head)
+    k_ptr, k_row = at_head(k_ptr, k_strides, image, head)
+    v_ptr, v_row = at_head(v_ptr, v_strides, image, head)
+    source_ptr = tl.where(tensor == 0, q_ptr, tl.where(tensor == 1, k_ptr, v_ptr))
     stride = tl.where(tensor == 0, q_row, tl.where(tensor == 1, k_row, v_row))
     rows = tl.where(tensor == 0, tokens, keys)
     return load_tile(source_ptr, tl.program_id(0) * ROWS, rows, stride, ROWS, 0, COLUMNS, D, True).to(tl.float32)
@@ -74,23 +67,15 @@ def fp8_magnitude_kernel(
     tokens,
     keys,
     heads,
-    q_image,
-    q_row,
-    q_head,
-    k_image,
-    k_row,
-    k_head,
-    v_image,
-    v_row,
-    v_head,
+    q_strides,
+    k_strides,
+    v_strides,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    value = load_source(
-        *(q_ptr, k_ptr, v_ptr, tokens, keys, heads, q_image, q_row, q_head, k_image, k_row, k_head),
-        *(v_image, v_row, v_head, D, COLUMNS, ROWS),
-    )
+    """Writes the largest magnitude of one block of rows."""
+    value = load_source(q_ptr, k_ptr, v_ptr, tokens, keys, heads, q_strides, k_strides, v_strides, D, COLUMNS, ROWS)
     row = (tl.program_id(1).to(tl.int64) * 3 + tl.program_id(2)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(magnitude_ptr + row, tl.max(tl.max(tl.abs(value), 1), 0))
 
@@ -110,15 +95,9 @@ def fp8_quantise_kernel(
     heads,
     tokens_padded,
     keys_padded,
-    q_image,
-    q_row,
-    q_head,
-    k_image,
-    k_row,
-    k_head,
-    v_image,
-    v_row,
-    v_head,
+    q_strides,
+    k_strides,
+    v_strides,
     D: tl.constexpr,
     DQ: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -126,6 +105,7 @@ def fp8_quantise_kernel(
     BLOCKS: tl.constexpr,  # a power of two from the number of blocks on
     EMULATE: tl.constexpr,
 ):
+    """Writes one block of rows in e4m3, and the head's unit."""
     pair = tl.program_id(1).to(tl.int64)
     tensor = tl.program_id(2)
     block = tl.arange(0, BLOCKS)
@@ -138,10 +118,7 @@ def fp8_quantise_kernel(
     if tl.program_id(0) == 0:
         tl.store(unit_ptr + pair * 3 + tensor, ((exponent - 7) << 23).to(tl.float32, bitcast=True))
 
-    value = load_source(
-        *(q_ptr, k_ptr, v_ptr, tokens, keys, heads, q_image, q_row, q_head, k_image, k_row, k_head),
-        *(v_image, v_row, v_head, D, COLUMNS, ROWS),
-    )
+    value = load_source(q_ptr, k_ptr, v_ptr, tokens, keys, heads, q_strides, k_strides, v_strides, D, COLUMNS, ROWS)
     value = to_e4m3(value * factor, EMULATE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -157,7 +134,7 @@ def fp8_quantise_kernel(
 
 @triton.jit
 def load_rows(matrix_ptr, row, stride, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of a padded matrix"""
+    """Loads [ROWS, COLUMNS] of a padded matrix."""
     base = matrix_ptr + tl.cast(row, tl.int64) * stride
     return tl.load(base + tl.arange(0, ROWS)[:, None] * stride + (FIRST + tl.arange(0, COLUMNS))[None, :])
 
@@ -172,7 +149,7 @@ def load_columns(
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """[ROWS, COLUMNS] from row FIRST on of v transposed, zero beyond row D"""
+    """Loads [ROWS, COLUMNS] from row FIRST on of v transposed, zero beyond row D."""
     row = FIRST + tl.arange(0, ROWS)
     pointers = matrix_ptr + column + row.to(tl.int64)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
     if FIRST + ROWS > D:
@@ -204,7 +181,7 @@ def attend_fp8(
     MASKED: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """One block of keys"""
+    """Adds one block of keys, as `forward.attend`; the maximum is rounded up to an integer."""
     scores = tl.dot(q1, tl.trans(load_rows(k_ptr, start, DQ, BLOCK_N, 0, D1)))  # [BLOCK_M, BLOCK_N]
     if D > D1:
         scores = tl.dot(q2, tl.trans(load_rows(k_ptr, start, DQ, BLOCK_N, D1, D2)), scores)
@@ -247,6 +224,7 @@ def attention_fp8_kernel(
     BLOCK_N: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
+    """Computes one block of queries of one head from the copies in e4m3."""
     start_m = tl.program_id(0) * BLOCK_M
     pair = tl.program_id(1).to(tl.int64)
     q_ptr += pair * tokens_padded * DQ

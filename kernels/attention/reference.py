@@ -10,12 +10,36 @@ from ldmseg_fast.kernels.backend import at_least_float32
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T scale) v, by whichever of torch's own implementations suits the device."""
+    """Computes softmax(q k^T scale) v by whichever of torch's own implementations suits the device.
+
+    Args:
+        q: float [B, N, heads, d].
+        k, v: [B, M, heads, d] of q's dtype.
+        scale: of the scores.
+
+    Returns:
+        [B, N, heads, d] of q's dtype.
+    """
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2)
 
 
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Computes `attention` as two matrix products with the whole float32 [N, M] matrix between them.
+
+    For short sequences.
+    """
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # [B, heads, N, d]
+    weights = torch.softmax((q @ k.transpose(-1, -2)).float() * scale, dim=-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Computes `attention`, in float32 or better.
+
+    Returns:
+        out [B, N, heads, d] of q's dtype, and the logsumexp of the scores, float32 [B, heads, N] (float64 for float64).
+    """
     scores = torch.einsum("bnhd,bmhd->bhnm", at_least_float32(q), at_least_float32(k)) * scale
     logsumexp = scores.logsumexp(-1)  # [B, heads, N]
     out = torch.einsum("bhnm,bmhd->bnhd", (scores - logsumexp[..., None]).exp(), at_least_float32(v))
@@ -25,7 +49,13 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dao et al., "FlashAttention", arXiv 2205.14135, appendix B.2."""
+    """Computes the gradients of q, k and v in their shapes and q's dtype (arXiv 2205.14135, appendix B.2).
+
+    Args:
+        grad_out: [B, N, heads, d], the gradient of `out`.
+        q, k, v, scale: as in `attention`.
+        out, logsumexp: from `attention_forward`.
+    """
     dtype = q.dtype
     grad_out, q, k, v, out = (at_least_float32(tensor) for tensor in (grad_out, q, k, v, out))
     probabilities = (torch.einsum("bnhd,bmhd->bhnm", q, k) * scale - logsumexp[..., None]).exp()
@@ -39,7 +69,16 @@ def attention_backward(
 
 
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Products of e4m3 operands, everything else in float32; each head of q, k and v has its own unit."""
+    """Computes `attention` with products of e4m3 numbers, everything else in float32.
+
+    Args:
+        q: float16 or bfloat16 [B, N, heads, d]; each head of q, k and v has its own unit, see `quantise`.
+        k, v: [B, M, heads, d] of q's dtype.
+        scale: of the scores.
+
+    Returns:
+        [B, N, heads, d] of q's dtype.
+    """
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     (q8, q_unit), (k8, k_unit), (v8, v_unit) = (quantise(tensor) for tensor in (q, k, v))
@@ -51,10 +90,13 @@ def attention_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """(float32 [B, N, heads, d] of numbers that e4m3 holds, their unit [B, 1, heads, 1], a power of two)
+    """Rounds each head of a tensor [B, N, heads, d] to numbers that e4m3 holds, in a unit of its own.
 
     The largest magnitude of a head lies in [128, 256) units: as far up as one factor of two below the largest number,
     448, and a factor of 2^13 above the least normal one.
+
+    Returns:
+        the numbers, float32 [B, N, heads, d], and their units, powers of two, float32 [B, 1, heads, 1].
     """
     magnitude = tensor.float().abs().amax((1, 3), keepdim=True)
     _, exponent = torch.frexp(magnitude)  # magnitude / 2^exponent is in [1/2, 1)

@@ -1,6 +1,7 @@
 """What the attention kernels share: tiles of one head's rows, and where a program's image and head begin.
 
-Strides are in units of 8 elements, so that the compiler knows that every row starts on 16 bytes.
+The strides of a tensor are a tuple (image, row, head) in units of 8 elements, so that the compiler knows that every row
+starts on 16 bytes.
 """
 
 import triton
@@ -22,7 +23,7 @@ def load_tile(
     D: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """[ROWS, COLUMNS], zero outside the matrix"""
+    """Loads [ROWS, COLUMNS] of one head's rows, zero outside the matrix."""
     local = tl.arange(0, ROWS)
     column = FIRST + tl.arange(0, COLUMNS)
     base = matrix_ptr + tl.cast(row, tl.int64) * (stride * 8)
@@ -49,6 +50,7 @@ def store_tile(
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
 ):
+    """Stores [ROWS, COLUMNS] to one head's rows, in their dtype; what lies outside the matrix is dropped."""
     local = tl.arange(0, ROWS)
     column = FIRST + tl.arange(0, COLUMNS)
     pointers = matrix_ptr + tl.cast(row, tl.int64) * (stride * 8) + local[:, None] * (stride * 8) + column[None, :]
@@ -57,6 +59,13 @@ def store_tile(
 
 
 @triton.jit
-def at_head(matrix_ptr, image, head, image_stride, head_stride):
-    """The first row of one head"""
-    return matrix_ptr + (image * image_stride + head * head_stride) * 8
+def this_head(heads):
+    """Finds the head of this program: (image and head as one number, image, head), int64."""
+    pair = tl.program_id(1)
+    return pair.to(tl.int64), (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+
+
+@triton.jit
+def at_head(tensor_ptr, strides, image, head):
+    """Finds one head of a tensor [B, N, heads, D]: (a pointer to its first row, the stride of its rows)."""
+    return tensor_ptr + (image * strides[0] + head * strides[2]) * 8, strides[1]

@@ -14,6 +14,12 @@ def ddim_step(
     self_condition: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes one step (Song et al., arXiv 2010.02502, equation 12 with sigma = 0); arguments as in `op.ddim_step`.
+
+    Returns:
+        prev_latents and pred_original_sample float32 [B, C, h, w], and the next input, `dtype`
+        [B, C + Ci (+ C), h, w] in channels_last.
+    """
     row = table.index_select(0, step_index.reshape(1))[0]
     sqrt_alpha, sqrt_one_minus_alpha, sqrt_prev, sqrt_one_minus_prev = row[0], row[1], row[2], row[3]
     output, noisy = model_output.float(), noisy_latents.float()

@@ -36,6 +36,7 @@ def backward_whole_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Computes the gradient of x in one group of one image, held in registers, and the sums of its channels."""
     image, group, channel, in_group = group_channels(CHANNELS_PER_GROUP, BLOCK_C)
     offsets, inside = group_offsets(image, channel, in_group, pixels, channels, BLOCK_P)
 
@@ -81,6 +82,7 @@ def backward_partial_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Sums du and du n over one chunk of pixels of a block of channels."""
     chunk = tl.program_id(0)
     image = tl.program_id(2).to(tl.int64)
     channel, in_row = row_channels(channels, BLOCK_C)
@@ -121,6 +123,7 @@ def backward_reduce_kernel(
     CHUNKS_PADDED: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Reduces the chunks of one group to sums per channel and means per group."""
     image, group, channel, in_group = group_channels(CHANNELS_PER_GROUP, BLOCK_C)
     sum_du, sum_du_n = reduce_partials(partial_ptr, image, channel, in_group, channels, chunks, CHUNKS_PADDED)
     tl.store(sums_ptr + image * 2 * channels + channel, sum_du, mask=in_group)
@@ -155,6 +158,7 @@ def backward_apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Computes the gradient of x in one tile; the images come in reverse, as in `forward_apply_kernel`."""
     image = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
     channel, in_row = row_channels(channels, BLOCK_C)
     offsets, inside = tile_offsets(image, tl.program_id(0), channel, in_row, pixels, channels, BLOCK_P)
@@ -190,6 +194,7 @@ def backward_affine_kernel(
     HAS_SCALE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Computes the gradients of weight, bias, scale and shift from the sums per channel."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)

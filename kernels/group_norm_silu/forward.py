@@ -37,6 +37,7 @@ def forward_whole_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Computes one group of one image, held in registers."""
     image, group, channel, in_group = group_channels(CHANNELS_PER_GROUP, BLOCK_C)
     offsets, inside = group_offsets(image, channel, in_group, pixels, channels, BLOCK_P)
 
@@ -68,6 +69,7 @@ def forward_partial_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Sums one chunk of pixels of a block of channels, about the channel's value at pixel 0."""
     chunk = tl.program_id(0)
     image = tl.program_id(2).to(tl.int64)
     channel, in_row = row_channels(channels, BLOCK_C)
@@ -98,6 +100,7 @@ def forward_reduce_kernel(
     CHUNKS_PADDED: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Reduces the chunks of one group to its mean and 1 / standard deviation."""
     image, group, channel, in_group = group_channels(CHANNELS_PER_GROUP, BLOCK_C)
     total, square = reduce_partials(partial_ptr, image, channel, in_group, channels, chunks, CHUNKS_PADDED)
     origin = tl.load(x_ptr + image * pixels * channels + channel, mask=in_group, other=0.0).to(tl.float32)
@@ -132,6 +135,7 @@ def forward_apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Normalises one tile; the images come in reverse, so that the last that was read is still in L2."""
     image = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
     channel, in_row = row_channels(channels, BLOCK_C)
     offsets, inside = tile_offsets(image, tl.program_id(0), channel, in_row, pixels, channels, BLOCK_P)

@@ -18,6 +18,10 @@ def group_norm_silu(
     residual: Tensor | None = None,  # [B, C, H, W]
     silu: bool = True,
 ) -> Tensor:
+    """Computes silu(group_norm(x) (1 + scale) + shift) + residual by torch's ops (Wu and He, arXiv 1803.08494).
+
+    Arguments and result as in `op.group_norm_silu`: x is [B, C, H, W], and everything is in x's dtype.
+    """
     y = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
         y = y * (1 + scale.to(x.dtype)[:, :, None, None])
@@ -39,7 +43,12 @@ def group_norm_silu_forward(
     residual: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean [B, G], rstd [B, G]), all arithmetic in float32 or better."""
+    """Computes `group_norm_silu`, all arithmetic in float32 or better.
+
+    Returns:
+        y [B, C, H, W] of x's dtype, and per group mean and 1 / standard deviation, float32 [B, G] (float64 for
+        float64).
+    """
     if x.numel() == 0:
         mean = at_least_float32(x).new_zeros((x.shape[0], num_groups))
         return torch.empty_like(x), mean, mean.clone()
@@ -67,10 +76,19 @@ def group_norm_silu_backward(
     shift: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias [C], scale and shift [B, C]; the residual's is `grad_y` itself.
+    """Computes the gradients; the residual's is `grad_y` itself.
 
     With n the normalised input and u = n gain + offset, everything but the first follows from the two sums over pixels
     of du and du n.
+
+    Args:
+        grad_y: float [B, C, H, W].
+        x, weight, bias, scale, shift, silu: as in `group_norm_silu`.
+        mean, rstd: [B, G] from `group_norm_silu_forward`.
+
+    Returns:
+        the gradients of x [B, C, H, W] (x's dtype), and in the dtype of `mean` of weight and bias [C], scale and shift
+        [B, C].
     """
     batch, num_groups = mean.shape
     if x.numel() == 0:

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def group_channels(CHANNELS_PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(image, group, its channels, which of them exist) of a program for one group of one image"""
+    """Finds (image, group, its channels, which of them exist) of a program for one group of one image."""
     group = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     local = tl.arange(0, BLOCK_C)
@@ -15,7 +15,7 @@ def group_channels(CHANNELS_PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def group_offsets(image, channel, in_group, pixels, channels, BLOCK_P: tl.constexpr):
-    """([P, C] offsets into [B, P, C], which of them exist) of all pixels of a group"""
+    """Finds ([P, C] offsets into [B, P, C], which of them exist) of all pixels of a group."""
     pixel = tl.arange(0, BLOCK_P)
     inside = (pixel < pixels)[:, None] & in_group[None, :]
     return image * pixels * channels + pixel[:, None] * channels + channel[None, :], inside
@@ -23,14 +23,14 @@ def group_offsets(image, channel, in_group, pixels, channels, BLOCK_P: tl.conste
 
 @triton.jit
 def row_channels(channels, BLOCK_C: tl.constexpr):
-    """(channels, which of them exist) of a program for a block of channels, whatever their groups"""
+    """Finds (channels, which of them exist) of a program for a block of channels, whatever their groups."""
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     return channel, channel < channels
 
 
 @triton.jit
 def tile_offsets(image, tile, channel, in_row, pixels, channels, BLOCK_P: tl.constexpr):
-    """([P, C] offsets into [B, P, C], which of them exist) of the `tile`-th block of pixels"""
+    """Finds ([P, C] offsets into [B, P, C], which of them exist) of the `tile`-th block of pixels."""
     pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = (pixel < pixels)[:, None] & in_row[None, :]
     return image * pixels * channels + pixel.to(tl.int64)[:, None] * channels + channel[None, :], inside
@@ -38,7 +38,7 @@ def tile_offsets(image, tile, channel, in_row, pixels, channels, BLOCK_P: tl.con
 
 @triton.jit
 def store_partials(partial_ptr, image, channel, in_row, channels, first, second):
-    """Two sums per channel of this program's chunk of pixels, to [B, 2, chunks, C]"""
+    """Stores two sums per channel of this program's chunk of pixels, to [B, 2, chunks, C]."""
     row = image * 2 * tl.num_programs(0) + tl.program_id(0)
     tl.store(partial_ptr + row * channels + channel, first, mask=in_row)
     tl.store(partial_ptr + (row + tl.num_programs(0)) * channels + channel, second, mask=in_row)
@@ -46,7 +46,7 @@ def store_partials(partial_ptr, image, channel, in_row, channels, first, second)
 
 @triton.jit
 def reduce_partials(partial_ptr, image, channel, in_group, channels, chunks, CHUNKS_PADDED: tl.constexpr):
-    """The two sums per channel over all chunks"""
+    """Adds up the two sums per channel over all chunks."""
     chunk = tl.arange(0, CHUNKS_PADDED)
     inside = (chunk < chunks)[:, None] & in_group[None, :]
     offsets = image * 2 * chunks * channels + chunk[:, None] * channels + channel[None, :]
@@ -67,7 +67,7 @@ def load_affine(
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
 ):
-    """(n weight + bias) (1 + scale) + shift = n gain + offset"""
+    """Loads gain and offset of (n weight + bias) (1 + scale) + shift = n gain + offset."""
     gain = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     if HAS_SCALE:
@@ -81,6 +81,7 @@ def load_affine(
 
 @triton.jit
 def activate(n, gain, offset, SILU: tl.constexpr):
+    """Computes u = n gain + offset, or silu(u)."""
     u = n * gain + offset
     if SILU:
         u = u / (1.0 + tl.exp(-u))
@@ -89,7 +90,7 @@ def activate(n, gain, offset, SILU: tl.constexpr):
 
 @triton.jit
 def activate_backward(grad_y, n, gain, offset, SILU: tl.constexpr):
-    """The gradient of u = n gain + offset"""
+    """Computes the gradient of u = n gain + offset."""
     if SILU:
         u = n * gain + offset
         sigmoid = 1.0 / (1.0 + tl.exp(-u))

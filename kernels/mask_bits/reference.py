@@ -11,6 +11,11 @@ def encode_mask_bits(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:  # [B, K, H, W]
+    """Encodes ids as bits, least significant first (Chen et al., arXiv 2208.04202).
+
+    Arguments and result as in `op.encode_mask_bits`: integer [B, H, W] to `dtype` [B, K, H, W].
+    A table looks ids up unchecked.
+    """
     if table is not None:
         segment_ids = table.gather(1, segment_ids.flatten(1).long()).view(segment_ids.shape)
     segment_ids = segment_ids.int()[:, None]  # [B, 1, H, W]
@@ -20,5 +25,6 @@ def encode_mask_bits(
 
 
 def decode_mask_bits(bits: Tensor) -> Tensor:  # [B, K, H, W] -> [B, H, W]
+    """Decodes float [B, K, H, W] to int32 [B, H, W]: bit k is `bits[:, k] > 0`."""
     shifts = torch.arange(bits.shape[1], dtype=torch.int32, device=bits.device)[:, None, None]  # [K, 1, 1]
     return ((bits > 0).int() << shifts).sum(1, dtype=torch.int32)

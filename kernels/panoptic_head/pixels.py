@@ -8,7 +8,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def source(position, scale, size):
-    """(low, high, weight of high) of torch's bilinear rule with align_corners=False"""
+    """Finds (low, high, weight of high) by torch's bilinear rule with align_corners=False."""
     point = tl.maximum((tl.cast(position, tl.float32) + 0.5) * scale - 0.5, 0.0)
     low = tl.minimum(point.to(tl.int32), size - 1)
     return low, tl.minimum(low + 1, size - 1), point - low.to(tl.float32)
@@ -16,13 +16,13 @@ def source(position, scale, size):
 
 @triton.jit
 def leading_bits(value):
-    """The part of a float32 that TF32 holds exactly; the rest is exact in float32 and nearly so in TF32"""
+    """Keeps the part of a float32 that TF32 holds exactly; the rest is exact in float32 and nearly so in TF32."""
     return (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def resize_matrix(position, first, inner_scale, inner_size, outer_scale, outer_size, SIZE: tl.constexpr):
-    """[positions, SIZE] the two resizings of one axis composed: weights of the inputs from `first` on"""
+    """Composes the two resizings of one axis: [positions, SIZE] weights of the inputs from `first` on."""
     low, high, blend = source(position, outer_scale, outer_size)
     near = resize_part(low, first, inner_scale, inner_size, SIZE)
     return (1.0 - blend)[:, None] * near + blend[:, None] * resize_part(high, first, inner_scale, inner_size, SIZE)
@@ -30,7 +30,7 @@ def resize_matrix(position, first, inner_scale, inner_size, outer_scale, outer_s
 
 @triton.jit
 def resize_part(position, first, scale, size, SIZE: tl.constexpr):
-    """[positions, SIZE] one resizing"""
+    """Makes the matrix of one resizing, [positions, SIZE]."""
     low, high, weight = source(position, scale, size)
     index = (first + tl.arange(0, SIZE))[None, :]
     near = tl.where(index == low[:, None], (1.0 - weight)[:, None], 0.0)
@@ -39,7 +39,7 @@ def resize_part(position, first, scale, size, SIZE: tl.constexpr):
 
 @triton.jit
 def row_weight(row, top, bottom, blend, scale, size):
-    """What one row of logits weighs in the target row between network rows `top` and `bottom`"""
+    """Computes what one row of logits weighs in the target row between network rows `top` and `bottom`."""
     low, high, weight = source(top, scale, size)
     near = tl.where(row == low, 1.0 - weight, 0.0) + tl.where(row == high, weight, 0.0)
     low, high, weight = source(bottom, scale, size)
@@ -78,6 +78,7 @@ def panoptic_tile_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
 ):
+    """Labels one tile of target pixels, and counts its pixels above the sigmoid threshold of each slot."""
     image = tl.program_id(2).to(tl.int64)
     first_x = tl.program_id(0) * BLOCK_X
     first_y = tl.program_id(1) * BLOCK_Y

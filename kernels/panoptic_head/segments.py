@@ -18,7 +18,10 @@ def panoptic_statistics_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
 ):
-    """One label of the tile after another: there are few, and one pass costs the same for any number of slots"""
+    """Adds one tile to area, box and score of its labels.
+
+    It takes one label after another: there are few, and one pass costs the same for any number of slots.
+    """
     image = tl.program_id(2).to(tl.int64)
     x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
     y = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)[:, None]
@@ -50,6 +53,7 @@ def panoptic_statistics_kernel(
 
 @triton.jit
 def is_kept(counts_ptr, slot, slots, count_threshold, overlap_threshold, inside):
+    """Decides which slots stay: (kept, area), shaped as `slot`."""
     area = tl.load(counts_ptr + slot, mask=inside, other=0)
     sigmoid_area = tl.load(counts_ptr + slots + slot, mask=inside, other=0)
     overlap = area.to(tl.float64) / tl.maximum(sigmoid_area, 1).to(tl.float64)
@@ -73,6 +77,7 @@ def panoptic_filter_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Makes the pixels of dropped segments void; the first program of an image writes its area, box and score."""
     image = tl.program_id(1).to(tl.int64)
     overlap_threshold = tl.cast(overlap_threshold_bits, tl.int64).to(tl.float64, bitcast=True)
     counts_ptr += image * 6 * slots

@@ -1,6 +1,6 @@
 """The mask auto-encoder's loss on sampled points (PointRend, arXiv 1912.08193): sampling fused with the terms."""
 
-from ldmseg_fast.kernels.point_loss.dispatch import (
+from ldmseg_fast.kernels.point_loss.op import (
     point_logits,
     point_margin,
     sample_bce_dice,

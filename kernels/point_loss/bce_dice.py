@@ -28,6 +28,7 @@ def bce_dice_forward_kernel(
     column_stride,
     BLOCK_P: tl.constexpr,
 ):
+    """Computes both losses of one row over all its points."""
     mask_row = tl.program_id(0).to(tl.int64)
     image = tl.load(image_ptr + mask_row)
     slot = tl.load(slot_ptr + mask_row)
@@ -90,6 +91,7 @@ def bce_dice_backward_kernel(
     grad_column_stride,
     BLOCK_P: tl.constexpr,
 ):
+    """Adds the gradients of one block of points of one row."""
     mask_row = tl.program_id(1).to(tl.int64)
     image = tl.load(image_ptr + mask_row)
     slot = tl.load(slot_ptr + mask_row)

@@ -1,4 +1,7 @@
-"""What the public functions and their ops refuse, before anything runs."""
+"""Refuses what the public functions and their ops do not take, before anything runs.
+
+The losses are those of PointRend's point sampling, arXiv 1912.08193; Dice: Milletari et al., arXiv 1606.04797.
+"""
 
 import torch
 from torch import Tensor
@@ -10,6 +13,15 @@ INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def check_points(mask_logits: Tensor, points: Tensor, least_slots: int = 1) -> None:
+    """Refuses points that do not fit the logits.
+
+    Args:
+        mask_logits: float [B, Q, h, w], Q from `least_slots` on.
+        points: float32 [B, P, 2]; also float64 for float64 logits.
+
+    Raises:
+        ValueError: wrong shape, dtype or device; the message starts with the argument's name.
+    """
     _check_logits(mask_logits, least_slots)
     require(
         points.ndim == 3 and points.shape[0] == mask_logits.shape[0] and points.shape[2] == 2,
@@ -21,6 +33,16 @@ def check_points(mask_logits: Tensor, points: Tensor, least_slots: int = 1) -> N
 
 
 def check_rows(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> None:
+    """Refuses rows that do not fit the logits.
+
+    Args:
+        mask_logits: float [B, Q, h, w].
+        image_index, slots: int64 [M].
+        points: float32 [M, P, 2]; also float64 for float64 logits.
+
+    Raises:
+        ValueError: wrong shape, dtype or device; the message starts with the argument's name.
+    """
     _check_logits(mask_logits, 1)
     for name, tensor in (("image_index", image_index), ("slots", slots)):
         require(tensor.ndim == 1, "{}: expected [M], got shape {}", name, tensor.shape)
@@ -42,6 +64,11 @@ def check_rows(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: 
 
 
 def check_ids(mask_logits: Tensor, segment_ids: Tensor) -> None:
+    """Refuses maps, integer [B, H, W], that do not fit the logits, float [B, Q, h, w].
+
+    Raises:
+        ValueError: wrong shape, dtype or device, or no pixels.
+    """
     require(
         segment_ids.ndim == 3 and segment_ids.shape[0] == mask_logits.shape[0],
         "segment_ids: expected [{}, H, W], got shape {}",
@@ -72,6 +99,11 @@ def _check_coordinates(mask_logits: Tensor, points: Tensor) -> None:
 
 
 def check_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> None:
+    """Refuses what `sample_ce` does not take: logits float [B, Q, h, w], ids integer [B, H, W]; arguments as there.
+
+    Raises:
+        ValueError: see `check_points` and `check_ids`.
+    """
     check_points(mask_logits, points)
     check_ids(mask_logits, segment_ids)
 
@@ -79,5 +111,10 @@ def check_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> None:
 def check_bce_dice(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> None:
+    """Refuses what `sample_bce_dice` does not take: logits float [B, Q, h, w], ids integer [B, H, W].
+
+    Raises:
+        ValueError: see `check_rows` and `check_ids`.
+    """
     check_rows(mask_logits, image_index, slots, points)
     check_ids(mask_logits, segment_ids)

@@ -27,6 +27,7 @@ def ce_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
+    """Computes the summed cross entropy of one block of points of one image."""
     image = tl.program_id(1).to(tl.int64)
     point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = point < points
@@ -77,6 +78,7 @@ def ce_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
+    """Adds the gradients of one block of points of one image."""
     image = tl.program_id(1).to(tl.int64)
     point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = point < points

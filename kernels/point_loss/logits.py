@@ -23,6 +23,7 @@ def point_logits_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
+    """Samples all slots, or their margin, at one block of points of one image."""
     image = tl.program_id(1).to(tl.int64)
     point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = point < points
@@ -62,6 +63,7 @@ def slot_logits_kernel(
     column_stride,
     BLOCK_P: tl.constexpr,
 ):
+    """Samples one row's slot at one block of its points."""
     mask_row = tl.program_id(1).to(tl.int64)
     point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = point < points

@@ -13,26 +13,34 @@ from ldmseg_fast.kernels.backend import at_least_float32
 
 
 def point_logits(mask_logits: Tensor, points: Tensor) -> Tensor:  # [B, Q, h, w], [B, P, 2] -> [B, Q, P]
+    """Samples float logits [B, Q, h, w] at points [B, P, 2]: [B, Q, P], float32 (float64 for float64)."""
     mask_logits = at_least_float32(mask_logits)
     grid = 2 * points.to(mask_logits.dtype)[:, :, None] - 1  # [B, P, 1, 2]
     return F.grid_sample(mask_logits, grid, mode="bilinear", align_corners=False)[..., 0]
 
 
 def point_margin(mask_logits: Tensor, points: Tensor) -> Tensor:  # -> [B, P], best logit - second best
+    """Computes best minus second best logit, float [B, P]; arguments as in `point_logits`."""
     best = point_logits(mask_logits, points).topk(2, 1).values
     return best[:, 0] - best[:, 1]
 
 
 def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:  # -> [M, P]
+    """Samples float logits [B, Q, h, w] of slot `slots[m]` of image `image_index[m]` at points [M, P, 2]: [M, P].
+
+    A slot beyond the last has logit 0.
+    """
     planes = mask_logits[image_index, clamp_slots(mask_logits, slots)]  # [M, h, w]
     return point_logits(planes[:, None], points)[:, 0].masked_fill((slots >= mask_logits.shape[1])[:, None], 0)
 
 
 def clamp_slots(mask_logits: Tensor, slots: Tensor) -> Tensor:
+    """Moves int64 slots [M] that do not exist to the nearest that does."""
     return slots.clamp(0, mask_logits.shape[1] - 1)
 
 
 def point_ids(segment_ids: Tensor, points: Tensor, slots: int) -> Tensor:  # [B, H, W], [B, P, 2] -> int64 [B, P]
+    """Looks up ids, integer [B, H, W], at points [B, P, 2]: int64 [B, P], 0 for what is none of `slots` slots."""
     height, width = segment_ids.shape[1:]
     x = (points[..., 0] * width).long().clamp(0, width - 1)
     y = (points[..., 1] * height).long().clamp(0, height - 1)
@@ -46,6 +54,16 @@ def slot_targets(
     slots: Tensor,  # [M]
     points: Tensor,  # [M, P, 2]
 ) -> Tensor:  # [M, P], the binary masks `segment_ids == slot` sampled bilinearly, without building them
+    """Samples the binary masks `segment_ids == slot` bilinearly, without building them.
+
+    Args:
+        segment_ids: integer [B, H, W].
+        image_index, slots: int64 [M].
+        points: float [M, P, 2].
+
+    Returns:
+        [M, P] in [0, 1], of the dtype of `points`.
+    """
     height, width = segment_ids.shape[1:]
     x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
     left, top = x.floor(), y.floor()
@@ -60,6 +78,7 @@ def slot_targets(
 
 
 def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes summed cross entropy and the number of points that are not void, float scalars, as `op.sample_ce`."""
     logits = point_logits(mask_logits, points)  # [B, Q, P]
     target = point_ids(segment_ids, points, mask_logits.shape[1])  # [B, P]
     loss = F.cross_entropy(logits, target, ignore_index=0, reduction="sum")
@@ -69,6 +88,7 @@ def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple
 def sample_bce_dice(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Computes the summed losses of the rows, float scalars, as `op.sample_bce_dice`."""
     logits = slot_logits(mask_logits, image_index, slots, points)  # [M, P]
     target = slot_targets(segment_ids, image_index, slots, points.to(logits.dtype))
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)  # [M]
@@ -79,7 +99,7 @@ def sample_bce_dice(
 
 
 def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss_sum, count, logsumexp [B, P])"""
+    """Computes (summed loss, count, logsumexp float [B, P]), as `op.sample_ce_op`."""
     loss, count = sample_ce(mask_logits, segment_ids, points)
     return loss, count, point_logits(mask_logits, points).logsumexp(1)
 
@@ -87,6 +107,7 @@ def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) 
 def sample_ce_backward(
     grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor
 ) -> Tensor:
+    """Computes the gradient of the logits, float [B, Q, h, w], as `op.sample_ce_backward_op`."""
     target = point_ids(segment_ids, points, mask_logits.shape[1])[:, None]  # [B, 1, P]
     grad = (point_logits(mask_logits, points) - logsumexp[:, None]).exp()  # [B, Q, P]
     grad = grad.scatter_add(1, target, -torch.ones_like(grad[:, :1]))
@@ -96,7 +117,7 @@ def sample_ce_backward(
 def sample_bce_dice_forward(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(bce_sum, dice_sum, sums [M, 3] over the points: p t, p and t)"""
+    """Computes (summed BCE, summed Dice, float sums [M, 3] over points of p t, p and t), as `op.sample_bce_dice_op`."""
     bce, dice = sample_bce_dice(mask_logits, segment_ids, image_index, slots, points)
     p = slot_logits(mask_logits, image_index, slots, points).sigmoid()
     t = slot_targets(segment_ids, image_index, slots, points.to(p.dtype))
@@ -113,6 +134,7 @@ def sample_bce_dice_backward(
     points: Tensor,
     sums: Tensor,
 ) -> Tensor:
+    """Computes the gradient of the logits, float [B, Q, h, w], as `op.sample_bce_dice_backward_op`."""
     p = slot_logits(mask_logits, image_index, slots, points).sigmoid()  # [M, P]
     t = slot_targets(segment_ids, image_index, slots, points.to(p.dtype))
     numerator, denominator = 2 * sums[:, :1] + 1, sums[:, 1:2] + sums[:, 2:] + 1

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def corner(x, y, width, height, DX: tl.constexpr, DY: tl.constexpr):
-    """(column, row, weight) of one of the four neighbours of points in [0, 1]; the weight is 0 outside"""
+    """Finds (column, row, weight) of one of the four neighbours of points in [0, 1]; the weight is 0 outside."""
     x = x * width - 0.5
     y = y * height - 0.5
     left = tl.floor(x)
@@ -21,7 +21,7 @@ def corner(x, y, width, height, DX: tl.constexpr, DY: tl.constexpr):
 
 @triton.jit
 def load_points(points_ptr, point, inside):
-    """x, y; points beyond the end lie in the middle of the image"""
+    """Loads x and y; points beyond the end lie in the middle of the image."""
     x = tl.load(points_ptr + point * 2, mask=inside, other=0.5)
     y = tl.load(points_ptr + point * 2 + 1, mask=inside, other=0.5)
     return x, y
@@ -29,7 +29,7 @@ def load_points(points_ptr, point, inside):
 
 @triton.jit
 def sample_slots(logits_ptr, slot, x, y, slots, height, width, slot_stride, row_stride, column_stride):
-    """[P, Q] logits at points, -inf for slots beyond the last"""
+    """Samples [P, Q] logits at points, -inf for slots beyond the last."""
     known = slot < slots
     value = tl.zeros([x.shape[0], slot.shape[0]], tl.float32)
     for i in tl.static_range(4):
@@ -43,7 +43,7 @@ def sample_slots(logits_ptr, slot, x, y, slots, height, width, slot_stride, row_
 
 @triton.jit
 def sample_plane(plane_ptr, x, y, inside, height, width, row_stride, column_stride):
-    """[P] logits of one plane"""
+    """Samples [P] logits of one plane."""
     value = tl.zeros([x.shape[0]], tl.float32)
     for i in tl.static_range(4):
         column, row, weight = corner(x, y, width, height, i % 2, i // 2)
@@ -54,7 +54,7 @@ def sample_plane(plane_ptr, x, y, inside, height, width, row_stride, column_stri
 
 @triton.jit
 def sample_mask(ids_ptr, slot, x, y, inside, height, width):
-    """[P] the binary mask `ids == slot`, sampled bilinearly"""
+    """Samples the binary mask `ids == slot` bilinearly, [P]."""
     value = tl.zeros([x.shape[0]], tl.float32)
     for i in tl.static_range(4):
         column, row, weight = corner(x, y, width, height, i % 2, i // 2)
@@ -66,7 +66,7 @@ def sample_mask(ids_ptr, slot, x, y, inside, height, width):
 
 @triton.jit
 def load_target(ids_ptr, x, y, inside, slots, height, width):
-    """[P] id of the pixel that holds each point, 0 for void and for what is no slot"""
+    """Loads the id of the pixel that holds each point, [P]; 0 for void and for what is no slot."""
     column = tl.minimum(tl.maximum(tl.floor(x * width).to(tl.int32), 0), width - 1)
     row = tl.minimum(tl.maximum(tl.floor(y * height).to(tl.int32), 0), height - 1)
     ids = tl.load(ids_ptr + row.to(tl.int64) * width + column, mask=inside, other=0).to(tl.int64)

@@ -1,4 +1,4 @@
-"""From a name to a running backend; knows all backends and is known by none of them."""
+"""Loads a backend by its name; knows all backends and is known by none of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ def load_backend(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     image_size: int | None = None,
+    attention: str = "auto",
+    *,
+    cuda_graph: bool | None = None,
 ) -> Backend:
-    """The backend called `name` for a model folder.
+    """Loads the backend called `name` for a model folder.
 
     Args:
         model_dir, name: which model, and one of BACKENDS.
@@ -29,10 +32,15 @@ def load_backend(
         device, dtype: default the first GPU in bfloat16, or the CPU in float32; graphs have a dtype of their own.
         image_size: side in pixels of what the networks see; default the model's own. Graphs must have been exported
             for it, or for any size.
+        attention: of the first two, see `models.attention.attention`; graphs have theirs from the export.
+        cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
+            cannot be captured runs without, with a warning.
 
     Raises:
-        BackendError: an unknown name, a missing package, an `engine_dir` that is missing or not meant for it, or a
-            size that the model or its graphs do not take.
+        ArgumentError: an unknown `attention`.
+        BackendError: an unknown name, a missing package, an `engine_dir` that is missing or not meant for it, a size
+            that the model or its graphs do not take, an `attention` that cannot run on the device, or cuda_graph=True
+            without a GPU.
         CheckpointError: a folder that is no model.
     """
     if name not in BACKENDS:
@@ -44,7 +52,11 @@ def load_backend(
         from ldmseg_fast.backends.torch_backend import TorchBackend
 
         info = info if image_size is None else info.at_size(image_size)
-        return TorchBackend(info, device, dtype, compile_networks=name == "compile")
+        return TorchBackend(
+            info, device, dtype, compile_networks=name == "compile", attention=attention, cuda_graph=cuda_graph
+        )
+    if attention != "auto":
+        raise BackendError(f"attention={attention}: fixed at export; backend={name} takes auto only")
     if engine_dir is None:
         script = "to_onnx.py" if name == "onnxruntime" else "to_trt.py"
         raise BackendError(
@@ -55,7 +67,7 @@ def load_backend(
     if name == "onnxruntime":
         from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 
-        return load_onnx_backend(info, engine_dir, device, image_size=image_size)
+        return load_onnx_backend(info, engine_dir, device, cuda_graph=cuda_graph, image_size=image_size)
     from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
 
-    return load_trt_backend(info, engine_dir, device, image_size=image_size)
+    return load_trt_backend(info, engine_dir, device, cuda_graph=cuda_graph, image_size=image_size)

@@ -1,4 +1,4 @@
-"""What a model folder says of itself, as the backends need it."""
+"""Reads what a model folder says of itself, as the backends need it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,20 @@ from ldmseg_fast.errors import BackendError, CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a pipeline needs to know of a model folder, apart from the weights."""
+    """Holds what a pipeline needs to know of a model folder, apart from the weights.
+
+    Attributes:
+        folder: MODEL_DIR.
+        image_size: S, the side in pixels of what the networks see.
+        num_inference_steps: the model's own.
+        self_condition: whether the UNet's input ends in the last estimate of x_0.
+        image_latent_channels: C_image.
+        unet_levels: of the UNet; each but the last halves the sides.
+        conditioning: "none", "learned", "clip_image" or "clip_text".
+        mask_vae, scheduler, postprocess: the components' own settings.
+        context_shape: [M, D] of the tokens that each picture or caption brings; None where it brings none.
+        index: the whole of model_index.json.
+    """
 
     folder: Path
     image_size: int
@@ -26,16 +39,20 @@ class ModelInfo:
     mask_vae: MaskVAEConfig
     scheduler: SchedulerConfig
     postprocess: PostprocessConfig
-    context_shape: tuple[int, int] | None = None  # [M, D] of the tokens that each picture or caption brings
+    context_shape: tuple[int, int] | None = None
     index: dict[str, Any] = field(repr=False, default_factory=dict)
 
     @property
     def size_multiple(self) -> int:
-        """Pictures' sides must be multiples of this, for both auto-encoders and every level of the UNet."""
+        """What pictures' sides must be multiples of, for both auto-encoders and every level of the UNet, in pixels."""
         return self.mask_vae.downsampling * 2 ** (self.unet_levels - 1)
 
     def at_size(self, image_size: int) -> ModelInfo:
-        """The same model for pictures of another size. Raises BackendError where its networks cannot divide it."""
+        """Describes the same model for pictures of another size.
+
+        Raises:
+            BackendError: a size that its networks cannot divide.
+        """
         if image_size < 1 or image_size % self.size_multiple:
             raise BackendError(
                 f"image_size={image_size}: this model takes multiples of {self.size_multiple} pixels; pictures are "
@@ -45,12 +62,20 @@ class ModelInfo:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one picture's mask latents."""
         side = self.image_size // self.mask_vae.downsampling
         return self.mask_vae.latent_channels, side, side
 
 
 def read_model_info(model_dir: str | Path) -> ModelInfo:
-    """Raises CheckpointError where the folder is no model, or holds a mask auto-encoder only."""
+    """Reads a model folder's configuration.
+
+    Args:
+        model_dir: MODEL_DIR, or the name of a model that comes with the package.
+
+    Raises:
+        CheckpointError: a folder that is no model, that is damaged, or that holds a mask auto-encoder only.
+    """
     folder = resolve_model_dir(model_dir)
     index = load_index(folder)
     missing = sorted({"unet", "mask_vae", "image_vae", "scheduler"} - set(index.get("components", [])))

@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or CUDA."""
+"""Runs exported graphs in ONNX Runtime, on the CPU or CUDA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldmseg_fast.backends.graphs.batching import Ranges
 from ldmseg_fast.backends.graphs.graph_backend import GraphBackend
-from ldmseg_fast.backends.graphs.loop import Runner
+from ldmseg_fast.backends.graphs.loop import Runner, use_cuda_graph
 from ldmseg_fast.backends.graphs.manifest import at_graphs_size, check_files, check_model, read_manifest
 from ldmseg_fast.backends.graphs.specs import GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
@@ -23,14 +23,21 @@ ONNX_TYPES = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10, "
 
 
 class OrtRunner:
-    """A session whose inputs and outputs are bound to torch tensors, on either device."""
+    """Runs a session whose inputs and outputs are bound to torch tensors, on either device.
+
+    Args:
+        session: an `onnxruntime.InferenceSession`.
+        spec: of its graph.
+        graph_ids: numbers for ONNX Runtime's CUDA graphs; None: nothing is captured.
+    """
 
     def __init__(self, session: Any, spec: GraphSpec, graph_ids: itertools.count | None = None) -> None:
         self.session = session
         self.spec = spec
-        self._graph_ids = graph_ids  # of CUDA graphs; None: not captured
+        self._graph_ids = graph_ids
 
     def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
+        """See `Runner.prepare`."""
         from onnxruntime import RunOptions
 
         binding = self.session.io_binding()
@@ -58,10 +65,10 @@ def load_onnx_backend(
     device: str | torch.device | None = None,
     lanes: int = 1,
     threads: int = 0,
-    cuda_graph: bool = False,
+    cuda_graph: bool | None = None,
     image_size: int | None = None,
 ) -> GraphBackend:
-    """The graphs that `to_onnx.py` wrote.
+    """Loads the graphs that `to_onnx.py` wrote.
 
     Args:
         info: of MODEL_DIR.
@@ -69,11 +76,13 @@ def load_onnx_backend(
         device: default CUDA where torch and ONNX Runtime both have it, else the CPU.
         lanes: how many threads can be inside at a time.
         threads: of ONNX Runtime on the CPU; default torch's.
-        cuda_graph: capture each step of the sampling loop. CUDA only.
+        cuda_graph: let ONNX Runtime capture each step of the sampling loop, on a GPU; None: do not.
         image_size: side in pixels of what the networks see; default the graphs' own, or the model's.
 
     Raises:
-        BackendError: no ONNX Runtime, a folder that is no export or not of this model, a provider that is not there.
+        BackendError: no ONNX Runtime, a folder that is no export or not of this model, a provider that is not there, a
+            CUDA graph on another device than a GPU.
+        CheckpointError: a damaged model folder.
     """
     try:
         import onnxruntime as ort
@@ -98,7 +107,7 @@ def load_onnx_backend(
             f"device={device}: this onnxruntime has {', '.join(available)}; pip uninstall onnxruntime, then "
             f"pip install onnxruntime-gpu; or use device='cpu'"
         )
-    capture = cuda_graph and device.type == "cuda"
+    capture = bool(cuda_graph) and use_cuda_graph(cuda_graph, device)
 
     def open_session(name: str) -> Any:
         options = ort.SessionOptions()

@@ -1,4 +1,4 @@
-"""PyTorch, eager or compiled."""
+"""Runs a model's networks in PyTorch, eager or compiled."""
 
 from __future__ import annotations
 
@@ -7,32 +7,40 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ldmseg_fast.backends.backend import DdimBackend
 from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
-from ldmseg_fast.backends.graphs.loop import TorchRunner
+from ldmseg_fast.backends.graphs.loop import TorchRunner, use_cuda_graph
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph
 from ldmseg_fast.backends.graphs.specs import GraphOptions, denoiser
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, compile_frozen, pack_weights
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.diffusion.sampler import Callback, ddim
-from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.config.precision import warn_if_emulated
+from ldmseg_fast.models.attention import check_backend
 from ldmseg_fast.models.unet import FeatureCache
-from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, resize_logits
 
 
-class TorchBackend:
-    """The model folder's networks in PyTorch.
+class TorchBackend(DdimBackend):
+    """Runs the model folder's networks in PyTorch; a `Backend`.
 
     Args:
         info: from `read_model_info`.
         device: default the first GPU, or the CPU.
-        dtype: default bfloat16 on a GPU and float32 on a CPU.
+        dtype: default bfloat16 on a GPU and float32 on a CPU. One that the device emulates is slower than float32 and
+            gives a warning that says how much.
         compile_networks: `torch.compile` for the denoiser and the encoder; the first call takes a minute or more.
-        cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps.
+        attention: of the UNet, see `models.attention.attention`.
+        cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps; None: on a GPU. A loop
+            that cannot be captured runs without, with a warning.
+
+    Raises:
+        ArgumentError: an unknown `attention`.
+        BackendError: an `attention` that cannot run on the device, or a CUDA graph on another device than a GPU.
+        CheckpointError: a damaged model folder.
     """
 
     def __init__(
@@ -42,12 +50,16 @@ class TorchBackend:
         dtype: torch.dtype | None = None,
         compile_networks: bool = False,
         attention: str = "auto",
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = None,
     ) -> None:
         self.info = info
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        warn_if_emulated(self.device, self.dtype)
+        check_backend(attention, self.device, self.dtype)
+        self.cuda_graph = use_cuda_graph(cuda_graph, self.device)
         self.unet = self._load("unet", attention)
+        self.cache_branches: int = self.unet.num_skips
         self.mask_vae = self._load("mask_vae")
         self.image_vae = self._load("image_vae")
         self.conditioning = None if info.conditioning == "none" else self._load("conditioning")
@@ -60,7 +72,6 @@ class TorchBackend:
         if can_pack(self.device, self.dtype):
             for network in (self.mask_vae,) if compile_networks else (self.unet, self.image_vae, self.mask_vae):
                 pack_weights(network)
-        self.cuda_graph = cuda_graph and self.device.type == "cuda"
         self._lanes = LanePool(self._make_lane, 1)
 
     def _make_lane(self) -> Lane:
@@ -75,16 +86,17 @@ class TorchBackend:
 
     @torch.inference_mode()
     def encode_image(self, images: Tensor) -> Tensor:
+        """See `Backend.encode_image`."""
         images = images.to(self.device).contiguous(memory_format=torch.channels_last)
         return self._encode(images).to(self.dtype)
 
     @torch.inference_mode()
     def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        """See `Backend.denoise`."""
         return self._denoise(unet_input.to(self.dtype), timesteps, context)
 
     def caching(self, interval: int, branch: int) -> Callable[..., Tensor]:
-        """`denoise` for one sampling loop, which computes the UNet below a skip connection each `interval`-th time
-        only; eager where the backend compiles. `branch`: see `models.unet.FeatureCache`."""
+        """See `Backend.caching`. It is eager where the backend compiles."""
         cache, calls = FeatureCache(branch), itertools.count()
 
         @torch.inference_mode()
@@ -95,20 +107,11 @@ class TorchBackend:
 
         return denoise
 
-    @torch.inference_mode()
-    def sample(
-        self,
-        noise: Tensor,
-        image_latents: Tensor,
-        scheduler: Scheduler,
-        num_inference_steps: int,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        if not self.cuda_graph or callback is not None or scheduler.config != self.info.scheduler:
-            self_condition = self.info.self_condition
-            return ddim(self.denoise, noise, image_latents, scheduler, num_inference_steps, self_condition, callback)
+    def _own_loop(self, noise: Tensor, image_latents: Tensor, num_inference_steps: int) -> Tensor | None:
+        if not self.cuda_graph or self.conditioning is not None:
+            return None
         with self._lanes.lane() as lane:
-            return lane.loop(self.info, image_latents, num_inference_steps)(noise, image_latents)
+            return lane.sample(self.info, noise, image_latents, num_inference_steps)
 
     @torch.inference_mode()
     def decode_mask(
@@ -118,11 +121,15 @@ class TorchBackend:
         output: str = "panoptic",
         thresholds: PostprocessConfig | None = None,
     ) -> list[PanopticResult] | Tensor:
+        """See `Backend.decode_mask`."""
         logits = self.mask_vae.decode_latents(latents.to(self.device, self.dtype))  # [B, Q, h 2^u, w 2^u]
         network_size = (self.info.image_size, self.info.image_size)
         if output == "logits":
-            logits = F.interpolate(logits.float(), network_size, mode="bilinear", align_corners=False)
-            return F.interpolate(logits, size, mode="bilinear", align_corners=False) if size != network_size else logits
+            return resize_logits(logits, network_size, size)
         if self.device.type == "cpu":
             logits = logits.float()
         return postprocess(logits, network_size, [size] * len(latents), thresholds or self.info.postprocess)
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._lanes.close()

@@ -1,187 +1,240 @@
-"""`make demo`: scenes -> the shipped model on them -> both stages trained under DeepSpeed -> one HTML report.
+"""`make demo`: the shipped model on held-out scenes -> scenes to train on -> both stages under DeepSpeed -> a report.
 
-It needs nothing but this package. A part is skipped where its result is already there, so a second run goes on with an
-interrupted first.
+For a bare machine, and in bounded time: evaluations take as many scenes, and trainings as many steps, as their share of
+--minutes allows. What is done is skipped by the next start, which goes on with an interrupted part.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import platform
-import socket
-import subprocess
+import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.files import write_json
-from ldmseg_fast.reports.page import Page
-from ldmseg_fast.reports.run_page import curves, last_picture, quality_rows
+from ldmseg_fast.reports.demo_page import newest_losses, write_demo_page
+from ldmseg_fast.training.launch import launch_training
 
 SHIPPED = "tiny"
 SCENES_SEED = 7  # no scene that the shipped model was trained on
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-
-
-def free_port() -> int:
-    """Finds a port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch_training(stage: str, folder: Path, settings: list[str], ranks: int) -> float:
-    """Trains, or continues, in `folder`; returns the wall seconds. Raises SystemExit with the launcher's exit code."""
-    resume = ["--resume"] if any(folder.glob("checkpoints/step-*/state.json")) else []
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
-    launcher += ["--num_gpus", str(ranks)]
-    if importlib.util.find_spec("deepspeed") is None:
-        launcher = [sys.executable]
-    command = [*launcher, str(TRAIN), stage, *resume, f"output_dir={folder}", *settings]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(TRAIN.parents[1]), os.environ.get("PYTHONPATH")]))
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.parent / f"{stage}.txt"
-    start = time.monotonic()
-    with log.open("a", encoding="utf-8") as output:
-        # without a terminal to draw on, the launcher's chatter goes to a file
-        target = None if sys.stderr.isatty() else output
-        code = subprocess.run(command, env=environment, stdout=target, stderr=target, check=False).returncode
-    if code:
-        sys.exit(f"error: training the {stage} ended with exit code {code}; its output is in {log}")
-    return time.monotonic() - start
+SIZE = 64
+SHOWN = 8  # scenes in each grid of pictures
+SHARES = {"shipped model": 0.08, "evaluation": 0.2}  # of the minutes; the trainings get what is left
+AUTOENCODER_SHARE = 0.4  # of what the trainings get
+LAUNCH = 15.0  # processor seconds of a training before its first step and after its last, one after the other
+TRAINING = [
+    "train.warmup=20",
+    "train.log_every=5",
+    "train.save_every=25",
+    "train.validate_every=100",
+    f"data.val_limit={SHOWN}",
+]
 
 
 class Progress:
-    """Records which parts are done and how long they took, in OUT/progress.json."""
+    """Keeps in OUT/progress.json which parts are done, what each took, and how long each training may take.
+
+    Attributes:
+        done: wall and processor seconds of each finished part.
+        minutes: `train.max_minutes` of each training that was begun.
+    """
 
     def __init__(self, out: Path) -> None:
         self.path = out / "progress.json"
-        self.done: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        self.done: dict[str, dict[str, float]] = known.get("done", {})
+        self.minutes: dict[str, float] = known.get("minutes", {})
 
-    def run(self, name: str, part: Any) -> None:
-        """Runs a part and records it, unless it is done already."""
+    def save(self) -> None:
+        write_json(self.path, {"done": self.done, "minutes": self.minutes})
+
+    def used(self) -> float:
+        """Wall seconds of all finished parts."""
+        return sum(part["seconds"] for part in self.done.values())
+
+    def run(self, name: str, part: Callable[[], str]) -> None:
+        """Runs a part, unless an earlier start has, and prints a line with what it says of itself."""
         if name in self.done:
-            print(f"{name}: done before ({self.done[name]:.0f} s)", flush=True)
+            print(f"{name}: done before ({self.done[name]['seconds']:.0f} s)", flush=True)
             return
-        print(f"{name} ...", flush=True)
-        start = time.monotonic()
-        part()
-        self.done[name] = time.monotonic() - start
-        write_json(self.path, self.done)
-        print(f"{name}: {self.done[name]:.0f} s", flush=True)
+        start, processor = time.monotonic(), _processor_seconds()
+        result = part()
+        self.done[name] = {"seconds": time.monotonic() - start, "processor_seconds": _processor_seconds() - processor}
+        self.save()
+        print(f"{name}: {self.done[name]['seconds']:.0f} s, {result}", flush=True)
 
 
-def write_demo_report(out: Path, done: dict[str, float]) -> Path:
-    """Writes OUT/report.html from the results in OUT, and returns it."""
-    shipped, report, reconstruction = (
-        json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("shipped", "evaluation", "reconstruction")
-    )
-    page = Page("ldmseg_fast: panoptic segmentation by latent diffusion, trained in minutes")
-    cpu = f"{os.cpu_count()} CPU cores (threads: {torch.get_num_threads()})"
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu
-    page.text(
-        f"Made by make demo on {device}, Python {platform.python_version()}, PyTorch {torch.__version__}.", "note"
-    )
-    page.heading("Panoptic quality on held-out scenes")
-    (_, *trained), *baselines = quality_rows(report)
-    rows = [
-        [f"the shipped model, {SHIPPED}", *quality_rows(shipped)[0][1:]],
-        ["the model trained here", *trained],
-        ["its mask auto-encoder alone (upper bound)", *quality_rows(reconstruction)[0][1:]],
-        *baselines,
-    ]
-    page.table(["class-agnostic, %", "PQ", "SQ", "RQ"], rows, strong=0)
-    thresholds = " / ".join(f"{value:g}" for value in report["thresholds"].values())
-    page.text(
-        f"{report['images']} scenes that neither model saw in training, {report['num_inference_steps']} denoising "
-        f"steps ({shipped['num_inference_steps']} of the shipped model), thresholds {thresholds} (confidence / area in "
-        f"pixels / overlap), {1000 * shipped['seconds_per_image']:.0f} ms per scene. "
-        "The model trained here has seen scenes for as long as the last table says; its curves are below.",
-        "note",
-    )
-    page.heading("The shipped model")
-    page.picture((out / "shipped.png").read_bytes(), "image and segments on held-out scenes")
-    for name, title in (("diffusion", "Diffusion model"), ("autoencoder", "Mask auto-encoder")):
-        page.heading(title)
-        page.picture(curves(out / name), f"{title}: loss and panoptic quality against the step")
-        picture = last_picture(out / name)
-        if picture:
-            page.picture(picture, "image, truth, prediction on held-out scenes")
-        page.details("settings", (out / name / "settings.txt").read_text(encoding="utf-8"))
-    page.heading("Where the time went")
-    page.table(["part", "seconds"], [[name, f"{seconds:.0f}"] for name, seconds in done.items()])
-    path = out / "report.html"
-    page.write(path)
-    return path
+def _processor_seconds() -> float:
+    """Processor time of this process and of those that it waited for."""
+    return sum(os.times()[:4])
+
+
+class Demo:
+    """Holds the parts of the demo; each returns one line about its result."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out, self.progress = args, Path(args.out), Progress(args.out)
+        self.held_out, self.scenes = self.out / "held-out", self.out / "scenes"
+        self.autoencoder, self.diffusion = self.out / "autoencoder", self.out / "diffusion"
+        self.seconds = 60.0 * args.minutes
+
+    def parts(self) -> dict[str, Callable[[], str]]:
+        """Names the parts, in their order."""
+        return {
+            "shipped model": self.use_shipped,
+            "scenes": self.write_scenes,
+            "autoencoder": self.train_autoencoder,
+            "diffusion": self.train_diffusion,
+            "evaluation": self.evaluate_trained,
+        }
+
+    def use_shipped(self) -> str:
+        """Segments and scores scenes that the shipped model has not seen."""
+        from ldmseg_fast.data.scenes import write_scenes
+
+        write_scenes(self.held_out, 1, SIZE, SCENES_SEED, val_images=self.args.images)
+        return self.evaluate(SHIPPED, "shipped", self.seconds * SHARES["shipped model"])
+
+    def write_scenes(self) -> str:
+        """Generates the scenes that both stages train on."""
+        from ldmseg_fast.data.scenes import write_scenes
+
+        write_scenes(self.scenes, self.args.scenes, SIZE, SCENES_SEED, val_images=self.args.images)
+        return f"{self.args.scenes} to train on"
+
+    def train_autoencoder(self) -> str:
+        """Trains the first stage."""
+        part = AUTOENCODER_SHARE * self.left_to_train()
+        return self.train("autoencoder", self.autoencoder, self.args.autoencoder_steps, part - self.launch_time())
+
+    def train_diffusion(self) -> str:
+        """Trains the second stage on the first one's latents."""
+        seconds, settings = self.left_to_train() - self.launch_time(), f"model.mask_vae={self.autoencoder}"
+        return self.train("diffusion", self.diffusion, self.args.diffusion_steps, seconds, settings)
+
+    def launch_time(self) -> float:
+        """Guesses the wall seconds that a training takes beside its steps, on a machine with other work too."""
+        part = self.progress.done["shipped model"]
+        guess = LAUNCH * max(part["seconds"] / part["processor_seconds"], 1.0)
+        if "autoencoder" in self.progress.done:  # it has told, unless an earlier start did most of it
+            told = self.progress.done["autoencoder"]["seconds"] - newest_losses(self.autoencoder)["seconds"]
+            guess = max(guess, told)
+        return guess
+
+    def left_to_train(self) -> float:
+        """Seconds until the evaluation has to begin."""
+        return self.seconds * (1 - SHARES["evaluation"]) - self.progress.used()
+
+    def train(self, stage: str, folder: Path, steps: int, seconds: float, *settings: str) -> str:
+        """Trains until `steps` or for `seconds`, of which an interrupted training keeps what it was given first."""
+        minutes = self.progress.minutes.setdefault(stage, max(seconds, 1.0) / 60)
+        self.progress.save()
+        own = ["--config", "tiny", f"data.root={self.scenes}", f"train.steps={steps}", *TRAINING, *settings]
+        launch_training(stage, folder, own, self.args.ranks, minutes)
+        run = newest_losses(folder)
+        return f"{run['step']} steps, loss {run['loss']:.3f}"
+
+    def evaluate_trained(self) -> str:
+        """Scores the model that was trained here, and its auto-encoder alone."""
+        from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+
+        left = min(self.seconds * SHARES["evaluation"], self.seconds - self.progress.used())
+        said = self.evaluate(self.diffusion, "evaluation", 0.6 * left)
+        limit = EvaluationOptions(limit=self.report("evaluation")["images"])
+        write_json(self.out / "reconstruction.json", evaluate(self.autoencoder, self.held_out, limit))
+        return said
+
+    def evaluate(self, model: str | Path, name: str, seconds: float) -> str:
+        """Writes OUT/NAME.json, and the segments of the first scenes as OUT/NAME.png.
+
+        It takes as many scenes as `seconds` seem to allow, by the time that the first ones took.
+        """
+        from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+
+        shutil.rmtree(self.out / name, ignore_errors=True)  # of a start that was interrupted
+        options = EvaluationOptions(limit=SHOWN, batch_size=SHOWN, out=str(self.out / name))
+        report = evaluate(model, self.held_out, options)
+        limit = min(int(seconds / report["seconds_per_image"]), self.args.images)
+        if limit > SHOWN:
+            report = evaluate(model, self.held_out, replace(options, limit=limit))  # the first ones are read back
+        self.draw(name)
+        write_json(self.out / f"{name}.json", report)
+        return f"PQ {report['class_agnostic']['pq']:.1f} on {report['images']} held-out scenes"
+
+    def draw(self, name: str) -> None:
+        """Draws the first results of an evaluation beside their pictures, into OUT/NAME.png."""
+        from ldmseg_fast.data.folders import read_image
+        from ldmseg_fast.panoptic.format import read_panoptic_png
+        from ldmseg_fast.reports.draw import enlarge, overlay, picture_grid
+
+        cells = []
+        for path in sorted((self.out / name / "panoptic").glob("*.png"))[:SHOWN]:
+            image, ids = read_image(self.held_out / "val2017" / path.name), read_panoptic_png(path)
+            image, ids = enlarge(image, 256), enlarge(ids, 256)
+            cells += [image, overlay(image, ids)]
+        rows = [cells[start : start + 4] for start in range(0, len(cells), 4)]
+        picture_grid(rows, ["image", "segments"] * 2).save(self.out / f"{name}.png")
+
+    def report(self, name: str) -> dict[str, Any]:
+        """Reads what `evaluate` wrote."""
+        return json.loads((self.out / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def interruptible(again: str):
+    """Makes SIGTERM end the block as Ctrl-C does, and says then how to go on."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, KeyboardInterrupt) or stop.code == 128 + signal.SIGTERM:
+            print(f"stopped; {again} goes on from here", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--scenes", type=int, default=2000)
-    parser.add_argument("--autoencoder-steps", type=int, default=600)
-    parser.add_argument("--diffusion-steps", type=int, default=450)
-    parser.add_argument("--images", type=int, default=100, help="held-out scenes to evaluate")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of work, all parts together")
+    parser.add_argument("--scenes", type=int, default=1000, help="to train on")
+    parser.add_argument("--images", type=int, default=100, help="held-out scenes to evaluate, at most")
+    parser.add_argument("--autoencoder-steps", type=int, default=3000, help="at most")
+    parser.add_argument("--diffusion-steps", type=int, default=3000, help="at most")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or min(2, os.cpu_count() or 1))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs all parts and returns 0; a training that fails ends with its launcher's exit code."""
-    from ldmseg_fast.commands.predict import find_pictures, predict_files
-    from ldmseg_fast.data.folders import read_image
-    from ldmseg_fast.data.scenes import write_scenes
-    from ldmseg_fast.evaluation import EvaluationOptions, evaluate
-    from ldmseg_fast.panoptic.format import read_panoptic_png
-    from ldmseg_fast.pipeline import LDMSegPipeline
-    from ldmseg_fast.reports.draw import enlarge, overlay, picture_grid
+    """Runs every part that is not done and writes the report.
 
-    out: Path = args.out
-    out.mkdir(parents=True, exist_ok=True)
-    scenes, autoencoder, diffusion = out / "scenes", out / "autoencoder", out / "diffusion"
-    common = ["--config", "tiny", f"data.root={scenes}", f"data.val_limit={args.images}"]
-    progress = Progress(out)
-    options = EvaluationOptions(limit=args.images)
+    Returns:
+        Exit code 0.
 
-    def use_shipped() -> None:
-        write_json(out / "shipped.json", evaluate(SHIPPED, scenes, options))
-        pipe = LDMSegPipeline.from_pretrained(SHIPPED)
-        files = find_pictures([scenes / "val2017"])[:8]
-        predict_files(pipe, files, out / "pictures", None, 0, 8)
-        cells = []
-        for file in files:
-            image, ids = read_image(file), read_panoptic_png(out / "pictures" / f"{file.stem}.png")
-            image, ids = enlarge(image, 256), enlarge(ids, 256)
-            cells += [image, overlay(image, ids)]
-        rows = [cells[start : start + 4] for start in range(0, len(cells), 4)]
-        picture_grid(rows, ["image", "segments"] * 2).save(out / "shipped.png")
-
-    def evaluate_trained() -> None:
-        write_json(out / "evaluation.json", evaluate(diffusion, scenes, options))
-        write_json(out / "reconstruction.json", evaluate(autoencoder, scenes, options))
-
-    progress.run("scenes", lambda: write_scenes(scenes, args.scenes, 64, SCENES_SEED))
-    progress.run("shipped model", use_shipped)
-    steps, every = args.autoencoder_steps, max(args.autoencoder_steps // 3, 1)
-    settings = [*common, f"train.steps={steps}", f"train.validate_every={every}", "train.save_every=200"]
-    progress.run("autoencoder", lambda: launch_training("autoencoder", autoencoder, settings, args.ranks))
-    steps, every = args.diffusion_steps, max(args.diffusion_steps // 3, 1)
-    settings = [*common, f"train.steps={steps}", f"train.validate_every={every}", "train.save_every=150"]
-    settings.append(f"model.mask_vae={autoencoder}")
-    progress.run("diffusion", lambda: launch_training("diffusion", diffusion, settings, args.ranks))
-    progress.run("evaluation", evaluate_trained)
-    path = write_demo_report(out, progress.done)
-    quality = {
-        name: json.loads((out / f"{name}.json").read_text(encoding="utf-8"))["class_agnostic"]["pq"]
-        for name in ("shipped", "evaluation")
-    }
-    numbers = f"{quality['shipped']:.1f} shipped model, {quality['evaluation']:.1f} trained here"
-    print(f"\nPQ on {args.images} held-out scenes: {numbers}\nreport: {path}")
+    Raises:
+        ArgumentError: nonsense in the numbers.
+        SystemExit: a training failed, or SIGTERM came.
+    """
+    for name in ("minutes", "scenes", "images", "autoencoder_steps", "diffusion_steps", "ranks"):
+        if getattr(args, name) <= 0:
+            raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # beside other work, threads that wait for each other cost more than they give
+    demo = Demo(args)
+    with interruptible("the same command"):
+        for name, part in demo.parts().items():
+            demo.progress.run(name, part)
+        path = write_demo_page(args.out, demo.progress.done, args.minutes)
+    quality = {name: demo.report(name)["class_agnostic"]["pq"] for name in ("shipped", "evaluation")}
+    print(f"PQ: {quality['shipped']:.1f} shipped model, {quality['evaluation']:.1f} trained here\nreport: {path}")
     return 0

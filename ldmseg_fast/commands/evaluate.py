@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         eta=args.eta,
         backend=args.backend,
         engine_dir=args.engine_dir,
+        cuda_graph=args.cuda_graph,
         baselines=not args.no_baselines,
         class_aware=args.class_aware,
         inpainting=args.inpainting,
@@ -113,6 +114,7 @@ def _check_meant_for_model(args: argparse.Namespace) -> None:
                 "--eta": args.eta != 0,
                 "--backend": args.backend != "torch",
                 "--engine-dir": args.engine_dir is not None,
+                "--no-cuda-graph": args.cuda_graph is not None,
             },
         )
     else:

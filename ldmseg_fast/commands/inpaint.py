@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
             raise DataError(
                 f"{path}: {size[1]}x{size[0]} pixels, the picture {args.image} has {image.shape[1]}x{image.shape[0]}"
             )
-    pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir, image_size=args.size)
+    pipe = LDMSegPipeline.from_pretrained(
+        args.model_dir, args.backend, args.engine_dir, image_size=args.size, cuda_graph=args.cuda_graph
+    )
     result = pipe.inpaint(
         image, segmentation, known, args.steps, seed=args.seed, image_ids=[image_id(args.image)], solver=args.solver
     )[0]

@@ -6,9 +6,16 @@ import argparse
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --backend, --engine-dir, --steps, --batch-size and --solver."""
+    """Adds --backend, --engine-dir, --no-cuda-graph, --steps, --batch-size and --solver."""
     parser.add_argument("--backend", default="torch", help="torch, compile, onnxruntime or tensorrt")
     parser.add_argument("--engine-dir", help="exported graphs or engines")
+    parser.add_argument(
+        "--no-cuda-graph",
+        dest="cuda_graph",
+        action="store_const",
+        const=False,
+        help="run the sampling loop on a GPU step by step, not as one CUDA graph",
+    )
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--solver", default="ddim", help="ddim, dpmpp_2m or heun")

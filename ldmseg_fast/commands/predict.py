@@ -194,7 +194,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Segments the pictures and returns 0."""
     files = find_pictures(args.images)
-    pipe = LDMSegPipeline.from_pretrained(args.model_dir, args.backend, args.engine_dir, image_size=args.size)
+    pipe = LDMSegPipeline.from_pretrained(
+        args.model_dir, args.backend, args.engine_dir, image_size=args.size, cuda_graph=args.cuda_graph
+    )
     sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval}
     written = predict_files(pipe, files, args.out, args.steps, args.seed, args.batch_size, args.samples, **sampling)
     print(f"{len(written)} images segmented: {args.out}")

@@ -24,11 +24,12 @@ class RunSummary:
     best_pq: float | None
     best_step: int | None
     checkpoint: int | None  # newest complete one
+    time_used: float = 0.0  # share of train.max_minutes
 
     @property
     def state(self) -> str:
         """Says whether the run has finished, or can go on from a checkpoint."""
-        if self.step >= self.steps > 0:
+        if self.step >= self.steps > 0 or self.time_used >= 1:
             return "finished"
         return "resumable" if self.checkpoint is not None else "no checkpoint"
 
@@ -48,6 +49,7 @@ def summarize(run: Path, base: Path) -> RunSummary:
     """Sums up the run in the folder `run`; its name is relative to `base`."""
     records = read_log(run)
     config = _json(run / "config.json")
+    settings = config.get("train", {})
     losses = [record for record in records if "loss" in record]
     validated = [record for record in records if "val/pq" in record]
     best = max(validated, key=lambda record: record["val/pq"], default={})
@@ -57,12 +59,13 @@ def summarize(run: Path, base: Path) -> RunSummary:
         name="." if run == base else run.relative_to(base).as_posix(),
         stage=str(config.get("stage", "?")),
         step=int(last.get("step", 0)),
-        steps=int(config.get("train", {}).get("steps", 0)),
+        steps=int(settings.get("steps", 0)),
         loss=last.get("loss"),
         images_per_s=last.get("images_per_s"),
         best_pq=best.get("val/pq"),
         best_step=best.get("step"),
         checkpoint=max(checkpoints, default=None),
+        time_used=last.get("seconds", 0.0) / (60 * minutes) if (minutes := settings.get("max_minutes", 0.0)) else 0.0,
     )
 
 

@@ -26,7 +26,7 @@ from ldmseg_fast.files import read_json, read_lines, replace_folder
 from ldmseg_fast.training.provenance import STARTS, ancestors, cpu_minutes
 
 LIMIT = 20 * 10**6  # bytes that a wheel may carry: OUT and all model folders beside it
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
+PRECISIONS = ("fp16", "bf16", "int8")
 LARGE = 4096  # fewest elements at which a matrix or a convolution is worth int8
 
 
@@ -90,7 +90,8 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
             if (run_dir / component / WEIGHTS).is_file():
                 weights = run_dir / component / WEIGHTS
                 state = load_weights(weights)
-                state = half(to_int8(state) if dtype == "int8" else state, DTYPES[dtype], str(weights))
+                floats = torch.bfloat16 if dtype == "bf16" else torch.float16  # the scales of int8 too
+                state = half(to_int8(state) if dtype == "int8" else state, floats, str(weights))
                 save_weights(state, temporary / component / WEIGHTS)
         write_model_card(temporary, {"weights": dtype, **history(run_dir, machine)})
         total = sum(
@@ -189,7 +190,7 @@ def _last_part(path: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, help="folder of a finished training run")
     parser.add_argument("out", type=Path, help="model folder to write, such as ldmseg_fast/weights/tiny")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="fp16")
     parser.add_argument("--machine", default="", help="where it was trained, if the run's log does not say so")
 
 

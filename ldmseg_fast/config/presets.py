@@ -57,7 +57,6 @@ TINY = Config(
         learning_rate=1e-3,
         warmup=100,
         ema=0.998,
-        precision="bf16",
         zero_stage=0,  # cutting so small a model costs its ranks more than it saves
         validate_every=1000,
         save_every=500,

@@ -1,16 +1,18 @@
-"""Settings as plain values and back: type checks, unknown keys, `key=value` lines.
+"""Settings as plain values and back: types and ranges, unknown keys, `key=value` lines.
 
-Works on any frozen dataclass; which settings there are stands in `config`.
+Works on any frozen dataclass; which settings there are stands in `settings`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import json
 import typing
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from ldmseg_fast.errors import ConfigError
 
@@ -20,19 +22,22 @@ T = TypeVar("T")
 def _convert(value: Any, annotation: Any, key: str) -> Any:
     """`value` (a string of the command line, or YAML/JSON) as `annotation`; raises ConfigError naming `key`."""
     origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        kind, *limits = typing.get_args(annotation)
+        value = _convert(value, kind, key)
+        for limit in limits:
+            if not limit.admits(value):
+                raise ConfigError(f"{key}={value!r}: {limit} expected")
+        return value
     if is_dataclass(annotation):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{key}: a group of settings, not {value!r}")
-        return from_dict(typing.cast(type, annotation), value, key + ".")
+        raise ConfigError(f"{key}: a group of settings, not {value!r}")
     if origin is Literal:
         allowed = typing.get_args(annotation)
         if value not in allowed:
             raise ConfigError(f"{key}={value!r}: one of {', '.join(map(str, allowed))} expected")
         return value
     if origin is tuple:
-        items = json.loads(f"[{value.strip('()[]')}]") if isinstance(value, str) and '"' in value else value
-        if isinstance(items, str):
-            items = [part.strip() for part in items.strip("()[]").split(",") if part.strip()]
+        items = _split(value) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
             raise ConfigError(f"{key}={value!r}: a list expected, such as 32,64,128")
         args = typing.get_args(annotation)
@@ -51,32 +56,56 @@ def _convert(value: Any, annotation: Any, key: str) -> Any:
         if isinstance(value, (str, Path)):
             return str(value)
         raise ConfigError(f"{key}={value!r}: text expected")
+    return _number(value, annotation, key)
+
+
+def _split(text: str) -> Any:
+    """The items of a list that the command line wrote: 32,64 or (32, 64) or ["conv_in", "time_embedding"]."""
+    inner = text.strip("()[]")
+    if '"' in text:
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(f"[{inner}]")
+    return [part.strip() for part in inner.split(",") if part.strip()]
+
+
+def _number(value: Any, kind: type, key: str) -> int | float:
     try:
         if isinstance(value, bool):
             raise ValueError
-        number = float(value)
-        if annotation is int:
-            if number != int(number):
-                raise ValueError
-            return int(value) if isinstance(value, int) else int(number)
-        return number
+        if kind is float:
+            return float(value)
+        with contextlib.suppress(ValueError):  # 1e3 and 1000.0 are whole numbers too
+            if isinstance(value, (int, str)):
+                return int(value)  # exact, where a float would round
+        if float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value))
     except (TypeError, ValueError, OverflowError):
-        kind = "a whole number" if annotation is int else "a number"
-        raise ConfigError(f"{key}={value!r}: {kind} expected") from None
+        name = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{key}={value!r}: {name} expected") from None
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def from_dict(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """A config dataclass from plain values. Raises ConfigError on an unknown key or a wrong type."""
+    """A config dataclass from plain values; raises what `update` raises."""
     return update(cls(), values, prefix)
 
 
 def update(config: T, values: dict[str, Any], prefix: str = "") -> T:
-    """`config` with `values` (nested dictionaries) put in. Raises ConfigError on an unknown key or a wrong type."""
-    hints = typing.get_type_hints(type(config))
+    """`config` with `values` (nested dictionaries) put in.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of range.
+    """
+    hints = _hints(type(config))  # type: ignore[arg-type]  # a class is hashable
     changed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
+            near = difflib.get_close_matches(str(name), hints, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(sorted(hints))}"
             raise ConfigError(f"unknown setting {prefix}{name}{hint}")
         old = getattr(config, name)

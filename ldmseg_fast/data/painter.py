@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from ldmseg_fast.data.shapes import THINGS, coverage, draw_shape, normalised
-from ldmseg_fast.data.textures import blend, random_colour, value_noise
+from ldmseg_fast.data.textures import blend, colour_of, value_noise
 
 __all__ = ["STUFF", "THINGS", "Painter", "minimum_area"]
 
@@ -148,11 +148,19 @@ class Painter:
 
     def contrasting(self, beneath: Array | None, least: float, value: tuple[float, float] = (0.15, 1.0)) -> Array:
         """Draws a colour, float64 [3], at least `least` (RGB distance) from `beneath` [3], or the farthest of eight."""
-        colours = [random_colour(self.rng, value) for _ in range(8)]
+        drawn = self.rng.random((8, 3)).tolist()  # all eight, whichever is taken: the stream goes on behind them
+        best, farthest = colour_of(drawn[0], value), -1.0
         if beneath is None:
-            return colours[0]
-        away = [float(np.sqrt(((colour - beneath) ** 2).sum())) for colour in colours]
-        return next((c for c, far in zip(colours, away) if far >= least), colours[int(np.argmax(away))])
+            return np.array(best)
+        red, green, blue = beneath.tolist()
+        for numbers in drawn:
+            colour = colour_of(numbers, value)
+            away = math.sqrt((colour[0] - red) ** 2 + (colour[1] - green) ** 2 + (colour[2] - blue) ** 2)
+            if away > farthest:
+                best, farthest = colour, away
+            if away >= least:
+                break
+        return np.array(best)
 
     def add_things(self) -> None:
         """Paints 2-15 things; larger ones lie mostly further back."""
@@ -170,7 +178,7 @@ class Painter:
     def add_thing(self, radius: float) -> bool:
         """Paints one thing at a random place. Returns False where there is no room for it."""
         rng, size = self.rng, self.size
-        kind = str(rng.choice(THINGS))
+        kind = THINGS[int(rng.integers(len(THINGS)))]
         shape = draw_shape(rng, kind, radius)
         # A figure stands upright, the rest lies as it likes; a third of a thing may be outside the picture.
         turn = rng.normal(0, 0.1) if kind == "figure" else rng.uniform(0, 2 * np.pi)

@@ -72,23 +72,30 @@ def generate_scene(
 
 
 def write_scenes(
-    out: str | os.PathLike, images: int, size: int = 64, seed: int = 0, workers: int | None = None
+    out: str | os.PathLike,
+    images: int,
+    size: int = 64,
+    seed: int = 0,
+    workers: int | None = None,
+    val_images: int | None = None,
 ) -> Path:
     """Writes `images` training and max(images // 10, 8) validation scenes under `out`, and returns `out` as a Path.
 
     The folder appears complete or not at all. Where it already holds the same scenes nothing is done. Pictures are PNG:
     lossless, so that pixels do not hang on a JPEG library's version and thin objects keep their edges at 64x64.
-    `workers` processes (default: one per core) share the work; the bytes do not depend on their number.
+    `workers` processes (default: one per core) share the work; the bytes do not depend on their number. `val_images` is
+    another number of validation scenes; a scene is the same in folders of any numbers.
 
     Raises:
         ArgumentError: a number of images, a size or a seed that is out of range.
         FileExistsError: `out` holds anything else.
     """
     out = Path(out)
-    if images < 1:
-        raise ArgumentError(f"images={images}: at least 1 expected")
+    if images < 1 or (val_images is not None and val_images < 1):
+        raise ArgumentError(f"images={images}, val_images={val_images}: at least 1 expected")
     _check_arguments(size, seed)
     record = {"images": images, "size": size, "seed": seed, "version": VERSION}
+    record |= {} if val_images is None else {"val_images": val_images}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if _read_record(out) == record:
             return out
@@ -98,7 +105,7 @@ def write_scenes(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     unfinished.chmod(0o755)  # mkdtemp makes it private
     try:
-        for split, count in (("train2017", images), ("val2017", max(images // 10, 8))):
+        for split, count in (("train2017", images), ("val2017", val_images or max(images // 10, 8))):
             _write_split(unfinished, split, count, size, seed, workers or os.cpu_count() or 1)
         (unfinished / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
         if out.exists():

@@ -69,21 +69,21 @@ class Agreement:
         self._group = torch.distributed.new_group(backend="gloo") if several else None
         self._pending: tuple[Tensor, Any] | None = None
 
-    def exchange(self, stop: bool, bad_items: int) -> tuple[bool, int]:
-        """Returns (stop, number of unreadable items) over all ranks.
+    def exchange(self, stop: bool, bad_items: int, seconds: float) -> tuple[bool, int, float]:
+        """Returns (stop, number of unreadable items) over all ranks, and the mean of their `seconds`.
 
         They are those of the call before; on one rank those of this call.
         """
         if self._group is None:
-            return stop, bad_items
-        values = torch.tensor([int(stop), bad_items])
+            return stop, bad_items, seconds
+        values = torch.tensor([float(stop), float(bad_items), seconds], dtype=torch.float64)
         before = self._pending
         self._pending = values, torch.distributed.all_reduce(values, group=self._group, async_op=True)
         if before is None:
-            return False, 0
+            return False, 0, 0.0
         before[1].wait()
-        stopping, bad = before[0].tolist()
-        return stopping > 0, bad
+        stopping, bad, total = before[0].tolist()
+        return stopping > 0, int(bad), total / distributed.world_size()
 
 
 class Heartbeat:

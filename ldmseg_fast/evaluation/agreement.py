@@ -39,6 +39,7 @@ class TorchAgreement:
         sampling: the evaluation's num_inference_steps, solver and eta.
         seed, thresholds: likewise.
         limit: how many of this rank's images are compared at most.
+        cuda_graph: of the torch backend, see `LDMSegPipeline.from_pretrained`.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class TorchAgreement:
         seed: int,
         thresholds: PostprocessConfig,
         limit: int,
+        cuda_graph: bool | None = None,
     ) -> None:
-        self.pipe = LDMSegPipeline.from_pretrained(model_dir, image_size=image_size)
+        self.pipe = LDMSegPipeline.from_pretrained(model_dir, image_size=image_size, cuda_graph=cuda_graph)
         self.settings = {**sampling, "seed": seed, "thresholds": thresholds}
         self.limit = limit
         self.ours, self.torch = (PQStat(OBJECT, class_agnostic=True) for _ in range(2))

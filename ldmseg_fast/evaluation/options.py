@@ -34,6 +34,7 @@ class EvaluationOptions:
     eta: float = 0.0  # of the DDIM solver's noise
     backend: str = "torch"
     engine_dir: str | None = None
+    cuda_graph: bool | None = None  # see `LDMSegPipeline.from_pretrained`; of torch in the agreement too
     agreement_images: int = 64  # of a backend other than torch, compared with torch; per rank
     baselines: bool = True
     class_aware: str | None = None  # "GT", a folder of semantic PNGs, or a COCO panoptic result JSON

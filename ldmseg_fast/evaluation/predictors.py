@@ -73,7 +73,7 @@ class DiffusionModel:
         seed: the first noise seed, for the report.
         image_size: side in pixels of what the networks see; None: the model's own.
         steps: of sampling; None: the model's own.
-        solver, eta, backend, engine_dir: as `LDMSegPipeline` has them.
+        solver, eta, backend, engine_dir, cuda_graph: as `LDMSegPipeline` has them.
 
     Raises:
         CheckpointError, BackendError, DataError: a folder that is not what it should be.
@@ -97,8 +97,11 @@ class DiffusionModel:
         eta: float,
         backend: str,
         engine_dir: str | None,
+        cuda_graph: bool | None,
     ) -> None:
-        self.pipe = LDMSegPipeline.from_pretrained(model_dir, backend, engine_dir, image_size=image_size)
+        self.pipe = LDMSegPipeline.from_pretrained(
+            model_dir, backend, engine_dir, image_size=image_size, cuda_graph=cuda_graph
+        )
         info = self.pipe.info
         self.dataset = CocoPanoptic(data, split, info.image_size, num_slots=info.mask_vae.num_slots, limit=limit)
         steps = info.num_inference_steps if steps is None else steps

@@ -98,7 +98,13 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
         if options.backend != "torch" and not predictor.reconstructs and options.agreement_images > 0:
             sampling = {key: predictor.facts[key] for key in ("num_inference_steps", "solver", "eta")}
             agreement = TorchAgreement(
-                model_dir, predictor.facts["image_size"], sampling, options.seed, thresholds, options.agreement_images
+                model_dir,
+                predictor.facts["image_size"],
+                sampling,
+                options.seed,
+                thresholds,
+                options.agreement_images,
+                options.cuda_graph,
             )
         gallery = Gallery(dataset, options.worst, options.random, options.seed) if options.page else None
         instances: Instances | None = [] if options.instances else None
@@ -170,6 +176,7 @@ def load_predictor(
         eta=options.eta,
         backend=options.backend,
         engine_dir=options.engine_dir,
+        cuda_graph=options.cuda_graph,
     )
 
 

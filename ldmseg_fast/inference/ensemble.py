@@ -1,32 +1,69 @@
-"""Several samples of one image as one result: the sample that agrees best with the others, and how far they agree."""
+"""Joins several samples of one image: the sample that agrees best with the others, and how far they agree."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.sampling import MaskSampler, Sampling
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 
 @dataclass(frozen=True)
 class EnsembleResult(PanopticResult):
-    """The medoid of k samples. Entries of `segments_info` have "agreement" too: the mean IoU with the segment's matches
-    in the other samples, 0 for those that have none.
+    """Holds the medoid of k samples.
 
-    agreement: float32 [H, W] in [0, 1], the share of samples, this one included, whose match of the pixel's segment
-        covers the pixel; where this sample is void, the share of samples that are.
-    reference: which of the samples it is.
+    Entries of `segments_info` have "agreement" too: the mean IoU with the segment's matches in the other samples, 0 for
+    those that have none.
+
+    Attributes:
+        agreement: float32 [H, W] in [0, 1], the share of samples, this one included, whose match of the pixel's segment
+            covers the pixel; where this sample is void, the share of samples that are.
+        reference: which of the samples it is.
     """
 
     agreement: np.ndarray
     reference: int
 
 
+def sample_ensemble(
+    sampler: MaskSampler,
+    arrays: Sequence[np.ndarray],
+    image_ids: Sequence[int | str],
+    sampling: Sampling,
+    *,
+    num_samples: int,
+    thresholds: PostprocessConfig | None,
+    captions: Sequence[str] | None,
+) -> list[EnsembleResult]:
+    """Does `LDMSegPipeline.ensemble` for one batch, whose arguments have been checked; pictures are encoded once.
+
+    Args:
+        sampler: of the model.
+        arrays: pictures, uint8 [H, W, 3].
+        image_ids: from which, with each sample's seed, all noise comes.
+        sampling: of the first sample; those that follow have the seeds after its own.
+        num_samples: k.
+        thresholds, captions: as in `LDMSegPipeline.__call__`.
+    """
+    pixels = sampler.resize(arrays)  # uint8 [B, 3, S, S]
+    image_latents = sampler.backend.encode_image(pixels)  # [B, C_image, h, w]
+    sizes = [(array.shape[0], array.shape[1]) for array in arrays]
+    samples = []
+    for each in (replace(sampling, seed=sampling.seed + number) for number in range(num_samples)):
+        noise = sampler.noise(each.seed, image_ids)  # float32 [B, C, h, w]
+        network = sampler.network(pixels, each, captions)
+        mask_latents = sampler.denoise(network, noise, image_latents, image_ids, each)  # float32 [B, C, h, w]
+        samples.append(sampler.decode(mask_latents, sizes, thresholds))
+    return [combine(of_one_image) for of_one_image in zip(*samples)]
+
+
 def combine(samples: Sequence[PanopticResult]) -> EnsembleResult:
-    """One result of k >= 1 samples of an image.
+    """Makes one result of k >= 1 samples of an image.
 
     Segments of two samples match when their IoU is above 0.5, which pairs them uniquely (Kirillov et al., "Panoptic
     Segmentation", CVPR 2019, section 4.1). The sample with the highest mean PQ against all others is the result.
@@ -73,9 +110,11 @@ def combine(samples: Sequence[PanopticResult]) -> EnsembleResult:
 
 
 def iou_matrix(ids: np.ndarray, places: np.ndarray, other_ids: np.ndarray, other_places: np.ndarray) -> np.ndarray:
-    """IoU [n, m] of the segments of two maps, 0 where one is void.
+    """Computes the IoU of the segments of two maps, float64 [n, m], 0 where one is void.
 
-    ids: [n] the map's ids, ascending. places: [pixels], where in `ids` each pixel's id stands.
+    Args:
+        ids, other_ids: integer [n] and [m], each map's ids in rising order.
+        places, other_places: integer [pixels], where in its map's ids each pixel's id stands.
     """
     shape = (len(ids), len(other_ids))
     overlap = np.bincount(places * shape[1] + other_places, minlength=shape[0] * shape[1]).reshape(shape)
@@ -84,6 +123,11 @@ def iou_matrix(ids: np.ndarray, places: np.ndarray, other_ids: np.ndarray, other
 
 
 def mutual_quality(iou: np.ndarray, ids: np.ndarray, other_ids: np.ndarray) -> float:
-    """Class-agnostic PQ of one map against another, in [0, 1], the same either way; 1 where both are void."""
+    """Computes the class-agnostic PQ of one map against another, in [0, 1], the same either way; 1 where both are void.
+
+    Args:
+        iou: float64 [n, m], see `iou_matrix`.
+        ids, other_ids: integer [n] and [m], 0 for void.
+    """
     segments = np.count_nonzero(ids) + np.count_nonzero(other_ids)
     return 2.0 * float(iou[iou > 0.5].sum()) / segments if segments else 1.0

@@ -1,4 +1,4 @@
-"""Completing a panoptic map of which some pixels are given: slots for the given ids, sampling around them, one map.
+"""Completes a panoptic map of which some pixels are given: slots for the given ids, sampling around them, one map.
 
 Shapes: H W the picture's own size, S the network's side, h w latent cells, Q slots (slot 0 is void).
 """
@@ -39,40 +39,71 @@ def inpaint(
     masks: Sequence[np.ndarray],
     image_ids: Sequence[int | str],
     sampling: Sampling,
+    *,
     thresholds: PostprocessConfig | None,
     method: str | None,
     draft_steps: int,
 ) -> list[PanopticResult]:
-    """`LDMSegPipeline.inpaint` for one batch, whose arguments have been checked."""
-    info, seed = sampler.info, sampling.seed
+    """Does `LDMSegPipeline.inpaint` for one batch, whose arguments have been checked.
+
+    Args:
+        sampler: of the model.
+        arrays: pictures, uint8 [H, W, 3].
+        maps: integer ids [H, W].
+        masks: bool [H, W], True where the map is given.
+        image_ids: from which, with the seed, all noise comes.
+        sampling: solver, steps, timesteps, seed and callback.
+        thresholds, method, draft_steps: as in `LDMSegPipeline.inpaint`.
+
+    Returns:
+        A PanopticResult per picture.
+
+    Raises:
+        ArgumentError: an unknown method.
+    """
+    info, mask_vae = sampler.info, sampler.backend.mask_vae
     trained = bool(info.index.get("inpainting"))
     method = method or ("estimate" if trained else "pixels")
     thresholds = thresholds or info.postprocess
-    noise = sampler.noise(seed, image_ids)  # [B, C, h, w]
+    noise = sampler.noise(sampling.seed, image_ids)  # float32 [B, C, h, w]
+    pixels = sampler.resize(arrays)  # uint8 [B, 3, S, S]
+    image_latents = sampler.backend.encode_image(pixels)  # [B, C_image, h, w]
+
     drafts: Any = [None] * len(arrays)
     if draft_steps > 0:
-        plain = replace(
-            sampling, num_inference_steps=min(draft_steps, sampling.num_inference_steps), timesteps=None, callback=None
-        )
-        drafts = decode_slots(sampler.mask_vae, sampler.latents(arrays, noise, image_ids, plain)).cpu().numpy()
+        steps = min(draft_steps, sampling.num_inference_steps)
+        plain = replace(sampling, num_inference_steps=steps, timesteps=None, callback=None)
+        network = sampler.network(pixels, plain)
+        draft_latents = sampler.denoise(network, noise, image_latents, image_ids, plain)  # float32 [B, C, h, w]
+        drafts = decode_slots(mask_vae, draft_latents).cpu().numpy()  # int64 [B, S, S]
 
-    givens = []
-    for image_id, segmentation, known, draft in zip(image_ids, maps, masks, drafts):
-        rng = np.random.default_rng(seed_of(seed, "slots", image_id))
-        scheme = (info.mask_vae.num_slots, sampler.id_assignment, rng)
-        givens.append(prepare(segmentation, known, info.image_size, *scheme, f"image {image_id}", draft))
-    step_noise = partial(sampler.step_noise, seed, image_ids, "known")
+    scheme = sampler.id_assignment
+    givens = [
+        prepare(
+            segmentation,
+            known,
+            size=info.image_size,
+            num_slots=info.mask_vae.num_slots,
+            scheme=scheme,
+            rng=np.random.default_rng(seed_of(sampling.seed, "slots", image_id)),
+            name=f"image {image_id}",
+            draft=draft,
+        )
+        for image_id, segmentation, known, draft in zip(image_ids, maps, masks, drafts)
+    ]
+    step_noise = partial(sampler.step_noise, sampling.seed, image_ids, "known")
     # what was encoded beside void is a little off; models that were not trained with it get cells farther inside
     margin = 0 if trained else 1
-    constraint = make_constraint(method, sampler.mask_vae, givens, sampler.scheduler, step_noise, margin)
-    mask_latents = sampler.latents(arrays, noise, image_ids, sampling, constraint=constraint)  # [B, C, h, w]
+    constraint = make_constraint(method, mask_vae, givens, sampler.scheduler, step_noise, margin)
+    network = sampler.network(pixels, sampling)
+    mask_latents = sampler.denoise(network, noise, image_latents, image_ids, sampling, constraint)  # [B, C, h, w]
     decoded = sampler.decode(mask_latents, [(array.shape[0], array.shape[1]) for array in arrays], thresholds)
-    return [complete(*pair, thresholds.count_threshold) for pair in zip(decoded, givens)]
+    return [complete(result, given, thresholds.count_threshold) for result, given in zip(decoded, givens)]
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of one image's map.
+    """Holds what is known of one image's map.
 
     Attributes:
         segmentation: int32 [H, W], the given ids; 0 where nothing is given, and where void is.
@@ -99,7 +130,7 @@ def prepare(
     name: str = "image",
     draft: np.ndarray | None = None,
 ) -> Given:
-    """Slots for the given segments of one image: those of `draft`, or by the scheme of the model's training.
+    """Finds slots for the given segments of one image: those of `draft`, or by the scheme of the model's training.
 
     Of more than `num_slots` - 1 segments the largest get one; the others stay as they are but cannot grow, which a
     warning says. So do segments that vanish at the network's size.
@@ -138,21 +169,21 @@ def prepare(
 
 
 def encode_slots(mask_vae: Any, slots: Tensor) -> Tensor:
-    """Slots, integer [B, S, S], 0 = void, to scaled mask latents [B, C, h, w] float32."""
+    """Encodes slots, integer [B, S, S], 0 = void, to scaled mask latents float32 [B, C, h, w]."""
     bits = encode_mask_bits(slots, mask_vae.config.num_bits, dtype=next(mask_vae.parameters()).dtype)
     return mask_vae.encode_latents(bits).float()
 
 
 def decode_slots(mask_vae: Any, mask_latents: Tensor) -> Tensor:
-    """Scaled mask latents [B, C, h, w] to the best slot of each pixel at the network's size, int64 [B, S, S]."""
+    """Decodes scaled mask latents [B, C, h, w] to each pixel's best slot at the network's size, int64 [B, S, S]."""
     logits = mask_vae.decode_latents(mask_latents.to(next(mask_vae.parameters()).dtype)).float()
     size = [side * mask_vae.config.downsampling for side in mask_latents.shape[-2:]]
     return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(dim=1)
 
 
 class KnownPixels:
-    """A constraint on the map itself: each estimate of x_0 is decoded, the given pixels are put in, and it is encoded
-    again. Cells without a given pixel keep the estimate.
+    """Constrains the map itself: each estimate of x_0 is decoded, the given pixels are put in, and it is encoded again.
+    Cells without a given pixel keep the estimate. A `diffusion.solvers.Constraint`.
 
     The encoder sees far across a cell's edge, so that cells cannot be known one by one where little is given; here it
     sees the model's own completion in place of the unknown.
@@ -169,24 +200,33 @@ class KnownPixels:
         self.cells = ~whole_cells(slots == 0, cell)  # any pixel given
 
     def condition(self, latents: Tensor) -> Tensor:
-        """Zeros [B, C, h, w]: nothing is estimated yet."""
+        """Returns zeros, float [B, C, h, w]: nothing is estimated yet."""
         return torch.zeros_like(latents)
 
     def latents(self, latents: Tensor, timestep: int) -> Tensor:
-        """x_t as it is."""
+        """Returns x_t, float [B, C, h, w], as it is."""
         return latents
 
     def estimate(self, estimate: Tensor) -> Tensor:
-        """The estimate of x_0 [B, C, h, w] with the given pixels put in."""
+        """Returns the estimate of x_0, float [B, C, h, w], with the given pixels put in."""
         slots = torch.where(self.slots > 0, self.slots.long(), decode_slots(self.mask_vae, estimate))
         return torch.where(self.cells, encode_slots(self.mask_vae, slots), estimate)
 
 
 def follow_draft(numbered: np.ndarray, count: int, draft: np.ndarray, num_slots: int) -> np.ndarray:
-    """Number -> slot, uint8 [256]: pairs of segment and predicted slot in falling order of their IoU where the map is
-    given, then slots that the draft does not use for the segments that are left.
+    """Gives each numbered segment the slot that the draft has for it.
 
-    numbered: [S, S] with 1..count, 0 where nothing is given. draft: [S, S] slots, 0 void.
+    Pairs of segment and predicted slot are taken in falling order of their IoU where the map is given; the segments
+    that are left get slots that the draft does not use.
+
+    Args:
+        numbered: uint8 [S, S] with 1..count, 0 where nothing is given.
+        count: of segments.
+        draft: integer [S, S] slots, 0 void.
+        num_slots: Q.
+
+    Returns:
+        Number -> slot, uint8 [256].
     """
     inside = numbered > 0
     overlap = np.zeros((count + 1, num_slots))
@@ -212,7 +252,15 @@ def follow_draft(numbered: np.ndarray, count: int, draft: np.ndarray, num_slots:
 def make_constraint(
     method: str, mask_vae: Any, givens: Sequence[Given], scheduler: Scheduler, step_noise: StepNoise, margin: int
 ) -> Constraint:
-    """The constraint that a batch's given pixels make, by method; `margin` as in `whole_cells`.
+    """Makes the constraint that a batch's given pixels are.
+
+    Args:
+        method: one of METHODS.
+        mask_vae: the mask auto-encoder.
+        givens: of each picture.
+        scheduler: alphas.
+        step_noise: of "renoise".
+        margin: as in `whole_cells`.
 
     Raises:
         ArgumentError: an unknown method.
@@ -229,15 +277,20 @@ def make_constraint(
 
 
 def complete(result: PanopticResult, given: Given, min_area: int) -> PanopticResult:
-    """The predicted map with the given pixels put back and every segment under its final id.
+    """Puts the given pixels back into the predicted map, and every segment under its final id.
 
     A predicted segment whose slot is a given one's takes that one's id; so does one that lies, where pixels are given,
     mostly on one given segment. The others get the smallest unused ids, and become void where fewer than `min_area`
     of their pixels are left.
 
+    Args:
+        result: the predicted map, int32 [H, W].
+        given: what is known of it.
+        min_area: in pixels.
+
     Returns:
-        `segments_info` has "given" beside the usual entries: whether the id is one of the map that was given. A
-        segment without predicted pixels has score 1.
+        The map, int32 [H, W]. `segments_info` has "given" beside the usual entries: whether the id is one of the map
+        that was given. A segment without predicted pixels has score 1.
     """
     predicted = result.segmentation
     final, taken = {}, set(np.unique(given.segmentation).tolist()) | {0}
@@ -273,7 +326,16 @@ def complete(result: PanopticResult, given: Given, min_area: int) -> PanopticRes
 def check_given(
     shapes: Sequence[tuple[int, ...]], segmentations: Sequence[np.ndarray], known_masks: Sequence[np.ndarray]
 ) -> None:
-    """Raises ArgumentError naming the first map or mask that does not fit its image, whose sizes `shapes` lists."""
+    """Checks maps and masks against the images' sizes.
+
+    Args:
+        shapes: (H, W) of each image.
+        segmentations: integer ids [H, W].
+        known_masks: bool [H, W].
+
+    Raises:
+        ArgumentError: the first map or mask that does not fit its image, named.
+    """
     if not len(shapes) == len(segmentations) == len(known_masks):
         raise ArgumentError(
             f"{len(shapes)} images, {len(segmentations)} segmentations, {len(known_masks)} known_masks: give one each"

@@ -1,8 +1,8 @@
-"""Pictures and noise -> mask latents -> maps: a backend's networks under any solver."""
+"""Turns pictures and noise into mask latents and maps: a backend's networks under any solver."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import Backend
-from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.transforms import resize_image
-from ldmseg_fast.diffusion.sampler import Callback, image_noise, seed_of
+from ldmseg_fast.diffusion.sampler import Callback, Denoise, image_noise, seed_of
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.diffusion.solvers import Constraint, Timesteps, check_solver, sample, solver_timesteps
 from ldmseg_fast.errors import ArgumentError
@@ -26,7 +25,7 @@ from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one call samples: names as in `diffusion.solvers.sample` and `LDMSegPipeline.__call__`."""
+    """Says how one call samples: names as in `diffusion.solvers.sample` and `LDMSegPipeline.__call__`."""
 
     num_inference_steps: int
     solver: str = "ddim"
@@ -44,7 +43,10 @@ class Sampling:
 
 
 class MaskSampler:
-    """What every use of a model shares.
+    """Does the steps from pictures and noise to maps that every use of a model shares.
+
+    `LDMSegPipeline.__call__` shows them in order. Shapes: H W a picture's own size, S the network's side, h w latent
+    cells.
 
     Attributes:
         backend: runs the networks.
@@ -56,65 +58,88 @@ class MaskSampler:
         self.backend = backend
         self.info = backend.info
         self.scheduler = Scheduler(self.info.scheduler).to(backend.device)
-        self._mask_vae: Any = None
 
     def settings(self, num_inference_steps: int | None, **settings: Any) -> Sampling:
-        """Checked before any work. Raises ArgumentError for what the solver, the schedule or the backend cannot do."""
+        """Makes a Sampling and checks it before any work; steps default to the model's own.
+
+        Raises:
+            ArgumentError: what the solver, the schedule or the backend cannot do.
+        """
         steps = self.info.num_inference_steps if num_inference_steps is None else num_inference_steps
         sampling = Sampling(steps, **settings)
         check_solver(sampling.solver, sampling.eta)
         solver_timesteps(self.scheduler, sampling.solver, steps, sampling.timesteps)
-        interval, branch = sampling.cache_interval, sampling.cache_branch
+        interval, branch, branches = sampling.cache_interval, sampling.cache_branch, self.backend.cache_branches
         if interval < 1:
             raise ArgumentError(f"cache_interval={interval}: at least 1, which caches nothing")
-        if interval > 1:
-            backend: Any = self.backend
-            if not hasattr(backend, "caching"):
-                raise ArgumentError(f"cache_interval={interval}: graphs have no such option; use backend=torch")
-            skips = backend.unet.num_skips
-            if not 0 <= branch < skips:
-                raise ArgumentError(f"cache_branch={branch}: from 0 to {skips - 1}, the skip connections of this UNet")
+        if interval > 1 and not branches:
+            raise ArgumentError(f"cache_interval={interval}: graphs have no such option; use backend=torch")
+        if interval > 1 and not 0 <= branch < branches:
+            raise ArgumentError(f"cache_branch={branch}: from 0 to {branches - 1}, the skip connections of this UNet")
         return sampling
 
     def noise(self, seed: int, image_ids: Sequence[int | str]) -> Tensor:
-        """x_T, [B, C, h, w], on the CPU, so that a seed means the same on every device."""
+        """Draws x_T, float32 [B, C, h, w], on the CPU, so that a seed means the same on every device."""
         return image_noise(seed, image_ids, self.info.latent_shape)
 
     def step_noise(self, seed: int, image_ids: Sequence[int | str], purpose: str, step: int) -> Tensor:
-        """Noise [B, C, h, w] of one step, each image's its own too."""
+        """Draws the noise of one step, float32 [B, C, h, w] on the CPU, each image's its own too."""
         return image_noise(seed_of(seed, purpose, step), image_ids, self.info.latent_shape)
 
-    def latents(
+    def resize(self, arrays: Sequence[np.ndarray]) -> Tensor:
+        """Resizes pictures uint8 [H, W, 3] to the network's size: uint8 [B, 3, S, S] on the backend's device."""
+        pixels = np.stack([resize_image(array, self.info.image_size) for array in arrays])  # uint8 [B, S, S, 3]
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.backend.device)
+
+    def network(self, pixels: Tensor, sampling: Sampling, captions: Sequence[str] | None = None) -> Denoise:
+        """Returns the UNet as one sampling loop calls it.
+
+        Its context [B, M, D] is fixed: none, trained queries, or CLIP's tokens of the picture or the caption. It keeps
+        deep features between calls where `sampling` says so.
+
+        Args:
+            pixels: uint8 [B, 3, S, S].
+            sampling: `cache_interval` and `cache_branch`.
+            captions: one per picture.
+
+        Returns:
+            (unet_input [B, C_in, h, w], timesteps [B]) -> model output [B, C, h, w].
+        """
+        denoise: Callable[..., Tensor] = self.backend.denoise
+        if sampling.cache_interval > 1:
+            denoise = self.backend.caching(sampling.cache_interval, sampling.cache_branch)
+        if self.info.conditioning == "none":
+            return denoise
+        return with_context(denoise, self.backend.conditioning, pixels, captions)
+
+    def denoise(
         self,
-        arrays: Sequence[np.ndarray],
+        network: Denoise,
         noise: Tensor,
+        image_latents: Tensor,
         image_ids: Sequence[int | str],
         sampling: Sampling,
-        captions: Sequence[str] | None = None,
         constraint: Constraint | None = None,
     ) -> Tensor:
-        """Scaled mask latents [B, C, h, w] of a batch of pictures uint8 [H, W, 3]: the pipeline's steps 3 to 5."""
-        # 3. Pictures at the network's size
-        pixels = np.stack([resize_image(array, self.info.image_size) for array in arrays])  # [B, S, S, 3]
-        inputs = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.backend.device)  # [B, 3, S, S]
+        """Runs the solver from noise to mask latents, with the backend's own loop where that does the same.
 
-        # 4. Image latents
-        image_latents = self.backend.encode_image(inputs)  # [B, C_image, h, w]
+        Args:
+            network: what `network` returned for this loop.
+            noise: x_T, float32 [B, C, h, w].
+            image_latents: [B, C_image, h, w].
+            image_ids: from which, with the seed, the noise of eta > 0 comes.
+            sampling: solver, steps, timesteps, seed and callback.
+            constraint: what is known of x_0.
 
-        # 5. Denoise
+        Returns:
+            Scaled mask latents, float32 [B, C, h, w].
+        """
         noise = noise.to(self.backend.device)
         steps = sampling.num_inference_steps
-        conditioned = self.info.conditioning != "none"
-        if sampling.is_plain and constraint is None and not conditioned:
+        if sampling.is_plain and constraint is None and self.info.conditioning == "none":
             return self.backend.sample(noise, image_latents, self.scheduler, steps, sampling.callback)
-        backend: Any = self.backend
-        denoise: Any = backend.denoise
-        if sampling.cache_interval > 1:
-            denoise = backend.caching(sampling.cache_interval, sampling.cache_branch)
-        if conditioned:
-            denoise = with_context(denoise, backend.conditioning, inputs, captions)
         return sample(
-            denoise,
+            network,
             noise,
             image_latents,
             self.scheduler,
@@ -129,23 +154,24 @@ class MaskSampler:
         )
 
     def decode(
-        self, mask_latents: Tensor, sizes: list[tuple[int, int]], thresholds: PostprocessConfig | None
+        self, mask_latents: Tensor, sizes: Sequence[tuple[int, int]], thresholds: PostprocessConfig | None
     ) -> list[PanopticResult]:
-        """Maps at each image's own size; images of one size are decoded together."""
+        """Decodes mask latents to maps at each picture's own size; pictures of one size are decoded together.
+
+        Args:
+            mask_latents: scaled, float32 [B, C, h, w].
+            sizes: (H, W) of each picture.
+            thresholds: default the model's own.
+
+        Returns:
+            A PanopticResult per picture, in their order, whose segmentation is int32 [H, W].
+        """
         results: dict[int, PanopticResult] = {}
         for size in dict.fromkeys(sizes):
             rows = [row for row, other in enumerate(sizes) if other == size]
             decoded = self.backend.decode_mask(mask_latents[rows], size, "panoptic", thresholds)
             results.update(zip(rows, decoded))
         return [results[row] for row in range(len(sizes))]
-
-    @property
-    def mask_vae(self) -> Any:
-        """The mask auto-encoder in PyTorch, on the backend's device: backends of graphs hold its decoder only."""
-        own = getattr(self.backend, "mask_vae", None)
-        if own is None and self._mask_vae is None:
-            self._mask_vae = load_component(self.info.folder, "mask_vae").to(self.backend.device)
-        return self._mask_vae if own is None else own
 
     @property
     def id_assignment(self) -> str:

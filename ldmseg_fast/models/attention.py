@@ -2,57 +2,67 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, BackendError
 from ldmseg_fast.kernels.attention import attention as kernel_attention
-from ldmseg_fast.kernels.attention.dispatch import MAX_HEAD_SIZE
+from ldmseg_fast.kernels.attention import takes_head_size, why_not_fp8
 
-BACKENDS = ("auto", "triton", "sdpa", "xformers")
+BACKENDS = ("auto", "triton", "sdpa", "xformers", "fp8")
 
-MAX_PRODUCT = 256 * 256  # up to here, training on a CPU in bfloat16 is faster with the whole matrix in memory
+
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses a backend that cannot run a model of `dtype` on `device`; to be called once the two are known.
+
+    Raises:
+        ArgumentError: an unknown backend.
+        BackendError: "triton" without a GPU, "xformers" where it is not installed, "fp8" on a GPU without products of
+            e4m3 (older than sm_89), without a GPU, or for a model in float32.
+    """
+    if backend not in BACKENDS:
+        raise ArgumentError(f"attention={backend!r}: one of {', '.join(BACKENDS)} expected")
+    if backend == "triton" and device.type != "cuda":
+        raise BackendError(f"attention=triton needs a GPU, the model is on {device}; use attention=auto or sdpa")
+    if backend == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise BackendError("attention=xformers: xformers is not installed; install it, or use attention=auto")
+    reason = why_not_fp8(device, dtype) if backend == "fp8" else ""
+    if reason:
+        raise BackendError(f"attention=fp8 {reason}; use attention=auto")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, not causal.
+    """Computes softmax(q k^T / sqrt(d)) v, not causal (Vaswani et al., arXiv 1706.03762, equation 1).
 
     Args:
-        q, k, v: [B, N, heads, d], any strides; `k` and `v` may have another N.
-        backend: "auto" (our kernel on CUDA, PyTorch's elsewhere), "triton", "sdpa" or "xformers".
+        q: float [B, N, heads, d], any strides.
+        k, v: float [B, M, heads, d] of q's dtype, any strides.
+        backend: "auto" is our kernel (on CUDA in Triton, elsewhere in PyTorch), or PyTorch's attention for head sizes
+            that the kernel does not take. "triton" is our kernel on CUDA only, "sdpa" is PyTorch's attention,
+            "xformers" is xFormers'. "fp8" is our kernel with e4m3 products, for inference; on a CPU it is the
+            reference, which rounds in the same places.
 
     Returns:
-        [B, N, heads, d].
+        [B, N, heads, d] of q's dtype.
 
     Raises:
-        ArgumentError: an unknown backend; "triton" where the tensors are not on a GPU.
+        ArgumentError: an unknown backend, or a head size that "triton" and "fp8" do not take.
+        BackendError: "triton" where the tensors are not on a GPU.
         ImportError: "xformers" where it is not installed.
+        ValueError: shapes or dtypes that do not fit; "fp8" where a gradient is wanted.
     """
-    if backend == "auto":
-        backend = "kernel" if q.shape[-1] % 8 == 0 and q.shape[-1] <= MAX_HEAD_SIZE else "sdpa"
-    if backend == "kernel":
-        if q.device.type == "cpu" and q.requires_grad and q.dtype != torch.float32:
-            if q.shape[1] * k.shape[1] <= MAX_PRODUCT:
-                return attention_by_products(q, k, v)
-            # on CPUs the backward pass of PyTorch's attention takes three times longer in bfloat16 than in float32
-            return kernel_attention(q.float(), k.float(), v.float()).to(q.dtype)
-        return kernel_attention(q, k, v)
-    if backend == "triton":
-        if q.device.type != "cuda":
-            raise ArgumentError(f"attention=triton needs a GPU, the tensors are on {q.device}; use auto or sdpa")
-        return kernel_attention(q, k, v)
-    if backend == "sdpa":
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    if backend not in BACKENDS or (backend == "triton" and q.device.type != "cuda"):
+        check_backend(backend, q.device, q.dtype)
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q, k, v)
-    raise ArgumentError(f"attention={backend!r}: one of {', '.join(BACKENDS)} expected")
-
-
-def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` as two matrix products with the whole [N, M] matrix between them: for short sequences."""
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # [B, heads, N, d]
-    weights = torch.softmax((q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5, dim=-1)
-    return (weights.to(v.dtype) @ v).transpose(1, 2)
+    fits = takes_head_size(q.shape[-1])
+    if backend == "sdpa" or (backend == "auto" and not fits):
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    if not fits:
+        raise ArgumentError(f"attention={backend} takes no heads of {q.shape[-1]} channels; use attention=auto or sdpa")
+    return kernel_attention(q, k, v, fp8=backend == "fp8")

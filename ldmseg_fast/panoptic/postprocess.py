@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.config import PostprocessConfig
@@ -16,7 +17,7 @@ from ldmseg_fast.kernels.panoptic_head import panoptic_head
 from ldmseg_fast.panoptic.results import PanopticResult, ResultsWriter
 from ldmseg_fast.panoptic.shapes import clean_segments, segment_shapes
 
-__all__ = ["PanopticResult", "ResultsWriter", "clean_up", "postprocess"]
+__all__ = ["PanopticResult", "ResultsWriter", "clean_up", "postprocess", "resize_logits"]
 
 
 def postprocess(
@@ -64,6 +65,20 @@ def postprocess(
         for row, image in enumerate(images):
             results[image] = PanopticResult(maps[row], make_segments_info(area[row], box[row], score[row]))
     return [results[image] for image in range(len(results))]
+
+
+def resize_logits(mask_logits: Tensor, network_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Resizes slot logits as `postprocess` does: bilinearly to the network's size, then to `size`.
+
+    Args:
+        mask_logits: [B, Q, h, w] of any float dtype.
+        network_size, size: (height, width) in pixels.
+
+    Returns:
+        float32 [B, Q, height, width].
+    """
+    logits = F.interpolate(mask_logits.float(), network_size, mode="bilinear", align_corners=False)
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
 def clean_up(result: PanopticResult, min_island: int = 0, max_hole: int = 0) -> PanopticResult:

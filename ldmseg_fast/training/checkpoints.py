@@ -51,6 +51,7 @@ class Progress:
     items: int = 0
     best: dict[int, float] = field(default_factory=dict)  # PQ of validations, by the step of their checkpoint
     skipped: int = 0
+    seconds: float = 0.0  # wall time in training, all starts together
     validation_due: bool = False  # that of this step was interrupted
 
 

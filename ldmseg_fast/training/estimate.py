@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.config import Config, describe
+from ldmseg_fast.config.precision import resolve_precision
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.layers import ResnetBlock
 from ldmseg_fast.models.mask_vae import MaskVAE
@@ -112,7 +113,7 @@ def activation_memory(config: Config, images: int, checkpointing: bool) -> int:
     """
     unet = _parts("diffusion", config)["unet"]
     side = config.data.image_size // config.mask_vae.downsampling
-    half = config.train.precision != "fp32"
+    half = resolve_precision(config.train.precision, distributed.device())[0] != "fp32"
     heads = config.unet.num_heads
     scores = {(heads[level], *[(side >> level) ** 2] * 2) for level in range(len(heads))}
     seen = {p.untyped_storage()._cdata for p in unet.parameters()}
@@ -225,7 +226,7 @@ def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = 
         saved = (now - state_memory(counts, changed, ranks, zero_stage).device) / GIB
         name = f"train.zero_stage={zero_stage}" + (" train.offload=true" if offload and not train.offload else "")
         options.append((saved, f"{name}: {saved:.2f} GiB less on each of {ranks} ranks"))
-    if train.precision == "fp32":
+    if resolve_precision(train.precision, distributed.device())[0] == "fp32":
         options.append((activations / 2, f"train.precision=bf16: about {activations / 2:.2f} GiB less"))
     options.append((0.0, f"data.image_size={config.data.image_size // 2}: a quarter of the activations"))
     if stage_name == "autoencoder":
@@ -240,6 +241,9 @@ def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None)
 
     These are resolved settings, DeepSpeed's derived configuration, parameters, and memory per rank for ZeRO 0-3.
 
+    `train.precision=auto` is resolved for the device of this machine; whether `model.attention` can run on it is not
+    asked, so that a GPU's run can be tried without one.
+
     Raises:
         ConfigError: settings that contradict a pre-trained folder or the user's DeepSpeed configuration.
         CheckpointError: a pre-trained folder that is missing or damaged.
@@ -248,12 +252,16 @@ def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None)
         config = started_from_model(config)
     if stage_name != "autoencoder" and config.model.init_from:
         config = resolve_start(config).config
+    precision, reason = resolve_precision(config.train.precision, distributed.device())
+    config = replace(config, train=replace(config.train, precision=precision))
     ranks = distributed.world_size()
     counts = count_parameters(stage_name, config)
     derived = deepspeed_config(config, ranks, counts.trainable)
     derived = merge_user_config(derived, user_config or {}, config.train.clip)
     return [
         *describe(config),
+        "",
+        f"precision: {precision} ({reason})",
         "",
         f"DeepSpeed configuration for {ranks} ranks: {json.dumps(derived, indent=2)}",
         "",

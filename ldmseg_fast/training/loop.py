@@ -28,6 +28,7 @@ from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
 from ldmseg_fast.training.inputs import check_batch, make_batches, make_dataset
+from ldmseg_fast.training.machine import resolve_settings
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
@@ -35,14 +36,15 @@ from ldmseg_fast.training.stages import STAGES
 from ldmseg_fast.training.validation import validate
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: TrainConfig, time_used: float = 0.0) -> float:
     """Computes the learning rate of 0-based `step`.
 
     After a linear warm-up it is constant, follows a cosine, or is a tenth for the last tenth of the run.
+    time_used: the share of `train.max_minutes` that is over; the schedule follows it where it is ahead of the steps.
     """
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
-    progress = min((step - config.warmup) / max(config.steps - config.warmup, 1), 1.0)
+    progress = min(max((step - config.warmup) / max(config.steps - config.warmup, 1), time_used), 1.0)
     if config.schedule == "cosine":  # Loshchilov & Hutter 2017, equation 5
         share = config.min_lr + (1.0 - config.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
     elif config.schedule == "step":
@@ -71,6 +73,7 @@ class Run:
         settings = config.train
         self.checkpoints = TrainingCheckpoints(self.folder / "checkpoints", settings.keep, settings.keep_best)
         self.checkpoints.check_start(resume, trust)
+        config, precision = resolve_settings(config, self.device, self.folder if resume else None)
         torch.set_num_threads(settings.threads or max(1, distributed.cores() // distributed.local_size()))
         torch.manual_seed(settings.seed)
         for kernel in KERNELS:
@@ -107,25 +110,27 @@ class Run:
             record_start(logs, stage_name, self.progress.step)
             (self.folder / "settings.txt").write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         self.log = RunLog(logs, self.progress.step, settings.wandb, to_dict(config))
+        self.say(precision)
         self.agreement, self.window = Agreement(), Window()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
+        self.seconds_before, self.rate = self.progress.seconds, 0.0
         quiet = None if distributed.is_main() else True  # None: silent where there is no terminal
         self.bar = tqdm(total=settings.steps, initial=self.progress.step, desc=stage_name, unit="step", disable=quiet)
 
     def loop(self) -> None:
-        """Trains until train.steps, a signal, or train.max_minutes."""
+        """Trains until train.steps or train.max_minutes, which end the run, or a signal, which interrupts it."""
         settings, progress = self.config.train, self.progress
         if progress.validation_due:
             self.validate()
             self.save()
-        stop = progress.step >= settings.steps or progress.validation_due
+        stop = self.over() or progress.validation_due
         while not stop:
             self.window.add(self.take_step())
-            last = progress.step == settings.steps
-            out_of_time = settings.max_minutes > 0 and time.monotonic() - self.started > 60 * settings.max_minutes
-            stop, bad_items = self.agreement.exchange(
-                self.interrupt.requested or out_of_time, len(self.bad_items.messages)
+            stop, bad_items, seconds = self.agreement.exchange(
+                self.interrupt.requested, len(self.bad_items.messages), time.monotonic() - self.started
             )
+            progress.seconds = self.seconds_before + seconds
+            last = self.over()
             self.bad_items.check(bad_items)
             if progress.step % settings.log_every == 0 or last:
                 self.write_log()
@@ -137,6 +142,15 @@ class Run:
             if progress.step % settings.save_every == 0 or stop or (improved and settings.keep_best > 0):
                 self.save()
 
+    def over(self) -> bool:
+        """Whether the run has reached its end."""
+        return self.progress.step >= self.config.train.steps or self.time_used() >= 1.0
+
+    def time_used(self) -> float:
+        """Share of train.max_minutes that is over, on every rank the same; 0 without a limit."""
+        minutes = self.config.train.max_minutes
+        return self.progress.seconds / (60 * minutes) if minutes > 0 else 0.0
+
     def take_step(self) -> dict[str, Tensor]:
         """Takes one optimiser step over `accumulation` micro-batches.
 
@@ -144,7 +158,8 @@ class Run:
             This rank's losses by name, averaged over the micro-batches: float scalars on the device.
         """
         settings, progress = self.config.train, self.progress
-        self.optimizer.set_learning_rate(learning_rate(progress.step, settings))
+        self.rate = learning_rate(progress.step, settings, self.time_used())
+        self.optimizer.set_learning_rate(self.rate)
         totals: dict[str, Tensor] = {}
         if self.shard_check is not None:
             self.shard_check.raise_if_damaged()
@@ -175,9 +190,10 @@ class Run:
         """Writes a line of the log; all ranks call it."""
         values = self.window.means(self.config.train.batch_size)
         seconds = max(time.monotonic() - self.window.started, 1e-9)
-        values["lr"] = learning_rate(self.progress.step - 1, self.config.train)
+        values["lr"] = self.rate
         values["data_wait"] = self.batches.waited / seconds  # share of the time
         values["cpu_seconds"] = time.process_time() - self.cpu_started
+        values["seconds"] = self.progress.seconds
         if self.progress.skipped:
             values["skipped"] = self.progress.skipped
         if self.optimizer.scale.enabled:
@@ -284,6 +300,6 @@ def train(
         finally:
             if run is not None:
                 run.close()
-    if interrupt.requested and (run.progress.step < config.train.steps or run.progress.validation_due):
+    if interrupt.requested and (not run.over() or run.progress.validation_due):
         raise Stopped(run.progress.step, interrupt.signal)
     return run.folder

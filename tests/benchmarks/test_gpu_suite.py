@@ -120,6 +120,7 @@ def test_a_machine_without_a_gpu_is_told(script):
     assert done.returncode == 1
 
 
+@pytest.mark.serial
 def test_dry_run(script, tmp_path):
     minutes = 1.5
     started = time.monotonic()

@@ -181,7 +181,9 @@ def test_eta_is_reproducible_per_image():
     assert torch.equal(together, run(network, start, 6, step_noise=noise_of(ids), **settings))
     assert not torch.allclose(together, run(network, start, 6, step_noise=noise_of(ids, seed=1), **settings))
     for row, name in enumerate(ids):
-        assert torch.equal(together[[row]], run(network, start[[row]], 6, step_noise=noise_of([name]), **settings))
+        alone = run(network, start[[row]], 6, step_noise=noise_of([name]), **settings)
+        # vectors and what is left over at their end may be rounded differently
+        torch.testing.assert_close(together[[row]], alone, rtol=1e-6, atol=1e-6)
 
 
 def test_ancestral_sampling_gives_the_right_distribution():

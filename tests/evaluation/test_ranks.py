@@ -14,6 +14,8 @@ import pytest
 from ldmseg_fast.distributed.liveness import LOST_RANK
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 
+pytestmark = pytest.mark.serial
+
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"steps": 1, "limit": 7, "batch_size": 2, "mask_threshold": 0.0, "count_threshold": 0}
 MODES = {

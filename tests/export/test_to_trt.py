@@ -330,7 +330,9 @@ def test_engines_without_weights(model_dir, graphs, trt, double, tmp_path):
 def test_pictures_of_any_size(graphs):
     from ldmseg_fast.backends.graphs.specs import GraphSpec, TensorSpec
 
-    spec = GraphSpec("image_encoder", (TensorSpec("images", "uint8", ("batch", 3, "latent_height*4", 64)),), ())
+    spec = GraphSpec(
+        "image_encoder", "image_encoder", (TensorSpec("images", "uint8", ("batch", 3, "latent_height*4", 64)),), ()
+    )
     manifest = read_manifest(graphs)
     ranges = engine_build.Ranges(sides=(32, 64, 128))
     found = engine_build.axis_ranges(spec, manifest, (1, 2, 3), ranges)

@@ -68,13 +68,13 @@ def path_of(node: ast.expr) -> list[str]:
 
 @pytest.fixture(scope="module")
 def source() -> ast.ClassDef:
-    module = ast.parse((ROOT / "ldmseg_fast" / "backends" / "trt_api.py").read_text(encoding="utf-8"))
+    module = ast.parse((ROOT / "ldmseg_fast" / "backends" / "trt" / "api.py").read_text(encoding="utf-8"))
     return next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "TrtApi")
 
 
 @pytest.fixture(scope="module")
 def used(source) -> set[str]:
-    """Classes, and class.member, that trt_api reads."""
+    """Classes, and class.member, that trt/api.py reads."""
     paths = [path_of(node)[1:3] for node in ast.walk(source) if isinstance(node, ast.Attribute)]
     names = {".".join(path) for path in paths if path and path[0] != "__version__"}
     return names | {f"{kind}.{name}" for kind, members in BY_STRING.items() for name in members}

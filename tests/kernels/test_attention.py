@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldmseg_fast.kernels.attention import attention, dispatch, kernel, reference
+from ldmseg_fast.kernels.attention import attention, host, reference
+from ldmseg_fast.kernels.attention.op import attention_backward_op, attention_forward_op
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.float16, *([torch.bfloat16] if CUDA else [])]
@@ -30,11 +31,11 @@ def torch_attention(q, k, v, grad):
 def test_no_more_than_twice_the_error_of_torch(shape, dtype, device, poison):
     q, k, v, grad = make_inputs(shape, dtype, device)
     scale = shape[-1] ** -0.5
-    out, logsumexp = kernel.attention_forward(q, k, v, scale)
+    out, logsumexp = host.attention_forward(q, k, v, scale)
     names = ["out", "grad_q", "grad_k", "grad_v"]
     actual = [out]
     if shape[1] != 500 or CUDA:  # the interpreter takes its time
-        actual += kernel.attention_backward(grad, q, k, v, out, logsumexp, scale)
+        actual += host.attention_backward(grad, q, k, v, out, logsumexp, scale)
     exact = torch_attention(*(each.double() for each in (q, k, v, grad)))
     theirs = torch_attention(q, k, v, grad)
     for name, ours, best, usual in zip(names, actual, exact, theirs):
@@ -49,13 +50,13 @@ def test_slices_of_a_fused_projection(device, poison):
     heads, head_size, scale = 2, 40, 0.2
     qkv = torch.randn(2, 50, 3, heads, head_size, device=device).half()
     q, k, v = qkv.unbind(2)
-    assert kernel.in_units(q).data_ptr() == q.data_ptr(), "the slices are meant to be read where they lie"
-    out, logsumexp = kernel.attention_forward(q, k, v, scale)
-    plain, _ = kernel.attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), scale)
+    assert host.in_units(q).data_ptr() == q.data_ptr(), "the slices are meant to be read where they lie"
+    out, logsumexp = host.attention_forward(q, k, v, scale)
+    plain, _ = host.attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), scale)
     assert torch.equal(out, plain)
     grad = torch.randn(2, heads, 50, head_size, device=device).half().transpose(1, 2)
-    strided = kernel.attention_backward(grad, q, k, v, out, logsumexp, scale)
-    dense = kernel.attention_backward(
+    strided = host.attention_backward(grad, q, k, v, out, logsumexp, scale)
+    dense = host.attention_backward(
         grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, logsumexp, scale
     )
     for one, other in zip(strided, dense):
@@ -65,24 +66,24 @@ def test_slices_of_a_fused_projection(device, poison):
 def test_rows_off_sixteen_bytes_are_copied(device):
     wide = torch.randn(1, 9, 2, 44, device=device).half()
     q = wide[..., 1:41]
-    out, _ = kernel.attention_forward(q, q, q, 0.2)
-    assert torch.equal(out, kernel.attention_forward(*(q.contiguous(),) * 3, 0.2)[0])
+    out, _ = host.attention_forward(q, q, q, 0.2)
+    assert torch.equal(out, host.attention_forward(*(q.contiguous(),) * 3, 0.2)[0])
 
 
 def test_empty_batch_and_no_queries(device):
     for batch, tokens in ((0, 5), (2, 0)):
         q = torch.zeros(batch, tokens, 2, 8, device=device).half()
         k = torch.zeros(batch, 5, 2, 8, device=device).half()
-        out, logsumexp = kernel.attention_forward(q, k, k, 1.0)
+        out, logsumexp = host.attention_forward(q, k, k, 1.0)
         assert out.shape == q.shape and logsumexp.shape == (batch, 2, tokens)
-        grads = kernel.attention_backward(out, q, k, k, out, logsumexp, 1.0)
+        grads = host.attention_backward(out, q, k, k, out, logsumexp, 1.0)
         assert [grad.shape for grad in grads] == [q.shape, k.shape, k.shape]
         assert not any(grad.isnan().any() for grad in grads[1:])
 
 
 @pytest.mark.parametrize("head_size", range(8, 161, 8))
 def test_split_covers_the_head(head_size):
-    first, second = kernel.split_head(head_size)
+    first, second = host.split_head(head_size)
     assert first >= 16 and second >= 16 and first & (first - 1) == 0 and second & (second - 1) == 0
     paid = first if first >= head_size else first + second
     assert head_size <= paid <= 2 * max(head_size, 16)
@@ -92,7 +93,7 @@ def test_split_covers_the_head(head_size):
 def test_gradients_of_the_op(device):
     q, k, v = (torch.randn(2, n, 2, 8, device=device, dtype=torch.float64, requires_grad=True) for n in (5, 4, 4))
     if not CUDA:
-        assert torch.autograd.gradcheck(lambda *args: dispatch.attention_forward_op(*args, 0.3)[0], (q, k, v))
+        assert torch.autograd.gradcheck(lambda *args: attention_forward_op(*args, 0.3)[0], (q, k, v))
     assert torch.autograd.gradcheck(lambda *args: attention(*args, 0.3), (q, k, v))
 
 
@@ -109,10 +110,10 @@ def test_public_function(device):
 def test_op(device, check_op):
     dtype = torch.float16 if CUDA else torch.float32
     q, k, v, grad = (each.requires_grad_() for each in make_inputs((2, 9, 5, 3, 8), dtype, device))
-    check_op(dispatch.attention_forward_op, (q, k, v, 0.3))
-    out, logsumexp = (each.detach() for each in dispatch.attention_forward_op(q, k, v, 0.3))
+    check_op(attention_forward_op, (q, k, v, 0.3))
+    out, logsumexp = (each.detach() for each in attention_forward_op(q, k, v, 0.3))
     args = (grad.detach(), q.detach(), k.detach(), v.detach(), out, logsumexp, 0.3)
-    check_op(dispatch.attention_backward_op, args)
+    check_op(attention_backward_op, args)
 
 
 def test_reference_backward_is_the_gradient_of_its_forward(device):
@@ -125,7 +126,7 @@ def test_reference_backward_is_the_gradient_of_its_forward(device):
 
 def test_bad_input(device, refuses):
     q = torch.zeros(2, 4, 2, 8, device=device)
-    op = dispatch.attention_forward_op
+    op = attention_forward_op
     refuses("q", attention, op, (q[0], q, q, 1.0))
     refuses("q", attention, op, (q.long(), q, q, 1.0))
     refuses("q", attention, op, (q[..., :5],) * 3 + (1.0,))

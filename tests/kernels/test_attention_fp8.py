@@ -9,13 +9,14 @@ import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldmseg_fast.kernels import configs, fp8_error
-from ldmseg_fast.kernels.attention import attention, dispatch, kernel, reference
+from ldmseg_fast.kernels.attention import attention, host, reference
 from ldmseg_fast.kernels.attention.fp8 import to_e4m3
+from ldmseg_fast.kernels.attention.op import FP8_ARCHITECTURE, attention_fp8_op
 from ldmseg_fast.kernels.backend import backend
 
 CUDA = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(
-    CUDA and configs.current_architecture() < dispatch.FP8_ARCHITECTURE, reason="this GPU has no products of e4m3"
+    CUDA and configs.current_architecture() < FP8_ARCHITECTURE, reason="this GPU has no products of e4m3"
 )
 # (B, N, M, heads, d)
 SHAPES = [(2, 63, 63, 2, 40), (1, 100, 33, 2, 80), (1, 65, 130, 1, 160), (1, 16, 64, 2, 8), (1, 70, 70, 1, 64)]
@@ -46,7 +47,7 @@ def relative(actual, expected):
 def test_kernel_equals_reference(shape, dtype, device, poison):
     q, k, v = make_inputs(shape, dtype, device)
     scale = shape[-1] ** -0.5
-    out = kernel.attention_fp8(q, k, v, scale)
+    out = host.attention_fp8(q, k, v, scale)
     expected = reference.attention_fp8(q, k, v, scale)
     assert out.dtype == dtype and relative(out, expected) < torch.finfo(dtype).eps
     exact, _ = reference.attention_forward(q.double(), k.double(), v.double(), scale)
@@ -61,7 +62,7 @@ def test_units_fit_any_magnitude(magnitudes, device):
         tensor *= magnitude / tensor.abs().amax((1, 3), keepdim=True)
         tensor[:, :, 1] *= 1 / 64
     q, k, v = (x.half() for x in (q, k, v))
-    out = kernel.attention_fp8(q, k, v, 1.0)
+    out = host.attention_fp8(q, k, v, 1.0)
     assert relative(out, reference.attention_fp8(q, k, v, 1.0)) < 1e-3
     for head in range(2):
         exact, _ = reference.attention_forward(q.double(), k.double(), v.double(), 1.0)
@@ -88,28 +89,28 @@ def test_numbers_round_as_in_torch(device):
 
 def test_slices_of_a_fused_projection(device, poison):
     q, k, v = torch.randn(2, 50, 3, 2, 40, device=device).half().unbind(2)
-    dense = kernel.attention_fp8(q.contiguous(), k.contiguous(), v.contiguous(), 0.2)
-    assert torch.equal(kernel.attention_fp8(q, k, v, 0.2), dense)
+    dense = host.attention_fp8(q.contiguous(), k.contiguous(), v.contiguous(), 0.2)
+    assert torch.equal(host.attention_fp8(q, k, v, 0.2), dense)
 
 
 def test_order_of_keys_does_not_matter(device):
     """The running maximum moves by whole powers of two, so that weights are quantised alike in every block."""
     q, k, v = make_inputs((1, 33, 300, 1, 40), torch.float16, device)
     order = torch.randperm(300, device=device)
-    out = kernel.attention_fp8(q, k, v, 0.3)
-    assert relative(kernel.attention_fp8(q, k[:, order], v[:, order], 0.3), out) < 1e-4
+    out = host.attention_fp8(q, k, v, 0.3)
+    assert relative(host.attention_fp8(q, k[:, order], v[:, order], 0.3), out) < 1e-4
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0)])
 def test_empty(batch, tokens, device):
     q, k = torch.zeros(batch, tokens, 2, 8, device=device).half(), torch.zeros(batch, 5, 2, 8, device=device).half()
-    assert kernel.attention_fp8(q, k, k, 1.0).shape == q.shape
+    assert host.attention_fp8(q, k, k, 1.0).shape == q.shape
     assert attention(q, k, k, 1.0, fp8=True).shape == q.shape
 
 
 @pytest.mark.parametrize("head_size", range(8, 161, 8))
 def test_split_of_the_reduction(head_size):
-    first, second = kernel.split_head(head_size, 32)
+    first, second = host.split_head(head_size, 32)
     paid = first if first >= head_size else first + second
     assert first >= 32 and second >= 32 and head_size <= paid
     assert {40: 64, 80: 96, 160: 160}.get(head_size, paid) == paid
@@ -126,7 +127,7 @@ def test_public_function(device):
 
 
 def test_op(device, check_op):
-    check_op(dispatch.attention_fp8_op, (*make_inputs((2, 9, 5, 3, 8), torch.float16, device), 0.3))
+    check_op(attention_fp8_op, (*make_inputs((2, 9, 5, 3, 8), torch.float16, device), 0.3))
 
 
 def test_one_graph_under_compile(device):
@@ -142,9 +143,9 @@ def test_refused(device, refuses):
         return attention(q, k, v, scale, fp8=True)
 
     for dtype in (torch.float32, torch.float64):
-        refuses("fp8", call, dispatch.attention_fp8_op, (q.to(dtype),) * 3 + (1.0,))
-    refuses("q", call, dispatch.attention_fp8_op, (q[..., :5].half(),) * 3 + (1.0,))
-    refuses("v", call, dispatch.attention_fp8_op, (q.half(), q.half(), q[:, :3].half(), 1.0))
+        refuses("fp8", call, attention_fp8_op, (q.to(dtype),) * 3 + (1.0,))
+    refuses("q", call, attention_fp8_op, (q[..., :5].half(),) * 3 + (1.0,))
+    refuses("v", call, attention_fp8_op, (q.half(), q.half(), q[:, :3].half(), 1.0))
     leaf = q.half().requires_grad_()
     with pytest.raises(ValueError, match=r"^fp8: has no gradient; call it under torch\.no_grad"):
         attention(leaf, leaf, leaf, fp8=True)

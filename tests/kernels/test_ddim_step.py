@@ -3,9 +3,8 @@ from itertools import product
 import pytest
 import torch
 
-from ldmseg_fast.kernels.ddim_step import ddim_step, dispatch, kernel, make_ddim_table, reference
-
-PREDICTION_TYPES = dispatch.PREDICTION_TYPES
+from ldmseg_fast.kernels.ddim_step import ddim_step, host, make_ddim_table, reference
+from ldmseg_fast.kernels.ddim_step.op import PREDICTION_TYPES, ddim_step_op
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def test_kernel_equals_reference(shape, prediction_type, table, poison):
     ):
         args = make_inputs(shape, table, prediction_type, step=step, image_channels=3, dtype=dtype, last=last)
         args = (*args[:6], self_condition, dtype)
-        actual, expected = kernel.ddim_step(*args), reference.ddim_step(*args)
+        actual, expected = host.ddim_step(*args), reference.ddim_step(*args)
         for ours, theirs in zip(actual, expected):
             rtol, atol = (1e-5, 1e-5) if ours.dtype == torch.float32 else (1e-3, 1e-3)
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
@@ -41,7 +40,7 @@ def test_kernel_equals_reference(shape, prediction_type, table, poison):
 
 
 def test_last_step_returns_the_estimate(table):
-    for function, prediction_type in product((kernel.ddim_step, ddim_step), PREDICTION_TYPES):
+    for function, prediction_type in product((host.ddim_step, ddim_step), PREDICTION_TYPES):
         prev, x0, next_input = function(*make_inputs((2, 4, 5, 5), table, prediction_type, step=2))
         assert torch.equal(prev, x0)
         assert torch.equal(next_input[:, :4], x0) and torch.equal(next_input[:, 8:], x0)
@@ -54,7 +53,7 @@ def test_a_whole_loop_recovers_the_sample(table):
     latents = table[0, 0] * clean + table[0, 1] * noise
     for step in range(3):
         index = torch.tensor(step, device=table.device)
-        latents, x0, _ = kernel.ddim_step(noise, latents, image, index, table, "epsilon", True, torch.float32)
+        latents, x0, _ = host.ddim_step(noise, latents, image, index, table, "epsilon", True, torch.float32)
         torch.testing.assert_close(x0, clean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(latents, clean, rtol=1e-4, atol=1e-4)
 
@@ -62,7 +61,7 @@ def test_a_whole_loop_recovers_the_sample(table):
 def test_step_outside_the_table_is_clamped(table):
     args = make_inputs((1, 4, 4, 4), table, "epsilon", step=2)
     beyond = (*args[:3], torch.tensor([99], dtype=torch.int32, device=table.device), *args[4:])
-    for one, other in zip(kernel.ddim_step(*args), kernel.ddim_step(*beyond)):
+    for one, other in zip(host.ddim_step(*args), host.ddim_step(*beyond)):
         assert torch.equal(one, other)
 
 
@@ -96,7 +95,7 @@ def test_gradients_reach_the_model_output(table):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_op(prediction_type, table, check_op):
-    check_op(dispatch.ddim_step_op, make_inputs((2, 4, 5, 3), table, prediction_type, out=torch.float16))
+    check_op(ddim_step_op, make_inputs((2, 4, 5, 3), table, prediction_type, out=torch.float16))
 
 
 def test_bad_input(table, refuses):
@@ -114,4 +113,4 @@ def test_bad_input(table, refuses):
     }
     for name, values in bad.items():
         for value in values:
-            refuses(name, ddim_step, dispatch.ddim_step_op, tuple({**good, name: value}.values()))
+            refuses(name, ddim_step, ddim_step_op, tuple({**good, name: value}.values()))

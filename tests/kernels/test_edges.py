@@ -6,19 +6,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldmseg_fast.kernels import launch
-from ldmseg_fast.kernels.attention import dispatch as attention_ops
-from ldmseg_fast.kernels.attention import kernel as attention
-from ldmseg_fast.kernels.ddim_step import dispatch as ddim_ops
-from ldmseg_fast.kernels.ddim_step import kernel as ddim
-from ldmseg_fast.kernels.group_norm_silu import dispatch as norm_ops
+from ldmseg_fast.kernels.attention import host as attention
+from ldmseg_fast.kernels.attention import op as attention_ops
+from ldmseg_fast.kernels.ddim_step import host as ddim
+from ldmseg_fast.kernels.ddim_step import op as ddim_ops
 from ldmseg_fast.kernels.group_norm_silu import group_norm_silu
-from ldmseg_fast.kernels.group_norm_silu import kernel as norm
-from ldmseg_fast.kernels.mask_bits import dispatch as bits_ops
-from ldmseg_fast.kernels.mask_bits import kernel as bits
-from ldmseg_fast.kernels.panoptic_head import dispatch as head_ops
-from ldmseg_fast.kernels.panoptic_head import kernel as head
-from ldmseg_fast.kernels.point_loss import dispatch as points_ops
-from ldmseg_fast.kernels.point_loss import kernel as points
+from ldmseg_fast.kernels.group_norm_silu import host as norm
+from ldmseg_fast.kernels.group_norm_silu import op as norm_ops
+from ldmseg_fast.kernels.mask_bits import host as bits
+from ldmseg_fast.kernels.mask_bits import op as bits_ops
+from ldmseg_fast.kernels.panoptic_head import host as head
+from ldmseg_fast.kernels.panoptic_head import op as head_ops
+from ldmseg_fast.kernels.point_loss import host as points
+from ldmseg_fast.kernels.point_loss import op as points_ops
 from ldmseg_fast.kernels.point_loss import reference as points_reference
 
 FAR = 2**31  # elements between two images

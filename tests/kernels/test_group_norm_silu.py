@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ldmseg_fast.kernels.group_norm_silu import dispatch, group_norm_silu, kernel, reference
+from ldmseg_fast.kernels.group_norm_silu import group_norm_silu, host, reference
+from ldmseg_fast.kernels.group_norm_silu.op import group_norm_silu_backward_op, group_norm_silu_op
 
 CUDA = torch.cuda.is_available()
 # exp(-u) of a large -u is infinite on purpose: u / (1 + inf) = 0
@@ -22,9 +23,9 @@ EXTRAS = ["plain", "embedding and residual", "shift, no activation", "scale and 
 @pytest.fixture(params=["whole", "tiled", "tiled, several tiles a program"])
 def path(request, monkeypatch):
     """The kernels for groups that one program holds, and the two ways of the three launches"""
-    monkeypatch.setattr(kernel, "MAX_WHOLE", 16384 if request.param == "whole" else 0)
+    monkeypatch.setattr(host, "MAX_WHOLE", 16384 if request.param == "whole" else 0)
     if "several" in request.param:
-        monkeypatch.setattr(kernel, "MAX_PARTIALS", 16)
+        monkeypatch.setattr(host, "MAX_PARTIALS", 16)
 
 
 def make_inputs(shape, extras, dtype, device, mean=0.0):
@@ -62,13 +63,13 @@ def test_forward_and_every_gradient(shape, dtype, device, path, poison, close):
         inputs = make_inputs(shape, extras, dtype, device)
         x, weight, bias, scale, shift, residual, silu = inputs
         exact, args, leaves = exact_forward(inputs, groups, eps)
-        y, mean, rstd = kernel.group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, residual, silu)
+        y, mean, rstd = host.group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, residual, silu)
         close(y, exact.detach())
         assert y.is_contiguous(memory_format=torch.channels_last)
 
         grad_y = torch.randn_like(x)
         exact_grads = dict(zip(map(id, leaves), torch.autograd.grad(exact, leaves, grad_y.double())))
-        grads = kernel.group_norm_silu_backward(grad_y, x, mean, rstd, weight, bias, scale, shift, silu)
+        grads = host.group_norm_silu_backward(grad_y, x, mean, rstd, weight, bias, scale, shift, silu)
         for actual, leaf in zip(grads, args):
             if leaf is not None:
                 close(actual, exact_grads[id(leaf)], dtype)
@@ -77,7 +78,7 @@ def test_forward_and_every_gradient(shape, dtype, device, path, poison, close):
 def test_large_mean_keeps_the_variance(device, path, close):
     inputs = make_inputs((2, 32, 8, 16, 16), "plain", torch.float32, device, mean=1000.0)
     x, weight, bias, *_, silu = inputs
-    y, _, _ = kernel.group_norm_silu_forward(x, weight, bias, 8, 1e-5, None, None, None, silu)
+    y, _, _ = host.group_norm_silu_forward(x, weight, bias, 8, 1e-5, None, None, None, silu)
     exact, _, _ = exact_forward(inputs, 8, 1e-5)
     torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-3)
 
@@ -85,16 +86,16 @@ def test_large_mean_keeps_the_variance(device, path, close):
 def test_other_memory_formats_and_slices(device, path, poison, close):
     inputs = make_inputs((2, 32, 8, 5, 7), "embedding and residual", torch.float32, device)
     x, weight, bias, scale, shift, residual, silu = inputs
-    expected, *statistics = kernel.group_norm_silu_forward(x, weight, bias, 8, 1e-5, scale, shift, residual, silu)
+    expected, *statistics = host.group_norm_silu_forward(x, weight, bias, 8, 1e-5, scale, shift, residual, silu)
     wide = torch.cat([x.contiguous(), x.contiguous()], 3)
     sliced = wide[..., :7]
     args = (weight, bias, 8, 1e-5, scale, shift, residual.contiguous(), silu)
-    assert torch.equal(kernel.group_norm_silu_forward(sliced, *args)[0], expected)
+    assert torch.equal(host.group_norm_silu_forward(sliced, *args)[0], expected)
     grad_y = torch.randn(1, 1, 1, 1, device=device).expand_as(x)
     args = (*statistics, weight, bias, scale, shift, silu)
     for one, other in zip(
-        kernel.group_norm_silu_backward(grad_y, sliced, *args),
-        kernel.group_norm_silu_backward(grad_y.contiguous(), x, *args),
+        host.group_norm_silu_backward(grad_y, sliced, *args),
+        host.group_norm_silu_backward(grad_y.contiguous(), x, *args),
     ):
         assert torch.equal(one, other)
 
@@ -102,15 +103,15 @@ def test_other_memory_formats_and_slices(device, path, poison, close):
 def test_empty_batch(device):
     x = torch.zeros(0, 8, 4, 4, device=device)
     weight = torch.ones(8, device=device)
-    y, mean, rstd = kernel.group_norm_silu_forward(x, weight, weight, 4, 1e-5, None, None, None, True)
+    y, mean, rstd = host.group_norm_silu_forward(x, weight, weight, 4, 1e-5, None, None, None, True)
     assert y.shape == x.shape and mean.shape == rstd.shape == (0, 4)
-    grads = kernel.group_norm_silu_backward(y, x, mean, rstd, weight, weight, None, None, True)
+    grads = host.group_norm_silu_backward(y, x, mean, rstd, weight, weight, None, None, True)
     assert grads[0].shape == x.shape and not grads[1].any() and not grads[2].any()
 
 
 @pytest.mark.parametrize("channels", [8, 30, 36, 320, 640, 960, 1280, 2560])
 def test_channel_blocks_cover_the_channels(channels):
-    block = kernel._channel_block(channels)
+    block = host._channel_block(channels)
     assert block & (block - 1) == 0 and block <= 256
     assert {320: 64, 640: 128, 960: 64, 1280: 256, 2560: 256}.get(channels, block) == block
 
@@ -132,15 +133,15 @@ def test_gradients_of_the_op(extras, device):
 
         return function
 
-    assert torch.autograd.gradcheck(run(dispatch.group_norm_silu_op), leaves)
-    torch.testing.assert_close(run(dispatch.group_norm_silu_op)(*leaves), run(group_norm_silu)(*leaves))
+    assert torch.autograd.gradcheck(run(group_norm_silu_op), leaves)
+    torch.testing.assert_close(run(group_norm_silu_op)(*leaves), run(group_norm_silu)(*leaves))
 
 
 def test_parameters_keep_their_dtype(device):
     x = torch.randn(2, 8, 4, 4, device=device).half()
     weight, bias = (torch.randn(8, device=device).requires_grad_() for _ in range(2))
     scale = torch.randn(2, 8, device=device).half().requires_grad_()
-    y = dispatch.group_norm_silu_op(x, weight, bias, 4, 1e-5, scale, None, None, True)[0]
+    y = group_norm_silu_op(x, weight, bias, 4, 1e-5, scale, None, None, True)[0]
     y.float().sum().backward()
     assert (y.dtype, weight.grad.dtype, scale.grad.dtype) == (torch.float16, torch.float32, torch.float16)
 
@@ -150,13 +151,11 @@ def test_op(device, check_op):
         (2, 8, 4, 5, 3), "embedding and residual", torch.float32, device
     )
     leaves = [each.requires_grad_() for each in (x, weight, bias, scale, shift, residual)]
-    check_op(dispatch.group_norm_silu_op, (*leaves[:3], 4, 1e-5, *leaves[3:], silu))
-    check_op(dispatch.group_norm_silu_op, (x, weight, bias, 4, 1e-5, None, None, None, False))
+    check_op(group_norm_silu_op, (*leaves[:3], 4, 1e-5, *leaves[3:], silu))
+    check_op(group_norm_silu_op, (x, weight, bias, 4, 1e-5, None, None, None, False))
     mean, rstd = torch.zeros(2, 4, device=device), torch.ones(2, 4, device=device)
     args = (torch.ones_like(x), x, mean, rstd, weight, bias, scale, shift, True)
-    check_op(
-        dispatch.group_norm_silu_backward_op, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
-    )
+    check_op(group_norm_silu_backward_op, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
 
 def test_bad_input(device, refuses):
@@ -186,4 +185,4 @@ def test_bad_input(device, refuses):
         for value in values:
             args = tuple({**good, name: value}.values())
             fake = not (isinstance(value, torch.Tensor) and value.is_meta)
-            refuses(name, group_norm_silu, dispatch.group_norm_silu_op, args, fake=fake)
+            refuses(name, group_norm_silu, group_norm_silu_op, args, fake=fake)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldmseg_fast.kernels.mask_bits import decode_mask_bits, dispatch, encode_mask_bits, kernel, reference
+from ldmseg_fast.kernels.mask_bits import decode_mask_bits, encode_mask_bits, host, reference
+from ldmseg_fast.kernels.mask_bits.op import decode_op, encode_op
 
 SHAPES = [(1, 8, 8), (2, 63, 65), (1, 100, 31), (1, 1, 1023), (0, 4, 4)]
 ID_DTYPES = [torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -20,7 +21,7 @@ def random_ids(shape, num_bits, dtype, device):
 def test_encode_equals_reference(shape, channels_last, device, poison):
     for num_bits, dtype in product((1, 7, 8, 16), (torch.uint8, torch.int64)):
         ids = random_ids(shape, num_bits, dtype, device)
-        actual = kernel.encode_mask_bits(ids, num_bits, None, torch.float16, channels_last)
+        actual = host.encode_mask_bits(ids, num_bits, None, torch.float16, channels_last)
         expected = reference.encode_mask_bits(ids, num_bits, None, torch.float16, channels_last)
         assert torch.equal(actual, expected)
         wanted = torch.channels_last if channels_last else torch.contiguous_format
@@ -33,14 +34,14 @@ def test_encode_with_a_table(dtype, table_dtype, device, poison):
     ids = random_ids((2, 33, 31), 7, dtype, device)
     table = torch.randint(0, 128, (2, 128), device=device).to(table_dtype)
     for channels_last, out in product((False, True), (torch.float32, torch.float16)):
-        actual = kernel.encode_mask_bits(ids, 7, table, out, channels_last)
+        actual = host.encode_mask_bits(ids, 7, table, out, channels_last)
         assert torch.equal(actual, reference.encode_mask_bits(ids, 7, table, out, channels_last))
 
 
 def test_strided_ids(device, poison):
     ids = random_ids((2, 20, 40), 7, torch.int32, device)[:, ::2, 1::3]
     assert torch.equal(
-        kernel.encode_mask_bits(ids, 7, None, torch.float32, False),
+        host.encode_mask_bits(ids, 7, None, torch.float32, False),
         reference.encode_mask_bits(ids, 7, None, torch.float32, False),
     )
 
@@ -52,12 +53,12 @@ def test_strided_ids(device, poison):
 def test_decode_equals_reference(shape, memory_format, device, poison):
     for dtype in (torch.float32, torch.float16):
         bits = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format)
-        assert torch.equal(kernel.decode_mask_bits(bits), reference.decode_mask_bits(bits))
+        assert torch.equal(host.decode_mask_bits(bits), reference.decode_mask_bits(bits))
 
 
 def test_decode_of_a_slice(device, poison):
     bits = torch.randn(2, 9, 12, 14, device=device)[:, 1:8, 2:, ::2]
-    assert torch.equal(kernel.decode_mask_bits(bits), reference.decode_mask_bits(bits))
+    assert torch.equal(host.decode_mask_bits(bits), reference.decode_mask_bits(bits))
 
 
 def test_golden_values(shared):
@@ -79,8 +80,8 @@ def test_ids_survive_remap_and_round_trip(data):
     table = torch.tensor([[0, *entries[1:]]], device=device)
     segment_ids = torch.tensor(ids, device=device)[None, None]
     expected = table[0, segment_ids]
-    bits = kernel.encode_mask_bits(segment_ids, num_bits, table, torch.float16, False)
-    assert torch.equal(kernel.decode_mask_bits(bits), expected.int())
+    bits = host.encode_mask_bits(segment_ids, num_bits, table, torch.float16, False)
+    assert torch.equal(host.decode_mask_bits(bits), expected.int())
     assert torch.equal((bits == 0).all(1), expected == 0)
     assert torch.equal(encode_mask_bits(segment_ids, num_bits, table, torch.float16), bits)
 
@@ -88,16 +89,16 @@ def test_ids_survive_remap_and_round_trip(data):
 def test_ids_without_an_entry_are_void_unless_checked(device):
     ids = torch.tensor([[[1, 5, -1]]], device=device)
     table = torch.tensor([[0, 3]], device=device)
-    bits = kernel.encode_mask_bits(ids, 7, table, torch.float32, False)
-    assert kernel.decode_mask_bits(bits).tolist() == [[[3, 0, 0]]]
+    bits = host.encode_mask_bits(ids, 7, table, torch.float32, False)
+    assert host.decode_mask_bits(bits).tolist() == [[[3, 0, 0]]]
 
 
 def test_op(device, check_op):
     ids = random_ids((2, 9, 7), 7, torch.uint8, device)
     table = torch.randint(0, 128, (2, 256), device=device)
-    check_op(dispatch.encode_op, (ids, 7, table, torch.float16, True, True))
-    check_op(dispatch.encode_op, (ids, 1 + 7, None, torch.float32, False, False))
-    check_op(dispatch.decode_op, (torch.randn(2, 7, 5, 3, device=device),))
+    check_op(encode_op, (ids, 7, table, torch.float16, True, True))
+    check_op(encode_op, (ids, 1 + 7, None, torch.float32, False, False))
+    check_op(decode_op, (torch.randn(2, 7, 5, 3, device=device),))
 
 
 def test_bad_input(device, refuses):
@@ -110,14 +111,14 @@ def test_bad_input(device, refuses):
         "dtype": (ids, 7, None, torch.int32, False, True),
         "table": (ids, 7, table[:1], f32, False, True),
     }.items():
-        refuses(name, encode_mask_bits, dispatch.encode_op, args)
-    refuses("segment_ids", encode_mask_bits, dispatch.encode_op, (ids.float(), 7, None, f32, False, True))
-    refuses("table", encode_mask_bits, dispatch.encode_op, (ids, 7, table.float(), f32, False, True))
-    values = {"op": dispatch.encode_op, "fake": False}  # a fake tensor has no values to look at
+        refuses(name, encode_mask_bits, encode_op, args)
+    refuses("segment_ids", encode_mask_bits, encode_op, (ids.float(), 7, None, f32, False, True))
+    refuses("table", encode_mask_bits, encode_op, (ids, 7, table.float(), f32, False, True))
+    values = {"op": encode_op, "fake": False}  # a fake tensor has no values to look at
     refuses("segment_ids", encode_mask_bits, args=(ids * 3, 7, table, f32, False, True), **values)
     refuses("segment_ids", encode_mask_bits, args=(-ids, 7, None, f32, False, True), **values)
     refuses("num_bits", encode_mask_bits, args=(ids * 128, 7, None, f32, False, True), **values)
     refuses("num_bits", encode_mask_bits, args=(ids, 7, table + 200, f32, False, True), **values)
-    refuses("bits", decode_mask_bits, dispatch.decode_op, (ids,))
-    refuses("bits", decode_mask_bits, dispatch.decode_op, (ids[None],))
-    refuses("bits", decode_mask_bits, dispatch.decode_op, (torch.zeros(1, 17, 2, 2, device=device),))
+    refuses("bits", decode_mask_bits, decode_op, (ids,))
+    refuses("bits", decode_mask_bits, decode_op, (ids[None],))
+    refuses("bits", decode_mask_bits, decode_op, (torch.zeros(1, 17, 2, 2, device=device),))

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ldmseg_fast.kernels.backend import backend
-from ldmseg_fast.kernels.panoptic_head import dispatch, kernel, panoptic_head, reference
+from ldmseg_fast.kernels.panoptic_head import host, panoptic_head, reference
+from ldmseg_fast.kernels.panoptic_head.op import panoptic_head_op
 
 CUDA = torch.cuda.is_available()
 THRESHOLDS = (0.5, 10, 0.5)
@@ -46,7 +47,7 @@ def compare(actual, logits, network_size, target_size, thresholds):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_kernel_equals_reference(shape, network_size, target_size, memory_format, device, poison):
     logits = make_logits(shape, device, torch.float16, memory_format)
-    actual = kernel.panoptic_head(logits, network_size, target_size, *THRESHOLDS)
+    actual = host.panoptic_head(logits, network_size, target_size, *THRESHOLDS)
     expected = compare(actual, logits, network_size, target_size, THRESHOLDS)
     assert shape[1] == 1 or (expected[2] > 0).any(), "the case is meant to keep something"
 
@@ -54,21 +55,21 @@ def test_kernel_equals_reference(shape, network_size, target_size, memory_format
 @pytest.mark.parametrize("thresholds", [(0.9, 64, 0.9), (0.5, 0, 0.0), (0.0, 1, 0.5), (1.0, 1, 0.5)])
 def test_thresholds(thresholds, device, poison):
     logits = make_logits((1, 20, 8, 8), device, gap=6.0)
-    actual = kernel.panoptic_head(logits, (16, 16), (20, 24), *thresholds)
+    actual = host.panoptic_head(logits, (16, 16), (20, 24), *thresholds)
     compare(actual, logits, (16, 16), (20, 24), thresholds)
 
 
 def test_noise_with_every_label_in_a_tile(device, poison):
     """Many labels per tile, most of them dropped"""
     logits = 30 * torch.randn(1, 64, 12, 16, device=device)
-    actual = kernel.panoptic_head(logits, (12, 16), (12, 16), 0.5, 2, 0.1)
+    actual = host.panoptic_head(logits, (12, 16), (12, 16), 0.5, 2, 0.1)
     compare(actual, logits, (12, 16), (12, 16), (0.5, 2, 0.1))
 
 
 def test_equal_logits_go_to_the_lowest_slot(device):
     logits = torch.full((1, 16, 4, 4), -9.0, device=device)
     logits[:, 5:8] = 9.0
-    for function in (kernel.panoptic_head, panoptic_head):
+    for function in (host.panoptic_head, panoptic_head):
         segmentation, probability, area, *_ = function(logits, (8, 8), (8, 8), 0.3, 1, 0.5)
         assert (segmentation == 6).all() and area[0].tolist() == [0] * 5 + [64] + [0] * 10
         torch.testing.assert_close(probability, torch.full_like(probability, 1 / 3), rtol=1e-5, atol=1e-5)
@@ -82,7 +83,7 @@ def test_slot_zero_small_and_overlapping_segments_are_dropped(device):
     logits[0, 2, :, 3:5] = 9.0
     logits[0, 2, :, 5:7] = 5.0
     logits[0, 3, :, 5:] = 12.0
-    for function in (kernel.panoptic_head, panoptic_head):
+    for function in (host.panoptic_head, panoptic_head):
         for count, overlap, kept in (
             (1, 0.5, [1, 2, 3]),
             (9, 0.5, [2, 3]),
@@ -104,21 +105,21 @@ def test_an_empty_sigmoid_area_keeps_the_label(device):
     """A slot can win the softmax while no logit reaches the sigmoid's threshold."""
     logits = torch.full((1, 16, 4, 4), -9.0, device=device)
     logits[:, 4] = -3.0
-    for function in (kernel.panoptic_head, panoptic_head):
+    for function in (host.panoptic_head, panoptic_head):
         segmentation, *_ = function(logits, (4, 4), (4, 4), 0.5, 1, 0.9)
         assert (segmentation == 5).all()
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.7, 0.9, 0.999])
 def test_least_logit(threshold):
-    logit = torch.tensor(kernel.least_logit(threshold))
+    logit = torch.tensor(host.least_logit(threshold))
     assert logit.sigmoid() >= threshold
     assert torch.nextafter(logit, torch.tensor(-100.0)).sigmoid() < threshold
 
 
 def test_least_logit_without_one():
-    assert kernel.least_logit(0.0) == float("-inf")
-    assert kernel.least_logit(1.1) == float("inf")
+    assert host.least_logit(0.0) == float("-inf")
+    assert host.least_logit(1.1) == float("inf")
 
 
 def test_golden_values(shared, device):
@@ -127,7 +128,7 @@ def test_golden_values(shared, device):
     for name in ("post", "post_rules"):
         logits, expected = golden[f"{name}_logits_half"][None], golden[f"{name}_segmentation"]
         args = (logits, (128, 128), tuple(expected.shape), 0.5, 512, 0.5)
-        functions = [reference.panoptic_head, panoptic_head, *([kernel.panoptic_head] if CUDA else [])]
+        functions = [reference.panoptic_head, panoptic_head, *([host.panoptic_head] if CUDA else [])]
         for function in functions:
             assert torch.equal(function(*args)[0][0], expected)
 
@@ -137,14 +138,14 @@ def test_the_rules_of_the_golden_case(shared, device):
     safetensors = pytest.importorskip("safetensors.torch")
     golden = safetensors.load_file(shared / "golden" / "reference.safetensors", device=str(device))
     logits = golden["post_rules_logits_half"][None, :, 20:44, 10:34].contiguous(memory_format=torch.channels_last)
-    actual = kernel.panoptic_head(logits, (48, 48), (61, 70), 0.5, 40, 0.5)
+    actual = host.panoptic_head(logits, (48, 48), (61, 70), 0.5, 40, 0.5)
     compare(actual, logits, (48, 48), (61, 70), (0.5, 40, 0.5))
 
 
 def test_shrinking_far_falls_back_to_the_reference(device):
     logits = make_logits((1, 8, 4, 512), device)
     args = (logits, (8, 1024), (8, 16), *THRESHOLDS)
-    for one, other in zip(kernel.panoptic_head(*args), reference.panoptic_head(*args)):
+    for one, other in zip(host.panoptic_head(*args), reference.panoptic_head(*args)):
         assert torch.equal(one, other)
 
 
@@ -168,12 +169,12 @@ def test_backends_agree(device):
 
 def test_op(device, check_op):
     logits = make_logits((2, 16, 6, 6), device)
-    check_op(dispatch.panoptic_head_op, (logits, [12, 12], [9, 15], 0.5, 4, 0.5))
+    check_op(panoptic_head_op, (logits, [12, 12], [9, 15], 0.5, 4, 0.5))
 
 
 def test_bad_input(device, refuses):
     logits = torch.zeros(1, 4, 4, 4, device=device)
-    op, more = dispatch.panoptic_head_op, (0.5, 1, 0.5)
+    op, more = panoptic_head_op, (0.5, 1, 0.5)
     refuses("mask_logits", panoptic_head, op, (logits[0], [8, 8], [8, 8], *more))
     refuses("mask_logits", panoptic_head, op, (logits.long(), [8, 8], [8, 8], *more))
     refuses("mask_logits", panoptic_head, op, (logits[:, :0], [8, 8], [8, 8], *more))

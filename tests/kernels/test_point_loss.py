@@ -3,7 +3,16 @@ import torch
 import torch.nn.functional as F
 
 from ldmseg_fast.kernels import point_loss
-from ldmseg_fast.kernels.point_loss import dispatch, kernel, reference
+from ldmseg_fast.kernels.point_loss import host, reference
+from ldmseg_fast.kernels.point_loss.op import (
+    point_logits_op,
+    point_margin_op,
+    sample_bce_dice_backward_op,
+    sample_bce_dice_op,
+    sample_ce_backward_op,
+    sample_ce_op,
+    slot_logits_op,
+)
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
@@ -31,28 +40,28 @@ def test_kernels_equal_reference(shape, ids_size, count, rows, memory_format, dt
     args = make_inputs(shape, ids_size, count, rows, dtype, memory_format, device)
     logits, ids, points, image_index, slots, row_points = args
     exact, exact_points, exact_rows = logits.double(), points.double(), row_points.double()
-    close(kernel.point_logits(logits, points), reference.point_logits(exact, exact_points))
-    close(kernel.point_margin(logits, points), reference.point_margin(exact, exact_points))
+    close(host.point_logits(logits, points), reference.point_logits(exact, exact_points))
+    close(host.point_margin(logits, points), reference.point_margin(exact, exact_points))
     rows_args = (image_index, slots, row_points)
-    close(kernel.slot_logits(logits, *rows_args), reference.slot_logits(exact, image_index, slots, exact_rows))
+    close(host.slot_logits(logits, *rows_args), reference.slot_logits(exact, image_index, slots, exact_rows))
 
     leaf = exact.clone().requires_grad_()
     loss, count_exact = reference.sample_ce(leaf, ids, exact_points)
     (grad_exact,) = torch.autograd.grad(1.5 * loss, leaf)
-    ce, valid, logsumexp = kernel.sample_ce_forward(logits, ids, points)
+    ce, valid, logsumexp = host.sample_ce_forward(logits, ids, points)
     close(ce, loss.detach())
     assert valid.item() == count_exact.item()
-    grad = kernel.sample_ce_backward(torch.tensor(1.5, device=device), logits, ids, points, logsumexp)
+    grad = host.sample_ce_backward(torch.tensor(1.5, device=device), logits, ids, points, logsumexp)
     close(grad, grad_exact)
     assert grad.stride() == logits.stride()
 
     bce, dice = reference.sample_bce_dice(leaf, ids, image_index, slots, exact_rows)
     (grad_exact,) = torch.autograd.grad(1.5 * bce - 2 * dice, leaf)
-    ours = kernel.sample_bce_dice_forward(logits, ids, image_index, slots, row_points)
+    ours = host.sample_bce_dice_forward(logits, ids, image_index, slots, row_points)
     close(ours[0], bce.detach())
     close(ours[1], dice.detach())
     weights = (torch.tensor(1.5, device=device), torch.tensor(-2.0, device=device))
-    grad = kernel.sample_bce_dice_backward(*weights, logits, ids, image_index, slots, row_points, ours[2])
+    grad = host.sample_bce_dice_backward(*weights, logits, ids, image_index, slots, row_points, ours[2])
     close(grad, grad_exact)
     assert grad.stride() == logits.stride()
 
@@ -82,21 +91,21 @@ def test_void_counts_for_nothing(device):
     logits = torch.randn(1, 4, 6, 6, device=device)
     ids = torch.zeros(1, 8, 8, dtype=torch.int64, device=device)
     points = torch.rand(1, 20, 2, device=device)
-    loss, count, logsumexp = kernel.sample_ce_forward(logits, ids, points)
+    loss, count, logsumexp = host.sample_ce_forward(logits, ids, points)
     assert (loss.item(), count.item()) == (0.0, 0.0)
-    assert not kernel.sample_ce_backward(torch.ones((), device=device), logits, ids, points, logsumexp).any()
+    assert not host.sample_ce_backward(torch.ones((), device=device), logits, ids, points, logsumexp).any()
     index = torch.zeros(1, dtype=torch.int64, device=device)
-    bce, dice, sums = kernel.sample_bce_dice_forward(logits, ids, index, index, points)
+    bce, dice, sums = host.sample_bce_dice_forward(logits, ids, index, index, points)
     assert (bce.item(), dice.item()) == (0.0, 0.0)
     one = torch.ones((), device=device)
-    assert not kernel.sample_bce_dice_backward(one, one, logits, ids, index, index, points, sums).any()
+    assert not host.sample_bce_dice_backward(one, one, logits, ids, index, index, points, sums).any()
 
 
 def test_padding_rows_change_nothing(device):
     args = make_inputs((2, 6, 5, 7), (10, 14), 50, 4, torch.float32, torch.contiguous_format, device)
     logits, ids, _, image_index, slots, points = args
     padded = (torch.cat([image_index, image_index]), torch.cat([slots, 0 * slots]), torch.cat([points, points]))
-    for function in (reference.sample_bce_dice, lambda *a: kernel.sample_bce_dice_forward(*a)[:2]):
+    for function in (reference.sample_bce_dice, lambda *a: host.sample_bce_dice_forward(*a)[:2]):
         for one, other in zip(function(logits, ids, image_index, slots, points), function(logits, ids, *padded)):
             torch.testing.assert_close(one, other)
 
@@ -105,11 +114,11 @@ def test_nothing_to_sample(device):
     args = make_inputs((2, 6, 5, 7), (10, 14), 9, 3, torch.float32, torch.contiguous_format, device)
     logits, ids, points, image_index, slots, row_points = args
     rows = (image_index[:0], slots[:0], row_points[:0])
-    bce, dice, sums = kernel.sample_bce_dice_forward(logits, ids, *rows)
+    bce, dice, sums = host.sample_bce_dice_forward(logits, ids, *rows)
     assert (bce.item(), dice.item(), sums.shape) == (0.0, 0.0, (0, 3))
     one = torch.ones((), device=device)
-    assert not kernel.sample_bce_dice_backward(one, one, logits, ids, *rows, sums).any()
-    loss, count, _ = kernel.sample_ce_forward(logits[:0], ids[:0], points[:0])
+    assert not host.sample_bce_dice_backward(one, one, logits, ids, *rows, sums).any()
+    loss, count, _ = host.sample_ce_forward(logits[:0], ids[:0], points[:0])
     assert (loss.item(), count.item()) == (0.0, 0.0)
     public_bce, public_dice = point_loss.sample_bce_dice(logits.requires_grad_(), ids, *rows)
     (public_bce + public_dice).backward()
@@ -122,8 +131,8 @@ def test_gradients_of_the_ops(device):
     logits, ids, points, image_index, slots, row_points = args
     logits.requires_grad_()
     points, rows = points.double(), (image_index, slots, row_points.double())
-    assert torch.autograd.gradcheck(lambda x: dispatch.sample_ce_op(x, ids, points)[0], logits)
-    assert torch.autograd.gradcheck(lambda x: dispatch.sample_bce_dice_op(x, ids, *rows)[:2], logits)
+    assert torch.autograd.gradcheck(lambda x: sample_ce_op(x, ids, points)[0], logits)
+    assert torch.autograd.gradcheck(lambda x: sample_bce_dice_op(x, ids, *rows)[:2], logits)
     assert torch.autograd.gradcheck(lambda x: point_loss.point_logits(x, points), logits)
     assert torch.autograd.gradcheck(lambda x: point_loss.slot_logits(x, *rows), logits)
 
@@ -132,14 +141,14 @@ def test_ops(device, check_op):
     args = make_inputs((2, 6, 5, 7), (10, 14), 13, 3, torch.float32, torch.channels_last, device)
     logits, ids, points, image_index, slots, row_points = args
     rows = (image_index, slots, row_points)
-    check_op(dispatch.point_logits_op, (logits, points))
-    check_op(dispatch.point_margin_op, (logits, points))
-    check_op(dispatch.slot_logits_op, (logits, *rows))
+    check_op(point_logits_op, (logits, points))
+    check_op(point_margin_op, (logits, points))
+    check_op(slot_logits_op, (logits, *rows))
     one = torch.ones((), device=device)
-    check_op(dispatch.sample_ce_op, (logits.clone().requires_grad_(), ids, points))
-    check_op(dispatch.sample_bce_dice_op, (logits.clone().requires_grad_(), ids, *rows))
-    check_op(dispatch.sample_ce_backward_op, (one, logits, ids, points, torch.zeros(2, 13, device=device)))
-    check_op(dispatch.sample_bce_dice_backward_op, (one, one, logits, ids, *rows, torch.zeros(3, 3, device=device)))
+    check_op(sample_ce_op, (logits.clone().requires_grad_(), ids, points))
+    check_op(sample_bce_dice_op, (logits.clone().requires_grad_(), ids, *rows))
+    check_op(sample_ce_backward_op, (one, logits, ids, points, torch.zeros(2, 13, device=device)))
+    check_op(sample_bce_dice_backward_op, (one, one, logits, ids, *rows, torch.zeros(3, 3, device=device)))
 
 
 def test_public_functions(device):
@@ -159,7 +168,7 @@ def test_public_functions(device):
 def test_bad_input(device, refuses):
     args = make_inputs((2, 6, 5, 7), (10, 14), 13, 3, torch.float32, torch.contiguous_format, device)
     logits, ids, points, image_index, slots, row_points = args
-    ce, op = point_loss.sample_ce, dispatch.sample_ce_op
+    ce, op = point_loss.sample_ce, sample_ce_op
     refuses("mask_logits", ce, op, (logits[0], ids, points))
     refuses("mask_logits", ce, op, (logits.long(), ids, points))
     refuses("points", ce, op, (logits, ids, points[:1]))
@@ -167,8 +176,8 @@ def test_bad_input(device, refuses):
     refuses("segment_ids", ce, op, (logits, ids[:1], points))
     refuses("segment_ids", ce, op, (logits, ids.float(), points))
     refuses("segment_ids", ce, op, (logits, ids.to("meta"), points), fake=False)
-    refuses("mask_logits", point_loss.point_margin, dispatch.point_margin_op, (logits[:, :1], points))
-    both, op = point_loss.sample_bce_dice, dispatch.sample_bce_dice_op
+    refuses("mask_logits", point_loss.point_margin, point_margin_op, (logits[:, :1], points))
+    both, op = point_loss.sample_bce_dice, sample_bce_dice_op
     refuses("image_index", both, op, (logits, ids, image_index.int(), slots, row_points))
     refuses("slots", both, op, (logits, ids, image_index, slots[:1], row_points))
     refuses("slots", both, op, (logits, ids, image_index, slots[None], row_points))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldmseg_fast.commands.runs import find_runs
 from ldmseg_fast.config import Config, TrainConfig
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.kernels.backend import KERNELS, get_backend
+from ldmseg_fast.reports.run_page import read_log
 from ldmseg_fast.training.deepspeed_settings import deepspeed_config, merge_user_config, read_user_config
 from ldmseg_fast.training.loop import Run, learning_rate, train
 from ldmseg_fast.training.optimizer import LossScale
@@ -159,6 +162,8 @@ def test_schedules() -> None:
     step = TrainConfig(steps=100, warmup=0, learning_rate=1.0, schedule="step")
     assert [learning_rate(at, step) for at in (0, 89, 90, 99)] == pytest.approx([1.0, 1.0, 0.1, 0.1])
     assert learning_rate(99, TrainConfig(steps=100, warmup=0, learning_rate=1.0, schedule="constant")) == 1.0
+    assert learning_rate(60, cosine, 0.2) == rates[60] and learning_rate(20, cosine, 0.5) == pytest.approx(0.55)
+    assert learning_rate(20, cosine, 1.5) == pytest.approx(0.1)
 
 
 def test_loss_scale_follows_overflows() -> None:
@@ -251,9 +256,25 @@ def test_deepspeed_configuration(settings: Settings, tmp_path: Path) -> None:
         read_user_config(file)
 
 
-def test_best_and_stopping_by_the_clock(settings: Settings) -> None:
-    folder = train("autoencoder", settings("run", "train.max_minutes=0.000001", "train.steps=1000"))
-    assert len(losses(folder)) == 1 and (folder / "checkpoints" / "latest").is_file()
+def test_the_clock_ends_a_run(settings: Settings) -> None:
+    """As its last step would: validated, exported, finished; with more time it goes on."""
+    timed = ["train.steps=1000", "train.validate_every=1000", "data.val_limit=2"]
+    folder = train("autoencoder", settings("run", *timed, "train.max_minutes=0.000001"))
+    assert len(losses(folder)) == 1 and "val/pq" in read_log(folder)[-1]
+    assert (folder / "mask_vae" / "model.safetensors").is_file() and find_runs(folder)[0].state == "finished"
+    train("autoencoder", settings("run", *timed, "train.max_minutes=0.000001"), resume=True)
+    assert len(losses(folder)) == 1
+    seconds = read_log(folder)[0]["seconds"]
+    longer = settings("run", *timed, f"train.max_minutes={(seconds + 0.5) / 60}")
+    train("autoencoder", longer, resume=True)
+    records = [record for record in read_log(folder) if "loss" in record]
+    assert len(records) > 1 and records[-1]["seconds"] >= seconds + 0.5
+    for before, record in itertools.pairwise(records):  # the schedule ends with the time
+        share = before["seconds"] / (60 * longer.train.max_minutes)
+        assert record["lr"] == pytest.approx(learning_rate(before["step"], longer.train, share), rel=1e-6)
+
+
+def test_best_and_pictures(settings: Settings) -> None:
     folder = train("autoencoder", settings("best", "train.validate_every=2", "train.steps=4", "data.val_limit=2"))
     assert (folder / "best" / "mask_vae" / "model.safetensors").is_file()
     assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["step-00000002.png", "step-00000004.png"]

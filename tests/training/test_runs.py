@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +12,24 @@ import pytest
 
 from ldmseg_fast.commands.runs import add_arguments, find_runs, format_table, run
 from ldmseg_fast.config import Config
-from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.training.loop import train
+from ldmseg_fast.errors import ConfigError, Stopped
+from ldmseg_fast.training.loop import Run, train
 from ldmseg_fast.training.run_log import RunLog
 
 
-def test_runs(settings: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_runs(
+    settings: Callable[..., Config],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     short = ["train.validate_every=2", "data.val_limit=2"]
     train("autoencoder", settings("group/first", *short, "train.steps=4"))
-    train("autoencoder", settings("second", *short, "train.steps=3", "train.max_minutes=0.0000001"))
+    with monkeypatch.context() as patch:
+        take_step = Run.take_step
+        patch.setattr(Run, "take_step", lambda self: (signal.raise_signal(signal.SIGTERM), take_step(self))[1])
+        with pytest.raises(Stopped, match="SIGTERM at step 1"):
+            train("autoencoder", settings("second", *short, "train.steps=3"))
     log = tmp_path / "group" / "first" / "logs" / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 5, "lo')  # a run that was killed
     first, second = find_runs(tmp_path)

@@ -17,6 +17,8 @@ from ldmseg_fast.training.loop import Run, train
 from tests.training.helpers import TINY, Job, assembled, deepspeed, losses, metrics
 from tests.training.two_ranks import measured
 
+pytestmark = pytest.mark.serial
+
 SCENARIOS = [
     "resume:2", "stage:0", "stage:1", "stage:2", "stage:3", "accumulation:1", "fp16:0", "fp16:2", "validation",
     "resave:0", "resave:1", "resave:3", "nonfinite:0", "nonfinite:1", "nonfinite:3",

@@ -1,4 +1,4 @@
-"""Batches of any size through graphs that take only some sizes."""
+"""Runs batches of any size through graphs that take only some sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ANY: Ranges = ((1, 2**31),)
 
 
 def parts(count: int, ranges: Ranges) -> list[tuple[int, int]]:
-    """How `count` rows go through: (rows, size) of each call, of which size - rows are filled up and thrown away.
+    """Splits `count` rows into calls: (rows, size) of each, of which size - rows are filled up and thrown away.
 
     >>> parts(11, ((1, 4),)), parts(5, ((4, 4),))
     ([(4, 4), (4, 4), (3, 3)], [(4, 4), (1, 4)])
@@ -29,7 +29,12 @@ def parts(count: int, ranges: Ranges) -> list[tuple[int, int]]:
 def run_in_parts(
     run: Callable[[dict[str, Tensor]], dict[str, Tensor]], rows: Mapping[str, Tensor], ranges: Ranges
 ) -> dict[str, Tensor]:
-    """`run` over tensors whose first axis is the batch, in as few calls as `ranges` allow, put together again.
+    """Calls `run` as few times as `ranges` allow, and puts its results together again.
+
+    Args:
+        run: inputs of one part -> outputs, each [B, ...] with the batch as its first axis, of any dtype.
+        rows: inputs of the whole batch, likewise.
+        ranges: what `run` takes at once.
 
     Raises:
         ArgumentError: no row at all, or tensors of different lengths.

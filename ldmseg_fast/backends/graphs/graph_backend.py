@@ -1,32 +1,32 @@
-"""The three calls over exported graphs, whichever runtime runs them."""
+"""Runs a model's exported graphs, whichever runtime holds them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ldmseg_fast.backends.backend import DdimBackend
 from ldmseg_fast.backends.graphs import head
 from ldmseg_fast.backends.graphs.batching import ANY, Ranges, run_in_parts
 from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
 from ldmseg_fast.backends.graphs.loop import Runner
-from ldmseg_fast.backends.graphs.specs import GraphSpec, schedule
+from ldmseg_fast.backends.graphs.specs import GraphSpec, sampler_name, schedule
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.diffusion.sampler import Callback, ddim
-from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, resize_logits
 
 MAX_HEAD_BYTES = 2 * 2**30  # of one tensor with every slot at the map's size; the head in the graph makes several
 
 
-class GraphBackend:
-    """A backend whose networks are exported graphs. Batches that a graph does not take go through in parts.
+class GraphBackend(DdimBackend):
+    """Runs exported graphs; a `Backend`. Batches that a graph does not take go through in parts.
 
     CLIP's encoders stay in PyTorch: their tokens are an input of the denoiser.
 
@@ -39,7 +39,13 @@ class GraphBackend:
         capture: run the sampling loop as one CUDA graph.
         batches: what each graph takes at once; a graph that is not in it takes any batch.
         close: called once by `close`, after the last lane is gone.
+
+    Raises:
+        ArgumentError: fewer than 1 lane.
+        CheckpointError: a damaged model folder.
     """
+
+    cache_branches = 0
 
     def __init__(
         self,
@@ -69,26 +75,38 @@ class GraphBackend:
         self.pool = LanePool(make_lane, lanes)
 
     def run_graph(self, graph: str, inputs: Mapping[str, Tensor], **output_sizes: int) -> dict[str, Tensor]:
-        """One call of a graph, with the inputs of its spec. `output_sizes`: axes that no input's shape tells."""
+        """Runs a graph once. See `Lane.run`.
+
+        Raises:
+            ArgumentError: an input that is missing or does not fit.
+            BackendError: a size that the runtime does not take, or a backend that is closed.
+        """
         with self.pool.lane() as lane:
             return lane.run(graph, inputs, output_sizes)
 
     def _run_rows(
         self, graph: str, rows: Mapping[str, Tensor], fixed: Mapping[str, Tensor] | None = None, **output_sizes: int
     ) -> dict[str, Tensor]:
-        """`run_graph` for any batch. `rows` have a batch axis, `fixed` inputs have none."""
+        """Runs a graph on any batch. `rows` have a batch axis, `fixed` inputs have none."""
 
         def run(part: dict[str, Tensor]) -> dict[str, Tensor]:
             return self.run_graph(graph, part | dict(fixed or {}), **output_sizes)
 
         return run_in_parts(run, rows, self.batches.get(graph, ANY))
 
+    @cached_property
+    def mask_vae(self) -> Any:
+        """See `Backend.mask_vae`. The graphs hold its decoder only, so the model folder's is loaded on first use."""
+        return load_component(self.info.folder, "mask_vae").to(self.device)
+
     @torch.inference_mode()
     def encode_image(self, images: Tensor) -> Tensor:
+        """See `Backend.encode_image`."""
         return self._run_rows("image_encoder", {"images": images.to(self.device)})["image_latents"]
 
     @torch.inference_mode()
     def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        """See `Backend.denoise`."""
         channels = self.info.mask_vae.latent_channels
         noisy, image, condition = unet_input.split(
             [channels, self.info.image_latent_channels, channels * self.info.self_condition], dim=1
@@ -105,28 +123,21 @@ class GraphBackend:
         unused = torch.tensor([1.0, 0.0, 1.0, 0.0], device=self.device)  # of the step that follows in the graph
         return self._run_rows("denoiser", rows, {"coefficients": unused})["model_output"]
 
-    @torch.inference_mode()
-    def sample(
-        self,
-        noise: Tensor,
-        image_latents: Tensor,
-        scheduler: Scheduler,
-        num_inference_steps: int,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        if callback is not None or scheduler.config != self.info.scheduler:
-            self_condition = self.info.self_condition
-            return ddim(self.denoise, noise, image_latents, scheduler, num_inference_steps, self_condition, callback)
+    def caching(self, interval: int, branch: int) -> Callable[..., Tensor]:
+        """See `Backend.caching`. Raises BackendError: graphs keep no features."""
+        raise BackendError(f"cache_interval={interval}: graphs keep no features; use backend=torch")
+
+    def _own_loop(self, noise: Tensor, image_latents: Tensor, num_inference_steps: int) -> Tensor:
         rows = {"noise": noise.float(), "image_latents": image_latents.to(self.dtype)}
-        whole = f"sampler_{num_inference_steps}"
+        whole = sampler_name(num_inference_steps)
         if whole in self.specs:
             times, coefficients = (table.to(self.device) for table in schedule(self.info, num_inference_steps))
             return self._run_rows(whole, rows, {"timesteps": times, "coefficients": coefficients})["mask_latents"]
 
         def loop(part: dict[str, Tensor]) -> dict[str, Tensor]:
             with self.pool.lane() as lane:
-                sampler = lane.loop(self.info, part["image_latents"], num_inference_steps)
-                return {"mask_latents": sampler(part["noise"], part["image_latents"])}
+                latents = lane.sample(self.info, part["noise"], part["image_latents"], num_inference_steps)
+            return {"mask_latents": latents}
 
         return run_in_parts(loop, rows, self.batches.get("denoiser", ANY))["mask_latents"]
 
@@ -138,7 +149,7 @@ class GraphBackend:
         output: str = "panoptic",
         thresholds: PostprocessConfig | None = None,
     ) -> list[PanopticResult] | Tensor:
-        """As `Backend.decode_mask`. Maps that are too large for the head in the graph are made from its logits.
+        """See `Backend.decode_mask`. Maps that are too large for the head in the graph are made from its logits.
 
         Raises:
             BackendError: logits, or a map that needs them, from graphs that were exported without them.
@@ -163,15 +174,14 @@ class GraphBackend:
         height, width = fixed["size"].tolist() if fixed else size
         found = self._run_rows("mask_decoder", rows, fixed, height=height, width=width)
         if output == "logits":
-            logits = F.interpolate(found["mask_logits"].float(), network_size, mode="bilinear", align_corners=False)
-            return F.interpolate(logits, size, mode="bilinear", align_corners=False) if size != network_size else logits
+            return resize_logits(found["mask_logits"], network_size, size)
         if not use_logits:
             outputs = [found[name].cpu().numpy() for name in ("label", "confidence", "sigmoid_area")]
             return head.finish(outputs[0], outputs[1], outputs[2], thresholds)
         return postprocess(found["mask_logits"].float(), network_size, [size] * len(latents), thresholds)
 
     def close(self) -> None:
-        """Wait for calls under way, then free contexts and engines. Calls after it raise BackendError."""
+        """See `Backend.close`. Calls after it raise BackendError."""
         self.pool.close()
         if self._close is not None:
             self._close()

@@ -1,4 +1,4 @@
-"""The last part of post-processing for graphs that end in the panoptic head: the filter by area, on the host."""
+"""Ends the post-processing of graphs with a panoptic head: the filter by area, on the host."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from ldmseg_fast.panoptic.postprocess import PanopticResult, make_segments_info
 def finish(
     label: np.ndarray, confidence: np.ndarray, sigmoid_area: np.ndarray, thresholds: PostprocessConfig
 ) -> list[PanopticResult]:
-    """What `postprocess` returns, from the outputs of the `mask_decoder` graph.
+    """Makes what `postprocess` returns from the outputs of the `mask_decoder` graph.
 
     Args:
         label: uint8 [B, H, W], 0 where no slot reached the mask threshold.
         confidence: uint8 [B, H, W], 255 times the softmax probability; scores are exact to 1/510.
         sigmoid_area: integer [B, Q], pixels.
         thresholds: the mask threshold is already in the labels.
+
+    Returns:
+        A PanopticResult per image, whose segmentation is int32 [H, W].
     """
-    return [_finish_one(*image, thresholds) for image in zip(label, confidence, sigmoid_area)]
+    return [
+        _finish_one(label[image], confidence[image], sigmoid_area[image], thresholds) for image in range(len(label))
+    ]
 
 
 def _finish_one(
     label: np.ndarray, confidence: np.ndarray, sigmoid_area: np.ndarray, thresholds: PostprocessConfig
 ) -> PanopticResult:
+    """Does `finish` for one image: label and confidence [H, W], sigmoid_area [Q]."""
     slots = len(sigmoid_area)
     area = np.bincount(label.ravel(), minlength=slots)
     overlap = area / np.maximum(sigmoid_area, 1)
@@ -38,7 +44,7 @@ def _finish_one(
 
 
 def _boxes(label: np.ndarray, slots: int) -> np.ndarray:
-    """x, y, width, height of each slot's pixels, [Q, 4] int64; zeros where it has none."""
+    """Finds x, y, width and height of each slot's pixels, [Q, 4] int64; zeros where it has none."""
     height, width = label.shape
     in_row: np.ndarray = np.zeros((height, slots), bool)
     in_column: np.ndarray = np.zeros((width, slots), bool)

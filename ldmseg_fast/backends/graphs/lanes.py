@@ -1,8 +1,9 @@
-"""A thread-safe pool of execution contexts: each lane runs one call at a time, with its own buffers and stream."""
+"""Holds a thread-safe pool of lanes: each runs one call at a time, with its own buffers and stream."""
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.graphs.loop import Runner, SampleLoop, on_stream
+from ldmseg_fast.backends.graphs.loop import CaptureError, Runner, SampleLoop, on_stream
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.errors import ArgumentError, BackendError
 
@@ -18,7 +19,13 @@ MAX_LOOPS = 4  # (batch, steps) pairs that keep their buffers and CUDA graph
 
 
 class Lane:
-    """Runners of every graph, a stream, and the loops made so far."""
+    """Holds a runner of every graph, a stream, and the loops made so far.
+
+    Args:
+        runners: by the graph's name.
+        stream: where they run; None on a CPU.
+        capture: whether loops become CUDA graphs.
+    """
 
     def __init__(self, runners: Mapping[str, Runner], stream: torch.cuda.Stream | None, capture: bool) -> None:
         self.runners = runners
@@ -27,7 +34,19 @@ class Lane:
         self._loops: OrderedDict[tuple, SampleLoop] = OrderedDict()
 
     def run(self, graph: str, inputs: Mapping[str, Tensor], output_sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """One call of a graph: its outputs, new tensors. `output_sizes`: axes that no input's shape tells."""
+        """Runs a graph once.
+
+        Args:
+            graph: its name.
+            inputs: by name, of the shapes and dtypes in its spec, [B, ...].
+            output_sizes: axes that no input's shape tells.
+
+        Returns:
+            The outputs by name, new tensors of the spec's shapes and dtypes.
+
+        Raises:
+            ArgumentError: an input that is missing or does not fit.
+        """
         runner = self.runners[graph]
         sizes = runner.spec.sizes(inputs) | dict(output_sizes)
         device = next(value.device for name, value in inputs.items() if not runner.spec.tensors[name].is_shape)
@@ -40,8 +59,28 @@ class Lane:
             runner.prepare(tensors)()
         return outputs
 
+    def sample(self, info: ModelInfo, noise: Tensor, image_latents: Tensor, num_inference_steps: int) -> Tensor:
+        """Samples with the loop for this shape: noise and image latents [B, ., h, w] -> x_0 float32 [B, C, h, w].
+
+        Where a loop cannot be captured as a CUDA graph, a warning says so, and this lane goes on without graphs.
+        """
+        try:
+            return self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
+        except CaptureError as error:
+            warnings.warn(
+                f"cuda_graph: the sampling loop cannot be captured ({error}); it runs step by step from here on, with "
+                f"the same results; cuda_graph=False or --no-cuda-graph does so from the start",
+                stacklevel=2,
+            )
+        self.capture = False
+        self._loops.clear()  # with the memory of their graphs
+        return self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
+
     def loop(self, info: ModelInfo, image_latents: Tensor, num_inference_steps: int) -> SampleLoop:
-        """The loop for this shape and number of steps; the least recently used one makes room for a fifth."""
+        """Returns the loop for image latents of this shape, float [B, C_image, h, w], and this number of steps.
+
+        The least recently used loop makes room for a fifth.
+        """
         key = (tuple(image_latents.shape), num_inference_steps)
         if key not in self._loops:
             while len(self._loops) >= MAX_LOOPS:
@@ -55,13 +94,17 @@ class Lane:
         return self._loops[key]
 
     def wait(self) -> None:
-        """Until the GPU has done what was queued here."""
+        """Waits until the GPU has done what was queued here."""
         if self.stream is not None:
             self.stream.synchronize()
 
 
 class LanePool:
-    """At most `size` lanes, made when needed. Callers beyond that wait for a free one."""
+    """Hands out at most `size` lanes, made when needed. Callers beyond that wait for a free one.
+
+    Raises:
+        ArgumentError: a size below 1.
+    """
 
     def __init__(self, make_lane: Callable[[], Lane], size: int) -> None:
         if size < 1:
@@ -75,7 +118,7 @@ class LanePool:
 
     @contextmanager
     def lane(self) -> Iterator[Lane]:
-        """A lane for the length of a `with` block. Raises BackendError once the pool is closed."""
+        """Lends a lane for the length of a `with` block. Raises BackendError once the pool is closed."""
         lane = self._take()
         try:
             yield lane
@@ -101,7 +144,7 @@ class LanePool:
             raise
 
     def close(self) -> None:
-        """Refuse new callers, wait for those inside, and drop every lane. A second call does nothing."""
+        """Refuses new callers, waits for those inside, and drops every lane. A second call does nothing."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()

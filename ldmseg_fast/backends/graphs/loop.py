@@ -1,4 +1,4 @@
-"""The sampling loop on fixed buffers, shared by every backend; on a GPU it can become one CUDA graph."""
+"""Runs the sampling loop on fixed buffers, for every backend; on a GPU the loop can become one CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,30 +11,42 @@ from torch import Tensor, nn
 
 from ldmseg_fast.backends.graphs.specs import GraphSpec, schedule
 from ldmseg_fast.backends.model_info import ModelInfo
+from ldmseg_fast.errors import BackendError
 
 
 class Runner(Protocol):
-    """Something that runs one graph on tensors that the caller owns."""
+    """Runs one graph on tensors that the caller owns.
+
+    Attributes:
+        spec: of the graph.
+    """
 
     spec: GraphSpec
 
     def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
-        """A call that reads the spec's inputs from, and writes its outputs to, exactly these tensors, each time anew.
+        """Returns a call that reads the inputs from, and writes the outputs to, exactly these tensors, each time anew.
 
-        The tensors are contiguous and of the spec's dtypes and shapes. `repeated`: the call will be made many times,
-        so that a runtime may record it.
+        Args:
+            tensors: by name, contiguous and of the spec's dtypes and shapes, [B, ...].
+            repeated: whether the call will be made many times, so that a runtime may record it.
         """
         ...
 
 
 class TorchRunner:
-    """A module of `graphs` behind the face of an engine."""
+    """Runs a module of `modules` as a runtime runs its engine.
+
+    Args:
+        spec: of the graph.
+        module: takes the spec's inputs by name and returns its outputs in order.
+    """
 
     def __init__(self, spec: GraphSpec, module: nn.Module) -> None:
         self.spec = spec
         self.module = module
 
     def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
+        """See `Runner.prepare`."""
         inputs = {tensor.name: tensors[tensor.name] for tensor in self.spec.inputs}
         outputs = [tensors[tensor.name] for tensor in self.spec.outputs]
 
@@ -46,8 +58,25 @@ class TorchRunner:
         return run
 
 
+class CaptureError(Exception):
+    """Reports that a loop could not be captured as a CUDA graph. `Lane.sample` goes on without one."""
+
+
+def use_cuda_graph(cuda_graph: bool | None, device: torch.device) -> bool:
+    """Decides whether a sampling loop becomes a CUDA graph. None: on a GPU it does, elsewhere it does not.
+
+    Raises:
+        BackendError: a CUDA graph is asked for where there is no GPU.
+    """
+    if cuda_graph and device.type != "cuda":
+        raise BackendError(f"cuda_graph=True: device={device} has no CUDA graphs; leave cuda_graph out, or use a GPU")
+    return device.type == "cuda" if cuda_graph is None else cuda_graph
+
+
 class SampleLoop:
-    """N denoising steps for one batch size: a step's outputs are the next step's inputs, nothing is copied between.
+    """Runs N denoising steps for one batch size.
+
+    A step's outputs are the next step's inputs, nothing is copied between.
 
     Args:
         runner: of the `denoiser` graph.
@@ -55,7 +84,9 @@ class SampleLoop:
         image_latents: their shape [B, C, h, w] and dtype are the loop's.
         num_inference_steps: N.
         stream: where the loop runs; None on a CPU.
-        capture: make the whole loop one CUDA graph on its first call. Needs a stream.
+        capture: make the whole loop one CUDA graph. Needs a stream. The first call runs the steps one by one, as lazy
+            initialisation must not fall into a capture; the second call captures, so a loop that runs once costs
+            nothing more.
     """
 
     def __init__(
@@ -81,6 +112,7 @@ class SampleLoop:
         self._steps = [runner.prepare(self._tensors(step), repeated=True) for step in range(num_inference_steps)]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capture = capture and stream is not None
+        self._has_run = False
 
     def _tensors(self, step: int) -> dict[str, Tensor]:
         here, there = step % 2, (step + 1) % 2
@@ -97,22 +129,39 @@ class SampleLoop:
 
     @torch.inference_mode()
     def __call__(self, noise: Tensor, image_latents: Tensor) -> Tensor:
-        """Noise [B, C, h, w] and image latents -> the last estimate of x_0, a new float32 tensor."""
+        """Samples.
+
+        Args:
+            noise: x_T, [B, C, h, w].
+            image_latents: [B, C_image, h, w].
+
+        Returns:
+            The last estimate of x_0, a new float32 tensor [B, C, h, w].
+
+        Raises:
+            CaptureError: the loop cannot be captured.
+        """
         result = torch.empty_like(self.latents[0])
         with on_stream(self.stream):
-            if self._capture and self._graph is None:
-                self._fill(noise, image_latents)
-                self._run_steps()  # lazy initialisation must not fall into the capture
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph, stream=self.stream, capture_error_mode="thread_local"):
-                    self._run_steps()
+            if self._capture and self._has_run and self._graph is None:
+                self._graph = self._captured()
             self._fill(noise, image_latents)
             if self._graph is not None:
                 self._graph.replay()
             else:
                 self._run_steps()
+            self._has_run = True
             result.copy_(self.latents[self.num_inference_steps % 2])
         return result
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self._run_steps()
+        except RuntimeError as error:  # whatever CUDA refuses
+            raise CaptureError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+        return graph
 
     def _fill(self, noise: Tensor, image_latents: Tensor) -> None:
         self.latents[0].copy_(noise)
@@ -126,7 +175,7 @@ class SampleLoop:
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work inside follows what the current stream has queued, and the current stream waits for it afterwards.
+    """Puts work on a stream: it follows what the current stream has queued, and the current stream waits for it.
 
     Results are to be allocated outside: then the allocator never hands memory to one stream that the other still uses.
     """

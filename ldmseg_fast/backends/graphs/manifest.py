@@ -1,4 +1,4 @@
-"""`export.json`: what a folder of exported graphs holds, and of which model."""
+"""Reads and writes `export.json`, which says what a folder of exported graphs holds, and of which model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from typing import Any
 from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.files import write_json
+from ldmseg_fast.files import sha256, write_json
 
 FORMAT_VERSION = 1
 FILE_NAME = "export.json"
 GRAPHS = ("image_encoder", "denoiser", "mask_decoder")
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
-PRECISION_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16", "int8": "float16"}
 
 
 @dataclass(frozen=True)
 class GraphFile:
-    """One graph on disk: its file (and weights file), relative to the folder, and the SHA-256 of both together."""
+    """Describes one graph on disk.
+
+    Attributes:
+        spec: of the graph.
+        file, weights: relative to the folder; None where the graph's file holds its weights.
+        sha256: of both together, see `hash_files`.
+    """
 
     spec: GraphSpec
     file: str
@@ -34,13 +39,18 @@ class GraphFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Of a folder that `to_onnx.py` wrote.
+    """Describes a folder that `to_onnx.py` wrote.
 
     Attributes:
         model_hash: of the model folder, see `model_hash`.
+        precision: one of PRECISIONS.
+        opset: of ONNX.
+        image_size: side of the pictures in pixels, 0: any multiple of `size_multiple`.
+        downsampling: pixels per latent cell, along each side.
+        size_multiple: what a picture's side must be a multiple of, in pixels.
         options: what the export fixed.
+        graphs: by name.
         versions: of the packages that exported.
-        image_size: of the pictures, 0: any multiple of `size_multiple`. `downsampling`: pixels per latent cell.
         command: that makes this folder again.
         calibration: what the ranges of a quantised model were measured on.
         model, scheduler: the model's index and its schedule.
@@ -61,6 +71,7 @@ class Manifest:
     scheduler: dict[str, Any] = field(repr=False, default_factory=dict)
 
     def write(self, folder: Path) -> None:
+        """Writes the folder's `export.json`."""
         graphs = {
             name: {"file": g.file, "weights": g.weights, "sha256": g.sha256, "spec": g.spec.to_dict()}
             for name, g in self.graphs.items()
@@ -70,7 +81,15 @@ class Manifest:
 
 
 def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
-    """Raises BackendError where the folder holds no export, or one of another format. `script` makes such a folder."""
+    """Reads a folder's `export.json`.
+
+    Args:
+        folder: of exported graphs.
+        script: makes such a folder; errors name it.
+
+    Raises:
+        BackendError: a folder that holds no export, a damaged one, or one of another format.
+    """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise BackendError(
@@ -98,7 +117,7 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
 
 
 def check_files(folder: str | Path, manifest: Manifest, names: tuple[str, ...] = GRAPHS) -> None:
-    """Raises BackendError for a graph file that is missing or differs from what was exported."""
+    """Checks graph files. Raises BackendError for one that is missing or differs from what was exported."""
     for name in names:
         graph = manifest.graphs[name]
         for file in filter(None, (graph.file, graph.weights)):
@@ -112,13 +131,13 @@ def check_files(folder: str | Path, manifest: Manifest, names: tuple[str, ...] =
 
 
 def check_model(folder: str | Path, manifest_hash: str, info: ModelInfo, rebuild: str) -> None:
-    """Raises BackendError where `folder` was made from another model than `info`'s."""
+    """Checks that `folder` was made from `info`'s model. Raises BackendError with the command `rebuild` where not."""
     if model_hash(info.folder) != manifest_hash:
         raise BackendError(f"{folder}: made from another model than {info.folder}; make it again:\n  {rebuild}")
 
 
 def at_graphs_size(info: ModelInfo, folder: str | Path, manifest: Manifest, image_size: int | None) -> ModelInfo:
-    """`info` at the picture size that graphs are run at: the one asked for, the graphs' own, or the model's.
+    """Returns `info` at the picture size that graphs are run at: the one asked for, the graphs' own, or the model's.
 
     Raises:
         BackendError: graphs of another fixed size, or a size that the model does not take.
@@ -133,20 +152,18 @@ def at_graphs_size(info: ModelInfo, folder: str | Path, manifest: Manifest, imag
 
 
 def hash_files(folder: Path, *names: str | None) -> str:
-    """SHA-256 over the files' own digests, in this order."""
+    """Computes the SHA-256 over the files' own digests, in this order. None stands for no file."""
     total = hashlib.sha256()
     for name in filter(None, names):
-        total.update(_digest(folder / name))
+        total.update(bytes.fromhex(sha256(folder / name)))
     return total.hexdigest()
 
 
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
 def model_hash(folder: Path) -> str:
-    """SHA-256 over every component's configuration and weights; the index's settings, names and dates do not matter."""
+    """Computes the SHA-256 over every component's configuration and weights.
+
+    The index's settings, names and dates do not matter.
+    """
     paths = sorted(
         path
         for name in ("unet", "mask_vae", "image_vae", "scheduler", "conditioning")
@@ -154,13 +171,13 @@ def model_hash(folder: Path) -> str:
         if path.suffix in (".json", ".safetensors")
     )
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        digests = list(pool.map(_digest, paths))
+        digests = list(pool.map(sha256, paths))
     total = hashlib.sha256()
     for path, digest in zip(paths, digests):
-        total.update(f"{path.relative_to(folder).as_posix()}\0".encode() + digest)
+        total.update(f"{path.relative_to(folder).as_posix()}\0".encode() + bytes.fromhex(digest))
     return total.hexdigest()
 
 
 def describe_model(info: ModelInfo) -> Mapping[str, Any]:
-    """The model's index, for people who find the folder later."""
+    """Returns the model's index, for people who find the folder later."""
     return {key: value for key, value in info.index.items() if not key.startswith("_")}

@@ -1,4 +1,4 @@
-"""Inputs and outputs of every exported graph, in one place: names, dtypes, axes, and a sample input.
+"""Describes inputs and outputs of every exported graph in one place: names, dtypes, axes, and a sample input.
 
 An axis is a number, or text: the name of a dynamic axis, or `name*8` for eight times that axis.
 """
@@ -18,21 +18,21 @@ from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.ddim_step import make_ddim_table
 
 Axis = int | str
+KINDS = ("image_encoder", "denoiser", "sampler", "mask_decoder")
 HEADS = ("panoptic", "logits", "both")
 MAX_SLOTS = 256  # a label is one byte
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output. `is_shape`: its values are sizes, so that a runtime reads them on the host."""
+    """Describes one input or output.
+
+    Attributes:
+        name: of the tensor in the graph.
+        dtype: one of DTYPES.
+        shape: its axes; see the module.
+        is_shape: whether its values are sizes, which a runtime reads on the host.
+    """
 
     name: str
     dtype: str
@@ -41,31 +41,46 @@ class TensorSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        """The dtype as torch names it."""
+        return getattr(torch, self.dtype)
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with every dynamic axis put in."""
+        """Puts the dynamic axes' sizes into the shape. Raises KeyError for an axis that `sizes` lacks."""
         return tuple(axis if isinstance(axis, int) else _resolve(axis, sizes) for axis in self.shape)
 
 
 @dataclass(frozen=True)
 class GraphSpec:
+    """Describes one graph.
+
+    Attributes:
+        name: of the graph in its export.
+        kind: one of KINDS. An export has one graph of each kind but "sampler", of which it has any number.
+        inputs, outputs: its tensors, in the graph's order.
+    """
+
     name: str
+    kind: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
+        """Inputs and outputs by name."""
         return {tensor.name: tensor for tensor in (*self.inputs, *self.outputs)}
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Names of the dynamic axes of the inputs."""
+        """The names of the inputs' dynamic axes, each once."""
         names = [axis.partition("*")[0] for t in self.inputs for axis in t.shape if isinstance(axis, str)]
         return tuple(dict.fromkeys(names))
 
     def sizes(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-        """The dynamic axes' sizes in `inputs`. Raises ArgumentError where a shape or a dtype does not fit."""
+        """Reads the dynamic axes' sizes from `inputs`, tensors by name, such as uint8 [B, 3, S, S].
+
+        Raises:
+            ArgumentError: an input that is missing, or whose shape or dtype does not fit.
+        """
         found: dict[str, int] = {}
         for tensor in self.inputs:
             if tensor.name not in inputs:
@@ -85,14 +100,19 @@ class GraphSpec:
         return found
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns what `from_dict` reads, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GraphSpec:
+        """Reads what `to_dict` wrote. Raises KeyError for a value that is missing."""
+
         def tensors(items: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
             return tuple(TensorSpec(i["name"], i["dtype"], tuple(i["shape"]), i["is_shape"]) for i in items)
 
-        return cls(values["name"], tensors(values["inputs"]), tensors(values["outputs"]))
+        name = values["name"]
+        kind = values.get("kind") or ("sampler" if name.startswith("sampler_") else name)  # older exports name it only
+        return cls(name, kind, tensors(values["inputs"]), tensors(values["outputs"]))
 
 
 def _resolve(axis: str, sizes: Mapping[str, int]) -> int:
@@ -110,7 +130,7 @@ def _matches(axis: Axis, size: int, found: dict[str, int]) -> bool:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What an export fixes.
+    """Holds what an export fixes.
 
     Attributes:
         dtype: "float32", "float16" or "bfloat16", of weights, image latents and the UNet.
@@ -128,35 +148,37 @@ class GraphOptions:
 
     @property
     def decoder_dtype(self) -> str:
-        """TensorRT has no transposed convolution in bfloat16, and the decoder is small."""
+        """The mask decoder's dtype: TensorRT has no transposed convolution in bfloat16, and the decoder is small."""
         return "float32" if self.dtype == "bfloat16" else self.dtype
 
 
 def graph_specs(info: ModelInfo, options: GraphOptions) -> dict[str, GraphSpec]:
-    """The graphs of an export, by name."""
+    """Describes the graphs of an export, by name. Raises ArgumentError for more slots than the head can label."""
     specs = [image_encoder(info, options), denoiser(info, options), mask_decoder(info, options)]
     specs += [sampler(info, options, steps) for steps in options.sampler_steps]
     return {spec.name: spec for spec in specs}
 
 
 def image_encoder(info: ModelInfo, options: GraphOptions) -> GraphSpec:
-    """uint8 pictures -> image latents."""
+    """Describes the graph uint8 [B, 3, H, W] pictures -> image latents [B, C_image, h, w]."""
     batch, height, width = _axes(info, options)
     factor = info.mask_vae.downsampling
     pixels = (batch, 3, _times(height, factor), _times(width, factor))
     latents = (batch, info.image_latent_channels, height, width)
     return GraphSpec(
-        "image_encoder",
-        (TensorSpec("images", "uint8", pixels),),
-        (TensorSpec("image_latents", options.dtype, latents),),
+        name="image_encoder",
+        kind="image_encoder",
+        inputs=(TensorSpec("images", "uint8", pixels),),
+        outputs=(TensorSpec("image_latents", options.dtype, latents),),
     )
 
 
 def denoiser(info: ModelInfo, options: GraphOptions) -> GraphSpec:
-    """One step of DDIM with the network inside. The step's coefficients are inputs, so one graph serves every schedule.
+    """Describes the graph of one DDIM step with the network inside.
 
-    `coefficients` is a row of `make_ddim_table`. Latents stay in float32 whatever the network's precision. Trained
-    queries are part of the graph; CLIP's tokens are the input `context`.
+    The step's coefficients are inputs, so one graph serves every schedule: `coefficients` is a row of
+    `make_ddim_table`. Latents stay in float32 whatever the network's precision. Trained queries are part of the graph;
+    CLIP's tokens are the input `context`.
     """
     batch, height, width = _axes(info, options)
     latents = (batch, info.mask_vae.latent_channels, height, width)
@@ -175,11 +197,11 @@ def denoiser(info: ModelInfo, options: GraphOptions) -> GraphSpec:
         TensorSpec("prev_latents", "float32", latents),
         TensorSpec("pred_original_sample", "float32", latents),
     )
-    return GraphSpec("denoiser", inputs, outputs)
+    return GraphSpec(name="denoiser", kind="denoiser", inputs=inputs, outputs=outputs)
 
 
 def sampler(info: ModelInfo, options: GraphOptions, steps: int) -> GraphSpec:
-    """`steps` steps of DDIM as one graph; the schedule is still an input."""
+    """Describes the graph of `steps` DDIM steps; the schedule is still an input."""
     batch, height, width = _axes(info, options)
     latents = (batch, info.mask_vae.latent_channels, height, width)
     inputs = (
@@ -188,14 +210,24 @@ def sampler(info: ModelInfo, options: GraphOptions, steps: int) -> GraphSpec:
         TensorSpec("timesteps", "int64", (steps,)),
         TensorSpec("coefficients", "float32", (steps, 4)),
     )
-    return GraphSpec(f"sampler_{steps}", inputs, (TensorSpec("mask_latents", "float32", latents),))
+    outputs = (TensorSpec("mask_latents", "float32", latents),)
+    return GraphSpec(name=sampler_name(steps), kind="sampler", inputs=inputs, outputs=outputs)
+
+
+def sampler_name(steps: int) -> str:
+    """Names the graph of a whole sampler of `steps` steps."""
+    return f"sampler_{steps}"
 
 
 def mask_decoder(info: ModelInfo, options: GraphOptions) -> GraphSpec:
-    """Scaled mask latents -> the panoptic head's maps at `size` (height, width), or the slots' logits before resizing.
+    """Describes the graph scaled mask latents -> the panoptic head's maps at `size` (height, width), or slot logits.
 
     `label`: the argmax slot where its softmax probability reaches `mask_threshold`, else 0. `confidence`: 255 times
-    that probability. `sigmoid_area`: per slot, pixels whose sigmoid reaches the threshold.
+    that probability. `sigmoid_area`: per slot, pixels whose sigmoid reaches the threshold. `mask_logits`: before both
+    bilinear resizings.
+
+    Raises:
+        ArgumentError: more slots than the head can label.
     """
     if info.mask_vae.num_slots > MAX_SLOTS:
         raise ArgumentError(
@@ -215,7 +247,7 @@ def mask_decoder(info: ModelInfo, options: GraphOptions) -> GraphSpec:
     if options.head != "panoptic":
         logits = (batch, slots, _times(height, scale), _times(width, scale))
         outputs.append(TensorSpec("mask_logits", options.decoder_dtype, logits))
-    return GraphSpec("mask_decoder", tuple(inputs), tuple(outputs))
+    return GraphSpec(name="mask_decoder", kind="mask_decoder", inputs=tuple(inputs), outputs=tuple(outputs))
 
 
 def _axes(info: ModelInfo, options: GraphOptions) -> tuple[Axis, Axis, Axis]:
@@ -233,7 +265,11 @@ def _times(axis: Axis, factor: int) -> Axis:
 
 
 def schedule(info: ModelInfo, num_inference_steps: int) -> tuple[Tensor, Tensor]:
-    """Inputs of the denoiser over a whole loop: timesteps int64 [N] and coefficients float32 [N, 4]."""
+    """Makes the denoiser's inputs over a whole loop of N steps: timesteps int64 [N] and coefficients float32 [N, 4].
+
+    Raises:
+        ArgumentError: a number of steps that the model's schedule does not have.
+    """
     scheduler = Scheduler(info.scheduler)
     times, previous = scheduler.timesteps(num_inference_steps)
     table = make_ddim_table(scheduler.alphas_cumprod, torch.tensor(times), torch.tensor(previous))
@@ -241,12 +277,20 @@ def schedule(info: ModelInfo, num_inference_steps: int) -> tuple[Tensor, Tensor]
 
 
 def sample_inputs(spec: GraphSpec, info: ModelInfo, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
-    """One input of each kind: random pictures and latents, the schedule's own times, thresholds and sizes.
+    """Makes one input for each of a graph's: random pictures and latents, the schedule's times, thresholds and sizes.
 
-    `sizes` gives the dynamic axes; `height` and `width` are the decoder's output size, default the network's.
+    Args:
+        spec: of the graph.
+        info: of the model.
+        sizes: of the dynamic axes; `height` and `width` are the decoder's output size, default the network's.
+        seed: of the random values.
+
+    Returns:
+        By name, of the spec's dtypes, with `sizes` in the place of dynamic axes, such as uint8 [B, 3, S, S].
     """
     generator = torch.Generator().manual_seed(seed)
-    steps = spec.tensors["timesteps"].shape[0] if spec.name.startswith("sampler_") else info.num_inference_steps
+    is_whole_loop = spec.kind == "sampler"
+    steps = spec.tensors["timesteps"].shape[0] if is_whole_loop else info.num_inference_steps
     times, table = schedule(info, int(steps))
     values: dict[str, Tensor] = {}
     for tensor in spec.inputs:
@@ -260,8 +304,7 @@ def sample_inputs(spec: GraphSpec, info: ModelInfo, sizes: Mapping[str, int], se
             value = torch.tensor([info.postprocess.mask_threshold])
         elif tensor.name in ("timesteps", "coefficients"):
             rows = times if tensor.name == "timesteps" else table
-            whole_loop = spec.name.startswith("sampler_")
-            value = rows if whole_loop else rows[len(rows) // 2].expand(shape)
+            value = rows if is_whole_loop else rows[len(rows) // 2].expand(shape)
         else:
             value = torch.randn(shape, generator=generator)
         values[tensor.name] = value.to(tensor.torch_dtype).contiguous()

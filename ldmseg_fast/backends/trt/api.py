@@ -1,4 +1,4 @@
-"""TensorRT (10.13 on, and 11) and TensorRT for RTX behind one face. Every use of their Python APIs is in this file."""
+"""Wraps TensorRT (10.13 on, and 11) and TensorRT for RTX. Every use of their Python APIs is in this file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] 
 
 @dataclass(frozen=True)
 class Flavour:
+    """Describes one of NVIDIA's two runtimes: its Python module, the least version, how to install it."""
+
     module: str
     minimum: tuple[int, int]
     install: str
@@ -36,7 +38,7 @@ RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a builder may do.
+    """Says what a builder may do.
 
     Attributes:
         targets: compute capabilities ("sm89"), or ("portable",) or ("current",).
@@ -58,7 +60,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Built:
-    """A serialised engine, the timing cache to keep, and one line per layer."""
+    """Holds a serialised engine, the timing cache to keep, and one line per layer."""
 
     engine: bytes
     timing_cache: bytes
@@ -67,7 +69,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU and its driver; empty where there is none."""
+    """Names a GPU and its driver; empty where there is none."""
 
     gpu: str = ""
     compute_capability: str = ""
@@ -75,7 +77,7 @@ class Machine:
 
 
 def this_machine(device: torch.device | None = None) -> Machine:
-    """The GPU behind a torch device (default the current one); nvidia-smi's first where torch has no CUDA."""
+    """Finds the GPU behind a torch device (default the current one); nvidia-smi's first where torch has no CUDA."""
     machine = _ask_nvidia_smi()
     if not (machine.driver and torch.cuda.is_available()):
         return machine
@@ -96,13 +98,21 @@ def _ask_nvidia_smi() -> Machine:
 
 
 def driver_major(driver: str) -> int:
-    """580 of "580.65.06"; 0 where it is unknown."""
+    """Reads 580 from "580.65.06"; 0 where it is unknown."""
     number = driver.partition(".")[0]
     return int(number) if number.isdigit() else 0
 
 
 class TrtApi:
-    """One imported flavour. `device`: where its engines are built and run."""
+    """Calls one imported flavour.
+
+    Args:
+        module: `tensorrt` or `tensorrt_rtx`.
+        flavour: one of FLAVOURS.
+
+    Attributes:
+        device: where its engines are built and run.
+    """
 
     device = torch.device("cuda")
 
@@ -115,6 +125,7 @@ class TrtApi:
 
     @property
     def machine(self) -> Machine:
+        """The GPU behind `device`, and its driver."""
         return this_machine(self.device)
 
     def _make_log(self) -> Any:
@@ -134,7 +145,7 @@ class TrtApi:
         return Log()
 
     def take_errors(self) -> str:
-        """What was logged as an error since the last call."""
+        """Returns what was logged as an error since the last call."""
         text = "; ".join(self.log.errors[-3:])
         self.log.errors.clear()
         return text or "no message"
@@ -148,10 +159,13 @@ class TrtApi:
         settings: BuildSettings,
         timing_cache: bytes = b"",
     ) -> Built:
-        """Parse and build.
+        """Parses a graph and builds its engine.
 
         Args:
+            onnx_file: the graph.
             shapes: per profile, ranges of the inputs' shapes and of the shape inputs' values.
+            settings: what the builder may do.
+            timing_cache: of earlier builds.
 
         Raises:
             BackendError: an ONNX file that TensorRT does not take, or a build that fails; with TensorRT's own message.
@@ -222,7 +236,11 @@ class TrtApi:
     # running
 
     def deserialize(self, engine_file: Path, version_compatible: bool = False) -> Any:
-        """An engine. Its passport must have been checked before: a foreign file can do anything here."""
+        """Loads an engine. Its passport must have been checked before: a foreign file can do anything here.
+
+        Raises:
+            BackendError: an engine that TensorRT does not load.
+        """
         runtime = self.trt.Runtime(self.log)
         if version_compatible:
             runtime.engine_host_code_allowed = True
@@ -232,14 +250,22 @@ class TrtApi:
         return engine
 
     def refit(self, engine: Any, onnx_file: Path) -> None:
-        """Put the weights of a graph into an engine that was built without them."""
+        """Puts the weights of a graph into an engine that was built without them.
+
+        Raises:
+            BackendError: weights that do not fit.
+        """
         refitter = self.trt.Refitter(engine, self.log)
         weights = self.trt.OnnxParserRefitter(refitter, self.log)
         if not (weights.refit_from_file(str(onnx_file)) and refitter.refit_cuda_engine()):
             raise BackendError(f"{onnx_file}: its weights do not fit the engine ({self.take_errors()}); build it again")
 
     def create_context(self, engine: Any, profile: int, stream: int) -> Any:
-        """An execution context of one optimisation profile."""
+        """Makes an execution context of one optimisation profile on a CUDA stream, given by its handle.
+
+        Raises:
+            BackendError: TensorRT makes none; most often the GPU's memory is full.
+        """
         context = engine.create_execution_context()
         if context is None or not context.set_optimization_profile_async(profile, stream):
             raise BackendError(
@@ -248,7 +274,11 @@ class TrtApi:
         return context
 
     def bind(self, context: Any, inputs: Mapping[str, tuple[tuple[int, ...], int]], outputs: Mapping[str, int]) -> None:
-        """Shapes and addresses of the inputs, addresses of the outputs."""
+        """Sets shapes and addresses of the inputs, and addresses of the outputs.
+
+        Raises:
+            BackendError: a shape or an address that TensorRT refuses.
+        """
         for name, (shape, address) in inputs.items():
             if not (context.set_input_shape(name, shape) and context.set_tensor_address(name, address)):
                 raise BackendError(f"{self.name} refuses {name} of shape {shape} ({self.take_errors()})")
@@ -257,16 +287,18 @@ class TrtApi:
                 raise BackendError(f"{self.name} refuses the memory for {name} ({self.take_errors()})")
 
     def execute(self, context: Any, stream: int) -> None:
+        """Queues one run on a stream, given by its handle. Raises BackendError where TensorRT refuses."""
         if not context.execute_async_v3(stream):
             raise BackendError(f"{self.name} failed to run ({self.take_errors()})")
 
     @property
     def name(self) -> str:
+        """The flavour and its version, for messages."""
         return f"{'TensorRT-RTX' if self.flavour == 'rtx' else 'TensorRT'} {self.version}"
 
 
 def load_api(flavour: str) -> TrtApi:
-    """Import a flavour.
+    """Imports a flavour.
 
     Raises:
         BackendError: not installed, or too old; with the cure.
@@ -286,7 +318,7 @@ def load_api(flavour: str) -> TrtApi:
 
 
 def check_driver(machine: Machine) -> None:
-    """Raises BackendError where no GPU answers, or its driver is too old for TensorRT's CUDA."""
+    """Checks the GPU and its driver. Raises BackendError where none answers, or it is too old for TensorRT's CUDA."""
     if not machine.gpu:
         raise BackendError(
             "TensorRT runs on NVIDIA GPUs and none answers to nvidia-smi; use backend=onnxruntime or torch here"

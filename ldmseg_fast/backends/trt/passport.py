@@ -1,8 +1,7 @@
-"""An engine's passport: the JSON beside it that says where it may run. It is read before the engine is."""
+"""Reads and checks an engine's passport: the JSON beside it that says where it may run, read before the engine is."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from ldmseg_fast.backends.graphs.manifest import Manifest
 from ldmseg_fast.backends.trt.api import MIN_DRIVER, Machine, driver_major
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.files import write_json
+from ldmseg_fast.files import sha256, write_json
 
 FORMAT_VERSION = 1
 Range = tuple[int, int, int]  # least, best, largest
@@ -19,7 +18,7 @@ Range = tuple[int, int, int]  # least, best, largest
 
 @dataclass(frozen=True)
 class Passport:
-    """What is true of one engine.
+    """Describes one engine.
 
     Attributes:
         graph: name of the graph; the engine is GRAPH.engine.
@@ -61,23 +60,27 @@ class Passport:
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
+        """Writes the passport beside its engine."""
         write_json(passport_file(folder, self.graph), asdict(self))
 
     @property
     def rebuild(self) -> str:
+        """How an error tells people to build the engine again."""
         return f"build it again on this machine:\n  {self.command}"
 
 
 def passport_file(folder: Path, graph: str) -> Path:
+    """Names the passport of a graph's engine."""
     return folder / f"{graph}.passport.json"
 
 
 def engine_file(folder: Path, graph: str) -> Path:
+    """Names the engine of a graph."""
     return folder / f"{graph}.engine"
 
 
 def read_passport(folder: Path, graph: str) -> Passport:
-    """Raises BackendError where there is none, or it is damaged or of another format."""
+    """Reads a passport. Raises BackendError where there is none, or it is damaged or of another format."""
     path = passport_file(folder, graph)
     if not path.is_file():
         raise BackendError(
@@ -104,9 +107,11 @@ def read_passport(folder: Path, graph: str) -> Passport:
 def check_passport(
     passport: Passport, folder: Path, manifest: Manifest, model_hash: str, flavour: str, version: str, machine: Machine
 ) -> None:
-    """Everything that must be equal, before the engine's first byte is interpreted.
+    """Checks everything that must be equal, before the engine's first byte is interpreted.
 
     Args:
+        passport: of the engine.
+        folder: where both lie.
         manifest: of the export in `folder`.
         model_hash: of the MODEL_DIR that is to run.
         flavour, version: of the TensorRT that would load it.
@@ -171,13 +176,12 @@ def _machine_differences(passport: Passport, machine: Machine) -> list[str]:
 
 
 def file_differences(passport: Passport, path: Path) -> list[str]:
-    """How the engine file differs from the one that the passport was written for."""
+    """Lists how the engine file differs from the one that the passport was written for."""
     if not path.is_file():
         return [f"engine file: {passport.engine_bytes} bytes, here none"]
     if path.stat().st_size != passport.engine_bytes:
         return [f"engine file: {passport.engine_bytes} bytes, here {path.stat().st_size}"]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     return (
         [] if digest == passport.engine_sha256 else [f"engine file: {passport.engine_sha256[:12]}, here {digest[:12]}"]
     )

@@ -1,4 +1,4 @@
-"""TensorRT: engines behind the three calls. What is special to TensorRT is `TrtRunner`; the rest is shared."""
+"""Runs TensorRT engines. What is special to TensorRT is `TrtRunner`; the rest is shared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends.graphs.graph_backend import GraphBackend
-from ldmseg_fast.backends.graphs.loop import Runner
+from ldmseg_fast.backends.graphs.loop import Runner, use_cuda_graph
 from ldmseg_fast.backends.graphs.manifest import GraphFile, at_graphs_size, hash_files, model_hash, read_manifest
 from ldmseg_fast.backends.graphs.specs import GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
@@ -27,13 +27,22 @@ OPTIONS = {
 
 
 class TrtRunner:
-    """One engine on one stream, with a context per optimisation profile. Reads and writes torch's memory in place."""
+    """Runs one engine on one stream, with a context per optimisation profile, in torch's own memory.
+
+    Args:
+        api: the imported TensorRT.
+        engine: as `api.deserialize` returned it.
+        spec: of the graph that the engine was built from.
+        passport: of the engine.
+        stream: handle of the CUDA stream.
+    """
 
     def __init__(self, api: trt_api.TrtApi, engine: Any, spec: GraphSpec, passport: Passport, stream: int) -> None:
         self.api, self.engine, self.spec, self.passport, self.stream = api, engine, spec, passport, stream
         self._contexts: dict[int, Any] = {}
 
     def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
+        """See `Runner.prepare`. Raises BackendError for shapes that the engine was not built for."""
         profile = self._profile(tensors)
         if profile not in self._contexts:
             self._contexts[profile] = self.api.create_context(self.engine, profile, self.stream)
@@ -48,7 +57,7 @@ class TrtRunner:
         return run
 
     def _profile(self, tensors: Mapping[str, Tensor]) -> int:
-        """The narrowest profile that takes these shapes. Raises BackendError naming the option that widens it."""
+        """Finds the narrowest profile for these shapes. Raises BackendError naming the option that widens it."""
         sizes = self.spec.sizes({tensor.name: tensors[tensor.name] for tensor in self.spec.inputs})
         if "size" in self.spec.tensors:
             sizes |= dict(zip(("height", "width"), tensors["size"].tolist()))
@@ -74,21 +83,23 @@ def load_trt_backend(
     engine_dir: str | Path,
     device: str | torch.device | None = None,
     lanes: int = 1,
-    cuda_graph: bool = True,
+    cuda_graph: bool | None = None,
     image_size: int | None = None,
 ) -> GraphBackend:
-    """The engines that `to_trt.py` built.
+    """Loads the engines that `to_trt.py` built.
 
     Args:
         info: of MODEL_DIR.
         engine_dir: its engines.
         device: of the GPU; default the first.
         lanes: how many threads can be inside at a time; each has its own contexts and buffers.
-        cuda_graph: run the sampling loop as one CUDA graph.
+        cuda_graph: run the sampling loop as one CUDA graph; None: on a GPU. A loop that cannot be captured runs
+            without, with a warning.
         image_size: side in pixels of what the networks see; default the engines' own, or the model's.
 
     Raises:
         BackendError: no TensorRT, no GPU, or an engine that was not built for this model, machine, version or size.
+        CheckpointError: a damaged model folder.
     """
     folder = Path(engine_dir)
     manifest = read_manifest(folder, "to_trt.py")
@@ -124,11 +135,13 @@ def load_trt_backend(
         name: tuple((profile["batch"][0], profile["batch"][2]) for profile in ({**fixed, **p} for p in each.profiles))
         for name, each in passports.items()
     }
-    return GraphBackend(info, specs, make_runners, device, lanes, cuda_graph, batches, engines.clear)
+    return GraphBackend(
+        info, specs, make_runners, device, lanes, use_cuda_graph(cuda_graph, device), batches, engines.clear
+    )
 
 
 def _check_sides(info: ModelInfo, passport: Passport, downsampling: int) -> None:
-    """Raises BackendError where engines for several picture sizes were not built for this one."""
+    """Checks the picture size. Raises BackendError where engines for several sizes were not built for this one."""
     sides = [profile.get("latent_height", (0, 0, 2**31)) for profile in passport.profiles]
     cells = info.image_size // downsampling
     if not any(least <= cells <= largest for least, _, largest in sides):
@@ -140,7 +153,7 @@ def _check_sides(info: ModelInfo, passport: Passport, downsampling: int) -> None
 
 
 def weights_of(folder: Path, graph: GraphFile) -> Path:
-    """The graph whose weights a stripped engine takes. Raises BackendError where it is missing or another one."""
+    """Finds the graph whose weights a stripped engine takes. Raises BackendError where it is missing or another one."""
     path = folder / "onnx" / graph.file
     if not path.is_file() or hash_files(path.parent, graph.file, graph.weights) != graph.sha256:
         raise BackendError(

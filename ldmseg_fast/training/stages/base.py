@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldmseg_fast.config import Config
+from ldmseg_fast.config.precision import DTYPES, resolve_precision
 from ldmseg_fast.diffusion.sampler import seed_of
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.training.losses import MaskLosses, Segments, mask_losses, share_num_labelled, share_num_masks
 
 T = TypeVar("T")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stage(nn.Module, abc.ABC):
@@ -59,8 +59,9 @@ class Stage(nn.Module, abc.ABC):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the networks compute in: `train.precision`."""
-        return PRECISIONS[self.config.train.precision]
+        """What the networks compute in: `train.precision` on this stage's device."""
+        precision, _ = resolve_precision(self.config.train.precision, next(self.parameters()).device)
+        return DTYPES[precision]
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:

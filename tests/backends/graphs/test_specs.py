@@ -57,6 +57,12 @@ def test_a_spec_survives_json(info):
         assert GraphSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
+def test_exports_that_name_no_kind_are_read(info):
+    for spec in graph_specs(info, GraphOptions(sampler_steps=(4,))).values():
+        older = {key: value for key, value in spec.to_dict().items() if key != "kind"}
+        assert GraphSpec.from_dict(older) == spec
+
+
 def test_without_self_condition(info):
     specs = graph_specs(replace(info, self_condition=False), GraphOptions(image_size=64))
     assert [tensor.name for tensor in specs["denoiser"].inputs] == [
@@ -89,7 +95,7 @@ def test_misfits_are_named(info):
 
 
 def test_multiples_of_an_axis():
-    spec = GraphSpec("g", (TensorSpec("images", "uint8", ("batch", 3, "h*4", "w*4")),), ())
+    spec = GraphSpec("g", "image_encoder", (TensorSpec("images", "uint8", ("batch", 3, "h*4", "w*4")),), ())
     assert spec.axes == ("batch", "h", "w")
     assert spec.sizes({"images": torch.zeros(1, 3, 8, 20, dtype=torch.uint8)}) == {"batch": 1, "h": 2, "w": 5}
     with pytest.raises(ValueError, match=r"shape \(1, 3, 8, 21\)"):

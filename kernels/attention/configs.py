@@ -1,0 +1,84 @@
+"""Lists the launch configurations, and what `benchmarks/bench_kernels.py --tune` tries."""
+
+from itertools import product
+
+from ldmseg_fast.kernels.configs import Candidates, Table, make_config
+
+TABLE: Table = {
+    "attention_forward": {
+        80: {
+            "d48": make_config(4, 3, BLOCK_M=64, BLOCK_N=64),
+            "d96": make_config(4, 3, BLOCK_M=64, BLOCK_N=32),
+            "d128": make_config(8, 2, BLOCK_M=128, BLOCK_N=32),
+            "d160": make_config(4, 2, BLOCK_M=64, BLOCK_N=16),
+        },
+        90: {
+            "d48": make_config(8, 3, BLOCK_M=128, BLOCK_N=64),
+            "d96": make_config(8, 3, BLOCK_M=128, BLOCK_N=64),
+            "d128": make_config(8, 2, BLOCK_M=128, BLOCK_N=64),
+            "d160": make_config(8, 2, BLOCK_M=128, BLOCK_N=64),
+        },
+    },
+    "attention_delta": {
+        80: {
+            "d48": make_config(4, 1, BLOCK_M=64),
+            "d96": make_config(4, 1, BLOCK_M=32),
+            "d128": make_config(4, 1, BLOCK_M=32),
+            "d160": make_config(4, 1, BLOCK_M=16),
+        },
+    },
+    "attention_backward_kv": {
+        80: {
+            "d48": make_config(4, 2, BLOCK_M=32, BLOCK_N=64),
+            "d96": make_config(8, 2, BLOCK_M=32, BLOCK_N=64),
+            "d128": make_config(8, 2, BLOCK_M=64, BLOCK_N=32),
+            "d160": make_config(4, 2, BLOCK_M=32, BLOCK_N=16),
+        },
+        90: {
+            "d48": make_config(4, 2, BLOCK_M=64, BLOCK_N=64),
+            "d96": make_config(8, 2, BLOCK_M=64, BLOCK_N=64),
+            "d128": make_config(8, 2, BLOCK_M=32, BLOCK_N=64),
+            "d160": make_config(8, 2, BLOCK_M=32, BLOCK_N=64),
+        },
+    },
+    "attention_backward_q": {
+        80: {
+            "d48": make_config(4, 2, BLOCK_M=64, BLOCK_N=32),
+            "d96": make_config(4, 2, BLOCK_M=64, BLOCK_N=32),
+            "d128": make_config(8, 2, BLOCK_M=128, BLOCK_N=32),
+            "d160": make_config(4, 2, BLOCK_M=32, BLOCK_N=16),
+        },
+        90: {
+            "d48": make_config(8, 2, BLOCK_M=128, BLOCK_N=64),
+            "d96": make_config(8, 2, BLOCK_M=128, BLOCK_N=64),
+            "d128": make_config(8, 2, BLOCK_M=128, BLOCK_N=32),
+            "d160": make_config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        },
+    },
+    "attention_fp8_prepare": {89: {"all": make_config(4, 1, ELEMENTS=8192)}},
+    "attention_fp8": {
+        89: {
+            "d48": make_config(4, 3, BLOCK_M=64, BLOCK_N=64),
+            "d96": make_config(4, 3, BLOCK_M=64, BLOCK_N=64),
+            "d128": make_config(8, 2, BLOCK_M=128, BLOCK_N=64),
+            "d160": make_config(8, 2, BLOCK_M=128, BLOCK_N=32),
+        },
+        90: {
+            "d48": make_config(8, 3, BLOCK_M=128, BLOCK_N=128),
+            "d96": make_config(8, 3, BLOCK_M=128, BLOCK_N=64),
+            "d128": make_config(8, 3, BLOCK_M=128, BLOCK_N=64),
+            "d160": make_config(8, 3, BLOCK_M=128, BLOCK_N=64),
+        },
+    },
+}
+
+_BLOCKS = [
+    make_config(warps, stages, BLOCK_M=m, BLOCK_N=n)
+    for m, n, warps, stages in product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
+]
+CANDIDATES: Candidates = {
+    "attention_forward": _BLOCKS,
+    "attention_fp8": [config for config in _BLOCKS if config.constants["BLOCK_N"] >= 32],
+    "attention_backward_kv": _BLOCKS,
+    "attention_backward_q": _BLOCKS,
+}

@@ -1,0 +1,79 @@
+"""Lists the shapes of the kernel that count, and launches where every size is 1."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.kernels.case import Case, meta, normal
+from ldmseg_fast.kernels.group_norm_silu import host, reference
+
+
+def cases() -> Iterator[Case]:
+    """Yields the cases of the kernel; they reach every entry of its table."""
+    shapes = [(1, 320, 64), (16, 320, 64), (16, 640, 32), (16, 1280, 16), (16, 1280, 8), (1, 128, 512)]
+
+    def forward_backward(x, weight, bias, groups, eps, scale, shift, residual, silu):
+        y, mean, rstd = host.group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, residual, silu)
+        grads = host.group_norm_silu_backward(torch.ones_like(y), x, mean, rstd, weight, bias, scale, shift, silu)
+        return y, *grads[:3]
+
+    for batch, channels, size in shapes:
+        for dtype in (torch.float16, torch.float32) if (batch, channels) == (16, 320) else (torch.bfloat16,):
+            elements = batch * channels * size * size * dtype.itemsize
+            name = f"[{batch}, {channels}, {size}, {size}]"
+
+            def make(device, batch=batch, channels=channels, size=size, dtype=dtype):
+                x = normal(batch, channels, size, size, device=device, dtype=dtype, channels_last=True)
+                weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
+                return x, weight, bias, 32, 1e-5, None, None, None, True
+
+            def make_full(device, make=make):
+                x, weight, bias, *_ = make(device)
+                scale = normal(*x.shape[:2], device=device, dtype=x.dtype)
+                return x, weight, bias, 32, 1e-5, scale, scale, torch.randn_like(x), True
+
+            about: dict[str, Any] = {"dtype": dtype, "batch": batch, "torch": reference.group_norm_silu}
+            headline = dtype == torch.float16
+            yield Case(
+                "group_norm_silu",
+                f"forward {name}",
+                make=make,
+                triton=lambda *arguments: host.group_norm_silu_forward(*arguments)[0],
+                bytes_moved=2 * elements,
+                headline=headline,
+                **about,
+            )
+            if headline or size in (16, 8):
+                yield Case(
+                    "group_norm_silu",
+                    f"forward, all {name}",  # time embedding and residual
+                    make=make_full,
+                    triton=lambda *arguments: host.group_norm_silu_forward(*arguments)[0],
+                    bytes_moved=3 * elements,
+                    **about,
+                )
+            yield Case(
+                "group_norm_silu",
+                f"forward, backward {name}",
+                make=make,
+                triton=forward_backward,
+                bytes_moved=5 * elements,
+                leaves=(0, 1, 2),
+                headline=headline,
+                **about,
+            )
+
+
+def edge_cases() -> Iterator[Callable[[], object]]:
+    """Yields functions that launch each kernel on meta tensors of one image and one channel."""
+
+    def run(x: Tensor, scale: Tensor) -> None:
+        weight = scale[0]
+        y, mean, rstd = host.group_norm_silu_forward(x, weight, weight, 1, 1e-5, scale, scale, x, True)
+        host.group_norm_silu_backward(y, x, mean, rstd, weight, weight, scale, scale, True)
+
+    for size in (1, 256):  # a group at once, and in tiles
+        yield partial(run, meta(1, 1, size, size), meta(1, 1))

@@ -1,0 +1,232 @@
+"""Launches group normalisation (Wu and He, arXiv 1803.08494) in Triton.
+
+Tensors are channels_last: x is [B, P, C] with P = H W pixels, statistics in float32.
+
+Groups that fit on one multiprocessor are read once, by one program each. Larger ones take three launches: sums per
+channel and chunk of pixels (which needs no grouping, so every access is dense whatever C/G is), a reduction of those to
+one mean and rstd per group, and the normalisation. The last one takes the images in reverse, so that what the first
+read last is still in L2. Sums are taken about the channel's value at pixel 0, which keeps them exact where the mean is
+large against the deviation. The backward has the same two ways.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ldmseg_fast.kernels.configs import Config, find_config
+from ldmseg_fast.kernels.group_norm_silu.backward import (
+    backward_affine_kernel,
+    backward_apply_kernel,
+    backward_partial_kernel,
+    backward_reduce_kernel,
+    backward_whole_kernel,
+)
+from ldmseg_fast.kernels.group_norm_silu.forward import (
+    forward_apply_kernel,
+    forward_partial_kernel,
+    forward_reduce_kernel,
+    forward_whole_kernel,
+)
+from ldmseg_fast.kernels.launch import launch
+
+MAX_WHOLE = 16384  # elements of a group, padded, that one program holds in registers
+MAX_PARTIALS = 8192  # chunks times channels of a group that one program reduces
+
+
+def _channel_block(channels: int) -> int:
+    """The largest power of two that divides C, up to 256; a padded one where that would be a sliver of a row."""
+    divisor = min(channels & -channels, 256)
+    return divisor if divisor >= 32 or divisor == channels else min(triton.next_power_of_2(channels), 256)
+
+
+def _whole_blocks(pixels: int, channels_per_group: int) -> dict[str, int] | None:
+    """Block sizes of the kernels that hold a group at once, None where it is too large."""
+    block_p, block_c = triton.next_power_of_2(pixels), triton.next_power_of_2(channels_per_group)
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c} if block_p * block_c <= MAX_WHOLE else None
+
+
+def _whole_config(kernel: str, blocks: dict[str, int]) -> Config:
+    return find_config(kernel, "large" if blocks["BLOCK_P"] * blocks["BLOCK_C"] > 4096 else "small")
+
+
+def _tiling(
+    kernel: str, pixels: int, channels: int, channels_per_group: int
+) -> tuple[Config, dict[str, int], int, int]:
+    """(configuration, block sizes, tiles of one program of the partial sums, programs over the pixels)"""
+    config = find_config(kernel, "tiled")
+    block_c = _channel_block(channels)
+    block_p = max(config.constants["ELEMENTS"] // block_c, 1)
+    tiles = triton.cdiv(pixels, block_p)
+    most_chunks = max(MAX_PARTIALS // triton.next_power_of_2(channels_per_group), 1)
+    tiles_per_program = triton.cdiv(tiles, most_chunks)
+    chunks = triton.cdiv(tiles, tiles_per_program)
+    return config, {"BLOCK_P": block_p, "BLOCK_C": block_c}, tiles_per_program, chunks
+
+
+def _pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
+    return instead if tensor is None else tensor.contiguous()
+
+
+def group_norm_silu_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the forward pass: one kernel where a group fits on one multiprocessor, three otherwise.
+
+    Args:
+        x: float16, bfloat16 or float32 [B, C, H, W]; copied where it is not channels_last, as the residual is.
+        weight, bias: float [C].
+        num_groups: G, a divisor of C.
+        eps: added to the variance.
+        scale, shift: float [B, C], or None.
+        residual: [B, C, H, W] of x's dtype, or None.
+        silu: False leaves the activation out.
+
+    Returns:
+        y [B, C, H, W] of x's dtype in channels_last, and per group mean and 1 / standard deviation, float32 [B, G].
+    """
+    batch, channels, height, width = x.shape
+    pixels, per_group = height * width, channels // num_groups
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    mean, rstd = (torch.empty((batch, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    if y.numel() == 0:
+        return y, mean.zero_(), rstd.zero_()
+    added = x if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    affine = (weight.contiguous(), bias.contiguous(), _pointer(scale, weight), _pointer(shift, weight))
+    flags: dict[str, Any] = {"HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None, "SILU": silu}
+    flags |= {"HAS_RESIDUAL": residual is not None, "CHANNELS_PER_GROUP": per_group}
+
+    blocks = _whole_blocks(pixels, per_group)
+    if blocks is not None:
+        config = _whole_config("group_norm_silu_forward", blocks)
+        arguments = (x, *affine, added, y, mean, rstd, pixels, channels, eps)
+        launch(forward_whole_kernel, (num_groups, batch), *arguments, config=config, **flags, **blocks)
+        return y, mean, rstd
+
+    config, blocks, tiles, chunks = _tiling("group_norm_silu_forward", pixels, channels, per_group)
+    partial = torch.empty((batch, 2, chunks, channels), dtype=torch.float32, device=x.device)
+    columns = triton.cdiv(channels, blocks["BLOCK_C"])
+    launch(
+        forward_partial_kernel,
+        (chunks, columns, batch),
+        *(x, partial, pixels, channels),
+        config=config,
+        TILES=tiles,
+        **blocks,
+    )
+    launch(
+        forward_reduce_kernel,
+        (num_groups, batch),
+        *(x, partial, mean, rstd, pixels, channels, chunks, eps),
+        config=find_config("group_norm_silu_reduce", "all"),
+        CHANNELS_PER_GROUP=per_group,
+        CHUNKS_PADDED=triton.next_power_of_2(chunks),
+        BLOCK_C=triton.next_power_of_2(per_group),
+    )
+    grid = (triton.cdiv(pixels, blocks["BLOCK_P"]), columns, batch)
+    launch(
+        forward_apply_kernel,
+        grid,
+        *(x, *affine, added, y, mean, rstd, pixels, channels),
+        config=config,
+        **flags,
+        **blocks,
+    )
+    return y, mean, rstd
+
+
+def group_norm_silu_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches the backward pass: two kernels where a group fits on one multiprocessor, four otherwise.
+
+    Args:
+        grad_y: float [B, C, H, W].
+        x, weight, bias, scale, shift, silu: as in `group_norm_silu_forward`.
+        mean, rstd: float32 [B, G], what that returned.
+
+    Returns:
+        the gradients of x [B, C, H, W] (x's dtype, channels_last), and float32 of weight and bias [C], scale and shift
+        [B, C].
+    """
+    batch, channels, height, width = x.shape
+    num_groups = mean.shape[1]
+    pixels, per_group = height * width, channels // num_groups
+    x, grad_y = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad_y))
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    like: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    grad_weight, grad_bias = torch.empty(channels, **like), torch.empty(channels, **like)
+    grad_scale, grad_shift = torch.empty((batch, channels), **like), torch.empty((batch, channels), **like)
+    if x.numel() == 0:
+        return grad_x, grad_weight.zero_(), grad_bias.zero_(), grad_scale.zero_(), grad_shift.zero_()
+    sums = torch.empty((batch, 2, channels), **like)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    affine = (weight, bias, _pointer(scale, weight), _pointer(shift, weight))
+    flags = {"HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None, "CHANNELS_PER_GROUP": per_group}
+
+    blocks = _whole_blocks(pixels, per_group)
+    if blocks is not None:
+        config = _whole_config("group_norm_silu_backward", blocks)
+        arguments = (grad_y, x, *affine, mean, rstd, sums, grad_x, pixels, channels)
+        launch(backward_whole_kernel, (num_groups, batch), *arguments, config=config, SILU=silu, **flags, **blocks)
+    else:
+        config, blocks, tiles, chunks = _tiling("group_norm_silu_backward", pixels, channels, per_group)
+        partial = torch.empty((batch, 2, chunks, channels), **like)
+        means = torch.empty((batch, 2, num_groups), **like)
+        columns = triton.cdiv(channels, blocks["BLOCK_C"])
+        launch(
+            backward_partial_kernel,
+            (chunks, columns, batch),
+            *(grad_y, x, *affine, mean, rstd, partial, pixels, channels),
+            config=config,
+            TILES=tiles,
+            SILU=silu,
+            **flags,
+            **blocks,
+        )
+        launch(
+            backward_reduce_kernel,
+            (num_groups, batch),
+            *(partial, *affine, sums, means, pixels, channels, chunks),
+            config=find_config("group_norm_silu_reduce", "all"),
+            CHUNKS_PADDED=triton.next_power_of_2(chunks),
+            BLOCK_C=triton.next_power_of_2(per_group),
+            **flags,
+        )
+        launch(
+            backward_apply_kernel,
+            (triton.cdiv(pixels, blocks["BLOCK_P"]), columns, batch),
+            *(grad_y, x, *affine, mean, rstd, means, grad_x, pixels, channels),
+            config=config,
+            SILU=silu,
+            **flags,
+            **blocks,
+        )
+
+    config = find_config("group_norm_silu_affine", "all")
+    launch(
+        backward_affine_kernel,
+        (triton.cdiv(channels, config.constants["BLOCK_C"]),),
+        *(sums, *affine[:3], grad_weight, grad_bias, grad_scale, grad_shift, batch, channels),
+        config=config,
+        HAS_SCALE=scale is not None,
+    )
+    return grad_x, grad_weight, grad_bias, grad_scale, grad_shift

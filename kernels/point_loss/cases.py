@@ -1,0 +1,108 @@
+"""Lists the shapes of the kernel that count, and launches where every size is 1."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ldmseg_fast.kernels.case import SLOTS, Case, meta, normal, random_ids
+from ldmseg_fast.kernels.point_loss import host, reference
+
+POINTS = 12544
+SEGMENTS = 12  # of an image
+
+
+def cases() -> Iterator[Case]:
+    """Yields the cases of the kernel; they reach every entry of its table."""
+    batch, candidates = 16, 3 * POINTS
+    rows = batch * SEGMENTS
+
+    def ce_forward_backward(logits, ids, points):
+        loss, _, logsumexp = host.sample_ce_forward(logits, ids, points)
+        return loss, host.sample_ce_backward(torch.ones_like(loss), logits, ids, points, logsumexp)
+
+    def dice_forward_backward(logits, ids, image_index, slots, points):
+        bce, dice, sums = host.sample_bce_dice_forward(logits, ids, image_index, slots, points)
+        one = torch.ones_like(bce)
+        grad = host.sample_bce_dice_backward(one, one, logits, ids, image_index, slots, points, sums)
+        return bce + dice, grad
+
+    for dtype, channels_last in ((torch.bfloat16, True), (torch.float32, False)):
+        corners, label = 4 * dtype.itemsize, "channels_last" if channels_last else "planes"
+
+        def logits(device, dtype=dtype, last=channels_last):
+            return normal(batch, SLOTS, 256, 256, device=device, dtype=dtype, channels_last=last)
+
+        def segments(device):
+            image_index = torch.arange(batch, device=device).repeat_interleave(SEGMENTS)
+            return image_index, torch.randint(1, SLOTS, (rows,), device=device)
+
+        def make_image_points(device, logits=logits):
+            return logits(device), torch.rand((batch, candidates, 2), device=device)
+
+        def make_row_points(device, logits=logits, segments=segments):
+            return logits(device), *segments(device), torch.rand((rows, candidates, 2), device=device)
+
+        def make_ce(device, logits=logits):
+            return logits(device), random_ids(batch, 512, device), torch.rand((batch, POINTS, 2), device=device)
+
+        def make_dice(device, logits=logits, segments=segments):
+            points = torch.rand((rows, POINTS, 2), device=device)
+            return logits(device), random_ids(batch, 512, device), *segments(device), points
+
+        plane = batch * SLOTS * 256 * 256 * dtype.itemsize
+        sampled = min(plane, batch * POINTS * SLOTS * corners)  # the points of an image meet most pixels
+        sampled_rows = rows * POINTS * (corners + 4 + 8)
+        about: dict[str, Any] = {"dtype": dtype, "batch": batch}
+        simple = {
+            "margin": (make_image_points, host.point_margin, reference.point_margin, plane),
+            "logits": (
+                make_image_points,
+                host.point_logits,
+                reference.point_logits,
+                plane + batch * SLOTS * candidates * 4,
+            ),
+            "slot logits": (make_row_points, host.slot_logits, reference.slot_logits, 3 * sampled_rows),
+        }
+        for name, (make, run, plain, moved) in simple.items():
+            yield Case("point_loss", f"{name} {label}", make=make, triton=run, torch=plain, bytes_moved=moved, **about)
+        yield Case(
+            "point_loss",
+            f"ce forward, backward {label}",
+            make=make_ce,
+            triton=ce_forward_backward,
+            torch=lambda *arguments: reference.sample_ce(*arguments)[0],
+            bytes_moved=2 * sampled + plane,
+            exponentials=batch * POINTS * SLOTS,
+            leaves=(0,),
+            headline=channels_last,
+            **about,
+        )
+        yield Case(
+            "point_loss",
+            f"bce dice forward, backward {label}",
+            make=make_dice,
+            triton=dice_forward_backward,
+            torch=lambda *arguments: sum(reference.sample_bce_dice(*arguments)),
+            bytes_moved=2 * sampled_rows + plane,
+            leaves=(0,),
+            headline=channels_last,
+            **about,
+        )
+
+
+def edge_cases() -> Iterator[Callable[[], object]]:
+    """Yields functions that launch each kernel on meta tensors whose sizes are all 1."""
+    logits, ids = meta(1, 1, 1, 1), meta(1, 1, 1, dtype=torch.uint8)
+    one, points = meta(1, dtype=torch.int64), meta(1, 1, 2, dtype=torch.float32)
+
+    def run() -> None:
+        host.point_logits(logits, points)
+        host.point_margin(logits, points)
+        host.slot_logits(logits, one, one, points)
+        loss, _, logsumexp = host.sample_ce_forward(logits, ids, points)
+        host.sample_ce_backward(loss, logits, ids, points, logsumexp)
+        loss, _, sums = host.sample_bce_dice_forward(logits, ids, one, one, points)
+        host.sample_bce_dice_backward(loss, loss, logits, ids, one, one, points, sums)
+
+    yield run

@@ -1,0 +1,56 @@
+"""What a run's settings come to on the machines that train it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ldmseg_fast import distributed
+from ldmseg_fast.config import Config
+from ldmseg_fast.config.precision import DTYPES, resolve_precision
+from ldmseg_fast.errors import ConfigError
+from ldmseg_fast.files import read_json
+
+
+def resolve_settings(config: Config, device: torch.device, resumed: Path | None) -> tuple[Config, str]:
+    """Settles on all ranks what `config` leaves to the machine; all of them call it.
+
+    Args:
+        config: of the run.
+        device: of this rank.
+        resumed: folder of a run that goes on: with `train.precision=auto` it keeps the precision that it had.
+
+    Returns:
+        `config` with "fp32", "bf16" or "fp16" as `train.precision`, and a line that says which it is and why.
+
+    Raises:
+        ConfigError: `model.attention` names something that is not on this machine.
+    """
+    _check_attention(config.model.attention, device)
+    requested = config.train.precision
+    before = ""
+    if resumed is not None and requested == "auto":
+        before = distributed.broadcast_object(_recorded_precision(resumed))
+    answers = distributed.gather_objects(resolve_precision(before or requested, device))
+    # one rank that emulates bf16 holds up all others
+    precision, reason = next((answer for answer in answers if answer[0] == "fp32"), answers[0])
+    kept = reason.replace(f"train.precision={before}", "as the run began", 1) if before else reason
+    return replace(config, train=replace(config.train, precision=precision)), f"precision: {precision} ({kept})"
+
+
+def _check_attention(backend: str, device: torch.device) -> None:
+    if backend == "triton" and device.type != "cuda":
+        raise ConfigError("model.attention=triton needs a GPU and there is none here; use model.attention=auto or sdpa")
+    if backend == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise ConfigError("model.attention=xformers: `pip install xformers`, or use model.attention=auto or sdpa")
+
+
+def _recorded_precision(folder: Path) -> str:
+    """The precision in a run's config.json, "" where none is recorded."""
+    path = folder / "config.json"
+    recorded = read_json(path) if path.is_file() else {}
+    precision = recorded.get("train", {}).get("precision", "")
+    return precision if precision in DTYPES else ""

@@ -1,0 +1,194 @@
+"""The sampling loop as a CUDA graph: who gets one, when it is captured, and what a failed capture costs.
+
+Without a GPU, a fake capture stands in for CUDA's: it holds the loop's steps, and its replay runs them.
+"""
+
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.backends.graphs import lanes, loop
+from ldmseg_fast.backends.graphs.loop import SampleLoop, use_cuda_graph
+from ldmseg_fast.backends.load import load_backend
+from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.cli import main
+from ldmseg_fast.diffusion.sampler import ddim
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.errors import BackendError
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "expected"),
+    [(None, CUDA, True), (None, CPU, False), (True, CUDA, True), (False, CUDA, False), (False, CPU, False)],
+)
+def test_on_by_default_on_a_gpu(asked, device, expected):
+    assert use_cuda_graph(asked, device) is expected
+
+
+@pytest.mark.parametrize("backend", ["torch", "compile"])
+def test_without_a_gpu_it_is_refused(model_dir, backend):
+    assert not LDMSegPipeline.from_pretrained(model_dir, backend, device="cpu").backend.cuda_graph
+    with pytest.raises(BackendError, match=r"cuda_graph=True: device=cpu has no CUDA graphs; leave cuda_graph out"):
+        LDMSegPipeline.from_pretrained(model_dir, backend, device="cpu", cuda_graph=True)
+
+
+class FakeCuda:
+    """Stands in for `torch.cuda.CUDAGraph` and `torch.cuda.graph`, and counts. `error` is what a capture raises."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+        self.error: Exception | None = None
+        self.steps = None
+
+    def make_graph(self):
+        return self
+
+    def capture(self, graph, stream, capture_error_mode):
+        assert graph is self and stream is not None and capture_error_mode == "thread_local"
+        self.captures += 1
+        if self.error is not None:
+            raise self.error
+        return nullcontext()
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.steps()
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    original = SampleLoop._captured
+
+    def captured(self):
+        fake.steps = self._run_steps
+        return original(self)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.make_graph)
+    monkeypatch.setattr(torch.cuda, "graph", fake.capture)
+    monkeypatch.setattr(SampleLoop, "_captured", captured)
+    for module in (loop, lanes):
+        monkeypatch.setattr(module, "on_stream", lambda stream: nullcontext())
+    return fake
+
+
+@pytest.fixture
+def backend(model_dir, cuda):
+    backend = TorchBackend(read_model_info(model_dir), "cpu", torch.float32)
+    backend.cuda_graph = True
+    return backend
+
+
+def make_inputs(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 4, 16, 16, generator=generator), torch.randn(batch, 8, 16, 16, generator=generator)
+
+
+def check_sample(backend, batch: int, steps: int, seed: int = 0) -> None:
+    noise, image_latents = make_inputs(batch, seed)
+    scheduler = Scheduler(backend.info.scheduler)
+    found = backend.sample(noise, image_latents, scheduler, steps)
+    expected = ddim(backend.denoise, noise, image_latents, scheduler, steps, backend.info.self_condition)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_second_call_captures_and_then_replays(backend, cuda):
+    counts = []
+    for seed in range(4):
+        check_sample(backend, 2, 3, seed)
+        counts.append((cuda.captures, cuda.replays))
+    assert counts == [(0, 0), (1, 1), (1, 2), (1, 3)]
+    check_sample(backend, 1, 3)
+    check_sample(backend, 1, 3)
+    assert cuda.captures == 2  # a batch of its own
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("operation not permitted when stream is capturing", 900),
+        RuntimeError("CUDA error: operation failed due to a previous error during capture"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_failed_capture_is_one_warning_and_right_results(backend, cuda, error):
+    cuda.error = error
+    check_sample(backend, 2, 3)
+    with pytest.warns(UserWarning, match=r"cuda_graph: .* cannot be captured \(.*cuda_graph=False or --no-cuda-graph"):
+        check_sample(backend, 2, 3, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(3):
+            check_sample(backend, 2, 3, seed)
+            check_sample(backend, 1, 2, seed)
+    assert (cuda.captures, cuda.replays) == (1, 0)
+
+
+def test_a_fault_of_ours_is_no_failed_capture(backend, cuda):
+    cuda.error = TypeError("a bug")
+    check_sample(backend, 2, 3)
+    with pytest.raises(TypeError, match="a bug"):
+        check_sample(backend, 2, 3)
+
+
+def test_what_a_graph_cannot_do_runs_without(backend, cuda):
+    noise, image_latents = make_inputs(1)
+    scheduler, seen = Scheduler(backend.info.scheduler), []
+    for _ in range(2):
+        backend.sample(noise, image_latents, scheduler, 2, lambda step, *_: seen.append(step))
+    assert seen == [0, 1, 0, 1] and cuda.captures == 0
+    backend.cuda_graph = False
+    check_sample(backend, 1, 2)
+    assert len(backend._lanes._free) == 0  # no lane was made
+
+
+def test_a_closed_backend_takes_no_calls(backend):
+    check_sample(backend, 1, 2)
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        check_sample(backend, 1, 2)
+
+
+@pytest.mark.parametrize(("option", "expected"), [([], None), (["--no-cuda-graph"], False)])
+@pytest.mark.parametrize("command", ["predict", "inpaint", "evaluate"])
+def test_commands_pass_the_option(model_dir, tmp_path, monkeypatch, scenes, command, option, expected):
+    seen = []
+
+    def stop(*args, **settings):
+        seen.append(settings["cuda_graph"])
+        raise BackendError("far enough")
+
+    monkeypatch.setattr(LDMSegPipeline, "from_pretrained", stop)
+    picture = next((scenes / "val2017").iterdir())
+    map_file = scenes / "panoptic_val2017" / picture.name
+    images = {
+        "predict": [str(picture), "--out", str(tmp_path)],
+        "inpaint": ["--image", str(picture), "--map", str(map_file), "--known", str(picture), "--out", str(tmp_path)],
+        "evaluate": ["--data", str(scenes)],
+    }
+    assert main([command, str(model_dir), *images[command], *option]) == 2
+    assert seen == [expected]
+
+
+def test_every_loader_hands_it_on(model_dir, monkeypatch, tmp_path):
+    seen = []
+    for module, name in (
+        ("ldmseg_fast.backends.torch_backend", "TorchBackend"),
+        ("ldmseg_fast.backends.onnx_backend", "load_onnx_backend"),
+        ("ldmseg_fast.backends.trt.trt_backend", "load_trt_backend"),
+    ):
+        monkeypatch.setattr(f"{module}.{name}", lambda *args, cuda_graph, **others: seen.append(cuda_graph))
+    for backend in ("torch", "compile", "onnxruntime", "tensorrt"):
+        for asked in (None, False, True):
+            engine_dir = tmp_path if backend in ("onnxruntime", "tensorrt") else None
+            load_backend(model_dir, backend, engine_dir, cuda_graph=asked)
+    assert seen == [None, False, True] * 4
