@@ -38,8 +38,9 @@ test: lint
 	$(BIN)/python -m pytest -q -m 'serial and not soak'
 
 docs: setup
-	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	echo "docs: site/"
+	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 soak: setup
 	echo "soak: the long tests, one at a time"

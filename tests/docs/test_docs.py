@@ -153,10 +153,10 @@ def test_options_in_the_text_exist():
     files = [ROOT / "ldmseg_fast" / "train.py", *(file for folder in folders for file in (ROOT / folder).glob("*.py"))]
     known = set(re.findall(r'"(--[\w-]+)"', "\n".join(file.read_text(encoding="utf-8") for file in files)))
     launchers = {"--node_rank", "--nproc_per_node"}
-    tools = {"--check"}  # of ruff format
+    others = {"--check", "--help"}  # of ruff format; of every command
     for path in DOCUMENTS:
         for code in INLINE.findall(FENCE.sub("", path.read_text(encoding="utf-8"))):
-            unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - known - launchers - tools
+            unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - known - launchers - others
             assert not unknown, f"{name_of(path)}: no command has {', '.join(sorted(unknown))}"
 
 
