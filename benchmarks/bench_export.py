@@ -43,7 +43,7 @@ import sys
 from pathlib import Path
 from typing import Any
 import torch
-from ldmseg_fast.backends.backend import read_model_info
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.graphs.modules import build_graph
 from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
 from ldmseg_fast.export.graph_export import export_graph
@@ -61,7 +61,7 @@ BUILD = """
 import sys
 from pathlib import Path
 from typing import Any
-from ldmseg_fast.backends.backend import read_model_info
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
 from ldmseg_fast.backends.trt.api import BuildSettings, load_api
 from ldmseg_fast.export.engine_build import shapes_of

@@ -56,8 +56,8 @@ def test_nonsense_is_refused(option, tmp_path, capsys):
 def test_the_same_command_goes_on_after_an_interruption(number, tmp_path):
     """Of the demo's own process alone: a training that SIGKILL leaves behind is waited for."""
     out, records = tmp_path / "out", tmp_path / "out" / "autoencoder" / "logs" / "log.jsonl"
-    command = [sys.executable, "-m", "ldmseg_fast.cli", "demo", "--out", str(out), *SMALL, "--minutes", "2"]
-    command += ["--diffusion-steps", "2"]
+    command = [sys.executable, "-m", "ldmseg_fast.cli", "demo", "--out", str(out), *SMALL]
+    command += ["--autoencoder-steps", "12", "--diffusion-steps", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as first:
         while not records.is_file() or not records.read_text():
@@ -67,10 +67,11 @@ def test_the_same_command_goes_on_after_an_interruption(number, tmp_path):
         said = first.communicate()[1]
     assert first.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert number == signal.SIGKILL or "the same command goes on from here" in said
-    before = find_runs(out)[0]
+    before = next(run for run in find_runs(out) if run.name == "autoencoder")
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert again.stdout.startswith("shipped model: done before")
     (autoencoder,) = (run for run in find_runs(out) if run.name == "autoencoder")
-    assert autoencoder.state == "finished" and autoencoder.step > before.step
-    starts = (out / "autoencoder" / "logs" / "starts.jsonl").read_text().splitlines()
-    assert len(starts) == 2 and json.loads(starts[1])["step"] >= 1
+    assert autoencoder.state == "finished" and autoencoder.step == 12
+    starts = [json.loads(line) for line in (out / "autoencoder" / "logs" / "starts.jsonl").read_text().splitlines()]
+    # what SIGKILL left behind came to its end, and the second start found nothing left to do
+    assert [start["step"] for start in starts] == ([0, 12] if number == signal.SIGKILL else [0, before.checkpoint])
