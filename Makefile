@@ -1,4 +1,4 @@
-# make setup | demo [MINUTES=8] | test | soak | clean: each sets up .venv by itself.
+# make setup | demo [MINUTES=8] | test | docs | soak | clean: each sets up .venv by itself.
 PYTHON  ?= python3
 MINUTES ?= 8
 VENV    := .venv
@@ -8,7 +8,7 @@ EXTRA   := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint soak clean
+.PHONY: setup demo test lint docs soak clean
 .SILENT:
 setup: $(VENV)/.ready
 
@@ -36,6 +36,11 @@ test: lint
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not soak and not serial'
 	echo "tests: one at a time, those that measure or start ranks"
 	$(BIN)/python -m pytest -q -m 'serial and not soak'
+
+docs: setup
+	echo "docs: site/"
+	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 soak: setup
 	echo "soak: the long tests, one at a time"

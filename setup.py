@@ -27,6 +27,7 @@ EXTRAS = {
     "xformers": ["xformers>=0.0.35"],
     "demo": ["matplotlib>=3.8"],
     "matching": ["scipy>=1.11"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",

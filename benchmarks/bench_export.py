@@ -1,4 +1,4 @@
-"""Export and engine builds: time and peak memory at full size, and steps in ONNX Runtime beside eager PyTorch.
+"""Measures export and engine builds at full size, and times steps in ONNX Runtime beside eager PyTorch.
 
 python benchmarks/bench_export.py [--quick] [--out FOLDER]
 
@@ -43,7 +43,7 @@ import sys
 from pathlib import Path
 from typing import Any
 import torch
-from ldmseg_fast.backends.backend import read_model_info
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.graphs.modules import build_graph
 from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
 from ldmseg_fast.export.graph_export import export_graph
@@ -61,7 +61,7 @@ BUILD = """
 import sys
 from pathlib import Path
 from typing import Any
-from ldmseg_fast.backends.backend import read_model_info
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
 from ldmseg_fast.backends.trt.api import BuildSettings, load_api
 from ldmseg_fast.export.engine_build import shapes_of
@@ -74,7 +74,11 @@ built = load_api("rtx").build(Path(sys.argv[2]) / "denoiser.onnx", [shapes], Bui
 
 
 def run_apart(script: str, *arguments: Path) -> tuple[float, float]:
-    """Minutes and peak resident GiB of a script in a process of its own. Raises CalledProcessError where it fails."""
+    """Runs a script in a process of its own and returns minutes and peak resident GiB.
+
+    Raises:
+        subprocess.CalledProcessError: the script failed.
+    """
     start = time.perf_counter()
     command = [sys.executable, "-c", script + PEAK, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -83,7 +87,7 @@ def run_apart(script: str, *arguments: Path) -> tuple[float, float]:
 
 
 def full_size(run: Run, folder: Path) -> None:
-    """Export, and where TensorRT-RTX is installed its build, of the full-size UNet in half."""
+    """Measures the export of the full-size UNet in half, and its build where TensorRT-RTX is installed."""
     model = save_random_model(folder / "model", COCO)
     out = folder / "graphs"
     out.mkdir()
@@ -103,7 +107,7 @@ def full_size(run: Run, folder: Path) -> None:
 
 
 def tiny_on_the_cpu(run: Run, folder: Path, rounds: int) -> None:
-    """The tiny model's denoising step, and four steps, in ONNX Runtime beside eager PyTorch, on one and two threads."""
+    """Times a denoising step of the tiny model, and four, in ONNX Runtime beside eager PyTorch."""
     model = save_random_model(folder / "tiny", TINY)
     settings = ExportSettings(parity_images=4, sampler_steps=str(STEPS))
     start = time.perf_counter()

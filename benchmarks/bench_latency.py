@@ -1,4 +1,4 @@
-"""One picture's way through the pipeline, whole and stage by stage, beside the plain loop with diffusers' parts.
+"""Times one picture, whole and stage by stage, beside the plain loop with diffusers' parts.
 
 python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole]
     [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M] [--engine-dir DIR]
@@ -50,7 +50,7 @@ TOLERANCES = {True: (1e-3, 0.999), False: (0.1, 0.9)}  # float32; half precision
 
 @dataclass
 class Bench:
-    """What every part needs: the run, the model, the candidates that are still alive, and the clock."""
+    """Holds what every part needs: the run, the model, the candidates that are still alive, and the clock."""
 
     run: Run
     info: ModelInfo
@@ -73,7 +73,7 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def load(self, pictures: list[np.ndarray]) -> None:
-        """Make each candidate and compare it with the baseline. One that cannot run here is named, with its reason."""
+        """Makes each candidate and compares it with the baseline. Names one that cannot run here, and why."""
         noise = self.noise(1)
         steps = min(LOOP, self.info.num_inference_steps)  # beyond its own a model of few steps falls into noise
         reference: tuple[Tensor, np.ndarray] | None = None
@@ -134,7 +134,7 @@ class Bench:
 
 
 def bench_step(bench: Bench, batch: int, names: list[str]) -> None:
-    """One denoising step: a tenth of a loop of ten."""
+    """Times one denoising step: a tenth of a loop of ten."""
     flops = unet_flops(bench.info)
     gpu = find_gpu(bench.run.environment["gpu"]["name"])
     shape = (batch, bench.info.image_latent_channels, *bench.info.latent_shape[1:])
@@ -151,7 +151,7 @@ def bench_step(bench: Bench, batch: int, names: list[str]) -> None:
 
 
 def unet_flops(info: ModelInfo) -> float:
-    """Operations of one UNet evaluation of one image."""
+    """Returns the operations of one UNet evaluation of one image."""
     config = load_component_config(info.folder, "unet")[0]
     side = info.latent_shape[1]
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -160,7 +160,7 @@ def unet_flops(info: ModelInfo) -> float:
 
 
 def bench_stages(bench: Bench, picture: np.ndarray, names: list[str], scratch: Path) -> None:
-    """Each stage by itself at batch 1, and the whole way between files."""
+    """Times each stage by itself at batch 1, and the whole way between files."""
     size = picture.shape[:2]
     file = scratch / "picture.jpg"
     Image.fromarray(picture).save(file, quality=95)
@@ -192,7 +192,7 @@ def bench_whole(bench: Bench, picture: np.ndarray, batch: int, steps: int, names
 
 
 def make_picture(size: str) -> np.ndarray:
-    """A generated scene of HEIGHTxWIDTH pixels, uint8."""
+    """Returns a generated scene, uint8 [H, W, 3]."""
     height, width = (int(side) for side in size.split("x"))
     return np.ascontiguousarray(generate_scene(max(height, width), 0, 0)[0][:height, :width])
 

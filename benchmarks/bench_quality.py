@@ -1,4 +1,4 @@
-"""Panoptic quality of trained models over steps, solvers and noise seeds, beside baselines, as one result file.
+"""Scores trained models over steps, solvers and noise seeds, beside baselines, as one result file.
 
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [--split S] [--steps 1 4 10] [--solvers ddim heun]
     [--seeds 3] [--classical TRAIN_SPLIT] [--picture FILE] [--journal FILE]
@@ -22,7 +22,7 @@ from typing import Any
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.harness import Run
+from benchmarks.harness import RESULTS, Run
 from benchmarks.peers.annotators import mean_over_annotators
 from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
@@ -39,14 +39,14 @@ DETAILS = ("sq", "rq", "pq_crowd_correct", "tp", "fp", "fn")
 
 
 class Journal:
-    """Finished rows, one JSON line each, by what they were measured on; without a path it remembers nothing."""
+    """Keeps finished rows, one JSON line each, by what they were measured on; without a path it keeps nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.rows: dict[str, list[Row]] = {line["key"]: line["rows"] for line in read_lines(path)} if path else {}
 
     def rows_of(self, key: dict[str, Any], measure: Any) -> list[Row]:
-        """The rows of `key`; `measure()` makes them where they are not there yet."""
+        """Returns the rows of `key`; `measure()` makes them where they are not there yet."""
         text = json.dumps(key, sort_keys=True)
         if text not in self.rows:
             self.rows[text] = measure()
@@ -60,8 +60,10 @@ class Journal:
 
 
 def training_facts(model_dir: Path) -> dict[str, Any]:
-    """Steps and CPU minutes (of rank 0) of the run that made a model, and of all that it was built on; empty where it
-    left no log."""
+    """Returns steps and CPU minutes (of rank 0) of the run that made a model, and of all that it was built on.
+
+    Empty where the run left no log.
+    """
     records = read_lines(model_dir / "logs" / "log.jsonl")
     if not records:
         return {}
@@ -71,7 +73,7 @@ def training_facts(model_dir: Path) -> dict[str, Any]:
 
 
 def fingerprint(model_dir: Path) -> str:
-    """A digest of every file that a model folder's components consist of."""
+    """Returns a digest of every file that a model folder's components consist of."""
     digest = hashlib.sha256()
     for component in load_index(model_dir)["components"]:
         for path in sorted((model_dir / component).rglob("*")):
@@ -82,7 +84,7 @@ def fingerprint(model_dir: Path) -> str:
 
 
 def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions) -> list[Row]:
-    """The model's row, then one for each trivial baseline on the same images."""
+    """Returns the model's row, then one for each trivial baseline on the same images."""
     report = evaluate(model_dir, data, options)
     case = {"data": report["data"], "split": options.split, "images": report["images"], "mode": report["mode"]}
     facts = training_facts(model_dir)
@@ -94,7 +96,7 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
     if options.seeds > 1:
         facts["deviation"] = report["seeds"]["deviation"]["class_agnostic"]["pq"]
         facts["seeds"] = options.seeds
-    facts["ms_per_image"] = 1000 * report["seconds_per_image"]
+    facts |= {"ms_per_image": 1000 * report["seconds_per_image"], "weights": fingerprint(model_dir)[:16]}
     rows = [(name, own_case, report["class_agnostic"], facts)]
     rows += [(baseline, case, values, {}) for baseline, values in report["baselines"].items()]
     return [
@@ -104,10 +106,11 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
 
 
 def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions) -> list[Row]:
-    """Mean PQ over the shares of dropped blocks, of the model and of what needs none; PQ per share stands beside it."""
+    """Returns mean PQ over the shares of dropped blocks, of the model and of what needs none, with PQ per share."""
     report = evaluate(model_dir, data, options)
     case = {"data": report["data"], "split": options.split, "images": report["images"], "mode": "inpainting"}
     facts = {"ms_per_image": 1000 * report["seconds_per_image"], "steps": report["num_inference_steps"]}
+    facts["weights"] = fingerprint(model_dir)[:16]
     scores = {name: report["inpainting"]} | report["inpainting"]["baselines"]
     return [
         {
@@ -127,7 +130,7 @@ def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOp
 
 @dataclass(frozen=True)
 class Tuned:
-    """A classical method at its best setting on the first images of a training split."""
+    """Holds a classical method at its best setting on the first images of a training split."""
 
     method: classical.Classical
     tuned_on: str
@@ -140,7 +143,7 @@ class Tuned:
 
 
 def classical_rows(tuned: Tuned, data: str, split: str, limit: int) -> list[Row]:
-    """A classical method on a split."""
+    """Returns the row of a classical method on a split."""
     items = list(classical.load_items(CocoPanoptic(data, split, 64, limit=limit)))
     start = time.perf_counter()
     result = classical.score(tuned.method, items).result()
@@ -179,12 +182,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--inpainting", action="store_true", help="completing maps with dropped blocks, in their place")
     parser.add_argument("--picture", type=Path, help="PNG or SVG: quality against time, with the Pareto front")
     parser.add_argument("--journal", type=Path, help="file of finished rows, by which a stopped campaign goes on")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--quick", action="store_true", help="16 images, 8 for tuning; nothing is saved")
     return parser
 
 
 def measure(args: argparse.Namespace, run: Run) -> None:
-    """Add every row of the campaign to `run`."""
+    """Adds every row of the campaign to `run`."""
     journal = Journal(None if args.quick else args.journal)
     limit = 16 if args.quick else args.limit
     data = str(Path(args.data).resolve())
@@ -245,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.picture:
         draw_curve(run.results, args.picture)
     if not args.quick:
-        run.save()
+        run.save(args.out)
     return 0
 
 

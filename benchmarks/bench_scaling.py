@@ -1,4 +1,4 @@
-"""The points that `scaling.py` fits its cost model to: python benchmarks/bench_scaling.py [--minutes 2] [--quick]
+"""Times the points that `scaling.py` fits its cost model to: python benchmarks/bench_scaling.py [--minutes 2] [--quick]
 
 The tiny UNet with random weights on one CPU thread, eager float32: denoising steps, and forward and backward passes, at
 several batch sizes, all interleaved in one run, so that one load is on all of them.
@@ -19,7 +19,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, Run, measure
-from benchmarks.scaling import PASSES, STEP
+from benchmarks.reporting.scaling_tables import PASSES, STEP
 from ldmseg_fast.config.presets import TINY
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.models.unet import UNet
@@ -28,7 +28,7 @@ BATCHES = (1, 2, 4, 8, 16)
 
 
 def measure_points(run: Run, minutes: float, batches: Sequence[int], rounds: tuple[int, int]) -> None:
-    """A row for each kind of work and batch size. `rounds`: at least, at most."""
+    """Adds a row for each kind of work and batch size. `rounds`: at least, at most."""
     torch.manual_seed(0)
     side = TINY.data.image_size // TINY.mask_vae.downsampling
     unet = UNet(TINY.unet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""Images a second from files to files: batches, reading ahead and writing behind, beside the plain loop.
+"""Counts images a second from files to files, read ahead and written behind, beside the plain loop.
 
 python benchmarks/bench_throughput.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--batch 1 4 8]
     [--images N] [--steps N] [--workers 0 1 2] [--variants NAME ...] [--minutes M]
@@ -53,7 +53,7 @@ ROUNDS = (3, 11)  # at least and at most; between them the clock decides
 
 
 def one_by_one(pipeline: Any, files: Sequence[Path], out: Path, steps: int) -> None:
-    """What a first script does: each picture through every stage before the next one is opened."""
+    """Does what a first script does: each picture through every stage before the next one is opened."""
     for index, file in enumerate(files):
         noise = image_noise(0, [index], pipeline.info.latent_shape)
         result = pipeline.whole([pipeline.decode_file(file)], noise, steps)[0]
@@ -61,7 +61,7 @@ def one_by_one(pipeline: Any, files: Sequence[Path], out: Path, steps: int) -> N
 
 
 class Overlapped:
-    """Files to files with host and device busy at a time.
+    """Goes from files to files with host and device busy at a time.
 
     Args:
         pipeline: ours.
@@ -133,7 +133,7 @@ class Overlapped:
 
 
 def write_pictures(folder: Path, count: int, height: int, width: int) -> list[Path]:
-    """Generated scenes as JPEGs."""
+    """Writes generated scenes as JPEGs."""
     folder.mkdir()
     for index in range(count):
         rgb = generate_scene(max(height, width), 0, index)[0][:height, :width]
@@ -142,7 +142,7 @@ def write_pictures(folder: Path, count: int, height: int, width: int) -> list[Pa
 
 
 def pixels_alike(first: Path, second: Path) -> float:
-    """Share of equal pixels over all maps of two folders."""
+    """Returns the share of equal pixels over all maps of two folders."""
     shares = [
         float((read_panoptic_png(path) == read_panoptic_png(second / path.name)).mean())
         for path in sorted(first.glob("*.png"))
@@ -152,7 +152,7 @@ def pixels_alike(first: Path, second: Path) -> float:
 
 @dataclass
 class Bench:
-    """The functions to time, how many pictures a call of each takes, and the clock."""
+    """Holds the functions to time, how many pictures a call of each takes, and the clock."""
 
     deadline: float
     functions: dict[str, Callable[[], None]] = field(default_factory=dict)
@@ -170,11 +170,11 @@ class Bench:
         self.functions[label], self.pictures[label] = function, pictures
 
     def has_time(self, seconds: float) -> bool:
-        """Whether a function of so many seconds a call still leaves time for the rounds."""
+        """Returns whether a function of so many seconds a call still leaves time for the rounds."""
         return self.seconds_left() > seconds + ROUNDS[0] * (self.round_seconds + seconds)
 
     def measure(self) -> dict[str, Timing]:
-        """Milliseconds a picture."""
+        """Returns milliseconds a picture."""
         left = max(self.seconds_left(), 0.0)
         timings = measure(
             self.functions, warmup=0, min_sample_ms=0, rounds=ROUNDS[1], min_rounds=ROUNDS[0], max_seconds=left,

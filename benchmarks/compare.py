@@ -1,4 +1,4 @@
-"""Two result files of one suite, row by row: python benchmarks/compare.py BEFORE AFTER [--ratios] [--force] [--all]
+"""Compares two result files of one suite: python benchmarks/compare.py BEFORE AFTER [--ratios] [--force] [--all]
 
 A time is a regression where its p20 is over the p80 of before and its median is more than 3 % longer. With --ratios
 each time is first divided by its baseline's median in the same run, so that a load on the whole machine cancels.
@@ -26,7 +26,7 @@ TOLERANCE = 1.03  # what an A/A comparison stays within
 
 @dataclass(frozen=True)
 class Change:
-    """One row in both files. `ratio`: after over before."""
+    """Holds one row of both files. `ratio`: after over before."""
 
     name: str
     unit: str
@@ -40,7 +40,7 @@ class Change:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """What must be equal for times to be comparable."""
+    """Returns what must be equal for times to be comparable."""
     if environment["gpu"]["name"]:
         return str(environment["gpu"]["name"])
     cpu = environment["cpu"]
@@ -48,7 +48,7 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], ratios: bool = False) -> tuple[list[Change], list[str]]:
-    """The rows that both records have, and the names of those that one lacks. `ratios`: times relative to the
+    """Returns the rows that both records have, and the names of those that one lacks. `ratios`: times relative to the
     baseline of their own run; rows without one, and the baselines, are left out."""
     old, new = (_keyed(record) for record in (before, after))
     if ratios:

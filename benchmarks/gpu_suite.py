@@ -1,4 +1,4 @@
-"""Everything that is worth knowing of one GPU, within a few minutes: python benchmarks/gpu_suite.py --minutes 9
+"""Measures what matters on one GPU within a few minutes: python benchmarks/gpu_suite.py --minutes 9
 
 Runs from a checkout with PYTHONPATH=. on a machine with torch, triton and transformers only. The parts come in order of
 value; each is a process of its own with a share of what is left of the time, and what fails or is late is named and
@@ -59,7 +59,7 @@ def script(name: str, *arguments: object) -> tuple[str, ...]:
 
 
 def make_parts(device: str, quick: bool, model: Path, out: Path) -> list[Part]:
-    """The suite, most valuable part first; the parts after "random weights" read `model`, which it writes."""
+    """Returns the suite, most valuable part first; the parts after "random weights" read `model`, which it writes."""
     preset = "tiny" if quick else "coco"
     common = ("--model", model, "--device", device, "--out", out, "--minutes", "{minutes}", "--sizes", "480x640")
     variants = ["torch float32"] if device == "cpu" else ["torch bfloat16", "torch bfloat16, graph", "compile bfloat16"]
@@ -83,7 +83,7 @@ def make_parts(device: str, quick: bool, model: Path, out: Path) -> list[Part]:
 
 
 def run_part(part: Part, seconds: float) -> Outcome:
-    """The part as a process group of its own, ended with all its children where it is late."""
+    """Runs the part as a process group of its own, ended with all its children where it is late."""
     command = [word.replace("{minutes}", f"{0.75 * seconds / 60:.3f}") for word in part.command]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def close(run: Run, out: Path) -> None:
-    """The file first, then the table."""
+    """Writes the file first, then prints the table."""
     run.save(out)
     print(format_table(run.results))
     outcomes: dict[str, Any] = {row["variant"]: row["status"] for row in run.results if row["name"] == "part"}

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the environment record, fair timing, and one validated JSON file per run.
+"""Holds what every benchmark shares: the environment record, fair timing, and one validated JSON file per run.
 
 run = Run("evaluation")                                        # records environment and load before any work
 run.check("ours equals panopticapi", ours == theirs)           # a run with a failed check is never saved
@@ -52,8 +52,10 @@ ATTEMPTS = 3  # other people's load comes and goes
 
 
 def self_test(device: str = "cpu", rounds: int = 60) -> bool:
-    """Time one matrix product under two names: whether their medians differ by at most `SELF_TEST_LIMIT`. Prints both
-    spreads (p80/p20); a difference beyond the limit is measured again, at most `ATTEMPTS` times in all."""
+    """Times one matrix product under two names, and returns whether their medians agree within `SELF_TEST_LIMIT`.
+
+    Prints both spreads (p80/p20). A difference beyond the limit is measured again, at most `ATTEMPTS` times in all.
+    """
     side = 4096 if torch.device(device).type == "cuda" else 384
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     for attempt in range(ATTEMPTS):

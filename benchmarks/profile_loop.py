@@ -1,4 +1,4 @@
-"""Where the time of the sampling loop goes, kernel by kernel: python benchmarks/profile_loop.py --model MODEL_DIR
+"""Prints where the sampling loop's time goes, kernel by kernel: python benchmarks/profile_loop.py --model MODEL_DIR
 
 Prints torch.profiler's table of one loop and the share of time that the device was busy.
 """

@@ -1,9 +1,18 @@
 """Shows that a change alters no number: python benchmarks/proof_of_value.py BEFORE AFTER [--work FOLDER] [--quick]
 
-BEFORE and AFTER are two checkouts. Each runs the same public commands on the same generated scenes: 20 steps of every
-stage on one and on two ranks, `ldmseg predict`, `inpaint`, `evaluate` and `pq`, and an ONNX export. Losses, weights,
-maps and reports must be equal bit for bit; times and paths are left out. Exit code 0: equal; 1: something differs,
-which is named; 2: a command failed.
+BEFORE and AFTER are two checkouts. Each runs the same public commands on the same generated scenes:
+
+- 20 steps of every stage on one and on two ranks, a run resumed in the middle, and one under ZeRO 3 with accumulation,
+  checkpointing, augmentation and the paper's targets;
+- `ldmseg predict` with every solver, with a cache and with samples, in bfloat16, and from ONNX graphs;
+- `ldmseg inpaint`, `evaluate` (with classes and seeds, with dropped blocks, of an auto-encoder) and `pq`;
+- the settings and the DeepSpeed configuration of both presets.
+
+Settings, logged losses, weights, optimiser states, pictures, maps and reports must be equal bit for bit. Only times and
+paths are left out. Not compared: Triton kernels and TensorRT engines, which need a GPU, and C++ that was not compiled
+again.
+
+Exit code 0: equal; 1: something differs, which is named; 2: a command failed, or what it made could show no change.
 
 Run it on one idle machine with one Python environment. `git worktree add ../before main` makes the first checkout; copy
 its compiled `ldmseg_fast/_C*.so`, or build it there.
@@ -15,12 +24,21 @@ import argparse
 import hashlib
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+if __package__ in (None, ""):
+    import checkout  # noqa: F401  (run as a script)
+
+from benchmarks.measuring import proof_records
+from benchmarks.measuring.proof_records import ProofError, differences, digest, documents, losses, maps, plain
+from ldmseg_fast.distributed.ending import run_command
 
 SETTINGS = {
     "data": {"image_size": 32, "num_workers": 0, "cache": True, "id_assignment": "position", "val_limit": 8},
@@ -41,49 +59,103 @@ SETTINGS = {
         "steps": 20, "batch_size": 4, "learning_rate": 1e-3, "warmup": 2, "ema": 0.9, "precision": "fp32",
         "zero_stage": 1, "validate_every": 20, "save_every": 10, "log_every": 1, "threads": 1,
     },
-    "postprocess": {"count_threshold": 4},
+    # 20 steps give no probability above a half: with lower thresholds their maps still have segments
+    "postprocess": {"mask_threshold": 0.0, "count_threshold": 1, "overlap_threshold": 0.0},
     "num_inference_steps": 2,
 }  # fmt: skip
 STAGES = ("autoencoder", "diffusion", "one_step", "distillation")
+# what the runs above leave at its default, together
+OPTIONS = [
+    "train.zero_stage=3", "train.accumulation=2", "train.checkpointing=blocks", "train.clip=0.1",
+    "train.schedule=constant", "train.no_decay=norm,bias", "train.lr_factors=unet.conv_in:10",
+    "scheduler.prediction_type=epsilon", "diffusion.task_loss=0.1", "diffusion.sample_posterior=true",
+    "diffusion.image_noise=0.1", "data.id_assignment=random", "data.scale_min=0.5", "data.color_jitter=0.2",
+    "data.num_workers=1", "data.cache=false",
+]  # fmt: skip
+PREDICTIONS = {
+    "as it is": [],
+    "2 steps": ["--steps", 2],
+    "dpmpp_2m": ["--steps", 4, "--solver", "dpmpp_2m"],
+    "heun, another size": ["--steps", 3, "--solver", "heun", "--size", 96],
+    "cache": ["--steps", 4, "--cache-interval", 2, "--batch-size", 3],
+    "samples": ["--steps", 3, "--samples", 3, "--eta", 0.5, "--seed", 7],
+}
+QUICK_PREDICTIONS = ("as it is", "2 steps")
+BFLOAT16 = """
+import sys
+from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
 
-class CommandError(RuntimeError):
-    """A command of a checkout failed."""
+from ldmseg_fast import LDMSegPipeline
+
+model, pictures, out = sys.argv[1:]
+pipe = LDMSegPipeline.from_pretrained(model, dtype=torch.bfloat16)
+paths = sorted(Path(pictures).iterdir())
+for path, result in zip(paths, pipe([Image.open(path) for path in paths])):
+    Path(out).mkdir(exist_ok=True)
+    Image.fromarray(np.asarray(result.segmentation, np.uint8)).save(Path(out, path.name))
+"""
+PROTOCOL = "protocol"  # the key of a record's fingerprint of this file
 
 
 class Checkout:
-    """One tree of the project, run through its public commands."""
+    """Runs one tree of the project through its public commands."""
 
     def __init__(self, root: Path, work: Path) -> None:
         self.root, self.work = root.resolve(), work
         if not (self.root / "ldmseg_fast" / "train.py").is_file():
-            raise CommandError(f"{root}: no checkout of ldmseg_fast; give the folder that holds setup.py")
+            raise ProofError(f"{root}: no checkout of ldmseg_fast; give the folder that holds setup.py")
         work.mkdir(parents=True, exist_ok=True)
         self.environment = os.environ | {
             "PYTHONPATH": str(self.root),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         }
+        where = "import ldmseg_fast; from ldmseg_fast.native import _C; print(ldmseg_fast.__file__, _C is not None)"
+        path, compiled = self.run("-c", where).split()[-2:]
+        if not Path(path).is_relative_to(self.root):
+            raise ProofError(f"{root}: Python imports {path} in its place; run this outside of any checkout")
+        if compiled != "True":
+            raise ProofError(f"{root}: not compiled; run python setup.py build_ext --inplace there")
 
-    def run(self, *command: Any) -> None:
+    def run(self, *command: Any) -> str:
+        """Runs Python with `command` and returns what it printed on stdout.
+
+        Raises:
+            ProofError: its exit code is not 0.
+        """
         words = [sys.executable, *map(str, command)]
-        done = subprocess.run(
-            words, cwd=self.work, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-        )
+        done = subprocess.run(words, cwd=self.work, env=self.environment, capture_output=True, check=False)
         if done.returncode:
-            text = done.stdout.decode(errors="replace")[-4000:]
-            raise CommandError(f"exit code {done.returncode} of {' '.join(words)} in {self.root}\n{text}")
+            text = (done.stdout + done.stderr).decode(errors="replace")[-4000:]
+            raise ProofError(f"exit code {done.returncode} of {' '.join(words)} in {self.root}\n{text}")
+        return done.stdout.decode()
 
     def ldmseg(self, *command: Any) -> None:
+        """Runs `ldmseg COMMAND`."""
         self.run("-m", "ldmseg_fast.cli", *command)
 
-    def train(self, stage: str, ranks: int, *settings: str) -> Path:
-        folder = self.work / f"{stage}-{ranks}"
+    def train(self, stage: str, ranks: int, *settings: str, name: str = "", resume: bool = False) -> Path:
+        """Trains a stage and returns its folder, `name` or STAGE-RANKS."""
+        folder = self.work / (name or f"{stage}-{ranks}")
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", _free_port()]
         script = [self.root / "ldmseg_fast" / "train.py", stage, "--config", self.work / "settings.yaml"]
-        fixed = [f"data.root={self.work / 'scenes'}", f"output_dir={folder}"]
+        fixed = [f"data.root={self.work / 'scenes'}", f"output_dir={folder}", *(["--resume"] if resume else [])]
         self.run(*(launcher if ranks > 1 else []), *script, *fixed, *settings)
         return folder
+
+    def defaults(self, preset: str) -> dict[str, Any]:
+        """Returns every setting of a preset, and the DeepSpeed configuration that they mean."""
+        command = [self.root / "ldmseg_fast" / "train.py", "diffusion", "--config", preset, "--dry-run"]
+        text = self.run(*command, "data.root=data", "output_dir=out")
+        found: dict[str, Any] = dict(re.findall(r"^(\w+(?:\.\w+)*)=(.*)$", text, re.MULTILINE))
+        configuration = re.search(r"^DeepSpeed configuration[^{]*(\{.*?^\})", text, re.MULTILINE | re.DOTALL)
+        if not found or configuration is None:
+            raise ProofError(f"{self.root}: --dry-run prints no settings or no DeepSpeed configuration")
+        return found | {"DeepSpeed": json.loads(configuration[1])}
 
 
 def _free_port() -> int:
@@ -93,144 +165,174 @@ def _free_port() -> int:
 
 
 def measure(root: Path, work: Path, quick: bool = False) -> dict[str, Any]:
-    """Everything that must stay equal, by name.
+    """Returns everything that must stay equal, by name.
 
     Args:
         root: a checkout.
         work: an empty folder for what its commands write.
-        quick: one rank only, and no export.
+        quick: one rank, no options, no export, fewer predictions and evaluations.
 
     Raises:
-        CommandError: a command ended with another exit code than 0.
+        ProofError: a command ended with another exit code than 0, or what it made could show no change.
     """
-    checkout = Checkout(root, work)
+    tree = Checkout(root, work)
     found: dict[str, Any] = {}
-    checkout.ldmseg("data", "scenes", work / "scenes", "--images", 24, "--size", 32, "--seed", 3)
+    tree.ldmseg("data", "scenes", work / "scenes", "--images", 24, "--size", 32, "--seed", 3)
     found["scenes"] = digest(work / "scenes")
     (work / "settings.yaml").write_text(json.dumps(SETTINGS), encoding="utf-8")
-    for ranks in (1,) if quick else (1, 2):
-        autoencoder = checkout.train("autoencoder", ranks)
-        for stage in STAGES:
-            folder = autoencoder
-            if stage == "diffusion":
-                folder = checkout.train(stage, ranks, f"model.mask_vae={autoencoder}", "diffusion.inpainting=0.5")
-            elif stage != "autoencoder":
-                folder = checkout.train(stage, ranks, f"model.init_from={work / f'diffusion-{ranks}'}")
-            found[f"{stage}, {ranks} ranks: losses"] = losses(folder)
-            found[f"{stage}, {ranks} ranks: weights"] = digest(folder, "*/*.safetensors")
-    for model, name in (("tiny", "tiny"), (work / "diffusion-1", "trained")):
-        pictures = work / "scenes" / "val2017"
-        checkout.ldmseg("predict", model, pictures, "--out", work / f"maps-{name}", "--steps", 2)
-        found[f"predict, {name}"] = digest(work / f"maps-{name}")
-        report = work / f"evaluate-{name}.json"
-        results = work / f"results-{name}"
-        data = ["--data", work / "scenes", "--out", results, "--json", report]
-        checkout.ldmseg("evaluate", model, *data, "--class-aware", "GT", "--seeds", 2)
-        found[f"evaluate, {name}"] = plain(json.loads(report.read_text(encoding="utf-8")), work)
-        found[f"results of evaluate, {name}"] = digest(results, "*/*.png", "*.png")
-        truth = work / "scenes" / "annotations" / "panoptic_val2017.json"
-        (prediction,) = sorted(results.rglob("panoptic*.json"))[:1]
-        checkout.ldmseg("pq", truth, prediction, "--boundary", "--class-agnostic", "--json", work / f"pq-{name}.json")
-        found[f"pq, {name}"] = plain(json.loads((work / f"pq-{name}.json").read_text(encoding="utf-8")), work)
-    picture = sorted((work / "scenes" / "val2017").iterdir())[0]
-    given = sorted((work / "scenes").rglob("panoptic_val2017/*.png"))[0]
-    annotations = json.loads(truth.read_text(encoding="utf-8"))["annotations"]
-    (unknown,) = (item["segments_info"][0]["id"] for item in annotations if item["file_name"] == given.name)
-    inpaint = ["--image", picture, "--map", given, "--unknown-id", unknown, "--out", work / "completed"]
-    checkout.ldmseg("inpaint", "tiny", *inpaint)
-    found["inpaint"] = digest(work / "completed")
+    for preset in ("tiny",) if quick else ("tiny", "coco"):
+        found[f"settings of {preset}"] = tree.defaults(preset)
+    found |= measure_training(tree, quick)
+    found |= measure_prediction(tree, quick)
+    found |= measure_evaluation(tree, quick)
     if not quick:
-        for precision in ("fp32", "fp16"):
-            graphs = work / f"graphs-{precision}"
-            settings = ["--precision", precision, "--no-parity", "--head", "both", "--sampler-steps", "2"]
-            checkout.run(root.resolve() / "export" / "to_onnx.py", "tiny", "--out", graphs, *settings)
-            out = work / f"maps-{precision}"
-            backend = ["--backend", "onnxruntime", "--engine-dir", graphs]
-            checkout.ldmseg("predict", "tiny", work / "scenes" / "val2017", "--out", out, *backend)
-            found[f"predict from graphs, {precision}"] = digest(out)
+        found |= measure_graphs(tree)
     return found
 
 
-def losses(folder: Path) -> list[Any]:
-    """Loss and metrics of every logged step of a run."""
-    lines = (folder / "logs" / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return [{key: value for key, value in record.items() if _is_value(key)} for record in records]
+def measure_training(tree: Checkout, quick: bool) -> dict[str, Any]:
+    """Losses and states of every stage on one and on two ranks, of a resumed run, and of one with options."""
+    found: dict[str, Any] = {}
+    work = tree.work
+
+    def add(name: str, folder: Path) -> None:
+        found[f"{name}: losses"] = losses(folder)
+        states = digest(folder, "**/*.safetensors", "pictures/*.png")
+        # checkpoints keep the generators of Python and numpy too, which training neither seeds nor draws from
+        states = {path: sha256 for path, sha256 in states.items() if not Path(path).name.startswith("random-")}
+        found[f"{name}: weights, states and pictures"] = states
+        found[f"{name}: configuration"] = documents(work, folder, "*.json", "*/config.json")
+
+    for ranks in (1,) if quick else (1, 2):
+        autoencoder = tree.train("autoencoder", ranks)
+        for stage in STAGES:
+            folder = autoencoder
+            if stage == "diffusion":
+                folder = tree.train(stage, ranks, f"model.mask_vae={autoencoder}", "diffusion.inpainting=0.5")
+            elif stage != "autoencoder":
+                folder = tree.train(stage, ranks, f"model.init_from={work / f'diffusion-{ranks}'}")
+            add(f"{stage}, {ranks} ranks", folder)
+    if not quick:
+        resumed = work / "resumed"
+        shutil.copytree(work / "diffusion-1", resumed)
+        shutil.rmtree(resumed / "checkpoints" / "step-00000020")
+        made_from = (f"model.mask_vae={work / 'autoencoder-1'}", "diffusion.inpainting=0.5")
+        add("resumed", tree.train("diffusion", 1, *made_from, name="resumed", resume=True))
+        made_from = (f"model.mask_vae={work / 'autoencoder-2'}", *OPTIONS)
+        add("with options, 2 ranks", tree.train("diffusion", 2, *made_from, name="options"))
+    return found
 
 
-def _is_value(key: str) -> bool:
-    return key in ("step", "loss") or key.startswith(("val/", "loss/"))
+def measure_prediction(tree: Checkout, quick: bool) -> dict[str, Any]:
+    """Maps, overlays and JSONs of the shipped and of the trained model, and a completed map."""
+    found: dict[str, Any] = {}
+    work = tree.work
+    pictures = work / "scenes" / "val2017"
+    for model in ("tiny", work / "diffusion-1"):
+        for name, options in PREDICTIONS.items():
+            if name in QUICK_PREDICTIONS or (not quick and model == "tiny"):
+                out = work / f"maps of {Path(model).name}, {name}"
+                tree.ldmseg("predict", model, pictures, "--out", out, *options)
+                found[f"predict, {Path(model).name}, {name}"] = maps(out)
+    picture = sorted(pictures.iterdir())[0]
+    given = sorted((work / "scenes").rglob("panoptic_val2017/*.png"))[0]
+    truth = json.loads((work / "scenes" / "annotations" / "panoptic_val2017.json").read_text(encoding="utf-8"))
+    (unknown,) = (entry["segments_info"][0]["id"] for entry in truth["annotations"] if entry["file_name"] == given.name)
+    inpaint = ["--image", picture, "--map", given, "--unknown-id", unknown, "--out", work / "completed"]
+    tree.ldmseg("inpaint", "tiny", *inpaint)
+    found["inpaint"] = digest(work / "completed")
+    if not quick:
+        tree.run("-c", BFLOAT16, "tiny", pictures, work / "bfloat16")
+        found["predict, tiny, bfloat16"] = maps(work / "bfloat16")
+    return found
 
 
-TIMES = ("seconds", "time", "memory", "command", "version", "date", "machine", "per_second")
+def measure_evaluation(tree: Checkout, quick: bool) -> dict[str, Any]:
+    """Reports and result files of `ldmseg evaluate`, and what `ldmseg pq` says of them."""
+    found: dict[str, Any] = {}
+    work = tree.work
+    scenes, report = work / "scenes", work / "report.json"
+
+    def evaluate(name: str, model: Any, *options: Any) -> None:
+        tree.ldmseg("evaluate", model, "--data", scenes, "--json", report, *options)
+        found[f"evaluate, {name}"] = plain(json.loads(report.read_text(encoding="utf-8")), work)
+
+    for model in ("tiny", work / "diffusion-1"):
+        name = Path(model).name
+        results = work / f"results of {name}"
+        evaluate(name, model, "--out", results, "--class-aware", "GT", "--seeds", 2)
+        found[f"results of evaluate, {name}"] = maps(results, "*/*.png", "*.png")
+        found[f"result files of evaluate, {name}"] = documents(work, results, "*.json")
+        truth = scenes / "annotations" / "panoptic_val2017.json"
+        tree.ldmseg("pq", truth, results / "panoptic_seed0.json", "--boundary", "--class-agnostic", "--json", report)
+        found[f"pq, {name}"] = plain(json.loads(report.read_text(encoding="utf-8")), work)
+    if not quick:
+        evaluate("tiny, dropped blocks", "tiny", "--inpainting", "--limit", 4)
+        evaluate("auto-encoder", work / "autoencoder-1", "--ids", "random")
+    return found
 
 
-def plain(value: Any, work: Path) -> Any:
-    """A report without times and paths."""
-    if isinstance(value, dict):
-        return {key: plain(item, work) for key, item in value.items() if not any(word in key for word in TIMES)}
-    if isinstance(value, list):
-        return [plain(item, work) for item in value]
-    return value.replace(str(work), "WORK") if isinstance(value, str) else value
+def measure_graphs(tree: Checkout) -> dict[str, Any]:
+    """Maps from ONNX graphs: the whole sampler in one graph, and step by step."""
+    found: dict[str, Any] = {}
+    work = tree.work
+    for precision in ("fp32", "fp16"):
+        graphs = work / f"graphs-{precision}"
+        settings = ["--precision", precision, "--no-parity", "--head", "both", "--sampler-steps", "2"]
+        tree.run(tree.root / "export" / "to_onnx.py", "tiny", "--out", graphs, *settings)
+        for steps in (1, 2):
+            out = work / f"maps of graphs, {precision}, {steps}"
+            backend = ["--backend", "onnxruntime", "--engine-dir", graphs, "--steps", steps]
+            tree.ldmseg("predict", "tiny", work / "scenes" / "val2017", "--out", out, *backend)
+            found[f"predict from graphs, {precision}, {steps} steps"] = maps(out)
+    return found
 
 
-def digest(folder: Path, *patterns: str) -> dict[str, str]:
-    """SHA-256 of the files in a folder, by their paths in it."""
-    files = {path for pattern in patterns or ("*", "**/*") for path in folder.glob(pattern) if path.is_file()}
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(files)
-        if "checkpoints" not in path.parts
-    }
+def protocol(quick: bool) -> str:
+    """Returns a fingerprint of what is measured and how."""
+    sources = (Path(path).read_bytes() for path in (__file__, proof_records.__file__))
+    return hashlib.sha256(b"".join(sources) + bytes([quick])).hexdigest()[:16]
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """One line for each thing that is not equal."""
-    lines = []
-    for name in dict.fromkeys([*before, *after]):
-        old, new = before.get(name), after.get(name)
-        if old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-            lines.append(f"{name}: {len(keys)} of {len(old)} differ, first {keys[0]}")
-        elif isinstance(old, list) and isinstance(new, list):
-            places = [place for place, pair in enumerate(zip(old, new)) if pair[0] != pair[1]]
-            first = f"first {old[places[0]]} -> {new[places[0]]}" if places else f"{len(old)} -> {len(new)} entries"
-            lines.append(f"{name}: {len(places)} of {len(old)} differ, {first}")
-        else:
-            lines.append(f"{name}: {old!r} -> {new!r}")
-    return lines
+def measured(name: str, root: Path, work: Path, quick: bool) -> dict[str, Any]:
+    """Returns what was found in a checkout: from the record in `work`, or measured now and recorded there.
+
+    Raises:
+        ProofError: the record was made by another version of this file, or with another --quick.
+    """
+    record = work / "found.json"
+    if record.is_file():
+        print(f"{name}: measured before ({record})", flush=True)
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if found.pop(PROTOCOL, None) != protocol(quick):
+            raise ProofError(f"{record}: made by another proof_of_value.py or --quick; delete the folder {work}")
+        return found
+    print(f"{name}: {root}", flush=True)
+    text = json.dumps({PROTOCOL: protocol(quick)} | measure(root, work, quick), indent=1)
+    record.write_text(text, encoding="utf-8")
+    found = json.loads(text)
+    del found[PROTOCOL]
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 equal, 1 different, 2 a command failed."""
-    parser = argparse.ArgumentParser(prog="proof_of_value.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--work", type=Path, help="keep what the commands wrote in this folder")
-    parser.add_argument("--quick", action="store_true", help="one rank, no export")
+    parser.add_argument("--quick", action="store_true", help="one rank, no options, no export, fewer commands")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
-        base = args.work or Path(temporary)
-        found = []
-        for name, root in (("before", args.before), ("after", args.after)):
-            record = base / name / "found.json"
-            try:
-                if record.is_file():
-                    print(f"{name}: measured before ({record})", flush=True)
-                else:
-                    print(f"{name}: {root}", flush=True)
-                    measured = measure(root, base / name, args.quick)
-                    record.write_text(json.dumps(measured, indent=1), encoding="utf-8")
-                found.append(json.loads(record.read_text(encoding="utf-8")))
-            except CommandError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 2
+        base = (args.work or Path(temporary)).resolve()
+        found = [
+            measured(name, root, base / name, args.quick)
+            for name, root in (("before", args.before), ("after", args.after))
+        ]
     lines = differences(*found)
     print("\n".join(lines) or f"equal: {len(found[0])} things compared bit for bit")
     return 1 if lines else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,13 +1,13 @@
-"""The README's tables, benchmarks/REPORT.md and an offline page with plots, all from the result files.
+"""Renews every generated table from the result files, and writes an offline page with plots.
 
-    python benchmarks/report.py              renews the README's tables, REPORT.md and, beside it, REPORT.html
+    python benchmarks/report.py              README.md, docs/results.md, REPORT.md and, beside it, REPORT.html
     python benchmarks/report.py --html FILE  the page elsewhere
-    python benchmarks/report.py --check      writes nothing; exit code 1 where README or REPORT.md is not current
+    python benchmarks/report.py --check      writes nothing; exit code 1 where a file is not current, or a result file
+                                             holds nothing that is
 
-The page is one file that asks nothing of the network. It needs matplotlib, and is made of the same files as REPORT.md,
-so it is not kept in git.
-
-In the README each table stands between `<!-- results:SUITE -->` and `<!-- end -->`.
+In README.md and docs/results.md a table stands between `<!-- results:NAME -->` and `<!-- end -->`; NAME is a suite or
+`headline`, six rows of several suites. REPORT.md has all suites. The page is one file that asks nothing of the network;
+it needs matplotlib and is not kept in git.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.measuring.environment import ROOT
+from benchmarks.measuring.result_file import BenchmarkError
 from benchmarks.reporting.gpu_targets import HEADER, table_rows
-from benchmarks.reporting.tables import RESULTS, load_rows, machine, sources, suite_table, table
-from benchmarks.scaling import scaling_section
+from benchmarks.reporting.headline import headline
+from benchmarks.reporting.rows import RESULTS, load_rows, superseded_files
+from benchmarks.reporting.scaling_tables import scaling_section
+from benchmarks.reporting.tables import machine, sources, suite_table, table
 from ldmseg_fast.distributed.ending import run_command
 
 __all__ = ["load_rows", "main", "render", "report"]
 PAGE = ROOT / "benchmarks" / "REPORT.html"
+WITH_MARKERS = ("README.md", "docs/results.md")
 MARKERS = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUITES = {
     "latency": "One picture, whole and stage by stage",
@@ -42,24 +46,32 @@ SUITES = {
 }
 INTRODUCTION = """# What was measured
 
-Made by `python benchmarks/report.py` from the files in `benchmarks/results`; edit neither by hand. Times are medians of
-interleaved runs; a ratio is taken against the baseline of the same run. Two result files are compared by
-`python benchmarks/compare.py BEFORE AFTER`. Without a GPU only ratios mean anything.
+`python benchmarks/report.py` makes this file from those in `benchmarks/results`; edit neither by hand. Times are
+medians of interleaved runs. A ratio is taken against the baseline of the same run. Only what no newer run replaces is
+shown ([the rule](README.md#which-rows-are-shown)). `python benchmarks/compare.py BEFORE AFTER` compares two result
+files. Without a GPU only ratios mean anything.
 """
 
 
 def render(text: str, folder: Path = RESULTS) -> str:
-    """`text` with every table between markers made anew."""
+    """Returns `text` with every table between markers made anew.
+
+    Raises:
+        BenchmarkError: a marker names no suite, or `headline` a row that is not there.
+    """
 
     def fill(match: re.Match[str]) -> str:
-        made = suite_table(match[2], folder)
+        name = match[2]
+        if name != "headline" and name not in SUITES:
+            raise BenchmarkError(f"<!-- results:{name} -->: no such suite; use headline or {', '.join(SUITES)}")
+        made = headline(folder) if name == "headline" else suite_table(name, folder)
         return f"{match[1]}\n{made}\n{match[3]}" if made else match[1] + match[3]
 
     return MARKERS.sub(fill, text)
 
 
 def report(folder: Path = RESULTS) -> str:
-    """REPORT.md."""
+    """Returns the text of REPORT.md."""
     parts = [INTRODUCTION, "## Targets on a GPU\n", gpu_section(folder)]
     for suite, title in SUITES.items():
         parts.append(f"## {title}\n")
@@ -74,7 +86,7 @@ def report(folder: Path = RESULTS) -> str:
 
 
 def gpu_section(folder: Path) -> str:
-    """The targets beside what the newest run of `gpu_suite.py` measured."""
+    """Returns the targets beside what the newest run of `gpu_suite.py` measured."""
     rows = load_rows("gpu", folder)
     made = table(HEADER, table_rows(rows))
     if not rows:
@@ -87,14 +99,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file is not current")
     parser.add_argument("--html", type=Path, metavar="FILE", default=PAGE, help="where the page with plots goes")
     args = parser.parse_args(argv)
-    readme, whole = ROOT / "README.md", ROOT / "benchmarks" / "REPORT.md"
-    old = {path: path.read_text(encoding="utf-8") if path.is_file() else "" for path in (readme, whole)}
-    new = {readme: render(old[readme]), whole: report()}
-    stale = [path for path in old if old[path] != new[path]]
+    whole = ROOT / "benchmarks" / "REPORT.md"
+    old = {path: path.read_text(encoding="utf-8") for name in WITH_MARKERS if (path := ROOT / name).is_file()}
+    new = {path: render(text) for path, text in old.items()} | {whole: report()}
+    old[whole] = whole.read_text(encoding="utf-8") if whole.is_file() else ""
+    stale = [path for path in new if old[path] != new[path]]
+    superseded = superseded_files()
+    for path in superseded:
+        print(f"{path.name}: a quick run, or replaced whole by newer ones; git rm it", file=sys.stderr)
     if args.check:
         for path in stale:
             print(f"{path.relative_to(ROOT)}: not current; run python benchmarks/report.py", file=sys.stderr)
-        return int(bool(stale))
+        return int(bool(stale or superseded))
     for path in stale:
         path.write_text(new[path], encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:

@@ -1,4 +1,4 @@
-"""The long tests (kill -9 while saving, lost ranks, every ZeRO stage, two launchers), and a record of what they found.
+"""Runs the long tests (kill -9 while saving, lost ranks, every ZeRO stage, two launchers) and records what they found.
 
 python benchmarks/soak.py [--out FOLDER] [pytest arguments]
 
@@ -27,7 +27,7 @@ def run_tests(report: Path, arguments: list[str]) -> int:
 
 
 def record_report(record: Run, report: Path) -> None:
-    """A row for each test of a JUnit file that ran, and one for each number that it counted."""
+    """Adds a row for each test of a JUnit file that ran, and one for each number that it counted."""
     skipped = 0
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.attrib['classname'].removeprefix('tests.')}::{case.attrib['name']}"

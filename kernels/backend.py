@@ -48,7 +48,7 @@ def backend(kernel: str, name: str) -> Iterator[None]:
 
 
 def runs_reference(kernel: str, tensor: Tensor) -> bool:
-    """Says whether the public function composes torch ops itself.
+    """Says whether the public function composes torch ops itself for a tensor of any shape and dtype.
 
     On a CPU autograd and inductor do better with them than with an opaque op.
     """
@@ -73,7 +73,7 @@ def require(condition: bool, message: str, *values: object) -> None:
 
 
 def require_same_device(first: Tensor, **others: Tensor | None) -> None:
-    """Refuses tensors on another device than `first`; None is no tensor.
+    """Refuses tensors, of any shape and dtype, on another device than `first`; None is no tensor.
 
     Raises:
         ValueError: one lies elsewhere; the message starts with its name.
@@ -84,12 +84,12 @@ def require_same_device(first: Tensor, **others: Tensor | None) -> None:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Converts float16 and bfloat16 to float32; float32 and float64 stay what they are."""
+    """Converts float16 and bfloat16 of any shape to float32; float32 and float64 stay what they are."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def in_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Copies a tensor into exactly the strides that `torch.empty` gives.
+    """Copies a tensor of any dtype, [B, C, H, W], into exactly the strides that `torch.empty` gives.
 
     Sizes of 1 leave several strides that would do, of which a fake tensor promises these.
     """

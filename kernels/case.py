@@ -57,12 +57,12 @@ def _own_cases(kernel: str) -> Any:
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Makes a tensor without memory, for recorded launches."""
+    """Makes a tensor of any shape and dtype without memory, for recorded launches."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def normal(*shape: int, device: torch.device, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
-    """Draws normal numbers of `dtype`, in channels_last if asked."""
+    """Draws normal numbers of any shape and of `dtype`, in channels_last if asked."""
     tensor = torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
@@ -74,7 +74,10 @@ def random_ids(batch: int, size: int, device: torch.device) -> Tensor:
 
 
 def blob_logits(batch: int, slots: int, size: int, device: torch.device, dtype: torch.dtype, last: bool) -> Tensor:
-    """Draws logits [B, slots, size, size] of a confident decoder: noise, and one slot that stands out per region."""
+    """Draws logits [B, slots, size, size] of `dtype`, as of a confident decoder.
+
+    They are noise, and one slot that stands out per region.
+    """
     ids = random_ids(batch, size, device).long() % slots
     logits = normal(batch, slots, size, size, device=device, dtype=dtype)
     logits.scatter_add_(1, ids[:, None], torch.full_like(logits[:, :1], 12.0))

@@ -28,9 +28,10 @@ OUTPUT_TYPES = ("panoptic", "logits", "latent")
 class LDMSegPipeline:
     """Segments whole images by latent diffusion (LDMSeg, arXiv 2401.10227).
 
-    >>> pipe = LDMSegPipeline.from_pretrained("runs/diffusion")
-    >>> result = pipe(Image.open("street.jpg"))[0]
-    >>> result.segmentation.shape, len(result.segments_info)
+    Examples:
+        >>> pipe = LDMSegPipeline.from_pretrained("runs/diffusion")
+        >>> result = pipe(Image.open("street.jpg"))[0]
+        >>> result.segmentation.shape, len(result.segments_info)
     """
 
     def __init__(self, backend: Backend) -> None:

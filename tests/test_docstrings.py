@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = ("ldmseg_fast", "kernels", "export")
 # functions of these follow a paper or another library, and they, their class or their module name it
 SOURCED = (
-    *("ldmseg_fast/models/", "ldmseg_fast/diffusion/", "ldmseg_fast/metrics/", "kernels/"),
+    *("ldmseg_fast/models/", "ldmseg_fast/diffusion/", "ldmseg_fast/metrics/"),
+    *(f"kernels/{path.name}/" for path in sorted((ROOT / "kernels").iterdir()) if (path / "__init__.py").is_file()),
     "ldmseg_fast/training/losses.py",
 )
 

@@ -1,4 +1,4 @@
-"""Where and how a run was measured: machine, clocks, versions, commit, command, load before the run."""
+"""Records where and how a run was measured: machine, clocks, versions, commit, command, load before the run."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Where and how a run was measured. Holds no host name and no absolute path."""
+    """Returns where and how a run was measured. Holds no host name and no absolute path."""
     load = os.getloadavg() if hasattr(os, "getloadavg") else (None,) * 3
     return {
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -1,4 +1,4 @@
-"""One validated JSON file per run, in benchmarks/results: never overwritten, never written after a red check."""
+"""Writes one validated JSON file per run: never over another, never after a red check."""
 
 import json
 import math
@@ -22,7 +22,7 @@ class BenchmarkError(UserError):
 
 @dataclass
 class Run:
-    """One run of one suite. Construct it before any work, so that the load before the run is recorded."""
+    """Collects one run of one suite. Construct it before any work, so that the load before the run is recorded."""
 
     suite: str
     quick: bool = False
@@ -50,7 +50,7 @@ class Run:
         target: float | None = None,
         quality: Mapping[str, float] | None = None,
     ) -> list[dict[str, Any]]:
-        """One row per timing, printed and kept. `items` calls' worth of work (images) is divided out of the times.
+        """Adds one row per timing, and prints it. `items` calls' worth of work (images) is divided out of the times.
 
         `ratio` is the baseline's median over the row's; `target` is the ratio wanted (of a row without baseline: the
         milliseconds); `floor_share` is floor_ms over the median.
@@ -83,7 +83,7 @@ class Run:
     def add_value(
         self, name: str, value: float, unit: str, *, case: Mapping[str, Any] | None = None, **more: Any
     ) -> None:
-        """A number that is no distribution of times (a ratio, bytes, a PQ)."""
+        """Adds a number that is no distribution of times (a ratio, bytes, a PQ), and prints it."""
         row = {
             "name": name,
             "variant": more.pop("variant", "ours"),
@@ -117,7 +117,11 @@ class Run:
 
 
 def validate(record: Mapping[str, Any]) -> None:
-    """Raises `BenchmarkError` naming the first field of a run's record that breaks the schema."""
+    """Checks a run's record against the schema.
+
+    Raises:
+        BenchmarkError: a field breaks it; the message names the first.
+    """
     kinds: dict[str, type] = {
         "schema": int,
         "suite": str,
@@ -150,7 +154,7 @@ def validate(record: Mapping[str, Any]) -> None:
 
 
 def format_row(row: Mapping[str, Any]) -> str:
-    """One line of a table for people."""
+    """Returns one line of a table for people."""
     case = " ".join(f"{key}={value}" for key, value in row["case"].items())
     head = f"{row['name']:<28} {case:<28} {row['variant']:<22}"
     if "value" in row:
@@ -163,7 +167,11 @@ def format_row(row: Mapping[str, Any]) -> str:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A result file's record. Raises `BenchmarkError` naming the file where it cannot be read or breaks the schema."""
+    """Returns a result file's record.
+
+    Raises:
+        BenchmarkError: the file, which it names, cannot be read or breaks the schema.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         validate(record)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldmseg_fast.errors import UserError
+
 _FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 
 
@@ -73,6 +75,43 @@ def measure(
             break
     peaks = {name: peak_memory(functions[name], device) if memory else None for name in names}
     return {name: Timing(tuple(samples[name]), peaks[name]) for name in names}
+
+
+def time_differences(
+    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]], images: int, rounds: int, slow: tuple[str, ...] = ()
+) -> dict[str, Timing]:
+    """Times functions by the difference of two calls, so that start-up costs drop out.
+
+    Args:
+        calls: by name, a call with fewer and one with more images; the names take turns.
+        images: by how many images the two calls differ.
+        rounds: samples of each name.
+        slow: names of which three samples are enough.
+
+    Returns:
+        Milliseconds an image.
+
+    Raises:
+        UserError: a call with more images was never the longer one.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name, (few, many) in calls.items():
+            if name in slow and turn >= 3:
+                continue
+            seconds = seconds_of(many) - seconds_of(few)
+            if seconds > 0:  # else something else ran during the smaller one
+                samples[name].append(1e3 * seconds / images)
+    if disturbed := [name for name, values in samples.items() if not values]:
+        raise UserError(f"{', '.join(disturbed)}: more images never took longer; measure on an idle machine")
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Returns the wall time of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int | None:

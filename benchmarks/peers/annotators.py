@@ -21,8 +21,10 @@ SUMS = ("tp", "fp", "fn")
 
 @contextmanager
 def annotator_roots(data: str | Path, split: str) -> Iterator[list[Path]]:
-    """A data root for each "annotator" that the split's images name, of links to the real files; the root itself where
-    they name none."""
+    """Yields a data root for each "annotator" that the split's images name, of links to the real files.
+
+    Where the images name none, it is the root itself.
+    """
     folders = find_split(data, split)
     content = json.loads(folders.annotations.read_text(encoding="utf-8"))
     annotators = sorted({image["annotator"] for image in content["images"] if "annotator" in image})
@@ -46,13 +48,13 @@ def annotator_roots(data: str | Path, split: str) -> Iterator[list[Path]]:
 
 
 def mean_over_annotators(data: str | Path, split: str, measure: Callable[[str], list[Row]]) -> list[Row]:
-    """The rows of `measure(root)`, each the mean over the annotators' roots; counts are summed."""
+    """Returns the rows of `measure(root)`, each the mean over the annotators' roots; counts are summed."""
     with annotator_roots(data, split) as roots:
         return mean_rows([measure(str(root)) for root in roots])
 
 
 def mean_rows(parts: Sequence[list[Row]]) -> list[Row]:
-    """Rows of the same variants, measured once per annotator, as one each; `by_annotator` has the values."""
+    """Joins rows of the same variants, measured once per annotator; `by_annotator` has the values."""
     if len(parts) == 1:
         return parts[0]
     rows = []

@@ -1,4 +1,4 @@
-"""The loop that a user would write with diffusers' own parts: the baseline of every latency and throughput row.
+"""Runs the loop that a user would write with diffusers' own parts: the baseline of every latency and throughput row.
 
 diffusers' UNet2DConditionModel (cross-attention taken out), DDIMScheduler, its AutoencoderKL where the model has one,
 float32 logits of every slot at the picture's size, Pillow and torch in the obvious way. Same weights as ours. Where
@@ -32,7 +32,7 @@ HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 
 
 def diffusers_unet(config: UNetConfig) -> Any:
-    """diffusers' UNet of this configuration, without its cross-attention as the method has it, in evaluation mode.
+    """Returns diffusers' UNet of this configuration in evaluation mode, without cross-attention as the method has it.
 
     Raises:
         ValueError: a configuration that diffusers does not have.
@@ -65,7 +65,10 @@ def diffusers_unet(config: UNetConfig) -> Any:
 
 
 def diffusers_scheduler(info: ModelInfo) -> Any:
-    """DDIMScheduler with the model's schedule; the same times as ours where the steps divide the schedule's length."""
+    """Returns a DDIMScheduler with the model's schedule.
+
+    It takes the same times as ours where the steps divide the schedule's length.
+    """
     from diffusers import DDIMScheduler
 
     config = info.scheduler
@@ -83,7 +86,7 @@ def diffusers_scheduler(info: ModelInfo) -> Any:
 
 
 class TorchUNet(nn.Module):
-    """Our network in plain torch behind the face of diffusers'."""
+    """Wraps our network in plain torch as diffusers' is called."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -95,7 +98,7 @@ class TorchUNet(nn.Module):
 
 
 class TorchScheduler:
-    """DDIM with eta 0 (Song et al. 2021, equation 12) behind the face of diffusers' DDIMScheduler."""
+    """Steps by DDIM with eta 0 (Song et al. 2021, equation 12), called as diffusers' DDIMScheduler is."""
 
     def __init__(self, info: ModelInfo) -> None:
         self.ours = Scheduler(info.scheduler)
@@ -117,7 +120,7 @@ class TorchScheduler:
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Within the block, what the baseline shares with us runs in plain torch."""
+    """Runs what the baseline shares with us in plain torch within the block."""
     with ExitStack() as stack:
         for kernel in KERNELS:
             stack.enter_context(backend(kernel, "torch"))
@@ -125,7 +128,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 class PlainPipeline:
-    """The stages of a picture's way, each in the obvious form.
+    """Holds the stages of a picture's way, each in the obvious form.
 
     Args:
         info: of the model folder.
@@ -219,7 +222,7 @@ class PlainPipeline:
 
 
 def plain_postprocess(logits: Tensor, thresholds: PostprocessConfig) -> PanopticResult:
-    """Logits [Q, H, W] at the picture's size -> map and segments, by the formulas of the paper, slot by slot."""
+    """Turns logits [Q, H, W] at the picture's size into map and segments, by the paper's formulas, slot by slot."""
     probability, label = logits.softmax(dim=0).max(dim=0)
     confident = probability >= thresholds.mask_threshold
     segmentation = torch.zeros_like(label, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Panoptic quality the straightforward way: what the fast implementation is tested and timed against.
+"""Computes panoptic quality the straightforward way: what the fast implementation is tested and timed against.
 
 Written from the description of the metric (Kirillov et al., "Panoptic Segmentation", CVPR 2019, section 4.1) and of
 panopticapi's treatment of void and crowds; shares no code with ldmseg_fast.
@@ -21,7 +21,10 @@ def match_by_masks(
     pred_segments: list[dict[str, Any]],
     every_crowd: bool = False,
 ) -> Counts:
-    """One image, a boolean mask per segment. every_crowd: excuse false positives on all crowds, not the last one."""
+    """Matches one image with a boolean mask per segment.
+
+    `every_crowd` excuses false positives on all crowds, not on the last one only.
+    """
     counts: Counts = {}
     void = gt == 0
     matched_gt, matched_pred = set(), set()
@@ -52,7 +55,7 @@ def match_by_masks(
 
 
 def average(counts: Counts) -> dict[str, float]:
-    """pq, sq, rq over the categories that occur, and their number n."""
+    """Returns pq, sq, rq over the categories that occur, and their number n."""
     rows = [
         (iou / (tp + fp / 2 + fn / 2), iou / tp if tp else 0.0, tp / (tp + fp / 2 + fn / 2))
         for tp, fp, fn, iou in counts.values()
@@ -62,7 +65,7 @@ def average(counts: Counts) -> dict[str, float]:
 
 
 def numpy_joint_histogram(gt: np.ndarray, pred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of each pair of ids, the usual numpy way: one sort over 64-bit keys."""
+    """Counts the pixels of each pair of ids, the usual numpy way: one sort over 64-bit keys."""
     return np.unique(gt.astype(np.uint64) * 2**24 + pred, return_counts=True)
 
 

@@ -1,4 +1,4 @@
-"""A model to time: a folder of trained weights, or a preset's sizes with random ones.
+"""Finds a model to time: a folder of trained weights, or a preset's sizes with random ones.
 
 python -m benchmarks.peers.random_model --preset tiny|coco --out MODEL_DIR
 """
@@ -24,7 +24,7 @@ MEASURED_SCALE = 0.2  # of mask latents where training would have measured it
 
 
 def save_random_model(folder: Path, config: Config) -> Path:
-    """A model folder of a configuration's size with random weights."""
+    """Writes a model folder of a configuration's size with random weights."""
     torch.manual_seed(0)
     scale = config.mask_vae.scaling_factor or MEASURED_SCALE
     mask_vae = replace(config.mask_vae, scaling_factor=scale)
@@ -42,7 +42,7 @@ def save_random_model(folder: Path, config: Config) -> Path:
 
 
 def find_model(model: str | None, preset: str, scratch: Path) -> tuple[Path, str]:
-    """The folder to time and its name in the records: MODEL_DIR, or `preset` with random weights in `scratch`.
+    """Returns the folder to time and its name in the records: MODEL_DIR, or `preset` with random weights in `scratch`.
 
     Raises:
         FileNotFoundError: a MODEL_DIR that is not there.

@@ -1,4 +1,4 @@
-"""The targets on an H200, and the table that holds them beside what a run of `gpu_suite.py` measured."""
+"""Puts the targets on an H200 beside what a run of `gpu_suite.py` measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PEERS = ("torch", "diffusers", "plain", "xformers", "sdpa", "flash")  # variants
 
 @dataclass(frozen=True)
 class Target:
-    """One line of the table.
+    """Describes one line of the table.
 
     name, case: which rows; the name is a prefix, the case a subset.
     limit_ms: wanted milliseconds an image; rate: wanted images/s. ratio: wanted over the baseline.
@@ -44,7 +44,7 @@ TARGETS = (
 
 
 def best_row(target: Target, rows: Sequence[Row]) -> Row | None:
-    """The fastest of our rows that `target` is about."""
+    """Returns the fastest of our rows that `target` is about."""
     ours = [
         row
         for row in rows
@@ -58,7 +58,7 @@ def best_row(target: Target, rows: Sequence[Row]) -> Row | None:
 
 
 def table_rows(rows: Sequence[Row]) -> list[list[str]]:
-    """label, target, measured, ratio to the baseline, share of the floor, whether it is met; one line per target."""
+    """Returns label, target, measured, ratio to the baseline, share of the floor, and whether it is met, per target."""
     copy = next((row["value"] for row in rows if row["name"] == "copy bandwidth"), None)
     lines = []
     for target in TARGETS:
@@ -87,7 +87,7 @@ HEADER = ["what", "target on an H200", "measured", "to the baseline", "of the fl
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """`table_rows` in columns, for a terminal."""
+    """Returns `table_rows` in columns, for a terminal."""
     lines = [HEADER, *table_rows(rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""The offline page: every plot and table in one HTML file, in light and in dark, for a screen or a phone."""
+"""Writes the offline page: every plot and table in one HTML file, in light and in dark, for a screen or a phone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import html
 from pathlib import Path
 
 from benchmarks.reporting.plots import PLOTS
-from benchmarks.reporting.tables import RESULTS, load_rows, machine, sources, suite_table
-from benchmarks.scaling import scaling_section
+from benchmarks.reporting.rows import RESULTS, load_rows
+from benchmarks.reporting.scaling_tables import scaling_section
+from benchmarks.reporting.tables import machine, sources, suite_table
 from ldmseg_fast.reports.page import Page
 
 SUITES = ("latency", "throughput", "training", "data", "evaluation", "export", "quality")
@@ -20,7 +21,7 @@ summary { cursor: pointer; padding: .35rem 0; }
 
 
 def write_page(path: Path, folder: Path = RESULTS) -> None:
-    """The page of all results in `folder`. Needs matplotlib."""
+    """Writes the page of all results in `folder`. Needs matplotlib."""
     page = Page("What was measured", style=STYLE)
     page.text("Times are medians of interleaved runs; a ratio is taken against the baseline of the same run.", "note")
     for title, suite, plot in PLOTS:
@@ -43,7 +44,7 @@ def write_page(path: Path, folder: Path = RESULTS) -> None:
 
 
 def folded(summary: str, markdown: str) -> str:
-    """Tables and paragraphs of Markdown, as the report has them, behind a line to open them by."""
+    """Returns tables and paragraphs of Markdown as HTML behind a line that opens them."""
     inner = Page("")
     for block in markdown.strip().split("\n\n"):
         if not block.startswith("|"):

@@ -1,4 +1,4 @@
-"""Plots as SVG for the offline page: latency against steps, stages, roofline, training, quality against time."""
+"""Draws plots as SVG for the offline page: latency against steps, stages, roofline, training, quality against time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.reporting.tables import Row
+from benchmarks.reporting.rows import Row
 
 STAGES = ("decode file", "pre-process", "image encoder", "10 steps", "decoder and head", "write files")
 TRAINING = ("engine: data", "engine: encode", "engine: forward", "engine: backward", "engine: step")
@@ -19,8 +19,10 @@ FAINT, STRONG = "#8b8b8b", "#3b82c4"  # both can be seen on white and on black
 
 
 def figure(draw: Callable[[Any], None], height: float = 3.8) -> str:
-    """One pair of axes, drawn on by `draw`, as an SVG element of 8.2 x `height` inches, without a background; text and
-    frame have the page's colour."""
+    """Returns one pair of axes, drawn on by `draw`, as an SVG element of 8.2 x `height` inches.
+
+    It has no background; text and frame have the page's colour.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -41,7 +43,7 @@ def figure(draw: Callable[[Any], None], height: float = 3.8) -> str:
 
 
 def latency_against_steps(rows: Sequence[Row]) -> str | None:
-    """A line per variant at batch 1, for the size that was measured first."""
+    """Draws a line per variant at batch 1, for the size that was measured first."""
     rows = [row for row in rows if row["name"] == "whole image" and row["case"]["batch"] == 1]
     if not rows:
         return None
@@ -61,7 +63,7 @@ def latency_against_steps(rows: Sequence[Row]) -> str | None:
 
 
 def bars(groups: dict[str, dict[str, float]], order: Sequence[str]) -> str:
-    """A stacked horizontal bar per group, milliseconds."""
+    """Draws a stacked horizontal bar per group, milliseconds."""
 
     def draw(axes: Any) -> None:
         left = dict.fromkeys(groups, 0.0)
@@ -77,7 +79,7 @@ def bars(groups: dict[str, dict[str, float]], order: Sequence[str]) -> str:
 
 
 def stage_waterfall(rows: Sequence[Row]) -> str | None:
-    """Where a picture's time goes, a bar per variant, for the size that was measured first."""
+    """Draws where a picture's time goes, a bar per variant, for the size that was measured first."""
     rows = [row for row in rows if row["name"] in STAGES]
     groups: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
@@ -87,13 +89,13 @@ def stage_waterfall(rows: Sequence[Row]) -> str | None:
 
 
 def training_breakdown(rows: Sequence[Row]) -> str | None:
-    """Where a training step's time goes."""
+    """Draws where a training step's time goes."""
     groups = {"engine": {row["name"]: row["value"] for row in rows if row["name"] in TRAINING}}
     return bars(groups, TRAINING) if groups["engine"] else None
 
 
 def roofline(rows: Sequence[Row]) -> str:
-    """Kernels under the data sheet's roof: measured ones as dots, all others where the floor would be, hollow."""
+    """Draws kernels under the data sheet's roof: measured ones as dots, all others where the floor would be, hollow."""
     from ldmseg_fast.kernels.case import all_cases
     from ldmseg_fast.kernels.roofline import GPUS, find_gpu, floor_us
 
@@ -123,7 +125,7 @@ def roofline(rows: Sequence[Row]) -> str:
 
 
 def quality_against_time(rows: Sequence[Row]) -> str | None:
-    """PQ on held-out images against milliseconds an image, one dot per number of steps."""
+    """Draws PQ on held-out images against milliseconds an image, one dot per number of steps."""
     lines: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
     for row in rows:
         if "ms_per_image" in row and "steps" in row["case"] and not row["case"]["split"].startswith("train"):

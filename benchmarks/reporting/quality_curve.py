@@ -1,6 +1,9 @@
-"""Quality against time of the rows of `bench_quality.py`, as one picture.
+"""Draws quality against time, of the rows of `bench_quality.py`, as one picture.
 
-python -m benchmarks.reporting.quality_curve FILE DATA SPLIT IMAGES draws those of all result files on one data set.
+python -m benchmarks.reporting.quality_curve FILE DATA SPLIT IMAGES
+
+draws the current rows on one data set, from the root of the checkout. The picture in `results/` is that of
+`benchmarks/results/quality-curve.png scenes20k val2017 500`.
 """
 
 from __future__ import annotations
@@ -10,14 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting.tables import load_rows
+from benchmarks.measuring.result_file import BenchmarkError
+from benchmarks.reporting.rows import load_rows
 from ldmseg_fast.distributed.ending import run_command
 
 Row = dict[str, Any]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (ms, PQ) those that no other point beats in both, by rising time."""
+    """Returns the points (ms, PQ) that no other beats in both, by rising time."""
     front: list[tuple[float, float]] = []
     for ms, pq in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or pq > front[-1][1]:
@@ -26,7 +30,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of trained models by name and, where it is not DDIM, solver; by rising steps."""
+    """Groups rows of trained models by name and, where it is not DDIM, solver; by rising steps."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if "steps" in row["case"]:
@@ -37,10 +41,12 @@ def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def draw_curve(rows: Sequence[Row], path: Path) -> None:
-    """One line per model and solver with its steps as labels and the deviation over seeds as bars; the Pareto front
-    behind; a level for each baseline.
+    """Draws one line per model and solver, with its steps as labels and the deviation over seeds as bars.
 
-    Raises ValueError where no row of a trained model has a time.
+    Behind them stand the Pareto front and a level for each baseline.
+
+    Raises:
+        BenchmarkError: no row is one of a model that samples.
     """
     import matplotlib
 
@@ -49,7 +55,7 @@ def draw_curve(rows: Sequence[Row], path: Path) -> None:
 
     groups = curves(rows)
     if not groups:
-        raise ValueError(f"{path}: nothing to draw, no row of a model that samples; give NAME=MODEL_DIR")
+        raise BenchmarkError(f"{path}: nothing to draw, no row of a model that samples; give NAME=MODEL_DIR")
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     front = pareto_front([(row["ms_per_image"], row["value"]) for group in groups.values() for row in group])
     axes.step(*zip(*front), where="post", color="0.85", linewidth=6, zorder=0, label="Pareto front")
@@ -80,11 +86,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     file, data, split, images = argv
     wanted = {"data": data, "split": split, "images": int(images), "mode": "class-agnostic"}
-    try:
-        draw_curve([row for row in load_rows("quality") if wanted.items() <= row["case"].items()], Path(file))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    draw_curve([row for row in load_rows("quality") if wanted.items() <= row["case"].items()], Path(file))
     return 0
 
 

@@ -1,42 +1,16 @@
-"""Rows of the result files, and the Markdown tables made of them."""
+"""Makes Markdown tables of rows, one layout for each kind of suite."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-
-Row = dict[str, Any]
-
-
-def load_rows(suite: str, folder: Path = RESULTS) -> list[Row]:
-    """Rows of a suite's full runs, oldest first. Of each name only the newest file that has it counts; results of
-    trained models (the suite "quality") are gathered over runs, and one counts until it is measured again.
-
-    Each row also has its run's `environment` and the name of its `file`.
-    """
-    rows: dict[str, Row] = {}
-    for path in sorted(folder.glob(f"{suite}-*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["quick"]:
-            continue
-        if suite != "quality":
-            renewed = {row["name"] for row in record["results"]}
-            rows = {key: row for key, row in rows.items() if row["name"] not in renewed}
-        for row in record["results"]:
-            # what was pooled over annotators once is a mean over them now
-            case = {name: value for name, value in row["case"].items() if name != "annotators"}
-            key = json.dumps([row["name"], row["variant"], case, row.get("unit")], sort_keys=True)
-            rows.pop(key, None)
-            rows[key] = row | {"environment": record["environment"], "file": path.name}
-    return list(rows.values())
+from benchmarks.reporting.rows import RESULTS, Row, load_rows
 
 
 def machine(rows: Sequence[Row]) -> str:
-    """Where the rows were measured, one line."""
+    """Returns where the rows were measured, one line."""
     found = []
     for row in rows:
         env = row["environment"]
@@ -46,7 +20,7 @@ def machine(rows: Sequence[Row]) -> str:
 
 
 def sources(rows: Sequence[Row]) -> list[str]:
-    """One line per file that the rows come from: its name, commit, load before the run, and command."""
+    """Returns one line per file that the rows come from: its name, commit, load before the run, and command."""
     lines = {}
     for row in rows:
         env = row["environment"]
@@ -64,7 +38,7 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def quality(rows: Sequence[Row]) -> str:
-    """A line per trained model and way of running it, then a line per baseline and data set."""
+    """Returns a line per trained model and way of running it, then a line per baseline and data set."""
     models, completed, baselines = [], [], {}
     for row in rows:
         case = row["case"]
@@ -92,7 +66,7 @@ def _how(case: dict[str, Any]) -> str:
 
 
 def timings(rows: Sequence[Row]) -> str:
-    """A line per row: median, ratio to the baseline, and the ratio that was wanted."""
+    """Returns a line per row: median, ratio to the baseline, and the ratio that was wanted."""
     lines = []
     for row in rows:
         case = ", ".join(f"{key} {value}" for key, value in row["case"].items())
@@ -106,7 +80,7 @@ def timings(rows: Sequence[Row]) -> str:
 
 
 def latency(rows: Sequence[Row]) -> str:
-    """`timings` with the spread and the agreement with the baseline beside each number."""
+    """Returns `timings` with the spread and the agreement with the baseline beside each number."""
     lines = []
     for row in rows:
         case = ", ".join(f"{key} {value}" for key, value in row["case"].items() if key not in ("model", "threads"))
@@ -120,7 +94,7 @@ def latency(rows: Sequence[Row]) -> str:
 
 
 def soak(rows: Sequence[Row]) -> str:
-    """What the long tests counted."""
+    """Returns what the long tests counted."""
     counted = [row for row in rows if row["variant"] != "duration"]
     return table(["test", "counted"], [[row["name"], f"{row['value']:g} {row['unit']}"] for row in counted])
 
@@ -129,7 +103,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"quality": quality, "latenc
 
 
 def suite_table(suite: str, folder: Path = RESULTS) -> str:
-    """The suite's table and where it was measured; empty where no full run is there."""
+    """Returns the suite's table and where it was measured; empty where no full run is there."""
     rows = load_rows(suite, folder)
     if not rows:
         return ""

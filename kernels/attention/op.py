@@ -72,7 +72,7 @@ def _train_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Refuses what the ops do not take; arguments as in `attention`.
+    """Refuses what the ops do not take: q, k and v are float [B, N, heads, d], arguments as in `attention`.
 
     Raises:
         ValueError: wrong shape, dtype, device, head size or scale; the message starts with the argument's name.
@@ -101,7 +101,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 
 
 def check_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Refuses what `attention_fp8_op` does not take; arguments as in `attention`.
+    """Refuses what `attention_fp8_op` does not take: q, k and v are half precision [B, N, heads, d].
 
     Raises:
         ValueError: as `check`; float32 or float64 tensors, or a GPU without products of e4m3.

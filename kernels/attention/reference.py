@@ -25,7 +25,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Computes `attention` as two matrix products with the whole [N, M] matrix between them: for short sequences."""
+    """Computes `attention` as two matrix products with the whole float32 [N, M] matrix between them.
+
+    For short sequences.
+    """
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # [B, heads, N, d]
     weights = torch.softmax((q @ k.transpose(-1, -2)).float() * scale, dim=-1)
     return (weights.to(v.dtype) @ v).transpose(1, 2)

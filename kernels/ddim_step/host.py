@@ -1,4 +1,4 @@
-"""Starts the step kernel."""
+"""Starts the step kernel (DDIM: Song et al., arXiv 2010.02502, equation 12)."""
 
 import torch
 import triton

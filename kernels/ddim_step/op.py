@@ -1,4 +1,7 @@
-"""Runs Triton on CUDA and the reference elsewhere; safe inside a CUDA graph."""
+"""Runs Triton on CUDA and the reference elsewhere; safe inside a CUDA graph.
+
+The step is DDIM's (Song et al., arXiv 2010.02502, equation 12 with eta 0).
+"""
 
 from typing import Any
 
@@ -91,7 +94,7 @@ def check(
     self_condition: bool,
     dtype: torch.dtype,
 ) -> None:
-    """Refuses what the op does not take; arguments as in `ddim_step`.
+    """Refuses what the op does not take: latents are float [B, C, h, w], arguments as in `ddim_step`.
 
     Raises:
         ValueError: wrong shape, dtype or device, unknown prediction type; the message starts with the argument's name.
@@ -141,7 +144,7 @@ def ddim_step_op(
     self_condition: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs `ddim_step`, with its arguments and results; without gradient.
+    """Runs `ddim_step` on float [B, C, h, w], with its arguments and results; without gradient.
 
     Raises:
         ValueError: see `check`.

@@ -1,4 +1,6 @@
-"""Triton, channels_last: x is [B, P, C] with P = H W pixels, statistics in float32.
+"""Launches group normalisation (Wu and He, arXiv 1803.08494) in Triton.
+
+Tensors are channels_last: x is [B, P, C] with P = H W pixels, statistics in float32.
 
 Groups that fit on one multiprocessor are read once, by one program each. Larger ones take three launches: sums per
 channel and chunk of pixels (which needs no grouping, so every access is dense whatever C/G is), a reduction of those to

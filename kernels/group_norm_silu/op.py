@@ -57,7 +57,7 @@ def check(
     residual: Tensor | None,
     silu: bool,
 ) -> None:
-    """Refuses what the op does not take; arguments as in `group_norm_silu`.
+    """Refuses what the op does not take: x is float [B, C, H, W], arguments as in `group_norm_silu`.
 
     Raises:
         ValueError: wrong shape, dtype or device, C not divisible by G; the message starts with the argument's name.

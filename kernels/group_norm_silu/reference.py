@@ -20,7 +20,7 @@ def group_norm_silu(
 ) -> Tensor:
     """Computes silu(group_norm(x) (1 + scale) + shift) + residual by torch's ops (Wu and He, arXiv 1803.08494).
 
-    Arguments and result as in `op.group_norm_silu`; everything is in x's dtype.
+    Arguments and result as in `op.group_norm_silu`: x is [B, C, H, W], and everything is in x's dtype.
     """
     y = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:

@@ -1,4 +1,4 @@
-"""Starts the kernels that encode and decode."""
+"""Starts the kernels that encode and decode (analog bits: Chen et al., arXiv 2208.04202)."""
 
 import torch
 import triton

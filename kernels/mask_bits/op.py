@@ -61,7 +61,7 @@ def decode_mask_bits(bits: Tensor) -> Tensor:
 
 
 def check_encode(segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype: torch.dtype) -> None:
-    """Refuses shapes, dtypes and devices that the op does not take; arguments as in `encode_mask_bits`.
+    """Refuses what the op does not take: ids are integer [B, H, W], arguments as in `encode_mask_bits`.
 
     Raises:
         ValueError: the message starts with the argument's name.
@@ -116,7 +116,7 @@ def _range(ids: Tensor) -> tuple[int, int]:
 
 
 def check_decode(bits: Tensor) -> None:
-    """Refuses what `decode_mask_bits` does not take.
+    """Refuses what `decode_mask_bits` does not take: it takes float [B, K, H, W].
 
     Raises:
         ValueError: wrong shape or dtype.
@@ -135,7 +135,7 @@ def encode_op(
     channels_last: bool,
     check_ids: bool,
 ) -> Tensor:
-    """Runs `encode_mask_bits`, with its arguments and result, the strides of which are those of `torch.empty`.
+    """Runs `encode_mask_bits` on integer [B, H, W]; the strides of its result are those of `torch.empty`.
 
     Raises:
         ValueError: see `check_encode` and `check_values`.

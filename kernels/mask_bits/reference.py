@@ -13,7 +13,8 @@ def encode_mask_bits(
 ) -> Tensor:  # [B, K, H, W]
     """Encodes ids as bits, least significant first (Chen et al., arXiv 2208.04202).
 
-    Arguments and result as in `op.encode_mask_bits`. A table looks ids up unchecked.
+    Arguments and result as in `op.encode_mask_bits`: integer [B, H, W] to `dtype` [B, K, H, W].
+    A table looks ids up unchecked.
     """
     if table is not None:
         segment_ids = table.gather(1, segment_ids.flatten(1).long()).view(segment_ids.shape)

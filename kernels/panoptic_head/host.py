@@ -1,4 +1,6 @@
-"""Triton: both resizings, softmax and argmax for one tile of target pixels at a time, then two passes over the labels.
+"""Launches post-processing (arXiv 2401.10227, section 3.3) in Triton.
+
+Both resizings, softmax and argmax run for one tile of target pixels at a time; two passes over the labels follow.
 
 Two bilinear resizings of an axis are one sparse matrix. A program composes them for its tile: each target row is a sum
 of at most four rows of logits, and the columns are one small matrix product, in which 3xTF32 keeps float32's precision.

@@ -1,4 +1,7 @@
-"""Runs Triton on CUDA, C++ on the CPU where it is built, and the reference elsewhere."""
+"""Runs Triton on CUDA, C++ on the CPU where it is built, and the reference elsewhere.
+
+The method is that of arXiv 2401.10227, section 3.3.
+"""
 
 import torch
 from torch import Tensor
@@ -46,7 +49,7 @@ def panoptic_head(
 
 
 def check(mask_logits: Tensor, network_size: list[int], target_size: list[int]) -> None:
-    """Refuses what the op does not take; arguments as in `panoptic_head`.
+    """Refuses what the op does not take: logits are float [B, Q, h, w], arguments as in `panoptic_head`.
 
     Raises:
         ValueError: wrong shape, dtype or size; the message starts with the argument's name.
@@ -71,7 +74,7 @@ def panoptic_head_op(
     count_threshold: int,
     overlap_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Runs `panoptic_head`, with its arguments (sizes as lists) and results; without gradient.
+    """Runs `panoptic_head` on float [B, Q, h, w], with its arguments (sizes as lists) and results; without gradient.
 
     Raises:
         ValueError: see `check`.

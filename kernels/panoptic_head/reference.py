@@ -17,7 +17,7 @@ def panoptic_head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the map and what is known of its segments (arXiv 2401.10227, section 3.3).
 
-    Arguments and results as in `op.panoptic_head`.
+    Arguments and results as in `op.panoptic_head`; the logits are float [B, Q, h, w].
     """
     logits = at_least_float32(mask_logits)
     logits = F.interpolate(logits, network_size, mode="bilinear", align_corners=False)

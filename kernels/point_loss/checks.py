@@ -1,4 +1,7 @@
-"""What the public functions and their ops refuse, before anything runs."""
+"""Refuses what the public functions and their ops do not take, before anything runs.
+
+The losses are those of PointRend's point sampling, arXiv 1912.08193; Dice: Milletari et al., arXiv 1606.04797.
+"""
 
 import torch
 from torch import Tensor
@@ -96,7 +99,7 @@ def _check_coordinates(mask_logits: Tensor, points: Tensor) -> None:
 
 
 def check_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> None:
-    """Refuses what `sample_ce` does not take; arguments as there.
+    """Refuses what `sample_ce` does not take: logits float [B, Q, h, w], ids integer [B, H, W]; arguments as there.
 
     Raises:
         ValueError: see `check_points` and `check_ids`.
@@ -108,7 +111,7 @@ def check_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> None:
 def check_bce_dice(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> None:
-    """Refuses what `sample_bce_dice` does not take; arguments as there.
+    """Refuses what `sample_bce_dice` does not take: logits float [B, Q, h, w], ids integer [B, H, W].
 
     Raises:
         ValueError: see `check_rows` and `check_ids`.

@@ -1,7 +1,8 @@
 """Triton: logits are gathered at points and used in registers; gradients go back by atomic additions in float32.
 
 The order of those additions is not fixed, so gradients differ in the last bits from run to run (as those of
-`F.grid_sample` do). Logits are read in either memory format; channels_last, where the slots of a pixel lie together, is
+`F.grid_sample` do). The losses are those of PointRend's point sampling (arXiv 1912.08193) and Dice (Milletari et al.,
+arXiv 1606.04797). Logits are read in either memory format; channels_last, where the slots of a pixel lie together, is
 the fast one.
 """
 

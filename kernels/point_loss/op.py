@@ -1,4 +1,7 @@
-"""Runs Triton on CUDA and the reference elsewhere; no step waits for the device."""
+"""Runs Triton on CUDA and the reference elsewhere; no step waits for the device.
+
+The losses are those of PointRend's point sampling, arXiv 1912.08193; Dice: Milletari et al., arXiv 1606.04797.
+"""
 
 import torch
 from torch import Tensor

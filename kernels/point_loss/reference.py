@@ -20,13 +20,13 @@ def point_logits(mask_logits: Tensor, points: Tensor) -> Tensor:  # [B, Q, h, w]
 
 
 def point_margin(mask_logits: Tensor, points: Tensor) -> Tensor:  # -> [B, P], best logit - second best
-    """Computes best minus second best logit [B, P]; arguments as in `point_logits`."""
+    """Computes best minus second best logit, float [B, P]; arguments as in `point_logits`."""
     best = point_logits(mask_logits, points).topk(2, 1).values
     return best[:, 0] - best[:, 1]
 
 
 def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> Tensor:  # -> [M, P]
-    """Samples logits [B, Q, h, w] of slot `slots[m]` of image `image_index[m]` at points [M, P, 2]: [M, P].
+    """Samples float logits [B, Q, h, w] of slot `slots[m]` of image `image_index[m]` at points [M, P, 2]: [M, P].
 
     A slot beyond the last has logit 0.
     """
@@ -78,7 +78,7 @@ def slot_targets(
 
 
 def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes the summed cross entropy and the number of points that are not void, scalars, as `op.sample_ce`."""
+    """Computes summed cross entropy and the number of points that are not void, float scalars, as `op.sample_ce`."""
     logits = point_logits(mask_logits, points)  # [B, Q, P]
     target = point_ids(segment_ids, points, mask_logits.shape[1])  # [B, P]
     loss = F.cross_entropy(logits, target, ignore_index=0, reduction="sum")
@@ -88,7 +88,7 @@ def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple
 def sample_bce_dice(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Computes the summed losses of the rows, scalars, as `op.sample_bce_dice`."""
+    """Computes the summed losses of the rows, float scalars, as `op.sample_bce_dice`."""
     logits = slot_logits(mask_logits, image_index, slots, points)  # [M, P]
     target = slot_targets(segment_ids, image_index, slots, points.to(logits.dtype))
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)  # [M]
@@ -99,7 +99,7 @@ def sample_bce_dice(
 
 
 def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes (summed loss, count, logsumexp [B, P]), as `op.sample_ce_op`."""
+    """Computes (summed loss, count, logsumexp float [B, P]), as `op.sample_ce_op`."""
     loss, count = sample_ce(mask_logits, segment_ids, points)
     return loss, count, point_logits(mask_logits, points).logsumexp(1)
 
@@ -107,7 +107,7 @@ def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) 
 def sample_ce_backward(
     grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor
 ) -> Tensor:
-    """Computes the gradient of the logits [B, Q, h, w], as `op.sample_ce_backward_op`."""
+    """Computes the gradient of the logits, float [B, Q, h, w], as `op.sample_ce_backward_op`."""
     target = point_ids(segment_ids, points, mask_logits.shape[1])[:, None]  # [B, 1, P]
     grad = (point_logits(mask_logits, points) - logsumexp[:, None]).exp()  # [B, Q, P]
     grad = grad.scatter_add(1, target, -torch.ones_like(grad[:, :1]))
@@ -117,7 +117,7 @@ def sample_ce_backward(
 def sample_bce_dice_forward(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes (summed BCE, summed Dice, sums [M, 3] over the points of p t, p and t), as `op.sample_bce_dice_op`."""
+    """Computes (summed BCE, summed Dice, float sums [M, 3] over points of p t, p and t), as `op.sample_bce_dice_op`."""
     bce, dice = sample_bce_dice(mask_logits, segment_ids, image_index, slots, points)
     p = slot_logits(mask_logits, image_index, slots, points).sigmoid()
     t = slot_targets(segment_ids, image_index, slots, points.to(p.dtype))
@@ -134,7 +134,7 @@ def sample_bce_dice_backward(
     points: Tensor,
     sums: Tensor,
 ) -> Tensor:
-    """Computes the gradient of the logits [B, Q, h, w], as `op.sample_bce_dice_backward_op`."""
+    """Computes the gradient of the logits, float [B, Q, h, w], as `op.sample_bce_dice_backward_op`."""
     p = slot_logits(mask_logits, image_index, slots, points).sigmoid()  # [M, P]
     t = slot_targets(segment_ids, image_index, slots, points.to(p.dtype))
     numerator, denominator = 2 * sums[:, :1] + 1, sums[:, 1:2] + sums[:, 2:] + 1

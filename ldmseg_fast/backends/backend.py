@@ -59,7 +59,7 @@ class Backend(Protocol):
 
     def caching(self, interval: int, branch: int) -> Callable[..., Tensor]:
         """Returns `denoise` for one sampling loop, with the UNet's deep features kept between calls (DeepCache: Ma et
-        al. 2023, arXiv 2312.00858).
+        al. 2023, arXiv 2312.00858). It takes and returns what `denoise` does, float [B, C, h, w].
 
         Args:
             interval: the part below the skip connection is computed in each so many calls only.

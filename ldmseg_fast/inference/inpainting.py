@@ -200,15 +200,15 @@ class KnownPixels:
         self.cells = ~whole_cells(slots == 0, cell)  # any pixel given
 
     def condition(self, latents: Tensor) -> Tensor:
-        """Returns zeros [B, C, h, w]: nothing is estimated yet."""
+        """Returns zeros, float [B, C, h, w]: nothing is estimated yet."""
         return torch.zeros_like(latents)
 
     def latents(self, latents: Tensor, timestep: int) -> Tensor:
-        """Returns x_t [B, C, h, w] as it is."""
+        """Returns x_t, float [B, C, h, w], as it is."""
         return latents
 
     def estimate(self, estimate: Tensor) -> Tensor:
-        """Returns the estimate of x_0 [B, C, h, w] with the given pixels put in."""
+        """Returns the estimate of x_0, float [B, C, h, w], with the given pixels put in."""
         slots = torch.where(self.slots > 0, self.slots.long(), decode_slots(self.mask_vae, estimate))
         return torch.where(self.cells, encode_slots(self.mask_vae, slots), estimate)
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import bench_quality
 from benchmarks.bench_quality import Journal, Tuned, classical_rows, fingerprint, measure
-from benchmarks.harness import Run
+from benchmarks.harness import BenchmarkError, Run
 from benchmarks.peers.annotators import annotator_roots, mean_over_annotators
 from benchmarks.reporting import quality_curve
 from benchmarks.reporting.quality_curve import curves, draw_curve, pareto_front
@@ -35,7 +35,7 @@ def test_steps_solvers_and_seeds(campaign):
     assert [(row["case"]["steps"], row["case"]["solver"]) for row in own] == [(1, "ddim"), (2, "ddim"), (2, "dpmpp_2m")]
     for row in own:
         assert row["seeds"] == 2 and row["deviation"] >= 0 and row["ms_per_image"] > 0
-        assert row["prediction_type"] == "sample"
+        assert row["prediction_type"] == "sample" and row["weights"] == own[0]["weights"] and len(row["weights"]) == 16
     names = [row["variant"] for row in rows if "steps" not in row["case"]]
     assert "one segment" in names and len(names) == len(set(names))
 
@@ -153,7 +153,7 @@ def test_the_picture(tmp_path):
     for suffix in (".png", ".svg"):
         draw_curve(rows, tmp_path / "new" / f"curve{suffix}")
         assert (tmp_path / "new" / f"curve{suffix}").stat().st_size > 5000
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(BenchmarkError, match="nothing to draw"):
         draw_curve(rows[-1:], tmp_path / "empty.png")
 
 
@@ -161,9 +161,10 @@ def test_the_picture_of_all_files(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert quality_curve.main([str(tmp_path / "x.png"), "scenes20k", "val2017", "500"]) == 0
     assert (tmp_path / "x.png").stat().st_size > 5000
-    assert quality_curve.main([str(tmp_path / "y.png"), "nowhere", "val2017", "500"]) == 2
+    with pytest.raises(BenchmarkError, match="nothing to draw"):
+        quality_curve.main([str(tmp_path / "y.png"), "nowhere", "val2017", "500"])
     assert quality_curve.main([]) == 2
-    assert "nothing to draw" in capsys.readouterr().err
+    assert "quality_curve FILE DATA SPLIT IMAGES" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_missing(capsys):

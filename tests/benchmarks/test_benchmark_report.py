@@ -9,7 +9,11 @@ from html.parser import HTMLParser
 import pytest
 
 from benchmarks import report
+from benchmarks.harness import BenchmarkError
 from benchmarks.reporting import tables as report_tables
+from benchmarks.reporting.headline import HEADLINE, Headline, headline
+from benchmarks.reporting.rows import load_rows, superseded_files
+from ldmseg_fast.distributed.ending import run_command
 
 
 @pytest.fixture
@@ -26,16 +30,84 @@ def results(tmp_path, record):
     return tmp_path
 
 
-def test_of_each_name_the_newest_file_counts(results):
-    rows = {(row["name"], row["variant"]): row for row in report_tables.load_rows("latency", results)}
+@pytest.fixture
+def write(tmp_path, record):
+    """`write("data-1", row, ...)`: a result file of these rows."""
+
+    def write_rows(name, *rows, **changed):
+        value = {"variant": "ours", "case": {}, "unit": "ms", "value": 1.0}
+        content = record | {"results": [value | row for row in rows]} | changed
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return tmp_path
+
+    return write_rows
+
+
+def values(suite, folder):
+    return [row["value"] for row in load_rows(suite, folder)]
+
+
+def test_a_newer_file_replaces_all_rows_of_a_subject(results):
+    rows = {(row["name"], row["variant"]): row for row in load_rows("latency", results)}
     assert set(rows) == {("whole image", "ours"), ("one step", "ours")}
     assert rows["whole image", "ours"]["p50"] == 7.0
     assert rows["whole image", "ours"]["file"] == "latency-1.json"
 
 
+def test_a_name_that_is_measured_no_more_goes_with_its_subject(write):
+    """The names before a comma or a bracket, and names that differ by a number, are of one function."""
+    names = ["growth, of it the JSON", "in memory", "10 steps", "attention forward [4, 64]"]
+    write("evaluation-1", *({"name": name, "value": 1.0} for name in names))
+    folder = write("evaluation-2", {"name": "growth, per image", "value": 2.0}, {"name": "4 steps", "value": 2.0})
+    assert {row["name"] for row in load_rows("evaluation", folder)} == {
+        "in memory", "attention forward [4, 64]", "growth, per image", "4 steps",
+    }  # fmt: skip
+    write("evaluation-3", {"name": "attention forward [16, 256]", "value": 3.0})
+    assert values("evaluation", folder) == [1.0, 2.0, 2.0, 3.0]
+
+
+def test_rows_of_one_file_stand_together(write):
+    """Ours may stand beside two baselines in one run."""
+    folder = write("evaluation-1", {"name": "from files", "value": 1.0}, {"name": "from files", "value": 2.0})
+    assert values("evaluation", folder) == [1.0, 2.0]
+
+
+def pq(value, model="model", steps=1, solver="ddim", data="scenes", **more):
+    case = {"data": data, "split": "val2017", "images": 8, "mode": "class-agnostic", "steps": steps, "solver": solver}
+    return {"name": "PQ", "variant": model, "unit": "%", "case": case, "value": value, **more}
+
+
+def test_a_model_is_replaced_on_its_data_whatever_the_steps(write):
+    write("quality-1", pq(1.0), pq(1.5, steps=4), pq(1.6, solver="heun"), pq(1.7, data="photographs"), pq(1.8, "other"))
+    folder = write("quality-2", pq(2.0))
+    assert values("quality", folder) == [1.6, 1.7, 1.8, 2.0]
+
+
+def test_other_weights_replace_a_model_everywhere(write):
+    write("quality-1", pq(1.0, "unknown weights"), pq(1.1, weights="a"), pq(1.2, data="photographs", weights="a"))
+    folder = write("quality-2", pq(2.0, solver="heun", weights="a"))
+    assert values("quality", folder) == [1.0, 1.1, 1.2, 2.0]
+    write("quality-3", pq(3.0, steps=9, weights="b"), pq(3.1, "unknown weights", data="photographs", weights="c"))
+    assert values("quality", folder) == [3.0, 3.1]
+    assert [path.name for path in superseded_files(folder)] == ["quality-1.json", "quality-2.json"]
+
+
+def test_the_means_over_annotators_replace_pooled_rows(write):
+    write("quality-1", pq(1.0))
+    row = pq(2.0)
+    folder = write("quality-2", row | {"case": row["case"] | {"annotators": 3}})
+    assert values("quality", folder) == [2.0]
+
+
+def test_every_run_of_the_long_tests_is_whole(write):
+    write("soak-1", {"name": "a test that was renamed", "value": 1.0})
+    assert values("soak", write("soak-2", {"name": "another", "value": 2.0})) == [2.0]
+
+
 def test_quick_runs_are_no_results(results, record):
     (results / "latency-2.json").write_text(json.dumps(record | {"quick": True}))
-    assert len(report_tables.load_rows("latency", results)) == 2
+    assert len(load_rows("latency", results)) == 2
+    assert [path.name for path in superseded_files(results)] == ["latency-2.json"]
 
 
 def test_the_report_names_its_sources_and_gaps(results):
@@ -52,6 +124,65 @@ def test_only_what_stands_between_markers_is_renewed(results):
     assert new.startswith("before\n<!-- results:latency -->\n\n| what |") and "7 ms" in new
     assert new.endswith("\n<!-- end -->\nafter\n<!-- results:data -->\n<!-- end -->\n")
     assert report.render(new, results) == new
+
+
+def test_a_marker_of_no_suite_is_named(results):
+    with pytest.raises(BenchmarkError, match=r"results:latecny.*headline or latency"):
+        report.render("<!-- results:latecny -->\nold\n<!-- end -->\n", results)
+
+
+LINE = Headline("a picture", "latency", "whole image", {"batch": 1}, "ours", "plain", "a plain loop", {"steps": 4})
+
+
+def test_the_headline_puts_ours_beside_the_baseline(write):
+    rows = [
+        {"name": "whole image", "case": {"batch": 1, "steps": 4, "more": "x"}, "value": 3.0},
+        {"name": "whole image", "case": {"batch": 1, "steps": 9}, "value": 1.0},
+        {"name": "whole image", "case": {"batch": 1}, "variant": "plain", "value": 12.34},
+        {"name": "whole image", "case": {"batch": 2}, "variant": "plain", "value": 99.0},
+    ]
+    folder = write("latency-1", *rows)
+    last = "a cpu, 2 cores, PyTorch 2.13.0, 2026-01-01 |"
+    assert headline(folder, [LINE]).splitlines()[-1] == f"| a picture | 3 ms | 12.3 ms (a plain loop) | 4.1x | {last}"
+    faster = [row | {"unit": "images/s"} for row in rows]
+    text = headline(write("latency-2", *faster), [LINE])
+    assert "| 3 images/s | 12.3 images/s (a plain loop) | 0.2x |" in text  # more is better
+
+
+@pytest.mark.parametrize("gone", ["ours", "plain"])
+def test_a_missing_headline_row_is_named(write, gone):
+    rows = [{"name": "whole image", "case": {"batch": 1, "steps": 4}, "variant": name} for name in ("ours", "plain")]
+    folder = write("latency-1", *(row for row in rows if row["variant"] != gone))
+    with pytest.raises(BenchmarkError, match=rf"'a picture'.*'latency' has no row 'whole image' of '{gone}'"):
+        headline(folder, [LINE])
+
+
+def test_the_command_names_a_missing_headline_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.report.headline", lambda folder: headline(tmp_path / "empty"))
+    (tmp_path / "README.md").write_text("<!-- results:headline -->\n<!-- end -->\n")
+    assert run_command(lambda: report.main([])) == 2
+    assert HEADLINE[0].what in capsys.readouterr().err
+    assert not (tmp_path / "benchmarks").exists()  # nothing is written
+
+
+def test_the_rendered_files_are_current():
+    """README.md, docs/results.md and REPORT.md hold what the result files say, and no result file is stale."""
+    assert report.main(["--check"]) == 0
+
+
+def test_every_file_with_markers_is_rendered(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    for name in ("README.md", "docs/results.md", "benchmarks/REPORT.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("<!-- results:headline -->\nold\n<!-- end -->\n")
+    assert report.main(["--check"]) == 1
+    err = capsys.readouterr().err
+    assert all(f"{name}: not current" in err for name in ("README.md", "docs/results.md", "benchmarks/REPORT.md"))
+    assert report.main(["--html", str(tmp_path / "page.html")]) == 0
+    assert HEADLINE[-1].what in (tmp_path / "docs" / "results.md").read_text()
+    assert report.main(["--check"]) == 0
 
 
 def test_the_page_holds_every_plot_and_table(results, tmp_path):

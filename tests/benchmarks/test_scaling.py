@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_scaling, scaling
-from benchmarks.harness import validate
-from benchmarks.scaling import ACCELERATORS, Fit, Point, fit, gradient_traffic, held_out_errors, predict
+from benchmarks import bench_scaling
+from benchmarks.harness import BenchmarkError, validate
+from benchmarks.measuring.cost_model import ACCELERATORS, Fit, Point, fit, gradient_traffic, held_out_errors, predict
+from benchmarks.reporting import scaling_tables
 from ldmseg_fast.config.presets import COCO
 
 H200 = ACCELERATORS["H200"]
@@ -25,7 +26,7 @@ def test_exact_points_are_fitted_exactly():
 def test_constants_are_never_negative():
     found = fit([Point("", 1, 1e9, 1.0), Point("", 1, 2e9, 0.5)])  # more work in less time
     assert found.overhead >= 0 and found.rate > 0
-    with pytest.raises(ValueError, match="two are needed"):
+    with pytest.raises(BenchmarkError, match="two are needed"):
         fit([Point("", 1, 1e9, 1.0)])
 
 
@@ -51,18 +52,18 @@ def test_points_are_measured_recorded_and_fitted(tmp_path, capsys):
     (path,) = tmp_path.glob("scaling-*.json")
     record = json.loads(path.read_text())
     validate(record)
-    assert not scaling.cpu_points(tmp_path)  # quick runs are no results
+    assert not scaling_tables.cpu_points(tmp_path)  # quick runs are no results
     path.write_text(json.dumps(record | {"quick": False}))
-    points = scaling.cpu_points(tmp_path)
-    assert [point.kind for point in points] == [scaling.STEP] * 3 + [scaling.PASSES] * 3
+    points = scaling_tables.cpu_points(tmp_path)
+    assert [point.kind for point in points] == [scaling_tables.STEP] * 3 + [scaling_tables.PASSES] * 3
     assert points[2].operations == pytest.approx(4 * points[0].operations)
     assert points[3].operations == pytest.approx(3 * points[0].operations, rel=0.05)  # a backward pass is two forward
-    text = scaling.fit_section(points, tmp_path)
-    assert text.count("Fitted to 3 points") == 2 and f"| {scaling.PASSES}, batch 4 |" in text
+    text = scaling_tables.fit_section(points, tmp_path)
+    assert text.count("Fitted to 3 points") == 2 and f"| {scaling_tables.PASSES}, batch 4 |" in text
 
 
 def test_too_few_points_are_no_fit(tmp_path):
-    text = scaling.fit_section([Point("one", 1, 1e9, 0.1, scaling.STEP)] * 2, tmp_path)
+    text = scaling_tables.fit_section([Point("one", 1, 1e9, 0.1, scaling_tables.STEP)] * 2, tmp_path)
     assert "Too few CPU points" in text and "held-out" not in text
 
 
@@ -90,7 +91,7 @@ def test_a_slow_input_pipeline_limits():
 
 
 def test_the_section_says_what_was_not_measured():
-    text = scaling.scaling_section()
+    text = scaling_tables.scaling_section()
     assert "Data-sheet values" in text and "| 64 |" in text
-    if not scaling.load_rows("gpu"):
+    if not scaling_tables.load_rows("gpu"):
         assert "No GPU point has been measured yet" in text

@@ -1,21 +1,12 @@
-"""The HTML page, and the README's tables."""
+"""The HTML page of a run."""
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from ldmseg_fast.reports.page import Page
 from ldmseg_fast.reports.run_page import quality_rows, write_run_report
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def benchmarks_report():
-    from benchmarks import report
-
-    return report
 
 
 def test_page_escapes_and_embeds(tmp_path):
@@ -48,22 +39,3 @@ def test_report_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"need matplotlib: pip install 'ldmseg_fast\[demo\]'"):
         write_run_report(tmp_path, page)
-
-
-def test_readme_tables_are_current():
-    assert benchmarks_report().main(["--check"]) == 0
-
-
-def test_a_newer_row_replaces_the_older(tmp_path):
-    report = benchmarks_report()
-    environment = {
-        "gpu": {"name": None},
-        "cpu": {"name": "cpu", "cores": 2},
-        "packages": {},
-        "time": "2026-01-01T00:00:00Z",
-    }
-    for number, value in enumerate((1.0, 2.0)):
-        row = {"name": "PQ", "variant": "ours", "case": {"steps": 1}, "unit": "%", "value": value}
-        record = {"quick": False, "environment": environment, "results": [row]}
-        (tmp_path / f"quality-{number}.json").write_text(json.dumps(record))
-    assert [row["value"] for row in report.load_rows("quality", tmp_path)] == [2.0]

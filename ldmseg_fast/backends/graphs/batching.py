@@ -32,7 +32,7 @@ def run_in_parts(
     """Calls `run` as few times as `ranges` allow, and puts its results together again.
 
     Args:
-        run: inputs of one part -> outputs, each with the batch as its first axis.
+        run: inputs of one part -> outputs, each [B, ...] with the batch as its first axis, of any dtype.
         rows: inputs of the whole batch, likewise.
         ranges: what `run` takes at once.
 

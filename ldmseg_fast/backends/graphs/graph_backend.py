@@ -75,7 +75,7 @@ class GraphBackend(DdimBackend):
         self.pool = LanePool(make_lane, lanes)
 
     def run_graph(self, graph: str, inputs: Mapping[str, Tensor], **output_sizes: int) -> dict[str, Tensor]:
-        """Runs a graph once; see `Lane.run`.
+        """Runs a graph once. See `Lane.run`.
 
         Raises:
             ArgumentError: an input that is missing or does not fit.

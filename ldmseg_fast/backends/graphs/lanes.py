@@ -38,11 +38,11 @@ class Lane:
 
         Args:
             graph: its name.
-            inputs: those of its spec.
+            inputs: by name, of the shapes and dtypes in its spec, [B, ...].
             output_sizes: axes that no input's shape tells.
 
         Returns:
-            The outputs of its spec, new tensors.
+            The outputs by name, new tensors of the spec's shapes and dtypes.
 
         Raises:
             ArgumentError: an input that is missing or does not fit.
@@ -77,7 +77,10 @@ class Lane:
         return self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
 
     def loop(self, info: ModelInfo, image_latents: Tensor, num_inference_steps: int) -> SampleLoop:
-        """Returns the loop for this shape and number of steps; the least recently used one makes room for a fifth."""
+        """Returns the loop for image latents of this shape, float [B, C_image, h, w], and this number of steps.
+
+        The least recently used loop makes room for a fifth.
+        """
         key = (tuple(image_latents.shape), num_inference_steps)
         if key not in self._loops:
             while len(self._loops) >= MAX_LOOPS:

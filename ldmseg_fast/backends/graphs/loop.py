@@ -27,7 +27,7 @@ class Runner(Protocol):
         """Returns a call that reads the inputs from, and writes the outputs to, exactly these tensors, each time anew.
 
         Args:
-            tensors: by name, contiguous and of the spec's dtypes and shapes.
+            tensors: by name, contiguous and of the spec's dtypes and shapes, [B, ...].
             repeated: whether the call will be made many times, so that a runtime may record it.
         """
         ...

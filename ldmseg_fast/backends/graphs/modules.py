@@ -88,7 +88,7 @@ class WithQueries(nn.Module):
         self.register_buffer("queries", queries.detach()[None])
 
     def forward(self, sample: Tensor, timesteps: Tensor, context: None = None) -> Tensor:
-        """[B, C_in, h, w], timesteps [B] -> model output [B, C, h, w]."""
+        """Computes the model output, float [B, C, h, w], of float [B, C_in, h, w] and timesteps int64 [B]."""
         return self.unet(sample, timesteps, self.queries.expand(sample.shape[0], -1, -1))
 
 

@@ -76,7 +76,7 @@ class GraphSpec:
         return tuple(dict.fromkeys(names))
 
     def sizes(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-        """Reads the dynamic axes' sizes from `inputs`.
+        """Reads the dynamic axes' sizes from `inputs`, tensors by name, such as uint8 [B, 3, S, S].
 
         Raises:
             ArgumentError: an input that is missing, or whose shape or dtype does not fit.
@@ -284,6 +284,9 @@ def sample_inputs(spec: GraphSpec, info: ModelInfo, sizes: Mapping[str, int], se
         info: of the model.
         sizes: of the dynamic axes; `height` and `width` are the decoder's output size, default the network's.
         seed: of the random values.
+
+    Returns:
+        By name, of the spec's dtypes, with `sizes` in the place of dynamic axes, such as uint8 [B, 3, S, S].
     """
     generator = torch.Generator().manual_seed(seed)
     is_whole_loop = spec.kind == "sampler"
