@@ -62,7 +62,7 @@ def write_demo_page(out: Path, done: dict[str, dict[str, float]], minutes: float
     rows = [[name, *(f"{part[key]:.0f}" for key in keys)] for name, part in done.items()]
     rows.append(["all", *(f"{sum(part[key] for part in done.values()):.0f}" for key in keys)])
     page.table(["part", "seconds", "processor seconds"], rows, strong=len(rows) - 1)
-    page.text(f"{60 * minutes:.0f} seconds were allowed. Another number: make demo MINUTES=N in a new folder.", "note")
+    page.text(f"{60 * minutes:.0f} seconds were allowed. For another number: rm -r demo; make demo MINUTES=N.", "note")
     path = out / "report.html"
     page.write(path)
     return path
