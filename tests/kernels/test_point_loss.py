@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from ldmseg_fast.kernels import point_loss
 from ldmseg_fast.kernels.point_loss import host, reference
-from ldmseg_fast.kernels.point_loss.op import (
+from ldmseg_fast.kernels.point_loss.custom_ops import (
     point_logits_op,
     point_margin_op,
     sample_bce_dice_backward_op,
