@@ -287,7 +287,8 @@ class Suite:
             if outcome.status == "passed":
                 run.add_value("part", outcome.seconds, "s", variant=name, output=outcome.output)
             else:
-                run.add_red("part", name, f"{outcome.status} after {outcome.seconds:.0f} s: {outcome.output[-TAIL:]}")
+                reason = f"{outcome.status} after {outcome.seconds:.0f} s"
+                run.add_red("part", name, reason, output=outcome.output[-TAIL:])
 
 
 def print_plan(stages: Sequence[Sequence[Part]], minutes: float) -> None:

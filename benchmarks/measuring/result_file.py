@@ -103,9 +103,11 @@ class Run:
         }
         self._keep(row)
 
-    def add_red(self, name: str, variant: str, reason: str, *, case: Mapping[str, Any] | None = None) -> None:
+    def add_red(
+        self, name: str, variant: str, reason: str, *, case: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
         """Adds a row without a number for what failed, with its reason, and prints it. The run goes on."""
-        self._keep({"name": name, "variant": variant, "case": dict(case or {}), "unit": "", "red": reason})
+        self._keep({"name": name, "variant": variant, "case": dict(case or {}), "unit": "", "red": reason, **more})
 
     @property
     def red(self) -> list[dict[str, Any]]:
