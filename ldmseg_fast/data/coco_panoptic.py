@@ -26,7 +26,8 @@ from ldmseg_fast.data.transforms import (
     resize_image,
 )
 from ldmseg_fast.errors import ArgumentError, DataError, PanopticFormatError
-from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
+from ldmseg_fast.panoptic.annotations import load_panoptic_json
+from ldmseg_fast.panoptic.format import read_panoptic_png
 
 __all__ = ["CocoPanoptic", "DataError", "collate"]
 
@@ -127,28 +128,14 @@ class CocoPanoptic(Dataset):
         """Adds its picture's file name to each annotation.
 
         Raises:
-            DataError: an empty split, an image without a file name, or a file that is not there.
+            DataError: a file that is not there.
         """
-        annotations = self.folders.annotations
         images = {image["id"]: image for image in content["images"]}
-        if not content["annotations"]:
-            raise DataError(f"{annotations}: the split is empty, no annotations")
-        nameless = [image["id"] for image in content["images"] if not isinstance(image.get("file_name"), str)]
-        if nameless:
-            raise DataError(f"{annotations}: image {nameless[0]!r} has no file_name")
         entries = [
             {**annotation, "image_name": images[annotation["image_id"]]["file_name"]}
             for annotation in content["annotations"]
         ]
-        folders = ((self.folders.images, "image_name", "picture"), (self.folders.maps, "file_name", "map"))
-        for folder, key, what in folders:
-            present = {path.name for path in folder.iterdir()}  # one listing, not 118 000 questions to a file server
-            lost = [e[key] for e in entries if e[key] not in present and not (folder / e[key]).is_file()]
-            if lost:
-                raise DataError(
-                    f"{len(lost)} of {len(entries)} {what}s of {annotations} are not in {folder}, first {lost[0]}: "
-                    f"fetch them again; `ldmseg data check {self.root}` lists all"
-                )
+        self.folders.check_files(*([entry[key] for entry in entries] for key in ("image_name", "file_name")))
         return entries
 
     def __len__(self) -> int:
