@@ -149,6 +149,10 @@ class CocoPanoptic(Dataset):
         """Returns the image id of an item as the JSON has it."""
         return self._entries[index]["image_id"]
 
+    def image_name(self, index: int) -> str:
+        """Returns the `file_name` of an item's picture as the JSON has it."""
+        return self._entries[index]["image_name"]
+
     def paths(self, index: int) -> tuple[Path, Path]:
         """Returns the files of an item's picture and of its map."""
         entry = self._entries[index]
