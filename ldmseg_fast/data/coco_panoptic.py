@@ -158,6 +158,19 @@ class CocoPanoptic(Dataset):
         entry = self._entries[index]
         return self.folders.images / entry["image_name"], self.folders.maps / entry["file_name"]
 
+    def describe(self, index: int) -> str:
+        """Names an item in messages, by its image id, picture and map."""
+        picture, map_path = self.paths(index)
+        return f"{self.image_id(index)!r} ({picture}, {map_path})"
+
+    def check_size(self, index: int, picture: np.ndarray, ids: np.ndarray) -> None:
+        """Checks that an item's picture, uint8 [H, W, 3], and map, int32 [H, W], are of one size.
+
+        Raises:
+            DataError: they are not; names the map.
+        """
+        self._check_sizes(self._entries[index], ids.shape, picture.shape[:2])  # type: ignore[arg-type]
+
     def load_image(self, index: int) -> np.ndarray:
         """Reads the picture of an item as it is stored: uint8 RGB [H, W, 3].
 

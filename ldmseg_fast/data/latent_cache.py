@@ -54,10 +54,11 @@ def cache_key(encoder: nn.Module, settings: ImageEncoderConfig, size: int, files
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    parents = {file.parent for file in files}
-    root = os.path.commonpath(parents) if parents else ""
+    folders = {file.absolute().parent for file in files}
+    root = os.path.commonpath(folders) if folders else ""
     for file in files:
-        digest.update(f"{file.relative_to(root).as_posix()}:{file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+        name = file.absolute().relative_to(root).as_posix()
+        digest.update(f"{name}:{file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +32,16 @@ class CategorySource:
         upper_bound: whether it is the ground truth.
         dataset: the split.
         read: from an index of the split to category ids int32 [H, W], 0 = void.
+        files: from an index to the files beside picture and map that `read` reads.
+        listing: the JSON that lists such files; None where there is none.
     """
 
     label: str
     upper_bound: bool
     dataset: CocoPanoptic
     read: Callable[[int], np.ndarray]
+    files: Callable[[int], Sequence[Path]] = lambda index: ()
+    listing: Path | None = None
 
     def vote(self, index: int, result: PanopticResult) -> PanopticResult:
         """Gives each segment the category that most of its pixels have.
@@ -84,9 +88,9 @@ def category_source(name: str, dataset: CocoPanoptic) -> CategorySource:
         return CategorySource(label, True, dataset, lambda index: category_map(*dataset.ground_truth(index)))
     path = Path(name)
     if path.is_dir():
-        return CategorySource(str(path), False, dataset, _semantic_reader(path, dataset))
+        return _semantic_source(path, dataset)
     if path.is_file():
-        return CategorySource(str(path), False, dataset, _panoptic_reader(path, dataset))
+        return _panoptic_source(path, dataset)
     raise DataError(f"--class-aware {name}: give GT, a folder of semantic PNGs, or the JSON of panoptic results")
 
 
@@ -101,7 +105,7 @@ def _check_category_ids(dataset: CocoPanoptic) -> None:
             )
 
 
-def _semantic_reader(folder: Path, dataset: CocoPanoptic) -> Callable[[int], np.ndarray]:
+def _semantic_source(folder: Path, dataset: CocoPanoptic) -> CategorySource:
     present = {path.name for path in folder.iterdir()}
     files, lost = [], []
     for index in range(len(dataset)):
@@ -115,7 +119,13 @@ def _semantic_reader(folder: Path, dataset: CocoPanoptic) -> Callable[[int], np.
             f"{NearFiles(folder).explain(lost)}; each is named after its picture"
         )
     known = np.array(sorted({category["id"] for category in dataset.categories}))
-    return lambda index: read_semantic_png(folder / files[index], known)
+    return CategorySource(
+        str(folder),
+        False,
+        dataset,
+        lambda index: read_semantic_png(folder / files[index], known),
+        lambda index: [folder / files[index]],
+    )
 
 
 def read_semantic_png(path: Path, category_ids: np.ndarray) -> np.ndarray:
@@ -141,7 +151,7 @@ def read_semantic_png(path: Path, category_ids: np.ndarray) -> np.ndarray:
     return np.where(np.isin(values, void), 0, values) if void else values
 
 
-def _panoptic_reader(path: Path, dataset: CocoPanoptic) -> Callable[[int], np.ndarray]:
+def _panoptic_source(path: Path, dataset: CocoPanoptic) -> CategorySource:
     entries = {entry["image_id"]: entry for entry in load_panoptic_json(path, predictions=True)["annotations"]}
     ids = [dataset.image_id(index) for index in range(len(dataset))]
     if lost := [image_id for image_id in ids if image_id not in entries]:
@@ -161,4 +171,4 @@ def _panoptic_reader(path: Path, dataset: CocoPanoptic) -> Callable[[int], np.nd
         entry = entries[ids[index]]
         return category_map(read_panoptic_png(folder / entry["file_name"]), entry["segments_info"])
 
-    return read
+    return CategorySource(str(path), False, dataset, read, lambda index: [folder / names[index]], path)
