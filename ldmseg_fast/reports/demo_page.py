@@ -32,8 +32,7 @@ def write_demo_page(out: Path, done: dict[str, dict[str, float]], minutes: float
         The file.
     """
     reports = {
-        name: json.loads(read_text(out / f"{name}.json"))
-        for name in ("shipped", "evaluation", "reconstruction")
+        name: json.loads(read_text(out / f"{name}.json")) for name in ("shipped", "evaluation", "reconstruction")
     }
     machine = read_lines(out / "diffusion" / "logs" / "starts.jsonl")[-1]["machine"]
     load = " / ".join(f"{value:.1f}" for value in os.getloadavg())
