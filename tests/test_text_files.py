@@ -51,5 +51,7 @@ def test_a_model_folder_and_a_data_set_with_marks(model_dir, scenes, tmp_path):
     assert load_index(model) == load_index(model_dir)
     assert len(CocoPanoptic(data, "val2017", 64)) == len(CocoPanoptic(scenes, "val2017", 64))
     path.write_bytes(path.read_bytes()[3:].decode().encode("utf-16"))
-    with pytest.raises(DataError, match=r"panoptic_val2017\.json: not a JSON file .*the file is UTF-16: save it as UTF-8"):
+    with pytest.raises(
+        DataError, match=r"panoptic_val2017\.json: not a JSON file .*the file is UTF-16: save it as UTF-8"
+    ):
         CocoPanoptic(data, "val2017", 64)
