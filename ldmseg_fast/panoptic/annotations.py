@@ -288,7 +288,7 @@ def _annotation_faults(annotation: dict[str, Any], category_ids: set[int] | None
             message = f"{here}: `iscrowd` must be 0 or 1, got {crowd!r:.80}; {_cure(crowd)}"
             yield Fault("iscrowd that is not 0 or 1", message)
         if not _is_whole(area, 0):
-            message = f"{here}: `area` must be a whole number of pixels, got {area!r:.80}; {_cure(area)}"
+            message = f"{here}: `area` must be a whole number of pixels, got {area!r:.80}; count them or leave it out"
             yield Fault("area that is no number of pixels", message)
         if type(segment) is _Repeated:
             yield from _repetitions(segment, here, ("id", "category_id", "iscrowd", "area"))
