@@ -30,18 +30,10 @@ def test_the_mark_of_utf_8_is_no_text(tmp_path):
 def test_other_encodings_are_named(tmp_path, encoding):
     path = tmp_path / "a.json"
     path.write_bytes(json.dumps(VALUES).encode(encoding))
-    for read, error in ((read_json, CheckpointError), (read_user_config, ConfigError)):
+    readers = ((read_json, CheckpointError), (read_user_config, ConfigError), (load_config, ConfigError))
+    for read, error in readers:
         with pytest.raises(error, match=r"a\.json.*the file is UTF-(16|32).*save it as UTF-8"):
             read(path)
-
-
-def test_utf_16_is_yaml(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_bytes("train:\n  steps: 7\n".encode("utf-16"))
-    assert load_config(str(path), []).train.steps == 7
-    path.write_bytes("train:\n  steps: 7\n".encode("utf-16-le"))
-    with pytest.raises(ConfigError, match=r"a\.yaml: not readable as YAML or JSON"):
-        load_config(str(path), [])
 
 
 def test_a_model_folder_and_a_data_set_with_marks(model_dir, scenes, tmp_path):
