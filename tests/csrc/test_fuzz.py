@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from ldmseg_fast.errors import PanopticFormatError
-from ldmseg_fast.metrics import annotation_index
 from ldmseg_fast.metrics.annotation_index import index_annotations
 from ldmseg_fast.native import _C
+from ldmseg_fast.panoptic import annotations
 from ldmseg_fast.panoptic.format import MAX_PIXELS, ids_to_rgb, read_panoptic_png, rgb_to_ids
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
@@ -101,7 +101,7 @@ def test_json_reads_as_python_reads_it(tmp_path, monkeypatch, predictions):
         path.write_bytes(_damaged(rng, TEXT, SNIPPETS) if trial else TEXT)
         found = _listed(path, predictions)
         with monkeypatch.context() as patch:
-            patch.setattr(annotation_index, "_C", None)
+            patch.setattr(annotations, "_C", None)
             assert _listed(path, predictions) == found, path.read_bytes()
         try:
             _C.AnnotationIndex(os.fsencode(path), predictions)
@@ -127,12 +127,9 @@ def test_hostile_json_is_a_named_error(tmp_path, text):
         (b"{", b"\xef\xbb\xbf{"),
         (b'"0.png"', b'"\\u0030.png"'),
         (b'"iscrowd": 0', b'"iscrowd": false'),
-        (b'"area": 3', b'"area": 3.7'),
         (b'"area": 3,', b""),
         (b'"image_id": 0', b'"image_id": "0"'),
-        (b'"year": 2026', b'"year": NaN'),
         (b'"name": "c1"', b'"name": "caf\xc3\xa9"'),
-        (b'"segments_info"', b'"segments_info": 5, "segments_info"'),
     ],
 )
 def test_legal_rarities_are_read(tmp_path, monkeypatch, old, new):
@@ -141,15 +138,18 @@ def test_legal_rarities_are_read(tmp_path, monkeypatch, old, new):
     path.write_bytes(text.replace(old, new, 1))
     found = _listed(path, False)
     assert not isinstance(found, str)
-    monkeypatch.setattr(annotation_index, "_C", None)
+    monkeypatch.setattr(annotations, "_C", None)
     assert _listed(path, False) == found
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'"area": 3', b'"area": 99999999999999999999', "image 0: .*whole numbers"),
-        (b'"iscrowd": 1', b'"iscrowd": "yes"', "image 0: .*whole numbers"),
+        (b'"area": 3', b'"area": 99999999999999999999', "image 0: segment 1: `area` must be"),
+        (b'"area": 3', b'"area": 3.7', "image 0: segment 1: `area` must be a whole number"),
+        (b'"iscrowd": 1', b'"iscrowd": "yes"', "image 0: segment 1: `iscrowd` must be 0 or 1"),
+        (b'"year": 2026', b'"year": NaN', "NaN"),
+        (b'"segments_info"', b'"segments_info": 5, "segments_info"', "segments_info"),
         (b'"0.png"', b'"a\\u0000b"', "`file_name` must name a PNG"),
         (b'"0.png"', b'"\\ud800"', "`file_name` must name a PNG"),
     ],
