@@ -101,7 +101,7 @@ std::string read_part(int file, uint64_t begin, uint64_t end) {
 
 AnnotationIndex::AnnotationIndex(const std::string& path, bool predictions) : predictions_(predictions) {
     require(path.find('\0') == std::string::npos);
-    file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not keep it waiting
     require(file_ >= 0);
     struct stat status;
     try {

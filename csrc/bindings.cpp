@@ -66,6 +66,19 @@ RunMap py_read_png(const py::buffer& buffer, size_t max_pixels) {
     return read_png(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size), max_pixels);
 }
 
+Array<int32_t> py_read_png_ids(const py::buffer& buffer, size_t max_pixels) {
+    const py::buffer_info info = buffer.request();
+    require(info.ndim == 1 && info.itemsize == 1, "expected the bytes of a PNG");
+    const auto* content = static_cast<const uint8_t*>(info.ptr);
+    const auto size = static_cast<size_t>(info.size);
+    const PngHeader header = read_map_header(content, size, max_pixels);
+    Array<int32_t> ids({header.height, header.width});
+    int32_t* out = ids.mutable_data();
+    py::gil_scoped_release release;
+    read_png_ids(content, size, header, out);
+    return ids;
+}
+
 Array<uint8_t> py_read_png_picture(const py::buffer& buffer, size_t max_pixels) {
     const py::buffer_info info = buffer.request();
     require(info.ndim == 1 && info.itemsize == 1, "expected the bytes of a PNG");
@@ -260,8 +273,11 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("shape", [](const RunMap& map) { return py::make_tuple(map.height, map.width); });
 
     // png.hpp
-    py::register_exception<UnreadablePng>(m, "UnreadablePng", PyExc_ValueError);
+    const auto& unreadable = py::register_exception<UnreadablePng>(m, "UnreadablePng", PyExc_ValueError);
+    py::register_exception<TooManyRuns>(m, "TooManyRuns", unreadable);
+    m.attr("LONGEST_SIDE") = kLongestSide;
     m.def("read_png", &py_read_png, py::arg("content"), py::arg("max_pixels"));
+    m.def("read_png_ids", &py_read_png_ids, py::arg("content"), py::arg("max_pixels"));
     m.def("read_png_picture", &py_read_png_picture, py::arg("content"), py::arg("max_pixels"));
     m.def("filter_ids", &py_filter_ids, py::arg("ids").noconvert());
 
