@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -79,6 +80,25 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
+def text_of(content: bytes) -> str:
+    """Decodes the text of a JSON or YAML file: UTF-8, with or without a byte order mark.
+
+    Raises:
+        UnicodeDecodeError: another encoding; it names UTF-16 and UTF-32.
+    """
+    for name, marks in (("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)), ("UTF-16", (b"\xff\xfe", b"\xfe\xff"))):
+        if content.startswith(marks):
+            raise UnicodeDecodeError("utf-8", content, 0, len(marks[0]), f"the file is {name}: save it as UTF-8")
+    if b"\0" in content[:4]:
+        raise UnicodeDecodeError("utf-8", content, 0, 4, "the file is UTF-16 or UTF-32: save it as UTF-8")
+    return content.decode("utf-8-sig")
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file as `text_of` does, which it raises from."""
+    return text_of(path.read_bytes())
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON.
 
@@ -86,7 +106,7 @@ def read_json(path: Path) -> Any:
         CheckpointError: names the file that is missing or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; is {path.parent} a model folder?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

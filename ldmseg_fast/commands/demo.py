@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.files import write_json
+from ldmseg_fast.files import read_text, write_json
 from ldmseg_fast.reports.demo_page import newest_losses, write_demo_page
 from ldmseg_fast.training.launch import launch_training
 
@@ -52,7 +52,7 @@ class Progress:
 
     def __init__(self, out: Path) -> None:
         self.path = out / "progress.json"
-        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        known = json.loads(read_text(self.path)) if self.path.is_file() else {}
         self.done: dict[str, dict[str, float]] = known.get("done", {})
         self.minutes: dict[str, float] = known.get("minutes", {})
 
@@ -188,7 +188,7 @@ class Demo:
 
     def report(self, name: str) -> dict[str, Any]:
         """Reads what `evaluate` wrote."""
-        return json.loads((self.out / f"{name}.json").read_text(encoding="utf-8"))
+        return json.loads(read_text(self.out / f"{name}.json"))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ldmseg_fast.data.transforms import TABLE_SIZE, dense_ids
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
+from ldmseg_fast.panoptic.near_files import NearFiles
 
 __all__ = [
     "DataError",
@@ -41,6 +42,35 @@ class SplitFolders:
     annotations: Path
     images: Path
     maps: Path
+
+    def near_files(self) -> tuple[NearFiles, NearFiles]:
+        """Returns what looks for the near spellings of pictures and of maps."""
+        root = self.annotations.parent.parent
+        return NearFiles(self.images, root, [self.maps]), NearFiles(self.maps, root, [self.images])
+
+    def check_files(self, pictures: Sequence[str], maps: Sequence[str]) -> None:
+        """Checks that the files which the JSON names are there.
+
+        Raises:
+            DataError: names the first that is missing, and what comes nearest to it.
+        """
+        for near, names, what in zip(self.near_files(), (pictures, maps), ("picture", "map")):
+            folder = near.folder
+            present = {path.name for path in folder.iterdir()}  # one listing, not 118 000 questions to a file server
+            lost = [name for name in names if name not in present and not is_file(folder / name)]
+            if lost:
+                raise DataError(
+                    f"{len(lost)} of {len(names)} {what}s of {self.annotations} are not in {folder}, "
+                    f"{near.explain(lost)}; `ldmseg data check {self.annotations.parent.parent}` lists all"
+                )
+
+
+def is_file(path: Path) -> bool:
+    """Tells whether there is a file; no file has a name that the system cannot hold."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def list_splits(root: str | os.PathLike) -> list[str]:

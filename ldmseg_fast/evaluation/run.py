@@ -221,10 +221,14 @@ def segment_split(
         predict = partial(predictor.segment, seed=one.seed)
         results = store.results(f"panoptic{one.suffix}", {"seed": one.seed}, batch, predict)
         for index, result in zip(batch, results):
-            final, matches = scores.add(index, dataset.ground_truth(index), result)
+            final, matches = scores.add(index, dataset.describe(index), dataset.ground_truth(index), result)
             if source is not None:
-                settings = {"seed": one.seed, "categories_from": source.label}
-                store.write(f"panoptic_classes{one.suffix}", dataset.categories, settings, index, final)
+                settings: dict[str, Any] = {"seed": one.seed, "categories_from": source.label}
+                if source.listing is not None:
+                    state = source.listing.stat()
+                    settings["listing"] = [state.st_size, state.st_mtime_ns]
+                name = f"panoptic_classes{one.suffix}"
+                store.write(name, dataset.categories, settings, index, final, source.files(index))
             if instances is not None:
                 instances.append((index, instances_of(dataset.image_id(index), final)))
             if gallery is not None:
@@ -265,7 +269,8 @@ def inpaint_split(
             results = store.results(name, settings, batch, predict)
             for place, index in enumerate(batch):
                 rows = {MODEL: results[place]} | ({PLAIN: plain[place]} if plain else {})
-                scores.add((block, probability), index, truths[place], maps[place], dropped[place], rows)
+                known = truths[place], maps[place], dropped[place]
+                scores.add((block, probability), dataset.describe(index), *known, rows)
     return {"inpainting": scores.report()}
 
 

@@ -1,29 +1,38 @@
-"""Reads and writes COCO panoptic files: PNG <-> segment ids, and the JSON beside them.
+"""Reads and writes COCO panoptic PNGs: PNG <-> segment ids. `panoptic.annotations` reads the JSON beside them.
 
 A pixel's id is R + 256 G + 65536 B and 0 is void (Kirillov et al., "Panoptic Segmentation", CVPR 2019;
 cocodataset.org/#format-data).
 """
 
-import gc
 import io
-import json
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.files import replacing
 from ldmseg_fast.native import _C
+from ldmseg_fast.panoptic.annotations import MAX_ID, load_panoptic_json
 
 try:
     import deflate  # libdeflate: writes label maps several times faster than zlib
 except ImportError:
     deflate = None  # type: ignore[assignment]
 
-MAX_ID = 2**24 - 1
+__all__ = [
+    "MAX_ID",
+    "MAX_PIXELS",
+    "check_ids",
+    "ids_to_rgb",
+    "load_panoptic_json",
+    "read_panoptic_png",
+    "rgb_to_ids",
+    "two_channel_to_ids",
+    "write_panoptic_png",
+]
+
 MAX_PIXELS = 2**26  # 8192 x 8192: far above any photograph, far below what exhausts memory
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -140,39 +149,6 @@ def write_panoptic_png(path: str | Path, ids: np.ndarray) -> None:
         temporary.write_bytes(content)
 
 
-def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[str, Any]:
-    """Loads a COCO panoptic JSON and checks its `images`, `annotations` and `categories`.
-
-    With `predictions=True` only `annotations` is required, as in panopticapi; what is there is still checked.
-
-    Raises:
-        PanopticFormatError: names the file and the entry. Missing keys, wrong types, duplicate image ids, category ids,
-            annotations of one image or segment ids of one annotation, ids outside 1..2^24-1, segments of a category or
-            annotations of an image that the file does not list.
-    """
-    try:
-        content = _load_json(Path(path))
-    except (ValueError, RecursionError) as error:  # not JSON, not text, numbers of thousands of digits, deep nesting
-        raise PanopticFormatError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise PanopticFormatError(f"{path}: expected an object with `annotations`, got a {type(content).__name__}")
-    required = ("annotations",) if predictions else ("images", "annotations", "categories")
-    for key in ("images", "annotations", "categories"):
-        if key not in content and key in required:
-            raise PanopticFormatError(f"{path}: `{key}` is missing; a COCO panoptic JSON has {', '.join(required)}")
-        if not isinstance(content.get(key, []), list):
-            raise PanopticFormatError(f"{path}: `{key}` must be a list, got {type(content[key]).__name__}")
-    image_ids = _unique(path, content, "images", "id")
-    category_ids = _unique(path, content, "categories", "id")
-    annotated = _unique(path, content, "annotations", "image_id")
-    if image_ids is not None and annotated is not None and not annotated <= image_ids:
-        missing = sorted(annotated - image_ids, key=str)
-        raise PanopticFormatError(f"{path}: annotations of images that `images` does not list: {_some(missing)}")
-    for annotation in content["annotations"]:
-        _check_annotation(path, annotation, category_ids)
-    return content
-
-
 def _check_chunks(content: bytes) -> None:
     """Raises `ValueError` where a PNG ends early or a checksum fails; Pillow lets both pass."""
     offset = len(_SIGNATURE)
@@ -228,63 +204,3 @@ def _check_header(header: bytes, path: str | Path, max_pixels: int) -> None:
         )
     if width == 0 or height == 0 or width * height > max_pixels:
         raise PanopticFormatError(f"{path}: header claims {width}x{height}; between 1 and {max_pixels} pixels are read")
-
-
-def _load_json(path: Path) -> Any:
-    """Loads a JSON without the garbage collector.
-
-    It would go over the growing tree of dicts again and again and find nothing.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return json.loads(path.read_bytes())
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _check_annotation(path: str | Path, annotation: dict[str, Any], category_ids: set | None) -> None:
-    where = f"{path}: image {annotation['image_id']!r}"
-    name = annotation.get("file_name")
-    if (
-        not isinstance(name, str)
-        or not name
-        or "\0" in name
-        or any("\ud800" <= character <= "\udfff" for character in name)
-    ):
-        raise PanopticFormatError(f"{where}: `file_name` must name a PNG, got {name!r:.80}")
-    segments = annotation.get("segments_info")
-    if not isinstance(segments, list):
-        raise PanopticFormatError(f"{where}: `segments_info` must be a list, got {segments!r:.80}")
-    seen = set()
-    for segment in segments:
-        segment_id = segment.get("id") if isinstance(segment, dict) else None
-        if type(segment_id) is not int or not 1 <= segment_id <= MAX_ID:
-            raise PanopticFormatError(f"{where}: a segment id must be an integer in 1..{MAX_ID}, got {segment_id!r}")
-        if segment_id in seen:
-            raise PanopticFormatError(f"{where}: segment id {segment_id} appears twice in segments_info")
-        seen.add(segment_id)
-        category_id = segment.get("category_id")
-        if type(category_id) is not int or (category_ids is not None and category_id not in category_ids):
-            raise PanopticFormatError(f"{where}: segment {segment_id} has unknown category_id {category_id!r}")
-
-
-def _unique(path: str | Path, content: dict[str, Any], key: str, field: str) -> set | None:
-    """Returns the values of `field` over the list `key`, each there once; None where the file has no such list."""
-    if key not in content:
-        return None
-    seen: set = set()
-    for index, entry in enumerate(content[key]):
-        value = entry.get(field) if isinstance(entry, dict) else None
-        if not isinstance(value, int | str) or isinstance(value, bool):
-            raise PanopticFormatError(f"{path}: {key}[{index}] has no usable `{field}` (got {value!r})")
-        if value in seen:
-            raise PanopticFormatError(f"{path}: {key}[{index}]: `{field}` {value!r} appears twice; keep one entry")
-        seen.add(value)
-    return seen
-
-
-def _some(values: list, limit: int = 20) -> str:
-    more = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(map(str, values[:limit])) + more

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.files import read_json, read_lines
+from ldmseg_fast.files import read_json, read_lines, read_text
 from ldmseg_fast.reports.page import Page
 from ldmseg_fast.reports.run_page import curves, last_picture, quality_rows, read_log
 
@@ -32,8 +32,7 @@ def write_demo_page(out: Path, done: dict[str, dict[str, float]], minutes: float
         The file.
     """
     reports = {
-        name: json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("shipped", "evaluation", "reconstruction")
+        name: json.loads(read_text(out / f"{name}.json")) for name in ("shipped", "evaluation", "reconstruction")
     }
     machine = read_lines(out / "diffusion" / "logs" / "starts.jsonl")[-1]["machine"]
     load = " / ".join(f"{value:.1f}" for value in os.getloadavg())
