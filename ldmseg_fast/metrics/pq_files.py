@@ -4,7 +4,6 @@ A few threads read pairs of PNGs and keep only their matches.
 """
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from ldmseg_fast.metrics.pq_report import bootstrap_interval, image_qualities
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png, read_run_map
 from ldmseg_fast.panoptic.near_files import NearFiles
+from ldmseg_fast.threads import startable_threads
 
 MAX_THREADS = 8
 _TASK = 16  # most images that a thread takes at a time
@@ -94,7 +94,7 @@ def evaluate_files(
             files = ", ".join(str(path) for path in (gt_path, pred_path) if path is not None)
             raise PanopticFormatError(f"image {gt.image_ids[k]} ({files}): {error}") from None
 
-    threads = startable_threads(min(num_threads or default_threads(), max(1, len(gt.image_ids))))
+    threads = max(1, startable_threads(min(num_threads or default_threads(), len(gt.image_ids))))
     for image_id, matches in zip(gt.image_ids, _map_in_order(match, len(gt.image_ids), threads)):
         stat.add_matches(image_id, matches)
     seconds = time.perf_counter() - started
@@ -131,25 +131,6 @@ def default_threads() -> int:
     """Returns one thread per core that this process may use, at most `MAX_THREADS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_THREADS)
-
-
-def startable_threads(wanted: int) -> int:
-    """Counts how many of `wanted` threads can be started at once, at least 1: systems limit them."""
-    if wanted == 1:
-        return 1
-    waiting, end = [], threading.Event()
-    try:
-        for _ in range(wanted):
-            thread = threading.Thread(target=end.wait)
-            thread.start()
-            waiting.append(thread)
-    except RuntimeError:  # "can't start new thread"
-        pass
-    finally:
-        end.set()
-        for thread in waiting:
-            thread.join()
-    return max(1, len(waiting))
 
 
 def why_missing(truth: Sequence[int | str], missing: Sequence[int | str], predicted: Sequence[int | str]) -> str:
