@@ -61,14 +61,14 @@ Array<int32_t> py_paint(const RunMap& map) {
     return ids;
 }
 
-RunMap py_read_png(const py::buffer& buffer, size_t max_pixels) {
+RunMap py_read_png(const py::buffer& buffer, size_t max_pixels, size_t piece) {
     const py::buffer_info info = buffer.request();
     require(info.ndim == 1 && info.itemsize == 1, "expected the bytes of a PNG");
     py::gil_scoped_release release;
-    return read_png(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size), max_pixels);
+    return read_png(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size), max_pixels, piece);
 }
 
-Array<int32_t> py_read_png_ids(const py::buffer& buffer, size_t max_pixels) {
+Array<int32_t> py_read_png_ids(const py::buffer& buffer, size_t max_pixels, size_t piece) {
     const py::buffer_info info = buffer.request();
     require(info.ndim == 1 && info.itemsize == 1, "expected the bytes of a PNG");
     const auto* content = static_cast<const uint8_t*>(info.ptr);
@@ -77,7 +77,7 @@ Array<int32_t> py_read_png_ids(const py::buffer& buffer, size_t max_pixels) {
     Array<int32_t> ids({header.height, header.width});
     int32_t* out = ids.mutable_data();
     py::gil_scoped_release release;
-    read_png_ids(content, size, header, out);
+    read_png_ids(content, size, header, out, piece);
     return ids;
 }
 
@@ -281,8 +281,8 @@ PYBIND11_MODULE(_C, m) {
     const auto& unreadable = py::register_exception<UnreadablePng>(m, "UnreadablePng", PyExc_ValueError);
     py::register_exception<TooManyRuns>(m, "TooManyRuns", unreadable);
     m.attr("LONGEST_SIDE") = kLongestSide;
-    m.def("read_png", &py_read_png, py::arg("content"), py::arg("max_pixels"));
-    m.def("read_png_ids", &py_read_png_ids, py::arg("content"), py::arg("max_pixels"));
+    m.def("read_png", &py_read_png, py::arg("content"), py::arg("max_pixels"), py::arg("piece") = kPiece);
+    m.def("read_png_ids", &py_read_png_ids, py::arg("content"), py::arg("max_pixels"), py::arg("piece") = kPiece);
     m.def("read_png_picture", &py_read_png_picture, py::arg("content"), py::arg("max_pixels"));
     m.def("filter_ids", &py_filter_ids, py::arg("ids").noconvert());
 

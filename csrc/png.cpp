@@ -20,7 +20,6 @@ namespace {
 
 constexpr size_t kKeptBytes = size_t{1} << 25;  // of a thread's buffer, from one image to the next
 constexpr size_t kLargestFile = size_t{1} << 30;
-constexpr size_t kPiece = size_t{1} << 22;  // bytes of rows that are inflated at a time
 
 // Eight bytes at a time by eight tables.
 class Crc32 {
@@ -135,10 +134,10 @@ const uint8_t* inflated_rows(const uint8_t* content, size_t size, const PngHeade
 // The same rows one after the other, in a buffer that holds few of them at a time.
 class InflatedRows {
    public:
-    InflatedRows(const uint8_t* content, size_t size, const PngHeader& header)
+    InflatedRows(const uint8_t* content, size_t size, const PngHeader& header, size_t piece)
         : row_(1 + header.channels * header.width), left_(header.height * row_) {
         const size_t joined = join_stream(content, size);
-        const size_t room = std::min(left_, Inflater::kWindow + 2 * row_ + kPiece);
+        const size_t room = std::min(left_, Inflater::kWindow + 2 * row_ + piece);
         begin_ = kUnfilterMargin + mine_.rows.at_least(kUnfilterMargin + room + Inflater::kOutputSlack);
         end_ = begin_ + room;
         at_ = begin_;
@@ -209,9 +208,9 @@ PngHeader read_map_header(const uint8_t* content, size_t size, size_t max_pixels
     return header;
 }
 
-RunMap read_png(const uint8_t* content, size_t size, size_t max_pixels) {
+RunMap read_png(const uint8_t* content, size_t size, size_t max_pixels, size_t piece) {
     const PngHeader header = read_map_header(content, size, max_pixels);
-    InflatedRows rows(content, size, header);
+    InflatedRows rows(content, size, header, piece);
     RowFilters filters(header.width);
     const Run zeros[2] = {{0, 0}, {static_cast<int32_t>(header.width), kEndOfRow}};
     RunMap map(header.height, header.width);
@@ -227,8 +226,8 @@ RunMap read_png(const uint8_t* content, size_t size, size_t max_pixels) {
     return map;
 }
 
-void read_png_ids(const uint8_t* content, size_t size, const PngHeader& header, int32_t* ids) {
-    InflatedRows rows(content, size, header);
+void read_png_ids(const uint8_t* content, size_t size, const PngHeader& header, int32_t* ids, size_t piece) {
+    InflatedRows rows(content, size, header, piece);
     RowFilters filters(header.width);
     const auto width = static_cast<int32_t>(header.width);
     std::vector<Run> above{{0, kEndOfRow}, {0, 0}, {width, kEndOfRow}}, row(header.width + 3, Run{0, kEndOfRow});
