@@ -13,10 +13,11 @@ from typing import Any
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from ldmseg_fast.data.folders import SplitFolders, find_split, is_file, list_splits, read_image
+from ldmseg_fast.data.folders import SplitFolders, find_split, list_splits, read_image
 from ldmseg_fast.errors import DataError, PanopticFormatError
 from ldmseg_fast.panoptic.annotations import check_panoptic_json
 from ldmseg_fast.panoptic.format import read_panoptic_png
+from ldmseg_fast.panoptic.near_files import is_file
 from ldmseg_fast.panoptic.shapes import segment_shapes
 
 __all__ = ["Problem", "Report", "check_folder"]
@@ -224,7 +225,7 @@ def _orientation_problems(path: Path) -> list[Problem]:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return []
-    if orientation == 1:
+    if orientation not in range(2, 9):  # other numbers mean nothing
         return []
     detail = f"{orientation}, and maps follow the stored pixels: was the map drawn on the picture as viewers turn it?"
     return [Problem("EXIF orientation that is not 1", str(path), detail)]

@@ -14,7 +14,7 @@ from ldmseg_fast.data.transforms import TABLE_SIZE, dense_ids
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
-from ldmseg_fast.panoptic.near_files import NearFiles
+from ldmseg_fast.panoptic.near_files import NearFiles, is_file
 
 __all__ = [
     "DataError",
@@ -63,14 +63,6 @@ class SplitFolders:
                     f"{len(lost)} of {len(names)} {what}s of {self.annotations} are not in {folder}, "
                     f"{near.explain(lost)}; `ldmseg data check {self.annotations.parent.parent}` lists all"
                 )
-
-
-def is_file(path: Path) -> bool:
-    """Tells whether there is a file; no file has a name that the system cannot hold."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def list_splits(root: str | os.PathLike) -> list[str]:

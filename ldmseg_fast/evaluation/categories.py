@@ -10,13 +10,12 @@ import numpy as np
 from PIL import Image
 
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.data.folders import is_file
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.metrics.class_vote import category_map, merge_stuff, vote_categories
 from ldmseg_fast.metrics.pq_files import png_folder, why_missing
 from ldmseg_fast.panoptic.annotations import MAX_ID, load_panoptic_json
 from ldmseg_fast.panoptic.format import read_panoptic_png
-from ldmseg_fast.panoptic.near_files import NearFiles
+from ldmseg_fast.panoptic.near_files import NearFiles, is_file
 from ldmseg_fast.panoptic.results import PanopticResult
 
 GROUND_TRUTH = "GT"

@@ -21,7 +21,7 @@ from ldmseg_fast.metrics.pq import OBJECT_CATEGORY, PQStat
 from ldmseg_fast.metrics.pq_report import bootstrap_interval, image_qualities
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png, read_run_map
-from ldmseg_fast.panoptic.near_files import NearFiles
+from ldmseg_fast.panoptic.near_files import NearFiles, is_file
 from ldmseg_fast.threads import startable_threads
 
 MAX_THREADS = 8
@@ -84,8 +84,12 @@ def evaluate_files(
             if foreign:
                 stat.check_categories(pred_table, "prediction")
             return _match_files(gt_path, gt_table, pred_path, pred_table, boundary)
-        except FileNotFoundError:
-            root, name = (gt_root, gt_name) if not gt_path.is_file() else (pred_root, pred_name)
+        except OSError:
+            places = ((gt_root, gt_name), (pred_root, pred_name))
+            lost = [(root, name) for root, name in places if name and not is_file(root / name)]
+            if not lost:
+                raise
+            root, name = lost[0]
             near = NearFiles(root).nearest(name) or "fetch or predict it again"
             raise PanopticFormatError(
                 f"image {gt.image_ids[k]}: {root / name}: the JSON lists this PNG but there is no such file; {near}"

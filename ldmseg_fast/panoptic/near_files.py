@@ -77,6 +77,14 @@ class NearFiles:
         return found
 
 
+def is_file(path: Path) -> bool:
+    """Tells whether there is a file; no file has a name that the system cannot hold."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _files_below(folder: Path, without: Collection[Path]) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not without or (Path(root) / name).resolve() not in without)

@@ -127,12 +127,9 @@ def test_hostile_json_is_a_named_error(tmp_path, text):
         (b"{", b"\xef\xbb\xbf{"),
         (b'"0.png"', b'"\\u0030.png"'),
         (b'"iscrowd": 0', b'"iscrowd": false'),
-        (b'"area": 3', b'"area": 3.7'),
         (b'"area": 3,', b""),
         (b'"image_id": 0', b'"image_id": "0"'),
-        (b'"year": 2026', b'"year": NaN'),
         (b'"name": "c1"', b'"name": "caf\xc3\xa9"'),
-        (b'"segments_info"', b'"segments_info": 5, "segments_info"'),
     ],
 )
 def test_legal_rarities_are_read(tmp_path, monkeypatch, old, new):
@@ -148,8 +145,11 @@ def test_legal_rarities_are_read(tmp_path, monkeypatch, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'"area": 3', b'"area": 99999999999999999999', "image 0: .*whole numbers"),
-        (b'"iscrowd": 1', b'"iscrowd": "yes"', "image 0: .*whole numbers"),
+        (b'"area": 3', b'"area": 99999999999999999999', "image 0: segment 1: `area` must be"),
+        (b'"area": 3', b'"area": 3.7', "image 0: segment 1: `area` must be a whole number"),
+        (b'"iscrowd": 1', b'"iscrowd": "yes"', "image 0: segment 1: `iscrowd` must be 0 or 1"),
+        (b'"year": 2026', b'"year": NaN', "NaN"),
+        (b'"segments_info"', b'"segments_info": 5, "segments_info"', "segments_info"),
         (b'"0.png"', b'"a\\u0000b"', "`file_name` must name a PNG"),
         (b'"0.png"', b'"\\ud800"', "`file_name` must name a PNG"),
     ],

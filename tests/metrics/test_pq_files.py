@@ -1,5 +1,6 @@
 """`ldmseg pq` on files: equal to peers, streaming, and one clear error for every bad input."""
 
+import codecs
 import json
 import shutil
 import struct
@@ -171,6 +172,36 @@ def test_predictions_of_unknown_images_are_left_out_and_told(dataset):
     assert result["ignored"] == [12]
     assert result["All"] != full
     assert "1 predicted images that the ground truth does not list" in format_table(result)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (str, "there it is the text '1', in the ground truth the number 1: write `image_id` as the ground truth does"),
+        (
+            lambda image_id: f"{image_id:012d}.jpg",
+            "there it is the text '000000000001.jpg', in the ground truth the number",
+        ),
+        (lambda image_id: image_id + 100, "it has none of the ground truth's, but 101, 102, 103, 104, 105"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--allow-missing",)])
+def test_predictions_of_other_ids(dataset, capsys, rename, message, options):
+    gt_json, pred_json = dataset
+    _edit(pred_json, lambda content: [a.update(image_id=rename(a["image_id"])) for a in content["annotations"]])
+    assert _run(gt_json, pred_json, *options) == 2
+    error = capsys.readouterr().err
+    assert "no prediction for 12 of 12 images" in error and message in error
+    _edit(pred_json, lambda content: content.update(annotations=[]))
+    assert _run(gt_json, pred_json, "--allow-missing") == 0, "no prediction at all"
+
+
+def test_files_with_a_byte_order_mark(dataset):
+    gt_json, pred_json = dataset
+    before = evaluate_files(gt_json, pred_json)["All"]
+    for path in dataset:
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert evaluate_files(gt_json, pred_json)["All"] == before
 
 
 def _png(width, height, depth, colour, rows):
