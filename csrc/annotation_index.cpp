@@ -163,8 +163,7 @@ void AnnotationIndex::add_annotation(JsonScanner& json) {
     std::vector<int64_t> ids;
     for (const Segment& segment : annotation.segments) {
         ids.push_back(segment.id);
-        const auto place = std::lower_bound(used_.begin(), used_.end(), segment.category_id);
-        if (place == used_.end() || *place != segment.category_id) used_.insert(place, segment.category_id);
+        used_.insert(segment.category_id);
     }
     sorted_and_different(std::move(ids));
 }
