@@ -112,6 +112,7 @@ def panoptic_head(
             *mask_logits.stride(),
             config=config,
             CAREFUL=careful,
+            INTERPRETED=triton.knobs.runtime.interpret,
             ALL_SLOTS=slots == block_q,
             ALIGNMENT=alignment,
             WINDOW=window,

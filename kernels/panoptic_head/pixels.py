@@ -77,6 +77,7 @@ def panoptic_tile_kernel(
     row_stride,
     column_stride,
     CAREFUL: tl.constexpr,  # do the unsure tiles
+    INTERPRETED: tl.constexpr,
     ALL_SLOTS: tl.constexpr,  # Q is BLOCK_Q
     ALIGNMENT: tl.constexpr,  # of the window's first column
     WINDOW: tl.constexpr,  # columns of logits under the tile
@@ -142,7 +143,10 @@ def panoptic_tile_kernel(
         logits = tl.dot(columns_high, rows_high, logits, input_precision="tf32")
         if not ALL_SLOTS:
             logits = tl.where((slot < slots)[None, :], logits, float("-inf"))
-        best, label = tl.max(logits, 1, return_indices=True)
+        ranked = logits
+        if INTERPRETED:  # numpy refuses to rank NaNs alone; a GPU gives any label, and the tile is done again
+            ranked = tl.where(logits == logits, logits, float("-inf"))
+        best, label = tl.max(ranked, 1, return_indices=True)
         probability = 1.0 / tl.sum(tl.math.exp2((logits - best[:, None]) * LOG2_E), 1)
         counted = in_row
         if CAREFUL:

@@ -120,6 +120,15 @@ def test_triton_agrees(case, device, poison):
         agrees([each.cpu() for each in result], logits, *sizes)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38])
+def test_triton_where_nothing_is_finite(value, device, poison):
+    for slots in (16, 20):
+        result = host.panoptic_head(torch.full((1, slots, 4, 4), value, device=device), (4, 4), (4, 4), *THRESHOLDS)
+        assert not result[0].any() and not result[2].any()
+        assert (result[1] == (1 / slots if np.isfinite(value) else 0)).all()
+
+
 def test_onnx_agrees(tmp_path):
     case, rng, void = SHAPES[3], np.random.default_rng(2), 0
     session = onnx_session(tmp_path, case)
