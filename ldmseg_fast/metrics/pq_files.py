@@ -24,7 +24,8 @@ from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png, read_run_
 from ldmseg_fast.panoptic.near_files import NearFiles, is_file
 from ldmseg_fast.threads import startable_threads
 
-MAX_THREADS = 8
+MAX_THREADS = 8  # unless more are asked for
+MOST_THREADS = 256
 _TASK = 16  # most images that a thread takes at a time
 
 
@@ -98,7 +99,7 @@ def evaluate_files(
             files = ", ".join(str(path) for path in (gt_path, pred_path) if path is not None)
             raise PanopticFormatError(f"image {gt.image_ids[k]} ({files}): {error}") from None
 
-    threads = max(1, startable_threads(min(num_threads or default_threads(), len(gt.image_ids))))
+    threads = max(1, startable_threads(min(num_threads or default_threads(), len(gt.image_ids), MOST_THREADS)))
     for image_id, matches in zip(gt.image_ids, _map_in_order(match, len(gt.image_ids), threads)):
         stat.add_matches(image_id, matches)
     seconds = time.perf_counter() - started
