@@ -122,7 +122,7 @@ def _check_json(path: Path) -> tuple[list[_Job], list[Problem]]:
     where = path.name
     try:
         content, faults = check_panoptic_json(path)
-    except OSError as error:
+    except (OSError, PanopticFormatError) as error:
         return [], [Problem("unreadable JSON", where, str(error))]
     problems = [Problem(fault.kind, where, fault.message) for fault in faults]
     if any(problem.kind == "unreadable JSON" for problem in problems):

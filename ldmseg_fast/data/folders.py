@@ -104,7 +104,11 @@ def _first_folder(candidates: list[Path], contents: str) -> Path:
     for path in candidates:
         if path.is_dir():
             return path
-    raise DataError(f"no folder with {contents}: expected {' or '.join(map(str, candidates[:2]))}")
+    folders = (path for wanted in candidates if wanted.parent.is_dir() for path in wanted.parent.iterdir())
+    names = {path.name.casefold() for path in candidates}
+    near = next((path for path in folders if path.is_dir() and path.name.casefold() in names), None)
+    cure = f"; {near} is there: upper and lower case differ, rename it" if near is not None else ""
+    raise DataError(f"no folder with {contents}: expected {' or '.join(map(str, candidates[:2]))}{cure}")
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:

@@ -204,6 +204,10 @@ def attach_cache(
             raise
         say(f"latent cache not used: {error}")
         return None
+    made = (cache.folder / MANIFEST).stat().st_mtime_ns
+    if newer := [file for file in files if file.stat().st_mtime_ns > made]:
+        say(f"{len(newer)} pictures, first {newer[0]}, are newer than their latents: where more than their time has "
+            f"changed, delete {cache.folder} and run `ldmseg data cache` again")  # fmt: skip
     dataset.use_latents(cache)
     say(f"image latents of {len(files)} pictures from {cache.folder}; saves {1000 * cache.seconds_per_image:.1f} ms of "
         f"encoding per image, as measured when it was made")  # fmt: skip

@@ -56,7 +56,7 @@ def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[s
         OSError: a file that cannot be read.
     """
     if stream_panoptic_json(path, predictions=predictions) is not None:
-        return _without_collector(lambda: json.loads(Path(path).read_bytes()))
+        return _without_collector(lambda: json.loads(_read(path)))
     content, faults = check_panoptic_json(path, predictions=predictions)
     for first in faults:
         more = sum(fault.kind == first.kind for fault in faults)
@@ -72,6 +72,7 @@ def check_panoptic_json(path: str | Path, *, predictions: bool = False) -> tuple
         `load_panoptic_json` loads.
 
     Raises:
+        PanopticFormatError: a folder, pipe or device.
         OSError: a file that cannot be read.
     """
     constants: list[str] = []
@@ -80,8 +81,9 @@ def check_panoptic_json(path: str | Path, *, predictions: bool = False) -> tuple
         constants.append(name)
         return float(name)
 
+    raw = _read(path)
     try:
-        text = text_of(Path(path).read_bytes())
+        text = text_of(raw)
         content = _without_collector(
             lambda: json.loads(text, parse_constant=constant, object_pairs_hook=_object_of_pairs)
         )
@@ -97,7 +99,7 @@ def stream_panoptic_json(path: str | Path, *, predictions: bool = False) -> Any:
         `_C.AnnotationIndex`; None for a file with faults, for legal rarities such as escapes in names or areas with a
         point, which Python reads, and where C++ is not built.
     """
-    if _C is None:
+    if _C is None or not Path(path).is_file():
         return None
     try:
         index = _C.AnnotationIndex(os.fsencode(path), predictions)
@@ -108,6 +110,12 @@ def stream_panoptic_json(path: str | Path, *, predictions: bool = False) -> Any:
         return None
     unlisted = set(index.used_categories) - {category["id"] for category in categories}
     return None if index.categories and unlisted else index
+
+
+def _read(path: str | Path) -> bytes:
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would wait for its writer for ever
+        raise PanopticFormatError(f"{path}: a folder, pipe or device; name a JSON file")
+    return Path(path).read_bytes()
 
 
 def _without_collector(read: Any) -> Any:
@@ -280,7 +288,7 @@ def _annotation_faults(annotation: dict[str, Any], category_ids: set[int] | None
             message = f"{here}: `iscrowd` must be 0 or 1, got {crowd!r:.80}; {_cure(crowd)}"
             yield Fault("iscrowd that is not 0 or 1", message)
         if not _is_whole(area, 0):
-            message = f"{here}: `area` must be a whole number of pixels, got {area!r:.80}; {_cure(area)}"
+            message = f"{here}: `area` must be a whole number of pixels, got {area!r:.80}; count them or leave it out"
             yield Fault("area that is no number of pixels", message)
         if type(segment) is _Repeated:
             yield from _repetitions(segment, here, ("id", "category_id", "iscrowd", "area"))

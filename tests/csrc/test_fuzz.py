@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from ldmseg_fast.errors import PanopticFormatError
-from ldmseg_fast.metrics import annotation_index
 from ldmseg_fast.metrics.annotation_index import index_annotations
 from ldmseg_fast.native import _C
+from ldmseg_fast.panoptic import annotations
 from ldmseg_fast.panoptic.format import MAX_PIXELS, ids_to_rgb, read_panoptic_png, rgb_to_ids
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
@@ -101,7 +101,7 @@ def test_json_reads_as_python_reads_it(tmp_path, monkeypatch, predictions):
         path.write_bytes(_damaged(rng, TEXT, SNIPPETS) if trial else TEXT)
         found = _listed(path, predictions)
         with monkeypatch.context() as patch:
-            patch.setattr(annotation_index, "_C", None)
+            patch.setattr(annotations, "_C", None)
             assert _listed(path, predictions) == found, path.read_bytes()
         try:
             _C.AnnotationIndex(os.fsencode(path), predictions)
@@ -138,7 +138,7 @@ def test_legal_rarities_are_read(tmp_path, monkeypatch, old, new):
     path.write_bytes(text.replace(old, new, 1))
     found = _listed(path, False)
     assert not isinstance(found, str)
-    monkeypatch.setattr(annotation_index, "_C", None)
+    monkeypatch.setattr(annotations, "_C", None)
     assert _listed(path, False) == found
 
 

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,16 @@ def test_predictions_have_the_same_rules(tmp_path: Path, content: dict[str, Any]
             load_panoptic_json(write(tmp_path, wrong), predictions=True)
         with pytest.raises(PanopticFormatError, match="image 12"):
             index_annotations(path, predictions=True)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "panoptic_val.json")
+    for read in (load_panoptic_json, index_annotations, check_panoptic_json):
+        with pytest.raises(PanopticFormatError, match=r"panoptic_val\.json: a folder, pipe or device"):
+            read(tmp_path / "panoptic_val.json")
+    with pytest.raises(FileNotFoundError):
+        load_panoptic_json(tmp_path / "none.json")
 
 
 def test_encodings(tmp_path: Path, content: dict[str, Any]) -> None:
