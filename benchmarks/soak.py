@@ -1,4 +1,7 @@
-"""Runs the long tests (kill -9 while saving, lost ranks, every ZeRO stage, two launchers) and records what they found.
+"""Runs the long tests and records what they found.
+
+They kill while saving, lose ranks, try every ZeRO stage and two launchers, fuzz the readers of PNG and JSON and the
+panoptic head, and run the C++ under sanitizers.
 
 python benchmarks/soak.py [--out FOLDER] [pytest arguments]
 

@@ -112,7 +112,7 @@ std::string read_part(int file, uint64_t begin, uint64_t end) {
 
 AnnotationIndex::AnnotationIndex(const std::string& path, bool predictions) : predictions_(predictions) {
     require(path.find('\0') == std::string::npos);
-    file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not keep it waiting
     require(file_ >= 0);
     struct stat status;
     try {
@@ -163,8 +163,7 @@ void AnnotationIndex::add_annotation(JsonScanner& json) {
     std::vector<int64_t> ids;
     for (const Segment& segment : annotation.segments) {
         ids.push_back(segment.id);
-        const auto place = std::lower_bound(used_.begin(), used_.end(), segment.category_id);
-        if (place == used_.end() || *place != segment.category_id) used_.insert(place, segment.category_id);
+        used_.insert(segment.category_id);
     }
     sorted_and_different(std::move(ids));
 }

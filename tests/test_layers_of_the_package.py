@@ -23,7 +23,7 @@ LAYERS = (
     ("kernels",),
     ("config",),
     ("files",),
-    ("errors", "native"),
+    ("errors", "native", "threads"),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 # imports inside a function that point upwards on purpose: a name on first use, and what an export checks itself with

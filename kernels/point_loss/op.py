@@ -109,8 +109,8 @@ def sample_bce_dice(
     Args:
         mask_logits: [B, Q, h, w] float, either memory format.
         segment_ids: [B, H, W] integer; 0 is void.
-        image_index, slots: int64 [M], which segment each row is. Rows whose slot is 0 or none of the Q add nothing, so
-            that a list of fixed length needs no count on the host.
+        image_index, slots: int64 [M], which segment each row is. Rows whose slot is 0 or none of the Q, and on CUDA
+            those whose image is none of the B, add nothing, so that a list of fixed length needs no count on the host.
         points: float32 [M, P, 2], (x, y) in [0, 1]. The binary mask `segment_ids == slot` is sampled bilinearly.
 
     Returns:

@@ -120,7 +120,10 @@ class ShardCheck:
         self._problem = ""
         self._names = list(cache.shards)[distributed.rank() :: distributed.world_size()]
         self.thread = threading.Thread(target=self._run, args=(cache,), daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:  # no more threads
+            self._run(cache)
 
     def raise_if_damaged(self) -> None:
         """Raises CheckpointError with the shard's name once one was found damaged."""

@@ -16,14 +16,16 @@ import numpy as np
 
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics.annotation_index import index_annotations
-from ldmseg_fast.metrics.matching import match_segments
+from ldmseg_fast.metrics.matching import boundary_distance, match_segments
 from ldmseg_fast.metrics.pq import OBJECT_CATEGORY, PQStat
 from ldmseg_fast.metrics.pq_report import bootstrap_interval, image_qualities
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
+from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png, read_run_map
 from ldmseg_fast.panoptic.near_files import NearFiles, is_file
+from ldmseg_fast.threads import startable_threads
 
-MAX_THREADS = 8
+MAX_THREADS = 8  # unless more are asked for
+MOST_THREADS = 256
 _TASK = 16  # most images that a thread takes at a time
 
 
@@ -97,7 +99,7 @@ def evaluate_files(
             files = ", ".join(str(path) for path in (gt_path, pred_path) if path is not None)
             raise PanopticFormatError(f"image {gt.image_ids[k]} ({files}): {error}") from None
 
-    threads = num_threads or default_threads()
+    threads = max(1, startable_threads(min(num_threads or default_threads(), len(gt.image_ids), MOST_THREADS)))
     for image_id, matches in zip(gt.image_ids, _map_in_order(match, len(gt.image_ids), threads)):
         stat.add_matches(image_id, matches)
     seconds = time.perf_counter() - started
@@ -175,13 +177,21 @@ def _match_files(
     gt_path: Path, gt_table: np.ndarray, pred_path: Path | None, pred_table: np.ndarray, boundary: bool
 ) -> np.ndarray:
     """Matches one pair of PNGs; without `pred_path` the prediction is all void."""
-    if _C is not None and pred_path is not None:
-        with suppress(ValueError):  # rare or wrong: the functions below read it whole and say what is wrong
-            paths = os.fsencode(gt_path), os.fsencode(pred_path)
-            return _C.match_files(paths[0], gt_table, paths[1], pred_table, boundary, MAX_PIXELS)
-    gt_ids = read_panoptic_png(gt_path)
-    pred_ids = np.zeros_like(gt_ids) if pred_path is None else read_panoptic_png(pred_path)
-    return match_segments(gt_ids, gt_table, pred_ids, pred_table, boundary)
+    if _C is None:
+        gt_ids = read_panoptic_png(gt_path)
+        pred_ids = np.zeros_like(gt_ids) if pred_path is None else read_panoptic_png(pred_path)
+        return match_segments(gt_ids, gt_table, pred_ids, pred_table, boundary)
+    try:
+        if pred_path is not None:
+            with suppress(_C.UnreadablePng):  # rare or wrong: the reader below says what is wrong
+                paths = os.fsencode(gt_path), os.fsencode(pred_path)
+                return _C.match_files(paths[0], gt_table, paths[1], pred_table, boundary, MAX_PIXELS)
+        gt = read_run_map(gt_path)
+        pred = _C.RunMap(np.zeros(gt.shape, np.int32)) if pred_path is None else read_run_map(pred_path)
+        distance = boundary_distance(*gt.shape) if boundary else 0
+        return _C.match_segments(gt, gt_table, pred, pred_table, distance, _C.MOST_PAIRS)
+    except _C.Inconsistent as error:
+        raise PanopticFormatError(str(error)) from None
 
 
 def _map_in_order(function: Callable[[int], np.ndarray], count: int, threads: int) -> Iterator[np.ndarray]:

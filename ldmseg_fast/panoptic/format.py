@@ -5,9 +5,13 @@ cocodataset.org/#format-data).
 """
 
 import io
+import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,16 +28,22 @@ except ImportError:
 __all__ = [
     "MAX_ID",
     "MAX_PIXELS",
+    "MAX_SIDE",
     "check_ids",
     "ids_to_rgb",
     "load_panoptic_json",
     "read_panoptic_png",
+    "read_run_map",
     "rgb_to_ids",
     "two_channel_to_ids",
     "write_panoptic_png",
 ]
 
 MAX_PIXELS = 2**26  # 8192 x 8192: far above any photograph, far below what exhausts memory
+MAX_SIDE = 2**16  # above a JPEG's 65535; a map of one column would be all bookkeeping
+MAX_PILLOW_PIXELS = 48_000_000  # Pillow holds 4 bytes a pixel beside the ids
+MAX_INTERLACED_PIXELS = 2**22  # of maps that are read as runs, for which all ids must be held
+MAX_BYTES = 2**30  # of a file; far above any map of MAX_PIXELS
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {0: "greyscale", 2: "RGB", 3: "palette", 4: "greyscale with alpha", 6: "RGBA"}
@@ -111,22 +121,40 @@ def two_channel_to_ids(channels: np.ndarray) -> tuple[np.ndarray, list[dict[str,
 def read_panoptic_png(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads the segment ids, int32 [H, W], of an 8-bit RGB PNG.
 
-    The header is checked before any pixel is decoded, so that a tiny file cannot claim gigabytes.
+    The header is checked before any pixel is decoded, so that a tiny file cannot claim gigabytes. Beside the ids, only
+    a few rows are in memory; for an interlaced file, and where the extension is not built, Pillow's picture as well.
 
     Raises:
-        PanopticFormatError: a palette, grey, RGBA, 16-bit, oversized, truncated or damaged file.
+        PanopticFormatError: a palette, grey, RGBA, 16-bit, oversized, truncated or damaged file, or no file but a
+            folder, pipe or device.
         FileNotFoundError: there is no file.
     """
-    content = Path(path).read_bytes()
-    _check_header(content[:29], path, max_pixels)
-    interlaced = content[28] != 0
-    try:
-        if _C is not None and not interlaced:
-            return _C.read_png(content, max_pixels).ids()
-        _check_chunks(content)
-        return _decode_pillow(content)
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        raise PanopticFormatError(f"{path}: damaged or truncated PNG ({error}); write or download it again") from error
+    content = _read_content(path, max_pixels)
+    with _named(path):
+        if _C is not None and content[28] == 0:
+            return _C.read_png_ids(content, max_pixels)
+        return _decode_pillow(content, path)
+
+
+def read_run_map(path: str | Path) -> Any:
+    """Reads the map of an 8-bit RGB PNG as the extension's `RunMap`, which is small for a small file.
+
+    Raises:
+        PanopticFormatError: see `read_panoptic_png`; besides, an interlaced file of more than `MAX_INTERLACED_PIXELS`,
+            and a small file with millions of runs, which is no map.
+        FileNotFoundError: there is no file.
+    """
+    content = _read_content(path, MAX_PIXELS)
+    if content[28] == 0:
+        with _named(path):
+            return _C.read_png(content, MAX_PIXELS)
+    width, height = struct.unpack(">II", content[16:24])
+    if width * height > MAX_INTERLACED_PIXELS:
+        raise PanopticFormatError(
+            f"{path}: interlaced PNG of {width}x{height}, which must be held whole; save it without interlacing"
+        )
+    with _named(path):
+        return _C.RunMap(_decode_pillow(content, path))
 
 
 def write_panoptic_png(path: str | Path, ids: np.ndarray) -> None:
@@ -175,12 +203,47 @@ def _deflate(content: np.ndarray) -> bytes | bytearray:
     return zlib.compress(content, 1) if deflate is None else deflate.zlib_compress(content, 1)
 
 
-def _decode_pillow(content: bytes) -> np.ndarray:
+def _read_content(path: str | Path, max_pixels: int) -> bytes:
+    """Reads a PNG whose header is that of a map; what is no file is not opened, since a pipe would never end."""
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise PanopticFormatError(f"{path}: a folder, pipe or device; name a PNG file")
+    if status.st_size > MAX_BYTES:
+        raise PanopticFormatError(f"{path}: {status.st_size} bytes; maps of at most {MAX_BYTES} bytes are read")
+    content = Path(path).read_bytes()
+    _check_header(content[:29], path, max_pixels)
+    return content
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Turns what the decoders raise into an error that names the file."""
+    try:
+        yield
+    except PanopticFormatError:
+        raise
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        if _C is not None and isinstance(error, _C.TooManyRuns):
+            raise PanopticFormatError(f"{path}: {error}") from None
+        raise PanopticFormatError(f"{path}: damaged or truncated PNG ({error}); write or download it again") from error
+
+
+def _decode_pillow(content: bytes, path: str | Path) -> np.ndarray:
     from PIL import Image
 
+    _check_chunks(content)
+    width, height = struct.unpack(">II", content[16:24])
+    if width * height > MAX_PILLOW_PIXELS:
+        how = "build the extension" if _C is None else "save it without interlacing"
+        raise PanopticFormatError(f"{path}: {width}x{height} is over {MAX_PILLOW_PIXELS} pixels for Pillow; {how}")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return rgb_to_ids(np.asarray(image))
+            ids = np.empty((height, width), np.int32)
+            step = max(1, 2**20 // width)  # rows: a megapixel at a time
+            for top in range(0, height, step):
+                band = image.crop((0, top, width, min(top + step, height)))
+                ids[top : top + step] = rgb_to_ids(np.asarray(band))
+            return ids
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
 
@@ -202,5 +265,7 @@ def _check_header(header: bytes, path: str | Path, max_pixels: int) -> None:
             f"{path}: {depth}-bit {_COLOUR_TYPES.get(colour, f'colour type {colour}')} PNG; "
             "segment ids need 8-bit RGB (id = R + 256 G + 65536 B): write it with write_panoptic_png"
         )
-    if width == 0 or height == 0 or width * height > max_pixels:
-        raise PanopticFormatError(f"{path}: header claims {width}x{height}; between 1 and {max_pixels} pixels are read")
+    if not 1 <= width <= MAX_SIDE or not 1 <= height <= MAX_SIDE or width * height > max_pixels:
+        raise PanopticFormatError(
+            f"{path}: header claims {width}x{height}; sides of 1 to {MAX_SIDE} and up to {max_pixels} pixels are read"
+        )
