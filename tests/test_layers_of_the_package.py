@@ -21,7 +21,9 @@ LAYERS = (
     ("checkpoints", "panoptic"),
     ("models", "diffusion", "distributed"),
     ("kernels",),
+    ("outputs",),
     ("config", "files"),
+    ("temporary", "locks"),
     ("errors", "native"),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
