@@ -44,7 +44,7 @@ def check_outputs(
         for source in read:
             if same_place(path, source):
                 raise ArgumentError(f"{option} {path}: would replace {source}, which this command reads; {_CURE}")
-            if source.is_dir() and is_inside(path, source) and (is_folder or _replaces(path)):
+            if not source.is_file() and is_inside(path, source) and (is_folder or _replaces(path)):
                 raise ArgumentError(f"{option} {path}: lies in {source}, which this command reads; {_CURE}")
         for root in roots if is_folder else ():
             if root is not None and same_place(path, Path(root)):
@@ -56,6 +56,23 @@ def check_outputs(
 
 
 _CURE = "choose another path"
+
+
+def check_replaced(results: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Checks that no link among files to write leads to something that is read.
+
+    Raises:
+        ArgumentError: names the two.
+    """
+    read = {_identity(path): path for path in inputs if path.exists()}
+    for result in results:
+        if result.is_symlink() and result.exists() and (source := read.get(_identity(result))) is not None:
+            raise ArgumentError(f"{result}: a link to {source}, which would be replaced; {_CURE}")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_dev, state.st_ino
 
 
 def same_place(first: Path, second: Path) -> bool:
@@ -75,7 +92,7 @@ def same_place(first: Path, second: Path) -> bool:
 
 def is_inside(path: Path, folder: Path) -> bool:
     """Tells whether a path lies in a folder, at any depth and after all links."""
-    return any(same_place(parent, folder) for parent in path.resolve().parents if parent.exists())
+    return any(same_place(parent, folder) for parent in path.resolve().parents)
 
 
 def report_stream(paths: Iterable[AnyPath | None]) -> IO[str]:
