@@ -32,7 +32,7 @@ from ldmseg_fast.training.stages import Stage
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, FIXED = "manifest.json", "state.json", "fixed.safetensors"
-EXPORTED = "exported.json"  # beside the checkpoints: the step of each model folder, by its name
+EXPORTED = "exported.json"  # beside the checkpoints: the step of each model folder, by its place in the run
 CURE = "free some space, or lower train.keep"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -313,7 +313,7 @@ def exported_step(folder: Path, checkpoints: Path) -> int | None:
     """Returns the step whose weights a model folder of the run has; None where it is not whole, or not recorded."""
     try:
         components = read_json(folder / "model_index.json")["components"]
-        step = read_json(checkpoints / EXPORTED)[folder.name]
+        step = read_json(checkpoints / EXPORTED)[_name_in_run(folder, checkpoints)]
     except (CheckpointError, KeyError, TypeError):
         return None
     return step if all((folder / name / "config.json").is_file() for name in components) else None
@@ -322,11 +322,16 @@ def exported_step(folder: Path, checkpoints: Path) -> int | None:
 def note_exported(folder: Path, checkpoints: Path, step: int) -> None:
     """Records that a model folder of the run has the weights of `step`; called once it is written."""
     path = checkpoints / EXPORTED
+    checkpoints.mkdir(parents=True, exist_ok=True)
     try:
         known = dict(read_json(path))
     except (CheckpointError, TypeError, ValueError):
         known = {}
-    write_json(path, known | {folder.name: step})
+    write_json(path, known | {_name_in_run(folder, checkpoints): step})
+
+
+def _name_in_run(folder: Path, checkpoints: Path) -> str:
+    return folder.relative_to(checkpoints.parent).as_posix()  # "." or "best", whatever the run is called
 
 
 def _full_shape(parameter: Tensor) -> tuple[int, ...]:
