@@ -75,11 +75,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
     def launch(command: list[Any], **environment: str) -> Job:
         log = tmp_path / f"job-{len(jobs)}.txt"
-        variables = (
-            os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LDMSEG_TEST_JOB": str(log)} | environment
-        )
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            variables.pop(name, None)
+        launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        variables = {name: value for name, value in os.environ.items() if name not in launchers}
+        variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LDMSEG_TEST_JOB": str(log)} | environment
         with log.open("w") as output:
             process = subprocess.Popen(
                 list(map(str, command)), cwd=ROOT, env=variables, stdout=output, stderr=output, start_new_session=True
