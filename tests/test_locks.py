@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ldmseg_fast import cli
 from ldmseg_fast.errors import InUseError
 from ldmseg_fast.locks import LOCK, only_writer
 
@@ -106,3 +107,22 @@ def test_a_full_disk_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "pwrite", full)
     with only_writer(tmp_path, "x", "y"):
         pass
+
+
+@pytest.mark.parametrize("command", ["evaluate", "merge", "demo"])
+def test_a_command_waits_for_nobody(
+    command: str, model_dir: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    arguments = {
+        "evaluate": ["evaluate", model_dir, "--data", scenes, "--steps", "1", "--limit", "1", "--out", out],
+        "merge": ["data", "merge", out, f"{scenes}:val2017"],
+        "demo": ["demo", "--out", out, "--minutes", "0.01"],
+    }
+    with only_writer(out, "another one", "x"):
+        if command == "demo":
+            (out / "progress.json").write_text("{}")
+        before = sorted(path.name for path in out.rglob("*"))
+        assert cli.main(list(map(str, arguments[command]))) == 2
+        assert f"another one (process {os.getpid()} on" in capsys.readouterr().err
+        assert sorted(path.name for path in out.rglob("*")) == before

@@ -297,7 +297,7 @@ class TrainingCheckpoints:
 
 def _check_free(run: Path) -> None:
     """Raises CheckpointError where a run would replace a model, or files that no run has written."""
-    own = ("model_index.json", "README.md", "config.json", "settings.txt", "logs", "best", "pictures", *COMPONENTS)
+    own = ["model_index.json", "README.md", "config.json", "settings.txt", "logs/log.jsonl", "best", *COMPONENTS]
     there = [name for name in own if (run / name).exists()]
     if "model_index.json" in there:
         raise CheckpointError(f"{run} holds a model, which a new run would replace; take another output_dir")

@@ -241,13 +241,14 @@ def test_two_runs_do_not_share_a_folder(settings: Settings, monkeypatch: pytest.
         assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize("name", ["README.md", "logs", "unet", "model_index.json"])
+@pytest.mark.parametrize("name", ["README.md", "logs/log.jsonl", "unet", "model_index.json"])
 def test_a_folder_with_something_else_in_it(name: str, settings: Settings, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / name).write_text("{}")
     with pytest.raises(CheckpointError, match="take another output_dir"):
         train("autoencoder", settings("run", "train.steps=1"))
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [Path(name).parts[0]]
+    assert (tmp_path / "run" / name).read_text() == "{}"
 
 
 def test_a_run_that_was_killed_early_begins_anew(settings: Settings, tmp_path: Path) -> None:
