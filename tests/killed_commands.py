@@ -1,9 +1,9 @@
 """killed_commands.py COMMAND KILLS FOLDER: kill -9 a command at random moments, start it again, and compare the end.
 
 COMMAND is one of COMMANDS below. Each start is a fork of this process, which has paid for the imports. After each kill
-every file is looked at, and what an earlier start had completed must still be there. The last start goes through; what
-it leaves must equal, bit for bit, what a run without kills left. The last line of the output is JSON: kills, how many
-of them hit a run at work, files lost, half files, leftovers and differences.
+every file is looked at, and what an earlier start had completed must still be there. A start that goes through must
+leave, bit for bit, what a run without kills left; then all begins anew. The last line of the output is JSON: kills,
+starts that went through, files lost, half files, leftovers and differences.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -37,7 +38,8 @@ from ldmseg_fast.training import loop  # noqa: F401  (imported once, for all for
 from tests.conftest import make_model
 
 TINY = Path(__file__).parent / "training" / "tiny.yaml"
-TEMPORARY = (".ldmseg-", ".new-", ".old-")
+TEMPORARY = (".ldmseg", ".new-", ".old-")
+MANIFEST = "manifest.json"
 Main = Callable[[list[str]], int]
 
 
@@ -46,8 +48,8 @@ class Campaign:
     """Holds what a campaign found.
 
     Attributes:
-        kills: all of them.
-        at_work: those that came before the command had ended.
+        kills: of commands at work.
+        ends: starts that went through.
         lost: complete files that were gone after a kill.
         half: files that cannot be read, but for temporary ones.
         left: temporary files after the last start.
@@ -55,11 +57,28 @@ class Campaign:
     """
 
     kills: int = 0
-    at_work: int = 0
+    ends: int = 0
     lost: list[str] = field(default_factory=list)
     half: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
+
+    def look_at_kill(self, folder: Path, complete: set[str]) -> set[str]:
+        """Looks for half and lost files; `complete` were there before. Returns which are there now."""
+        there = {name: path for name, path in files(folder).items() if not is_temporary(name)}
+        self.half += [name for name, path in there.items() if is_half(path)]
+        kept = {name for name in complete if not name.startswith("checkpoints/step-")}
+        self.lost += sorted(kept - there.keys())
+        newest, now = (max((n for n in names if n.endswith(MANIFEST)), default="") for names in (complete, there))
+        self.lost += [newest] if newest > now else []
+        return set(there)
+
+    def look_at_end(self, whole: Path, folder: Path, skipped: tuple[str, ...]) -> None:
+        """Compares what a start that went through has left with what a run without kills has."""
+        self.ends += 1
+        self.left += [name for name in files(folder) if is_temporary(name)]
+        first, second = compared(whole, skipped), compared(folder, skipped)
+        self.different += sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
     def counts(self) -> dict[str, int]:
         return {key: value if isinstance(value, int) else len(value) for key, value in vars(self).items()}
@@ -258,24 +277,18 @@ def campaign(name: str, kills: int, folder: Path) -> Campaign:
     seconds = finish(start(main, arguments(whole), log, ranks), log)
     found, rng = Campaign(), random.Random(name)
     complete: set[str] = set()
-    for _ in range(kills):
+    while found.kills < kills:
         processes = start(main, arguments(killed), log, ranks)
         time.sleep(rng.uniform(0.0, seconds))
+        if not kill(processes, rng):  # it had come to its end, which is looked at; then all begins anew
+            found.look_at_end(whole, killed, skipped)
+            shutil.rmtree(killed)
+            complete, seconds = set(), 0.9 * seconds
+            continue
         found.kills += 1
-        found.at_work += kill(processes, rng)
-        there = {name: path for name, path in files(killed).items() if not is_temporary(name)}
-        found.half += [name for name, path in there.items() if is_half(path)]
-        kept = {name for name in complete if not name.startswith("checkpoints/step-")}
-        found.lost += sorted(kept - there.keys())
-        newest = max((name for name in complete if name.endswith("manifest.json")), default="")
-        found.lost += (
-            [newest] if newest > max((name for name in there if name.endswith("manifest.json")), default="") else []
-        )
-        complete = {name for name in there if not name.endswith(".lock")}
+        complete = found.look_at_kill(killed, complete)
     finish(start(main, arguments(killed), log, ranks), log)
-    found.left = [name for name in files(killed) if is_temporary(name) or name.endswith(".lock")]
-    first, second = compared(whole, skipped), compared(killed, skipped)
-    found.different = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+    found.look_at_end(whole, killed, skipped)
     return found
 
 
