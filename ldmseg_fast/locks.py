@@ -46,17 +46,29 @@ def only_writer(folder: str | Path, what: str, cure: str, make: bool = True) -> 
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    descriptor = _take(path, folder, what, cure)
+    with own_descriptor(_take(path, folder, what, cure)):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # something was written
+                    folder.rmdir()
+
+
+@contextmanager
+def own_descriptor(descriptor: int) -> Iterator[None]:
+    """Closes a locked file's descriptor at the end, and in processes that are forked inside the `with` block.
+
+    A loader's process must not keep a lock that its dead parent had.
+    """
     _held.add(descriptor)
     try:
         yield
     finally:
-        _held.discard(descriptor)
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-        if is_new:
-            with contextlib.suppress(OSError):  # something was written
-                folder.rmdir()
+        if descriptor in _held:  # a fork has closed it already
+            _held.remove(descriptor)
+            os.close(descriptor)
 
 
 def _take(path: Path, folder: Path, what: str, cure: str) -> int:
@@ -118,7 +130,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _let_go() -> None:
-    """A loader's process must not keep a lock that its dead parent had."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ldmseg_fast.locks import own_descriptor
+
 NAME = re.compile(r"\.ldmseg-[0-9a-f]{12}\.tmp")
 NEW, OLD = "new", "old"  # in a temporary folder: what is being written, and what it replaces
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2(2)
@@ -60,10 +62,8 @@ def _held(folder: Path, make: Callable[[Path], int]) -> Iterator[Path]:
         if _is_at(descriptor, path):
             break
         os.close(descriptor)
-    try:
+    with own_descriptor(descriptor):
         yield path
-    finally:
-        os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -23,7 +23,8 @@ LAYERS = (
     ("kernels",),
     ("outputs",),
     ("config", "files"),
-    ("temporary", "locks"),
+    ("temporary",),
+    ("locks",),
     ("errors", "native"),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
