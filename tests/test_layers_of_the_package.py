@@ -21,8 +21,11 @@ LAYERS = (
     ("checkpoints", "panoptic"),
     ("models", "diffusion", "distributed"),
     ("kernels",),
+    ("outputs",),
     ("config",),
     ("files",),
+    ("temporary",),
+    ("locks",),
     ("errors", "native", "threads"),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}

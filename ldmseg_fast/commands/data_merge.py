@@ -13,6 +13,8 @@ from PIL import Image
 from ldmseg_fast.data.folders import find_split
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import replacing
+from ldmseg_fast.locks import only_writer
+from ldmseg_fast.outputs import check_outputs
 from ldmseg_fast.panoptic.annotations import load_panoptic_json
 
 OBJECT = {"id": 1, "name": "object", "supercategory": "object", "isthing": 1, "color": [220, 20, 60]}
@@ -32,12 +34,22 @@ def merge_splits(out: str | Path, sources: Sequence[str], split: str = "train201
     Raises:
         DataError: a source that is not there, lacks files or is written otherwise, or a split that OUT has already.
         PanopticFormatError: a source's JSON that no command reads, see `load_panoptic_json`.
+        ArgumentError: OUT's pictures or maps would lie among a source's.
+        InUseError: another merge writes into OUT.
     """
     out = Path(out)
     path = out / "annotations" / f"panoptic_{split}.json"
     if path.exists():
         raise DataError(f"{path} is there already; choose another folder or --split")
     parts = [_parse(source) for source in sources]
+    folders = {"pictures of OUT": out / split, "maps of OUT": out / f"panoptic_{split}"}
+    splits = [find_split(root, name) for root, name, _ in parts]
+    check_outputs({}, folders, inputs=[folder for each in splits for folder in (each.images, each.maps)])
+    with only_writer(out, "a merge", "or choose another folder"):
+        return _merge(out, parts, split, path)
+
+
+def _merge(out: Path, parts: Sequence[tuple[str, str, int]], split: str, path: Path) -> int:
     content: dict[str, Any] = {"info": {}, "images": [], "annotations": [], "categories": [OBJECT]}
     links: dict[Path, Path] = {}
     for number, (root, name, limit) in enumerate(parts):

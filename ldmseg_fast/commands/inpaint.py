@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldmseg_fast.commands.options import add_backend_arguments
+from ldmseg_fast.commands.options import add_backend_arguments, model_folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +27,11 @@ def run(args: argparse.Namespace) -> int:
     from ldmseg_fast.commands.predict import check_results, image_id, write_result
     from ldmseg_fast.data.folders import open_image, read_image
     from ldmseg_fast.errors import DataError
+    from ldmseg_fast.outputs import check_outputs
     from ldmseg_fast.panoptic.format import read_panoptic_png
     from ldmseg_fast.pipeline import LDMSegPipeline
 
+    check_outputs({}, {"--out": args.out}, roots=[*model_folders(args.model_dir), args.engine_dir])
     check_results([args.image], args.out, keep=[args.map, *filter(None, [args.known])])
     image = read_image(args.image)
     segmentation = read_panoptic_png(args.map)

@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldmseg_fast.commands.options import add_backend_arguments
+from ldmseg_fast.commands.options import add_backend_arguments, model_folders
 from ldmseg_fast.data.folders import read_image
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.files import replacing
 from ldmseg_fast.inference.ensemble import EnsembleResult
+from ldmseg_fast.outputs import check_outputs, check_replaced
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
@@ -68,6 +69,7 @@ def check_results(files: Sequence[Path], out: Path, keep: Sequence[Path] = ()) -
                 )
             if name in pictures:
                 raise ArgumentError(f"{pictures[name]} would be replaced by the result of {file}; choose another --out")
+    check_replaced(map(out.joinpath, names), (*files, *keep))
 
 
 def image_id(file: Path) -> str:
@@ -193,6 +195,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Segments the pictures and returns 0."""
+    check_outputs({}, {"--out": args.out}, roots=[*model_folders(args.model_dir), args.engine_dir])
     files = find_pictures(args.images)
     pipe = LDMSegPipeline.from_pretrained(
         args.model_dir, args.backend, args.engine_dir, image_size=args.size, cuda_graph=args.cuda_graph

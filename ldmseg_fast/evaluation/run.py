@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,20 @@ class Pass:
                 bar.update(len(batch))
 
 
+def _one_at_a_time(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Lets one evaluation at a time write into `options.out`."""
+
+    @wraps(function)
+    def alone(model_dir: str | Path, data: str | Path, options: EvaluationOptions) -> dict[str, Any]:
+        if options.out is None:
+            return function(model_dir, data, options)
+        with distributed.only_writer_on_main(options.out, "an evaluation", "or choose another folder"):
+            return function(model_dir, data, options)
+
+    return alone
+
+
+@_one_at_a_time
 def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions) -> dict[str, Any]:
     """Measures the panoptic quality of a model, or of a mask auto-encoder's reconstructions, over a split.
 
@@ -78,6 +92,7 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
     Raises:
         CheckpointError, BackendError, DataError: a folder that is not what it should be.
         ArgumentError: options that contradict the model, or the results that `options.out` holds already.
+        InUseError: another evaluation writes into `options.out`.
     """
     model_dir = resolve_model_dir(model_dir)
     thresholds = resolve_thresholds(model_dir, options)

@@ -14,6 +14,7 @@ from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 from ldmseg_fast.files import replacing
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
 from ldmseg_fast.panoptic.shapes import segment_shapes
+from ldmseg_fast.temporary import clear_once
 
 _IN_NO_NAME = re.compile(r"[\x00-\x1f\x7f/\\]")  # separators and control characters
 _COCO_KEYS = ("id", "category_id", "iscrowd", "area", "bbox", "score")
@@ -67,6 +68,7 @@ class ResultsWriter:
         self.categories = [dict(category) for category in categories]
         self.settings = json.loads(json.dumps(settings or {}))  # as it will be read back
         self.png_folder.mkdir(parents=True, exist_ok=True)
+        clear_once(self.png_folder)
         journal = self.folder / f".{name}.{distributed.rank() if rank is None else rank}.jsonl"
         _drop_torn_line(journal)
         entries = self._entries()
