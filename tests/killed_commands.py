@@ -249,7 +249,8 @@ class Commands:
 
         def main(arguments: list[str]) -> int:
             done = (Path(arguments[2]) / "annotations" / "panoptic_train2017.json").is_file()
-            return 0 if done else cli.main(arguments)
+            code = cli.main(arguments)
+            return 0 if done and code == 2 else code  # a merge that is there is refused
 
         return main, lambda out: ["data", "merge", str(out), *sources], ()
 

@@ -39,8 +39,6 @@ def merge_splits(out: str | Path, sources: Sequence[str], split: str = "train201
     """
     out = Path(out)
     path = out / "annotations" / f"panoptic_{split}.json"
-    if path.exists():
-        raise DataError(f"{path} is there already; choose another folder or --split")
     parts = [_parse(source) for source in sources]
     folders = {"pictures of OUT": out / split, "maps of OUT": out / f"panoptic_{split}"}
     splits = [find_split(root, name) for root, name, _ in parts]
@@ -50,6 +48,8 @@ def merge_splits(out: str | Path, sources: Sequence[str], split: str = "train201
 
 
 def _merge(out: Path, parts: Sequence[tuple[str, str, int]], split: str, path: Path) -> int:
+    if path.exists():
+        raise DataError(f"{path} is there already; choose another folder or --split")
     content: dict[str, Any] = {"info": {}, "images": [], "annotations": [], "categories": [OBJECT]}
     links: dict[Path, Path] = {}
     for number, (root, name, limit) in enumerate(parts):
