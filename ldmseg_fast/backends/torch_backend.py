@@ -17,6 +17,7 @@ from ldmseg_fast.backends.graphs.specs import GraphOptions, denoiser
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, compile_frozen, pack_weights
 from ldmseg_fast.checkpoints.model_folder import load_component
+from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import warn_if_emulated
 from ldmseg_fast.models.attention import check_backend
@@ -82,6 +83,8 @@ class TorchBackend(DdimBackend):
 
     def _load(self, name: str, attention: str = "auto") -> Any:
         module = load_component(self.info.folder, name, attention)
+        if self.dtype == torch.float16:
+            check_finite(module.state_dict(), str(self.info.folder / name), self.dtype)
         return module.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()

@@ -16,28 +16,13 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import __version__
-from ldmseg_fast.checkpoints.tensors import WEIGHTS, load_state, load_weights, save_weights
-from ldmseg_fast.config import (
-    ConditioningConfig,
-    ImageEncoderConfig,
-    MaskVAEConfig,
-    PostprocessConfig,
-    SchedulerConfig,
-    UNetConfig,
-    from_dict,
-    to_dict,
-)
+from ldmseg_fast.checkpoints.schema import COMPONENTS, ModelIndex, check_component, checked, read_settings
+from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, check_state, load_state, load_weights, save_weights
+from ldmseg_fast.config import PostprocessConfig, from_dict, to_dict
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.files import inside, read_json, replace_folder, write_json
+from ldmseg_fast.files import inside, replace_folder, write_json
 
 FORMAT_VERSION = 1
-COMPONENTS = {
-    "unet": UNetConfig,
-    "mask_vae": MaskVAEConfig,
-    "image_vae": ImageEncoderConfig,
-    "scheduler": SchedulerConfig,
-    "conditioning": ConditioningConfig,
-}
 
 
 def save_component(
@@ -86,7 +71,7 @@ def load_index(folder: str | Path) -> dict[str, Any]:
     """Reads `model_index.json` of a model folder.
 
     Raises:
-        CheckpointError: no such folder, no model folder, or a format this version does not read.
+        CheckpointError: no such folder, no model folder, a format this version does not read, or values that cannot be.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -95,15 +80,16 @@ def load_index(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: no model_index.json in it, so it is no model folder; train or convert one first"
         )
-    index = read_json(inside(folder, folder / "model_index.json"))
-    version = index.get("format_version") if isinstance(index, dict) else None
-    if version != FORMAT_VERSION:
+    path = inside(folder, folder / "model_index.json")
+    index = read_settings(path)
+    version = index.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
         known = "newer" if isinstance(version, int) and version > FORMAT_VERSION else "foreign or older"
         cure = "update ldmseg_fast" if known == "newer" else "convert it again with `ldmseg convert`"
         raise CheckpointError(
             f"{folder}: {known} model format {version!r}, this version reads {FORMAT_VERSION}; {cure}"
         )
-    return index
+    return checked(ModelIndex, index, str(path), ours=True)
 
 
 def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str, Any]]:
@@ -113,14 +99,13 @@ def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str,
         CheckpointError: a file that is missing, or holds other settings than there are.
     """
     path = inside(Path(folder), Path(folder) / name / "config.json")
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: a mapping of settings expected; save the model again")
+    values = read_settings(path)
     extra = {key: values.pop(key) for key in list(values) if key.startswith("_")}
     try:
-        return from_dict(COMPONENTS[name], values), extra
+        config: Any = from_dict(COMPONENTS[name], values)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    return config, check_component(name, config, extra, str(path))
 
 
 def load_component(folder: str | Path, name: str, attention: str = "auto") -> Any:
@@ -141,21 +126,24 @@ def load_component(folder: str | Path, name: str, attention: str = "auto") -> An
 
     config, extra = load_component_config(folder, name)
     path = inside(Path(folder), Path(folder) / name / WEIGHTS)
-    module: Any
+    state = load_weights(path)
+
+    def build() -> Any:
+        if name == "unet":
+            return UNet(config, attention)
+        if name == "mask_vae":
+            return MaskVAE(config)
+        if name == "image_vae":
+            return build_image_encoder(config, extra.get("_vae_config"))
+        unet, tokenizer = load_component_config(folder, "unet")[0], path.parent / "tokenizer"
+        return build_conditioning(unet, config, extra.get("_clip_config"), tokenizer)
+
+    with torch.device("meta"), at_most(state, str(path)):  # no random numbers for weights that are read anyway
+        module = build()
     if name == "conditioning":  # transformers' models have buffers that no file holds
-        tokenizer = path.parent / "tokenizer"
-        module = build_conditioning(
-            load_component_config(folder, "unet")[0], config, extra.get("_clip_config"), tokenizer
-        )
-    else:
-        with torch.device("meta"):  # no random numbers for weights that are read anyway
-            if name == "unet":
-                module = UNet(config, attention)
-            elif name == "mask_vae":
-                module = MaskVAE(config)
-            else:
-                module = build_image_encoder(config, extra.get("_vae_config"))
-    load_state(module, load_weights(path), str(path))
+        check_state(module.state_dict(), state, str(path))
+        module = build()
+    load_state(module, state, str(path))
     return module.eval().requires_grad_(False)
 
 
