@@ -35,6 +35,8 @@ def save_component(
 ) -> None:
     """Writes one component of a model folder beside the old one, and then puts it in its place.
 
+    Files that others have put into the old one come along.
+
     Args:
         folder: the model folder.
         name: of the component.
@@ -47,7 +49,8 @@ def save_component(
         OSError: the folder cannot be written; the old component stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.new.{os.getpid()}"
+    final = (folder / name).resolve()  # a link stays one
+    temporary = final.with_name(f".{name}.new.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -56,9 +59,62 @@ def save_component(
         if write_files is not None:
             write_files(temporary)
         write_json(temporary / "config.json", to_dict(config) | (extra or {}))
-        replace_folder(temporary, folder / name)
+        _keep_others(final, temporary)
+        replace_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # what a full disk has left of it
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Copies what only `old` has."""
+    for path in sorted(old.iterdir()) if old.is_dir() else ():
+        copy = new / path.name
+        if path.name == WEIGHTS or copy.exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, copy, symlinks=True)
+        else:
+            shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def copy_model(folder: Path, target: Path) -> None:
+    """Copies a model folder, bit for bit: index, card, licence, and the components that the index lists.
+
+    What else lies there is no part of the model: a run's checkpoints and logs, files of the user's. The index comes
+    last, so that a copy that was interrupted is no model folder.
+
+    Args:
+        folder: the model folder.
+        target: must not exist, or be an empty folder.
+
+    Raises:
+        FileExistsError: `target` holds something.
+        CheckpointError: a link out of `folder`.
+        OSError: a full disk; `target` is empty then.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        kind = "not empty" if target.is_dir() else "a file"
+        raise FileExistsError(f"{target}: {kind}; choose another folder, or remove it first")
+    index = load_index(folder)
+    known = [folder / name for name in CARDS if (folder / name).is_file()]
+    if "id_assignment" not in index and (folder / "config.json").is_file():
+        known.append(folder / "config.json")  # of the run, which says it
+    known += [path for name in index["components"] for path in sorted((folder / name).rglob("*")) if not path.is_dir()]
+    target.mkdir(parents=True, exist_ok=True)
+    temporary = target / f".new.{os.getpid()}"
+    try:
+        for path in known:
+            copy = temporary / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(inside(folder, path), copy)
+        for path in sorted(temporary.iterdir()):
+            path.rename(target / path.name)
+        shutil.copy2(inside(folder, folder / "model_index.json"), target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+CARDS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
 
 def save_index(folder: Path, components: list[str], settings: dict[str, Any]) -> None:

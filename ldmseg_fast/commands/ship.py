@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import load_index
+from ldmseg_fast.checkpoints.schema import COMPONENTS
 from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, load_weights, save_weights
 from ldmseg_fast.config import PRESETS, to_dict
 from ldmseg_fast.errors import CheckpointError
@@ -77,9 +78,16 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
             something else than a shipped model in `out`.
     """
     index = load_index(run_dir)
+    out = out.resolve()  # a link stays one
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if held and ("model_index.json" not in held or held & {"logs", "checkpoints"}):
-        raise CheckpointError(f"{out}: holds something else than a shipped model; choose another folder, or empty it")
+    others = sorted(held - {"model_index.json", "README.md", *COMPONENTS})
+    if held and ("model_index.json" not in held or others):
+        raise CheckpointError(
+            f"{out}: holds something else than a shipped model ({', '.join(others[:5]) or 'no index'}); choose another "
+            f"folder, or empty it"
+        )
+    if out == run_dir.resolve():
+        raise CheckpointError(f"{out}: would be replaced by its own smaller copy; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     temporary.chmod(0o755)
