@@ -9,6 +9,7 @@ from typing import Any
 from ldmseg_fast.checkpoints.schema import KLSettings, Texts, check_component, checked, read_settings
 from ldmseg_fast.config import SchedulerConfig, from_dict
 from ldmseg_fast.config.settings import Width, Widths
+from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import inside
 
@@ -129,7 +130,7 @@ def unet_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
     heads = heads * len(widths) if key in listed or key not in found else heads
     down, up = merged["down_block_types"], merged["up_block_types"]
     wrong = [
-        f"{key}={values[key]!r} (only {value!r} is known)"
+        f"{key}={shown(values[key])} (only {value!r} is known)"
         for key, value in UNET_REQUIRED.items()
         if values.get(key, value) != value
     ]
@@ -140,7 +141,9 @@ def unet_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
         else:
             merged[key] = numbers.pop()
     if not set(down) <= set(DOWN_BLOCKS) or not set(up) <= set(UP_BLOCKS):
-        wrong.append(f"down_block_types={down}, up_block_types={up} (only Stable Diffusion's block types are known)")
+        wrong.append(
+            f"down_block_types={shown(down)}, up_block_types={shown(up)} (only Stable Diffusion's block types are known)"
+        )
     elif [DOWN_BLOCKS[kind] for kind in down] != [UP_BLOCKS[kind] for kind in reversed(up)]:
         wrong.append(f"up_block_types={up} do not mirror down_block_types={down}")
     elif not len(widths) == len(down) == len(heads):

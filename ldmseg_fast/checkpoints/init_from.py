@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -101,9 +102,10 @@ def _stable_diffusion(config: Config, folder: Path) -> Start:
     _check_input(int(values.get("in_channels") or 4), structure["out_channels"], config, f"{source}/unet/config.json")
     unet = _adopt(config.unet, UNetConfig(), structure, "unet.", source)
     scheduler = config.scheduler
-    file = next((f for f in ("scheduler_config.json", "config.json") if (folder / "scheduler" / f).is_file()), None)
+    files = [folder / "scheduler" / name for name in ("scheduler_config.json", "config.json")]
+    file = next((file for file in files if os.path.lexists(file)), None)
     if file is not None:
-        path = inside(folder, folder / "scheduler" / file)
+        path = inside(folder, file)
         scheduler = _adopt_defaults(scheduler, SchedulerConfig(), scheduler_settings(read_settings(path), str(path)))
     else:
         warnings.warn(

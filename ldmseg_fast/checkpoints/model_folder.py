@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import __version__
-from ldmseg_fast.checkpoints.schema import COMPONENTS, ModelIndex, check_component, checked, read_settings
+from ldmseg_fast.checkpoints.schema import COMPONENTS, REQUIRED, ModelIndex, check_component, checked, read_settings
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, check_state, load_state, load_weights, save_weights
 from ldmseg_fast.config import PostprocessConfig, from_dict, to_dict
+from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.files import inside, replace_folder, write_json
 
@@ -143,7 +144,7 @@ def load_index(folder: str | Path) -> dict[str, Any]:
         known = "newer" if isinstance(version, int) and version > FORMAT_VERSION else "foreign or older"
         cure = "update ldmseg_fast" if known == "newer" else "convert it again with `ldmseg convert`"
         raise CheckpointError(
-            f"{folder}: {known} model format {version!r}, this version reads {FORMAT_VERSION}; {cure}"
+            f"{folder}: {known} model format {shown(version)}, this version reads {FORMAT_VERSION}; {cure}"
         )
     return checked(ModelIndex, index, str(path), ours=True)
 
@@ -157,6 +158,9 @@ def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str,
     path = inside(Path(folder), Path(folder) / name / "config.json")
     values = read_settings(path)
     extra = {key: values.pop(key) for key in list(values) if key.startswith("_")}
+    missing = [key for key in REQUIRED[name] if key not in values]
+    if missing:
+        raise CheckpointError(f"{path}: damaged, no {', '.join(missing)} in it; copy it or save the model again")
     try:
         config: Any = from_dict(COMPONENTS[name], values)
     except ConfigError as error:

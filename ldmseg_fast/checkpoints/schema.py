@@ -33,6 +33,14 @@ COMPONENTS = {
     "scheduler": SchedulerConfig,
     "conditioning": ConditioningConfig,
 }
+# what every version has written: without one of these a file is damaged, and a default would be another model
+REQUIRED = {
+    "unet": ("in_channels", "out_channels", "block_out_channels", "attention", "num_heads", "norm_groups", "norm_eps"),
+    "mask_vae": ("num_bits", "num_slots", "latent_channels", "widths", "norm_groups", "scaling_factor"),
+    "image_vae": ("kind", "latent_channels", "downsampling", "scaling_factor"),
+    "scheduler": ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type"),
+    "conditioning": (),
+}
 MAX_BYTES = 64 << 20  # of a JSON; the index of a very large model's shards is far smaller
 Names = Annotated[tuple[Literal["unet", "mask_vae", "image_vae", "scheduler", "conditioning"], ...], Length(1, 5)]
 Texts = Annotated[tuple[str, ...], Length(1, 16)]
@@ -125,7 +133,7 @@ def checked(kind: type, values: dict[str, Any], source: str, *, ours: bool = Fal
         near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.85)
         if near and near[0] not in values:
             raise CheckpointError(f"{source}: unknown setting {key[:100]}; did you mean {near[0]}?")
-    known = {key: values[key] for key in names if values.get(key) is not None}
+    known = {key: values[key] for key in names if key in values and (ours or values[key] is not None)}
     try:
         found = asdict(from_dict(kind, known))
     except ConfigError as error:
