@@ -137,15 +137,16 @@ def unet_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
     for key in ("layers_per_block", "transformer_layers_per_block"):
         numbers = set(merged[key]) if isinstance(merged[key], list) else {merged[key]}
         if len(numbers) != 1:
-            wrong.append(f"{key}={merged[key]!r} (one number for all blocks is known)")
+            wrong.append(f"{key}={shown(merged[key])} (one number for all blocks is known)")
         else:
             merged[key] = numbers.pop()
     if not set(down) <= set(DOWN_BLOCKS) or not set(up) <= set(UP_BLOCKS):
         wrong.append(
-            f"down_block_types={shown(down)}, up_block_types={shown(up)} (only Stable Diffusion's block types are known)"
+            f"down_block_types={shown(down)}, up_block_types={shown(up)} "
+            f"(only Stable Diffusion's block types are known)"
         )
     elif [DOWN_BLOCKS[kind] for kind in down] != [UP_BLOCKS[kind] for kind in reversed(up)]:
-        wrong.append(f"up_block_types={up} do not mirror down_block_types={down}")
+        wrong.append(f"up_block_types={shown(up)} do not mirror down_block_types={shown(down)}")
     elif not len(widths) == len(down) == len(heads):
         wrong.append(f"{len(widths)} block_out_channels, {len(down)} down_block_types, {len(heads)} head counts")
     else:

@@ -50,8 +50,7 @@ def save_component(
         OSError: the folder cannot be written; the old component stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = (folder / name).resolve()  # a link stays one
-    temporary = final.with_name(f".{name}.new.{os.getpid()}")
+    final, temporary = folder / name, folder / f".{name}.new.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -61,6 +60,8 @@ def save_component(
             write_files(temporary)
         write_json(temporary / "config.json", to_dict(config) | (extra or {}))
         _keep_others(final, temporary)
+        if final.is_symlink():
+            final.unlink()  # what it leads to stays as it is
         replace_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # what a full disk has left of it

@@ -6,8 +6,8 @@ from typing import Any
 
 from ldmseg_fast.errors import ConfigError
 
-MAX_CHARACTERS = 1 << 20
-MAX_VALUES = 100_000  # with every alias written out; a run has about two hundred settings
+MAX_CHARACTERS = 1 << 16
+MAX_VALUES = 10_000  # with every alias written out; a run has about two hundred settings
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -24,9 +24,9 @@ def parse_yaml(text: str, source: str) -> Any:
     import yaml
 
     if len(text) > MAX_CHARACTERS:
-        raise ConfigError(f"{source}: {len(text) >> 20} MiB of settings; a run's are a few hundred lines")
-    loader = yaml.SafeLoader(text)
+        raise ConfigError(f"{source}: {len(text) >> 10} KiB of settings; a run's are a few")
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return None
@@ -40,8 +40,6 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not readable as YAML or JSON ({reason})") from None
     except RecursionError:
         raise ConfigError(f"{source}: lists in lists without end; settings are two levels deep") from None
-    finally:
-        loader.dispose()
 
 
 def _count(node: Any, known: dict[int, int], source: str) -> int:

@@ -62,6 +62,8 @@ ZERO = {
     *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
     *("save_muon_momentum_buffer_in_memory",),
 }
+ZERO_SECTIONS = {"offload_param", "offload_optimizer", "zenflow", "leaf_module"}
+SIZES = ("_size", "_threshold", "_alignment", "_per_print", "_distance", "stage")
 BUCKET = 50_000_000  # elements that ZeRO reduces or gathers at a time
 OFF: tuple[Any, ...] = ({}, None, {"enabled": False})  # sections that change nothing
 
@@ -120,10 +122,12 @@ def read_user_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{source}: no JSON ({error})") from None
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number])]
-        if twice:
-            raise ConfigError(f"{source}: {twice[0][:100]} is there twice; leave one of them")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ConfigError(f"{source}: {key[:100]} is there twice; leave one of them")
+            found[key] = value
+        return found
 
     def not_finite(name: str) -> Any:
         raise ConfigError(f"{source}: {name} is no setting; numbers are finite")
@@ -137,14 +141,32 @@ def read_user_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: a JSON object expected")
     _check_names(values, SECTIONS | VALUES, "", source)
-    for key, value in values.items():
-        if value is not None and value != "auto" and isinstance(value, dict) != (key in SECTIONS):
-            kind = "a section {...}" if key in SECTIONS else "a single value"
-            raise ConfigError(f"{source}: {key}={shown(value)}: {kind} expected")
+    _check_kinds(values, SECTIONS, "", source)
     zero = values.get("zero_optimization")
     if isinstance(zero, dict):
         _check_names(zero, ZERO, "zero_optimization.", source)
+        _check_kinds(zero, ZERO_SECTIONS, "zero_optimization.", source)
     return values
+
+
+def _check_kinds(values: dict[str, Any], sections: set[str], prefix: str, source: str) -> None:
+    """Raises ConfigError for a section that is none, a number that is not positive, a switch that is neither."""
+    for key, value in values.items():
+        if value is None or value == "auto":
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key in sections:
+            right, kind = isinstance(value, dict), "a section {...}"
+            if right and not isinstance(value.get("enabled", False), (bool, str)):
+                raise ConfigError(f"{source}: {prefix}{key}.enabled={shown(value['enabled'])}: true or false expected")
+        elif key.endswith("data_type") or key == "gradient_allreduce_op":
+            right, kind = isinstance(value, str), "text"
+        elif key.startswith(("train_", "gradient_", "max_", "stage3_max_")) or key.endswith(SIZES):
+            right, kind = number and 0 <= value < 10**15, "a number from 0 on"
+        else:
+            right, kind = isinstance(value, bool), "true or false"
+        if not right:
+            raise ConfigError(f"{source}: {prefix}{key}={shown(value)}: {kind} expected")
 
 
 def _check_names(values: dict[str, Any], known: set[str], prefix: str, source: str) -> None:
@@ -172,7 +194,9 @@ def merge_user_config(derived: dict[str, Any], user: dict[str, Any], clip: float
             _put(merged, key, value)
         elif ours.get(key) != value and not _is_off(user, rule):
             has = ours.get(key)
-            conflicts.append(f"{key} is {value!r} there{'' if has is None else f' and {has!r} here'}: set {OURS[rule]}")
+            conflicts.append(
+                f"{key} is {shown(value)} there{'' if has is None else f' and {has!r} here'}: set {OURS[rule]}"
+            )
     if conflicts:
         raise ConfigError("--deepspeed_config: " + "; ".join(sorted(set(conflicts))) + ", or leave it out there")
     return merged

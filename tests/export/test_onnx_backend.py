@@ -18,7 +18,7 @@ from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.scheduler import Scheduler
-from ldmseg_fast.errors import BackendError
+from ldmseg_fast.errors import BackendError, NonFiniteError
 
 OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
 
@@ -66,6 +66,16 @@ def test_maps_too_large_for_the_head_come_from_the_logits(pipes, monkeypatch):
     monkeypatch.setattr(backend, "specs", specs)
     with pytest.raises(BackendError, match=r"a map of 90x70 pixels: .* export them with --head both"):
         backend.decode_mask(latents, (70, 90))
+
+
+def test_logits_that_are_not_finite_are_no_map(pipes):
+    backend = pipes[1].backend
+    latents = torch.zeros(2, 4, 16, 16)
+    backend.decode_mask(latents, (70, 90))
+    latents[1, 2, 3, 4] = float("nan")
+    for output in ("panoptic", "logits"):
+        with pytest.raises(NonFiniteError, match="mask_decoder: slot logits are not finite"):
+            backend.decode_mask(latents, (70, 90), output)
 
 
 def test_a_callback_sees_every_step(pipes, pictures):
