@@ -23,7 +23,7 @@ def require_finite(finite: Tensor | bool, what: str, info: ModelInfo, dtype: tor
     """Reads what `all_finite` returned, a bool [], which waits for the device.
 
     Args:
-        finite: whether the values are.
+        finite: whether the values are, such as latents float [B, C, h, w].
         what: the network and what it computes, for the error.
         info: of the model.
         dtype: that the network ran in.

@@ -56,9 +56,14 @@ def try_folders(good: Path, out: Path, seeds: range) -> dict[str, int]:
         except Exception as error:
             raise AssertionError(f"seed {seed}: {note}") from error
         counts["loaded" if said == "loaded" else "refused"] += 1
-        counts["slow"] += time.monotonic() - begun > SECONDS
-        counts["large"] += resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > MEBIBYTES << 10
-        counts["unclear"] += "\n" in said or len(said) > 2000
+        wrong = {
+            "slow": time.monotonic() - begun > SECONDS,
+            "large": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > MEBIBYTES << 10,
+            "unclear": "\n" in said or len(said) > 2000,
+        }
+        for kind in (kind for kind, found in wrong.items() if found):
+            counts[kind] += 1
+            print(f"seed {seed} is {kind}: {note}: {said[:300]}")
         for path in out.glob(f"model-{seed}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return counts
