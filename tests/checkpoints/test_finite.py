@@ -46,6 +46,10 @@ def test_no_command_takes_a_model_with_one_nan(name, model_dir, scenes, tmp_path
     out = tmp_path / "out"
     commands = {
         "predict": [str(folder), str(tmp_path / "a.png"), "--out", str(out)],
+        "inpaint": [
+            *(str(folder), "--image", str(tmp_path / "a.png"), "--map", str(tmp_path / "map.png")),
+            *("--unknown-id", "0", "--out", str(out)),
+        ],
         "evaluate": [str(folder), "--data", str(scenes), "--limit", "1", "--json", str(out / "report.json")],
     }
     for command, arguments in commands.items():
