@@ -23,6 +23,7 @@ from ldmseg_fast.backends.graphs.modules import build_graph
 from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
+from ldmseg_fast.checkpoints.tensors import WEIGHTS, check_finite, load_weights
 from ldmseg_fast.config import to_dict
 from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.data.coco_panoptic import collate
@@ -33,7 +34,7 @@ from ldmseg_fast.export.output_folder import ExportError, NewFolder, new_folder
 from ldmseg_fast.export.parity import ParityReport, comparison_data, measure_parity
 from ldmseg_fast.export.quantize import OPSET as QUANTISED_OPSET
 from ldmseg_fast.export.quantize import export_quantized, quantize_unet
-from ldmseg_fast.files import write_json
+from ldmseg_fast.files import inside, write_json
 
 QUANTISED = ("fp8", "int8")
 CALIBRATION_IMAGES = 16
@@ -74,6 +75,10 @@ def export_model(
         ExportError, ValueError: settings or a model that cannot be exported.
     """
     info = read_model_info(model_dir)
+    for name in info.index["components"]:
+        weights = info.folder / name / WEIGHTS
+        if weights.exists():  # the last graph's weights are read after minutes of work
+            check_finite(load_weights(inside(info.folder, weights)), str(weights))
     options = resolve_options(info, settings)
     info = info.at_size(options.image_size) if options.image_size else info
     if settings.data is not None:

@@ -12,7 +12,16 @@ from torch import Tensor
 from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
-from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, check_state, expand_int8
+from ldmseg_fast.checkpoints.tensors import (
+    INT8_SCALE,
+    WEIGHTS,
+    at_most,
+    check_finite,
+    check_state,
+    check_weights_file,
+    expand_int8,
+    plain_names,
+)
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import inside
 from ldmseg_fast.models.unet import UNet
@@ -46,11 +55,13 @@ def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
     """
     if name != "unet":
         network: Any = load_component(info.folder, name)
+        check_finite(network.state_dict(), str(info.folder / name / WEIGHTS), dtype)
         return network.to(dtype)
-    with torch.device("meta"):
-        unet = UNet(load_component_config(info.folder, "unet")[0])
     path = inside(info.folder, info.folder / "unet" / WEIGHTS)
-    state = {name: value.to(dtype) for name, value in expand_int8(read_converted(path, dtype)).items()}
+    converted = expand_int8(plain_names(read_converted(path, dtype), str(path)), str(path))
+    state = {name: value.to(dtype) for name, value in converted.items()}
+    with torch.device("meta"), at_most(state, str(path)):
+        unet = UNet(load_component_config(info.folder, "unet")[0])
     check_state(unet.state_dict(), state, str(path))
     unet.load_state_dict(state, assign=True)
     unet.eval().requires_grad_(False).fuse_qkv()
@@ -65,6 +76,7 @@ def read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a file that is missing or damaged.
     """
+    check_weights_file(path)
     try:
         state = {}
         with safe_open(path, framework="pt") as file:

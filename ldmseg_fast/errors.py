@@ -45,7 +45,7 @@ class InUseError(UserError, RuntimeError):
 
 
 class NonFiniteError(UserError, FloatingPointError):
-    """Reports too many steps in a row whose loss or gradients were not finite."""
+    """Reports NaN or infinity: what a network computes, or losses and gradients of too many steps in a row."""
 
 
 class OutOfMemory(UserError, RuntimeError):

@@ -134,7 +134,10 @@ def inside(folder: Path, path: Path) -> Path:
     Raises:
         CheckpointError: a link out of the folder. A download cache's own links, snapshots/ to blobs/, are followed.
     """
-    root, real = folder.resolve(), path.resolve()
+    try:
+        root, real = folder.resolve(), path.resolve()
+    except RuntimeError:  # Python's word for a link that ends in itself
+        raise CheckpointError(f"{path}: a link that leads to itself; put the file in its place") from None
     roots = [root] + [parent.parent.parent / "blobs" for parent in (root, *root.parents) if _is_snapshot(parent)]
     if not any(real.is_relative_to(each) for each in roots):
         raise CheckpointError(f"{path}: a link out of the folder, to {real}; put a copy of the file in its place")

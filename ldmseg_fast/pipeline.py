@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldmseg_fast.backends.backend import Backend
 from ldmseg_fast.backends.load import load_backend
+from ldmseg_fast.checkpoints.model_folder import copy_model
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.solvers import Timesteps
@@ -78,18 +79,12 @@ class LDMSegPipeline:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copies the model folder, bit for bit. Raises FileExistsError where `folder` already holds something."""
-        import shutil
+        """Copies the model itself, bit for bit; see `checkpoints.model_folder.copy_model`.
 
-        target = Path(folder)
-        if target.exists() and any(target.iterdir()):
-            raise FileExistsError(f"{target}: not empty; choose another folder, or remove it first")
-        target.mkdir(parents=True, exist_ok=True)
-        for name in ("model_index.json", "README.md"):
-            if (self.info.folder / name).is_file():
-                shutil.copy2(self.info.folder / name, target)
-        for name in self.info.index["components"]:
-            shutil.copytree(self.info.folder / name, target / name)
+        Raises:
+            FileExistsError: `folder` already holds something.
+        """
+        copy_model(self.info.folder, Path(folder))
 
     @torch.inference_mode()
     def __call__(

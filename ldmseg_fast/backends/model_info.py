@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
+from ldmseg_fast.checkpoints.schema import check_model
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import MaskVAEConfig, PostprocessConfig, SchedulerConfig, UNetConfig, from_dict
-from ldmseg_fast.errors import BackendError, CheckpointError, ConfigError
+from ldmseg_fast.errors import BackendError, CheckpointError
 
 
 @dataclass(frozen=True)
@@ -84,31 +85,41 @@ def read_model_info(model_dir: str | Path) -> ModelInfo:
             f"{folder}: no {', '.join(missing)} in this model folder"
             + ("; it is a mask auto-encoder: train the diffusion stage with model.mask_vae=" + str(folder))
         )
-    try:
-        postprocess = from_dict(PostprocessConfig, index.get("postprocess", {}), "postprocess.")
-        unet = load_component_config(folder, "unet")[0]
-        return ModelInfo(
-            folder=folder,
-            image_size=int(index["image_size"]),
-            num_inference_steps=int(index["num_inference_steps"]),
-            self_condition=bool(index["self_condition"]),
-            image_latent_channels=load_component_config(folder, "image_vae")[0].latent_channels,
-            unet_levels=len(unet.block_out_channels),
-            conditioning=unet.conditioning,
-            mask_vae=load_component_config(folder, "mask_vae")[0],
-            scheduler=load_component_config(folder, "scheduler")[0],
-            postprocess=postprocess,
-            context_shape=_context_shape(folder, unet),
-            index=index,
+    for key in ("image_size", "num_inference_steps", "self_condition"):
+        if index.get(key) is None:
+            raise CheckpointError(f"{folder / 'model_index.json'}: no {key} in it; save the model again")
+    components = {name: load_component_config(folder, name)[0] for name in index["components"]}
+    unet = components["unet"]
+    if unet.conditioning != "none" and "conditioning" not in components:
+        raise CheckpointError(
+            f"{folder}: unet.conditioning={unet.conditioning} and no conditioning among its components"
         )
-    except (KeyError, ConfigError) as error:
-        raise CheckpointError(f"{folder / 'model_index.json'}: {error} is missing or wrong") from None
+    check_model(folder, index, components)
+    return ModelInfo(
+        folder=folder,
+        image_size=index["image_size"],
+        num_inference_steps=index["num_inference_steps"],
+        self_condition=index["self_condition"],
+        image_latent_channels=components["image_vae"].latent_channels,
+        unet_levels=len(unet.block_out_channels),
+        conditioning=unet.conditioning,
+        mask_vae=components["mask_vae"],
+        scheduler=components["scheduler"],
+        postprocess=from_dict(PostprocessConfig, index.get("postprocess", {}), "postprocess."),
+        context_shape=_context_shape(folder, unet),
+        index=index,
+    )
 
 
 def _context_shape(folder: Path, unet: UNetConfig) -> tuple[int, int] | None:
     if unet.conditioning not in ("clip_image", "clip_text"):
         return None
-    clip = load_component_config(folder, "conditioning")[1]["_clip_config"]
+    clip = load_component_config(folder, "conditioning")[1].get("_clip_config") or {}
+    needed = ("max_position_embeddings",) if unet.conditioning == "clip_text" else ("image_size", "patch_size")
+    missing = [key for key in needed if key not in clip]
+    if missing:
+        path = folder / "conditioning" / "config.json"
+        raise CheckpointError(f"{path}: no {', '.join(missing)} in its _clip_config; save the model again")
     if unet.conditioning == "clip_text":
         return clip["max_position_embeddings"], unet.cross_attention_dim
     return (clip["image_size"] // clip["patch_size"]) ** 2 + 1, unet.cross_attention_dim  # patches and the class token

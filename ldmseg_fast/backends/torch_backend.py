@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import DdimBackend
+from ldmseg_fast.backends.finite import all_finite, require_finite
 from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
 from ldmseg_fast.backends.graphs.loop import TorchRunner, use_cuda_graph
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph
@@ -17,6 +18,7 @@ from ldmseg_fast.backends.graphs.specs import GraphOptions, denoiser
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, compile_frozen, pack_weights
 from ldmseg_fast.checkpoints.model_folder import load_component
+from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import warn_if_emulated
 from ldmseg_fast.models.attention import check_backend
@@ -82,6 +84,8 @@ class TorchBackend(DdimBackend):
 
     def _load(self, name: str, attention: str = "auto") -> Any:
         module = load_component(self.info.folder, name, attention)
+        if self.dtype == torch.float16:
+            check_finite(module.state_dict(), str(self.info.folder / name), self.dtype)
         return module.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
@@ -123,12 +127,17 @@ class TorchBackend(DdimBackend):
     ) -> list[PanopticResult] | Tensor:
         """See `Backend.decode_mask`."""
         logits = self.mask_vae.decode_latents(latents.to(self.device, self.dtype))  # [B, Q, h 2^u, w 2^u]
+        finite = all_finite(logits)  # read below, after what waits for the device anyway
         network_size = (self.info.image_size, self.info.image_size)
+        results: list[PanopticResult] | Tensor
         if output == "logits":
-            return resize_logits(logits, network_size, size)
-        if self.device.type == "cpu":
-            logits = logits.float()
-        return postprocess(logits, network_size, [size] * len(latents), thresholds or self.info.postprocess)
+            results = resize_logits(logits, network_size, size)
+        else:
+            logits = logits.float() if self.device.type == "cpu" else logits
+            thresholds = thresholds or self.info.postprocess
+            results = postprocess(logits, network_size, [size] * len(latents), thresholds)
+        require_finite(finite, "mask_vae: slot logits", self.info, self.dtype)
+        return results
 
     def close(self) -> None:
         """See `Backend.close`."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ldmseg_fast.checkpoints.tensors import load_weights
+from ldmseg_fast.checkpoints.schema import KLSettings, Texts, check_component, checked, read_settings
+from ldmseg_fast.config import SchedulerConfig, from_dict
+from ldmseg_fast.config.settings import Width, Widths
+from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.files import inside, read_json
+from ldmseg_fast.files import inside
 
 # diffusers' UNet2DConditionModel: its defaults where the file says nothing, and what ours cannot differ in
 UNET_DEFAULTS: dict[str, Any] = {
@@ -28,6 +30,27 @@ UNET_DEFAULTS: dict[str, Any] = {
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
+
+
+@dataclass(frozen=True)
+class DiffusersUNet:
+    """Gives the types of what is read of a UNet2DConditionModel's configuration."""
+
+    in_channels: Width = 4
+    out_channels: Width = 4
+    block_out_channels: Widths = (320,)
+    layers_per_block: Widths = (2,)
+    transformer_layers_per_block: Widths = (1,)
+    attention_head_dim: Widths = (8,)
+    num_attention_heads: Widths = (8,)
+    norm_num_groups: Width = 32
+    norm_eps: float = 1e-5
+    use_linear_projection: bool = False
+    cross_attention_dim: Width = 1280
+    down_block_types: Texts = ()
+    up_block_types: Texts = ()
+
+
 UNET_REQUIRED: dict[str, Any] = {
     "center_input_sample": False,
     "flip_sin_to_cos": True,
@@ -56,22 +79,36 @@ UNET_REQUIRED: dict[str, Any] = {
 }
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
-BETA_KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+CLASSES = {
+    "unet": ("UNet2DConditionModel", "FlaxUNet2DConditionModel"),
+    "vae": ("AutoencoderKL", "FlaxAutoencoderKL"),
+}
+# diffusers' schedulers agree in these defaults
+SCHEDULER_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+}
 
 
 def read_config(path: Path, part: str) -> dict[str, Any]:
     """Reads a diffusers `config.json`: the file itself, its folder, or a whole model with a folder called `part`.
 
     Raises:
-        CheckpointError: a file that is missing, lies outside the folder, or holds no settings.
+        CheckpointError: a file that is missing, lies outside the folder, holds no settings or those of another network.
     """
     if path.is_dir():
         folder = path / part if (path / part).is_dir() else path
         path = inside(path, folder / "config.json")
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: a mapping of settings expected")
-    return values
+    values = read_settings(path)
+    kind, known = values.get("_class_name"), CLASSES[part]
+    if kind is not None and kind not in known:
+        raise CheckpointError(
+            f"{path}: a {str(kind)[:100]}; {known[0]}, as Stable Diffusion 1.x and 2.x have it, is read"
+        )
+    return checked(KLSettings, values, str(path)) if part == "vae" else values
 
 
 def unet_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
@@ -82,26 +119,34 @@ def unet_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
     Raises:
         CheckpointError: listing settings that the UNet of this package does not have.
     """
-    merged = UNET_DEFAULTS | {key: value for key, value in values.items() if value is not None}
+    per_block = ("layers_per_block", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads")
+    listed = {key: [values[key]] for key in per_block if isinstance(values.get(key), (int, float, str))}
+    found = {key: value for key, value in checked(DiffusersUNet, values | listed, source).items() if value is not None}
+    merged = UNET_DEFAULTS | found
     widths = merged["block_out_channels"]
     heads = merged["num_attention_heads"] or merged["attention_head_dim"]
-    heads = [heads] * len(widths) if isinstance(heads, int) else heads
+    key = "num_attention_heads" if merged["num_attention_heads"] else "attention_head_dim"
+    heads = heads if isinstance(heads, list) else [heads]
+    heads = heads * len(widths) if key in listed or key not in found else heads
     down, up = merged["down_block_types"], merged["up_block_types"]
     wrong = [
-        f"{key}={values[key]!r} (only {value!r} is known)"
+        f"{key}={shown(values[key])} (only {value!r} is known)"
         for key, value in UNET_REQUIRED.items()
         if values.get(key, value) != value
     ]
     for key in ("layers_per_block", "transformer_layers_per_block"):
-        numbers = set(merged[key]) if isinstance(merged[key], (list, tuple)) else {merged[key]}
-        if len(numbers) != 1 or not all(isinstance(number, int) for number in numbers):
-            wrong.append(f"{key}={merged[key]!r} (one number for all blocks is known)")
+        numbers = set(merged[key]) if isinstance(merged[key], list) else {merged[key]}
+        if len(numbers) != 1:
+            wrong.append(f"{key}={shown(merged[key])} (one number for all blocks is known)")
         else:
             merged[key] = numbers.pop()
     if not set(down) <= set(DOWN_BLOCKS) or not set(up) <= set(UP_BLOCKS):
-        wrong.append(f"down_block_types={down}, up_block_types={up} (only Stable Diffusion's block types are known)")
+        wrong.append(
+            f"down_block_types={shown(down)}, up_block_types={shown(up)} "
+            f"(only Stable Diffusion's block types are known)"
+        )
     elif [DOWN_BLOCKS[kind] for kind in down] != [UP_BLOCKS[kind] for kind in reversed(up)]:
-        wrong.append(f"up_block_types={up} do not mirror down_block_types={down}")
+        wrong.append(f"up_block_types={shown(up)} do not mirror down_block_types={shown(down)}")
     elif not len(widths) == len(down) == len(heads):
         wrong.append(f"{len(widths)} block_out_channels, {len(down)} down_block_types, {len(heads)} head counts")
     else:
@@ -132,36 +177,15 @@ def scheduler_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
     """Translates a diffusers scheduler's configuration into `SchedulerConfig` fields.
 
     Raises:
-        CheckpointError: betas that are listed one by one.
+        CheckpointError: betas that are listed one by one, a scheduler of another kind, values out of range.
     """
     if values.get("trained_betas") is not None:
         raise CheckpointError(f"{source}: trained_betas are not known; give beta_schedule, beta_start and beta_end")
-    found = {key: values[key] for key in BETA_KEYS if key in values}
-    return found | {"rescale_zero_snr": bool(values.get("rescale_betas_zero_snr", False))}
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads the tensors, any shape and dtype, of a component's folder.
-
-    They lie in one or several safetensors files; full precision goes before half.
-
-    Raises:
-        CheckpointError: none there, pickles only, damaged, or links out of the folder.
-    """
-    found = sorted(folder.glob("*.safetensors"))
-    names = {file.name: file for file in found}
-    shards = [file for file in found if file.stem.startswith("diffusion_pytorch_model-")]
-    for name in ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "model.fp16"):
-        if f"{name}.safetensors" in names:
-            return load_weights(inside(folder, names[f"{name}.safetensors"]))
-    if shards:
-        state: dict[str, Tensor] = {}
-        for file in shards:
-            state |= load_weights(inside(folder, file))
-        return state
-    if any(folder.glob("*.bin")):
-        raise CheckpointError(
-            f"{folder}: only pickled weights (.bin), which can run code when they are read; take the same model's "
-            f".safetensors file, or load it in diffusers on a machine you can lose and save_pretrained it"
-        )
-    raise CheckpointError(f"{folder}: no diffusion_pytorch_model.safetensors in it")
+    kind = str(values.get("_class_name", ""))[:100]
+    if (kind and "beta_start" not in values) or values.get("use_flow_sigmas"):
+        raise CheckpointError(f"{source}: a {kind} without betas; only noise schedules of the DDPM kind are known")
+    found = SCHEDULER_DEFAULTS | {key: values[key] for key in SCHEDULER_DEFAULTS if values.get(key) is not None}
+    found |= {"rescale_zero_snr": values.get("rescale_betas_zero_snr") or False}
+    settings = checked(SchedulerConfig, found, source)
+    check_component("scheduler", from_dict(SchedulerConfig, settings), {}, source)
+    return settings

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,14 +12,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldmseg_fast.checkpoints.diffusers_folder import read_config, read_weights, scheduler_settings, unet_settings
+from ldmseg_fast.checkpoints.diffusers_folder import read_config, scheduler_settings, unet_settings
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
+from ldmseg_fast.checkpoints.schema import read_settings
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
-from ldmseg_fast.checkpoints.tensors import WEIGHTS, load_state, load_weights
+from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, load_state, load_weights
+from ldmseg_fast.checkpoints.weight_files import read_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig, SchedulerConfig, UNetConfig, update, validate
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.files import inside, read_json
-from ldmseg_fast.models.image_vae import TaesdEncoder, modern_attention_names
+from ldmseg_fast.files import inside
+from ldmseg_fast.models.image_vae import build_image_encoder, modern_attention_names
 from ldmseg_fast.models.unet import UNet, input_parts
 
 # what weights fix; the rest of a UNet's configuration is the run's own choice
@@ -71,12 +76,19 @@ def resolve_start(config: Config) -> Start:
         return _with_image_vae(Start(config))
     folder = resolve_model_dir(config.model.init_from)
     if not folder.is_dir():
-        raise CheckpointError(f"model.init_from={folder}: no such folder; give {HOW_TO_GET_ONE}, or a model folder")
-    index = read_json(inside(folder, folder / "model_index.json")) if (folder / "model_index.json").is_file() else {}
+        found = "a file, and not the folder of a model" if folder.exists() else "no such folder"
+        raise CheckpointError(f"model.init_from={folder}: {found}; give {HOW_TO_GET_ONE}, or a model folder")
+    path = folder / "model_index.json"
+    index = read_settings(inside(folder, path)) if path.exists() else {}
     if "format_version" in index:
         start = _ours(config, folder)
     elif (folder / "unet" / "config.json").is_file():
         start = _stable_diffusion(config, folder)
+    elif (folder / "transformer").is_dir():
+        raise CheckpointError(
+            f"model.init_from={folder}: a transformer in the place of a UNet, as Stable Diffusion 3 and FLUX have it; "
+            f"give {HOW_TO_GET_ONE}"
+        )
     else:
         raise CheckpointError(f"model.init_from={folder}: no unet/config.json in it; give {HOW_TO_GET_ONE}")
     start = _with_image_vae(start)
@@ -85,14 +97,44 @@ def resolve_start(config: Config) -> Start:
 
 def _stable_diffusion(config: Config, folder: Path) -> Start:
     source = f"model.init_from={folder}"
-    structure = unet_settings(read_config(folder / "unet", "unet"), f"{source}/unet/config.json")
+    values = read_config(folder / "unet", "unet")
+    structure = unet_settings(values, f"{source}/unet/config.json")
+    _check_input(int(values.get("in_channels") or 4), structure["out_channels"], config, f"{source}/unet/config.json")
     unet = _adopt(config.unet, UNetConfig(), structure, "unet.", source)
     scheduler = config.scheduler
-    file = next((f for f in ("scheduler_config.json", "config.json") if (folder / "scheduler" / f).is_file()), None)
+    files = [folder / "scheduler" / name for name in ("scheduler_config.json", "config.json")]
+    file = next((file for file in files if os.path.lexists(file)), None)
     if file is not None:
-        path = inside(folder, folder / "scheduler" / file)
-        scheduler = _adopt_defaults(scheduler, SchedulerConfig(), scheduler_settings(read_json(path), str(path)))
+        path = inside(folder, file)
+        scheduler = _adopt_defaults(scheduler, SchedulerConfig(), scheduler_settings(read_settings(path), str(path)))
+    else:
+        warnings.warn(
+            f"{source}: no scheduler/scheduler_config.json in it, so scheduler.prediction_type="
+            f"{scheduler.prediction_type} and scheduler.beta_schedule={scheduler.beta_schedule} are taken; Stable "
+            f"Diffusion 2.x at 768 pixels was trained with v_prediction",
+            stacklevel=2,
+        )
     return Start(replace(config, unet=unet, scheduler=scheduler), unet=folder / "unet")
+
+
+def _check_input(in_channels: int, out_channels: int, config: Config, source: str) -> None:
+    """Raises CheckpointError where a UNet sees more than noisy latents, or latents of another kind than the masks'.
+
+    Of a wider input it is not known which channels are the noisy ones: they come first in inpainting models (9) and
+    InstructPix2Pix (8), and last in Marigold (8).
+    """
+    kinds = {3: "pixels", 5: "depth maps", 7: "upscaling", 8: "pictures to edit or to measure", 9: "inpainting"}
+    if in_channels != out_channels:
+        what = f", a model for {kinds[in_channels]}" if in_channels in kinds else ""
+        raise CheckpointError(
+            f"{source}: in_channels={in_channels}{what}; expected {out_channels}, as many as its out_channels: a UNet "
+            f"that sees noisy latents alone. Give {HOW_TO_GET_ONE}"
+        )
+    if out_channels != config.mask_vae.latent_channels:
+        raise CheckpointError(
+            f"{source}: in_channels={in_channels} and out_channels={out_channels}, but mask_vae.latent_channels="
+            f"{config.mask_vae.latent_channels} are what the UNet denoises"
+        )
 
 
 def _ours(config: Config, folder: Path) -> Start:
@@ -142,7 +184,7 @@ def _with_image_vae(start: Start) -> Start:
     found = {
         "latent_channels": values.get("latent_channels", 4),
         "downsampling": 2 ** (len(values.get("block_out_channels", [64])) - 1),
-        "scaling_factor": values.get("scaling_factor", 0.18215),
+        "scaling_factor": values.get("scaling_factor") or 0.18215,
     }
     encoder = _adopt(encoder, ImageEncoderConfig(), found, "image_encoder.", str(folder))
     return replace(start, config=replace(start.config, image_encoder=encoder), image_vae=folder, vae_config=values)
@@ -189,13 +231,13 @@ def load_unet(unet: UNet, start: Start) -> None:
     """
     if start.unet is None:
         return
-    state = load_weights(inside(start.unet.parent, start.unet / WEIGHTS)) if start.ours else read_weights(start.unet)
+    state = _unet_state(start)
     own = unet.state_dict()
     if not unet.config.cross_attention_dim:
         state = {key: value for key, value in state.items() if not is_cross_attention(key)}
     elif not any(map(is_cross_attention, state)):
         state |= {key: value for key, value in own.items() if is_cross_attention(key)}
-    if "conv_in.weight" in state:
+    if "conv_in.weight" in state and "conv_in.bias" in state:
         state |= _input_convolutions(state.pop("conv_in.weight"), state.pop("conv_in.bias"), unet, start)
     if unet.config.separate_image_encoder:
         copies = {f"image_{key}": value for key, value in state.items() if key.startswith("down_blocks.")}
@@ -216,6 +258,12 @@ def _input_convolutions(weight: Tensor, bias: Tensor, unet: UNet, start: Start) 
     noisy, image = parts[:2]
     base = weight[:, :noisy]
     kept: list[Tensor] = []
+    known = [noisy + image, 2 * noisy + image] if start.ours else [noisy]
+    if weight.ndim != 4 or weight.shape[1] not in known:
+        raise CheckpointError(
+            f"{start.unet}: conv_in.weight is {list(weight.shape)}, and in_channels={' or '.join(map(str, known))} "
+            f"(the second number) is expected"
+        )
     if start.ours:  # it has these parts itself
         kept = list(weight.split([noisy, image] + ([noisy] if weight.shape[1] > noisy + image else []), dim=1))
     shapes = [(weight.shape[0], part, *weight.shape[2:]) for part in parts]
@@ -260,11 +308,47 @@ def load_image_encoder(encoder: nn.Module, start: Start) -> None:
     """
     if start.image_vae is None:
         return
+    load_state(encoder, _image_vae_state(start), str(start.image_vae))
+
+
+def check_start(start: Start) -> None:
+    """Checks that the weights have the sizes that their configurations say, before networks get memory of that size.
+
+    Raises:
+        CheckpointError: weights that are missing, damaged, or of other sizes.
+    """
+    config = start.config
+    if start.unet is not None:
+        _check_sizes(lambda: UNet(config.unet), _unet_state(start), start.unet)
+    if start.image_vae is not None:
+        encoder = config.image_encoder
+        _check_sizes(lambda: build_image_encoder(encoder, start.vae_config), _image_vae_state(start), start.image_vae)
+
+
+def _check_sizes(build: Callable[[], nn.Module], state: dict[str, Tensor], source: Path) -> None:
+    with torch.device("meta"), at_most(state, str(source)):
+        own = build().state_dict()
+    # what a run adds of its own has no tensor there: cross-attention, another encoder, other input convolutions
+    common = [name for name in own if name in state and not name.startswith(("conv_in.", "image_"))]
+    wrong = [name for name in common if own[name].shape != state[name].shape and not is_cross_attention(name)]
+    if wrong or not common:
+        shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in wrong[:5]]
+        what = f"{len(wrong)} of another shape: {', '.join(shapes)}" if wrong else "none of its tensors is there"
+        raise CheckpointError(f"{source}: weights of another architecture; {what}")
+
+
+def _unet_state(start: Start) -> dict[str, Tensor]:
+    """The UNet's tensors as they lie in the folder; they are read when they are used."""
+    assert start.unet is not None
+    return load_weights(inside(start.unet.parent, start.unet / WEIGHTS)) if start.ours else read_weights(start.unet)
+
+
+def _image_vae_state(start: Start) -> dict[str, Tensor]:
+    """The image encoder's tensors under our names."""
+    assert start.image_vae is not None
     if start.ours:
-        state = load_weights(inside(start.image_vae.parent, start.image_vae / WEIGHTS))
-    elif isinstance(encoder, TaesdEncoder):
-        state = {f"layers.{key}": value for key, value in load_weights(start.image_vae).items()}
-    else:
-        state = modern_attention_names(read_weights(start.image_vae))
-        state = {key: value for key, value in state.items() if not key.startswith(("decoder.", "post_quant_conv."))}
-    load_state(encoder, state, str(start.image_vae))
+        return load_weights(inside(start.image_vae.parent, start.image_vae / WEIGHTS))
+    if start.config.image_encoder.kind == "taesd":
+        return {f"layers.{key}": value for key, value in load_weights(start.image_vae).items()}
+    state = modern_attention_names(read_weights(start.image_vae))
+    return {key: value for key, value in state.items() if not key.startswith(("decoder.", "post_quant_conv."))}

@@ -5,6 +5,7 @@ MODEL_DIR/  model_index.json   unet/  mask_vae/  image_vae/  scheduler/     each
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,28 +15,15 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import __version__
-from ldmseg_fast.checkpoints.tensors import WEIGHTS, load_state, load_weights, save_weights
-from ldmseg_fast.config import (
-    ConditioningConfig,
-    ImageEncoderConfig,
-    MaskVAEConfig,
-    PostprocessConfig,
-    SchedulerConfig,
-    UNetConfig,
-    from_dict,
-    to_dict,
-)
+from ldmseg_fast.checkpoints.schema import COMPONENTS, REQUIRED, ModelIndex, check_component, checked, read_settings
+from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, check_state, load_state, load_weights, save_weights
+from ldmseg_fast.config import PostprocessConfig, from_dict, to_dict
+from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.files import inside, read_json, replacing_folder, write_json
+from ldmseg_fast.files import behind_links, inside, replacing_folder, write_json
+from ldmseg_fast.temporary import temporary_folder
 
 FORMAT_VERSION = 1
-COMPONENTS = {
-    "unet": UNetConfig,
-    "mask_vae": MaskVAEConfig,
-    "image_vae": ImageEncoderConfig,
-    "scheduler": SchedulerConfig,
-    "conditioning": ConditioningConfig,
-}
 
 
 def save_component(
@@ -47,6 +35,8 @@ def save_component(
     write_files: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes one component of a model folder beside the old one, and then puts it in its place.
+
+    Files that others have put into the old one come along.
 
     Args:
         folder: the model folder.
@@ -65,6 +55,56 @@ def save_component(
         if write_files is not None:
             write_files(temporary)
         write_json(temporary / "config.json", to_dict(config) | (extra or {}))
+        _keep_others(behind_links(folder / name), temporary)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Copies what only `old` has."""
+    for path in sorted(old.iterdir()) if old.is_dir() else ():
+        copy = new / path.name
+        if path.name == WEIGHTS or copy.exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, copy, symlinks=True)
+        else:
+            shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def copy_model(folder: Path, target: Path) -> None:
+    """Copies a model folder, bit for bit: index, card, licence, and the components that the index lists.
+
+    What else lies there is no part of the model: a run's checkpoints and logs, files of the user's. The index comes
+    last, so that a copy that was interrupted is no model folder.
+
+    Args:
+        folder: the model folder.
+        target: must not exist, or be an empty folder.
+
+    Raises:
+        FileExistsError: `target` holds something.
+        CheckpointError: a link out of `folder`.
+        OSError: a full disk; `target` is empty then.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        kind = "not empty" if target.is_dir() else "a file"
+        raise FileExistsError(f"{target}: {kind}; choose another folder, or remove it first")
+    index = load_index(folder)
+    known = [folder / name for name in CARDS if (folder / name).is_file()]
+    if "id_assignment" not in index and (folder / "config.json").is_file():
+        known.append(folder / "config.json")  # of the run, which says it
+    known += [path for name in index["components"] for path in sorted((folder / name).rglob("*")) if not path.is_dir()]
+    target.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(target) as temporary:
+        for path in known:
+            copy = temporary / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(inside(folder, path), copy)
+        for path in sorted(temporary.iterdir()):
+            path.rename(target / path.name)
+        shutil.copy2(inside(folder, folder / "model_index.json"), target)
+
+
+CARDS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
 
 def save_index(folder: Path, components: list[str], settings: dict[str, Any]) -> None:
@@ -77,7 +117,7 @@ def load_index(folder: str | Path) -> dict[str, Any]:
     """Reads `model_index.json` of a model folder.
 
     Raises:
-        CheckpointError: no such folder, no model folder, or a format this version does not read.
+        CheckpointError: no such folder, no model folder, a format this version does not read, or values that cannot be.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -86,15 +126,16 @@ def load_index(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: no model_index.json in it, so it is no model folder; train or convert one first"
         )
-    index = read_json(inside(folder, folder / "model_index.json"))
-    version = index.get("format_version") if isinstance(index, dict) else None
-    if version != FORMAT_VERSION:
+    path = inside(folder, folder / "model_index.json")
+    index = read_settings(path)
+    version = index.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
         known = "newer" if isinstance(version, int) and version > FORMAT_VERSION else "foreign or older"
         cure = "update ldmseg_fast" if known == "newer" else "convert it again with `ldmseg convert`"
         raise CheckpointError(
-            f"{folder}: {known} model format {version!r}, this version reads {FORMAT_VERSION}; {cure}"
+            f"{folder}: {known} model format {shown(version)}, this version reads {FORMAT_VERSION}; {cure}"
         )
-    return index
+    return checked(ModelIndex, index, str(path), ours=True)
 
 
 def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str, Any]]:
@@ -104,14 +145,16 @@ def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str,
         CheckpointError: a file that is missing, or holds other settings than there are.
     """
     path = inside(Path(folder), Path(folder) / name / "config.json")
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: a mapping of settings expected; save the model again")
+    values = read_settings(path)
     extra = {key: values.pop(key) for key in list(values) if key.startswith("_")}
+    missing = [key for key in REQUIRED[name] if key not in values]
+    if missing:
+        raise CheckpointError(f"{path}: damaged, no {', '.join(missing)} in it; copy it or save the model again")
     try:
-        return from_dict(COMPONENTS[name], values), extra
+        config: Any = from_dict(COMPONENTS[name], values)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    return config, check_component(name, config, extra, str(path))
 
 
 def load_component(folder: str | Path, name: str, attention: str = "auto") -> Any:
@@ -132,21 +175,24 @@ def load_component(folder: str | Path, name: str, attention: str = "auto") -> An
 
     config, extra = load_component_config(folder, name)
     path = inside(Path(folder), Path(folder) / name / WEIGHTS)
-    module: Any
+    state = load_weights(path)
+
+    def build() -> Any:
+        if name == "unet":
+            return UNet(config, attention)
+        if name == "mask_vae":
+            return MaskVAE(config)
+        if name == "image_vae":
+            return build_image_encoder(config, extra.get("_vae_config"))
+        unet, tokenizer = load_component_config(folder, "unet")[0], path.parent / "tokenizer"
+        return build_conditioning(unet, config, extra.get("_clip_config"), tokenizer)
+
+    with torch.device("meta"), at_most(state, str(path)):  # no random numbers for weights that are read anyway
+        module = build()
     if name == "conditioning":  # transformers' models have buffers that no file holds
-        tokenizer = path.parent / "tokenizer"
-        module = build_conditioning(
-            load_component_config(folder, "unet")[0], config, extra.get("_clip_config"), tokenizer
-        )
-    else:
-        with torch.device("meta"):  # no random numbers for weights that are read anyway
-            if name == "unet":
-                module = UNet(config, attention)
-            elif name == "mask_vae":
-                module = MaskVAE(config)
-            else:
-                module = build_image_encoder(config, extra.get("_vae_config"))
-    load_state(module, load_weights(path), str(path))
+        check_state(module.state_dict(), state, str(path))
+        module = build()
+    load_state(module, state, str(path))
     return module.eval().requires_grad_(False)
 
 

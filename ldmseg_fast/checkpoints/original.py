@@ -6,17 +6,18 @@ top-level entries (step, epoch, opt, ema, scaler) are not used.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ldmseg_fast.checkpoints.diffusers_folder import read_config, read_weights, unet_settings
+from ldmseg_fast.checkpoints.diffusers_folder import read_config, unet_settings
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings
 from ldmseg_fast.checkpoints.original_sizes import image_vae_config, mask_vae_config, scheduler_config, unet_config
 from ldmseg_fast.checkpoints.safe_pickle import check_tensors
+from ldmseg_fast.checkpoints.tensors import plain_names
+from ldmseg_fast.checkpoints.weight_files import read_weights
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import CheckpointError
 
@@ -121,9 +122,9 @@ def _model(
 
 
 def _tensors(values: dict[str, Any], name: str, source: str) -> dict[str, Tensor]:
-    """Tensors of one network, without the `module.` that data parallelism puts before their names."""
-    state = check_tensors(values[name], f"{source}[{name!r}]")
-    return {re.sub(r"^(module\.)+", "", key): value for key, value in state.items()}
+    """Tensors of one network, without what data parallelism and torch.compile put into their names."""
+    where = f"{source}[{name!r}]"
+    return plain_names(check_tensors(values[name], where), where)
 
 
 def _settings(values: dict[str, Any], *path: str) -> dict[str, Any]:

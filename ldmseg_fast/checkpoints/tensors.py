@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,29 +72,100 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file, any shape and dtype; int8 tensors come back as float32 (see `expand_int8`).
 
+    Names lose what wrappers of PyTorch put into them (see `plain_names`).
+
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing, is something else, or is damaged.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; model folders hold their weights in {WEIGHTS}")
+    check_weights_file(path)
     try:
-        return expand_int8(load_file(path))
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:  # the last two: int8 without fitting scales
-        raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or save it again") from None
+        state = load_file(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:  # the last two: unknown types
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: damaged safetensors file ({reason}); copy or save it again") from None
+    return expand_int8(plain_names(state, str(path)), str(path))
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_weights_file(path: Path) -> None:
+    """Checks by its first bytes that a file may be a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, no plain file, empty, a pointer of Git LFS, or a pickle.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file; model folders hold their weights in {WEIGHTS}")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise CheckpointError(f"{path}: {kind} where a safetensors file is expected")
+    check_no_pointer(path)
+    with path.open("rb") as file:
+        first = file.read(4)
+    if not first:
+        raise CheckpointError(f"{path}: damaged safetensors file (it is empty); copy or save it again")
+    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        raise CheckpointError(f"{path}: a pickle under the name of a safetensors file; nothing in it was run")
+
+
+def check_no_pointer(path: Path) -> None:
+    """Checks that a clone has fetched a file. Raises CheckpointError where it holds Git LFS's pointer instead."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(
+                f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` in the folder that was cloned"
+            )
+
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def plain_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Takes out of names what `torch.compile`, data parallelism and checkpointing put into them, wherever it stands.
+
+    Args:
+        state: tensors of any shape and dtype.
+        source: names the file, for errors.
+
+    Raises:
+        CheckpointError: two tensors that would have one name.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, value in state.items():
+        own = ".".join(part for part in name.split(".") if part not in WRAPPERS) or name
+        if own in plain:
+            raise CheckpointError(f"{source}: {own} is there twice, once as {name}; save the weights of one model")
+        plain[own] = value
+    return plain
 
 
 INT8_SCALE = ".int8_scale"  # after a tensor's name: its scales
 
 
-def expand_int8(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def expand_int8(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """Makes float32 of tensors stored as int8 [O, ...] beside scales [O] (see `ship.to_int8`).
 
     Other tensors stay as they are; the scales are left out.
+
+    Args:
+        state: by name.
+        source: names the file, for errors.
+
+    Raises:
+        CheckpointError: scales without their tensor, or of another length, which would make a larger one of it.
     """
     scales = {name.removesuffix(INT8_SCALE): state[name] for name in state if name.endswith(INT8_SCALE)}
     expanded = {name: value for name, value in state.items() if not name.endswith(INT8_SCALE)}
     for name, scale in scales.items():
-        expanded[name] = state[name].float() * scale.float().view(-1, *[1] * (state[name].ndim - 1))
+        value = state.get(name)
+        if value is None or value.dtype != torch.int8 or scale.ndim != 1 or scale.shape != value.shape[:1]:
+            raise CheckpointError(
+                f"{source}: {name}{INT8_SCALE} does not fit its tensor, so the file is damaged; copy or save it again"
+            )
+        expanded[name] = value.float() * scale.float().view(-1, *[1] * (value.ndim - 1))
     return expanded
 
 
@@ -101,7 +175,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None
     A module on the meta device takes the tensors themselves, in float32, instead of copying them.
 
     Raises:
-        CheckpointError: listing what is missing, extra, or of another shape.
+        CheckpointError: listing what is missing, extra, of another shape or type, or not finite.
     """
     check_state(module.state_dict(), state, source)
     if any(parameter.is_meta for parameter in module.parameters()):
@@ -112,10 +186,18 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None
 
 
 def check_state(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
-    """Compares names and shapes of tensors, any shape and dtype, with those that a module has of its own.
+    """Compares names, shapes and types of tensors with those that a module has of its own, and looks for NaN.
+
+    One pass over the values finds NaN and infinity; tensors on the meta device have none.
+
+    Args:
+        own: the module's, any shape and dtype.
+        state: those that are to be loaded; float16, bfloat16, float32 or float64 where the module's are floats.
+        source: names the file, for errors.
 
     Raises:
-        CheckpointError: listing what `state` lacks, has too much, or has in another shape than `own`.
+        CheckpointError: listing what `state` lacks, has too much, or has in another shape or type than `own`; or what
+            is not finite.
     """
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
@@ -124,10 +206,96 @@ def check_state(own: dict[str, Tensor], state: dict[str, Tensor], source: str) -
         for key in sorted(own.keys() & state.keys())
         if own[key].shape != state[key].shape
     ]
+    types = [
+        f"{key} {value.dtype}"
+        for key, value in state.items()
+        if key in own and value.dtype not in (FLOATS if own[key].is_floating_point() else (own[key].dtype,))
+    ]
     problems = [
         f"{len(items)} {kind}: {', '.join(items[:5])}{', ...' if len(items) > 5 else ''}"
-        for kind, items in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+        for kind, items in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("of another shape", shapes),
+            ("of another type", types),
+        )
         if items
     ]
     if problems:
         raise CheckpointError(f"{source}: weights of another architecture; " + "; ".join(problems))
+    check_finite(state, source)
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_finite(state: dict[str, Tensor], source: str, dtype: torch.dtype | None = None) -> None:
+    """Checks that every float is finite, and stays finite in `dtype`; one pass over the values.
+
+    Args:
+        state: tensors of any shape and dtype; those on the meta device and integers are passed over.
+        source: names the file, for errors.
+        dtype: that they are going to have; None: their own, at most float32.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
+    wrong = []
+    for name, value in state.items():
+        if value.is_meta or not value.is_floating_point() or not value.numel():
+            continue
+        most = torch.finfo(dtype or (torch.float32 if value.dtype == torch.float64 else value.dtype)).max
+        low, high = (float(limit) for limit in torch.aminmax(value.detach()))
+        if not (-most <= low and high <= most):  # NaN is in no range
+            wrong.append((name, low, high))
+    if not wrong:
+        return
+    names = ", ".join(name for name, _, _ in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+    large = [max(-low, high) for _, low, high in wrong]
+    if dtype is not None and all(size <= torch.finfo(torch.float32).max for size in large):
+        raise CheckpointError(
+            f"{source}: {len(wrong)} tensors have values up to {max(large):.3g}, which {dtype} does not hold: {names}; "
+            f"use bfloat16 or float32"
+        )
+    raise CheckpointError(
+        f"{source}: {len(wrong)} tensors are not finite (NaN or infinity): {names}; the file is damaged or its "
+        f"training failed: take an older checkpoint, or copy it again"
+    )
+
+
+@contextmanager
+def at_most(state: dict[str, Tensor], source: str) -> Iterator[None]:
+    """Ends the building of a network inside the block once it has far more parameters than `state` has tensors.
+
+    A configuration of 10^9 layers would else build modules without end, although none of them holds memory on the meta
+    device. Other threads may build what they like meanwhile.
+
+    Args:
+        state: tensors of any shape and dtype.
+        source: names their file, for errors.
+
+    Raises:
+        CheckpointError: too many, or sizes that PyTorch refuses.
+    """
+    limit, found, thread = 2 * len(state) + 100, 0, threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal found
+        if threading.get_ident() == thread:
+            found += 1
+            if found > limit:
+                raise CheckpointError(
+                    f"{source}: weights of another architecture; the configuration beside it describes over {limit} "
+                    f"tensors, and {len(state)} are there"
+                )
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, RuntimeError) as error:  # PyTorch's, of widths that groups or heads do not divide
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source}: no network can be built from the configuration beside it: {reason}") from None
+    finally:
+        hook.remove()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldmseg_fast.checkpoints.init_from import load_image_encoder, resolve_start
+from ldmseg_fast.checkpoints.init_from import check_start, load_image_encoder, resolve_start
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig
@@ -192,6 +192,7 @@ def load_encoder(source: str | Path, size: int) -> tuple[nn.Module, ImageEncoder
             kind = replace(kind, scaling_factor=1.0)
         start = resolve_start(Config(image_encoder=kind))
         settings = start.config.image_encoder
+        check_start(start)
         encoder = build_image_encoder(settings, start.vae_config)
         load_image_encoder(encoder, start)
     if settings.kind == "conv":

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.checkpoints.model_card import write_model_card
-from ldmseg_fast.checkpoints.model_folder import COMPONENTS, load_index
+from ldmseg_fast.checkpoints.model_folder import load_index
+from ldmseg_fast.checkpoints.schema import COMPONENTS
 from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, load_weights, save_weights
 from ldmseg_fast.config import PRESETS, to_dict
 from ldmseg_fast.errors import ArgumentError, CheckpointError
@@ -78,6 +79,7 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
         ArgumentError: `out` is the run or a run that it was built on, or holds one.
     """
     index = load_index(run_dir)
+    out = out.resolve()  # a link stays one
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     foreign = sorted(held - {"model_index.json", "README.md", *COMPONENTS})
     if foreign or (held and "model_index.json" not in held):

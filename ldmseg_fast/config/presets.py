@@ -20,6 +20,7 @@ from ldmseg_fast.config.settings import (
     UNetConfig,
 )
 from ldmseg_fast.config.values import update
+from ldmseg_fast.config.yaml_file import MAX_CHARACTERS, parse_yaml
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.files import read_text
 
@@ -97,14 +98,14 @@ def load_config(name_or_file: str, overrides: list[str] | tuple[str, ...] = ()) 
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         raise ConfigError(f"--config {path}: neither a preset ({', '.join(PRESETS)}) nor a file")
+    if path.stat().st_size > 4 * MAX_CHARACTERS:
+        raise ConfigError(f"{path}: {path.stat().st_size >> 10} KiB of settings; a run's are a few")
     try:
-        values = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML or JSON ({' '.join(str(error).split())})") from None
+        values = parse_yaml(read_text(path), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not readable as YAML or JSON ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a mapping of settings expected")
     return values

@@ -34,6 +34,7 @@ Blocks = Annotated[tuple[OptionalLayers, ...], Length(1, 16)]
 TeacherSteps = Annotated[int, Range(0, 1_000_000)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Kind = Literal["norm", "bias", "embedding"]
+IdAssignment = Literal["random", "position", "position_spread", "position_cell", "area"]
 
 Location = Annotated[str, Form(r"[^\0]*", "a path without a null character")]
 Split = Annotated[str, Form(r"[^/\\\0]+", "the name of a split, such as train2017")]
@@ -151,7 +152,7 @@ class DataConfig:
     scale_min: Annotated[float, Range(0.05, 1)] = 1.0  # random scale/crop, off at 1
     color_jitter: Share = 0.0
     min_area: Number = 10  # smaller segments are void in training
-    id_assignment: Literal["random", "position", "position_spread", "position_cell", "area"] = "random"
+    id_assignment: IdAssignment = "random"
     resize: Literal["pillow", "torch"] = "pillow"  # of training pictures; torch's is faster and differs by a grey level
     limit: Number = 0  # first images of the training split only; 0: all
     val_limit: Number = 200

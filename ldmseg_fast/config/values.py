@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import functools
 import json
+import reprlib
 import typing
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -17,6 +18,17 @@ from typing import Annotated, Any, Literal, TypeVar
 from ldmseg_fast.errors import ConfigError
 
 T = TypeVar("T")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 200, 200, 20, 20, 20
+
+
+def shown(value: Any) -> str:
+    """Writes a value of someone's file for an error, cut where it is long."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a whole number of thousands of digits, which Python does not write
+        return f"a {type(value).__name__} too long to write"
 
 
 def _convert(value: Any, annotation: Any, key: str) -> Any:
@@ -27,23 +39,23 @@ def _convert(value: Any, annotation: Any, key: str) -> Any:
         value = _convert(value, kind, key)
         for limit in limits:
             if not limit.admits(value):
-                raise ConfigError(f"{key}={value!r}: {limit} expected")
+                raise ConfigError(f"{key}={shown(value)}: {limit} expected")
         return value
     if is_dataclass(annotation):
-        raise ConfigError(f"{key}: a group of settings, not {value!r}")
+        raise ConfigError(f"{key}: a group of settings, not {shown(value)}")
     if origin is Literal:
         allowed = typing.get_args(annotation)
-        if value not in allowed:
-            raise ConfigError(f"{key}={value!r}: one of {', '.join(map(str, allowed))} expected")
+        if not isinstance(value, (str, int)) or value not in allowed:
+            raise ConfigError(f"{key}={shown(value)}: one of {', '.join(map(str, allowed))} expected")
         return value
     if origin is tuple:
         items = _split(value) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
-            raise ConfigError(f"{key}={value!r}: a list expected, such as 32,64,128")
+            raise ConfigError(f"{key}={shown(value)}: a list expected, such as 32,64,128")
         args = typing.get_args(annotation)
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
         if len(kinds) != len(items):
-            raise ConfigError(f"{key}={value!r}: {len(kinds)} values expected")
+            raise ConfigError(f"{key}={shown(value)}: {len(kinds)} values expected")
         return tuple(_convert(item, kind, key) for item, kind in zip(items, kinds))
     if annotation is bool:
         known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -51,11 +63,11 @@ def _convert(value: Any, annotation: Any, key: str) -> Any:
             return value
         if str(value).lower() in known:
             return known[str(value).lower()]
-        raise ConfigError(f"{key}={value!r}: true or false expected")
+        raise ConfigError(f"{key}={shown(value)}: true or false expected")
     if annotation is str:
         if isinstance(value, (str, Path)):
             return str(value)
-        raise ConfigError(f"{key}={value!r}: text expected")
+        raise ConfigError(f"{key}={shown(value)}: text expected")
     return _number(value, annotation, key)
 
 
@@ -82,7 +94,7 @@ def _number(value: Any, kind: type, key: str) -> int | float:
         return int(float(value))
     except (TypeError, ValueError, OverflowError):
         name = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{key}={value!r}: {name} expected") from None
+        raise ConfigError(f"{key}={shown(value)}: {name} expected") from None
 
 
 @functools.cache
@@ -107,7 +119,7 @@ def update(config: T, values: dict[str, Any], prefix: str = "") -> T:
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(sorted(hints))}"
-            raise ConfigError(f"unknown setting {prefix}{name}{hint}")
+            raise ConfigError(f"unknown setting {prefix}{str(name)[:200]}{hint}")
         old = getattr(config, name)
         if is_dataclass(old) and isinstance(value, dict):
             changed[name] = update(old, value, f"{prefix}{name}.")

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ldmseg_fast.backends.finite import all_finite
 from ldmseg_fast.checkpoints.model_folder import load_component, load_index
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.transforms import resize_ids
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, NonFiniteError
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.metrics.inpainting import keep_given
 from ldmseg_fast.panoptic.format import MAX_ID
@@ -159,6 +160,7 @@ class Autoencoder:
         id_assignment: str | None,
     ) -> None:
         index = load_index(model_dir)
+        self.folder = model_dir
         self.vae: Any = load_component(model_dir, "mask_vae")
         scheme = id_assignment or index.get("id_assignment", "random")
         self.size = image_size or int(index.get("image_size", 512))
@@ -205,6 +207,8 @@ class Autoencoder:
         batch = collate(items)
         bits = encode_mask_bits(batch["segment_ids"], self.vae.config.num_bits, batch["table"])
         mask_logits = self.vae.decode(self.vae.encode(bits).mode())
+        if not all_finite(mask_logits):
+            raise NonFiniteError(f"{self.folder}: mask_vae: slot logits are not finite (NaN or infinity)")
         results = postprocess(mask_logits, (self.size, self.size), batch["original_size"], self.thresholds)
         return [_with_ids(result, names, ids) for result, names, ids in zip(results, ids_of_slots, maps)]
 

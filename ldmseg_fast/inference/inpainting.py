@@ -208,9 +208,9 @@ class KnownPixels:
         return latents
 
     def estimate(self, estimate: Tensor) -> Tensor:
-        """Returns the estimate of x_0, float [B, C, h, w], with the given pixels put in."""
+        """Returns the estimate of x_0, float [B, C, h, w], with the given pixels put in; what is NaN stays NaN."""
         slots = torch.where(self.slots > 0, self.slots.long(), decode_slots(self.mask_vae, estimate))
-        return torch.where(self.cells, encode_slots(self.mask_vae, slots), estimate)
+        return torch.where(self.cells & estimate.isfinite(), encode_slots(self.mask_vae, slots), estimate)
 
 
 def follow_draft(numbered: np.ndarray, count: int, draft: np.ndarray, num_slots: int) -> np.ndarray:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import Backend
+from ldmseg_fast.backends.finite import all_finite, require_finite
+from ldmseg_fast.checkpoints.schema import ModelIndex, checked, read_settings
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.diffusion.sampler import Callback, Denoise, image_noise, seed_of
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.diffusion.solvers import Constraint, Timesteps, check_solver, sample, solver_timesteps
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.files import read_json
 from ldmseg_fast.models.conditioning import with_context
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 
@@ -133,7 +134,27 @@ class MaskSampler:
 
         Returns:
             Scaled mask latents, float32 [B, C, h, w].
+
+        Raises:
+            NonFiniteError: latents that are NaN or infinite; it names the network that made them so.
         """
+        mask_latents = self._sample(network, noise, image_latents, image_ids, sampling, constraint)
+        finite = all_finite(mask_latents)
+        if not finite:
+            require_finite(all_finite(image_latents), "image_vae: image latents", self.info, self.backend.dtype)
+            require_finite(all_finite(noise), "the initial noise: its values", self.info, noise.dtype)
+        require_finite(finite, "unet: sampled latents", self.info, self.backend.dtype)
+        return mask_latents
+
+    def _sample(
+        self,
+        network: Denoise,
+        noise: Tensor,
+        image_latents: Tensor,
+        image_ids: Sequence[int | str],
+        sampling: Sampling,
+        constraint: Constraint | None,
+    ) -> Tensor:
         noise = noise.to(self.backend.device)
         steps = sampling.num_inference_steps
         if sampling.is_plain and constraint is None and self.info.conditioning == "none":
@@ -178,5 +199,7 @@ class MaskSampler:
         """How training assigned slots to segments: of the index, or of the run's own settings beside it."""
         if "id_assignment" in self.info.index:
             return self.info.index["id_assignment"]
-        settings = self.info.folder / "config.json"
-        return read_json(settings)["data"]["id_assignment"] if settings.is_file() else "random"
+        path = self.info.folder / "config.json"
+        data = read_settings(path).get("data") if path.exists() else None
+        name = data.get("id_assignment") if isinstance(data, dict) else None
+        return checked(ModelIndex, {"id_assignment": name}, str(path))["id_assignment"] or "random"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmseg_fast.config import ImageEncoderConfig
+from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.models.attention import attention
 from ldmseg_fast.models.layers import GroupNormSiLU, ResnetBlock, numbered_tensors
@@ -168,7 +169,7 @@ class KLEncoder(nn.Module):
         self.vae_config = dict(vae_config or SD_VAE_CONFIG)
         vae = KL_DEFAULTS | self.vae_config
         vae["down_block_types"] = sorted(set(vae["down_block_types"]))
-        wrong = [f"{key}={vae[key]!r}" for key, value in KL_REQUIRED.items() if vae.get(key, value) != value]
+        wrong = [f"{key}={shown(vae[key])}" for key, value in KL_REQUIRED.items() if vae.get(key, value) != value]
         if wrong:
             raise ArgumentError(f"image VAE: {', '.join(wrong)}: only Stable Diffusion's AutoencoderKL is known")
         self.encoder = _KLEncoderNetwork(vae)

@@ -9,9 +9,10 @@ then renamed. It holds safetensors and JSON only: reading it runs no code.
 from __future__ import annotations
 
 import contextlib
+import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoints.model_folder import COMPONENTS
+from ldmseg_fast.checkpoints.schema import COMPONENTS, read_settings
 from ldmseg_fast.checkpoints.tensors import check_state, load_weights, save_weights
+from ldmseg_fast.config.values import shown
+from ldmseg_fast.distributed.ending import is_lost_connection
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import damage_of, read_json, sync_folder, why_not_written, write_files, write_json
 from ldmseg_fast.locks import LOCK
@@ -240,7 +243,7 @@ class TrainingCheckpoints:
             CheckpointError: all are damaged, or of another architecture, stage or version.
         """
         if self.foreign is not None:
-            step = optimizer.load_foreign(self.foreign)
+            step = _load_foreign(optimizer, self.foreign)
             batch_size = optimizer.config.batch_size
             say(f"loaded DeepSpeed's checkpoint {self.foreign}: step {step}; averages start anew")
             return Progress(stage_name, step, step * batch_size)
@@ -260,27 +263,33 @@ class TrainingCheckpoints:
         folder = self.path(step)
         problem = ""
         try:
-            files = read_json(folder / MANIFEST)["files"]
+            files = read_settings(folder / MANIFEST)["files"]
             for name in sorted(files)[distributed.rank() :: distributed.world_size()]:
                 problem = problem or damage_of(folder / name, files[name])
-        except (CheckpointError, KeyError, TypeError) as error:
+        except (CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
             problem = f"{folder / MANIFEST}: damaged ({error})"
         return next((found for found in distributed.gather_objects(problem) if found), "")
 
     def _load(self, folder: Path, stage: Stage, optimizer: Optimizer, stage_name: str) -> Progress:
-        state = read_json(folder / STATE)
+        state = read_settings(folder / STATE)
         if state.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(f"{folder}: checkpoint format {state.get('format_version')!r}, this version reads 1")
-        values = state["progress"] | {"best": {int(k): v for k, v in state["progress"]["best"].items()}}
-        progress = Progress(**values)
+        with _damage_named(folder / STATE):
+            values = state["progress"] | {"best": {int(k): float(v) for k, v in state["progress"]["best"].items()}}
+            progress = Progress(**values)
+            shapes = {name: tuple(int(size) for size in shape) for name, shape in state["shapes"].items()}
+            saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            counters, world_size = dict(state["counters"]), int(state["world_size"])
+            if not isinstance(progress.step, int) or not isinstance(progress.items, int) or progress.step < 0:
+                raise ValueError(f"step {progress.step!r}")
         if progress.stage != stage_name:
             raise CheckpointError(f"{folder}: a run of the {progress.stage} stage, not of the {stage_name}")
         own = {name: torch.empty(_full_shape(p), device="meta") for name, p in stage.named_parameters()}
-        saved = {name: torch.empty(shape, device="meta") for name, shape in state["shapes"].items()}
         check_state(own, saved, str(folder))
         reader = ShardReader(folder)
         reader.load(optimizer.shards, optimizer.averages)
-        optimizer.set_counters(state["counters"])
+        with _damage_named(folder / STATE):
+            optimizer.set_counters(counters)
         fixed = load_weights(folder / FIXED)
         with optimizer.whole_parameters(frozen_only=True, write=True), torch.no_grad():
             for name, tensor in _fixed_state(stage).items():
@@ -290,8 +299,9 @@ class TrainingCheckpoints:
                     raise CheckpointError(f"{folder}: {name} has another shape there; other settings?")
         optimizer.refresh()
         random_file = folder / f"random-{distributed.rank():05d}.safetensors"
-        if state["world_size"] == distributed.world_size() and random_file.is_file():
-            set_random_state(load_weights(random_file))
+        if world_size == distributed.world_size() and random_file.is_file():
+            with _damage_named(random_file):
+                set_random_state(load_weights(random_file))
         return progress
 
 
@@ -332,6 +342,32 @@ def note_exported(folder: Path, checkpoints: Path, step: int) -> None:
 
 def _name_in_run(folder: Path, checkpoints: Path) -> str:
     return folder.relative_to(checkpoints.parent).as_posix()  # "." or "best", whatever the run is called
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turns what values of the wrong kind in a file raise inside the block into an error that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({shown(error)}); remove its folder to go on from an older one"
+        ) from None
+
+
+def _load_foreign(optimizer: Optimizer, folder: Path) -> int:
+    """Loads a trusted checkpoint of DeepSpeed's own, and names it where it is damaged; returns its step."""
+    try:
+        return optimizer.load_foreign(folder)
+    except (EOFError, pickle.UnpicklingError, KeyError, RuntimeError) as error:
+        if isinstance(error, CheckpointError) or is_lost_connection(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder}: DeepSpeed does not load it ({reason}): damaged, or of other settings; take an older one"
+        ) from None
 
 
 def _full_shape(parameter: Tensor) -> tuple[int, ...]:

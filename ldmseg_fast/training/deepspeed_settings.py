@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.config import Config
+from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.files import read_text
 
@@ -27,6 +29,42 @@ OURS = {
     "zero_optimization.offload_optimizer": "train.offload",
     "zero_optimization.offload_param": "train.offload",
 }
+# of a user's file: what DeepSpeed reads; it ignores a name that it does not know, without a word
+SECTIONS = {
+    *("optimizer", "scheduler", "fp16", "bf16", "bfloat16", "torch_autocast", "amp", "activation_checkpointing"),
+    *("zero_optimization", "aio", "autotuning", "flops_profiler", "sparse_attention", "data_efficiency"),
+    *("curriculum_learning", "tensorboard", "wandb", "csv_monitor", "comet", "elasticity", "comms_logger"),
+    *("compression_training", "checkpoint", "data_types", "nebula", "datastates_ckpt", "hybrid_engine", "pipeline"),
+    *("eigenvalue", "progressive_layer_drop", "quantize_training", "tensor_parallel", "expert_parallel", "compile"),
+    *("timers", "weight_quantization", "monitor_config", "zenflow"),
+}
+VALUES = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "communication_data_type"),
+    *("seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather", "disable_python_gc"),
+    *("dataloader_drop_last", "graph_harvesting", "use_data_before_expert_parallelism", "vocabulary_size"),
+    *("gradient_allreduce_op", "managed_gradient_accumulation"),
+}
+ZERO = {
+    *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+    *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights"),
+    *("elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow", "sub_group_size", "cpu_offload_param"),
+    *("cpu_offload_use_pin_memory", "cpu_offload", "prefetch_bucket_size", "stage3_prefetch_bucket_size"),
+    *("param_persistence_threshold", "stage3_param_persistence_threshold", "model_persistence_threshold"),
+    *("stage3_model_persistence_threshold", "max_live_parameters", "stage3_max_live_parameters", "leaf_module"),
+    *("max_reuse_distance", "stage3_max_reuse_distance", "gather_16bit_weights_on_model_save"),
+    *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"),
+    *("module_granularity_threshold", "stage3_module_granularity_threshold", "use_all_reduce_for_fetch_params"),
+    *("stage3_use_all_reduce_for_fetch_params", "allgather_sequential", "stage3_allgather_sequential"),
+    *("ignore_unused_parameters", "legacy_stage1", "round_robin_gradients", "parameter_alignment", "allgather_size"),
+    *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"),
+    *("zero_quantized_gradients", "mics_shard_size", "mics_hierarchical_params_gather", "memory_efficient_linear"),
+    *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+    *("save_muon_momentum_buffer_in_memory",),
+}
+ZERO_SECTIONS = {"offload_param", "offload_optimizer", "zenflow", "leaf_module"}
+SIZES = ("_size", "_threshold", "_alignment", "_per_print", "_distance", "stage")
 BUCKET = 50_000_000  # elements that ZeRO reduces or gathers at a time
 OFF: tuple[Any, ...] = ({}, None, {"enabled": False})  # sections that change nothing
 
@@ -71,17 +109,74 @@ def read_user_config(path: str | Path) -> dict[str, Any]:
     """Reads a DeepSpeed JSON file.
 
     Raises:
-        ConfigError: a file that is missing or no JSON object; the message names it.
+        ConfigError: a file that is missing or no JSON object, an entry that DeepSpeed does not know or that is there
+            twice, a number that is not finite; the message names it.
     """
+    source = f"--deepspeed_config {path}"
+    if Path(path).exists() and not Path(path).is_file():
+        raise ConfigError(f"{source}: no plain file")
     try:
-        values = json.loads(read_text(Path(path)))
+        text = read_text(Path(path))
     except OSError as error:
-        raise ConfigError(f"--deepspeed_config {path}: {error.strerror or error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--deepspeed_config {path}: no JSON ({error})") from None
+        raise ConfigError(f"{source}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: no JSON ({error})") from None
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ConfigError(f"{source}: {key[:100]} is there twice; leave one of them")
+            found[key] = value
+        return found
+
+    def not_finite(name: str) -> Any:
+        raise ConfigError(f"{source}: {name} is no setting; numbers are finite")
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique, parse_constant=not_finite)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: no JSON ({str(error)[:200]})") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"--deepspeed_config {path}: a JSON object expected")
+        raise ConfigError(f"{source}: a JSON object expected")
+    _check_names(values, SECTIONS | VALUES, "", source)
+    _check_kinds(values, SECTIONS, "", source)
+    zero = values.get("zero_optimization")
+    if isinstance(zero, dict):
+        _check_names(zero, ZERO, "zero_optimization.", source)
+        _check_kinds(zero, ZERO_SECTIONS, "zero_optimization.", source)
     return values
+
+
+def _check_kinds(values: dict[str, Any], sections: set[str], prefix: str, source: str) -> None:
+    """Raises ConfigError for a section that is none, a number that is not positive, a switch that is neither."""
+    for key, value in values.items():
+        if value is None or value == "auto":
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key in sections:
+            right, kind = isinstance(value, dict), "a section {...}"
+            if right and not isinstance(value.get("enabled", False), (bool, str)):
+                raise ConfigError(f"{source}: {prefix}{key}.enabled={shown(value['enabled'])}: true or false expected")
+        elif key.endswith("data_type") or key == "gradient_allreduce_op":
+            right, kind = isinstance(value, str), "text"
+        elif key.startswith(("train_", "gradient_", "max_", "stage3_max_")) or key.endswith(SIZES):
+            right, kind = number and 0 <= value < 10**15, "a number from 0 on"
+        else:
+            right, kind = isinstance(value, bool), "true or false"
+        if not right:
+            raise ConfigError(f"{source}: {prefix}{key}={shown(value)}: {kind} expected")
+
+
+def _check_names(values: dict[str, Any], known: set[str], prefix: str, source: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)[0]
+            raise ConfigError(
+                f"{source}: DeepSpeed has no setting {prefix}{key[:100]}; the nearest that it has is {prefix}{near}"
+            )
 
 
 def merge_user_config(derived: dict[str, Any], user: dict[str, Any], clip: float) -> dict[str, Any]:
@@ -100,7 +195,9 @@ def merge_user_config(derived: dict[str, Any], user: dict[str, Any], clip: float
             _put(merged, key, value)
         elif ours.get(key) != value and not _is_off(user, rule):
             has = ours.get(key)
-            conflicts.append(f"{key} is {value!r} there{'' if has is None else f' and {has!r} here'}: set {OURS[rule]}")
+            conflicts.append(
+                f"{key} is {shown(value)} there{'' if has is None else f' and {has!r} here'}: set {OURS[rule]}"
+            )
     if conflicts:
         raise ConfigError("--deepspeed_config: " + "; ".join(sorted(set(conflicts))) + ", or leave it out there")
     return merged

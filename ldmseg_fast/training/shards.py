@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldmseg_fast.checkpoints.tensors import save_weights
@@ -143,14 +143,18 @@ class ShardReader:
     """Reads all shard files of a checkpoint as one; only what is asked for is read."""
 
     def __init__(self, folder: Path) -> None:
+        """Opens the files. Raises CheckpointError for one that is damaged."""
         self.folder = folder
         self.pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
-            file = safe_open(path, framework="pt")
-            for key in file.keys():  # noqa: SIM118 (a file, not a dictionary)
-                kind, start, name = key.split(":", 2)
-                length = file.get_slice(key).get_shape()[0]
-                self.pieces.setdefault((kind, name), []).append((int(start), length, file, key))
+            try:
+                file = safe_open(path, framework="pt")
+                for key in file.keys():  # noqa: SIM118 (a file, not a dictionary)
+                    kind, start, name = key.split(":", 2)
+                    (length,) = file.get_slice(key).get_shape()
+                    self.pieces.setdefault((kind, name), []).append((int(start), length, file, key))
+            except (SafetensorError, ValueError, OSError) as error:
+                raise CheckpointError(f"{path}: damaged shard ({str(error)[:200]}); go back to an older one") from None
 
     def has(self, kind: str) -> bool:
         """Tells whether there are pieces of a kind: weight, exp_avg, exp_avg_sq or average."""

@@ -69,6 +69,23 @@ def test_saving_again_replaces_the_component(tmp_path):
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["mask_vae", "model_index.json"]
 
 
+def test_saving_again_keeps_what_others_have_put_there(tmp_path):
+    vae = MaskVAE(SMALL)
+    elsewhere = tmp_path / "elsewhere"
+    save_component(tmp_path / "model", "mask_vae", SMALL, vae.state_dict())
+    (tmp_path / "model" / "mask_vae").rename(elsewhere)
+    (tmp_path / "model" / "mask_vae").symlink_to(elsewhere)
+    (elsewhere / "notes.txt").write_text("mine")
+    (elsewhere / "more").mkdir()
+    (elsewhere / "more" / "picture.png").write_bytes(b"dear")
+    save_component(tmp_path / "model", "mask_vae", SMALL, vae.state_dict(), {"_more": 2})
+    for place in (elsewhere, tmp_path / "model" / "mask_vae"):
+        assert (place / "notes.txt").read_text() == "mine"
+        assert (place / "more" / "picture.png").read_bytes() == b"dear"
+    assert load_component_config(tmp_path / "model", "mask_vae") == (SMALL, {"_more": 2})
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["mask_vae"]
+
+
 def test_half_weights_load_as_single_precision(tmp_path):
     vae = MaskVAE(SMALL).half()
     save_component(tmp_path, "mask_vae", SMALL, vae.state_dict())
@@ -122,7 +139,7 @@ def test_damaged_folders(model_dir, tmp_path):
         with pytest.raises(CheckpointError, match=message):
             load_component(folder, "mask_vae")
     (folder / "model_index.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="foreign or older"):
+    with pytest.raises(CheckpointError, match=r"model_index\.json: a mapping of settings expected"):
         load_index(folder)
 
 

@@ -127,6 +127,20 @@ def test_only_a_shipped_model_is_replaced(model_dir, tmp_path):
     assert (data / "photo.jpg").is_file() and (run / "logs").is_dir()
 
 
+def test_a_shipped_model_with_files_of_the_users_stays(model_dir, tmp_path):
+    out = ship.ship(model_dir, tmp_path / "weights" / "one")
+    (out / "LICENSE").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds something else than a shipped model \(LICENSE\)"):
+        ship.ship(model_dir, out)
+    (out / "LICENSE").unlink()
+    with pytest.raises(CheckpointError, match="would be replaced by its own smaller copy"):
+        ship.ship(out, out)
+    (tmp_path / "link").symlink_to(out)
+    ship.ship(model_dir, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (out / "model_index.json").is_file()
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["one"]
+
+
 def test_a_run_without_a_log_of_its_starts(model_dir, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(model_dir, run)

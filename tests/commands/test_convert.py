@@ -326,6 +326,27 @@ def test_bombs_are_refused(files):
     assert_nothing_written(files)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
+def test_prefixes_of_compile_and_data_parallelism_do_not_matter(prefix, files):
+    def named(values, out):
+        return convert_checkpoint(write(files / "m.pt", values), files / out, files / "unet.json", files / "vae.json")
+
+    plain = named(original_model(), "plain")
+    values = original_model()
+    for name in ("unet", "vae_semseg", "vae_image"):
+        values[name] = {prefix + key: value for key, value in values[name].items()}
+    # blocks that were compiled one by one have it in the middle of their names
+    values["unet"] = {key.replace("down_blocks.0.", "down_blocks.0._orig_mod."): v for key, v in values["unet"].items()}
+    wrapped = named(values, "wrapped")
+    for name in ("unet", "mask_vae", "image_vae"):
+        weights = f"{name}/model.safetensors"
+        assert (plain / weights).read_bytes() == (wrapped / weights).read_bytes()
+    both = original_model()
+    both["unet"] |= {f"module.{key}": value for key, value in both["unet"].items()}
+    with pytest.raises(CheckpointError, match="is there twice"):
+        run(files, both)
+
+
 # ---- bad input
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.backends.graphs.manifest import read_manifest
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
@@ -18,7 +19,7 @@ from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.scheduler import Scheduler
-from ldmseg_fast.errors import BackendError
+from ldmseg_fast.errors import BackendError, NonFiniteError
 
 OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
 
@@ -66,6 +67,16 @@ def test_maps_too_large_for_the_head_come_from_the_logits(pipes, monkeypatch):
     monkeypatch.setattr(backend, "specs", specs)
     with pytest.raises(BackendError, match=r"a map of 90x70 pixels: .* export them with --head both"):
         backend.decode_mask(latents, (70, 90))
+
+
+def test_logits_that_are_not_finite_are_no_map(pipes):
+    backend = pipes[1].backend
+    latents = torch.zeros(2, 4, 16, 16)
+    backend.decode_mask(latents, (70, 90))
+    latents[1, 2, 3, 4] = float("nan")
+    for output in ("panoptic", "logits"):
+        with pytest.raises(NonFiniteError, match="mask_decoder: slot logits are not finite"):
+            backend.decode_mask(latents, (70, 90), output)
 
 
 def test_a_callback_sees_every_step(pipes, pictures):
@@ -172,6 +183,42 @@ def test_damaged_folders(model_dir, graphs, tmp_path):
     (tmp_path / "c" / "export.json").write_text("{")
     with pytest.raises(BackendError, match="damaged"):
         load(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("precision",), "fp99"),
+        (("image_size",), -1),
+        (("image_size",), "64"),
+        (("downsampling",), 0),
+        (("size_multiple",), None),
+        (("options", "batch"), 10**12),
+        (("options", "head"), []),
+        (("options", "sampler_steps"), ["x"]),
+        (("options", "extra"), 1),
+        (("graphs", "denoiser", "file"), "../denoiser.onnx"),
+        (("graphs", "denoiser", "weights"), "/etc/passwd"),
+        (("graphs", "denoiser", "file"), {}),
+        (("graphs", "denoiser", "spec", "inputs"), 3),
+        (("graphs", "denoiser", "spec", "inputs", 0, "shape"), [-1]),
+        (("graphs", "denoiser", "spec", "inputs", 0, "shape"), ["batch*x"]),
+        (("graphs", "denoiser", "spec", "inputs", 0, "dtype"), "float8"),
+        (("model_hash",), None),
+    ],
+)
+def test_a_manifest_with_other_values(place, value, graphs, tmp_path):
+    values = json.loads((graphs / "export.json").read_text())
+    owner = values
+    for key in place[:-1]:
+        owner = owner[key]
+    owner[place[-1]] = value
+    (tmp_path / "export.json").write_text(json.dumps(values))
+    with pytest.raises(BackendError, match=r"export\.json: damaged"):
+        read_manifest(tmp_path)
+    (tmp_path / "export.json").write_text("[" * 100_000)
+    with pytest.raises(BackendError, match=r"export\.json: damaged"):
+        read_manifest(tmp_path)
 
 
 def test_graphs_without_their_weights_file(model_dir, graphs, tmp_path):

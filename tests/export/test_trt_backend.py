@@ -20,7 +20,7 @@ from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.scheduler import Scheduler
-from ldmseg_fast.errors import BackendError
+from ldmseg_fast.errors import BackendError, NonFiniteError
 from ldmseg_fast.export import to_trt
 
 OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
@@ -39,6 +39,14 @@ def test_the_pipeline_gives_torchs_maps(model_dir, engines, trt, pictures):
             assert (one.segmentation == other.segmentation).mean() > 0.999
     expected, found = (pipe(pictures, 5, output_type="latent") for pipe in (plain, fast))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_logits_that_are_not_finite_are_no_map(model_dir, engines, trt):
+    backend = load_backend(model_dir, "tensorrt", engines)
+    latents = torch.zeros(2, 4, 16, 16)
+    latents[1, 2, 3, 4] = float("inf")
+    with pytest.raises(NonFiniteError, match="mask_decoder: slot logits are not finite"):
+        backend.decode_mask(latents, (70, 90))
 
 
 def test_evaluate(model_dir, engines, trt, scenes, tmp_path, capsys):

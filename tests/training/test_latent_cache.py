@@ -203,6 +203,7 @@ def test_encoders_that_cannot_be_cached(autoencoder: Path, root: Path, taesd: Pa
         load_encoder(taesd, 33)
     (tmp_path / "model" / "image_vae").mkdir(parents=True)
     config = {"kind": "conv", "widths": [8, 8, 16], "blocks": [0, 1, 1], "norm_groups": 4, "downsampling": 4}
+    config |= {"latent_channels": 4, "scaling_factor": 0.18215}
     (tmp_path / "model" / "image_vae" / "config.json").write_text(json.dumps(config))
     from ldmseg_fast.models.image_vae import ConvEncoder
 

@@ -256,6 +256,32 @@ def test_deepspeed_configuration(settings: Settings, tmp_path: Path) -> None:
         read_user_config(file)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"zero_optimisation": {}}', "no setting zero_optimisation; the nearest that it has is zero_optimization"),
+        ('{"zero_optimization": {"overlap_com": true}}', r"zero_optimization\.overlap_com;.*\.overlap_comm"),
+        ('{"zero_optimization": 3}', r"zero_optimization=3: a section \{\.\.\.\} expected"),
+        ('{"zero_optimization": {"reduce_bucket_size": "big"}}', "reduce_bucket_size='big': a number"),
+        ('{"zero_optimization": {"reduce_bucket_size": {"a": 1}}}', "reduce_bucket_size=.*: a number"),
+        ('{"zero_optimization": {"offload_param": 1}}', r"offload_param=1: a section"),
+        ('{"wall_clock_breakdown": {"a": 1}}', "wall_clock_breakdown=.*: true or false"),
+        ('{"wall_clock_breakdown": true, "wall_clock_breakdown": false}', "wall_clock_breakdown is there twice"),
+        ('{"gradient_clipping": NaN}', "NaN is no setting"),
+        ('{"tensorboard": {"enabled": 3}}', "tensorboard.enabled=3"),
+        ("[" * 100_000, "no JSON"),
+        ('{"steps_per_print": ' + "9" * 9000 + "}", "no JSON"),
+        ("[]", "a JSON object expected"),
+    ],
+)
+def test_a_deepspeed_file_with_unknown_or_wrong_entries(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_user_config(file)
+    assert str(file) in str(error.value) and len(str(error.value)) < 500
+
+
 def test_the_clock_ends_a_run(settings: Settings) -> None:
     """As its last step would: validated, exported, finished; with more time it goes on."""
     timed = ["train.steps=1000", "train.validate_every=1000", "data.val_limit=2"]

@@ -20,6 +20,7 @@ import torch
 from ldmseg_fast.config import Config
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.errors import ArgumentError, CheckpointError, InUseError
+from ldmseg_fast.files import entry_of
 from ldmseg_fast.locks import only_writer
 from ldmseg_fast.training import checkpoints as resume_module
 from ldmseg_fast.training.loop import Run, train
@@ -122,6 +123,54 @@ def test_one_flipped_bit_is_found(run: Run, name: str) -> None:
     shutil.rmtree(run.checkpoints.path(1))
     with pytest.raises(CheckpointError, match="step-00000002"):
         load(run)
+
+
+def forge(run: Run, name: str, content: bytes) -> None:
+    """Changes a file of the only checkpoint, and the manifest with it."""
+    folder = run.checkpoints.path(1)
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = entry_of(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"progress": None},
+        {"progress": {"stage": "autoencoder"}},
+        {"progress": {"stage": "autoencoder", "step": "x", "best": {}}},
+        {"progress": {"stage": "autoencoder", "best": {"x": 1}}},
+        {"shapes": {"mask_vae.encoder.0.weight": [-1]}},
+        {"shapes": {"mask_vae.encoder.0.weight": [2**62, 2**62]}},
+        {"shapes": []},
+        {"counters": {}},
+        {"counters": None},
+        {"world_size": "many"},
+    ],
+)
+def test_a_state_that_agrees_with_a_forged_manifest(run: Run, change: dict) -> None:
+    save_at(run, 1)
+    state = json.loads((run.checkpoints.path(1) / "state.json").read_text())
+    forge(run, "state.json", json.dumps(state | change).encode())
+    with pytest.raises(CheckpointError, match="step-00000001"):
+        load(run)
+
+
+def test_shards_that_agree_with_a_forged_manifest(run: Run) -> None:
+    save_at(run, 1)
+    for name in ("shard-00000-of-00001.safetensors", "fixed.safetensors", "random-00000.safetensors"):
+        whole = (run.checkpoints.path(1) / name).read_bytes()
+        for content in (b"", whole[:20], whole[:-1], b"\xff" * 100):
+            forge(run, name, content)
+            with pytest.raises(CheckpointError, match=name):
+                load(run)
+        forge(run, name, whole)
+    assert load(run)[0] == 1
+    for content in ("[]", "{}", '{"files": 3}', '{"files": {"state.json": {}}}', "[" * 10_000):
+        (run.checkpoints.path(1) / "manifest.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"manifest\.json|state\.json"):
+            load(run)
 
 
 @pytest.mark.parametrize("change", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1])])

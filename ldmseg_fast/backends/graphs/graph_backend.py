@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import DdimBackend
+from ldmseg_fast.backends.finite import all_finite, require_finite
 from ldmseg_fast.backends.graphs import head
 from ldmseg_fast.backends.graphs.batching import ANY, Ranges, run_in_parts
 from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
@@ -22,6 +23,7 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, resize_logits
 
+LOGITS = "mask_decoder: slot logits"
 MAX_HEAD_BYTES = 2 * 2**30  # of one tensor with every slot at the map's size; the head in the graph makes several
 
 
@@ -173,10 +175,14 @@ class GraphBackend(DdimBackend):
         rows = {"latents": latents.to(self.device).float()}
         height, width = fixed["size"].tolist() if fixed else size
         found = self._run_rows("mask_decoder", rows, fixed, height=height, width=width)
+        if use_logits:
+            require_finite(all_finite(found["mask_logits"]), LOGITS, self.info, self.dtype)
         if output == "logits":
             return resize_logits(found["mask_logits"], network_size, size)
         if not use_logits:
             outputs = [found[name].cpu().numpy() for name in ("label", "confidence", "sigmoid_area")]
+            # the likeliest of at most 256 slots has a probability of 1/256 or more, unless it is NaN
+            require_finite(bool(outputs[1].all()), LOGITS, self.info, self.dtype)
             return head.finish(outputs[0], outputs[1], outputs[2], thresholds)
         return postprocess(found["mask_logits"].float(), network_size, [size] * len(latents), thresholds)
 

@@ -99,9 +99,23 @@ def read_passport(folder: Path, graph: str) -> Passport:
         values["profiles"] = tuple(
             {a: (low, best, high) for a, (low, best, high) in p.items()} for p in values["profiles"]
         )
-        return Passport(**values | {"targets": tuple(values["targets"])})
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise BackendError(f"{path}: damaged ({error}); build the engine again") from None
+        passport = Passport(**values | {"targets": tuple(values["targets"])})
+        _check_values(passport)
+        return passport
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise BackendError(f"{path}: damaged ({str(error)[:200]}); build the engine again") from None
+
+
+def _check_values(passport: Passport) -> None:
+    """Raises TypeError for a value of another type than `Passport` has."""
+    sizes = [size for profile in passport.profiles for span in profile.values() for size in span]
+    numbers = [*sizes, passport.engine_bytes, passport.image_size]
+    texts = [getattr(passport, item.name) for item in fields(Passport) if item.type == "str"]
+    flags = [passport.version_compatible, passport.stripped]
+    for kind, values in ((int, numbers), (str, [*texts, *passport.targets]), (bool, flags)):
+        wrong = [value for value in values if type(value) is not kind]
+        if wrong:
+            raise TypeError(f"{str(wrong[0])[:100]} is no {kind.__name__}")
 
 
 def check_passport(

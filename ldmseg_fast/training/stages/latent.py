@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmseg_fast.checkpoints.init_from import Start, load_image_encoder, load_unet
+from ldmseg_fast.checkpoints.init_from import Start, check_start, load_image_encoder, load_unet
 from ldmseg_fast.checkpoints.model_folder import (
     load_component,
     load_index,
@@ -59,6 +59,7 @@ class LatentStage(Stage):
                 f"model.mask_vae={config.model.mask_vae}: {self.mask_vae.config.latent_channels} latent channels, "
                 f"unet.out_channels is {config.unet.out_channels}"
             )
+        check_start(start)
         self.image_vae: Any = build_image_encoder(config.image_encoder, start.vae_config)
         load_image_encoder(self.image_vae, start)
         self.trains_image_vae = config.image_encoder.kind == "conv"

@@ -1,0 +1,107 @@
+"""Finds the weights of a component's folder in diffusers' layout: one file or shards, with or without a variant."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from torch import Tensor
+
+from ldmseg_fast.checkpoints.schema import read_settings
+from ldmseg_fast.checkpoints.tensors import check_no_pointer, load_weights
+from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.files import inside
+
+# NAME.safetensors, NAME.VARIANT.safetensors, and their shards; transformers once put the variant last
+FILE = re.compile(
+    r"(?P<name>diffusion_pytorch_model|model)(\.(?P<variant>[A-Za-z0-9_]+))?"
+    r"(-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?(\.(?P<late>[A-Za-z0-9_]+))?\.safetensors"
+)
+INDEX = re.compile(
+    r"(diffusion_pytorch_model|model)(\.(?P<early>[A-Za-z0-9_]+))?\.safetensors\.index(\.(?P<variant>[A-Za-z0-9_]+))?\.json"
+)
+ORDER = ("", "fp32", "bf16", "fp16")  # full precision goes before half
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Reads the tensors, any shape and dtype, of a component's folder.
+
+    They lie in one or several safetensors files; full precision goes before half. An index says which shards there are;
+    without it, their own names do.
+
+    Raises:
+        CheckpointError: none there, a shard that is missing, pickles only, damaged, or links out of the folder.
+    """
+    files: dict[str, dict[str, Path]] = defaultdict(dict)
+    indices: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := FILE.fullmatch(path.name):
+            files[match["variant"] or match["late"] or ""][path.name] = path
+        elif match := INDEX.fullmatch(path.name):
+            indices[match["variant"] or match["early"] or ""] = path
+    variants = [variant for variant in ORDER if variant in files or variant in indices]
+    variants = variants or sorted(files.keys() | indices.keys())
+    if len(variants) > 1 and variants[0] not in ORDER:
+        raise CheckpointError(f"{folder}: weights of several variants ({', '.join(variants)}); leave one of them there")
+    if variants:
+        found, index = files.get(variants[0], {}), indices.get(variants[0])
+        whole = [path for name, path in found.items() if "-of-" not in name]
+        if whole:
+            return load_weights(inside(folder, whole[0]))
+        return _read_shards(folder, found, index)
+    raise CheckpointError(_why_none(folder))
+
+
+def _read_shards(folder: Path, found: dict[str, Path], index: Path | None) -> dict[str, Tensor]:
+    weight_map: dict[str, str] = {}
+    if index is not None:
+        entries = read_settings(inside(folder, index)).get("weight_map")
+        texts = isinstance(entries, dict) and all(isinstance(name, str) for name in entries.values())
+        if not isinstance(entries, dict) or not entries or not texts:
+            raise CheckpointError(f"{index}: no weight_map of names and files in it; download it again")
+        weight_map = entries
+        names = sorted(set(weight_map.values()))
+        foreign = [name for name in names if FILE.fullmatch(name) is None]
+        if foreign:
+            raise CheckpointError(f"{index}: {foreign[0][:200]!r} is no name of a safetensors file beside it")
+    else:
+        first = next(iter(found))
+        count = int(FILE.fullmatch(first)["shards"])  # type: ignore[index]
+        if count > 10_000 or count < len(found):
+            raise CheckpointError(f"{folder}: {len(found)} shards that call themselves parts of {count}")
+        names = [re.sub(r"-\d{5}-of", f"-{number:05d}-of", first) for number in range(1, count + 1)]
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        said = "by its index" if index is not None else "by their names"
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(names)} shards are missing ({said}): {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}; download them too"
+        )
+    state: dict[str, Tensor] = {}
+    for name in names:
+        shard = load_weights(inside(folder, folder / name))
+        twice = sorted(state.keys() & shard.keys())
+        if twice:
+            raise CheckpointError(f"{folder / name}: {twice[0]} is in another shard too; download the shards again")
+        state |= shard
+    return state
+
+
+def _why_none(folder: Path) -> str:
+    """Says what a folder without safetensors files holds instead."""
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
+        for path in folder.glob("*.bin"):
+            check_no_pointer(path)
+        return (
+            f"{folder}: only pickled weights (.bin), which can run code when they are read; take the same model's "
+            f".safetensors file, or load it in diffusers on a machine you can lose and save_pretrained it"
+        )
+    if any(folder.glob("*.msgpack")):
+        return f"{folder}: weights of Flax only (.msgpack); take the same model's .safetensors file"
+    others = [path.name for path in folder.glob("*.safetensors")]
+    if others:
+        return (
+            f"{folder}: no diffusion_pytorch_model.safetensors in it; rename {others[0]} if that is the network's file"
+        )
+    return f"{folder}: no diffusion_pytorch_model.safetensors in it"
