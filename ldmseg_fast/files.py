@@ -45,7 +45,7 @@ def require_file(path: str | os.PathLike, kind: type[UserError] = DataError, wha
         UserError: of this kind: a folder, pipe, socket or device.
         OSError: nothing is there, or it may not be looked at.
     """
-    _check_mode(path, Path(path).stat().st_mode, kind, what)
+    _check_mode(path, os.stat(path).st_mode, kind, what)  # noqa: PTH116 (the Path of "" is a folder)
 
 
 def open_file(path: str | os.PathLike, kind: type[UserError] = DataError, what: str = "file") -> io.FileIO:

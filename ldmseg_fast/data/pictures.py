@@ -36,9 +36,12 @@ TURNS = {
 _BACK = {6: TURNS[8], 8: TURNS[6]}  # all others undo themselves
 _MAY_BE_TURNED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # a PNG's places for the orientation
 
+_HEAD = 4096  # bytes in which an animated PNG says that it is one
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG = (b"\x08\x02\0\0\0", b"\x08\0\0\0\0")  # 8-bit RGB or grey, not interlaced
 _STILLS = ("MPO", "PSD", "ICO", "ICNS")  # further frames are previews or layers
+MAX_SIDE = 2**17  # pixels; resizing keeps a table as long as a side
 _STRIP = 2**22  # pixels that are resized at once
 _lock = threading.RLock()
 
@@ -113,7 +116,7 @@ def read_picture(path: str | os.PathLike, *, exif: bool = True, max_pixels: int 
     content = read_content(path)
     if _is_plain_png(content) and not (exif and any(place in content for place in _MAY_BE_TURNED)):
         pixels = _plain_png(path, content, max_pixels)
-        return Picture(_reduced(pixels), pixels.shape[:2])  # type: ignore[arg-type]
+        return Picture(_reduced(pixels), pixels.shape[:2], frames=b"acTL" in content[:_HEAD])  # type: ignore[arg-type]
     stored = _opened(path, content, max_pixels, reduced=True)
     del content
     image, (width, height) = stored.image, stored.size
@@ -121,6 +124,39 @@ def read_picture(path: str | os.PathLike, *, exif: bool = True, max_pixels: int 
         return Picture(np.array(image), (height, width), frames=stored.frames)
     size = (width, height) if stored.orientation >= 5 else (height, width)
     return Picture(np.array(image.transpose(TURNS[stored.orientation])), size, turned=True, frames=stored.frames)
+
+
+def rgb_of_image(image: Image.Image, name: str, *, exif: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Converts Pillow's image to RGB, turned as its EXIF orientation says.
+
+    An image that is not decoded yet keeps the lower bytes of 16-bit colours; what Pillow has decoded has lost them.
+
+    Args:
+        image: of any mode, in memory or as a file was opened.
+        name: of the image, for the error.
+        exif: False keeps the stored pixels.
+        max_pixels: of an image; checked before it is decoded.
+
+    Raises:
+        DataError: too large, damaged, or without a defined range.
+    """
+    check_pixels(name, *image.size, max_pixels)
+    turns_itself = image.format == "TIFF" and bool(getattr(image, "tile", ()))
+    orientation = orientation_of(image) if turns_itself else 1
+    try:
+        content = _content_of(image)
+        check_depth(image, content, name)
+        samples = deep_samples(image, content) if content else None
+        image.load()
+    except DataError:
+        raise
+    except Exception as error:
+        raise unreadable(name, error) from error
+    rgb = to_rgb(image, name, content) if samples is None else rgb_of_samples(samples, image.mode)
+    orientation = orientation if turns_itself else orientation_of(image)
+    if turns_itself == exif or orientation not in TURNS:
+        return rgb
+    return rgb.transpose(TURNS[orientation] if exif else _BACK.get(orientation, TURNS[orientation]))
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -151,12 +187,17 @@ def check_pixels(name: str | os.PathLike, width: int, height: int, max_pixels: i
     """Checks a picture's size before anything is decoded.
 
     Raises:
-        DataError: no pixels, or more than `max_pixels`; it names the picture.
+        DataError: no pixels, more than `max_pixels`, or a side over MAX_SIDE; it names the picture.
     """
     if width < 1 or height < 1:
         raise DataError(f"{name}: {width}x{height}: a picture has pixels")
     if width * height > max_pixels:
-        raise DataError(f"{name}: {width}x{height} is over {max_pixels} pixels: scale it down, or raise the limit")
+        raise DataError(
+            f"{name}: {width}x{height} is over {max_pixels} pixels: scale it down, or raise --max-pixels of a command "
+            f"that has it"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise DataError(f"{name}: {width}x{height}: sides of at most {MAX_SIDE} pixels are read: cut it into parts")
 
 
 def open_checked(path: str | os.PathLike, content: bytes, max_pixels: int) -> Image.Image:
@@ -174,7 +215,9 @@ def open_checked(path: str | os.PathLike, content: bytes, max_pixels: int) -> Im
         with _bounds(max_pixels):
             image = Image.open(io.BytesIO(content))
     except Image.DecompressionBombError:
-        raise DataError(f"{path}: over {max_pixels} pixels: scale it down, or raise the limit") from None
+        raise DataError(
+            f"{path}: over {max_pixels} pixels: scale it down, or raise --max-pixels where the command has it"
+        ) from None
     except Exception as error:  # what Pillow's formats raise on damaged files is nowhere listed
         raise unreadable(path, error) from error
     check_pixels(path, *image.size, max_pixels)
@@ -202,6 +245,19 @@ def unreadable(path: str | os.PathLike, error: Exception) -> DataError:
     unknown = isinstance(error, UnidentifiedImageError)  # its text names a buffer of ours
     why = "none of the formats that Pillow knows" if unknown else str(error) or type(error).__name__
     return DataError(f"{path}: not a readable picture ({why}): fetch or save it again")
+
+
+def _content_of(image: Image.Image) -> bytes:
+    """Returns the file that an image was opened from, where its depth hangs on it; empty where it is decoded."""
+    file = getattr(image, "fp", None)
+    if image.format not in ("PNG", "TIFF", "JPEG2000", "SGI") or not getattr(image, "tile", ()) or file is None:
+        return b""
+    place = file.tell()
+    file.seek(0)
+    try:
+        return file.read(MAX_BYTES)
+    finally:
+        file.seek(place)
 
 
 def _is_plain_png(content: bytes) -> bool:

@@ -19,8 +19,11 @@ from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.diffusion.solvers import Constraint, Timesteps, check_solver, sample, solver_timesteps
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.files import read_json
+from ldmseg_fast.inference.inputs import MAX_SEED, check_count
 from ldmseg_fast.models.conditioning import with_context
 from ldmseg_fast.panoptic.postprocess import PanopticResult
+
+MAX_STEPS = 1_000_000  # no schedule is longer
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,12 @@ class MaskSampler:
         """
         steps = self.info.num_inference_steps if num_inference_steps is None else num_inference_steps
         sampling = Sampling(steps, **settings)
+        check_count("num_inference_steps", steps, 0, MAX_STEPS)  # the schedule says more of its own end
+        check_count("seed", sampling.seed, 0, MAX_SEED)
+        check_count("cache_interval", sampling.cache_interval, 0, MAX_STEPS)
+        check_count("cache_branch", sampling.cache_branch, 0, MAX_STEPS)
+        if sampling.callback is not None and not callable(sampling.callback):
+            raise ArgumentError(f"callback={sampling.callback!r}: a function expected; see diffusion.sampler.Callback")
         check_solver(sampling.solver, sampling.eta)
         solver_timesteps(self.scheduler, sampling.solver, steps, sampling.timesteps)
         interval, branch, branches = sampling.cache_interval, sampling.cache_branch, self.backend.cache_branches
