@@ -6,6 +6,7 @@ A pixel format is scaled where its range is defined, and refused by name where i
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import threading
@@ -42,7 +43,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG = (b"\x08\x02\0\0\0", b"\x08\0\0\0\0")  # 8-bit RGB or grey, not interlaced
 _STILLS = ("MPO", "PSD", "ICO", "ICNS")  # further frames are previews or layers
 MAX_SIDE = 2**17  # pixels; resizing keeps a table as long as a side
-_STRIP = 2**22  # pixels that are resized at once
+LARGE = 2**24  # pixels; Pillow reads larger pictures, as it would need a copy of an array to resize it
 _lock = threading.RLock()
 
 
@@ -51,13 +52,13 @@ class Picture:
     """Holds a picture and the size that it has in its file.
 
     Attributes:
-        pixels: uint8 RGB [h, w, 3], smaller than the file's where that has more than MAX_PIXELS.
+        pixels: uint8 RGB [h, w, 3] or Pillow's image, smaller than the file's where that has more than MAX_PIXELS.
         size: (H, W) of the file, turned where the picture is.
         turned: whether its EXIF orientation was applied.
         frames: whether the file has more than the one frame.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray | Image.Image
     size: tuple[int, int]
     turned: bool = False
     frames: bool = False
@@ -114,16 +115,17 @@ def read_picture(path: str | os.PathLike, *, exif: bool = True, max_pixels: int 
         DataError: see `load_picture`.
     """
     content = read_content(path)
-    if _is_plain_png(content) and not (exif and any(place in content for place in _MAY_BE_TURNED)):
+    small = _is_plain_png(content) and math.prod(struct.unpack(">II", content[16:24])) <= LARGE
+    if small and not (exif and any(place in content for place in _MAY_BE_TURNED)):
         pixels = _plain_png(path, content, max_pixels)
-        return Picture(_reduced(pixels), pixels.shape[:2], frames=b"acTL" in content[:_HEAD])  # type: ignore[arg-type]
+        return Picture(pixels, pixels.shape[:2], frames=b"acTL" in content[:_HEAD])  # type: ignore[arg-type]
     stored = _opened(path, content, max_pixels, reduced=True)
     del content
     image, (width, height) = stored.image, stored.size
     if not exif or stored.orientation not in TURNS:
-        return Picture(np.array(image), (height, width), frames=stored.frames)
+        return Picture(image, (height, width), frames=stored.frames)
     size = (width, height) if stored.orientation >= 5 else (height, width)
-    return Picture(np.array(image.transpose(TURNS[stored.orientation])), size, turned=True, frames=stored.frames)
+    return Picture(image.transpose(TURNS[stored.orientation]), size, turned=True, frames=stored.frames)
 
 
 def rgb_of_image(image: Image.Image, name: str, *, exif: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -154,9 +156,24 @@ def rgb_of_image(image: Image.Image, name: str, *, exif: bool = True, max_pixels
         raise unreadable(name, error) from error
     rgb = to_rgb(image, name, content) if samples is None else rgb_of_samples(samples, image.mode)
     orientation = orientation if turns_itself else orientation_of(image)
-    if turns_itself == exif or orientation not in TURNS:
-        return rgb
-    return rgb.transpose(TURNS[orientation] if exif else _BACK.get(orientation, TURNS[orientation]))
+    return turned(rgb, orientation, exif=exif, by_itself=turns_itself)
+
+
+def turned(image: Image.Image, orientation: int, *, exif: bool, by_itself: bool) -> Image.Image:
+    """Turns a decoded picture as its EXIF orientation says.
+
+    Args:
+        image: that was decoded.
+        orientation: of its file, 1 to 8.
+        exif: False for the stored pixels.
+        by_itself: whether Pillow has turned it already, as it does with TIFFs.
+
+    Returns:
+        The image itself where nothing is to be done.
+    """
+    if by_itself == exif or orientation not in TURNS:
+        return image
+    return image.transpose(TURNS[orientation] if exif else _BACK.get(orientation, TURNS[orientation]))
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -166,21 +183,6 @@ def orientation_of(image: Image.Image) -> int:
     except Exception:  # what Pillow raises on damaged EXIF depends on the tag; the picture itself is whole
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-
-
-def resize_in_strips(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resizes uint8 [H, W, 3] to [S, S, 3] by Pillow's bicubic, as `transforms.resize_image` does, with less memory.
-
-    Pillow resizes the columns first and rounds to 8 bits, so that rows can be resized by strips with the same result.
-    """
-    height, width = pixels.shape[:2]
-    rows = max(1, _STRIP // width)
-    cubic = Image.Resampling.BICUBIC
-    narrow = np.empty((height, size, 3), np.uint8)
-    for top in range(0, height, rows):
-        strip = Image.fromarray(pixels[top : top + rows])
-        narrow[top : top + rows] = np.asarray(strip.resize((size, strip.height), cubic))
-    return np.array(Image.fromarray(narrow).resize((size, size), cubic))
 
 
 def check_pixels(name: str | os.PathLike, width: int, height: int, max_pixels: int) -> None:
@@ -309,20 +311,7 @@ def _opened(path: str | os.PathLike, content: bytes, max_pixels: int, reduced: b
         rgb = to_rgb(image, path, content) if samples is None else rgb_of_samples(samples, image.mode)
     if reduced and rgb.width * rgb.height > MAX_PIXELS:
         rgb = rgb.reduce(_factor(rgb.width * rgb.height))
-    if turns_itself and orientation in TURNS:
-        rgb = rgb.transpose(_BACK.get(orientation, TURNS[orientation]))
-    return _Stored(rgb, orientation, size, frames)
-
-
-def _reduced(pixels: np.ndarray) -> np.ndarray:
-    """Returns uint8 [H, W, 3] itself, or as means over boxes where it has more than MAX_PIXELS pixels."""
-    height, width = pixels.shape[:2]
-    if height * width <= MAX_PIXELS:
-        return pixels
-    factor = _factor(height * width)
-    rows = factor * max(1, _STRIP // (factor * width))
-    strips = range(0, height, rows)
-    return np.concatenate([np.asarray(Image.fromarray(pixels[top : top + rows]).reduce(factor)) for top in strips])
+    return _Stored(turned(rgb, orientation, exif=False, by_itself=turns_itself), orientation, size, frames)
 
 
 def _factor(pixels: int) -> int:

@@ -19,7 +19,6 @@ from ldmseg_fast.data.pictures import (
     Picture,
     check_pixels,
     read_picture,
-    resize_in_strips,
     rgb_of_image,
 )
 from ldmseg_fast.data.pixel_formats import scale
@@ -30,7 +29,6 @@ from ldmseg_fast.panoptic.format import check_ids
 
 MAX_BATCH = 4096  # images that go through the networks at once
 MAX_SEED = 2**63 - 1
-LARGE = 2**24  # pixels; of more, a picture is resized in strips
 
 _EXPECTED = "give PIL images, paths, or arrays [H, W, 3] of uint8, uint16 or bool"
 _RANGES = {"uint8": 255, "uint16": 65535, "bool": 1}  # dtypes with a defined range: the largest value
@@ -92,16 +90,14 @@ def scaled_picture(image: Any, index: int, size: int, *, exif: bool, max_pixels:
             warnings.warn(f"{path}: more than one frame; the first is segmented", stacklevel=2)
     elif isinstance(image, Image.Image):
         try:
-            pixels = np.asarray(rgb_of_image(image, f"images[{index}]", exif=exif, max_pixels=max_pixels))
+            rgb = rgb_of_image(image, f"images[{index}]", exif=exif, max_pixels=max_pixels)
         except DataError as error:
             raise ArgumentError(str(error)) from error
-        image = Picture(pixels, pixels.shape[:2])  # type: ignore[arg-type]
+        image = Picture(rgb, (rgb.height, rgb.width))
     elif isinstance(image, np.ndarray):
         pixels = image if image.dtype == np.uint8 else scale(image, _RANGES[str(image.dtype)])
         image = Picture(pixels, pixels.shape[:2])  # type: ignore[arg-type]
-    height, width = image.pixels.shape[:2]
-    resize = resize_in_strips if height * width > LARGE else resize_image
-    return Picture(resize(image.pixels, size), image.size)
+    return Picture(resize_image(image.pixels, size), image.size)
 
 
 def _checked(image: Any, name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import Backend
@@ -95,9 +96,9 @@ class MaskSampler:
         """Draws the noise of one step, float32 [B, C, h, w] on the CPU, each image's its own too."""
         return image_noise(seed_of(seed, purpose, step), image_ids, self.info.latent_shape)
 
-    def resize(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        """Resizes pictures uint8 [H, W, 3] to the network's size: uint8 [B, 3, S, S] on the backend's device."""
-        pixels = np.stack([resize_image(array, self.info.image_size) for array in arrays])  # uint8 [B, S, S, 3]
+    def resize(self, pictures: Sequence[np.ndarray | Image.Image]) -> Tensor:
+        """Resizes pictures, uint8 [H, W, 3] or Pillow's in RGB, to uint8 [B, 3, S, S] on the backend's device."""
+        pixels = np.stack([resize_image(picture, self.info.image_size) for picture in pictures])  # uint8 [B, S, S, 3]
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.backend.device)
 
     def network(self, pixels: Tensor, sampling: Sampling, captions: Sequence[str] | None = None) -> Denoise:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ldmseg_fast.errors import PanopticFormatError
-from ldmseg_fast.files import replacing
+from ldmseg_fast.files import read_file, replacing
 from ldmseg_fast.native import _C
 
 try:
@@ -108,7 +108,7 @@ def read_panoptic_png(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.n
         PanopticFormatError: a palette, grey, RGBA, 16-bit, oversized, truncated or damaged file.
         FileNotFoundError: there is no file.
     """
-    content = Path(path).read_bytes()
+    content = read_file(path, PanopticFormatError, "map")
     _check_header(content[:29], path, max_pixels)
     interlaced = content[28] != 0
     try:
@@ -238,7 +238,7 @@ def _load_json(path: Path) -> Any:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path, PanopticFormatError, "JSON"))
     finally:
         if enabled:
             gc.enable()

@@ -98,7 +98,7 @@ def test_png_of_16_bits(channels: int, interlaced: bool, tmp_path: Path) -> None
     path, values = tmp_path / "deep.png", samples(channels)
     path.write_bytes(png(values, interlaced))
     np.testing.assert_array_equal(read_image(path), colours(values))
-    np.testing.assert_array_equal(read_picture(path).pixels, colours(values))
+    np.testing.assert_array_equal(np.array(read_picture(path).pixels), colours(values))
 
 
 @pytest.mark.parametrize("deflate", [False, True])

@@ -12,8 +12,6 @@ from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.data.pictures import resize_in_strips
-from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.errors import ArgumentError, DataError, UserError
 from ldmseg_fast.inference.inputs import check_images, scaled_picture
 from tests.data.test_pixel_formats import png, samples, tiff
@@ -175,13 +173,6 @@ def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
         )
         with pytest.warns(UserWarning, match=f"{name}: more than one frame"):
             assert (pixels_of(tmp_path / name) == 40).all()
-
-
-def test_strips_give_pillows_bicubic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldmseg_fast.data.pictures._STRIP", 500)
-    for height, width in ((300, 200), (1, 3000), (3000, 1), (64, 100), (100, 64), (7, 900)):
-        image = picture(height, width)
-        np.testing.assert_array_equal(resize_in_strips(image, 64), resize_image(image, 64))
 
 
 @pytest.mark.parametrize(
