@@ -215,6 +215,7 @@ def _read_batches(
         pixels += height * width
         scaled = scaled_picture(picture, 0, pipe.info.image_size, exif=exif, max_pixels=pipe.max_pixels)
         batch.append((found, scaled, preview_of(picture)))
+        del picture  # or it would wait in memory while its batch is segmented
     if batch:
         yield batch
 
