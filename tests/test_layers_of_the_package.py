@@ -21,7 +21,8 @@ LAYERS = (
     ("checkpoints", "panoptic"),
     ("models", "diffusion", "distributed"),
     ("kernels",),
-    ("config", "files"),
+    ("config",),
+    ("files",),
     ("errors", "native"),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}

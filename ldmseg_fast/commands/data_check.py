@@ -1,6 +1,7 @@
 """`ldmseg data check` finds what is wrong with a COCO-panoptic folder before a training does."""
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from ldmseg_fast.data.folders import SplitFolders, find_split, list_splits, read_image
 from ldmseg_fast.data.transforms import present_ids
 from ldmseg_fast.errors import DataError, PanopticFormatError
+from ldmseg_fast.files import read_file
 from ldmseg_fast.panoptic.format import MAX_ID, read_panoptic_png
 
 __all__ = ["Problem", "Report", "check_folder"]
@@ -121,7 +123,7 @@ class _Job:
 
 def _read_json(path: Path) -> tuple[dict | None, list[Problem]]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path))
     except (OSError, ValueError) as error:
         return None, [Problem("unreadable JSON", str(path), str(error))]
     lists = ("images", "annotations", "categories")
@@ -233,7 +235,7 @@ def _check_job(folders: SplitFolders, job: _Job) -> list[Problem]:
 def _map_kind(path: Path) -> str:
     """Tells why a map cannot be read, as far as its header says."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_file(path))) as image:
             return _MAP_KINDS.get(image.mode, "unreadable map")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "unreadable map"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ldmseg_fast.files import read_text
 from ldmseg_fast.reports.run_page import LOG, read_log
 
 
@@ -98,8 +99,8 @@ def _text(value: float | int | None, form: str) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        return json.loads(read_text(path))
+    except (OSError, ValueError):
         return {}
 
 

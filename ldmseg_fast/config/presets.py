@@ -21,6 +21,7 @@ from ldmseg_fast.config.settings import (
 )
 from ldmseg_fast.config.values import update
 from ldmseg_fast.errors import ConfigError
+from ldmseg_fast.files import read_text
 
 # 64x64 pictures on a CPU, minutes.
 TINY = Config(
@@ -101,7 +102,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--config {path}: neither a preset ({', '.join(PRESETS)}) nor a file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(path, ConfigError))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML or JSON ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ldmseg_fast.data.painter import STUFF, THINGS, Painter, minimum_area
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.files import read_text
 from ldmseg_fast.panoptic.format import write_panoptic_png
 
 __all__ = ["CATEGORIES", "generate_scene", "minimum_area", "write_scenes"]
@@ -125,7 +126,7 @@ def _check_arguments(size: int, seed: int) -> None:
 
 def _read_record(out: Path) -> dict | None:
     try:
-        return json.loads((out / RECORD).read_text(encoding="utf-8"))
+        return json.loads(read_text(out / RECORD))
     except (OSError, ValueError):
         return None
 

@@ -45,7 +45,7 @@ def index_annotations(path: str | Path, *, predictions: bool = False) -> Annotat
 
 
 def _streamed(path: str | Path, predictions: bool) -> AnnotationIndex | None:
-    if _C is None:
+    if _C is None or not Path(path).is_file():  # the other reader says what it is
         return None
     try:
         index = _C.AnnotationIndex(os.fsencode(path), predictions)

@@ -127,7 +127,7 @@ def _match_files(
     gt_path: Path, gt_table: np.ndarray, pred_path: Path | None, pred_table: np.ndarray, boundary: bool
 ) -> np.ndarray:
     """Matches one pair of PNGs; without `pred_path` the prediction is all void."""
-    if _C is not None and pred_path is not None:
+    if _C is not None and pred_path is not None and gt_path.is_file() and pred_path.is_file():
         with suppress(ValueError):  # rare or wrong: the functions below read it whole and say what is wrong
             paths = os.fsencode(gt_path), os.fsencode(pred_path)
             return _C.match_files(paths[0], gt_table, paths[1], pred_table, boundary, MAX_PIXELS)

@@ -152,6 +152,8 @@ def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[s
     """
     try:
         content = _load_json(Path(path))
+    except PanopticFormatError:
+        raise
     except (ValueError, RecursionError) as error:  # not JSON, not text, numbers of thousands of digits, deep nesting
         raise PanopticFormatError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(content, dict):

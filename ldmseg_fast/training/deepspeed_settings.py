@@ -8,6 +8,7 @@ from typing import Any
 
 from ldmseg_fast.config import Config
 from ldmseg_fast.errors import ConfigError
+from ldmseg_fast.files import read_text
 
 # of a user's file: what our settings decide, and which setting that is
 OURS = {
@@ -73,7 +74,7 @@ def read_user_config(path: str | Path) -> dict[str, Any]:
         ConfigError: a file that is missing or no JSON object; the message names it.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(read_text(path, ConfigError, "JSON"))
     except OSError as error:
         raise ConfigError(f"--deepspeed_config {path}: {error.strerror or error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
