@@ -103,7 +103,13 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: neither a preset ({', '.join(PRESETS)}) nor a file")
     try:
         values = yaml.safe_load(read_text(path, ConfigError))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # no text, a number of thousands of digits, deep lists
         raise ConfigError(f"{path}: not readable as YAML or JSON ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a mapping of settings expected")

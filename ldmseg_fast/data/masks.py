@@ -73,7 +73,7 @@ def given_by(colour: np.ndarray, alpha: np.ndarray | None, name: str | os.PathLi
     packed = _packed(colour)
     values = _values(packed)
     if len(values) > 2:
-        raise _too_many(name, packed, "colours")
+        raise _too_many(name, "colours")
     lumas = [int(np.array([value >> 32, value >> 16 & 0xFFFF, value & 0xFFFF]) @ _LUMA) for value in values]
     if len(values) == 1:
         return np.full(packed.shape, lumas[0] > 0)
@@ -108,7 +108,7 @@ def _upper(values: np.ndarray, name: str | os.PathLike, what: str) -> np.ndarray
     """Returns where the larger of at most two values is; a single value is given unless it is 0."""
     found = _values(values)
     if len(found) > 2 or not np.isfinite(np.array(found, np.float64)).all():
-        raise _too_many(name, values, what)
+        raise _too_many(name, what)
     return values == max(found) if len(found) == 2 else np.full(values.shape, found[0] > 0)
 
 
@@ -129,7 +129,7 @@ def _packed(colour: np.ndarray) -> np.ndarray:
     return colour[..., 0].astype(np.int64) << 32 | colour[..., 1].astype(np.int64) << 16 | colour[..., 2]
 
 
-def _too_many(name: str | os.PathLike, values: np.ndarray, what: str) -> DataError:
+def _too_many(name: str | os.PathLike, what: str) -> DataError:
     return DataError(
-        f"{name}: {len(np.unique(values))} {what}; a mask has two, black and white: save it without smoothing, as PNG"
+        f"{name}: more than two {what}; a mask has two, black and white: save it without smoothing, as PNG"
     )

@@ -114,13 +114,27 @@ def read_picture(path: str | os.PathLike, *, exif: bool = True, max_pixels: int 
     Raises:
         DataError: see `load_picture`.
     """
-    content = read_content(path)
+    return decode_picture(read_content(path), path, exif=exif, max_pixels=max_pixels)
+
+
+def decode_picture(
+    content: bytes, name: str | os.PathLike, *, exif: bool = True, max_pixels: int = MAX_PIXELS
+) -> Picture:
+    """Decodes the bytes of a picture's file, as `read_picture` does.
+
+    Args:
+        content: of the file.
+        name: of the picture, for the error.
+        exif, max_pixels: as in `read_picture`.
+
+    Raises:
+        DataError: see `load_picture`.
+    """
     small = _is_plain_png(content) and math.prod(struct.unpack(">II", content[16:24])) <= LARGE
     if small and not (exif and any(place in content for place in _MAY_BE_TURNED)):
-        pixels = _plain_png(path, content, max_pixels)
+        pixels = _plain_png(name, content, max_pixels)
         return Picture(pixels, pixels.shape[:2], frames=b"acTL" in content[:_HEAD])  # type: ignore[arg-type]
-    stored = _opened(path, content, max_pixels, reduced=True)
-    del content
+    stored = _opened(name, content, max_pixels, reduced=True)
     image, (width, height) = stored.image, stored.size
     if not exif or stored.orientation not in TURNS:
         return Picture(image, (height, width), frames=stored.frames)
@@ -218,7 +232,7 @@ def open_checked(path: str | os.PathLike, content: bytes, max_pixels: int) -> Im
             image = Image.open(io.BytesIO(content))
     except Image.DecompressionBombError:
         raise DataError(
-            f"{path}: over {max_pixels} pixels: scale it down, or raise --max-pixels where the command has it"
+            f"{path}: over {max_pixels} pixels: scale it down, or raise --max-pixels of a command that has it"
         ) from None
     except Exception as error:  # what Pillow's formats raise on damaged files is nowhere listed
         raise unreadable(path, error) from error

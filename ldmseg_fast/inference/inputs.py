@@ -240,7 +240,8 @@ def check_count(name: str, value: Any, least: int, most: int) -> None:
     except TypeError:
         raise ArgumentError(f"{name}={value!r}: a whole number expected") from None
     if isinstance(value, bool) or not least <= number <= most:
-        raise ArgumentError(f"{name}={value!r}: at least {least}, and at most {most}")
+        shown = repr(value) if abs(number) < 10**30 else f"a number of {number.bit_length()} bits"
+        raise ArgumentError(f"{name}={shown}: at least {least}, and at most {most}")
 
 
 def check_thresholds(thresholds: Any) -> None:

@@ -101,9 +101,9 @@ def test_a_turned_mask(tmp_path: Path) -> None:
         (image(two(255, 255)), "gives the whole map"),
         (image(two(1, 1)), "gives the whole map"),
         (image(channels(*[two(255, 255)] * 3, two(0, 0))), "gives nothing"),
-        (image(NOISE.astype(np.uint8)), r"\d+ values"),
-        (image(channels(NOISE, NOISE, NOISE)), r"\d+ colours"),
-        (image(channels(two(0, 0), two(0, 0), two(0, 0), NOISE)), r"\d+ levels of transparency"),
+        (image(NOISE.astype(np.uint8)), r"more than two values"),
+        (image(channels(NOISE, NOISE, NOISE)), r"more than two colours"),
+        (image(channels(two(0, 0), two(0, 0), two(0, 0), NOISE)), r"more than two levels of transparency"),
         (image(channels(two(0, 255), two(0, 0), two(0, 0), np.where(NOISE > 99, 255, 0))), "both its transparency"),
         (palette(KNOWN, [0, 0, 0, 0, 0, 0]), "gives nothing"),
         (image(np.where(KNOWN, np.nan, 0).astype(np.float32)), "values"),
@@ -119,7 +119,7 @@ def test_masks_that_decide_nothing(mask: Image.Image, message: str, tmp_path: Pa
 
 def test_a_jpeg_has_no_two_values(tmp_path: Path) -> None:
     GOOD["0 and 255"].save(tmp_path / "mask.jpg", quality=60)
-    with pytest.raises(DataError, match=r"mask\.jpg: \d+ values.*PNG"):
+    with pytest.raises(DataError, match=r"mask\.jpg: more than two values.*PNG"):
         read_mask(tmp_path / "mask.jpg")
 
 
