@@ -259,7 +259,7 @@ def read_content(path: str | os.PathLike) -> bytes:
 def unreadable(path: str | os.PathLike, error: Exception) -> DataError:
     """Returns the error of a picture that Pillow or C++ cannot decode."""
     unknown = isinstance(error, UnidentifiedImageError)  # its text names a buffer of ours
-    why = "none of the formats that Pillow knows" if unknown else str(error) or type(error).__name__
+    why = "cannot identify image file: no format that Pillow knows" if unknown else str(error) or type(error).__name__
     return DataError(f"{path}: not a readable picture ({why}): fetch or save it again")
 
 
