@@ -193,7 +193,9 @@ def turned(image: Image.Image, orientation: int, *, exif: bool, by_itself: bool)
 def orientation_of(image: Image.Image) -> int:
     """Reads the EXIF orientation of Pillow's image, 1 to 8; 1 where there is none, or none that can be read."""
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        with _lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF
+            orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # what Pillow raises on damaged EXIF depends on the tag; the picture itself is whole
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1

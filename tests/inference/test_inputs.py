@@ -185,7 +185,7 @@ def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
         ({"num_inference_steps": "4"}, "num_inference_steps='4'"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**63}, "seed="),
-        ({"seed": 10**5000}, "seed=a number of"),
+        ({"seed": 10**1000}, "seed=a number of"),
         ({"seed": None}, "seed=None"),
         ({"cache_interval": 10**9}, "cache_interval"),
         ({"eta": float("nan")}, "eta=nan"),
