@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text in the terminal's encoding
     try:
-        from ldmseg_fast.commands.options import check_ranges  # late, as all that a command needs
+        from ldmseg_fast.config.limits import check_ranges  # late, as all that a command needs
 
         check_ranges(args)
         code = args.run(args)

@@ -1,56 +1,8 @@
-"""Adds the options that several commands share, and holds every number of a command line to its range."""
+"""Adds the options that several commands share."""
 
 from __future__ import annotations
 
 import argparse
-
-from ldmseg_fast.config.limits import Range
-from ldmseg_fast.errors import ArgumentError
-
-# What a number may be, by the option's name, in every command that has it. Upper ends are far beyond any use; they
-# catch a slip before it allocates memory or starts processes.
-RANGES = {
-    "agreement": Range(0, 10**9),
-    "autoencoder_steps": Range(0, 10**9),
-    "batch_size": Range(1, 4096),
-    "block": Range(1, 16384),
-    "cache_interval": Range(1, 10**6),
-    "count_th": Range(0, 2**30),
-    "diffusion_steps": Range(0, 10**9),
-    "images": Range(0, 10**7),
-    "limit": Range(0, 10**9),
-    "max_pixels": Range(1, 2**28),
-    "minutes": Range(0, 10**6),
-    "overlap_th": Range(0, 1),
-    "mask_th": Range(0, 1),
-    "probability": Range(0, 1),
-    "random": Range(0, 10**4),
-    "ranks": Range(0, 1024),
-    "samples": Range(0, 1000),
-    "scenes": Range(0, 10**7),
-    "seed": Range(0, 2**63 - 1),
-    "seeds": Range(1, 1000),
-    "size": Range(1, 16384),
-    "steps": Range(1, 10**6),
-    "threads": Range(1, 1024),
-    "timeout": Range(0.01, 10**7),
-    "unknown_id": Range(0, 2**24 - 1),
-    "workers": Range(0, 256),
-    "worst": Range(0, 10**4),
-}
-
-
-def check_ranges(args: argparse.Namespace) -> None:
-    """Checks every number of a command line against RANGES.
-
-    Raises:
-        ArgumentError: names the first option that is out of range.
-    """
-    for name, value in vars(args).items():
-        limit = RANGES.get(name)
-        for number in value if isinstance(value, list) else [value]:
-            if limit is not None and isinstance(number, (int, float)) and not limit.admits(number):
-                raise ArgumentError(f"--{name.replace('_', '-')} {number}: {limit} expected")
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
