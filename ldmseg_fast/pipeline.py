@@ -365,6 +365,8 @@ class LDMSegPipeline:
 
     def _pictures(self, inputs: Sequence[Any], batch: slice, exif: bool) -> list[Picture]:
         """Decodes and resizes a batch, one picture after the other, so that one alone is in memory at its own size."""
+        if not isinstance(exif, bool):
+            raise ArgumentError(f"exif={exif!r}: True or False expected")
         places = range(len(inputs))[batch]
         size, bound = self.info.image_size, self.max_pixels
         return [scaled_picture(inputs[place], place, size, exif=exif, max_pixels=bound) for place in places]

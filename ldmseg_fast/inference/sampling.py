@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,14 @@ class MaskSampler:
         check_count("cache_branch", sampling.cache_branch, 0, MAX_STEPS)
         if sampling.callback is not None and not callable(sampling.callback):
             raise ArgumentError(f"callback={sampling.callback!r}: a function expected; see diffusion.sampler.Callback")
+        if not isinstance(sampling.eta, (int, float, np.number)):
+            raise ArgumentError(f"eta={sampling.eta!r}: a number from 0 to 1 expected")
+        if sampling.timesteps is not None and not isinstance(sampling.timesteps, str):
+            if not isinstance(sampling.timesteps, Iterable):
+                raise ArgumentError(f"timesteps={sampling.timesteps!r}: trailing, leading or a list expected")
+            sampling = replace(sampling, timesteps=list(sampling.timesteps))
+            for time in sampling.timesteps or ():
+                check_count("timesteps", time, 0, MAX_STEPS)
         check_solver(sampling.solver, sampling.eta)
         solver_timesteps(self.scheduler, sampling.solver, steps, sampling.timesteps)
         interval, branch, branches = sampling.cache_interval, sampling.cache_branch, self.backend.cache_branches
