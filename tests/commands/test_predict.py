@@ -222,7 +222,7 @@ def test_numbers_out_of_range(model_dir, option, value, tmp_path, capsys):
         ["evaluate", "m", "--data", "d", "--limit", "-1"],
         ["evaluate", "m", "--data", "d", "--worst", "1000000000"],
         ["evaluate", "m", "--data", "d", "--block", "16", "1000000000"],
-        ["evaluate", "m", "--data", "d", "--probability", "nan"],
+        ["evaluate", "m", "--data", "d", "--inpainting", "--probability", "nan"],
         ["pq", "a.json", "b.json", "--threads", "100000"],
         ["pq", "a.json", "b.json", "--seed", "-1"],
         ["data", "scenes", "out", "--images", "1000000000"],
