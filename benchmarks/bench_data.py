@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    run = Run("data", quick=args.quick)
+    run = Run("data", quick=args.quick, folder=args.out)
     images = 8 if args.quick else 40
     if args.data.is_dir():
         bench(run, args.data.name, args.data, args.split, args.size, images, [] if args.quick else [0, 1, 2])

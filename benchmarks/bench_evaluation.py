@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     images = args.images or (40 if args.quick else 500)
-    run = Run("evaluation", quick=args.quick)
+    run = Run("evaluation", quick=args.quick, folder=args.out)
     with tempfile.TemporaryDirectory() as folder:
         if set(args.parts) != {"post-processing"}:
             data = PanopticMaps(Path(folder), images, args.data)

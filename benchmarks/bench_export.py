@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the tiny model only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args(argv)
-    run = Run("export", quick=args.quick)
+    run = Run("export", quick=args.quick, folder=args.out)
     with tempfile.TemporaryDirectory() as scratch:
         tiny_on_the_cpu(run, Path(scratch), 6 if args.quick else 20)
         if not args.quick:

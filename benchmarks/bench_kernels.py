@@ -1,5 +1,7 @@
 """Kernels against torch, torch.compile and the libraries that can be imported; red tests, no numbers.
 
+A case that fails or differs from torch is a red row with its reason, and is not timed; the others go on.
+
     python benchmarks/bench_kernels.py --all            every case, within --minutes (default 8)
     python benchmarks/bench_kernels.py --quick          the cases that targets are stated for, without torch.compile
     python benchmarks/bench_kernels.py --only attention
@@ -27,7 +29,9 @@ from torch import Tensor
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure
+from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure, reason_of
+from benchmarks.measuring.kernel_tuning import compile_in_parallel, tune
+from benchmarks.measuring.timing import captured
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels import configs
 from ldmseg_fast.kernels.attention.op import FP8_ARCHITECTURE
@@ -39,6 +43,7 @@ Variant = Callable[[], Any]
 # (rtol, atol in units of the largest value) between a kernel and torch, both in the dtype of the case
 AGREEMENT = {torch.float32: (1e-3, 1e-4), torch.float16: (1e-2, 2e-2), torch.bfloat16: (2e-2, 5e-2)}
 FP8_AGREEMENT = 0.1  # the norm of the difference over that of torch's result; `kernels.fp8_error` prints what to expect
+CLOSING_SECONDS = 5.0  # for the file
 SECONDS_TO_COMPILE = 30  # what one torch.compile may take: none is started later than this before the end
 
 
@@ -120,20 +125,6 @@ def differentiated(function: Callable[..., Tensor], arguments: tuple[Any, ...], 
     return run
 
 
-def captured(function: Variant) -> Variant:
-    """`function` as a replay of a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 def variants(case: Case, arguments: tuple[Any, ...], compile_too: bool) -> Iterator[tuple[str, Callable[[], Variant]]]:
     """(name, something that makes the function to time); making one may fail where a library refuses the case"""
     yield "triton", lambda: lambda: case.triton(*arguments)
@@ -169,7 +160,9 @@ def measure_case(run: Run, case: Case, compile_too: bool, deadline: Deadline) ->
     """All variants of one case, interleaved; a variant that cannot run is named with its reason."""
     torch.manual_seed(0)
     arguments = case.make(torch.device("cuda"))
-    run.check(f"{case.kernel} {case.name} {case.dtype} equals torch", agree(case, arguments))
+    if not agree(case, arguments):
+        return add_red(run, case, "differs from torch")
+    run.check(f"{case.kernel} {case.name} {case.dtype} equals torch", True)
     functions: dict[str, Variant] = {}
     for name, make in variants(case, arguments, compile_too):
         if name == "torch.compile" and deadline.seconds_left < SECONDS_TO_COMPILE:
@@ -179,7 +172,9 @@ def measure_case(run: Run, case: Case, compile_too: bool, deadline: Deadline) ->
             functions[name] = captured(make())
         except Exception as error:  # a peer's refusal, whatever its type, is a row and not the end
             torch.cuda.synchronize()
-            print_not_measured(case, name, f"{type(error).__name__}: {error}".splitlines()[0])
+            if name == "triton":
+                return add_red(run, case, reason_of(error))
+            print_not_measured(case, name, reason_of(error))
     timings = measure(functions, device="cuda", rounds=30, max_seconds=max(1.0, min(8.0, deadline.seconds_left / 4)))
     gpu = find_gpu(run.environment["gpu"]["name"])
     floor = floor_us(case, gpu) / 1e3 if gpu else math.inf
@@ -187,12 +182,20 @@ def measure_case(run: Run, case: Case, compile_too: bool, deadline: Deadline) ->
         f"{case.kernel} {case.name}",
         timings,
         baseline="torch",
-        case={"dtype": str(case.dtype).removeprefix("torch."), "batch": case.batch},
+        case=case_of(case),
         bytes_moved=case.bytes_moved,
         flops=case.operations or None,
         floor_ms=floor if floor < math.inf else None,
     )
     print_rates(case, timings["triton"])
+
+
+def case_of(case: Case) -> dict[str, Any]:
+    return {"dtype": str(case.dtype).removeprefix("torch."), "batch": case.batch}
+
+
+def add_red(run: Run, case: Case, reason: str) -> None:
+    run.add_red(f"{case.kernel} {case.name}", "triton", reason, case=case_of(case))
 
 
 def print_rates(case: Case, timing: Timing) -> None:
@@ -230,7 +233,7 @@ def benchmark(cases: Sequence[Case], options: argparse.Namespace) -> int:
             if case.fp8:
                 print_not_measured(case, "triton", "this GPU has no products of e4m3")
         cases = [case for case in cases if not case.fp8]
-    run = Run("kernels", quick=options.quick)
+    run = Run("kernels", quick=options.quick, folder=options.out)
     kernels = sorted({case.kernel for case in cases})
     if not options.no_tests:
         run_tests(kernels, deadline)
@@ -240,55 +243,13 @@ def benchmark(cases: Sequence[Case], options: argparse.Namespace) -> int:
         if deadline.seconds_left < 5:
             print_not_measured(case, "triton", "time budget")
             continue
-        measure_case(run, case, case.headline and not options.quick, deadline)
-        torch.cuda.empty_cache()
+        try:
+            measure_case(run, case, case.headline and not options.quick, deadline)
+            torch.cuda.empty_cache()
+        except Exception as error:  # out of memory, or a launch that failed: a row, and the next case
+            add_red(run, case, reason_of(error))
     run.save(options.out)
-    return 0
-
-
-def tune(cases: Sequence[Case], path: Path, deadline: Deadline) -> int:
-    """Time every candidate of every table entry that the cases reach, first the headline ones; write the best."""
-    if not torch.cuda.is_available():
-        print("--tune: not measured (no CUDA device)")
-        return 0
-    cases = [case for case in cases if not case.fp8 or configs.current_architecture() >= FP8_ARCHITECTURE]
-    sm = configs.table_architecture()
-    best: configs.Table = {}
-    done: set[tuple[str, str]] = set()
-    for case in sorted(cases, key=lambda case: not case.headline):
-        arguments = case.make(torch.device("cuda"))
-        with configs.trace_lookups() as reached:
-            case.triton(*arguments)
-        for kernel, shape_class in sorted(reached - done):
-            shipped = configs.find_config(kernel, shape_class)
-            names = set(shipped.constants)
-            candidates = [c for c in configs.all_candidates().get(kernel, []) if set(c.constants) == names]
-            entry = configs.all_configs()[kernel].setdefault(sm, {})
-            had = shape_class in entry
-            times: list[tuple[float, configs.Config]] = []  # the shipped one first
-            for config in [shipped, *candidates]:
-                if deadline.seconds_left < 5:
-                    break
-                entry[shape_class] = config
-                try:
-                    timing = measure({"": captured(lambda: case.triton(*arguments))}, device="cuda", rounds=10)  # noqa: B023
-                except Exception:  # out of resources, or a block that the compiler refuses: not a candidate here
-                    torch.cuda.synchronize()
-                    continue
-                times.append((timing[""].median, config))
-            if had:
-                entry[shape_class] = shipped
-            else:
-                del entry[shape_class]
-            if times:
-                done.add((kernel, shape_class))
-                least, winner = min(times, key=lambda timed: timed[0])
-                best.setdefault(kernel, {}).setdefault(sm, {})[shape_class] = winner
-                print(f"{kernel} {shape_class}: {times[0][0]:.4f} -> {least:.4f} ms {winner}", flush=True)
-        torch.cuda.empty_cache()
-    path.write_text(configs.dump_configs(best) + "\n", encoding="utf-8")
-    print(f"saved {path}; use it by {configs.ENVIRONMENT_VARIABLE}={path}")
-    return 0
+    return int(bool(run.red))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -306,8 +267,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [case for case in all_cases() if not options.only or case.kernel in options.only]
     if options.quick:
         cases = [case for case in cases if case.headline]
+    if options.tune and not torch.cuda.is_available():
+        print("--tune: not measured (no CUDA device)")
+        return 0
     if options.tune:
-        return tune(cases, options.tune, Deadline(options.minutes))
+        deadline = Deadline(options.minutes)
+        compile_in_parallel(cases, 0.5 * deadline.seconds_left)
+        return tune(cases, options.tune, deadline.end - CLOSING_SECONDS, torch.device("cuda"))
     return benchmark(cases, options)
 
 

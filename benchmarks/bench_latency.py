@@ -3,8 +3,9 @@
 python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole]
     [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M] [--engine-dir DIR]
 
-Every backend's latents and maps are compared with the baseline's first; a red check records nothing. `whole image` is
-from the array to map and segments, `file to file` adds reading the picture and writing PNG and JSON.
+Every backend's latents and maps are compared with the baseline's first. One that disagrees, or cannot run here, is a
+red row with its reason, and is not timed. `whole image` is from the array to map and segments, `file to file` adds
+reading the picture and writing PNG and JSON. Exit code 1 where a row is red.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.harness import RESULTS, Run, Timing, measure
+from benchmarks.harness import RESULTS, Run, Timing, measure, reason_of
 from benchmarks.peers.candidates import our_candidates, plain_candidates
 from benchmarks.peers.random_model import find_model
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
@@ -73,7 +74,7 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def load(self, pictures: list[np.ndarray]) -> None:
-        """Makes each candidate and compares it with the baseline. Names one that cannot run here, and why."""
+        """Makes each candidate and compares it with the baseline; one that fails either becomes a red row."""
         noise = self.noise(1)
         steps = min(LOOP, self.info.num_inference_steps)  # beyond its own a model of few steps falls into noise
         reference: tuple[Tensor, np.ndarray] | None = None
@@ -87,10 +88,10 @@ class Bench:
                     pipeline.sample(noise, pipeline.encode(pipeline.preprocess(pictures[:1])), steps).float().cpu()
                 )
                 maps = pipeline.whole(pictures[:1], noise, steps)[0].segmentation
-            except Exception as error:  # a backend's refusal, whatever its type, is a line and not the end
+            except Exception as error:  # a backend's refusal, whatever its type, is a row and not the end
                 if reference is None:
                     raise
-                print(f"{name}: not measured ({type(error).__name__}: {str(error).splitlines()[0]})")
+                self.run.add_red("agreement", name, reason_of(error), case=self.case())
                 continue
             if reference is None:
                 reference = latents, maps
@@ -100,7 +101,10 @@ class Bench:
             close = bool(latents.isfinite().all()) and error_of_latents <= most and agreement >= least
             detail = f"latents {error_of_latents:.2g} apart, {agreement:.2%} of the pixels alike"
             print(f"{name}: {detail}")
-            self.run.check(f"{name} equals {self.baseline}: {detail}", close)
+            if not close:
+                self.run.add_red("agreement", name, f"differs from {self.baseline}: {detail}", case=self.case())
+                continue
+            self.run.check(f"{name} equals {self.baseline}: {detail}", True)
             self.pipelines[name] = pipeline
             self.quality[name] = {"latent_error": error_of_latents, "pixels_alike": agreement}
 
@@ -119,12 +123,24 @@ class Bench:
         if self.seconds_left() < 0:
             print(f"{row} {case}: not measured (time budget)")
             return
-        functions = {name: partial(call, self.pipelines[name], name) for name in names if name in self.pipelines}
+        functions = {}
+        for name in names:
+            if name not in self.pipelines:
+                continue
+            function = partial(call, self.pipelines[name], name)
+            try:
+                function()
+            except Exception as error:  # out of memory at this batch, say: the others are timed all the same
+                if name == self.baseline:
+                    raise
+                self.run.add_red(row, name, reason_of(error), case=case)
+                continue
+            functions[name] = function
         timings: dict[str, Timing] = measure(
             functions,
             device=self.device,
             rounds=self.rounds,
-            warmup=2,
+            warmup=1,
             max_seconds=max(2.0, min(60.0, self.seconds_left() / 4)),
             flush_l2=False,
         )
@@ -198,7 +214,7 @@ def make_picture(size: str) -> np.ndarray:
 
 
 def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
-    run = Run("latency", quick=args.quick)
+    run = Run("latency", quick=args.quick, folder=args.out)
     folder, model = find_model(args.model, args.preset, scratch)
     info = read_model_info(folder)
     plain = plain_candidates(info, args.device, slow=not args.quick)
@@ -252,8 +268,9 @@ def main(argv: list[str] | None = None) -> int:
     args.sizes = args.sizes or (["480x640"] if args.quick else ["480x640", "64x64"])
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        benchmark(args, Path(scratch)).save(args.out)
-    return 0
+        run = benchmark(args, Path(scratch))
+    run.save(args.out)
+    return int(bool(run.red))
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.models and not args.classical:
         parser.error("give NAME=MODEL_DIR, or --classical SPLIT")
-    run = Run("quality", quick=args.quick)
+    run = Run("quality", quick=args.quick, folder=args.out)
     measure(args, run)
     if args.picture:
         draw_curve(run.results, args.picture)

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    run = Run("scaling", quick=args.quick)
+    run = Run("scaling", quick=args.quick, folder=args.out)
     measure_points(run, args.minutes, BATCHES[:3] if args.quick else BATCHES, (3, 3) if args.quick else (5, 40))
     run.save(args.out)
     return 0

@@ -185,7 +185,7 @@ class Bench:
 
 def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
     bench = Bench(time.monotonic() + 60 * args.minutes)
-    run = Run("throughput", quick=args.quick)
+    run = Run("throughput", quick=args.quick, folder=args.out)
     folder, model = find_model(args.model, args.preset, scratch)
     info = read_model_info(folder)
     height, width = (int(side) for side in args.size.split("x"))

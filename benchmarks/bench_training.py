@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record("training", quick=args.quick)
+    record = Record("training", quick=args.quick, folder=args.out)
     with tempfile.TemporaryDirectory() as name:
         bench_engine(record, args, Path(name))
         if not args.no_zero:

@@ -70,6 +70,8 @@ def _relative(row: dict[str, Any]) -> dict[str, Any]:
 def _keyed(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     keyed = {}
     for row in record["results"]:
+        if "red" in row:
+            continue
         case = " ".join(f"{key}={json.dumps(value)}" for key, value in sorted(row["case"].items()))
         unit = f"in {row['unit']}" if row["unit"] != "ms" else ""  # the same quantity in another unit is another row
         keyed[" | ".join(part for part in (row["name"], case, row["variant"], unit) if part)] = row

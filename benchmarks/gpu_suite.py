@@ -1,9 +1,15 @@
-"""Measures what matters on one GPU within a few minutes: python benchmarks/gpu_suite.py --minutes 9
+"""Measures what matters on one GPU, in parts of which none can lose another's rows.
 
-Runs from a checkout with PYTHONPATH=. on a machine with torch, triton and transformers only. The parts come in order of
-value; each is a process of its own with a share of what is left of the time, and what fails or is late is named and
-does not stop the others. Writes one result file, gpu-TIME.json, and prints the targets beside what was measured.
-`--quick --device cpu` walks through the same parts at toy size.
+    python benchmarks/gpu_suite.py --minutes 9                        # the short plan, in one call
+    python benchmarks/gpu_suite.py --plan long --minutes 9 --work W   # as much of the long plan as fits in 9 minutes
+    python benchmarks/gpu_suite.py --plan long --minutes 9 --work W --resume    # and on from there
+
+Runs from a checkout with PYTHONPATH=. on a machine with torch, triton and transformers only. It prints what it will do
+and when it stops. Each part is a process of its own with its own limit; what fails, is late or disagrees is a red row
+with its reason, and the next part begins. Every row is on disk the moment it is measured: `--resume` takes what an
+interrupted suite left in `--work`, and measures only what is missing. Writes one result file, gpu-TIME.json, and prints
+the targets beside what was measured. Exit code 1 where a row is red. `--quick --device cpu` walks through the same
+parts at toy size.
 """
 
 from __future__ import annotations
@@ -12,6 +18,8 @@ import argparse
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +27,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,142 +37,326 @@ import torch
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, read_results
+from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, read_journal, read_results
 from benchmarks.reporting.gpu_targets import format_table
 from ldmseg_fast.distributed.ending import run_command
+from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.kernels.backend import KERNELS
 
 CLOSING_SECONDS = 5.0  # for the table and the file
 LEAST_SECONDS = 10.0  # under that a part is not begun
 TAIL = 1500  # characters of a part's output that are kept
+FINAL = ("passed", "failed", "late", "left out")  # what `--resume` does not measure again
+STATE = "state.jsonl"
 
 
 @dataclass(frozen=True)
 class Part:
-    """`command` may hold {minutes}: three quarters of the part's limit, the rest being for imports and the last call.
-    `share`: of the time left, at most."""
+    """Describes a process of the suite.
+
+    command: may hold {minutes}, three quarters of the part's limit (the rest is for imports and the last call), and
+        {out}, the part's own folder for result files.
+    limit: seconds.
+    needs: names of parts without which this one says nothing.
+    """
 
     name: str
     command: tuple[str, ...]
-    share: float
+    limit: float
+    needs: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
-    status: str  # "passed", "failed", "late", "no time left"
-    seconds: float
-    output: str
+    """Holds how a part ended: passed, failed, late (beyond its limit), cut (the suite's time was up), left out."""
+
+    status: str
+    seconds: float = 0.0
+    output: str = ""
+    results: list[dict[str, Any]] = field(default_factory=list)
+    checks: dict[str, bool] = field(default_factory=dict)
 
 
 def script(name: str, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments))
 
 
-def make_parts(device: str, quick: bool, model: Path, out: Path) -> list[Part]:
-    """Returns the suite, most valuable part first; the parts after "random weights" read `model`, which it writes."""
-    preset = "tiny" if quick else "coco"
-    common = ("--model", model, "--device", device, "--out", out, "--minutes", "{minutes}", "--sizes", "480x640")
-    variants = ["torch float32"] if device == "cpu" else ["torch bfloat16", "torch bfloat16, graph", "compile bfloat16"]
-    latency = (*(["--quick"] if quick else []), "--variants", *variants, "plain torch, compile", "diffusers, compile")
-    # the kernels' tests run first and in parallel; where they are red or late, no kernel is timed
-    tests = () if importlib.util.find_spec("pytest") and not quick else ("--no-tests",)
-    steps, batches = ((2,), (1,)) if quick else ((50, 4, 1), (1, 16))
-    training = ("--config", preset, "--no-zero", "--quick", "--minutes", "{minutes}", "--out", out)
-    return [
-        Part("kernels", script("bench_kernels", "--quick", *tests, "--minutes", "{minutes}", "--out", out), 0.45),
-        Part("random weights", script("peers.random_model", "--preset", preset, "--out", model), 0.5),
-        Part("UNet step", script("bench_latency", *common, *latency, "--parts", "step", "--batch", *batches), 0.4),
+def make_plan(plan: str, device: str, quick: bool, work: Path, tune: Path | None = None) -> list[list[Part]]:
+    """Returns the suite in stages, the most valuable first. The parts of one stage run beside each other.
+
+    plan: "short", of about nine minutes, or "long", of about half an hour.
+    tune: where the best launch configurations are written; without it nothing is tuned.
+    """
+    preset, model = "tiny" if quick else "coco", work / "model-random-weights"
+    scale = {"short": 1.0, "long": 3.0}[plan]
+    bounded = ("--minutes", "{minutes}", "--out", "{out}")
+    pytest = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short")
+    tested = () if quick or importlib.util.find_spec("pytest") is None else KERNELS
+    tests = [
+        Part(f"tests of {kernel}", (*pytest, *_test_files(kernel)), 110.0 * scale) for kernel in tested
+    ]  # most of their time is the compiler's: they run beside each other and beside the writing of the weights
+    weights = Part(
+        "random weights", script("peers.random_model", "--preset", preset, "--out", model), 110.0 * max(scale, 2.0)
+    )
+    kernels = [
         Part(
-            "whole image",
-            script("bench_latency", *common, *latency, "--parts", "whole", "stages", "--batch", 1, "--steps", *steps),
-            0.5,
+            kernel,
+            script("bench_kernels", "--quick", "--no-tests", "--only", kernel, *bounded),
+            20.0 * scale,
+            tuple(test.name for test in tests if test.name.endswith(f" {kernel}")),
+        )
+        for kernel in KERNELS
+    ]
+    common = ("--model", model, "--device", device, *bounded, "--sizes", "480x640", *(("--quick",) if quick else ()))
+    ours = ["torch float32"] if device == "cpu" else ["torch bfloat16", "torch bfloat16, graph"]
+    slow = [] if device == "cpu" else ["compile bfloat16", "plain torch, compile", "diffusers, compile"]
+    steps, batches = ((2,), (1,)) if quick else ((50, 4, 1), (1, 16))
+    step = ("--parts", "step", "--batch", *batches)
+    whole = ("--parts", "whole", "stages", "--batch", 1, "--steps", *steps)
+    needs = (weights.name,)
+    latency = [
+        Part("UNet step", script("bench_latency", *common, *step, "--variants", *ours), 60.0 * scale, needs),
+        Part("whole image", script("bench_latency", *common, *whole, "--variants", *ours), 60.0 * scale, needs),
+    ]
+    compiled = [
+        Part("UNet step, compiled", script("bench_latency", *common, *step, "--variants", *slow), 120.0 * scale, needs),
+        Part(
+            "whole image, compiled", script("bench_latency", *common, *whole, "--variants", *slow), 120.0 * scale, needs
         ),
-        Part("training step", script("bench_training", *training), 0.7),
-        Part("profile", script("profile_loop", "--model", model, "--device", device), 1.0),
+    ]  # processes of their own: what torch.compile takes costs the eager rows nothing
+    profile = Part("profile", script("profile_loop", "--model", model, "--device", device, "--rows", 60), 60.0, needs)
+    training = Part(
+        "training step",
+        script("bench_training", "--config", preset, "--no-zero", "--quick", *bounded),
+        80.0 * scale,
+    )
+    alone = [*kernels, *latency, profile, *(compiled if slow else []), training, *_engines(device, model, work, common)]
+    if tune is not None:
+        tuning = script("bench_kernels", "--tune", tune.absolute(), "--minutes", "{minutes}")
+        alone.append(Part("tuning", tuning, 300.0, tuple(test.name for test in tests)))
+    return [[*tests, weights], *([part] for part in alone)]
+
+
+def _test_files(kernel: str) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "kernels").glob(f"test_{kernel}*.py"))]
+
+
+def _engines(device: str, model: Path, work: Path, common: Sequence[object]) -> list[Part]:
+    """Building and timing TensorRT engines, where TensorRT can be imported."""
+    if device == "cpu" or importlib.util.find_spec("tensorrt") is None:
+        return []
+    folder, build = work / "engines", "engines"
+    command = (sys.executable, "export/to_trt.py", str(model), "--out", str(folder))
+    timed = script("bench_latency", *common, "--parts", "step", "whole", "--batch", 1, "--engine-dir", folder)
+    return [
+        Part(build, command, 600.0, ("random weights",)),
+        Part("engines, latency", (*timed, "--variants", "tensorrt"), 180.0, (build,)),
     ]
 
 
-def run_part(part: Part, seconds: float) -> Outcome:
-    """Runs the part as a process group of its own, ended with all its children where it is late."""
-    command = [word.replace("{minutes}", f"{0.75 * seconds / 60:.3f}") for word in part.command]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+def run_stage(parts: Sequence[Part], left: float, work: Path) -> list[Outcome]:
+    """Runs the parts beside each other, each as a process group that is ended with all its children where it is late.
+
+    left: seconds until the suite ends.
+    """
     started = time.monotonic()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        try:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            return Outcome("failed", 0.0, str(error))
-        try:
-            status = "failed" if process.wait(seconds) else "passed"
-        except subprocess.TimeoutExpired:
-            status = "late"
-        finally:  # also where the suite itself is ended, and for what a finished part has left behind
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        log.seek(0)
-        output = log.read().replace(str(ROOT), ".")
-    return Outcome(status, time.monotonic() - started, output[-TAIL:] if part.name != "profile" else output)
-
-
-def run_suite(run: Run, parts: Sequence[Part], out: Path, end: float) -> None:
-    """Runs the parts, and takes over the rows and checks of every result file that they leave in `out`."""
-    for part in parts:
-        left = end - CLOSING_SECONDS - time.monotonic()
-        seconds = max(part.share * left, min(left, LEAST_SECONDS))
-        outcome = run_part(part, seconds) if left >= LEAST_SECONDS else Outcome("no time left", 0.0, "")
-        rows = 0
-        for path in sorted(out.glob("*.json")):
+    running: list[tuple[Part, Path, Any, Any]] = []
+    outcomes: list[Outcome] = []
+    try:
+        for part in parts:
+            out = work / "parts" / re.sub(r"\W+", "-", part.name)
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            minutes = 0.75 * min(part.limit, left) / 60
+            command = [word.replace("{minutes}", f"{minutes:.3f}").replace("{out}", str(out)) for word in part.command]
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+            log = (out / "log.txt").open("w+", encoding="utf-8", errors="replace")
             try:
-                record = read_results(path)
-            except BenchmarkError as error:  # half a file of a part that was ended
-                print(error)
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            except OSError as error:
+                log.write(str(error))
+                process = None
+            running.append((part, out, process, log))
+        for part, out, process, log in running:
+            status = "failed" if process is None else _wait(process, started, part.limit, left)
+            log.seek(0)
+            output = log.read().replace(str(ROOT), ".").replace(str(work), "WORK")
+            kept = output if part.name == "profile" else output[-TAIL:]
+            outcomes.append(_collect(Outcome(status, time.monotonic() - started, kept), out))
+    finally:  # also where the suite itself is ended, and for what a finished part has left behind
+        for _, _, process, log in running:
+            log.close()
+            if process is not None:
+                _end(process)
+    return outcomes
+
+
+def _wait(process: subprocess.Popen, started: float, limit: float, left: float) -> str:
+    try:
+        return "failed" if process.wait(max(0.1, min(limit, left) - (time.monotonic() - started))) else "passed"
+    except subprocess.TimeoutExpired:
+        return "late" if limit <= left else "cut"
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _collect(outcome: Outcome, out: Path) -> Outcome:
+    """Takes over rows and checks from the part's result files, or from the journals of runs that did not end."""
+    for path in sorted(out.glob("*.json*")):
+        try:
+            record = (read_journal if path.suffix == ".jsonl" else read_results)(path)
+        except BenchmarkError as error:
+            outcome.output += f"\n{error}"
+        else:
+            outcome.results += record["results"]
+            outcome.checks |= record["checks"]
+    return outcome
+
+
+class Suite:
+    """Runs a plan until the time is up. `done` holds how parts ended, also those of earlier calls."""
+
+    def __init__(self, plan: Sequence[Sequence[Part]], work: Path, end: float) -> None:
+        self.plan, self.work, self.end = plan, work, end
+        self.done: dict[str, Outcome] = {}
+
+    def load(self) -> None:
+        """Takes what earlier calls measured, without the half line that a suite that was killed may leave."""
+        state = self.work / STATE
+        lines = [line for line in state.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        state.write_text("".join(lines), encoding="utf-8")
+        for line in lines:
+            entry = json.loads(line)
+            name = entry.pop("part")
+            self.done[name] = Outcome(**entry)
+
+    def missing(self) -> list[list[Part]]:
+        """Returns the stages, without the parts that have ended for good."""
+        left = [[part for part in stage if self._status(part.name) not in FINAL] for stage in self.plan]
+        return [stage for stage in left if stage]
+
+    def _status(self, name: str) -> str:
+        return self.done[name].status if name in self.done else ""
+
+    def run(self) -> None:
+        """Runs the stages that are missing; each part's outcome is on disk before the next stage begins."""
+        for stage in self.missing():
+            seconds = self.end - CLOSING_SECONDS - time.monotonic()
+            parts, lacking = [], {}
+            for part in stage:
+                failed = [name for name in part.needs if self._status(name) in ("failed", "late", "left out")]
+                waiting = [name for name in part.needs if self._status(name) not in FINAL]
+                if failed:
+                    lacking[part.name] = Outcome("left out", output=f"without {', '.join(failed)} it says nothing")
+                elif seconds < LEAST_SECONDS or waiting:
+                    lacking[part.name] = Outcome("cut", output="no time left")
+                else:
+                    parts.append(part)
+            for name, outcome in lacking.items():
+                self._keep(name, outcome)
+            for part, outcome in zip(parts, run_stage(parts, seconds, self.work)):
+                self._keep(part.name, outcome)
+
+    def _keep(self, name: str, outcome: Outcome) -> None:
+        self.done[name] = outcome
+        with (self.work / STATE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"part": name, **asdict(outcome)}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        red = sum("red" in row for row in outcome.results)
+        print(
+            f"== {name}: {outcome.status} after {outcome.seconds:.1f} s, {len(outcome.results)} rows, {red} red",
+            flush=True,
+        )
+        if outcome.status in ("failed", "late") or name == "profile":
+            print(outcome.output, flush=True)
+
+    def fill(self, run: Run) -> None:
+        """Gives `run` all rows: the parts' own, and one for each part, red where it did not pass."""
+        for name, outcome in self.done.items():
+            run.results += outcome.results
+            run.checks |= outcome.checks
+            if outcome.status == "passed":
+                run.add_value("part", outcome.seconds, "s", variant=name, output=outcome.output)
             else:
-                run.results += record["results"]
-                run.checks |= record["checks"]
-                rows += len(record["results"])
-            path.unlink()
-        print(f"== {part.name}: {outcome.status} after {outcome.seconds:.1f} s, {rows} rows")
-        if outcome.status in ("failed", "late") or part.name == "profile":
-            print(outcome.output)
-        run.add_value("part", outcome.seconds, "s", variant=part.name, status=outcome.status, output=outcome.output)
+                reason = f"{outcome.status} after {outcome.seconds:.0f} s"
+                run.add_red("part", name, reason, output=outcome.output[-TAIL:])
+
+
+def print_plan(stages: Sequence[Sequence[Part]], minutes: float) -> None:
+    print("It will run, one line after the other:")
+    for stage in stages:
+        print("  " + ", ".join(f"{part.name} ({part.limit:.0f} s)" for part in stage))
+    most = sum(max(part.limit for part in stage) for stage in stages)
+    stop = datetime.now().astimezone() + timedelta(minutes=minutes)
+    print(f"At most {most / 60:.0f} minutes of work; this call stops at {stop:%H:%M:%S}.", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="the suite ends within this time")
+    parser.add_argument("--plan", choices=["short", "long"], default="short", help="about 9 minutes, or half an hour")
+    parser.add_argument("--minutes", type=float, default=9.0, help="the call ends within this time")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="parts by name")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts by name, and what they need")
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="also tune launch configurations, into FILE")
+    parser.add_argument("--work", type=Path, help="folder for what is under way; default a new one, removed at the end")
+    parser.add_argument("--resume", action="store_true", help="go on with what --work holds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here; --quick --device cpu walks through the parts", file=sys.stderr)
         return 1
+    if args.resume and not (args.work and (args.work / STATE).is_file()):
+        raise ArgumentError("--resume: --work names no folder of an unfinished suite")
+    if not args.resume and args.work and (args.work / STATE).is_file():
+        raise ArgumentError(f"{args.work} holds a suite: add --resume to go on with it, or name another folder")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside; what was measured is kept"))
     run = Run("gpu", quick=args.quick)
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "results"
-        out.mkdir()
-        parts: list[Part] = make_parts(args.device, args.quick, Path(scratch) / "model-random-weights", out)
-        if args.only:
-            parts = [part for part in parts if part.name in (*args.only, "random weights")]
+        work = (args.work or Path(scratch)).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        plan = choose(make_plan(args.plan, args.device, args.quick, work, args.tune), args.only)
+        suite = Suite(plan, work, started + 60 * args.minutes)
+        if args.resume:
+            suite.load()
+        print_plan(suite.missing(), args.minutes)
         try:
-            run_suite(run, parts, out, started + 60 * args.minutes)
+            suite.run()
         finally:
-            if run.results:
-                close(run, args.out)
-    return 0
+            if suite.done:
+                suite.fill(run)
+                run.save(args.out)
+                print(format_table(run.results))
+        missing = [part.name for stage in suite.missing() for part in stage]
+        if missing and args.work:
+            print(f"not measured yet: {', '.join(missing)}; the same command with --resume goes on")
+    return int(bool(run.red))
 
 
-def close(run: Run, out: Path) -> None:
-    """Writes the file first, then prints the table."""
-    run.save(out)
-    print(format_table(run.results))
-    outcomes: dict[str, Any] = {row["variant"]: row["status"] for row in run.results if row["name"] == "part"}
-    print(json.dumps(outcomes))
+def choose(plan: Sequence[Sequence[Part]], names: Sequence[str] | None) -> list[list[Part]]:
+    """Returns the stages with the named parts and what they need; all of them without names.
+
+    Raises:
+        ArgumentError: no part has such a name.
+    """
+    if names is None:
+        return [list(stage) for stage in plan]
+    parts = {part.name: part for stage in plan for part in stage}
+    if unknown := [name for name in names if name not in parts]:
+        raise ArgumentError(f"--only {', '.join(unknown)}: no such part; there are {', '.join(parts)}")
+    wanted = {name for each in names for name in (each, *parts[each].needs)}
+    stages = [[part for part in stage if part.name in wanted] for stage in plan]
+    return [stage for stage in stages if stage]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Holds what every benchmark shares: the environment record, fair timing, and one validated JSON file per run.
 
-run = Run("evaluation")                                        # records environment and load before any work
+run = Run("evaluation", folder=RESULTS)                        # records environment and load before any work
 run.check("ours equals panopticapi", ours == theirs)           # a run with a failed check is never saved
+run.add_red("joint histogram", "numpy", "MemoryError")         # one case failed; the run goes on
 timings = measure({"ours": f, "numpy": g}, device="cpu")       # interleaved, so that drift hits both sides
 run.add("joint histogram", timings, baseline="numpy", case={"size": "480x640"}, target=3.0)
 run.save()                                                     # benchmarks/results/evaluation-<time>.json
@@ -25,7 +26,9 @@ from benchmarks.measuring.result_file import (
     BenchmarkError,
     Run,
     format_row,
+    read_journal,
     read_results,
+    reason_of,
     validate,
 )
 from benchmarks.measuring.timing import Timing, measure, peak_memory
@@ -44,7 +47,9 @@ __all__ = [
     "format_row",
     "measure",
     "peak_memory",
+    "read_journal",
     "read_results",
+    "reason_of",
     "validate",
 ]
 SELF_TEST_LIMIT = 0.03

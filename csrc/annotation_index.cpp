@@ -11,6 +11,7 @@ namespace ldmseg {
 namespace {
 
 constexpr int64_t kLargestId = (1 << 24) - 1;
+constexpr int64_t kLargestNumber = std::numeric_limits<int32_t>::max();
 constexpr uint64_t kLongestCategories = 1 << 20;
 
 void require(bool condition) {
@@ -36,15 +37,17 @@ Segment read_segment(JsonScanner& json, bool predictions) {
         } else if (key == "iscrowd") {
             once(iscrowd);
             segment.iscrowd = json.integer();
-        } else if (key == "area" && !predictions) {
+        } else if (key == "area") {
             once(area);
             segment.area = json.integer();
+            require(segment.area >= 0 && segment.area <= kLargestNumber);
         } else {
             json.skip_value();
         }
     });
     require(id && segment.id >= 1 && segment.id <= kLargestId && category_id && segment.iscrowd >> 1 == 0);
-    require(segment.category_id == static_cast<int32_t>(segment.category_id));
+    require(segment.category_id >= 0 && segment.category_id <= kLargestNumber);
+    if (predictions) segment.area = -1;  // counted, whatever the file says
     return segment;
 }
 
@@ -65,21 +68,29 @@ Annotation read_annotation(JsonScanner& json, bool predictions) {
             json.skip_value();
         }
     });
-    require(image_id && !annotation.file_name.empty() && segments_info);
+    require(image_id && annotation.image_id != "\"\"" && !annotation.file_name.empty() && segments_info);
     return annotation;
 }
 
-std::string read_image_id(JsonScanner& json) {
+std::string read_image_id(JsonScanner& json, bool predictions) {
     std::string id;
+    bool file_name = false, height = false, width = false;
     json.each_entry([&](const std::string& key) {
         if (key == "id") {
             require(id.empty());
             id = json.raw_scalar();
+        } else if (key == "file_name") {
+            once(file_name);
+            require(!json.text().empty());
+        } else if (key == "height" || key == "width") {
+            once(key == "height" ? height : width);
+            const int64_t side = json.integer();
+            require(side >= 1 && side <= kLargestNumber);
         } else {
             json.skip_value();
         }
     });
-    require(!id.empty());
+    require(!id.empty() && id != "\"\"" && (file_name || predictions));
     return id;
 }
 
@@ -101,7 +112,7 @@ std::string read_part(int file, uint64_t begin, uint64_t end) {
 
 AnnotationIndex::AnnotationIndex(const std::string& path, bool predictions) : predictions_(predictions) {
     require(path.find('\0') == std::string::npos);
-    file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not keep it waiting
     require(file_ >= 0);
     struct stat status;
     try {
@@ -122,7 +133,7 @@ void AnnotationIndex::scan(uint64_t size) {
     json.each_entry([&](const std::string& key) {
         if (key == "images") {
             once(images);
-            json.each_item([&] { listed.push_back(read_image_id(json)); });
+            json.each_item([&] { listed.push_back(read_image_id(json, predictions_)); });
         } else if (key == "annotations") {
             once(annotations);
             json.each_item([&] { add_annotation(json); });
@@ -136,7 +147,7 @@ void AnnotationIndex::scan(uint64_t size) {
             json.skip_value();
         }
     });
-    require(json.peek() == 0 && annotations && (predictions_ || (images && categories)));
+    require(json.peek() == 0 && annotations && (predictions_ || (images && categories && !places_.empty())));
     listed = sorted_and_different(std::move(listed));
     const std::vector<std::string> annotated = sorted_and_different(image_ids_);
     require(!images || std::includes(listed.begin(), listed.end(), annotated.begin(), annotated.end()));
@@ -152,8 +163,7 @@ void AnnotationIndex::add_annotation(JsonScanner& json) {
     std::vector<int64_t> ids;
     for (const Segment& segment : annotation.segments) {
         ids.push_back(segment.id);
-        const auto place = std::lower_bound(used_.begin(), used_.end(), segment.category_id);
-        if (place == used_.end() || *place != segment.category_id) used_.insert(place, segment.category_id);
+        used_.insert(segment.category_id);
     }
     sorted_and_different(std::move(ids));
 }

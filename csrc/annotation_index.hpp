@@ -1,6 +1,7 @@
 // Where the annotations of a COCO panoptic JSON stand in it. Its twin is Python's reader with load_panoptic_json's checks.
 #pragma once
 #include <cstdint>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -26,7 +27,7 @@ class AnnotationIndex {
 
     const std::vector<std::string>& image_ids() const { return image_ids_; }
     const std::string& categories() const { return categories_; }            // the list as it is written, or empty
-    const std::vector<int64_t>& used_categories() const { return used_; }  // ascending
+    std::vector<int64_t> used_categories() const { return {used_.begin(), used_.end()}; }  // ascending
     Annotation annotation(size_t k) const;
 
    private:
@@ -42,7 +43,7 @@ class AnnotationIndex {
     bool predictions_;
     std::vector<Place> places_;
     std::vector<std::string> image_ids_;
-    std::vector<int64_t> used_;
+    std::set<int64_t> used_;
     std::string categories_;
 };
 

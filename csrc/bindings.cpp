@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 
 #include "annotation_index.hpp"
 #include "matching.hpp"
@@ -28,6 +29,7 @@ void require(bool condition, const char* message) {
 
 std::pair<size_t, size_t> map_size(const Array<int32_t>& ids) {
     require(ids.ndim() == 2 && ids.size() > 0, "expected ids int32 [H, W]");
+    require(ids.size() <= std::numeric_limits<int32_t>::max(), "over 2^31 - 1 pixels");
     return {ids.shape(0), ids.shape(1)};
 }
 
@@ -59,11 +61,24 @@ Array<int32_t> py_paint(const RunMap& map) {
     return ids;
 }
 
-RunMap py_read_png(const py::buffer& buffer, size_t max_pixels) {
+RunMap py_read_png(const py::buffer& buffer, size_t max_pixels, size_t piece) {
     const py::buffer_info info = buffer.request();
     require(info.ndim == 1 && info.itemsize == 1, "expected the bytes of a PNG");
     py::gil_scoped_release release;
-    return read_png(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size), max_pixels);
+    return read_png(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size), max_pixels, piece);
+}
+
+Array<int32_t> py_read_png_ids(const py::buffer& buffer, size_t max_pixels, size_t piece) {
+    const py::buffer_info info = buffer.request();
+    require(info.ndim == 1 && info.itemsize == 1, "expected the bytes of a PNG");
+    const auto* content = static_cast<const uint8_t*>(info.ptr);
+    const auto size = static_cast<size_t>(info.size);
+    const PngHeader header = read_map_header(content, size, max_pixels);
+    Array<int32_t> ids({header.height, header.width});
+    int32_t* out = ids.mutable_data();
+    py::gil_scoped_release release;
+    read_png_ids(content, size, header, out, piece);
+    return ids;
 }
 
 Array<uint8_t> py_read_png_picture(const py::buffer& buffer, size_t max_pixels) {
@@ -99,12 +114,12 @@ Array<Overlap> py_joint_histogram(const RunMap& gt, const RunMap& pred) {
 }
 
 Array<Match> py_match_segments(const RunMap& gt, const Array<int64_t>& gt_segments, const RunMap& pred,
-                               const Array<int64_t>& pred_segments, size_t boundary_distance) {
+                               const Array<int64_t>& pred_segments, size_t boundary_distance, size_t most_pairs) {
     const std::vector<Segment> gt_rows = segments(gt_segments), pred_rows = segments(pred_segments);
     std::vector<Match> matches;
     {
         py::gil_scoped_release release;
-        matches = match_segments(gt, gt_rows, pred, pred_rows, boundary_distance);
+        matches = match_segments(gt, gt_rows, pred, pred_rows, boundary_distance, most_pairs);
     }
     return to_array(matches);
 }
@@ -116,7 +131,8 @@ Array<Match> py_match_files(const std::string& gt_path, const Array<int64_t>& gt
     {
         py::gil_scoped_release release;
         const RunMap gt = read_png_file(gt_path, max_pixels), pred = read_png_file(pred_path, max_pixels);
-        matches = match_segments(gt, gt_rows, pred, pred_rows, boundary ? boundary_distance(gt.height, gt.width) : 0);
+        const size_t distance = boundary ? boundary_distance(gt.height, gt.width) : 0;
+        matches = match_segments(gt, gt_rows, pred, pred_rows, distance, kMostPairs);
     }
     return to_array(matches);
 }
@@ -227,6 +243,8 @@ py::tuple py_panoptic_head(const Array<float>& logits, std::array<size_t, 2> net
                            int simd) {
     require(logits.ndim() == 4 && logits.size() > 0, "expected mask logits float32 [B, Q, h, w]");
     require(network[0] > 0 && network[1] > 0 && target[0] > 0 && target[1] > 0, "sizes must be at least 1x1");
+    for (const auto& size : {network, target})
+        require(size[0] <= std::numeric_limits<int32_t>::max() / size[1], "sizes over 2^31 - 1 pixels");
     const size_t batch = logits.shape(0), slots = logits.shape(1), height = target[0], width = target[1];
     const Size source{static_cast<size_t>(logits.shape(2)), static_cast<size_t>(logits.shape(3))};
     Array<int32_t> segmentation({batch, height, width}), area({batch, slots}), box({batch, slots, size_t{4}});
@@ -260,8 +278,11 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("shape", [](const RunMap& map) { return py::make_tuple(map.height, map.width); });
 
     // png.hpp
-    py::register_exception<UnreadablePng>(m, "UnreadablePng", PyExc_ValueError);
-    m.def("read_png", &py_read_png, py::arg("content"), py::arg("max_pixels"));
+    const auto& unreadable = py::register_exception<UnreadablePng>(m, "UnreadablePng", PyExc_ValueError);
+    py::register_exception<TooManyRuns>(m, "TooManyRuns", unreadable);
+    m.attr("LONGEST_SIDE") = kLongestSide;
+    m.def("read_png", &py_read_png, py::arg("content"), py::arg("max_pixels"), py::arg("piece") = kPiece);
+    m.def("read_png_ids", &py_read_png_ids, py::arg("content"), py::arg("max_pixels"), py::arg("piece") = kPiece);
     m.def("read_png_picture", &py_read_png_picture, py::arg("content"), py::arg("max_pixels"));
     m.def("filter_ids", &py_filter_ids, py::arg("ids").noconvert());
 
@@ -271,7 +292,9 @@ PYBIND11_MODULE(_C, m) {
     py::register_exception<Inconsistent>(m, "Inconsistent", PyExc_ValueError);
     m.def("joint_histogram", &py_joint_histogram, py::arg("gt"), py::arg("pred"));
     m.def("match_segments", &py_match_segments, py::arg("gt"), py::arg("gt_segments").noconvert(), py::arg("pred"),
-          py::arg("pred_segments").noconvert(), py::arg("boundary_distance") = 0);
+          py::arg("pred_segments").noconvert(), py::arg("boundary_distance") = 0,
+          py::arg("most_pairs") = std::numeric_limits<size_t>::max());
+    m.attr("MOST_PAIRS") = kMostPairs;
     m.def("match_files", &py_match_files, py::arg("gt_path"), py::arg("gt_segments").noconvert(), py::arg("pred_path"),
           py::arg("pred_segments").noconvert(), py::arg("boundary"), py::arg("max_pixels"));
     m.def("boundary_mask", &py_boundary_mask, py::arg("map"), py::arg("distance"));

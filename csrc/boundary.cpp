@@ -59,6 +59,7 @@ size_t boundary_distance(size_t height, size_t width) {
 // the edges x - distance + 1 .. x + distance is there in any row of its window, or vertically likewise.
 BitRows boundary_rows(const RunMap& map, size_t distance) {
     const size_t height = map.height, width = map.width;
+    distance = std::min(distance, std::max(height, width));  // from here on, each window reaches over an edge
     const size_t window = 2 * distance, power = power_of_two_below(window);
     BitRows edges(height + 1, width + 1);  // row j: what stands between and in rows j - 1 and j
     std::vector<uint64_t> across(edges.words + 1), above(edges.words + 1, 0);  // and the zero that shifting reads

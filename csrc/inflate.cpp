@@ -181,24 +181,31 @@ bool Inflater::read_codes() {
 }
 
 // From the next whole byte on.
-bool Inflater::stored_block() {
+bool Inflater::begin_stored_block() {
     const uint8_t* in = bits_.next - (bits_.count >> 3);
     if (in > bits_.end || bits_.end - in < 4) return false;
     const size_t length = in[0] | in[1] << 8, inverse = in[2] | in[3] << 8;
     in += 4;
-    if ((length ^ inverse) != 0xffff || length > static_cast<size_t>(bits_.end - in) ||
-        length > static_cast<size_t>(end_ - out_))
-        return false;
-    std::memcpy(out_, in, length);
-    bits_ = {in + length, bits_.end, 0, 0};
-    out_ += length;
+    if ((length ^ inverse) != 0xffff || length > static_cast<size_t>(bits_.end - in)) return false;
+    bits_ = {in, bits_.end, 0, 0};
+    stored_left_ = length;
     return true;
 }
 
-bool Inflater::coded_block() {
+Inflater::Status Inflater::stored_block() {
+    const size_t size = std::min(stored_left_, static_cast<size_t>(std::max<ptrdiff_t>(limit_ - out_, 0)));
+    std::memcpy(out_, bits_.next, size);
+    bits_.next += size;
+    out_ += size;
+    stored_left_ -= size;
+    return stored_left_ > 0 ? Status::more : Status::ended;
+}
+
+Inflater::Status Inflater::coded_block() {
     Bits bits = bits_;  // locals stay in registers
     uint8_t* out = out_;
-    while (out <= end_ && !bits.ended()) {
+    while (out <= limit_) {
+        if (bits.ended()) return Status::damaged;
         bits.refill();
         Entry entry = bits.decode(literals_.data(), kLiteralBits);
         for (int k = 0; k < 2 && entry.kind == kLiteral; ++k) {  // three codes have at most 45 bits
@@ -212,38 +219,59 @@ bool Inflater::coded_block() {
         if (entry.kind >= kEndOfBlock) {
             bits_ = bits;
             out_ = out;
-            return entry.kind == kEndOfBlock;
+            return entry.kind == kEndOfBlock ? Status::ended : Status::damaged;
         }
         bits.refill();
         const size_t length = entry.value + bits.take(entry.kind);
         entry = bits.decode(distances_.data(), kDistanceBits);
-        if (entry.kind >= kLiteral) return false;
+        if (entry.kind >= kLiteral) return Status::damaged;
         const size_t distance = entry.value + bits.take(entry.kind);
-        if (distance > static_cast<size_t>(out - begin_)) return false;
+        if (distance > static_cast<size_t>(out - begin_)) return Status::damaged;
         copy_match(out, distance, length);
         out += length;
     }
-    return false;
+    bits_ = bits;
+    out_ = out;
+    return Status::more;
 }
 
-bool Inflater::run(const uint8_t* input, size_t input_size, uint8_t* output, size_t output_size) {
+bool Inflater::begin_block() {
+    bits_.refill();
+    if (bits_.ended()) return false;
+    last_ = bits_.take(1) != 0;
+    const uint32_t kind = bits_.take(2);
+    block_ = kind == 0 ? Block::stored : Block::coded;
+    return kind == 0   ? begin_stored_block()
+           : kind == 1 ? set_fixed_codes()
+           : kind == 2 ? read_codes()
+                       : false;
+}
+
+bool Inflater::start(const uint8_t* input, size_t input_size, uint8_t* output) {
     if (input_size < 2 || (input[0] & 15) != 8 || input[0] >> 4 > 7 || (input[0] << 8 | input[1]) % 31 != 0 || input[1] & 32)
         return false;
     bits_ = {input + 2, input + input_size, 0, 0};
     begin_ = out_ = output;
-    end_ = output + output_size;
-    for (bool last = false; !last;) {
-        bits_.refill();
-        if (bits_.ended()) return false;
-        last = bits_.take(1) != 0;
-        const uint32_t kind = bits_.take(2);
-        const bool whole = kind == 0   ? stored_block()
-                           : kind == 1 ? set_fixed_codes() && coded_block()
-                           : kind == 2 ? read_codes() && coded_block()
-                                       : false;
-        if (!whole) return false;
+    block_ = Block::none;
+    last_ = false;
+    return true;
+}
+
+Inflater::Status Inflater::go_on(uint8_t* limit) {
+    limit_ = limit;
+    for (;;) {
+        if (block_ == Block::none) {
+            if (last_) return bits_.next - (bits_.count >> 3) <= bits_.end ? Status::ended : Status::damaged;
+            if (!begin_block()) return Status::damaged;
+        }
+        const Status status = block_ == Block::stored ? stored_block() : coded_block();
+        if (status != Status::ended) return status;
+        block_ = Block::none;
     }
-    return out_ == end_ && bits_.next - (bits_.count >> 3) <= bits_.end;
+}
+
+bool Inflater::run(const uint8_t* input, size_t input_size, uint8_t* output, size_t output_size) {
+    return start(input, input_size, output) && go_on(output + output_size) == Status::ended && out_ == output + output_size;
 }
 
 }  // namespace ldmseg

@@ -1,7 +1,9 @@
 #include "matching.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
+#include <string>
 #include <unordered_map>
 
 #include "cpu.hpp"
@@ -41,7 +43,7 @@ ALWAYS_INLINE BoundaryCounts count_boundary(const uint64_t* gt, const uint64_t* 
 
 // Goes over pieces of rows in which both ids are constant. Without boundaries their counts stay 0.
 ALWAYS_INLINE std::vector<Pair> count_pieces(const RunMap& gt, const RunMap& pred, const BitRows* gt_boundary,
-                                             const BitRows* pred_boundary) {
+                                             const BitRows* pred_boundary, size_t most) {
     KeyIndex index;
     std::vector<Pair> pairs;
     for (size_t y = 0; y < gt.height; ++y) {
@@ -51,7 +53,11 @@ ALWAYS_INLINE std::vector<Pair> count_pieces(const RunMap& gt, const RunMap& pre
             if ((g->id | p->id) & 0xff000000) throw Inconsistent("ids outside 0..2^24-1");
             const uint64_t key = static_cast<uint64_t>(g->id) << 24 | static_cast<uint64_t>(p->id);
             const size_t at = index[key];
-            if (at == pairs.size()) pairs.push_back({key});
+            if (at == pairs.size()) {
+                if (at == most)
+                    throw Inconsistent("over " + std::to_string(most) + " pairs of segments overlap: the maps hold noise");
+                pairs.push_back({key});
+            }
             Pair& pair = pairs[at];
             pair.pixels += static_cast<int64_t>(end - x);
             if (gt_boundary) {
@@ -68,19 +74,25 @@ ALWAYS_INLINE std::vector<Pair> count_pieces(const RunMap& gt, const RunMap& pre
     return pairs;
 }
 
-std::vector<Pair> count_pieces_plain(const RunMap& gt, const RunMap& pred, const BitRows* gb, const BitRows* pb) {
-    return count_pieces(gt, pred, gb, pb);
+std::vector<Pair> count_pieces_plain(const RunMap& gt, const RunMap& pred, const BitRows* gb, const BitRows* pb,
+                                     size_t most) {
+    return count_pieces(gt, pred, gb, pb, most);
 }
 
 #if LDMSEG_X86
 __attribute__((target("popcnt,bmi"))) std::vector<Pair> count_pieces_popcnt(const RunMap& gt, const RunMap& pred,
-                                                                          const BitRows* gb, const BitRows* pb) {
-    return count_pieces(gt, pred, gb, pb);
+                                                                          const BitRows* gb, const BitRows* pb,
+                                                                          size_t most) {
+    return count_pieces(gt, pred, gb, pb, most);
 }
 #endif
 
-std::vector<Pair> count_pairs(const RunMap& gt, const RunMap& pred, size_t distance) {
-    if (gt.height != pred.height || gt.width != pred.width) throw Inconsistent("maps differ in size");
+std::string size_of(const RunMap& map) { return std::to_string(map.width) + "x" + std::to_string(map.height); }
+
+std::vector<Pair> count_pairs(const RunMap& gt, const RunMap& pred, size_t distance,
+                              size_t most = std::numeric_limits<size_t>::max()) {
+    if (gt.height != pred.height || gt.width != pred.width)
+        throw Inconsistent("ground truth is " + size_of(gt) + ", prediction is " + size_of(pred) + "; sizes must be equal");
     auto count = count_pieces_plain;
 #if LDMSEG_X86
     if (__builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi")) count = count_pieces_popcnt;
@@ -88,9 +100,9 @@ std::vector<Pair> count_pairs(const RunMap& gt, const RunMap& pred, size_t dista
     std::vector<Pair> pairs;
     if (distance > 0) {
         const BitRows gt_boundary = boundary_rows(gt, distance), pred_boundary = boundary_rows(pred, distance);
-        pairs = count(gt, pred, &gt_boundary, &pred_boundary);
+        pairs = count(gt, pred, &gt_boundary, &pred_boundary, most);
     } else {
-        pairs = count(gt, pred, nullptr, nullptr);
+        pairs = count(gt, pred, nullptr, nullptr, most);
     }
     std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.key < b.key; });
     return pairs;
@@ -117,6 +129,31 @@ Side& find(Sides& sides, int64_t id) {
     return found->second;
 }
 
+std::string listed(const std::vector<int64_t>& ids) {
+    constexpr size_t limit = 20;
+    std::string text;
+    for (size_t k = 0; k < std::min(ids.size(), limit); ++k) text += (k > 0 ? ", " : "") + std::to_string(ids[k]);
+    return text + (ids.size() > limit ? " and " + std::to_string(ids.size() - limit) + " more" : "");
+}
+
+// Throws where the ids of a map are not those of its table.
+void check_ids(const RunMap& map, const std::vector<Segment>& segments, const std::string& name) {
+    std::vector<int64_t> table, unlisted, absent;
+    for (const Segment& segment : segments) table.push_back(segment.id);
+    std::vector<int64_t> ascending = table;
+    std::sort(ascending.begin(), ascending.end());
+    if (std::adjacent_find(ascending.begin(), ascending.end()) != ascending.end())
+        throw Inconsistent(name + ": segments_info lists an id twice: " + listed(table));
+    std::vector<int32_t> there = map.ids();
+    there.erase(std::remove(there.begin(), there.end(), 0), there.end());
+    std::set_difference(there.begin(), there.end(), ascending.begin(), ascending.end(), std::back_inserter(unlisted));
+    std::set_difference(ascending.begin(), ascending.end(), there.begin(), there.end(), std::back_inserter(absent));
+    if (!unlisted.empty())
+        throw Inconsistent(name + ": ids in the map but not in segments_info: " + listed(unlisted) + "; add or void them");
+    if (!absent.empty())
+        throw Inconsistent(name + ": ids in segments_info but not in the map: " + listed(absent) + "; remove the entries");
+}
+
 }  // namespace
 
 std::vector<Overlap> joint_histogram(const RunMap& gt, const RunMap& pred) {
@@ -125,9 +162,8 @@ std::vector<Overlap> joint_histogram(const RunMap& gt, const RunMap& pred) {
     return overlaps;
 }
 
-std::vector<Match> match_segments(const RunMap& gt, const std::vector<Segment>& gt_segments, const RunMap& pred,
-                                  const std::vector<Segment>& pred_segments, size_t boundary_distance) {
-    const std::vector<Pair> pairs = count_pairs(gt, pred, boundary_distance);
+static std::vector<Match> match_pairs(const std::vector<Pair>& pairs, const std::vector<Segment>& gt_segments,
+                                      const std::vector<Segment>& pred_segments, size_t boundary_distance) {
     Sides gt_sides = index_segments(gt_segments), pred_sides = index_segments(pred_segments);
     std::unordered_map<int64_t, int64_t> last_crowd;  // category -> id, as panopticapi remembers it
     for (const Segment& segment : gt_segments)
@@ -167,7 +203,9 @@ std::vector<Match> match_segments(const RunMap& gt, const std::vector<Segment>& 
         Side &g = find(gt_sides, pair.gt_id()), &p = find(pred_sides, pair.pred_id());
         if (g.segment->iscrowd || g.segment->category_id != p.segment->category_id) continue;
         const int64_t joined = p.area + g.area - pair.pixels - p.on_void;
-        if (joined < pair.pixels) throw Inconsistent("a ground-truth area of the JSON");
+        if (joined < pair.pixels)
+            throw Inconsistent("ground-truth segment " + std::to_string(pair.gt_id()) + ": area " + std::to_string(g.area) +
+                               " in the JSON cannot be right");
         const double iou = static_cast<double>(pair.pixels) / static_cast<double>(joined);
         if (iou <= 0.5) continue;
         g.matched = p.matched = true;
@@ -190,6 +228,20 @@ std::vector<Match> match_segments(const RunMap& gt, const std::vector<Segment>& 
                            static_cast<int32_t>(segment.id), p.area, 0.0, nan});
     }
     return matches;
+}
+
+std::vector<Match> match_segments(const RunMap& gt, const std::vector<Segment>& gt_segments, const RunMap& pred,
+                                  const std::vector<Segment>& pred_segments, size_t boundary_distance, size_t most_pairs) {
+    try {
+        return match_pairs(count_pairs(gt, pred, boundary_distance, most_pairs), gt_segments, pred_segments,
+                           boundary_distance);
+    } catch (const Inconsistent&) {
+        if (gt.height == pred.height && gt.width == pred.width) {
+            check_ids(gt, gt_segments, "ground truth");
+            check_ids(pred, pred_segments, "prediction");
+        }
+        throw;
+    }
 }
 
 }  // namespace ldmseg

@@ -9,7 +9,7 @@
 
 namespace ldmseg {
 
-// Maps and segment tables disagree. The numpy twin tells how.
+// Maps and segment tables disagree; it tells how.
 struct Inconsistent : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -36,9 +36,10 @@ std::vector<Overlap> joint_histogram(const RunMap& gt, const RunMap& pred);
 // As metrics/matching.py has it.
 size_t boundary_distance(size_t height, size_t width);
 
-// boundary_distance 0: no boundary IoU (NaN).
+// boundary_distance 0: no boundary IoU (NaN). Throws Inconsistent, also for over `most_pairs` pairs of ids.
+constexpr size_t kMostPairs = size_t{1} << 19;  // of maps from files: some tens of megabytes
 std::vector<Match> match_segments(const RunMap& gt, const std::vector<Segment>& gt_segments, const RunMap& pred,
-                                  const std::vector<Segment>& pred_segments, size_t boundary_distance);
+                                  const std::vector<Segment>& pred_segments, size_t boundary_distance, size_t most_pairs);
 
 // Pixels whose (2 distance + 1)^2 window holds another id or reaches over the edge. Bits past the width are undefined.
 BitRows boundary_rows(const RunMap& map, size_t distance);

@@ -14,7 +14,9 @@ namespace ldmseg {
 namespace {
 
 constexpr size_t kWidest = 16;  // lanes; slots are padded to a multiple
-constexpr float kLowest = -1e30f;  // logit of the slots that fill up the last vector: finite, so that weight 0 gives 0
+constexpr float kLargest = 3.39e38f;  // logits are clamped to it, so that no weighted sum of theirs overflows
+constexpr float kLowest = -std::numeric_limits<float>::infinity();  // logit of the slots that fill up the last vector
+constexpr float kUnsoundWeight = 1e-4f;  // more than what two ways of rounding a position differ by
 // Slots this far below the best add less than 2^-25 each to a sum that is at least 1.
 constexpr float kNegligible = -18.0f;
 
@@ -108,44 +110,68 @@ struct Job {
     float* probability;
 };
 
-// Source row r as [w, padded], so that slots are neighbours in memory.
-void transpose_row(const Job& job, size_t r, float* out) {
+// Source row r as [w, padded], so that slots are neighbours in memory. A cell with a logit that is not finite gets zeros,
+// and 1 in `unsound` [w], which is 0 elsewhere. Returns whether there is one.
+bool transpose_row(const Job& job, size_t r, float* out, float* unsound) {
     constexpr size_t block = 64;
     const size_t plane = job.source.height * job.source.width;
+    bool any = false;
     for (size_t first = 0; first < job.source.width; first += block) {
         const size_t last = std::min(first + block, job.source.width);
+        float doubt[block] = {};  // NaN once a logit was not finite
         for (size_t q = 0; q < job.slots; ++q) {
             const float* in = job.logits + q * plane + r * job.source.width;
-            for (size_t c = first; c < last; ++c) out[c * job.padded + q] = in[c];
+            for (size_t c = first; c < last; ++c) {
+                out[c * job.padded + q] = std::clamp(in[c], -kLargest, kLargest);
+                doubt[c - first] += in[c] * 0.0f;
+            }
         }
-        for (size_t c = first; c < last; ++c)
+        for (size_t c = first; c < last; ++c) {
             std::fill(out + c * job.padded + job.slots, out + (c + 1) * job.padded, kLowest);
+            unsound[c] = std::isnan(doubt[c - first]) ? 1.0f : 0.0f;
+            if (unsound[c] == 0.0f) continue;
+            any = true;
+            std::fill(out + c * job.padded, out + c * job.padded + job.slots, 0.0f);
+        }
     }
+    return any;
 }
 
 // Transposed source rows, the last few kept.
 class RowCache {
    public:
-    explicit RowCache(const Job& job) : job_(job), size_(job.source.width * job.padded), rows_(kRows * size_) {
+    explicit RowCache(const Job& job)
+        : job_(job), size_(job.source.width * job.padded), rows_(kRows * size_), unsound_(kRows * job.source.width) {
         held_.fill(-1);
     }
 
-    const float* operator[](int32_t row) {
-        for (size_t k = 0; k < kRows; ++k)
-            if (held_[k] == row) return rows_.data() + k * size_;
-        const size_t k = next_++ % kRows;
-        held_[k] = row;
-        transpose_row(job_, static_cast<size_t>(row), rows_.data() + k * size_);
-        return rows_.data() + k * size_;
+    const float* operator[](int32_t row) { return rows_.data() + place(row) * size_; }
+
+    // Adds what unsound cells weigh per column, [w]; false where a row has none.
+    bool add_unsound(int32_t row, float weight, float* sums) {
+        const size_t k = place(row);
+        for (size_t c = 0; any_[k] && c < job_.source.width; ++c) sums[c] += weight * unsound_[k * job_.source.width + c];
+        return any_[k];
     }
 
    private:
+    size_t place(int32_t row) {
+        for (size_t k = 0; k < kRows; ++k)
+            if (held_[k] == row) return k;
+        const size_t k = next_++ % kRows;
+        held_[k] = row;
+        any_[k] = transpose_row(job_, static_cast<size_t>(row), rows_.data() + k * size_,
+                                unsound_.data() + k * job_.source.width);
+        return k;
+    }
+
     // Never fewer than the taps of one row; rows are asked for in ascending order, so the oldest is the one to replace.
     static constexpr size_t kRows = 4;
     const Job& job_;
     size_t size_, next_ = 0;
-    std::vector<float> rows_;
+    std::vector<float> rows_, unsound_;
     std::array<int32_t, kRows> held_;
+    std::array<bool, kRows> any_{};
 };
 
 template <int N>
@@ -157,6 +183,12 @@ ALWAYS_INLINE typename Vectors<N>::Floats weighted_sum(const Taps& taps, const f
     return sum;
 }
 
+float weight_of(const Taps& taps, const float* unsound) {
+    float sum = 0.0f;
+    for (int tap = 0; tap < taps.count; ++tap) sum += taps.weight[tap] * unsound[taps.index[tap]];
+    return sum;
+}
+
 template <int N>
 ALWAYS_INLINE void run_band(const Job& job, size_t first_row, size_t last_row, Band& band) {
     using V = Vectors<N>;
@@ -164,12 +196,23 @@ ALWAYS_INLINE void run_band(const Job& job, size_t first_row, size_t last_row, B
     using Ints = typename V::Ints;
     RowCache cache(job);
     std::vector<float> line(job.source.width * job.padded), values(job.padded), highest(job.padded / N);
+    std::vector<float> unsound(job.source.width);
     for (size_t y = first_row; y < last_row; ++y) {
         const float* from[4];
         for (int tap = 0; tap < job.rows[y].count; ++tap) from[tap] = cache[job.rows[y].index[tap]];
         for (size_t k = 0; k < line.size(); k += N) V::store(line.data() + k, weighted_sum<N>(job.rows[y], from, k));
+        bool any_unsound = false;
+        std::fill(unsound.begin(), unsound.end(), 0.0f);
+        for (int tap = 0; tap < job.rows[y].count; ++tap)
+            any_unsound |= cache.add_unsound(job.rows[y].index[tap], job.rows[y].weight[tap], unsound.data());
         for (size_t x = 0; x < job.target.width; ++x) {
             const Taps& taps = job.columns[x];
+            const size_t pixel = y * job.target.width + x;
+            if (any_unsound && weight_of(taps, unsound.data()) > kUnsoundWeight) {
+                job.probability[pixel] = 0.0f;
+                job.label[pixel] = -1;
+                continue;
+            }
             for (int tap = 0; tap < taps.count; ++tap) from[tap] = line.data() + taps.index[tap] * job.padded;
             float best = kLowest;
             for (size_t k = 0; k < job.padded; k += N) {
@@ -191,7 +234,6 @@ ALWAYS_INLINE void run_band(const Job& job, size_t first_row, size_t last_row, B
                 }
             }
             const float probability = 1.0f / V::total(sums);
-            const size_t pixel = y * job.target.width + x;
             job.probability[pixel] = probability;
             if (!(probability >= job.mask_threshold)) slot = -1;
             job.label[pixel] = slot;

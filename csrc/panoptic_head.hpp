@@ -26,7 +26,8 @@ struct HeadOutput {
     float* score;           // [Q]: mean probability
 };
 
-// logits: [Q, h, w]; resized bilinearly (align_corners false) to `network`, then to `target`, composed into one step.
+// logits: [Q, h, w]; resized bilinearly (align_corners false) to `network`, then to `target`, composed into one step. Pixels
+// that take something from a cell with a NaN or an infinity are void, of probability 0, and part of no area.
 // simd: the widest instruction set to use, where the processor has it.
 void panoptic_head(const float* logits, size_t slots, Size source, Size network, Size target, HeadThresholds thresholds,
                    size_t threads, Simd simd, const HeadOutput& output);

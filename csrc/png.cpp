@@ -4,9 +4,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "inflate.hpp"
 #include "unfilter.hpp"
@@ -105,19 +108,79 @@ size_t image_data(const uint8_t* content, size_t size, uint8_t* stream) {
     }
 }
 
+// Joins the IDAT chunks in the thread's own buffer; their size.
+size_t join_stream(const uint8_t* content, size_t size) {
+    uint8_t* stream = scratch().stream.at_least(size + Inflater::kInputSlack);
+    const size_t joined = image_data(content, size, stream);
+    std::memset(stream + joined, 0, Inflater::kInputSlack);
+    return joined;
+}
+
+[[noreturn]] void throw_damaged() {
+    throw UnreadablePng("the pixel data is damaged, or not of the size that the header says");
+}
+
 // Each row's filter byte and what is left of its pixels, with the margins that undoing the filters needs; the buffer is the
 // thread's own.
 const uint8_t* inflated_rows(const uint8_t* content, size_t size, const PngHeader& header) {
     Scratch& mine = scratch();
-    uint8_t* stream = mine.stream.at_least(size + Inflater::kInputSlack);
-    const size_t joined = image_data(content, size, stream);
-    std::memset(stream + joined, 0, Inflater::kInputSlack);
+    const size_t joined = join_stream(content, size);
     const size_t rows_size = header.height * (1 + header.channels * header.width);
     uint8_t* rows = kUnfilterMargin + mine.rows.at_least(kUnfilterMargin + rows_size + Inflater::kOutputSlack);
-    if (!mine.inflater.run(stream, joined, rows, rows_size))
-        throw UnreadablePng("the pixel data is damaged, or not of the size that the header says");
+    if (!mine.inflater.run(mine.stream.at_least(0), joined, rows, rows_size)) throw_damaged();
     return rows;
 }
+
+// The same rows one after the other, in a buffer that holds few of them at a time.
+class InflatedRows {
+   public:
+    InflatedRows(const uint8_t* content, size_t size, const PngHeader& header, size_t piece)
+        : row_(1 + header.channels * header.width), left_(header.height * row_) {
+        const size_t joined = join_stream(content, size);
+        const size_t room = std::min(left_, Inflater::kWindow + 2 * row_ + piece);
+        begin_ = kUnfilterMargin + mine_.rows.at_least(kUnfilterMargin + room + Inflater::kOutputSlack);
+        end_ = begin_ + room;
+        at_ = begin_;
+        if (!mine_.inflater.start(mine_.stream.at_least(0), joined, begin_)) throw_damaged();
+    }
+
+    // Valid until it is called again.
+    const uint8_t* next() {
+        if (static_cast<size_t>(mine_.inflater.output() - at_) < row_) fill();
+        at_ += row_;
+        left_ -= row_;
+        return at_ - row_;
+    }
+
+    // To be called after the last row: nothing may follow it.
+    void finish() {
+        if (!ended_) inflate(at_);
+    }
+
+   private:
+    void fill() {
+        uint8_t* const out = mine_.inflater.output();
+        uint8_t* const kept = std::min(at_, std::max(begin_, out - std::min<ptrdiff_t>(Inflater::kWindow, out - begin_)));
+        std::memmove(begin_, kept, static_cast<size_t>(out - kept));
+        at_ -= kept - begin_;
+        mine_.inflater.move_to(begin_, out - (kept - begin_));
+        inflate(static_cast<size_t>(end_ - at_) < left_ ? end_ : at_ + left_);
+        if (static_cast<size_t>(mine_.inflater.output() - at_) < row_) throw_damaged();
+    }
+
+    void inflate(uint8_t* limit) {
+        const Inflater::Status status = mine_.inflater.go_on(limit);
+        ended_ = status == Inflater::Status::ended;
+        const bool all = static_cast<size_t>(mine_.inflater.output() - at_) == left_;  // and not a byte more
+        const bool last = static_cast<size_t>(limit - at_) == left_;
+        if (status == Inflater::Status::damaged || (ended_ && !all) || (last && !ended_)) throw_damaged();
+    }
+
+    Scratch& mine_ = scratch();
+    size_t row_, left_;  // bytes of a row, and of all that have not been given out
+    uint8_t *begin_, *end_, *at_;
+    bool ended_ = false;
+};
 
 void trim_scratch() {
     scratch().rows.trim();
@@ -138,14 +201,46 @@ PngHeader read_png_header(const uint8_t* content, size_t size, size_t max_pixels
     return {height, width, is_grey ? size_t{1} : size_t{3}};
 }
 
-RunMap read_png(const uint8_t* content, size_t size, size_t max_pixels) {
+PngHeader read_map_header(const uint8_t* content, size_t size, size_t max_pixels) {
     const PngHeader header = read_png_header(content, size, max_pixels);
     if (header.channels != 3) throw UnreadablePng("not an 8-bit RGB PNG");
-    const uint8_t* rows = inflated_rows(content, size, header);
+    if (std::max(header.height, header.width) > kLongestSide) throw UnreadablePng("the size is out of bounds");
+    return header;
+}
+
+RunMap read_png(const uint8_t* content, size_t size, size_t max_pixels, size_t piece) {
+    const PngHeader header = read_map_header(content, size, max_pixels);
+    InflatedRows rows(content, size, header, piece);
+    RowFilters filters(header.width);
+    const Run zeros[2] = {{0, 0}, {static_cast<int32_t>(header.width), kEndOfRow}};
     RunMap map(header.height, header.width);
-    if (!unfilter(rows, map)) throw UnreadablePng("unknown filter");
+    for (size_t y = 0; y < header.height; ++y) {
+        Run* end = map.start_row();
+        if (!filters.undo(rows.next(), y > 0 ? map.row(y - 1) : zeros, end)) throw UnreadablePng("unknown filter");
+        map.end_row(end);
+        if (map.runs() > kMostRuns + size)
+            throw TooManyRuns("the id changes at over " + std::to_string(kMostRuns) + " places, which is noise and no map");
+    }
+    rows.finish();
     trim_scratch();
     return map;
+}
+
+void read_png_ids(const uint8_t* content, size_t size, const PngHeader& header, int32_t* ids, size_t piece) {
+    InflatedRows rows(content, size, header, piece);
+    RowFilters filters(header.width);
+    const auto width = static_cast<int32_t>(header.width);
+    std::vector<Run> above{{0, kEndOfRow}, {0, 0}, {width, kEndOfRow}}, row(header.width + 3, Run{0, kEndOfRow});
+    above.resize(header.width + 3);
+    for (size_t y = 0; y < header.height; ++y, ids += header.width) {
+        Run* end = row.data() + 1;
+        if (!filters.undo(rows.next(), above.data() + 1, end)) throw UnreadablePng("unknown filter");
+        *end = {width, kEndOfRow};
+        paint_row(row.data() + 1, header.width, ids);
+        std::swap(above, row);
+    }
+    rows.finish();
+    trim_scratch();
 }
 
 void read_png_picture(const uint8_t* content, size_t size, const PngHeader& header, uint8_t* rgb) {
@@ -159,7 +254,7 @@ void read_png_picture(const uint8_t* content, size_t size, const PngHeader& head
 
 RunMap read_png_file(const std::string& path, size_t max_pixels) {
     if (path.find('\0') != std::string::npos) throw UnreadablePng("no file has such a name");
-    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not keep it waiting
     if (file < 0) throw UnreadablePng("cannot be opened");
     struct stat status;
     const bool regular = fstat(file, &status) == 0 && S_ISREG(status.st_mode);

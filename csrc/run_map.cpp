@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "cpu.hpp"
 
 namespace ldmseg {
 namespace {
-
-constexpr int32_t kEndOfRow = -2147483647 - 1;  // no id that a map can have
 
 using UnequalBits = void (*)(const int32_t*, size_t, uint64_t*);
 
@@ -61,8 +60,8 @@ UnequalBits best_steps() {
 
 }  // namespace
 
-RunMap::RunMap(size_t height, size_t width) : height(height), width(width), first_{1}, runs_(2 * width + 2 + 16 * height) {
-    first_.reserve(height + 1);
+RunMap::RunMap(size_t height, size_t width) : height(height), width(width), first_{1} {
+    start_row();
     runs_[0] = {0, kEndOfRow};
 }
 
@@ -84,19 +83,34 @@ RunMap::RunMap(const int32_t* map, size_t height, size_t width) : RunMap(height,
 
 Run* RunMap::start_row() {
     const size_t used = first_.back();
-    if (used + width + 2 > runs_.size()) runs_.resize(std::max(2 * runs_.size(), used + width + 2));
-    return runs_.data() + used;
+    if (used + width + 2 > room_) {
+        const size_t room = std::max(2 * room_, used + width + 2);
+        void* grown = std::realloc(runs_.get(), room * sizeof(Run));
+        if (grown == nullptr) throw std::bad_alloc();
+        static_cast<void>(runs_.release());
+        runs_.reset(static_cast<Run*>(grown));
+        room_ = room;
+    }
+    return runs_.get() + used;
 }
 
 void RunMap::end_row(Run* end) {
     *end++ = {static_cast<int32_t>(width), kEndOfRow};
-    first_.push_back(static_cast<size_t>(end - runs_.data()));
+    first_.push_back(static_cast<size_t>(end - runs_.get()));
 }
 
 void RunMap::paint(int32_t* map) const {
-    for (size_t y = 0; y < height; ++y, map += width)
-        for (const Run* run = row(y); run->begin < static_cast<int32_t>(width); ++run)
-            std::fill(map + run->begin, map + run[1].begin, run->id);
+    for (size_t y = 0; y < height; ++y, map += width) paint_row(row(y), width, map);
+}
+
+std::vector<int32_t> RunMap::ids() const {
+    std::vector<int32_t> ids;
+    ids.reserve(runs());
+    for (size_t y = 0; y < height; ++y)
+        for (const Run* run = row(y); run->begin < static_cast<int32_t>(width); ++run) ids.push_back(run->id);
+    std::sort(ids.begin(), ids.end());
+    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+    return ids;
 }
 
 }  // namespace ldmseg

@@ -1,7 +1,10 @@
 // A map as the runs of its rows: what matching, boundaries and pieces need of it, a hundredth of the pixels' bytes.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 namespace ldmseg {
@@ -19,6 +22,8 @@ struct BitRows {
 inline int lowest_bit(uint64_t word) { return __builtin_ctzll(word); }
 inline int count_bits(uint64_t word) { return __builtin_popcountll(word); }
 
+constexpr int32_t kEndOfRow = -2147483647 - 1;  // no id that a map can have
+
 struct Run {
     int32_t begin, id;  // goes on until the next one begins
 };
@@ -32,18 +37,30 @@ class RunMap {
     RunMap(const int32_t* map, size_t height, size_t width);
 
     // The runs of a row, left to right; the one after the last begins at the width.
-    const Run* row(size_t y) const { return runs_.data() + first_[y]; }
+    const Run* row(size_t y) const { return runs_.get() + first_[y]; }
 
     // Room for the runs of the next row; `row(y)` of earlier ones is not valid any more.
     Run* start_row();
     void end_row(Run* end);
 
+    size_t runs() const { return first_.back(); }  // of all rows, their ends included
+    std::vector<int32_t> ids() const;              // ascending, each once, 0 included
     void paint(int32_t* map) const;
 
    private:
+    struct Free {
+        void operator()(Run* runs) const { std::free(runs); }
+    };
+
     std::vector<size_t> first_;  // place of each row's first run, and of the row to come
-    std::vector<Run> runs_;      // more than are in use
+    std::unique_ptr<Run[], Free> runs_;  // by realloc: pages move when it grows, and those not in use take no memory
+    size_t room_ = 0;
 };
+
+// Fills a row of a map from its runs.
+inline void paint_row(const Run* run, size_t width, int32_t* row) {
+    for (; run->begin < static_cast<int32_t>(width); ++run) std::fill(row + run->begin, row + run[1].begin, run->id);
+}
 
 // Writes a run unless it goes on with the id of the last one. There is always one before: the end of the row above.
 inline void add_run(Run*& end, size_t begin, uint32_t id) {

@@ -64,9 +64,11 @@ inline uint32_t paeth(uint32_t left, uint32_t up, uint32_t corner) {
     return predicted;
 }
 
+}  // namespace
+
 // Label maps have few pixels that differ from what their filter predicts. Between two of these, a row goes on with the
 // pixel to the left or with the runs above, so that the work is that of the runs, not that of the pixels.
-class Rows {
+class RowFilters::Rows {
    public:
     explicit Rows(size_t width) : width_(width), zeros_(3 * width + 64, 0), bits_(3 * width / 64 + 2) {}
 
@@ -210,18 +212,8 @@ class Rows {
     Run* out_ = nullptr;
 };
 
-}  // namespace
-
-bool unfilter(const uint8_t* rows, RunMap& map) {
-    const auto width = static_cast<int32_t>(map.width);
-    const Run void_row[2] = {{0, 0}, {width, 0}};
-    Rows filtered(map.width);
-    for (size_t y = 0; y < map.height; ++y, rows += 1 + 3 * map.width) {
-        Run* end = map.start_row();
-        if (!filtered.undo(rows, y > 0 ? map.row(y - 1) : void_row, end)) return false;
-        map.end_row(end);
-    }
-    return true;
-}
+RowFilters::RowFilters(size_t width) : rows_(new Rows(width)) {}
+RowFilters::~RowFilters() = default;
+bool RowFilters::undo(const uint8_t* row, const Run* above, Run*& out) { return rows_->undo(row, above, out); }
 
 }  // namespace ldmseg

@@ -27,6 +27,7 @@ from ldmseg_fast.backends.trt.passport import (
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.model_export import PARITY
 from ldmseg_fast.export.output_folder import disk_full_named, exclusive
+from ldmseg_fast.files import read_text
 
 MAX_OPSET = 22
 TIMING_CACHE, LOCK, UNFINISHED = "timing.cache", ".lock", ".ldmseg-new-"
@@ -257,7 +258,7 @@ def parity_summary(onnx_dir: Path) -> dict[str, float]:
     path = onnx_dir / PARITY
     if not path.is_file():
         return {}
-    return {row["what"]: row["value"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    return {row["what"]: row["value"] for row in json.loads(read_text(path))["rows"]}
 
 
 def _replace(path: Path, content: bytes) -> None:

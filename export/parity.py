@@ -25,6 +25,7 @@ from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.evaluation import OBJECT, in_percent
 from ldmseg_fast.evaluation.agreement import same_pixels
+from ldmseg_fast.files import read_text
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.metrics.pq import PQStat
 from ldmseg_fast.models.conditioning import with_context
@@ -86,7 +87,7 @@ class ParityReport:
     @classmethod
     def read(cls, path: Path) -> ParityReport:
         """Reads what `to_dict` returned from a JSON file."""
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
         rows = [Row(*(row[item.name] for item in fields(Row))) for row in values["rows"]]
         return cls(rows=rows, **{key: values[key] for key in ("precision", "images", "source", "latency")})
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ldmseg_fast.files import read_text
 from ldmseg_fast.kernels.backend import KERNELS
 
 ENVIRONMENT_VARIABLE = "LDMSEG_FAST_KERNEL_CONFIGS"
@@ -137,7 +138,7 @@ def load_configs(path: Path) -> Table:
         ValueError: the file is not such a table, or names what `all_configs` does not know.
     """
     try:
-        plain: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
+        plain: dict[str, dict[str, dict[str, Any]]] = json.loads(read_text(path))
         table = {
             kernel: {
                 int(sm): {name: Config(**entry) for name, entry in classes.items()} for sm, classes in per_sm.items()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ldmseg_fast import __version__
+from ldmseg_fast.threads import limit_threads
 
 # command -> its module, and what `ldmseg --help` says of it
 COMMANDS = {
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
     0: done, 1: the answer is no, 2: wrong input, 130: interrupted, 141: nobody reads the output any more.
     """
+    limit_threads()
     args = build_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

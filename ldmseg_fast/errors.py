@@ -36,6 +36,14 @@ class BackendError(UserError, RuntimeError):
     """Reports a backend that cannot run here; the message says why and what to do."""
 
 
+class LaunchError(UserError, RuntimeError):
+    """Reports variables of a launcher that are half set or wrong, or ranks that cannot meet."""
+
+
+class InUseError(UserError, RuntimeError):
+    """Reports a folder that another process writes into; the message names the process."""
+
+
 class NonFiniteError(UserError, FloatingPointError):
     """Reports too many steps in a row whose loss or gradients were not finite."""
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
-import secrets
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.errors import CheckpointError, DataError, UserError
+from ldmseg_fast.temporary import NAME as TEMPORARY
+from ldmseg_fast.temporary import NEW, put_in_place, temporary_file, temporary_folder
 
+MAX_LINKS = 40  # that one path may lead through, as in Linux
+STREAMS = ("stdin", "stdout", "stderr")  # in /dev, by their numbers
 MAX_BYTES = 2**30  # largest file that is read at once where nothing else is said; weights are mapped and may be larger
 
 _KINDS = (
@@ -95,17 +100,6 @@ def read_file(
         return file.read()
 
 
-def read_text(path: str | os.PathLike, kind: type[UserError] = DataError, what: str = "file") -> str:
-    """Reads a regular UTF-8 file whole, with or without a byte order mark.
-
-    Raises:
-        UserError: see `read_file`.
-        UnicodeDecodeError: no UTF-8.
-        OSError: a file that cannot be read.
-    """
-    return read_file(path, kind, what).decode("utf-8-sig")
-
-
 def _check_mode(path: str | os.PathLike, mode: int, kind: type[UserError], what: str) -> None:
     if not stat.S_ISREG(mode):
         found = next((name for matches, name in _KINDS if matches(mode)), "something else")
@@ -173,6 +167,31 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
+def text_of(content: bytes) -> str:
+    """Decodes the text of a JSON or YAML file: UTF-8, with or without a byte order mark.
+
+    Raises:
+        UnicodeDecodeError: another encoding; it names UTF-16 and UTF-32.
+    """
+    for name, marks in (("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)), ("UTF-16", (b"\xff\xfe", b"\xfe\xff"))):
+        if content.startswith(marks):
+            raise UnicodeDecodeError("utf-8", content, 0, len(marks[0]), f"the file is {name}: save it as UTF-8")
+    if b"\0" in content[:4]:
+        raise UnicodeDecodeError("utf-8", content, 0, 4, "the file is UTF-16 or UTF-32: save it as UTF-8")
+    return content.decode("utf-8-sig")
+
+
+def read_text(path: str | os.PathLike, kind: type[UserError] = DataError, what: str = "file") -> str:
+    """Reads a regular text file whole, as `text_of` decodes it.
+
+    Raises:
+        UserError: see `read_file`.
+        UnicodeDecodeError: see `text_of`.
+        OSError: a file that cannot be read.
+    """
+    return text_of(read_file(path, kind, what))
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON.
 
@@ -222,9 +241,14 @@ def check_output(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if _is_stream(path):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return
+    final = behind_links(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=final.parent):
             pass
     except OSError as error:
         error.filename = str(path)  # in the place of the temporary name
@@ -235,22 +259,87 @@ def check_output(path: str | Path) -> None:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path that takes the place of `path` when the block ends well, and vanishes otherwise.
 
-    The temporary path lies beside `path`.
+    The temporary path lies beside `path`. A link stays, and what it leads to is replaced. Devices and pipes are not
+    replaced but written to.
 
     Raises:
         OSError: names `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
-        yield temporary
-        temporary.replace(path)
+        if _is_stream(path):
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder) / "content"
+                _write_to_stream(Path(folder) / "content", path)
+            return
+        final = behind_links(path)
+        with temporary_file(final.parent) as temporary:
+            yield temporary
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(final, temporary)
+            temporary.replace(final)
     except OSError as error:
-        if error.filename is None:  # a full disk gives none
-            error.filename = str(path)
+        named = Path(os.fsdecode(error.filename or ""))  # a full disk gives none
+        if named in (Path(), path.parent) or TEMPORARY.fullmatch(named.name):
+            error.filename, error.filename2 = str(path), None
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of the folder `path` when the block ends well.
+
+    It vanishes otherwise. The older folder stays until then. A link stays, and what it leads to is replaced.
+    """
+    final = behind_links(Path(path))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(final.parent) as holder:
+        (holder / NEW).mkdir()
+        yield holder / NEW
+        put_in_place(holder, final)
+
+
+def behind_links(path: Path) -> Path:
+    """Returns where a link leads to in the end, whether something is there or not; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def is_standard_output(path: str | Path | None) -> bool:
+    """Tells whether a path, such as /dev/stdout, is what this process prints to."""
+    return path is not None and _descriptor(Path(path)) == 1
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is to be written to as it is: an open file's number, a device or a pipe."""
+    if _descriptor(path) is not None:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of the open file that a path means: 1 for /dev/stdout and /dev/fd/1; None for other paths."""
+    for _ in range(MAX_LINKS):
+        parent = os.path.realpath(path.parent)
+        if parent == "/dev" and path.name in STREAMS:
+            return STREAMS.index(path.name)
+        if parent in (f"/proc/{os.getpid()}/fd", "/dev/fd"):
+            return int(path.name) if path.name.isdecimal() else None
+        if not path.is_symlink():
+            return None
+        path = path.parent / path.readlink()
+    return None
+
+
+def _write_to_stream(content: Path, path: Path) -> None:
+    number = _descriptor(path)
+    sys.stdout.flush()
+    # the number's own place in the file: opened anew it would be written over by what is printed next
+    with content.open("rb") as source, open(path if number is None else os.dup(number), "wb") as target:  # noqa: PTH123
+        shutil.copyfileobj(source, target)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -78,10 +78,12 @@ def main(argv: list[str] | None = None) -> int:
     saving.
     """
     from ldmseg_fast.distributed.ending import exit_code_of
+    from ldmseg_fast.distributed.liveness import Interrupt
 
-    distributed.start()
     try:
-        run(argv)
+        distributed.start()
+        with Interrupt():  # from here on the ranks end together, also while the rest is imported
+            run(argv)
     except Exception as error:
         code = exit_code_of(error)
         if code is None:

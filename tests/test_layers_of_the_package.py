@@ -21,9 +21,12 @@ LAYERS = (
     ("checkpoints", "panoptic"),
     ("models", "diffusion", "distributed"),
     ("kernels",),
+    ("outputs",),
     ("config",),
     ("files",),
-    ("errors", "native"),
+    ("temporary",),
+    ("locks",),
+    ("errors", "native", "threads"),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 # imports inside a function that point upwards on purpose: a name on first use, and what an export checks itself with

@@ -8,7 +8,7 @@ much a call and so much an operation, can be fitted to measured points. Peaks an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -115,7 +115,12 @@ class Prediction:
 
 @lru_cache
 def _sizes(config: Config) -> tuple[float, float, Counts, int]:
-    """Operations of an image's forward passes and backward pass, parameters, and bytes of its activations."""
+    """Operations of an image's forward passes and backward pass, parameters, and bytes of its activations.
+
+    `train.precision=auto` means bf16, in which the peaks are given, whatever this machine would train in.
+    """
+    if config.train.precision == "auto":
+        config = replace(config, train=replace(config.train, precision="bf16"))
     forward = unet_operations(config)
     recompute = config.train.checkpointing != "none"
     passes = 1.0 + config.diffusion.self_condition

@@ -1,7 +1,11 @@
-"""Writes one validated JSON file per run: never over another, never after a red check."""
+"""Writes one validated JSON file per run: never over another, never after a red check.
+
+Rows are on disk, in a journal beside that file, the moment they are measured: a run that is killed keeps them.
+"""
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,17 +26,23 @@ class BenchmarkError(UserError):
 
 @dataclass
 class Run:
-    """Collects one run of one suite. Construct it before any work, so that the load before the run is recorded."""
+    """Collects one run of one suite. Construct it before any work, so that the load before the run is recorded.
+
+    folder: where the run will be saved. With it, every row is also a line of `SUITE-TIME.jsonl` there from the moment
+    it is measured, until `save` writes the whole.
+    """
 
     suite: str
     quick: bool = False
     environment: dict[str, Any] = field(default_factory=lambda: environment())
     results: list[dict[str, Any]] = field(default_factory=list)
     checks: dict[str, bool] = field(default_factory=dict)
+    folder: Path | None = None
 
     def check(self, name: str, passed: bool) -> None:
         """Records a correctness test that stands beside the numbers; raises `BenchmarkError` if it is red."""
         self.checks[name] = bool(passed)
+        self._note({"check": name, "passed": bool(passed)})
         if not passed:
             raise BenchmarkError(f"{self.suite}: check failed, nothing is recorded: {name}")
 
@@ -76,8 +86,7 @@ class Run:
                 "quality": dict(quality or {}),
             }
             rows.append(row)
-            print(format_row(row), flush=True)
-        self.results += rows
+            self._keep(row)
         return rows
 
     def add_value(
@@ -92,28 +101,62 @@ class Run:
             "value": value,
             **more,
         }
+        self._keep(row)
+
+    def add_red(
+        self, name: str, variant: str, reason: str, *, case: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
+        """Adds a row without a number for what failed, with its reason, and prints it. The run goes on."""
+        self._keep({"name": name, "variant": variant, "case": dict(case or {}), "unit": "", "red": reason, **more})
+
+    @property
+    def red(self) -> list[dict[str, Any]]:
+        """The rows of what failed."""
+        return [row for row in self.results if "red" in row]
+
+    def _keep(self, row: dict[str, Any]) -> None:
         self.results.append(row)
+        self._note({"row": row})
         print(format_row(row), flush=True)
+
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        if self.folder is None:
+            return
+        journal = self._path(self.folder, "jsonl")
+        lines = [entry] if journal.exists() else [self._head(), entry]
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with journal.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _head(self) -> dict[str, Any]:
+        head = {"schema": SCHEMA_VERSION, "suite": self.suite, "quick": self.quick}
+        return head | {"environment": self.environment}
+
+    def _path(self, folder: Path, ending: str) -> Path:
+        stamp = self.environment["time"].replace("-", "").replace(":", "")
+        return folder / f"{self.suite}-{stamp}.{ending}"
 
     def save(self, folder: Path = RESULTS) -> Path:
         """Writes the run as a new file that no later run touches; raises `BenchmarkError` if it breaks the schema."""
-        record = {
-            "schema": SCHEMA_VERSION,
-            "suite": self.suite,
-            "quick": self.quick,
-            "environment": self.environment,
-            "checks": self.checks,
-            "results": self.results,
-        }
+        record = self._head() | {"checks": self.checks, "results": self.results}
         validate(record)
         folder.mkdir(parents=True, exist_ok=True)
-        stamp = self.environment["time"].replace("-", "").replace(":", "")
-        path = folder / f"{self.suite}-{stamp}.json"
+        path = self._path(folder, "json")
         with path.open("x", encoding="utf-8") as file:
             json.dump(record, file, indent=1, allow_nan=False)
             file.write("\n")
+        if self.folder is not None:
+            self._path(self.folder, "jsonl").unlink(missing_ok=True)
         print(f"saved {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
         return path
+
+
+def reason_of(error: BaseException) -> str:
+    """Describes an error in one line, for a red row."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def validate(record: Mapping[str, Any]) -> None:
@@ -145,7 +188,8 @@ def validate(record: Mapping[str, Any]) -> None:
         raise BenchmarkError("`results` is empty")
     for index, row in enumerate(record["results"]):
         wanted: tuple[str, ...] = ("value",) if "value" in row else tuple(f"p{percent}" for percent in PERCENTILES)
-        for key in ("name", "variant", "unit"):
+        wanted = () if "red" in row else wanted
+        for key in ("name", "variant", "unit", *(("red",) if "red" in row else ())):
             if not isinstance(row.get(key), str):
                 raise BenchmarkError(f"`results[{index}].{key}` must be a string, got {row.get(key)!r}")
         for key in wanted:
@@ -157,6 +201,8 @@ def format_row(row: Mapping[str, Any]) -> str:
     """Returns one line of a table for people."""
     case = " ".join(f"{key}={value}" for key, value in row["case"].items())
     head = f"{row['name']:<28} {case:<28} {row['variant']:<22}"
+    if "red" in row:
+        return f"{head} RED: {row['red']}"
     if "value" in row:
         return f"{head} {row['value']:>10.4g} {row['unit']}"
     ratio = f" {row['ratio']:6.2f}x" if row["ratio"] is not None else ""
@@ -177,4 +223,23 @@ def read_results(path: Path) -> dict[str, Any]:
         validate(record)
     except (OSError, ValueError, AttributeError, BenchmarkError) as error:
         raise BenchmarkError(f"{path}: no result file ({error}); name one of {RESULTS.name}/*.json") from None
+    return record
+
+
+def read_journal(path: Path) -> dict[str, Any]:
+    """Returns the record of a run that did not end, from its journal; half a line at the end is left out.
+
+    Raises:
+        BenchmarkError: the file, which it names, is no journal, or has no row.
+    """
+    lines = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                lines.append(json.loads(line))
+        record = {**lines[0], "checks": {}, "results": [line["row"] for line in lines[1:] if "row" in line]}
+        record["checks"] = {line["check"]: line["passed"] for line in lines[1:] if line.get("passed")}
+        validate(record)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, BenchmarkError) as error:
+        raise BenchmarkError(f"{path}: no journal of a run ({error})") from None
     return record

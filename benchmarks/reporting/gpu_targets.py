@@ -57,6 +57,13 @@ def best_row(target: Target, rows: Sequence[Row]) -> Row | None:
     return min(ours, key=lambda row: row["p50"], default=None)
 
 
+def _why_not(target: Target, rows: Sequence[Row]) -> str:
+    """Returns the reason of a red row that `target` is about; "not measured" without one."""
+    red = [row for row in rows if "red" in row and row["name"].startswith(target.name)]
+    reasons = [row["red"] for row in red if target.case.items() <= row["case"].items()]
+    return f"red: {reasons[0]}" if reasons else "not measured"
+
+
 def table_rows(rows: Sequence[Row]) -> list[list[str]]:
     """Returns label, target, measured, ratio to the baseline, share of the floor, and whether it is met, per target."""
     copy = next((row["value"] for row in rows if row["name"] == "copy bandwidth"), None)
@@ -67,7 +74,7 @@ def table_rows(rows: Sequence[Row]) -> list[list[str]]:
         wanted += [f">= {target.ratio:g}x"] if target.ratio else []
         row = best_row(target, rows)
         if row is None:
-            lines.append([target.label, ", ".join(wanted), "not measured", "", "", ""])
+            lines.append([target.label, ", ".join(wanted), _why_not(target, rows), "", "", ""])
             continue
         milliseconds = row["p50"] / (row["case"].get("batch", 1) if target.divide_by_batch else 1)
         share = row["bytes"] / row["p50"] / 1e6 / copy if copy and row.get("bytes") else None

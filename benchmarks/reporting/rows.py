@@ -39,7 +39,8 @@ def subject(suite: str, row: Row) -> str:
 def load_rows(suite: str, folder: Path = RESULTS) -> list[Row]:
     """Returns the current rows of a suite, oldest first.
 
-    Runs with `--quick` are no results. Each row also has its run's `environment` and the name of its `file`.
+    Runs with `--quick` are no results. A red row holds no number: it ends what older runs say of its subject. Each row
+    also has its run's `environment` and the name of its `file`.
     """
     rows: list[Row] = []
     for path in sorted(folder.glob(f"{suite}-*.json")):
@@ -50,7 +51,7 @@ def load_rows(suite: str, folder: Path = RESULTS) -> list[Row]:
         renewed = {subject(suite, row) for row in new}
         weights = {row["variant"]: row["weights"] for row in new if "weights" in row}
         kept = [row for row in rows if subject(suite, row) not in renewed and not _other_weights(row, weights)]
-        rows = kept + new
+        rows = kept + [row for row in new if "red" not in row]
     return rows
 
 

@@ -72,9 +72,13 @@ TABLE: Table = {
     },
 }
 
+# tall tiles with whole stages of the pipeline; the small ones are for heads that need the registers
 _BLOCKS = [
-    make_config(warps, stages, BLOCK_M=m, BLOCK_N=n)
-    for m, n, warps, stages in product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
+    *(make_config(w, s, BLOCK_M=128, BLOCK_N=n) for n, w, s in product((64, 128), (4, 8), (2, 3))),
+    *(make_config(4, s, BLOCK_M=64, BLOCK_N=n) for n, s in product((32, 64), (2, 3))),
+    *(make_config(8, s, BLOCK_M=128, BLOCK_N=32) for s in (2, 3)),
+    make_config(8, 2, BLOCK_M=32, BLOCK_N=64),
+    make_config(4, 2, BLOCK_M=64, BLOCK_N=16),
 ]
 CANDIDATES: Candidates = {
     "attention_forward": _BLOCKS,

@@ -26,6 +26,6 @@ TABLE: Table = {
 CANDIDATES: Candidates = {
     "panoptic_head": [
         make_config(warps, stages, BLOCK_X=x, BLOCK_Y=y)
-        for x, y, warps, stages in product((32, 64), (8, 16, 32), (4, 8), (1, 2))
+        for x, y, warps, stages in product((32, 64), (8, 16), (4, 8), (1, 2))
     ],
 }

@@ -1,6 +1,7 @@
 """Launches post-processing (arXiv 2401.10227, section 3.3) in Triton.
 
-Both resizings, softmax and argmax run for one tile of target pixels at a time; two passes over the labels follow.
+Both resizings, softmax and argmax run for one tile of target pixels at a time; a pass over tiles with logits that are
+not finite (as a rule none) and two passes over the labels follow.
 
 Two bilinear resizings of an axis are one sparse matrix. A program composes them for its tile: each target row is a sum
 of at most four rows of logits, and the columns are one small matrix product, in which 3xTF32 keeps float32's precision.
@@ -68,7 +69,7 @@ def panoptic_head(
     count_threshold: int,
     overlap_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches the three kernels, or runs the reference for more slots or a stronger reduction than they take.
+    """Launches the kernels, or runs the reference for more slots or a stronger reduction than they take.
 
     Args:
         mask_logits: float16, bfloat16 or float32 [B, Q, h, w], either memory format.
@@ -98,21 +99,26 @@ def panoptic_head(
     probability = torch.empty((batch, *target_size), dtype=torch.float32, device=device)
     counts = torch.zeros((batch, 6, slots), dtype=torch.int32, device=device)
     scores = torch.zeros((batch, slots), dtype=torch.int64, device=device)
-    launch(
-        panoptic_tile_kernel,
-        (triton.cdiv(target_size[1], block_x), triton.cdiv(target_size[0], config.constants["BLOCK_Y"]), batch),
-        *(mask_logits, segmentation, probability, counts, mask_threshold, least_logit(mask_threshold)),
-        *(slots, height, width, *network_size, *target_size),
-        *(height / network_size[0], width / network_size[1]),
-        *(network_size[0] / target_size[0], network_size[1] / target_size[1]),
-        *mask_logits.stride(),
-        config=config,
-        ALL_SLOTS=slots == block_q,
-        ALIGNMENT=alignment,
-        WINDOW=window,
-        SOURCE_ROWS=3 if height <= network_size[0] else 4,
-        BLOCK_Q=block_q,
-    )
+    grid = (triton.cdiv(target_size[1], block_x), triton.cdiv(target_size[0], config.constants["BLOCK_Y"]), batch)
+    unsure = torch.empty(grid, dtype=torch.int32, device=device)
+    for careful in (False, True):
+        launch(
+            panoptic_tile_kernel,
+            grid,
+            *(mask_logits, segmentation, probability, counts, unsure, mask_threshold, least_logit(mask_threshold)),
+            *(slots, height, width, *network_size, *target_size),
+            *(height / network_size[0], width / network_size[1]),
+            *(network_size[0] / target_size[0], network_size[1] / target_size[1]),
+            *mask_logits.stride(),
+            config=config,
+            CAREFUL=careful,
+            INTERPRETED=triton.knobs.runtime.interpret,
+            ALL_SLOTS=slots == block_q,
+            ALIGNMENT=alignment,
+            WINDOW=window,
+            SOURCE_ROWS=3 if height <= network_size[0] else 4,
+            BLOCK_Q=block_q,
+        )
     config = find_config("panoptic_statistics", "all")
     launch(
         panoptic_statistics_kernel,

@@ -27,6 +27,7 @@ def panoptic_head(
     A pixel's label is its argmax slot, the lowest among equals. Pixels whose softmax probability is below
     `mask_threshold` become void; of the rest, slot 0, slots of fewer than `count_threshold` pixels and slots whose
     area is below `overlap_threshold` times the area where sigmoid(logit) >= `mask_threshold` (if there is any).
+    Pixels that take over a ten-thousandth from cells with a NaN or an infinity in any slot are void, of probability 0.
 
     Args:
         mask_logits: [B, Q, h, w] float16, bfloat16 or float32, either memory format.

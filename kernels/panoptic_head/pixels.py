@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+from ldmseg_fast.kernels.panoptic_head import reference
+
+LARGEST = tl.constexpr(reference.LARGEST)
+UNSOUND_WEIGHT = tl.constexpr(reference.UNSOUND_WEIGHT)
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -53,6 +58,7 @@ def panoptic_tile_kernel(
     segmentation_ptr,  # [B, H, W] int32: slot + 1 where confident and not slot 0
     probability_ptr,  # [B, H, W] float32
     counts_ptr,  # [B, 6, Q] int32, zeros; this kernel adds to the second: sigmoid area
+    unsure_ptr,  # [B, tiles down, tiles across] int32: 1 where a tile met a logit that is not finite
     mask_threshold,
     logit_threshold,  # the smallest logit whose sigmoid reaches mask_threshold
     slots,
@@ -70,6 +76,8 @@ def panoptic_tile_kernel(
     slot_stride,
     row_stride,
     column_stride,
+    CAREFUL: tl.constexpr,  # do the unsure tiles
+    INTERPRETED: tl.constexpr,
     ALL_SLOTS: tl.constexpr,  # Q is BLOCK_Q
     ALIGNMENT: tl.constexpr,  # of the window's first column
     WINDOW: tl.constexpr,  # columns of logits under the tile
@@ -78,8 +86,16 @@ def panoptic_tile_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
 ):
-    """Labels one tile of target pixels, and counts its pixels above the sigmoid threshold of each slot."""
+    """Labels one tile of target pixels, and counts its pixels above the sigmoid threshold of each slot.
+
+    In the matrix product, a logit that is not finite makes NaNs of whole rows of the tile. A second launch, which is
+    CAREFUL, does such tiles again: the logit's cell counts as zeros, and pixels that take something from it are void.
+    """
     image = tl.program_id(2).to(tl.int64)
+    unsure_ptr += (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    if CAREFUL:  # noqa: SIM102 (only a condition of constants alone is decided by the compiler)
+        if tl.load(unsure_ptr) == 0:
+            return
     first_x = tl.program_id(0) * BLOCK_X
     first_y = tl.program_id(1) * BLOCK_Y
     slot = tl.arange(0, BLOCK_Q)
@@ -102,17 +118,24 @@ def panoptic_tile_kernel(
     window_ptr = logits_ptr + column[:, None].to(tl.int64) * column_stride + slot[None, :].to(tl.int64) * slot_stride
 
     above = tl.zeros([BLOCK_X, BLOCK_Q // 2], tl.int32)  # two slots share an int32: at most BLOCK_X BLOCK_Y < 2^16 each
+    unsure = tl.zeros([BLOCK_X], tl.int32)
     for y in range(first_y, tl.minimum(first_y + BLOCK_Y, target_height)):
         top, bottom, blend = source(y, target_scale_y, network_height)
         first_row, _, _ = source(top, scale_y, height)
         last_row, _, _ = source(bottom, scale_y, height)
         rows = tl.zeros([WINDOW, BLOCK_Q], tl.float32)
+        unsound = tl.zeros([WINDOW], tl.float32)
         for i in tl.static_range(SOURCE_ROWS):
             # three rows in sequence, or two pairs of neighbours that lie further apart
             row = first_row + i if SOURCE_ROWS == 3 or i < 2 else tl.maximum(last_row, first_row + 2) + (i - 2)
             weight = row_weight(row, top, bottom, blend, scale_y, height)
             row_ptr = window_ptr + tl.minimum(row, height - 1).to(tl.int64) * row_stride
-            rows += weight * tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32)
+            loaded = tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32)
+            if CAREFUL:
+                cell = tl.max(tl.where(tl.abs(loaded) <= FLOAT32_MAX, 0, 1), 1)
+                unsound += weight * cell.to(tl.float32)
+                loaded = tl.where((cell > 0)[:, None], 0.0, tl.minimum(tl.maximum(loaded, -LARGEST), LARGEST))
+            rows += weight * loaded
 
         rows_high = leading_bits(rows)
         logits = tl.dot(columns_high, rows - rows_high, input_precision="tf32")  # [BLOCK_X, BLOCK_Q]
@@ -120,17 +143,32 @@ def panoptic_tile_kernel(
         logits = tl.dot(columns_high, rows_high, logits, input_precision="tf32")
         if not ALL_SLOTS:
             logits = tl.where((slot < slots)[None, :], logits, float("-inf"))
-        best, label = tl.max(logits, 1, return_indices=True)
+        ranked = logits
+        if INTERPRETED:  # numpy refuses to rank NaNs alone; a GPU gives any label, and the tile is done again
+            ranked = tl.where(logits == logits, logits, float("-inf"))
+        best, label = tl.max(ranked, 1, return_indices=True)
         probability = 1.0 / tl.sum(tl.math.exp2((logits - best[:, None]) * LOG2_E), 1)
+        counted = in_row
+        if CAREFUL:
+            sound = tl.sum((columns_high + columns_low) * unsound[None, :], 1) <= UNSOUND_WEIGHT
+            probability = tl.where(sound, probability, 0.0)
+            label = tl.where(sound, label, 0)
+            counted = in_row & sound
+        else:
+            unsure |= (probability != probability).to(tl.int32)
         confident = (probability >= mask_threshold) & (label > 0)
         pixel = (image * target_height + y) * target_width + x
         tl.store(probability_ptr + pixel, probability, mask=in_row)
         tl.store(segmentation_ptr + pixel, tl.where(confident, label.to(tl.int32) + 1, 0), mask=in_row)
-        reached = ((logits >= logit_threshold) & in_row[:, None]).to(tl.int32)
+        reached = ((logits >= logit_threshold) & counted[:, None]).to(tl.int32)
         even, odd = tl.split(tl.reshape(reached, [BLOCK_X, BLOCK_Q // 2, 2]))
         above += even + (odd << 16)
 
     pair = tl.sum(above, 0)  # [BLOCK_Q / 2]
+    if not CAREFUL:
+        again = tl.max(unsure, 0)
+        tl.store(unsure_ptr, again)
+        pair = tl.where(again > 0, 0, pair)
     slot = tl.arange(0, BLOCK_Q // 2) * 2
     counts_ptr += (image * 6 + 1) * slots
     tl.atomic_add(counts_ptr + slot, pair & 0xFFFF, mask=pair & 0xFFFF != 0, sem="relaxed")

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from ldmseg_fast.kernels.backend import at_least_float32
 
+LARGEST = 3.39e38  # logits are clamped to it, so that no weighted sum of theirs overflows; bfloat16 ends below
+UNSOUND_WEIGHT = 1e-4  # more than what two ways of rounding a position differ by
+
 
 def panoptic_head(
     mask_logits: Tensor,  # [B, Q, h, w]
@@ -20,18 +23,29 @@ def panoptic_head(
     Arguments and results as in `op.panoptic_head`; the logits are float [B, Q, h, w].
     """
     logits = at_least_float32(mask_logits)
-    logits = F.interpolate(logits, network_size, mode="bilinear", align_corners=False)
-    logits = F.interpolate(logits, target_size, mode="bilinear", align_corners=False)  # [B, Q, H, W]
+    unsound = (~(logits.abs() <= torch.finfo(logits.dtype).max)).to(logits.dtype).amax(1, keepdim=True)  # [B, 1, h, w]
+    logits = torch.where(unsound > 0, 0.0, logits.clamp(-LARGEST, LARGEST))
+    logits, unsound = (
+        F.interpolate(
+            F.interpolate(each, network_size, mode="bilinear", align_corners=False),
+            target_size,
+            mode="bilinear",
+            align_corners=False,
+        )
+        for each in (logits, unsound)
+    )  # [B, Q, H, W], [B, 1, H, W]
+    sound = unsound[:, 0] <= UNSOUND_WEIGHT  # [B, H, W]
     batch, slots, height, width = logits.shape
 
     label = logits.argmax(1)  # [B, H, W], the lowest slot among equals
     probability = logits.softmax(1).gather(1, label[:, None])[:, 0].float()  # [B, H, W]
-    confident = probability >= mask_threshold
+    probability = torch.where(sound, probability, 0.0)
+    confident = sound & (probability >= mask_threshold)
 
     flat_label, flat_confident = label.flatten(1), confident.flatten(1)  # [B, H W]
     zeros = torch.zeros((batch, slots), dtype=torch.int32, device=logits.device)
     area = zeros.scatter_add(1, flat_label, flat_confident.int())  # [B, Q]
-    sigmoid_area = (logits.sigmoid() >= mask_threshold).sum((2, 3))  # [B, Q]
+    sigmoid_area = (sound[:, None] & (logits.sigmoid() >= mask_threshold)).sum((2, 3))  # [B, Q]
     overlap = area.double() / sigmoid_area.clamp(min=1)
     kept = (area >= count_threshold) & ((sigmoid_area == 0) | (overlap >= overlap_threshold))
     kept[:, :1] = False  # slot 0 is void

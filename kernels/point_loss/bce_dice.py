@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ldmseg_fast.kernels.point_loss.sampling import corner, load_points, sample_mask, sample_plane
+from ldmseg_fast.kernels.point_loss.sampling import corner, load_image, load_points, sample_mask, sample_plane
 
 
 @triton.jit
@@ -17,6 +17,7 @@ def bce_dice_forward_kernel(
     dice_ptr,  # [M]
     sums_ptr,  # [M, 3]
     points,
+    images,
     slots,
     height,
     width,
@@ -30,9 +31,9 @@ def bce_dice_forward_kernel(
 ):
     """Computes both losses of one row over all its points."""
     mask_row = tl.program_id(0).to(tl.int64)
-    image = tl.load(image_ptr + mask_row)
+    image, known = load_image(image_ptr + mask_row, images)
     slot = tl.load(slot_ptr + mask_row)
-    present = (slot > 0) & (slot < slots)
+    present = known & (slot > 0) & (slot < slots)
     plane_ptr = logits_ptr + image * image_stride + slot * slot_stride
     ids_ptr += image * ids_height * ids_width
     points_ptr += mask_row * points * 2
@@ -76,6 +77,7 @@ def bce_dice_backward_kernel(
     sums_ptr,  # [M, 3]
     grad_ptr,  # [B, Q, h, w] float32
     points,
+    images,
     slots,
     height,
     width,
@@ -93,10 +95,10 @@ def bce_dice_backward_kernel(
 ):
     """Adds the gradients of one block of points of one row."""
     mask_row = tl.program_id(1).to(tl.int64)
-    image = tl.load(image_ptr + mask_row)
+    image, known = load_image(image_ptr + mask_row, images)
     slot = tl.load(slot_ptr + mask_row)
     point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = (point < points) & (slot > 0) & (slot < slots)
+    inside = (point < points) & known & (slot > 0) & (slot < slots)
     x, y = load_points(points_ptr + mask_row * points * 2, point, inside)
     plane_ptr = logits_ptr + image * image_stride + slot * slot_stride
     logit = sample_plane(plane_ptr, x, y, inside, height, width, row_stride, column_stride)

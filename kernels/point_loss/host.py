@@ -80,7 +80,7 @@ def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points:
         slot_logits_kernel,
         (triton.cdiv(count, config.constants["BLOCK_P"]), rows),
         *(mask_logits, image_index.contiguous(), slots.contiguous(), points.contiguous(), out, count),
-        *(*mask_logits.shape[1:], *mask_logits.stride()),
+        *(*mask_logits.shape, *mask_logits.stride()),
         config=config,
     )
     return out
@@ -164,7 +164,7 @@ def sample_bce_dice_forward(
         bce_dice_forward_kernel,
         (rows,),
         *(mask_logits, segment_ids.contiguous(), image_index.contiguous(), slots.contiguous(), points.contiguous()),
-        *(bce, dice, sums, count, *mask_logits.shape[1:], *segment_ids.shape[1:], *mask_logits.stride()),
+        *(bce, dice, sums, count, *mask_logits.shape, *segment_ids.shape[1:], *mask_logits.stride()),
         config=find_config("sample_bce_dice_forward", "all"),
     )
     return bce.sum(), dice.sum(), sums
@@ -200,7 +200,7 @@ def sample_bce_dice_backward(
         bce_dice_backward_kernel,
         (triton.cdiv(count, config.constants["BLOCK_P"]), rows),
         *(grad_bce, grad_dice, mask_logits, segment_ids.contiguous(), image_index.contiguous(), slots.contiguous()),
-        *(points.contiguous(), sums, grad, count, *mask_logits.shape[1:], *segment_ids.shape[1:]),
+        *(points.contiguous(), sums, grad, count, *mask_logits.shape, *segment_ids.shape[1:]),
         *(*mask_logits.stride(), *grad.stride()),
         config=config,
     )

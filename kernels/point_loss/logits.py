@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ldmseg_fast.kernels.point_loss.sampling import load_points, sample_plane, sample_slots
+from ldmseg_fast.kernels.point_loss.sampling import load_image, load_points, sample_plane, sample_slots
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def slot_logits_kernel(
     points_ptr,  # [M, P, 2]
     out_ptr,  # [M, P]
     points,
+    images,
     slots,
     height,
     width,
@@ -67,8 +68,9 @@ def slot_logits_kernel(
     mask_row = tl.program_id(1).to(tl.int64)
     point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = point < points
+    image, known = load_image(image_ptr + mask_row, images)
     slot = tl.maximum(tl.load(slot_ptr + mask_row), 0)
-    plane_ptr = logits_ptr + tl.load(image_ptr + mask_row) * image_stride + slot * slot_stride
+    plane_ptr = logits_ptr + image * image_stride + slot * slot_stride
     x, y = load_points(points_ptr + mask_row * points * 2, point, inside)
-    value = sample_plane(plane_ptr, x, y, inside & (slot < slots), height, width, row_stride, column_stride)
+    value = sample_plane(plane_ptr, x, y, inside & known & (slot < slots), height, width, row_stride, column_stride)
     tl.store(out_ptr + mask_row * points + point, value, mask=inside)

@@ -20,6 +20,14 @@ def corner(x, y, width, height, DX: tl.constexpr, DY: tl.constexpr):
 
 
 @triton.jit
+def load_image(image_ptr, images):
+    """Loads a row's image: (index, whether there is such an image); the index is 0 where there is none."""
+    image = tl.load(image_ptr)
+    known = (image >= 0) & (image < images)
+    return tl.where(known, image, 0), known
+
+
+@triton.jit
 def load_points(points_ptr, point, inside):
     """Loads x and y; points beyond the end lie in the middle of the image."""
     x = tl.load(points_ptr + point * 2, mask=inside, other=0.5)

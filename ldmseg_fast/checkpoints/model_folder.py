@@ -5,8 +5,6 @@ MODEL_DIR/  model_index.json   unet/  mask_vae/  image_vae/  scheduler/     each
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +26,7 @@ from ldmseg_fast.config import (
     to_dict,
 )
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.files import inside, read_json, replace_folder, write_json
+from ldmseg_fast.files import inside, read_json, replacing_folder, write_json
 
 FORMAT_VERSION = 1
 COMPONENTS = {
@@ -61,19 +59,12 @@ def save_component(
     Raises:
         OSError: the folder cannot be written; the old component stays.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.new.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with replacing_folder(folder / name) as temporary:
         if state is not None:
             save_weights(state, temporary / WEIGHTS)
         if write_files is not None:
             write_files(temporary)
         write_json(temporary / "config.json", to_dict(config) | (extra or {}))
-        replace_folder(temporary, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a full disk has left of it
 
 
 def save_index(folder: Path, components: list[str], settings: dict[str, Any]) -> None:

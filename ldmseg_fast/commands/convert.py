@@ -6,8 +6,6 @@ It runs nothing in the checkpoint.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 
@@ -51,6 +49,7 @@ def convert_checkpoint(
     from ldmseg_fast.checkpoints.model_folder import save_component, save_index
     from ldmseg_fast.checkpoints.original import read_parts
     from ldmseg_fast.checkpoints.safe_pickle import load_torch_file
+    from ldmseg_fast.files import replacing_folder
 
     source, target = Path(checkpoint), Path(out)
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
@@ -64,18 +63,11 @@ def convert_checkpoint(
     )
 
     # 2. A folder beside `out`, each tensor from the checkpoint straight into its file, then a rename
-    temporary = target.parent / f".{target.name}.new.{os.getpid()}"
-    temporary.mkdir(parents=True)
-    try:
+    with replacing_folder(target) as temporary:
         for part in parts:
             save_component(temporary, part.name, part.config, part.state, part.extra)
         save_index(temporary, [part.name for part in parts], settings)
         write_model_card(
             temporary, {"converted from": source.name} | settings | {part.name: part.config for part in parts}
         )
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -20,13 +20,16 @@ from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig
 from ldmseg_fast.data import latent_cache
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
-from ldmseg_fast.data.folders import load_picture
+from ldmseg_fast.data.folders import find_split, load_picture
 from ldmseg_fast.data.latent_cache import MANIFEST, cache_key, default_folder, is_broken, picture_files, shard_name
 from ldmseg_fast.data.reader import PatientReader, without_traceback
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
-from ldmseg_fast.files import entry_of, read_json, why_not_written, write_json
+from ldmseg_fast.files import entry_of, read_json, replacing, why_not_written, write_json
+from ldmseg_fast.locks import only_writer
 from ldmseg_fast.models.image_vae import build_image_encoder
+from ldmseg_fast.outputs import check_outputs
+from ldmseg_fast.temporary import clear_leftovers
 
 CURE = "Raise --timeout where reading takes longer; the same command goes on where it stopped"
 
@@ -73,11 +76,27 @@ def build_cache(
     Raises:
         DataError: a picture that cannot be read, or a read that hangs.
         CheckpointError: latents that cannot be written; whole shards stay.
+        InUseError: another process fills the same cache.
     """
     path = folder / cache_key(encoder, settings, size, files)
-    path.mkdir(parents=True, exist_ok=True)
-    for leftover in path.glob(".*"):
-        leftover.unlink()
+    with only_writer(path, "a cache", "then the same command finds everything there"):
+        _fill_cache(path, encoder, settings, files, size, batch_size, num_workers, timeout, say)
+    return path
+
+
+def _fill_cache(
+    path: Path,
+    encoder: nn.Module,
+    settings: ImageEncoderConfig,
+    files: list[Path],
+    size: int,
+    batch_size: int,
+    num_workers: int,
+    timeout: float,
+    say: Callable[[str], None],
+) -> None:
+    """Encodes what a cache's own folder lacks; arguments as `build_cache` has them."""
+    clear_leftovers(path)
     known, before = _known(path)
     names = [shard_name(index) for index in range(-(-len(files) // latent_cache.PER_SHARD))]
     todo = [index for index, name in enumerate(names) if is_broken(path / name, known.get(name), thorough=True)]
@@ -97,7 +116,6 @@ def build_cache(
         _store(path, names[index], latents, manifest)
     if not todo and before:
         say(f"nothing to do; encoding took {1000 * before:.1f} ms per image")
-    return path
 
 
 def _known(path: Path) -> tuple[dict[str, Any], float]:
@@ -147,15 +165,12 @@ def _some(files: list[Path]) -> str:
 
 def _store(path: Path, name: str, latents: Tensor, manifest: dict[str, Any]) -> None:
     """Writes a shard and the manifest that vouches for it; `manifest["shards"]` gets its entry."""
-    temporary = path / f".{name}.new"
     try:
-        save_weights({"latents": latents}, temporary)
-        manifest["shards"][name] = entry_of(temporary)
-        temporary.replace(path / name)
+        with replacing(path / name) as temporary:
+            save_weights({"latents": latents}, temporary)
+            manifest["shards"][name] = entry_of(temporary)
         write_json(path / MANIFEST, manifest)
     except OSError as error:
-        for leftover in path.glob(".*"):
-            leftover.unlink()
         reason = why_not_written(error, path / name, "free some space, or choose another disk with --out")
         raise CheckpointError(f"latents not saved: {reason}; the same command goes on where it stopped") from error
 
@@ -205,10 +220,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    folder, split = args.out or default_folder(args.root), find_split(args.root, args.split)
+    check_outputs({}, {"--out": folder}, inputs=[split.images, split.maps], roots=[args.root, args.image_vae])
     encoder, settings = load_encoder(args.image_vae, args.size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = picture_files(CocoPanoptic(args.root, args.split, args.size, train=True, limit=args.limit))
-    folder = args.out or default_folder(args.root)
     encoder = encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     path = build_cache(
         encoder,

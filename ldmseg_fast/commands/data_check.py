@@ -1,14 +1,11 @@
 """`ldmseg data check` finds what is wrong with a COCO-panoptic folder before a training does."""
 
 import argparse
-import io
-import json
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldmseg_fast.data.folders import SplitFolders, find_split, list_splits, read_image
-from ldmseg_fast.data.transforms import present_ids
+from ldmseg_fast.data.pictures import orientation_of
 from ldmseg_fast.errors import DataError, PanopticFormatError
-from ldmseg_fast.files import read_file
-from ldmseg_fast.panoptic.format import MAX_ID, read_panoptic_png
+from ldmseg_fast.panoptic.annotations import check_panoptic_json
+from ldmseg_fast.panoptic.format import read_panoptic_png
+from ldmseg_fast.panoptic.near_files import is_file
+from ldmseg_fast.panoptic.shapes import segment_shapes
 
 __all__ = ["Problem", "Report", "check_folder"]
 
@@ -101,11 +100,9 @@ def check_folder(root: str | os.PathLike, workers: int | None = None) -> Report:
         except DataError as error:
             report.problems.append(Problem("missing folder", split, str(error)))
             continue
-        content, problems = _read_json(folders.annotations)
+        jobs, problems = _check_json(folders.annotations)
         report.problems += problems
-        if content is not None:
-            jobs, problems = _check_json(folders.annotations, content)
-            report.problems += problems
+        if jobs:
             report.checked[split] = len(jobs)
             report.problems += _check_files(folders, split, jobs, workers or os.cpu_count() or 1)
     return report
@@ -113,129 +110,132 @@ def check_folder(root: str | os.PathLike, workers: int | None = None) -> Report:
 
 @dataclass(frozen=True)
 class _Job:
-    """Describes one annotated map: file names, size by the JSON (None: not given), segment ids by the JSON."""
+    """Describes one annotated map: file names, size by the JSON (None: not given), areas of the segment ids by it."""
 
     picture: str | None
     map: str
     size: tuple[int, int] | None
-    segment_ids: tuple[int, ...]
+    areas: dict[int, int | None]  # None: not given
 
 
-def _read_json(path: Path) -> tuple[dict | None, list[Problem]]:
-    try:
-        content = json.loads(read_file(path))
-    except (OSError, ValueError) as error:
-        return None, [Problem("unreadable JSON", str(path), str(error))]
-    lists = ("images", "annotations", "categories")
-    wrong = [
-        key
-        for key in lists
-        if not isinstance(content, dict)
-        or not isinstance(content.get(key), list)
-        or not all(isinstance(entry, dict) for entry in content[key])
-    ]
-    if wrong:
-        return None, [Problem("unreadable JSON", str(path), f"no list of objects under {', '.join(wrong)}")]
-    if not content["annotations"]:
-        return None, [Problem("empty split", str(path), "no annotations")]
-    return content, []
-
-
-def _check_json(path: Path, content: dict[str, Any]) -> tuple[list[_Job], list[Problem]]:
-    """Checks what the JSON alone tells. Several annotations may share a picture's file name, but nothing else."""
+def _check_json(path: Path) -> tuple[list[_Job], list[Problem]]:
+    """Checks what the JSON alone tells, as every command that reads it does, and lists the maps to look at."""
     where = path.name
-    problems = [
-        *_repeated("duplicated image id", where, (image.get("id") for image in content["images"])),
-        *_repeated("duplicated category id", where, (category.get("id") for category in content["categories"])),
-        *_repeated("duplicated annotation", where, (entry.get("image_id") for entry in content["annotations"])),
-        *_repeated("duplicated map name", where, (entry.get("file_name") for entry in content["annotations"])),
-    ]
-    images = {str(image.get("id")): image for image in content["images"]}
-    categories = {str(category.get("id")) for category in content["categories"]}
+    try:
+        content, faults = check_panoptic_json(path)
+    except (OSError, PanopticFormatError) as error:
+        return [], [Problem("unreadable JSON", where, str(error))]
+    problems = [Problem(fault.kind, where, fault.message) for fault in faults]
+    if any(problem.kind == "unreadable JSON" for problem in problems):
+        return [], problems
+    names = Counter(name for entry in content["annotations"] if isinstance(name := entry.get("file_name"), str))
+    repeated = ((name, count) for name, count in names.items() if count > 1)
+    problems += [Problem("duplicated map name", where, f"{name!r} x{count}") for name, count in repeated]
+    images = {image["id"]: image for image in content["images"] if isinstance(image.get("id"), int | str)}
     jobs = []
     for entry in content["annotations"]:
-        image = images.get(str(entry.get("image_id")))
-        here = f"{where}: image {entry.get('image_id')!r}"
-        if image is None:
-            problems.append(Problem("annotation without image", here))
-        segments = entry.get("segments_info")
-        name, picture = entry.get("file_name"), (image or {}).get("file_name")
+        name, segments, image_id = entry.get("file_name"), entry.get("segments_info"), entry.get("image_id")
         if not isinstance(name, str) or not name or not isinstance(segments, list):
-            problems.append(Problem("incomplete annotation", here, "file_name and segments_info expected"))
             continue
-        if image is not None and not isinstance(picture, str):
-            problems.append(Problem("image without file name", here))
-        segment_ids = [segment.get("id") if isinstance(segment, dict) else None for segment in segments]
-        problems += [
-            Problem("segment id outside 1..2^24-1", here, repr(segment_id))
-            for segment_id in segment_ids
-            if type(segment_id) is not int or not 1 <= segment_id <= MAX_ID
-        ]
-        problems += _repeated("duplicated segment id", here, segment_ids)
-        problems += [
-            Problem("unknown category id", here, repr(segment.get("category_id")))
-            for segment in segments
-            if isinstance(segment, dict) and str(segment.get("category_id")) not in categories
-        ]
-        size = ((image or {}).get("height"), (image or {}).get("width"))
+        image = images.get(image_id, {}) if isinstance(image_id, int | str) else {}
+        picture = image.get("file_name")
+        height, width = (_whole(image.get(key)) for key in ("height", "width"))
         jobs.append(
             _Job(
-                picture if isinstance(picture, str) else None,
+                picture if isinstance(picture, str) and picture else None,
                 name,
-                size if None not in size else None,  # type: ignore[arg-type]
-                tuple(segment_id for segment_id in segment_ids if type(segment_id) is int),
+                None if height is None or width is None else (height, width),
+                {s["id"]: _whole(s.get("area")) for s in segments if isinstance(s, dict) and type(s.get("id")) is int},
             )
         )
     return jobs, problems
 
 
-def _repeated(kind: str, where: str, values: Iterable) -> list[Problem]:
-    return [Problem(kind, where, f"{value} x{n}") for value, n in Counter(map(repr, values)).items() if n > 1]
+def _whole(value: Any) -> int | None:
+    return int(value) if type(value) is int or (type(value) is float and value.is_integer()) else None
 
 
 def _check_files(folders: SplitFolders, split: str, jobs: list[_Job], workers: int) -> list[Problem]:
     check = partial(_check_job, folders)
     progress = partial(tqdm, total=len(jobs), desc=f"check {split}", unit="map", disable=None)
     if workers <= 1 or len(jobs) < 200:  # for fewer, processes take longer to start than they save
-        return [problem for found in progress(map(check, jobs)) for problem in found]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return [problem for found in progress(pool.map(check, jobs, chunksize=16)) for problem in found]
+        problems = [problem for found in progress(map(check, jobs)) for problem in found]
+    else:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            problems = [problem for found in progress(pool.map(check, jobs, chunksize=16)) for problem in found]
+    near = dict(zip(("missing picture", "missing map"), folders.near_files()))
+    return [
+        replace(problem, detail=near[problem.kind].nearest(problem.detail)) if problem.kind in near else problem
+        for problem in problems
+    ]
 
 
 def _check_job(folders: SplitFolders, job: _Job) -> list[Problem]:
+    """Looks at one picture and map. The detail of a missing file's problem is its name by the JSON."""
     problems, sizes = [], {"JSON": job.size}
     if job.picture is not None:
         path = folders.images / job.picture
-        if path.is_file():
+        if is_file(path):
             try:
                 sizes["picture"] = read_image(path).shape[:2]  # type: ignore[assignment]
+                problems += _orientation_problems(path)
             except DataError as error:
                 problems.append(Problem("unreadable picture", str(path), str(error).removeprefix(f"{path}: ")))
         else:
-            problems.append(Problem("missing picture", str(path)))
+            problems.append(Problem("missing picture", str(path), job.picture))
     path = folders.maps / job.map
-    if not path.is_file():
-        return [*problems, Problem("missing map", str(path))]
+    if not is_file(path):
+        return [*problems, Problem("missing map", str(path), job.map)]
     try:
         ids = read_panoptic_png(path)
     except (PanopticFormatError, OSError) as error:
         return [*problems, Problem(_map_kind(path), str(path), str(error).removeprefix(f"{path}: "))]
     sizes["map"] = ids.shape  # type: ignore[assignment]
     known = {name: tuple(size) for name, size in sizes.items() if size is not None}
-    if len(set(known.values())) > 1:
+    fits = len(set(known.values())) == 1  # else the areas differ, too
+    if not fits:
         detail = ", ".join(f"{name} {width}x{height}" for name, (height, width) in known.items())
         problems.append(Problem("sizes differ", str(path), detail))
-    in_map, in_json = set(present_ids(ids).tolist()) - {0}, set(job.segment_ids)
-    for kind, ids_only in (("id in map, not in JSON", in_map - in_json), ("id in JSON, not in map", in_json - in_map)):
+    in_map = {shape["id"]: shape["area"] for shape in segment_shapes(ids)}
+    for kind, ids_only in (
+        ("id in map, not in JSON", in_map.keys() - job.areas.keys()),
+        ("id in JSON, not in map", job.areas.keys() - in_map.keys()),
+    ):
         if ids_only:
-            problems.append(Problem(kind, str(path), ", ".join(map(str, sorted(ids_only)[:5]))))
+            problems.append(Problem(kind, str(path), _counted(sorted(ids_only), "ids")))
+    wrong = [
+        f"segment {segment_id}: {area} pixels by the JSON, {in_map[segment_id]} in the map"
+        for segment_id, area in job.areas.items()
+        if fits and area is not None and in_map.get(segment_id, area) != area
+    ]
+    if wrong:
+        problems.append(Problem("area differs from the map's", str(path), _counted(wrong, "segments")))
     return problems
+
+
+def _counted(values: list[Any], what: str, named: int = 5) -> str:
+    """Lists the first values, and says how many there are where there are several."""
+    listed = ", ".join(map(str, values[:named])) + (", ..." if len(values) > named else "")
+    return listed if len(values) == 1 else f"{len(values)} {what}: {listed}"
+
+
+def _orientation_problems(path: Path) -> list[Problem]:
+    """Reports an EXIF orientation: viewers turn such a picture, and maps follow the stored pixels."""
+    try:
+        with Image.open(path) as image:
+            orientation = orientation_of(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return []
+    if orientation == 1:
+        return []
+    detail = f"{orientation}, and maps follow the stored pixels: was the map drawn on the picture as viewers turn it?"
+    return [Problem("EXIF orientation that is not 1", str(path), detail)]
 
 
 def _map_kind(path: Path) -> str:
     """Tells why a map cannot be read, as far as its header says."""
     try:
-        with Image.open(io.BytesIO(read_file(path))) as image:
+        with Image.open(path) as image:
             return _MAP_KINDS.get(image.mode, "unreadable map")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "unreadable map"

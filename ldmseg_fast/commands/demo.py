@@ -22,11 +22,13 @@ from typing import Any
 import torch
 
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.files import write_json
+from ldmseg_fast.files import replacing, write_json
+from ldmseg_fast.locks import only_writer
 from ldmseg_fast.reports.demo_page import newest_losses, write_demo_page
 from ldmseg_fast.training.launch import launch_training
 
 SHIPPED = "tiny"
+PROGRESS = "progress.json"
 SCENES_SEED = 7  # no scene that the shipped model was trained on
 SIZE = 64
 SHOWN = 8  # scenes in each grid of pictures
@@ -51,7 +53,7 @@ class Progress:
     """
 
     def __init__(self, out: Path) -> None:
-        self.path = out / "progress.json"
+        self.path = out / PROGRESS
         known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
         self.done: dict[str, dict[str, float]] = known.get("done", {})
         self.minutes: dict[str, float] = known.get("minutes", {})
@@ -184,7 +186,8 @@ class Demo:
             image, ids = enlarge(image, 256), enlarge(ids, 256)
             cells += [image, overlay(image, ids)]
         rows = [cells[start : start + 4] for start in range(0, len(cells), 4)]
-        picture_grid(rows, ["image", "segments"] * 2).save(self.out / f"{name}.png")
+        with replacing(self.out / f"{name}.png") as temporary:
+            picture_grid(rows, ["image", "segments"] * 2).save(temporary, format="PNG")
 
     def report(self, name: str) -> dict[str, Any]:
         """Reads what `evaluate` wrote."""
@@ -222,16 +225,19 @@ def run(args: argparse.Namespace) -> int:
         Exit code 0.
 
     Raises:
-        ArgumentError: nonsense in the numbers.
+        ArgumentError: nonsense in the numbers, or something else in the folder.
+        InUseError: another demo writes there.
         SystemExit: a training failed, or SIGTERM came.
     """
     for name in ("minutes", "scenes", "images", "autoencoder_steps", "diffusion_steps", "ranks"):
         if getattr(args, name) <= 0:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.out / PROGRESS).is_file() and args.out.is_dir() and any(args.out.iterdir()):
+        raise ArgumentError(f"--out {args.out}: holds something that no demo has written; choose another folder")
     torch.set_num_threads(1)  # beside other work, threads that wait for each other cost more than they give
-    demo = Demo(args)
-    with interruptible("the same command"):
+    with only_writer(args.out, "a demo", "or choose another --out"), interruptible("the same command"):
+        demo = Demo(args)
+        demo.progress.save()
         for name, part in demo.parts().items():
             demo.progress.run(name, part)
         path = write_demo_page(args.out, demo.progress.done, args.minutes)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 from pathlib import Path
 
-from ldmseg_fast.commands.options import add_backend_arguments
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.commands.options import add_backend_arguments, model_folders
+from ldmseg_fast.errors import ArgumentError, DataError
+from ldmseg_fast.outputs import report_stream, same_place
+
+MODEL_FILES = ("model_index.json", "README.md", "config.json", "settings.txt")  # beside the components
+OWN_RESULTS = re.compile(r"\.?(panoptic|inpainting).*\.jsonl?$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     files = (args.json, args.instances, args.page)
     with joined_ranks():
         _check_meant_for_model(args)
+        _check_outputs(args)
         for path in files if distributed.is_main() else ():
             if path:
                 check_output(path)
@@ -93,11 +100,36 @@ def run(args: argparse.Namespace) -> int:
     if distributed.is_main():
         if args.json:
             write_json(args.json, report)
-        print(format_report(report))
+        stream = report_stream(files)
+        print(format_report(report), file=stream)
         for name, path in zip(("report", "instances", "page", "results"), (*files, args.out)):
             if path:
-                print(f"{name}: {path}")
+                print(f"{name}: {path}", file=stream)
     return 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raises ArgumentError for outputs that would replace the model, the data set or each other."""
+    from ldmseg_fast.data.folders import find_split
+    from ldmseg_fast.outputs import check_outputs
+
+    model, *components = model_folders(args.model_dir)
+    inputs = [*(model / name for name in MODEL_FILES), *(path for folder in components for path in folder.glob("*"))]
+    annotations = None
+    with contextlib.suppress(DataError):  # it is told later
+        split = find_split(args.data, args.split)
+        inputs += [split.annotations, split.images, split.maps]
+        annotations = split.annotations.parent
+    engines = Path(args.engine_dir) if args.engine_dir else None
+    inputs += [path for path in engines.glob("*") if path.is_file()] if engines else []
+    source = Path(args.class_aware) if args.class_aware and args.class_aware != "GT" else None
+    inputs += [source] if source else []
+    files = {"--json": args.json, "--instances": args.instances, "--page": args.page}
+    folders = {"--out": args.out, "maps of --out": Path(args.out) / "panoptic"} if args.out else {}
+    check_outputs(files, folders, inputs=inputs, roots=[model, *components, args.data, annotations, engines])
+    for option, path in {**files, "--class-aware": source}.items():
+        if args.out and path and OWN_RESULTS.match(Path(path).name) and same_place(Path(path).parent, Path(args.out)):
+            raise ArgumentError(f"{option} {path}: --out {args.out} writes a file of this name; choose another path")
 
 
 def _check_meant_for_model(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments
+from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +30,12 @@ def run(args: argparse.Namespace) -> int:
     from ldmseg_fast.data.picture_folders import FoundPicture
     from ldmseg_fast.data.pictures import read_picture
     from ldmseg_fast.errors import DataError
+    from ldmseg_fast.outputs import check_outputs
     from ldmseg_fast.panoptic.format import read_panoptic_png
     from ldmseg_fast.pipeline import LDMSegPipeline
 
     found = FoundPicture(args.image)
+    check_outputs({}, {"--out": args.out}, roots=[*model_folders(args.model_dir), args.engine_dir])
     check_results([found], args.out, keep=[args.map, *filter(None, [args.known])])
     picture = read_picture(args.image, exif=args.exif, max_pixels=args.max_pixels)
     segmentation = read_panoptic_png(args.map, max_pixels=args.max_pixels)

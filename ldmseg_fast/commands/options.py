@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from ldmseg_fast.errors import CheckpointError
+
+
+def model_folders(model_dir: str | Path) -> list[Path]:
+    """Lists a model folder and those of its components, which no command may write into; none where it is not there."""
+    from ldmseg_fast.checkpoints.model_folder import COMPONENTS
+    from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+
+    try:
+        model = resolve_model_dir(model_dir)
+    except CheckpointError:  # it is told when the model is loaded
+        return []
+    return [model, *(model / name for name in COMPONENTS)]
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:

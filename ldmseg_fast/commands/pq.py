@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from ldmseg_fast.files import check_output, replacing
     from ldmseg_fast.metrics.pq_files import evaluate_files
     from ldmseg_fast.metrics.pq_report import format_table, write_csv
+    from ldmseg_fast.outputs import check_outputs, report_stream
 
     if min(args.worst, args.random) < 0 or args.worst + args.random == 0:
         raise ArgumentError(
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.images is not None and not args.page:
         raise ArgumentError("--images needs --page: add it")
     files = {"report": args.json, "categories": args.csv, "page": args.page}
+    check_outputs({"--json": args.json, "--csv": args.csv, "--page": args.page}, inputs=_inputs(args))
     for path in files.values():
         if path:
             check_output(path)
@@ -82,12 +85,26 @@ def run(args: argparse.Namespace) -> int:
             random=args.random,
             seed=args.seed,
         )
-    print(format_table(result))
-    print(f"{result['images']} images in {result['seconds']:.2f} s on {result['threads']} threads")
+    stream = report_stream(files.values())
+    print(format_table(result), file=stream)
+    print(f"{result['images']} images in {result['seconds']:.2f} s on {result['threads']} threads", file=stream)
     for name, path in files.items():
         if path:
-            print(f"{name}: {path}")
+            print(f"{name}: {path}", file=stream)
     return 0
+
+
+def _inputs(args: argparse.Namespace) -> list[Path]:
+    """Lists the files and folders that are read; what is missing is told later."""
+    from ldmseg_fast.metrics.pq_files import png_folder
+    from ldmseg_fast.reports.error_files import picture_folder
+
+    inputs = [args.gt_json, args.pred_json]
+    for path, folder in ((args.gt_json, args.gt_folder), (args.pred_json, args.pred_folder)):
+        with contextlib.suppress(PanopticFormatError):
+            inputs.append(png_folder(path, folder))
+    pictures = args.images or picture_folder(args.gt_json)
+    return inputs if pictures is None else [*inputs, pictures]
 
 
 def _positive(text: str) -> int:

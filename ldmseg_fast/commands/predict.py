@@ -16,13 +16,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments
+from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
 from ldmseg_fast.data.picture_folders import FoundPicture, described, find_pictures
 from ldmseg_fast.data.pictures import MAX_PIXELS, Picture, read_picture
 from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.files import replacing
 from ldmseg_fast.inference.ensemble import EnsembleResult
 from ldmseg_fast.inference.inputs import scaled_picture
+from ldmseg_fast.outputs import check_outputs, check_replaced
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
@@ -70,6 +71,7 @@ def check_results(pictures: Sequence[FoundPicture], out: Path, keep: Sequence[Pa
                 raise ArgumentError(
                     f"{inputs[folder / name]} would be replaced by the result of {picture.file}; choose another --out"
                 )
+    check_replaced(map(out.joinpath, names), (*(picture.file for picture in pictures), *keep))
 
 
 def image_id(file: Path) -> str:
@@ -242,6 +244,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: the files that were named, if none of them could be read.
     """
+    check_outputs({}, {"--out": args.out}, roots=[*model_folders(args.model_dir), args.engine_dir])
     found = find_pictures(args.images, recursive=args.recursive, out=args.out)
     check_results(found.pictures, args.out)
     pipe = LDMSegPipeline.from_pretrained(

@@ -12,7 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ldmseg_fast.outputs import check_outputs, report_stream
     from ldmseg_fast.reports.run_page import write_run_report
 
-    print(f"report: {write_run_report(args.run_dir, args.out or args.run_dir / 'report.html')}")
+    run, out = args.run_dir, args.out or args.run_dir / "report.html"
+    read = [path for path in run.rglob("*") if path.is_file() and path.suffix.lower() not in (".html", ".htm")]
+    check_outputs({"--out": out}, inputs=read)
+    print(f"report: {write_run_report(run, out)}", file=report_stream([out]))
     return 0

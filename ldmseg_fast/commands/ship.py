@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.checkpoints.model_card import write_model_card
-from ldmseg_fast.checkpoints.model_folder import load_index
+from ldmseg_fast.checkpoints.model_folder import COMPONENTS, load_index
 from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, load_weights, save_weights
 from ldmseg_fast.config import PRESETS, to_dict
-from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.files import read_json, read_lines, replace_folder
+from ldmseg_fast.errors import ArgumentError, CheckpointError
+from ldmseg_fast.files import read_json, read_lines, replacing_folder
+from ldmseg_fast.outputs import check_outputs, is_inside
 from ldmseg_fast.training.provenance import STARTS, ancestors, cpu_minutes
 
 LIMIT = 20 * 10**6  # bytes that a wheel may carry: OUT and all model folders beside it
@@ -75,15 +75,21 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
     Raises:
         CheckpointError: no model folder, weights that half precision does not hold, more than `LIMIT` bytes, or
             something else than a shipped model in `out`.
+        ArgumentError: `out` is the run or a run that it was built on, or holds one.
     """
     index = load_index(run_dir)
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if held and ("model_index.json" not in held or held & {"logs", "checkpoints"}):
-        raise CheckpointError(f"{out}: holds something else than a shipped model; choose another folder, or empty it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    temporary.chmod(0o755)
-    try:
+    foreign = sorted(held - {"model_index.json", "README.md", *COMPONENTS})
+    if foreign or (held and "model_index.json" not in held):
+        raise CheckpointError(
+            f"{out}: holds something else than a shipped model ({', '.join(foreign[:3]) or 'no model_index.json'}); "
+            f"choose another folder, or empty it"
+        )
+    runs = [run_dir, *ancestors(run_dir)]
+    check_outputs({}, {"OUT": out}, roots=[folder / name for folder in runs for name in (".", "best", *COMPONENTS)])
+    if within := [folder for folder in runs if is_inside(folder, out)]:
+        raise ArgumentError(f"{out}: holds the run {within[0]}, and would be replaced whole; choose another folder")
+    with replacing_folder(out) as temporary:
         shutil.copy2(run_dir / "model_index.json", temporary)
         for component in index["components"]:
             shutil.copytree(run_dir / component, temporary / component, ignore=shutil.ignore_patterns(WEIGHTS))
@@ -94,7 +100,7 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
                 state = half(to_int8(state) if dtype == "int8" else state, floats, str(weights))
                 save_weights(state, temporary / component / WEIGHTS)
         write_model_card(temporary, {"weights": dtype, **history(run_dir, machine)})
-        total = sum(
+        total = folder_size(temporary) + sum(
             folder_size(folder)
             for folder in out.parent.iterdir()
             if (folder / "model_index.json").is_file() and folder != out
@@ -104,9 +110,6 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
                 f"{run_dir}: {folder_size(temporary) / 1e6:.1f} MB, {total / 1e6:.1f} MB with the other models in "
                 f"{out.parent}; {LIMIT / 1e6:.0f} MB may be shipped: use --dtype int8, or train a smaller model"
             )
-        replace_folder(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 

@@ -26,7 +26,8 @@ from ldmseg_fast.data.transforms import (
     resize_image,
 )
 from ldmseg_fast.errors import ArgumentError, DataError, PanopticFormatError
-from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
+from ldmseg_fast.panoptic.annotations import load_panoptic_json
+from ldmseg_fast.panoptic.format import read_panoptic_png
 
 __all__ = ["CocoPanoptic", "DataError", "collate"]
 
@@ -127,28 +128,14 @@ class CocoPanoptic(Dataset):
         """Adds its picture's file name to each annotation.
 
         Raises:
-            DataError: an empty split, an image without a file name, or a file that is not there.
+            DataError: a file that is not there.
         """
-        annotations = self.folders.annotations
         images = {image["id"]: image for image in content["images"]}
-        if not content["annotations"]:
-            raise DataError(f"{annotations}: the split is empty, no annotations")
-        nameless = [image["id"] for image in content["images"] if not isinstance(image.get("file_name"), str)]
-        if nameless:
-            raise DataError(f"{annotations}: image {nameless[0]!r} has no file_name")
         entries = [
             {**annotation, "image_name": images[annotation["image_id"]]["file_name"]}
             for annotation in content["annotations"]
         ]
-        folders = ((self.folders.images, "image_name", "picture"), (self.folders.maps, "file_name", "map"))
-        for folder, key, what in folders:
-            present = {path.name for path in folder.iterdir()}  # one listing, not 118 000 questions to a file server
-            lost = [e[key] for e in entries if e[key] not in present and not (folder / e[key]).is_file()]
-            if lost:
-                raise DataError(
-                    f"{len(lost)} of {len(entries)} {what}s of {annotations} are not in {folder}, first {lost[0]}: "
-                    f"fetch them again; `ldmseg data check {self.root}` lists all"
-                )
+        self.folders.check_files(*([entry[key] for entry in entries] for key in ("image_name", "file_name")))
         return entries
 
     def __len__(self) -> int:
@@ -162,10 +149,27 @@ class CocoPanoptic(Dataset):
         """Returns the image id of an item as the JSON has it."""
         return self._entries[index]["image_id"]
 
+    def image_name(self, index: int) -> str:
+        """Returns the `file_name` of an item's picture as the JSON has it."""
+        return self._entries[index]["image_name"]
+
     def paths(self, index: int) -> tuple[Path, Path]:
         """Returns the files of an item's picture and of its map."""
         entry = self._entries[index]
         return self.folders.images / entry["image_name"], self.folders.maps / entry["file_name"]
+
+    def describe(self, index: int) -> str:
+        """Names an item in messages, by its image id, picture and map."""
+        picture, map_path = self.paths(index)
+        return f"{self.image_id(index)!r} ({picture}, {map_path})"
+
+    def check_size(self, index: int, picture: np.ndarray, ids: np.ndarray) -> None:
+        """Checks that an item's picture, uint8 [H, W, 3], and map, int32 [H, W], are of one size.
+
+        Raises:
+            DataError: they are not; names the map.
+        """
+        self._check_sizes(self._entries[index], ids.shape, picture.shape[:2])  # type: ignore[arg-type]
 
     def load_image(self, index: int) -> np.ndarray:
         """Reads the picture of an item as it is stored: uint8 RGB [H, W, 3].

@@ -13,6 +13,7 @@ from ldmseg_fast.errors import DataError, PanopticFormatError
 from ldmseg_fast.files import read_file
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
+from ldmseg_fast.panoptic.near_files import NearFiles, is_file
 
 __all__ = [
     "DataError",
@@ -35,6 +36,27 @@ class SplitFolders:
     annotations: Path
     images: Path
     maps: Path
+
+    def near_files(self) -> tuple[NearFiles, NearFiles]:
+        """Returns what looks for the near spellings of pictures and of maps."""
+        root = self.annotations.parent.parent
+        return NearFiles(self.images, root, [self.maps]), NearFiles(self.maps, root, [self.images])
+
+    def check_files(self, pictures: Sequence[str], maps: Sequence[str]) -> None:
+        """Checks that the files which the JSON names are there.
+
+        Raises:
+            DataError: names the first that is missing, and what comes nearest to it.
+        """
+        for near, names, what in zip(self.near_files(), (pictures, maps), ("picture", "map")):
+            folder = near.folder
+            present = {path.name for path in folder.iterdir()}  # one listing, not 118 000 questions to a file server
+            lost = [name for name in names if name not in present and not is_file(folder / name)]
+            if lost:
+                raise DataError(
+                    f"{len(lost)} of {len(names)} {what}s of {self.annotations} are not in {folder}, "
+                    f"{near.explain(lost)}; `ldmseg data check {self.annotations.parent.parent}` lists all"
+                )
 
 
 def list_splits(root: str | os.PathLike) -> list[str]:
@@ -76,7 +98,11 @@ def _first_folder(candidates: list[Path], contents: str) -> Path:
     for path in candidates:
         if path.is_dir():
             return path
-    raise DataError(f"no folder with {contents}: expected {' or '.join(map(str, candidates[:2]))}")
+    folders = (path for wanted in candidates if wanted.parent.is_dir() for path in wanted.parent.iterdir())
+    names = {path.name.casefold() for path in candidates}
+    near = next((path for path in folders if path.is_dir() and path.name.casefold() in names), None)
+    cure = f"; {near} is there: upper and lower case differ, rename it" if near is not None else ""
+    raise DataError(f"no folder with {contents}: expected {' or '.join(map(str, candidates[:2]))}{cure}")
 
 
 def read_dense_map(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ def picture_files(dataset: CocoPanoptic) -> list[Path]:
     return list(dict.fromkeys(dataset.paths(index)[0] for index in range(len(dataset))))
 
 
+def _rows(dataset: CocoPanoptic, files: list[Path]) -> dict[str, int]:
+    """Maps each picture's name in the JSON, which may have folders in it, to its place in `files`."""
+    places = {file: row for row, file in enumerate(files)}
+    return {dataset.image_name(index): places[dataset.paths(index)[0]] for index in range(len(dataset))}
+
+
 def cache_key(encoder: nn.Module, settings: ImageEncoderConfig, size: int, files: list[Path]) -> str:
     """Hashes all that the latents depend on into 32 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -47,14 +54,17 @@ def cache_key(encoder: nn.Module, settings: ImageEncoderConfig, size: int, files
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    folders = {file.absolute().parent for file in files}
+    root = os.path.commonpath(folders) if folders else ""
     for file in files:
-        digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
+        name = file.absolute().relative_to(root).as_posix()
+        digest.update(f"{name}:{file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Reads a complete cache; file names tell pictures apart."""
+    """Reads a complete cache; the names that pictures have in the JSON tell them apart."""
 
     folder: Path
     rows: dict[str, int]
@@ -63,8 +73,12 @@ class LatentCache:
     factor: float  # from the scaling the cache was made with to the run's
 
     @classmethod
-    def open(cls, folder: Path, key: str, files: list[Path], scaling_factor: float) -> LatentCache:
+    def open(
+        cls, folder: Path, key: str, files: list[Path], scaling_factor: float, rows: dict[str, int] | None = None
+    ) -> LatentCache:
         """Opens the cache of `key` in `folder`; `read` multiplies its latents up to `scaling_factor`.
+
+        rows: the place in `files` of each name that `read` is asked for; by default of each file's own name.
 
         Raises:
             CheckpointError: there is no cache, another one, or an incomplete or damaged one.
@@ -84,7 +98,7 @@ class LatentCache:
         missing = [name for name in names if is_broken(path / name, manifest["shards"].get(name))]
         if missing:
             raise CheckpointError(f"{path}: {len(missing)} of {len(names)} shards are missing or damaged; {cure}")
-        rows = {file.name: row for row, file in enumerate(files)}
+        rows = rows or {file.name: row for row, file in enumerate(files)}
         factor = scaling_factor / manifest["scaling_factor"]
         shards = {name: manifest["shards"][name] for name in names}
         return cls(path, rows, shards, manifest["seconds_per_image"], factor)
@@ -106,7 +120,10 @@ class ShardCheck:
         self._problem = ""
         self._names = list(cache.shards)[distributed.rank() :: distributed.world_size()]
         self.thread = threading.Thread(target=self._run, args=(cache,), daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:  # no more threads
+            self._run(cache)
 
     def raise_if_damaged(self) -> None:
         """Raises CheckpointError with the shard's name once one was found damaged."""
@@ -182,12 +199,16 @@ def attach_cache(
     key = cache_key(encoder, config.image_encoder, config.data.image_size, files)
     folder = default_folder(config.data.root) if wanted == "auto" else Path(wanted)
     try:
-        cache = LatentCache.open(folder, key, files, config.image_encoder.scaling_factor)
+        cache = LatentCache.open(folder, key, files, config.image_encoder.scaling_factor, _rows(dataset, files))
     except CheckpointError as error:
         if wanted != "auto":
             raise
         say(f"latent cache not used: {error}")
         return None
+    made = (cache.folder / MANIFEST).stat().st_mtime_ns
+    if newer := [file for file in files if file.stat().st_mtime_ns > made]:
+        say(f"{len(newer)} pictures, first {newer[0]}, are newer than their latents: where more than their time has "
+            f"changed, delete {cache.folder} and run `ldmseg data cache` again")  # fmt: skip
     dataset.use_latents(cache)
     say(f"image latents of {len(files)} pictures from {cache.folder}; saves {1000 * cache.seconds_per_image:.1f} ms of "
         f"encoding per image, as measured when it was made")  # fmt: skip

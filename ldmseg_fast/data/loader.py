@@ -115,6 +115,7 @@ class TrainingBatches:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
             timeout=timeout if num_workers else 0,
+            generator=torch.Generator().manual_seed(seed),  # a start must not draw from the state that is resumed
         )
         self.waited = 0.0  # seconds spent here since the last look
         self._iterator: Any = iter(loader)

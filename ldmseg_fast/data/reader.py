@@ -36,8 +36,12 @@ class PatientReader:
             DataError: the call takes longer than `timeout`. The reader cannot be used any more then.
         """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, daemon=True)  # daemon: nobody waits for it at exit
-            self._thread.start()
+            thread = threading.Thread(target=self._serve, daemon=True)  # daemon: nobody waits for it at exit
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: rather no word about a read that hangs than no read
+                return function()
+            self._thread = thread
         self._wanted.put(function)
         try:
             result, error = self._done.get(timeout=self.timeout)

@@ -6,8 +6,6 @@
 import json
 import multiprocessing
 import os
-import shutil
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from tqdm import tqdm
 
 from ldmseg_fast.data.painter import STUFF, THINGS, Painter, minimum_area
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.files import read_text
+from ldmseg_fast.files import replacing_folder
 from ldmseg_fast.panoptic.format import write_panoptic_png
 
 __all__ = ["CATEGORIES", "generate_scene", "minimum_area", "write_scenes"]
@@ -102,18 +100,10 @@ def write_scenes(
             return out
         raise FileExistsError(f"{out} exists and does not hold the scenes {record}: choose another folder or delete it")
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    unfinished.chmod(0o755)  # mkdtemp makes it private
-    try:
+    with replacing_folder(out) as unfinished:
         for split, count in (("train2017", images), ("val2017", val_images or max(images // 10, 8))):
             _write_split(unfinished, split, count, size, seed, workers or os.cpu_count() or 1)
         (unfinished / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
@@ -126,7 +116,7 @@ def _check_arguments(size: int, seed: int) -> None:
 
 def _read_record(out: Path) -> dict | None:
     try:
-        return json.loads(read_text(out / RECORD))
+        return json.loads((out / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

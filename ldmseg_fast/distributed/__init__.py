@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ldmseg_fast.distributed.launcher import check_variables, meeting
+from ldmseg_fast.errors import InUseError, LaunchError
+from ldmseg_fast.locks import only_writer
 
 
 def is_distributed() -> bool:
@@ -19,12 +25,14 @@ def is_distributed() -> bool:
 
 def rank() -> int:
     """Returns this process's number among all ranks."""
-    return dist.get_rank() if is_distributed() else int(os.environ.get("RANK", "0"))
+    if is_distributed():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def local_rank() -> int:
     """Returns this process's number among the ranks of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK") or "0") if launched() else 0
 
 
 def world_size() -> int:
@@ -39,6 +47,8 @@ def is_main() -> bool:
 
 def local_size() -> int:
     """Returns the number of ranks on this machine; torchrun and deepspeed tell it by different names."""
+    if not launched():
+        return 1
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
@@ -48,22 +58,40 @@ def cores() -> int:
 
 
 def launched() -> bool:
-    """Tells whether a launcher (deepspeed, torchrun) started this process."""
-    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    """Tells whether a launcher (deepspeed, torchrun) started this process.
+
+    One rank of one needs nobody to meet. Where it has no address of a meeting point, such as in a pod whose environment
+    has WORLD_SIZE=1 and RANK=0, it is a process like any other.
+    """
+    if not (os.environ.get("WORLD_SIZE") and os.environ.get("RANK")):
+        return False
+    meets = bool(os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"))
+    return meets or os.environ["WORLD_SIZE"].strip() != "1"
 
 
 def start(minutes: float = 30.0) -> None:
     """Joins the launcher's process group, NCCL on GPUs and gloo on CPUs. Does nothing without a launcher.
 
     minutes: how long a rank waits for the others in a collective before it gives up.
+
+    Raises:
+        LaunchError: the launcher's variables are half set or wrong, or the meeting point cannot be opened.
     """
-    if not launched() or is_distributed():
+    if is_distributed():
+        return
+    check_variables(os.environ)
+    if not launched():
         return
     on_gpu = torch.cuda.is_available()
+    if on_gpu and local_rank() >= torch.cuda.device_count():
+        raise LaunchError(
+            f"LOCAL_RANK={local_rank()}: there are {torch.cuda.device_count()} GPUs here; start as many ranks"
+        )
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")  # DeepSpeed would ask for more to find out
     if on_gpu:
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=minutes))
+    with meeting(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank(), minutes):
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=minutes))
 
 
 def stop() -> None:
@@ -122,6 +150,26 @@ def run_on_main(function: Callable[[], None]) -> None:
     problem = broadcast_object(problem)
     if problem:
         raise OSError(problem)
+
+
+@contextlib.contextmanager
+def only_writer_on_main(folder: str | Path, what: str, cure: str, make: bool = True) -> Iterator[None]:
+    """Holds `locks.only_writer` on rank 0 for all ranks inside a `with` block; all ranks call it.
+
+    Raises:
+        InUseError, OSError: as `only_writer`, on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+        error: InUseError | OSError | None = None
+        if is_main():
+            try:
+                stack.enter_context(only_writer(folder, what, cure, make))
+            except (InUseError, OSError) as failure:
+                error = failure
+        error = broadcast_object(error)
+        if error is not None:
+            raise error
+        yield
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ldmseg_fast import distributed
 from ldmseg_fast.distributed.liveness import LOST_RANK, Heartbeat
 from ldmseg_fast.errors import Stopped, UserError
 
-INTERRUPTED = 130  # exit code: 128 + SIGINT
+INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 + SIGINT, 128 + SIGTERM
 PATIENCE = 8.0  # seconds that other ranks wait for rank 0's word
-_FAILED = "ldmseg/failed"  # in the launcher's store: "RANK:why"
+_FAILED = "ldmseg/failed"  # in the launcher's store: "RANK:EXIT_CODE:why"
+
+
+class _Terminated(BaseException):
+    """Is raised by SIGTERM while ranks work together."""
 
 
 def reason_of(error: BaseException) -> tuple[str, int] | None:
     """Returns the line and the exit code of an error that the user can mend; None for a fault in this package."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
+    if isinstance(error, _Terminated):
+        return "stopped by SIGTERM", TERMINATED
     if isinstance(error, Stopped):
         return str(error), error.exit_code
     return (f"error: {error}", 2) if isinstance(error, UserError | OSError) else None
@@ -55,12 +62,18 @@ def joined_ranks() -> Iterator[None]:
     if distributed.world_size() == 1:
         yield
     else:
+        before = signal.signal(signal.SIGTERM, _terminate)
         with _RankWatch() as watch:
             try:
                 yield
             except BaseException as error:
                 watch.fail(error)
+        signal.signal(signal.SIGTERM, before)
     distributed.stop()
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise _Terminated
 
 
 class _RankWatch(Heartbeat):
@@ -83,11 +96,12 @@ class _RankWatch(Heartbeat):
         text, code = reason_of(error) or (traceback.format_exc().rstrip(), 1)
         said = ""
         with suppress(RuntimeError):  # the store has gone with the rank that holds it
-            said = self._store.compare_set(_FAILED, "", f"{distributed.rank()}:{text}").decode()
-        if said.partition(":")[::2] in (("", ""), (str(distributed.rank()), text)):
+            said = self._store.compare_set(_FAILED, "", f"{distributed.rank()}:{code}:{text}").decode()
+        first, _, told = said.split(":", 2) if said else ("", "", "")
+        if (first, told) in (("", ""), (str(distributed.rank()), text)):
             print(text, file=sys.stderr, flush=True)
             time.sleep(2 * self.period)  # until the others have read it: the store may live in this process
-        elif said.partition(":")[2] != text:
+        elif told != text:
             print(f"rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code)  # leaving the process group would wait for ranks that are stuck in a collective
@@ -97,16 +111,19 @@ class _RankWatch(Heartbeat):
             with suppress(RuntimeError):  # the store has gone: `_watch` deals with that
                 if self._store.check([_FAILED]):
                     time.sleep(self.period)  # the main thread may be about to say the same by itself
-                    rank, _, text = self._store.get(_FAILED).decode().partition(":")
-                    self._end(f"ends because rank {rank} has failed ({text.splitlines()[-1]})")
+                    rank, code, text = self._store.get(_FAILED).decode().split(":", 2)
+                    stopped = int(code) in (INTERRUPTED, TERMINATED)  # no fault: all ranks end in the same way
+                    why = "was stopped" if stopped else "has failed"
+                    line = f"ends because rank {rank} {why} ({text.splitlines()[-1]})"
+                    self._end(line, int(code) if stopped else LOST_RANK)
 
     def _leave(self, reason: str) -> None:
         self._end(f"{reason}; run the command again")
 
-    def _end(self, text: str) -> None:
+    def _end(self, text: str, code: int = LOST_RANK) -> None:
         if not self._done.is_set():
             print(f"rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
-            os._exit(LOST_RANK)  # the main thread sits in a collective that nothing can interrupt
+            os._exit(code)  # the main thread sits in a collective that nothing can interrupt
 
 
 def exit_code_of(error: Exception) -> int | None:

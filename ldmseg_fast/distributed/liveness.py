@@ -41,10 +41,20 @@ class Interrupt:
         if not self.signal:
             self.signal, self._since = number, time.monotonic()
 
+    def agree(self) -> None:
+        """Gives every rank the signal that came to the first one that has any; all ranks call it."""
+        for number in distributed.gather_objects(self.signal):
+            if number:
+                self.signal = number
+                return
+
     def __enter__(self) -> Interrupt:
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
-                self._previous[number] = signal.signal(number, self._handle)
+                self._previous[number] = previous = signal.signal(number, self._handle)
+                outer = getattr(previous, "__self__", None)
+                if isinstance(outer, Interrupt) and outer.requested:
+                    self.request(outer.signal)
         return self
 
     def _handle(self, number: int, frame: Any) -> None:

@@ -77,7 +77,7 @@ class TorchAgreement:
         for index, result, other in zip(indices, results, expected):
             truth, segments = dataset.ground_truth(index)
             for stat, each in ((self.ours, result), (self.torch, other)):
-                stat.add(truth, segments, each.segmentation, each.segments_info, image_id=index)
+                stat.add(truth, segments, each.segmentation, each.segments_info, dataset.describe(index))
 
     def report(self) -> dict[str, Any]:
         """Merges all ranks' parts; all ranks call it.

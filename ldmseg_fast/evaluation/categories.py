@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import read_file
 from ldmseg_fast.metrics.class_vote import category_map, merge_stuff, vote_categories
-from ldmseg_fast.metrics.pq_files import png_folder
-from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
+from ldmseg_fast.metrics.pq_files import png_folder, why_missing
+from ldmseg_fast.panoptic.annotations import MAX_ID, load_panoptic_json
+from ldmseg_fast.panoptic.format import read_panoptic_png
+from ldmseg_fast.panoptic.near_files import NearFiles, is_file
 from ldmseg_fast.panoptic.results import PanopticResult
 
 GROUND_TRUTH = "GT"
@@ -31,12 +33,16 @@ class CategorySource:
         upper_bound: whether it is the ground truth.
         dataset: the split.
         read: from an index of the split to category ids int32 [H, W], 0 = void.
+        files: from an index to the files beside picture and map that `read` reads.
+        listing: the JSON that lists such files; None where there is none.
     """
 
     label: str
     upper_bound: bool
     dataset: CocoPanoptic
     read: Callable[[int], np.ndarray]
+    files: Callable[[int], Sequence[Path]] = lambda index: ()
+    listing: Path | None = None
 
     def vote(self, index: int, result: PanopticResult) -> PanopticResult:
         """Gives each segment the category that most of its pixels have.
@@ -67,7 +73,8 @@ def category_source(name: str, dataset: CocoPanoptic) -> CategorySource:
     Every file has to be there.
 
     Raises:
-        DataError: a data set without categories, no such folder, or pictures without a file in it, named.
+        DataError: a data set without categories or with ids that a map cannot hold, no such folder, or pictures
+            without a file in it, named.
         PanopticFormatError: a JSON that is none.
     """
     if len(dataset.categories) < 2:
@@ -76,18 +83,30 @@ def category_source(name: str, dataset: CocoPanoptic) -> CategorySource:
             f"{dataset.folders.annotations}: --class-aware needs categories, and it lists {found}; "
             "evaluate without it, or a split whose JSON has them"
         )
+    _check_category_ids(dataset)
     if name == GROUND_TRUTH:
         label = "the ground truth (upper bound)"
         return CategorySource(label, True, dataset, lambda index: category_map(*dataset.ground_truth(index)))
     path = Path(name)
     if path.is_dir():
-        return CategorySource(str(path), False, dataset, _semantic_reader(path, dataset))
+        return _semantic_source(path, dataset)
     if path.is_file():
-        return CategorySource(str(path), False, dataset, _panoptic_reader(path, dataset))
+        return _panoptic_source(path, dataset)
     raise DataError(f"--class-aware {name}: give GT, a folder of semantic PNGs, or the JSON of panoptic results")
 
 
-def _semantic_reader(folder: Path, dataset: CocoPanoptic) -> Callable[[int], np.ndarray]:
+def _check_category_ids(dataset: CocoPanoptic) -> None:
+    """Raises DataError for segments of a category that a map of categories cannot hold, in which 0 is void."""
+    outside = {category["id"] for category in dataset.categories if not 1 <= category["id"] <= MAX_ID}
+    for index in range(len(dataset)) if outside else ():
+        if wrong := outside & {segment["category_id"] for segment in dataset.segments_info(index)}:
+            raise DataError(
+                f"{dataset.folders.annotations}: image {dataset.image_id(index)!r} has the category {min(wrong)}, and "
+                f"--class-aware needs ids in 1..{MAX_ID}; number the categories otherwise, or evaluate without it"
+            )
+
+
+def _semantic_source(folder: Path, dataset: CocoPanoptic) -> CategorySource:
     present = {path.name for path in folder.iterdir()}
     files, lost = [], []
     for index in range(len(dataset)):
@@ -97,11 +116,17 @@ def _semantic_reader(folder: Path, dataset: CocoPanoptic) -> Callable[[int], np.
         lost += [] if found else [f"{picture.stem}.png"]
     if lost:
         raise DataError(
-            f"{folder}: {len(lost)} of {len(dataset)} pictures have no semantic PNG there, first {lost[0]}; "
-            "each is named after its picture"
+            f"{folder}: {len(lost)} of {len(dataset)} pictures have no semantic PNG there, "
+            f"{NearFiles(folder).explain(lost)}; each is named after its picture"
         )
     known = np.array(sorted({category["id"] for category in dataset.categories}))
-    return lambda index: read_semantic_png(folder / files[index], known)
+    return CategorySource(
+        str(folder),
+        False,
+        dataset,
+        lambda index: read_semantic_png(folder / files[index], known),
+        lambda index: [folder / files[index]],
+    )
 
 
 def read_semantic_png(path: Path, category_ids: np.ndarray) -> np.ndarray:
@@ -127,19 +152,24 @@ def read_semantic_png(path: Path, category_ids: np.ndarray) -> np.ndarray:
     return np.where(np.isin(values, void), 0, values) if void else values
 
 
-def _panoptic_reader(path: Path, dataset: CocoPanoptic) -> Callable[[int], np.ndarray]:
+def _panoptic_source(path: Path, dataset: CocoPanoptic) -> CategorySource:
     entries = {entry["image_id"]: entry for entry in load_panoptic_json(path, predictions=True)["annotations"]}
     ids = [dataset.image_id(index) for index in range(len(dataset))]
     if lost := [image_id for image_id in ids if image_id not in entries]:
-        raise DataError(f"{path}: no result for {len(lost)} of {len(ids)} images, first {lost[0]}")
+        reason = why_missing(ids, lost, list(entries)) or "predict them"
+        raise DataError(f"{path}: no result for {len(lost)} of {len(ids)} images, first {lost[0]}; {reason}")
     known = {category["id"] for category in dataset.categories}
     used = {segment["category_id"] for image_id in ids for segment in entries[image_id]["segments_info"]}
     if unknown := sorted(used - known):
         raise DataError(f"{path}: categories {unknown[:10]} are not among the data set's")
     folder = png_folder(path)
+    names = [entries[image_id]["file_name"] for image_id in ids]
+    if lost_files := [name for name in names if not is_file(folder / name)]:
+        near = NearFiles(folder).explain(lost_files)
+        raise DataError(f"{path}: {len(lost_files)} of {len(names)} maps are not in {folder}, {near}")
 
     def read(index: int) -> np.ndarray:
         entry = entries[ids[index]]
         return category_map(read_panoptic_png(folder / entry["file_name"]), entry["segments_info"])
 
-    return read
+    return CategorySource(str(path), False, dataset, read, lambda index: [folder / names[index]], path)

@@ -120,6 +120,8 @@ class DiffusionModel:
     ) -> list[PanopticResult]:
         """See `Predictor.inpaint`."""
         images = [self.dataset.load_image(index) for index in indices]
+        for index, image, ids in zip(indices, images, maps):
+            self.dataset.check_size(index, image, ids)
         known = [~lost & (ids != 0) for ids, lost in zip(maps, dropped)]
         return list(self.pipe.inpaint(images, list(maps), known, **self._settings(indices, seed)))
 

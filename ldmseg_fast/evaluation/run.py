@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,20 @@ class Pass:
                 bar.update(len(batch))
 
 
+def _one_at_a_time(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Lets one evaluation at a time write into `options.out`."""
+
+    @wraps(function)
+    def alone(model_dir: str | Path, data: str | Path, options: EvaluationOptions) -> dict[str, Any]:
+        if options.out is None:
+            return function(model_dir, data, options)
+        with distributed.only_writer_on_main(options.out, "an evaluation", "or choose another folder"):
+            return function(model_dir, data, options)
+
+    return alone
+
+
+@_one_at_a_time
 def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions) -> dict[str, Any]:
     """Measures the panoptic quality of a model, or of a mask auto-encoder's reconstructions, over a split.
 
@@ -78,6 +92,7 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
     Raises:
         CheckpointError, BackendError, DataError: a folder that is not what it should be.
         ArgumentError: options that contradict the model, or the results that `options.out` holds already.
+        InUseError: another evaluation writes into `options.out`.
     """
     model_dir = resolve_model_dir(model_dir)
     thresholds = resolve_thresholds(model_dir, options)
@@ -221,10 +236,14 @@ def segment_split(
         predict = partial(predictor.segment, seed=one.seed)
         results = store.results(f"panoptic{one.suffix}", {"seed": one.seed}, batch, predict)
         for index, result in zip(batch, results):
-            final, matches = scores.add(index, dataset.ground_truth(index), result)
+            final, matches = scores.add(index, dataset.describe(index), dataset.ground_truth(index), result)
             if source is not None:
-                settings = {"seed": one.seed, "categories_from": source.label}
-                store.write(f"panoptic_classes{one.suffix}", dataset.categories, settings, index, final)
+                settings: dict[str, Any] = {"seed": one.seed, "categories_from": source.label}
+                if source.listing is not None:
+                    state = source.listing.stat()
+                    settings["listing"] = [state.st_size, state.st_mtime_ns]
+                name = f"panoptic_classes{one.suffix}"
+                store.write(name, dataset.categories, settings, index, final, source.files(index))
             if instances is not None:
                 instances.append((index, instances_of(dataset.image_id(index), final)))
             if gallery is not None:
@@ -265,7 +284,8 @@ def inpaint_split(
             results = store.results(name, settings, batch, predict)
             for place, index in enumerate(batch):
                 rows = {MODEL: results[place]} | ({PLAIN: plain[place]} if plain else {})
-                scores.add((block, probability), index, truths[place], maps[place], dropped[place], rows)
+                known = truths[place], maps[place], dropped[place]
+                scores.add((block, probability), dataset.describe(index), *known, rows)
     return {"inpainting": scores.report()}
 
 

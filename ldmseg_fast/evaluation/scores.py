@@ -37,12 +37,13 @@ class SegmentationScores:
         self.baselines = {name: PQStat(OBJECT, class_agnostic=True) for name in BASELINES} if baselines else {}
 
     def add(
-        self, index: int, truth: tuple[np.ndarray, Sequence[dict[str, Any]]], result: PanopticResult
+        self, index: int, name: str, truth: tuple[np.ndarray, Sequence[dict[str, Any]]], result: PanopticResult
     ) -> tuple[PanopticResult, np.ndarray]:
         """Counts one image.
 
         Args:
             index: its place in the split.
+            name: what errors call it; another for each image.
             truth: ids int32 [H, W], 0 = void, and COCO's segments_info.
             result: the map that was predicted.
 
@@ -51,17 +52,18 @@ class SegmentationScores:
 
         Raises:
             DataError: categories of another size than the map.
+            PanopticFormatError: a truth whose ids and segments disagree, or of another size than the result.
         """
         ids, segments = truth
-        matches = self.agnostic.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
-        for name, baseline in self.baselines.items():
-            guess = BASELINES[name](*ids.shape)
-            baseline.add(ids, segments, guess, segments_of(guess), image_id=index)
+        matches = self.agnostic.add(ids, segments, result.segmentation, result.segments_info, image_id=name)
+        for kind, baseline in self.baselines.items():
+            guess = BASELINES[kind](*ids.shape)
+            baseline.add(ids, segments, guess, segments_of(guess), image_id=name)
         if self.mean_iou is not None:
             self.mean_iou.add(without_crowds(ids, segments), result.segmentation)
         if self.aware is not None and self.categories is not None:
             result = self.categories.vote(index, result)
-            matches = self.aware.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
+            matches = self.aware.add(ids, segments, result.segmentation, result.segments_info, image_id=name)
         return result, matches
 
     def report(self) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class InpaintingScores:
     def add(
         self,
         sparsity: tuple[int, float],
-        index: int,
+        name: str,
         truth: tuple[np.ndarray, Sequence[dict[str, Any]]],
         given: np.ndarray,
         dropped: np.ndarray,
@@ -101,7 +103,7 @@ class InpaintingScores:
 
         Args:
             sparsity: side of the dropped blocks in pixels, and their probability.
-            index: the image's place in the split.
+            name: what errors call the image; another for each.
             truth: ids int32 [H, W], 0 = void, and COCO's segments_info.
             given: the map without crowds, int32 [H, W].
             dropped: bool [H, W].
@@ -113,15 +115,15 @@ class InpaintingScores:
         }
         ids, segments = truth
         hidden_ids, hidden_segments = only_dropped(ids, segments, dropped)
-        for name in self.whole:
-            if name in filled:
-                pred_ids = filled[name]()
+        for row in self.whole:
+            if row in filled:
+                pred_ids = filled[row]()
                 pred_segments: Sequence[Any] = segments_of(pred_ids)
             else:
-                pred_ids, pred_segments = results[name].segmentation, results[name].segments_info
-            self.whole[name].add(*sparsity, ids, segments, pred_ids, pred_segments, index)
+                pred_ids, pred_segments = results[row].segmentation, results[row].segments_info
+            self.whole[row].add(*sparsity, ids, segments, pred_ids, pred_segments, name)
             inside = only_dropped(pred_ids, pred_segments, dropped)
-            self.unknown[name].add(*sparsity, hidden_ids, hidden_segments, *inside, index)
+            self.unknown[row].add(*sparsity, hidden_ids, hidden_segments, *inside, name)
 
     def report(self) -> dict[str, Any]:
         """Merges all ranks' parts, and gives every rank their report in percent.

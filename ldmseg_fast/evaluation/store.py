@@ -10,6 +10,7 @@ from typing import Any
 from ldmseg_fast import distributed
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.evaluation.scores import OBJECT
+from ldmseg_fast.files import sha256
 from ldmseg_fast.panoptic.results import PanopticResult, ResultsWriter
 
 
@@ -50,6 +51,7 @@ class Store:
     def __init__(self, folder: str | None, dataset: CocoPanoptic, settings: Mapping[str, Any]) -> None:
         self.folder, self.dataset, self.settings, self.clock = folder, dataset, settings, Clock()
         self._writers: dict[str, ResultsWriter] = {}
+        self._sums: dict[int, str] = {}
 
     def results(
         self,
@@ -60,7 +62,8 @@ class Store:
     ) -> list[PanopticResult]:
         """Reads a batch's results where an earlier evaluation wrote all of them; otherwise predicts and writes them.
 
-        A batch that was cut is predicted as a whole again, so that it has the same images beside each other.
+        Results of pictures or maps that have changed since are predicted again, and take the place of the old. A batch
+        that was cut is predicted as a whole again, so that it has the same images beside each other.
 
         Args:
             name: of the results in the folder.
@@ -73,8 +76,10 @@ class Store:
         """
         writer = self.writer(name, OBJECT, settings)
         ids = [self.dataset.image_id(index) for index in indices]
-        if writer is not None and all(image_id in writer.written for image_id in ids):
-            return [writer.read(image_id) for image_id in ids]
+        if writer is not None:
+            there = [self._is_there(writer, index) for index in indices]  # of all: before results are made of the files
+            if all(there):
+                return [writer.read(image_id) for image_id in ids]
         start = time.perf_counter()
         results = predict(indices)
         self.clock.seconds += time.perf_counter() - start
@@ -90,11 +95,26 @@ class Store:
         settings: Mapping[str, Any],
         index: int,
         result: PanopticResult,
+        also: Sequence[Path] = (),
     ) -> None:
-        """Writes one image's result, unless it is there already; arguments as `results` and `writer` have them."""
-        writer, image_id = self.writer(name, categories, settings), self.dataset.image_id(index)
-        if writer is not None and image_id not in writer.written:
-            writer.add(image_id, result, image_name=self.dataset.paths(index)[0].name)
+        """Writes one image's result, unless it is there already and was made from the same files.
+
+        Arguments are as `results` and `writer` have them; `also` are files that it depends on beside picture and map.
+        """
+        writer = self.writer(name, categories, settings)
+        if writer is not None and not self._is_there(writer, index, also):
+            image_name = self.dataset.paths(index)[0].name
+            writer.add(self.dataset.image_id(index), result, image_name=image_name, made_from=self._sum(index, also))
+
+    def _is_there(self, writer: ResultsWriter, index: int, also: Sequence[Path] = ()) -> bool:
+        """Tells whether an image's result was written, and its files have not changed since."""
+        return writer.made_from.get(self.dataset.image_id(index)) == self._sum(index, also)
+
+    def _sum(self, index: int, also: Sequence[Path]) -> str:
+        """Returns a sum by which an image's picture and map, and the files `also`, are recognised."""
+        if index not in self._sums:  # kept, as a file may change while its result is made
+            self._sums[index] = "-".join(sha256(path)[:16] for path in self.dataset.paths(index))
+        return "-".join([self._sums[index], *(sha256(path)[:16] for path in also)])
 
     def writer(
         self, name: str, categories: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]

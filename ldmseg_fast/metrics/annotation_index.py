@@ -1,10 +1,9 @@
 """Reads the annotations of a COCO panoptic JSON one at a time, without holding the file's contents.
 
-The format is panopticapi's, see `panoptic.format`.
+The format is panopticapi's, see `panoptic.annotations`.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics.matching import segment_table
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic.format import load_panoptic_json
+from ldmseg_fast.panoptic.annotations import load_panoptic_json, stream_panoptic_json
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class AnnotationIndex:
 def index_annotations(path: str | Path, *, predictions: bool = False) -> AnnotationIndex:
     """Indexes a JSON. C++ reads the file in a stream and keeps about 100 bytes an image.
 
-    Python reads and judges as a whole what C++ does not know: broken files, and legal rarities such as escapes in
-    names, other encodings or NaN.
+    Python reads and judges as a whole what C++ does not know: files with faults, and legal rarities.
 
     Raises:
         PanopticFormatError: what `load_panoptic_json` raises, in the same words.
@@ -45,16 +43,8 @@ def index_annotations(path: str | Path, *, predictions: bool = False) -> Annotat
 
 
 def _streamed(path: str | Path, predictions: bool) -> AnnotationIndex | None:
-    if _C is None or not Path(path).is_file():  # the other reader says what it is
-        return None
-    try:
-        index = _C.AnnotationIndex(os.fsencode(path), predictions)
-        categories = json.loads(index.categories or "[]")
-    except ValueError:
-        return None
-    ids = [category.get("id") if isinstance(category, dict) else None for category in categories]
-    used = set(index.used_categories)
-    if any(type(i) is not int for i in ids) or len(set(ids)) < len(ids) or (index.categories and not used <= set(ids)):
+    index = stream_panoptic_json(path, predictions=predictions)
+    if index is None:
         return None
 
     def annotation(k: int) -> tuple[str, np.ndarray]:
@@ -63,7 +53,9 @@ def _streamed(path: str | Path, predictions: bool) -> AnnotationIndex | None:
         except _C.UnusualJson:
             raise PanopticFormatError(f"{path}: changed while it was being read; start again") from None
 
-    return AnnotationIndex(index.image_ids, categories, used, annotation)
+    return AnnotationIndex(
+        index.image_ids, json.loads(index.categories or "[]"), set(index.used_categories), annotation
+    )
 
 
 def _loaded(path: str | Path, predictions: bool) -> AnnotationIndex:
@@ -72,12 +64,7 @@ def _loaded(path: str | Path, predictions: bool) -> AnnotationIndex:
 
     def annotation(k: int) -> tuple[str, np.ndarray]:
         entry = annotations[k]
-        try:
-            return entry["file_name"], segment_table(entry["segments_info"], False, use_area=not predictions)
-        except (OverflowError, TypeError, ValueError) as error:
-            raise PanopticFormatError(
-                f"{path}: image {entry['image_id']!r}: `category_id`, `iscrowd`, `area` must be whole numbers ({error})"
-            ) from None
+        return entry["file_name"], segment_table(entry["segments_info"], False, use_area=not predictions)
 
     used = {segment["category_id"] for entry in annotations for segment in entry["segments_info"]}
     image_ids = [entry["image_id"] for entry in annotations]

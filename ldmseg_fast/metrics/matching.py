@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.native import _C, warn_slow
-from ldmseg_fast.panoptic.format import MAX_ID
+from ldmseg_fast.panoptic.annotations import MAX_ID, MAX_NUMBER
 
 TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE, FALSE_POSITIVE_ONE_CROWD = 0, 1, 2, 3
 
@@ -36,12 +36,24 @@ MATCH_DTYPE = np.dtype(
 
 
 def segment_table(segments: Sequence[Mapping[str, Any]], class_agnostic: bool, use_area: bool = False) -> np.ndarray:
-    """Turns `segments_info` into int64 [S, 4]: id, category id (1 if class-agnostic), iscrowd, area (-1: count it)."""
+    """Turns `segments_info` into int64 [S, 4]: id, category id (1 if class-agnostic), iscrowd, area (-1: count it).
+
+    Raises:
+        PanopticFormatError: a value that is no whole number or out of range; names the segment.
+    """
     table = np.empty((len(segments), 4), np.int64)
     for row, segment in enumerate(segments):
         category = 1 if class_agnostic else segment["category_id"]
         area = segment.get("area", -1) if use_area else -1
-        table[row] = segment["id"], category, segment.get("iscrowd", 0), area
+        values = segment["id"], category, segment.get("iscrowd", 0), area
+        if any(isinstance(value, str | None) or not -1 <= value <= MAX_NUMBER for value in values):
+            raise PanopticFormatError(
+                f"segment {segment['id']!r}: `category_id` {category!r}, `iscrowd` {values[2]!r} and `area` {area!r} "
+                f"must be numbers up to {MAX_NUMBER}"
+            )
+        if values[2] not in (0, 1):
+            raise PanopticFormatError(f"segment {segment['id']!r}: `iscrowd` must be 0 or 1, got {values[2]!r}")
+        table[row] = values
     return table
 
 

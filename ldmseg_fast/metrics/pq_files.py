@@ -6,23 +6,26 @@ A few threads read pairs of PNGs and keep only their matches.
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics.annotation_index import index_annotations
-from ldmseg_fast.metrics.matching import match_segments
+from ldmseg_fast.metrics.matching import boundary_distance, match_segments
 from ldmseg_fast.metrics.pq import OBJECT_CATEGORY, PQStat
 from ldmseg_fast.metrics.pq_report import bootstrap_interval, image_qualities
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
+from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png, read_run_map
+from ldmseg_fast.panoptic.near_files import NearFiles, is_file
+from ldmseg_fast.threads import startable_threads
 
-MAX_THREADS = 8
+MAX_THREADS = 8  # unless more are asked for
+MOST_THREADS = 256
 _TASK = 16  # most images that a thread takes at a time
 
 
@@ -51,17 +54,19 @@ def evaluate_files(
 
     Raises:
         PanopticFormatError: names the file. See `load_panoptic_json`, `read_panoptic_png` and `match_segments`;
-            besides, images without prediction unless `allow_missing`, and a missing folder of PNGs.
+            besides, images without prediction unless `allow_missing`, predictions of other images alone, and a missing
+            folder of PNGs.
     """
     started = time.perf_counter()
     gt, pred = index_annotations(gt_json), index_annotations(pred_json, predictions=True)
     predicted = {image_id: k for k, image_id in enumerate(pred.image_ids)}
     missing = [image_id for image_id in gt.image_ids if image_id not in predicted]
-    if missing and not allow_missing:
-        listed = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+    reason = why_missing(gt.image_ids, missing, pred.image_ids)
+    if missing and (reason or not allow_missing):
+        cure = reason or "predict them, or count them as empty with --allow-missing"
         raise PanopticFormatError(
-            f"{pred_json}: no prediction for {len(missing)} of {len(gt.image_ids)} images of {gt_json}: {listed}; "
-            "predict them, or count them as empty with --allow-missing"
+            f"{pred_json}: no prediction for {len(missing)} of {len(gt.image_ids)} images of {gt_json}: "
+            f"{_some(missing)}; {cure}"
         )
     gt_root = png_folder(gt_json, gt_folder)
     pred_root = png_folder(pred_json, pred_folder) if len(missing) < len(gt.image_ids) else Path()
@@ -70,7 +75,7 @@ def evaluate_files(
 
     def match(k: int) -> np.ndarray:
         gt_name, gt_table = gt.annotation(k)
-        gt_path, pred_path, pred_table = gt_root / gt_name, None, np.empty((0, 4), np.int64)
+        gt_path, pred_name, pred_path, pred_table = gt_root / gt_name, "", None, np.empty((0, 4), np.int64)
         if (other := predicted.get(gt.image_ids[k])) is not None:
             pred_name, pred_table = pred.annotation(other)
             pred_path = pred_root / pred_name
@@ -80,11 +85,21 @@ def evaluate_files(
             if foreign:
                 stat.check_categories(pred_table, "prediction")
             return _match_files(gt_path, gt_table, pred_path, pred_table, boundary)
+        except OSError:
+            places = ((gt_root, gt_name), (pred_root, pred_name))
+            lost = [(root, name) for root, name in places if name and not is_file(root / name)]
+            if not lost:
+                raise
+            root, name = lost[0]
+            near = NearFiles(root).nearest(name) or "fetch or predict it again"
+            raise PanopticFormatError(
+                f"image {gt.image_ids[k]}: {root / name}: the JSON lists this PNG but there is no such file; {near}"
+            ) from None
         except PanopticFormatError as error:
             files = ", ".join(str(path) for path in (gt_path, pred_path) if path is not None)
             raise PanopticFormatError(f"image {gt.image_ids[k]} ({files}): {error}") from None
 
-    threads = num_threads or default_threads()
+    threads = max(1, startable_threads(min(num_threads or default_threads(), len(gt.image_ids), MOST_THREADS)))
     for image_id, matches in zip(gt.image_ids, _map_in_order(match, len(gt.image_ids), threads)):
         stat.add_matches(image_id, matches)
     seconds = time.perf_counter() - started
@@ -123,24 +138,60 @@ def default_threads() -> int:
     return min(cores, MAX_THREADS)
 
 
+def why_missing(truth: Sequence[int | str], missing: Sequence[int | str], predicted: Sequence[int | str]) -> str:
+    """Tells why predictions miss images: their ids are written in another way, or are those of other images.
+
+    Args:
+        truth: image ids of the ground truth.
+        missing: those without prediction.
+        predicted: image ids of the predictions.
+
+    Returns:
+        The reason and the cure; "" where there is no such reason.
+    """
+    listed, ours = set(truth), {_spelling(image_id): image_id for image_id in missing}
+    foreign = [image_id for image_id in predicted if image_id not in listed]
+    for image_id in foreign:
+        if (twin := ours.get(_spelling(image_id))) is not None:
+            kinds = ["text" if isinstance(each, str) else "number" for each in (image_id, twin)]
+            return (
+                f"there it is the {kinds[0]} {image_id!r}, in the ground truth the {kinds[1]} {twin!r}: "
+                "write `image_id` as the ground truth does"
+            )
+    if foreign and len(foreign) == len(predicted):
+        return f"it has none of the ground truth's, but {_some(foreign)}: is it of another split?"
+    return ""
+
+
+def _spelling(image_id: int | str) -> str:
+    """Spells alike what names one image: 1, "1", "000001" and "000001.jpg"."""
+    name = PurePosixPath(str(image_id)).stem
+    return str(int(name)) if name.isascii() and name.isdigit() and len(name) < 20 else name
+
+
+def _some(image_ids: Sequence[int | str], named: int = 20) -> str:
+    return ", ".join(map(str, image_ids[:named])) + (", ..." if len(image_ids) > named else "")
+
+
 def _match_files(
     gt_path: Path, gt_table: np.ndarray, pred_path: Path | None, pred_table: np.ndarray, boundary: bool
 ) -> np.ndarray:
     """Matches one pair of PNGs; without `pred_path` the prediction is all void."""
-    if _C is not None and pred_path is not None and gt_path.is_file() and pred_path.is_file():
-        with suppress(ValueError):  # rare or wrong: the functions below read it whole and say what is wrong
-            paths = os.fsencode(gt_path), os.fsencode(pred_path)
-            return _C.match_files(paths[0], gt_table, paths[1], pred_table, boundary, MAX_PIXELS)
-    gt_ids = _read(gt_path)
-    pred_ids = np.zeros_like(gt_ids) if pred_path is None else _read(pred_path)
-    return match_segments(gt_ids, gt_table, pred_ids, pred_table, boundary)
-
-
-def _read(path: Path) -> np.ndarray:
+    if _C is None:
+        gt_ids = read_panoptic_png(gt_path)
+        pred_ids = np.zeros_like(gt_ids) if pred_path is None else read_panoptic_png(pred_path)
+        return match_segments(gt_ids, gt_table, pred_ids, pred_table, boundary)
     try:
-        return read_panoptic_png(path)
-    except FileNotFoundError:
-        raise PanopticFormatError(f"{path}: the JSON lists this PNG but there is no such file") from None
+        if pred_path is not None:
+            with suppress(_C.UnreadablePng):  # rare or wrong: the reader below says what is wrong
+                paths = os.fsencode(gt_path), os.fsencode(pred_path)
+                return _C.match_files(paths[0], gt_table, paths[1], pred_table, boundary, MAX_PIXELS)
+        gt = read_run_map(gt_path)
+        pred = _C.RunMap(np.zeros(gt.shape, np.int32)) if pred_path is None else read_run_map(pred_path)
+        distance = boundary_distance(*gt.shape) if boundary else 0
+        return _C.match_segments(gt, gt_table, pred, pred_table, distance, _C.MOST_PAIRS)
+    except _C.Inconsistent as error:
+        raise PanopticFormatError(str(error)) from None
 
 
 def _map_in_order(function: Callable[[int], np.ndarray], count: int, threads: int) -> Iterator[np.ndarray]:

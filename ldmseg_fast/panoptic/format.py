@@ -1,30 +1,49 @@
-"""Reads and writes COCO panoptic files: PNG <-> segment ids, and the JSON beside them.
+"""Reads and writes COCO panoptic PNGs: PNG <-> segment ids. `panoptic.annotations` reads the JSON beside them.
 
 A pixel's id is R + 256 G + 65536 B and 0 is void (Kirillov et al., "Panoptic Segmentation", CVPR 2019;
 cocodataset.org/#format-data).
 """
 
-import gc
 import io
-import json
+import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldmseg_fast.errors import PanopticFormatError
-from ldmseg_fast.files import read_file, replacing
+from ldmseg_fast.files import replacing
 from ldmseg_fast.native import _C
+from ldmseg_fast.panoptic.annotations import MAX_ID, load_panoptic_json
 
 try:
     import deflate  # libdeflate: writes label maps several times faster than zlib
 except ImportError:
     deflate = None  # type: ignore[assignment]
 
-MAX_ID = 2**24 - 1
+__all__ = [
+    "MAX_ID",
+    "MAX_PIXELS",
+    "MAX_SIDE",
+    "check_ids",
+    "ids_to_rgb",
+    "load_panoptic_json",
+    "read_panoptic_png",
+    "read_run_map",
+    "rgb_to_ids",
+    "two_channel_to_ids",
+    "write_panoptic_png",
+]
+
 MAX_PIXELS = 2**26  # 8192 x 8192: far above any photograph, far below what exhausts memory
+MAX_SIDE = 2**16  # above a JPEG's 65535; a map of one column would be all bookkeeping
+MAX_PILLOW_PIXELS = 48_000_000  # Pillow holds 4 bytes a pixel beside the ids
+MAX_INTERLACED_PIXELS = 2**22  # of maps that are read as runs, for which all ids must be held
+MAX_BYTES = 2**30  # of a file; far above any map of MAX_PIXELS
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {0: "greyscale", 2: "RGB", 3: "palette", 4: "greyscale with alpha", 6: "RGBA"}
@@ -102,22 +121,40 @@ def two_channel_to_ids(channels: np.ndarray) -> tuple[np.ndarray, list[dict[str,
 def read_panoptic_png(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads the segment ids, int32 [H, W], of an 8-bit RGB PNG.
 
-    The header is checked before any pixel is decoded, so that a tiny file cannot claim gigabytes.
+    The header is checked before any pixel is decoded, so that a tiny file cannot claim gigabytes. Beside the ids, only
+    a few rows are in memory; for an interlaced file, and where the extension is not built, Pillow's picture as well.
 
     Raises:
-        PanopticFormatError: a palette, grey, RGBA, 16-bit, oversized, truncated or damaged file.
+        PanopticFormatError: a palette, grey, RGBA, 16-bit, oversized, truncated or damaged file, or no file but a
+            folder, pipe or device.
         FileNotFoundError: there is no file.
     """
-    content = read_file(path, PanopticFormatError, "map")
-    _check_header(content[:29], path, max_pixels)
-    interlaced = content[28] != 0
-    try:
-        if _C is not None and not interlaced:
-            return _C.read_png(content, max_pixels).ids()
-        _check_chunks(content)
-        return _decode_pillow(content)
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        raise PanopticFormatError(f"{path}: damaged or truncated PNG ({error}); write or download it again") from error
+    content = _read_content(path, max_pixels)
+    with _named(path):
+        if _C is not None and content[28] == 0:
+            return _C.read_png_ids(content, max_pixels)
+        return _decode_pillow(content, path)
+
+
+def read_run_map(path: str | Path) -> Any:
+    """Reads the map of an 8-bit RGB PNG as the extension's `RunMap`, which is small for a small file.
+
+    Raises:
+        PanopticFormatError: see `read_panoptic_png`; besides, an interlaced file of more than `MAX_INTERLACED_PIXELS`,
+            and a small file with millions of runs, which is no map.
+        FileNotFoundError: there is no file.
+    """
+    content = _read_content(path, MAX_PIXELS)
+    if content[28] == 0:
+        with _named(path):
+            return _C.read_png(content, MAX_PIXELS)
+    width, height = struct.unpack(">II", content[16:24])
+    if width * height > MAX_INTERLACED_PIXELS:
+        raise PanopticFormatError(
+            f"{path}: interlaced PNG of {width}x{height}, which must be held whole; save it without interlacing"
+        )
+    with _named(path):
+        return _C.RunMap(_decode_pillow(content, path))
 
 
 def write_panoptic_png(path: str | Path, ids: np.ndarray) -> None:
@@ -138,41 +175,6 @@ def write_panoptic_png(path: str | Path, ids: np.ndarray) -> None:
         content = _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
     with replacing(path) as temporary:
         temporary.write_bytes(content)
-
-
-def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[str, Any]:
-    """Loads a COCO panoptic JSON and checks its `images`, `annotations` and `categories`.
-
-    With `predictions=True` only `annotations` is required, as in panopticapi; what is there is still checked.
-
-    Raises:
-        PanopticFormatError: names the file and the entry. Missing keys, wrong types, duplicate image ids, category ids,
-            annotations of one image or segment ids of one annotation, ids outside 1..2^24-1, segments of a category or
-            annotations of an image that the file does not list.
-    """
-    try:
-        content = _load_json(Path(path))
-    except PanopticFormatError:
-        raise
-    except (ValueError, RecursionError) as error:  # not JSON, not text, numbers of thousands of digits, deep nesting
-        raise PanopticFormatError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise PanopticFormatError(f"{path}: expected an object with `annotations`, got a {type(content).__name__}")
-    required = ("annotations",) if predictions else ("images", "annotations", "categories")
-    for key in ("images", "annotations", "categories"):
-        if key not in content and key in required:
-            raise PanopticFormatError(f"{path}: `{key}` is missing; a COCO panoptic JSON has {', '.join(required)}")
-        if not isinstance(content.get(key, []), list):
-            raise PanopticFormatError(f"{path}: `{key}` must be a list, got {type(content[key]).__name__}")
-    image_ids = _unique(path, content, "images", "id")
-    category_ids = _unique(path, content, "categories", "id")
-    annotated = _unique(path, content, "annotations", "image_id")
-    if image_ids is not None and annotated is not None and not annotated <= image_ids:
-        missing = sorted(annotated - image_ids, key=str)
-        raise PanopticFormatError(f"{path}: annotations of images that `images` does not list: {_some(missing)}")
-    for annotation in content["annotations"]:
-        _check_annotation(path, annotation, category_ids)
-    return content
 
 
 def _check_chunks(content: bytes) -> None:
@@ -201,12 +203,47 @@ def _deflate(content: np.ndarray) -> bytes | bytearray:
     return zlib.compress(content, 1) if deflate is None else deflate.zlib_compress(content, 1)
 
 
-def _decode_pillow(content: bytes) -> np.ndarray:
+def _read_content(path: str | Path, max_pixels: int) -> bytes:
+    """Reads a PNG whose header is that of a map; what is no file is not opened, since a pipe would never end."""
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise PanopticFormatError(f"{path}: a folder, pipe or device; name a PNG file")
+    if status.st_size > MAX_BYTES:
+        raise PanopticFormatError(f"{path}: {status.st_size} bytes; maps of at most {MAX_BYTES} bytes are read")
+    content = Path(path).read_bytes()
+    _check_header(content[:29], path, max_pixels)
+    return content
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Turns what the decoders raise into an error that names the file."""
+    try:
+        yield
+    except PanopticFormatError:
+        raise
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        if _C is not None and isinstance(error, _C.TooManyRuns):
+            raise PanopticFormatError(f"{path}: {error}") from None
+        raise PanopticFormatError(f"{path}: damaged or truncated PNG ({error}); write or download it again") from error
+
+
+def _decode_pillow(content: bytes, path: str | Path) -> np.ndarray:
     from PIL import Image
 
+    _check_chunks(content)
+    width, height = struct.unpack(">II", content[16:24])
+    if width * height > MAX_PILLOW_PIXELS:
+        how = "build the extension" if _C is None else "save it without interlacing"
+        raise PanopticFormatError(f"{path}: {width}x{height} is over {MAX_PILLOW_PIXELS} pixels for Pillow; {how}")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return rgb_to_ids(np.asarray(image))
+            ids = np.empty((height, width), np.int32)
+            step = max(1, 2**20 // width)  # rows: a megapixel at a time
+            for top in range(0, height, step):
+                band = image.crop((0, top, width, min(top + step, height)))
+                ids[top : top + step] = rgb_to_ids(np.asarray(band))
+            return ids
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
 
@@ -228,65 +265,7 @@ def _check_header(header: bytes, path: str | Path, max_pixels: int) -> None:
             f"{path}: {depth}-bit {_COLOUR_TYPES.get(colour, f'colour type {colour}')} PNG; "
             "segment ids need 8-bit RGB (id = R + 256 G + 65536 B): write it with write_panoptic_png"
         )
-    if width == 0 or height == 0 or width * height > max_pixels:
-        raise PanopticFormatError(f"{path}: header claims {width}x{height}; between 1 and {max_pixels} pixels are read")
-
-
-def _load_json(path: Path) -> Any:
-    """Loads a JSON without the garbage collector.
-
-    It would go over the growing tree of dicts again and again and find nothing.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return json.loads(read_file(path, PanopticFormatError, "JSON"))
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _check_annotation(path: str | Path, annotation: dict[str, Any], category_ids: set | None) -> None:
-    where = f"{path}: image {annotation['image_id']!r}"
-    name = annotation.get("file_name")
-    if (
-        not isinstance(name, str)
-        or not name
-        or "\0" in name
-        or any("\ud800" <= character <= "\udfff" for character in name)
-    ):
-        raise PanopticFormatError(f"{where}: `file_name` must name a PNG, got {name!r:.80}")
-    segments = annotation.get("segments_info")
-    if not isinstance(segments, list):
-        raise PanopticFormatError(f"{where}: `segments_info` must be a list, got {segments!r:.80}")
-    seen = set()
-    for segment in segments:
-        segment_id = segment.get("id") if isinstance(segment, dict) else None
-        if type(segment_id) is not int or not 1 <= segment_id <= MAX_ID:
-            raise PanopticFormatError(f"{where}: a segment id must be an integer in 1..{MAX_ID}, got {segment_id!r}")
-        if segment_id in seen:
-            raise PanopticFormatError(f"{where}: segment id {segment_id} appears twice in segments_info")
-        seen.add(segment_id)
-        category_id = segment.get("category_id")
-        if type(category_id) is not int or (category_ids is not None and category_id not in category_ids):
-            raise PanopticFormatError(f"{where}: segment {segment_id} has unknown category_id {category_id!r}")
-
-
-def _unique(path: str | Path, content: dict[str, Any], key: str, field: str) -> set | None:
-    """Returns the values of `field` over the list `key`, each there once; None where the file has no such list."""
-    if key not in content:
-        return None
-    seen: set = set()
-    for index, entry in enumerate(content[key]):
-        value = entry.get(field) if isinstance(entry, dict) else None
-        if not isinstance(value, int | str) or isinstance(value, bool):
-            raise PanopticFormatError(f"{path}: {key}[{index}] has no usable `{field}` (got {value!r})")
-        if value in seen:
-            raise PanopticFormatError(f"{path}: {key}[{index}]: `{field}` {value!r} appears twice; keep one entry")
-        seen.add(value)
-    return seen
-
-
-def _some(values: list, limit: int = 20) -> str:
-    more = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(map(str, values[:limit])) + more
+    if not 1 <= width <= MAX_SIDE or not 1 <= height <= MAX_SIDE or width * height > max_pixels:
+        raise PanopticFormatError(
+            f"{path}: header claims {width}x{height}; sides of 1 to {MAX_SIDE} and up to {max_pixels} pixels are read"
+        )

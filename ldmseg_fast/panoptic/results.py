@@ -1,6 +1,7 @@
 """Holds one image's result, and writes result files: COCO panoptic (JSON + PNGs) and COCO instances (run lengths)."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 from ldmseg_fast.files import replacing
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
 from ldmseg_fast.panoptic.shapes import segment_shapes
+from ldmseg_fast.temporary import clear_once
 
+_IN_NO_NAME = re.compile(r"[\x00-\x1f\x7f/\\]")  # separators and control characters
 _COCO_KEYS = ("id", "category_id", "iscrowd", "area", "bbox", "score")
 
 
@@ -65,25 +68,35 @@ class ResultsWriter:
         self.categories = [dict(category) for category in categories]
         self.settings = json.loads(json.dumps(settings or {}))  # as it will be read back
         self.png_folder.mkdir(parents=True, exist_ok=True)
+        clear_once(self.png_folder)
         journal = self.folder / f".{name}.{distributed.rank() if rank is None else rank}.jsonl"
         _drop_torn_line(journal)
         entries = self._entries()
         self.written = {entry["image"]["id"] for entry in entries}
+        self.made_from = {entry["image"]["id"]: entry.get("made_from", "") for entry in entries}
+        self._versions = {entry["image"]["id"]: entry.get("version", 0) for entry in entries}
         self._image_of_png = {entry["annotation"]["file_name"]: entry["image"]["id"] for entry in entries}
         # as text, which is a tenth of the size of the dictionaries
         self._annotations = {entry["image"]["id"]: json.dumps(entry["annotation"]) for entry in entries}
+        self._journal_path = journal
         self._journal = journal.open("a", encoding="utf-8")
         if journal.stat().st_size == 0:
             self._write({"settings": self.settings})
 
     def add(
-        self, image_id: int | str, result: PanopticResult, png_name: str | None = None, image_name: str | None = None
+        self,
+        image_id: int | str,
+        result: PanopticResult,
+        png_name: str | None = None,
+        image_name: str | None = None,
+        made_from: str = "",
     ) -> None:
-        """Writes one image.
+        """Writes one image, also in the place of an earlier result of it.
 
         Args:
             png_name: the map's file in FOLDER/NAME; by default the image id.
             image_name: the photograph's file; by default `png_name`.
+            made_from: recognises what the result was made from; `made_from` of a later writer has it by image id.
 
         Raises:
             ArgumentError: another image has this PNG.
@@ -97,8 +110,10 @@ class ResultsWriter:
         segments = [{key: segment[key] for key in _COCO_KEYS if key in segment} for segment in result.segments_info]
         image = {"id": image_id, "file_name": image_name or png_name, "height": height, "width": width}
         annotation = {"image_id": image_id, "file_name": png_name, "segments_info": segments}
-        self._write({"image": image, "annotation": annotation})
+        version = self._versions.get(image_id, -1) + 1
+        self._write({"image": image, "annotation": annotation, "made_from": made_from, "version": version})
         self.written.add(image_id)
+        self.made_from[image_id], self._versions[image_id] = made_from, version
         self._image_of_png[png_name] = image_id
         self._annotations[image_id] = json.dumps(annotation)
 
@@ -112,13 +127,13 @@ class ResultsWriter:
         return PanopticResult(read_panoptic_png(self.png_folder / annotation["file_name"]), annotation["segments_info"])
 
     def png_path(self, image_id: int | str) -> Path:
-        """Returns where an image's map goes unless `add` is told another name."""
-        return self.png_folder / (f"{image_id:012d}.png" if isinstance(image_id, int) else f"{image_id}.png")
+        """Returns where an image's map goes unless `add` is told another name: always a file in the folder."""
+        name = f"{image_id:012d}" if isinstance(image_id, int) else _IN_NO_NAME.sub(_escaped, image_id)
+        return self.png_folder / f"{name}.png"
 
     def finish(self) -> Path:
         """Writes the JSON over what all ranks have written so far, in ascending image id, and returns its path."""
-        by_id = {entry["image"]["id"]: entry for entry in self._entries()}
-        entries = [by_id[key] for key in sorted(by_id, key=lambda key: (isinstance(key, str), key))]
+        entries = sorted(self._entries(), key=lambda entry: _order(entry["image"]["id"]))
         path = self.folder / f"{self.name}.json"
         content = {
             "images": [entry["image"] for entry in entries],
@@ -140,19 +155,25 @@ class ResultsWriter:
         self.close()
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        self._journal.write(json.dumps(entry) + "\n")
-        self._journal.flush()
+        try:
+            self._journal.write(json.dumps(entry) + "\n")
+            self._journal.flush()
+        except OSError as error:
+            error.filename = str(self._journal_path)  # a full disk gives none
+            raise
 
     def _entries(self) -> list[dict[str, Any]]:
-        """Lists what the journals of all ranks list and whose PNG is there."""
-        entries = []
+        """Lists what the journals of all ranks list and whose PNG is there: of each image the last version."""
+        entries: dict[int | str, dict[str, Any]] = {}
         for journal in sorted(self.folder.glob(f".{self.name}.*.jsonl")):
             for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
                 if not line.endswith("\n"):
                     break  # torn by an interruption, or being written by another rank
                 entry = json.loads(line)
                 if "settings" not in entry:
-                    entries.append(entry)
+                    image_id = entry["image"]["id"]
+                    if entry.get("version", 0) >= entries.get(image_id, {}).get("version", 0):
+                        entries[image_id] = entry
                 elif entry["settings"] != self.settings:
                     old, new = _flat(entry["settings"]), _flat(self.settings)
                     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -161,7 +182,7 @@ class ResultsWriter:
                         f"{journal}: holds results of other settings ({listed}); "
                         "choose another folder, or delete this one to start again"
                     )
-        return [entry for entry in entries if (self.png_folder / entry["annotation"]["file_name"]).is_file()]
+        return [entry for entry in entries.values() if (self.png_folder / entry["annotation"]["file_name"]).is_file()]
 
 
 def instances_of(image_id: int | str, result: PanopticResult) -> list[dict[str, Any]]:
@@ -196,6 +217,14 @@ def write_json_list(path: str | Path, values: Iterable[Any]) -> None:
             file.write(separator + json.dumps(value))
             separator = ",\n"
         file.write("]\n" if separator != "[" else "[]\n")
+
+
+def _escaped(character: re.Match[str]) -> str:
+    return f"%{ord(character[0]):02X}"
+
+
+def _order(image_id: int | str) -> tuple[bool, int | str]:
+    return isinstance(image_id, str), image_id
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class _Files:
         self.gt_root = png_folder(gt_json, gt_folder)
         self.pred_root = png_folder(pred_json, pred_folder) if self.predicted else Path()
         self.class_agnostic = class_agnostic
-        self.pictures = _picture_folder(Path(gt_json)) if images is None else Path(images)
+        self.pictures = picture_folder(Path(gt_json)) if images is None else Path(images)
         if images is not None and not Path(images).is_dir():
             raise DataError(f"--images {images}: no such folder")
         self.names = {image["id"]: image.get("file_name") for image in self.gt["images"]}
@@ -97,7 +97,7 @@ class _Files:
         )
 
 
-def _picture_folder(gt_json: Path) -> Path | None:
+def picture_folder(gt_json: Path) -> Path | None:
     """Finds the pictures of ROOT/annotations/panoptic_SPLIT.json; None where they are not there."""
     try:
         return find_split(gt_json.parent.parent, gt_json.stem.removeprefix("panoptic_")).images

@@ -20,15 +20,19 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import distributed
+from ldmseg_fast.checkpoints.model_folder import COMPONENTS
 from ldmseg_fast.checkpoints.tensors import check_state, load_weights, save_weights
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import damage_of, read_json, sync_folder, why_not_written, write_files, write_json
+from ldmseg_fast.locks import LOCK
+from ldmseg_fast.temporary import clear_leftovers
 from ldmseg_fast.training.optimizer import Optimizer
 from ldmseg_fast.training.shards import ShardReader, random_state, save_shards, set_random_state
 from ldmseg_fast.training.stages import Stage
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, FIXED = "manifest.json", "state.json", "fixed.safetensors"
+EXPORTED = "exported.json"  # beside the checkpoints: the step of each model folder, by its place in the run
 CURE = "free some space, or lower train.keep"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -53,6 +57,10 @@ class Progress:
     skipped: int = 0
     seconds: float = 0.0  # wall time in training, all starts together
     validation_due: bool = False  # that of this step was interrupted
+
+    def best_step(self) -> int | None:
+        """Returns the step of the first validation with the highest PQ; None before any."""
+        return max(self.best, key=lambda step: (self.best[step], -step), default=None)
 
 
 class TrainingCheckpoints:
@@ -83,13 +91,24 @@ class TrainingCheckpoints:
         return self.folder / f"step-{step:08d}"
 
     def check_start(self, resume: bool, trust: bool = False) -> None:
-        """Checks that a run may start here.
+        """Checks on rank 0 that a run may start here; all ranks call it.
 
         With `trust`, a checkpoint that DeepSpeed itself wrote there will do; `foreign` is its folder then.
 
         Raises:
-            CheckpointError: there is nothing to resume, or a fresh start would hide an older run.
+            CheckpointError: there is nothing to resume, or a fresh start would hide an older run or replace a model.
         """
+        error = None
+        if distributed.is_main():
+            try:
+                self._check_start(resume, trust)
+            except CheckpointError as failure:
+                error = failure
+        error, self.foreign = distributed.broadcast_object((error, self.foreign))
+        if error is not None:
+            raise error
+
+    def _check_start(self, resume: bool, trust: bool) -> None:
         self._recover()
         steps, run = self.steps(), self.folder.parent
         self.foreign = None
@@ -97,6 +116,8 @@ class TrainingCheckpoints:
             raise CheckpointError(
                 f"{run} holds a run at step {steps[-1]}; continue it with --resume or take another output_dir"
             )
+        if not resume:
+            _check_free(run)
         if not resume or steps:
             return
         pickles = sorted(path for path in run.rglob("*") if path.suffix in PICKLES) if run.is_dir() else []
@@ -108,7 +129,11 @@ class TrainingCheckpoints:
                 f"--resume: {pickles[0]} is a pickle, which can run any code when it is read. If it is a checkpoint of "
                 f"DeepSpeed's that you wrote yourself, add --trust; `ldmseg convert` reads published weights safely"
             )
-        what = "is empty" if run.is_dir() and not any(run.iterdir()) else "holds no complete checkpoint"
+        what = (
+            "is empty"
+            if run.is_dir() and {path.name for path in run.iterdir()} <= {LOCK}
+            else "holds no complete checkpoint"
+        )
         what = what if run.is_dir() else "does not exist"
         raise CheckpointError(
             f"--resume: {run} {what}; give the output_dir of an interrupted run, or leave out --resume"
@@ -193,10 +218,17 @@ class TrainingCheckpoints:
             shutil.rmtree(self.path(step), ignore_errors=True)
 
     def _recover(self) -> None:
-        """A kill between the two renames of `_publish` left the older checkpoint of a step under another name."""
+        """Clears what a killed run left.
+
+        A kill between the two renames of `_publish` left the older checkpoint of a step under another name.
+        """
         for old in self.folder.glob(".old-*"):
-            with contextlib.suppress(OSError):  # another rank was faster, or there is a newer one
+            with contextlib.suppress(OSError):  # there is a newer one
                 old.rename(old.with_name(old.name.removeprefix(".old-")))
+        for leftover in (*self.folder.glob(".new-*"), *self.folder.glob(".old-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if self.folder.is_dir():
+            clear_leftovers(self.folder)
 
     def load(self, stage: Stage, optimizer: Optimizer, stage_name: str, say: Callable[[str], None]) -> Progress:
         """Loads the newest checkpoint that is whole; all ranks call it, as many as like.
@@ -207,14 +239,14 @@ class TrainingCheckpoints:
         Raises:
             CheckpointError: all are damaged, or of another architecture, stage or version.
         """
-        if distributed.is_main():
-            for leftover in (*self.folder.glob(".new-*"), *self.folder.glob(".old-*")):
-                shutil.rmtree(leftover, ignore_errors=True)
         if self.foreign is not None:
             step = optimizer.load_foreign(self.foreign)
             batch_size = optimizer.config.batch_size
             say(f"loaded DeepSpeed's checkpoint {self.foreign}: step {step}; averages start anew")
             return Progress(stage_name, step, step * batch_size)
+        if distributed.is_main():
+            self._recover()
+        distributed.barrier()
         damage = ""
         for step in reversed(self.steps()):
             damage = self.damage(step)
@@ -261,6 +293,45 @@ class TrainingCheckpoints:
         if state["world_size"] == distributed.world_size() and random_file.is_file():
             set_random_state(load_weights(random_file))
         return progress
+
+
+def _check_free(run: Path) -> None:
+    """Raises CheckpointError where a run would replace a model, or files that no run has written."""
+    own = ["model_index.json", "README.md", "config.json", "settings.txt", "logs/log.jsonl", "best", *COMPONENTS]
+    there = [name for name in own if (run / name).exists()]
+    if "model_index.json" in there:
+        raise CheckpointError(f"{run} holds a model, which a new run would replace; take another output_dir")
+    try:
+        is_run = "config.json" in there and "stage" in read_json(run / "config.json")
+    except (CheckpointError, TypeError):
+        is_run = False
+    if there and not is_run:  # a run that was killed before its first checkpoint may begin anew
+        raise CheckpointError(f"{run / there[0]} is there, and a run would replace it; take another output_dir")
+
+
+def exported_step(folder: Path, checkpoints: Path) -> int | None:
+    """Returns the step whose weights a model folder of the run has; None where it is not whole, or not recorded."""
+    try:
+        components = read_json(folder / "model_index.json")["components"]
+        step = read_json(checkpoints / EXPORTED)[_name_in_run(folder, checkpoints)]
+    except (CheckpointError, KeyError, TypeError):
+        return None
+    return step if all((folder / name / "config.json").is_file() for name in components) else None
+
+
+def note_exported(folder: Path, checkpoints: Path, step: int) -> None:
+    """Records that a model folder of the run has the weights of `step`; called once it is written."""
+    path = checkpoints / EXPORTED
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    try:
+        known = dict(read_json(path))
+    except (CheckpointError, TypeError, ValueError):
+        known = {}
+    write_json(path, known | {_name_in_run(folder, checkpoints): step})
+
+
+def _name_in_run(folder: Path, checkpoints: Path) -> str:
+    return folder.relative_to(checkpoints.parent).as_posix()  # "." or "best", whatever the run is called
 
 
 def _full_shape(parameter: Tensor) -> tuple[int, ...]:

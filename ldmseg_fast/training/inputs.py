@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 from ldmseg_fast import distributed
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import Config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.data.folders import find_split
 from ldmseg_fast.data.loader import TrainingBatches
 from ldmseg_fast.data.transforms import Augmentation
-from ldmseg_fast.errors import ConfigError
+from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
+from ldmseg_fast.outputs import check_outputs
 
 
 def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> CocoPanoptic:
@@ -31,6 +37,26 @@ def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> Coc
         resize=data.resize if train else "pillow",
         limit=data.limit if train else data.val_limit,
     )
+
+
+def check_output_dir(config: Config) -> None:
+    """Checks that a run writes to no folder that it reads from.
+
+    Raises:
+        ArgumentError: it would.
+    """
+    data, model = config.data, config.model
+    read: list[Path] = []
+    for split in (data.train_split, data.val_split):
+        with contextlib.suppress(DataError):  # the data set says so later
+            read += vars(find_split(data.root, split)).values()
+    roots: list[str | Path] = [data.root, config.image_encoder.path, *(path.parent for path in read if path.is_file())]
+    for name in filter(None, (model.init_from, model.mask_vae)):
+        with contextlib.suppress(CheckpointError):
+            roots.append(resolve_model_dir(name))
+    folder = Path(config.output_dir)
+    outputs = {"output_dir": folder, "the best model's folder": folder / "best"}
+    check_outputs({}, outputs, inputs=read, roots=filter(None, roots))
 
 
 def check_batch(config: Config) -> None:

@@ -6,12 +6,14 @@ It stands on top of the optimizer and the checkpoints, these on the stages, and 
 from __future__ import annotations
 
 import math
+import random
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -22,12 +24,12 @@ from ldmseg_fast.data.latent_cache import ShardCheck, attach_cache
 from ldmseg_fast.data.loader import Prefetcher
 from ldmseg_fast.distributed.liveness import Agreement, Heartbeat, Interrupt
 from ldmseg_fast.errors import Stopped
-from ldmseg_fast.files import write_json
+from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
-from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
+from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints, exported_step, note_exported
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
-from ldmseg_fast.training.inputs import check_batch, make_batches, make_dataset
+from ldmseg_fast.training.inputs import check_batch, check_output_dir, make_batches, make_dataset
 from ldmseg_fast.training.machine import resolve_settings
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
@@ -76,6 +78,8 @@ class Run:
         config, precision = resolve_settings(config, self.device, self.folder if resume else None)
         torch.set_num_threads(settings.threads or max(1, distributed.cores() // distributed.local_size()))
         torch.manual_seed(settings.seed)
+        random.seed(settings.seed)  # nothing of ours draws from these two, but checkpoints keep them
+        np.random.seed(settings.seed % 2**32)  # noqa: NPY002
         for kernel in KERNELS:
             set_backend(kernel, "auto" if config.model.kernels else "torch")
 
@@ -97,6 +101,7 @@ class Run:
         if resume:
             self.progress = self.checkpoints.load(self.stage, self.optimizer, stage_name, self.say)
             self.say(f"resumed at step {self.progress.step} of {settings.steps}")
+            self.bring_up_to_date()
         self.stage.train()
 
         self.batches = make_batches(self.train_set, config, self.progress.items)
@@ -108,7 +113,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", {"stage": stage_name} | to_dict(config))
             record_start(logs, stage_name, self.progress.step)
-            (self.folder / "settings.txt").write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
+            with replacing(self.folder / "settings.txt") as temporary:
+                temporary.write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         self.log = RunLog(logs, self.progress.step, settings.wandb, to_dict(config))
         self.say(precision)
         self.agreement, self.window = Agreement(), Window()
@@ -141,6 +147,7 @@ class Run:
             stop = stop or last or progress.validation_due
             if progress.step % settings.save_every == 0 or stop or (improved and settings.keep_best > 0):
                 self.save()
+        self.interrupt.agree()  # a signal to one rank ends all of them in the same way
 
     def over(self) -> bool:
         """Whether the run has reached its end."""
@@ -232,22 +239,35 @@ class Run:
                 self.say(f"step {step}: " + "  ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
         improved = metrics["val/pq"] > max(self.progress.best.values(), default=-1.0)
         self.progress.best[step] = metrics["val/pq"]
-        if improved and self.config.train.keep_best:
-            self.export(self.folder / "best")
         self.window, self.batches.waited = Window(), 0.0
         return improved
 
     def save(self) -> None:
-        """Saves a checkpoint to go on from, and the averaged weights as a model folder."""
+        """Saves a checkpoint to go on from, then the averaged weights as a model folder, and as the best one."""
         self.settle(self.guard.flush())
         self.checkpoints.save(self.stage, self.optimizer, self.progress)
         self.export(self.folder)
+        if self.config.train.keep_best and self.progress.best_step() == self.progress.step:
+            self.export(self.folder / "best")
         self.window, self.batches.waited = Window(), 0.0
+
+    def bring_up_to_date(self) -> None:
+        """Writes the model folders that a kill has left behind the checkpoint that was loaded; all ranks call it."""
+        step, is_best = self.progress.step, self.progress.best_step() == self.progress.step
+        for folder in (self.folder, self.folder / "best")[: 1 + (is_best and self.config.train.keep_best > 0)]:
+            if distributed.broadcast_object(exported_step(folder, self.checkpoints.folder)) != step:
+                self.say(f"{folder} is not the model of step {step}: written anew from the checkpoint")
+                self.export(folder)
 
     def export(self, folder: Path) -> None:
         """Writes the averaged weights as a model folder; all ranks call it."""
+
+        def write() -> None:
+            self.stage.save(folder)
+            note_exported(folder, self.checkpoints.folder, self.progress.step)
+
         with self.optimizer.averaged_weights(), self.optimizer.whole_parameters():
-            distributed.run_on_main(lambda: self.stage.save(folder))
+            distributed.run_on_main(write)
 
     def say(self, message: str) -> None:
         """Prints a line on rank 0, above the progress bar."""
@@ -283,12 +303,20 @@ def train(
     Raises:
         ConfigError: settings that cannot work here.
         CheckpointError: nothing to resume, a checkpoint of another architecture, a run in the way, a full disk.
+        ArgumentError: an output_dir that the run reads from.
+        InUseError: another training writes into output_dir.
         DataError: a data set that cannot be read.
         NonFiniteError: too many steps in a row without finite gradients.
         OutOfMemory: with the settings that help most.
         Stopped: SIGTERM or SIGINT came; the run has saved.
     """
-    with Interrupt() as interrupt, Heartbeat(config.train.peer_timeout, lambda: interrupt.request(signal.SIGTERM)):
+    folder = Path(config.output_dir)
+    check_output_dir(config)
+    with (
+        Interrupt() as interrupt,
+        Heartbeat(config.train.peer_timeout, lambda: interrupt.request(signal.SIGTERM)),
+        distributed.only_writer_on_main(folder, "a training", "stop it, or take another output_dir", make=not resume),
+    ):
         run = None
         try:
             run = Run(stage_name, config, interrupt, resume, deepspeed_config, trust)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ldmseg_fast import distributed
-from ldmseg_fast.files import read_lines
+from ldmseg_fast.files import read_lines, read_text
 
 STARTS = "starts.jsonl"
 
@@ -63,7 +63,7 @@ def ancestors(run_dir: Path) -> list[Path]:
         if not (folder / "config.json").is_file() or folder in chain:
             continue
         chain.append(folder)
-        model = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model", {})
+        model = json.loads(read_text(folder / "config.json")).get("model", {})
         waiting += [Path(model[key]) for key in ("init_from", "mask_vae") if model.get(key)]
     return chain[::-1]
 

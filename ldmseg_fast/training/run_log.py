@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldmseg_fast import distributed
 from ldmseg_fast.errors import ConfigError
+from ldmseg_fast.files import replacing
 
 
 class Window:
@@ -57,7 +58,8 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text(encoding="utf-8").splitlines() if start_step and self.path.exists() else []
         kept = [line for line in lines if (record := _parse(line)) and record["step"] <= start_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 

@@ -1,5 +1,7 @@
 """The GPU suite ends in time and survives its parts; its table says what is met and what was not measured."""
 
+import argparse
+import importlib
 import json
 import os
 import signal
@@ -13,41 +15,115 @@ import pytest
 from benchmarks import gpu_suite
 from benchmarks.harness import Run, validate
 from benchmarks.reporting import gpu_targets
+from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.kernels.backend import KERNELS
 
 
 def python(code):
     return (sys.executable, "-c", code)
 
 
-def test_parts_may_fail_hang_or_be_missing(tmp_path, record, capsys):
-    (tmp_path / "source.txt").write_text(json.dumps(record))
-    copy = f"import shutil; shutil.copy({str(tmp_path / 'source.txt')!r}, {str(tmp_path / 'latency-1.json')!r})"
+def make_suite(tmp_path, parts, seconds=60.0):
+    """One part a stage, with `seconds` left."""
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+    return gpu_suite.Suite([[part] for part in parts], work, time.monotonic() + seconds)
+
+
+def copying(tmp_path, record, name="latency-1.json", text=None):
+    """Code that leaves a result file in the part's folder."""
+    source = tmp_path / f"source-{name}.txt"
+    source.write_text(text or json.dumps(record))
+    return f"import shutil; shutil.copy({str(source)!r}, '{{out}}/{name}')"
+
+
+def test_parts_may_fail_hang_or_be_missing(tmp_path, record):
     parts = [
-        gpu_suite.Part("fails", python("raise SystemExit('no such kernel')"), 0.5),
-        gpu_suite.Part("leaves half a file", python(f"open({str(tmp_path / 'x.json')!r}, 'w').write('{{')"), 0.5),
-        gpu_suite.Part("is not there", ("/nowhere/python",), 0.5),
-        gpu_suite.Part("measures", python(copy), 0.5),
-        gpu_suite.Part("hangs", python("import time; print('begun', flush=True); time.sleep(600)"), 0.1),
+        gpu_suite.Part("fails", python("raise SystemExit('no such kernel')"), 30),
+        gpu_suite.Part("leaves half a file", python("open('{out}/x.json', 'w').write('half')"), 30),
+        gpu_suite.Part("is not there", ("/nowhere/python",), 30),
+        gpu_suite.Part("measures", python(copying(tmp_path, record)), 30),
+        gpu_suite.Part("hangs", python("import time; print('begun', flush=True); time.sleep(600)"), 2),
+        gpu_suite.Part("needs what failed", python("print(1)"), 30, ("fails",)),
     ]
+    suite = make_suite(tmp_path, parts)
+    suite.run()
+    statuses = [suite.done[part.name].status for part in parts]
+    assert statuses == ["failed", "passed", "failed", "passed", "late", "left out"]
     run = Run("gpu", quick=True)
-    started = time.monotonic()
-    gpu_suite.run_suite(run, parts, tmp_path, started + 60)
-    assert time.monotonic() - started < 60
-    outcome = {row["variant"]: row for row in run.results if row["name"] == "part"}
-    statuses = [outcome[part.name]["status"] for part in parts]
-    assert statuses == ["failed", "passed", "failed", "passed", "late"]
-    assert "no such kernel" in outcome["fails"]["output"] and "begun" in outcome["hangs"]["output"]
+    suite.fill(run)
+    rows = {row["variant"]: row for row in run.results if row["name"] == "part"}
+    assert "no such kernel" in rows["fails"]["output"] and "begun" in rows["hangs"]["output"]
+    assert rows["hangs"]["red"].startswith("late after ") and "x.json" in rows["leaves half a file"]["output"]
+    assert "without fails" in rows["needs what failed"]["output"]
     assert any(row["name"] == "whole image" for row in run.results)
-    assert "x.json" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*.json"))
+    assert {row["variant"] for row in run.red} == {"fails", "is not there", "hangs", "needs what failed"}
     run.save(tmp_path)
 
 
-def test_ended_from_outside_it_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+def test_a_late_part_keeps_the_rows_that_it_measured(tmp_path):
+    code = (
+        "import time\nfrom pathlib import Path\nfrom benchmarks.harness import Run\n"
+        "run = Run('trial', quick=True, folder=Path('{out}'))\nrun.add_value('first', 1.5, 'ms')\n"
+        "run.add_red('second', 'ours', 'differs from torch')\ntime.sleep(600)"
+    )
+    suite = make_suite(tmp_path, [gpu_suite.Part("slow", python(code), 15)])
+    suite.run()
+    assert suite.done["slow"].status == "late"
+    assert [(row["name"], "red" in row) for row in suite.done["slow"].results] == [("first", False), ("second", True)]
+
+
+def test_parts_of_a_stage_run_beside_each_other(tmp_path):
+    """Each waits for a file of the other."""
+    code = (
+        "import time; from pathlib import Path; Path('{out}/../{own}').touch()\n"
+        "while not Path('{out}/../{other}').exists(): time.sleep(0.05)"
+    )
+    codes = [code.replace("{own}", own).replace("{other}", other) for own, other in ("ab", "ba")]
+    parts = [gpu_suite.Part(name, python(code), 20) for name, code in zip(("one", "two"), codes)]
+    outcomes = gpu_suite.run_stage(parts, 30, tmp_path)
+    assert [outcome.status for outcome in outcomes] == ["passed", "passed"]
+
+
+def test_an_interrupted_suite_goes_on(tmp_path, record):
+    """A part that the suite's own end cut off is measured again; what ended for good is not."""
+    count = tmp_path / "count"
+    once = f"open({str(count)!r}, 'a').write('x'); " + copying(tmp_path, record)
+    flag = tmp_path / "quick now"
+    slow = f"import time; from pathlib import Path; time.sleep(0 if Path({str(flag)!r}).exists() else 600)"
+    parts = [gpu_suite.Part("measured", python(once), 30), gpu_suite.Part("cut", python(slow), 300)]
+    first = make_suite(tmp_path, parts, seconds=gpu_suite.CLOSING_SECONDS + gpu_suite.LEAST_SECONDS + 3)
+    first.run()
+    assert {name: outcome.status for name, outcome in first.done.items()} == {"measured": "passed", "cut": "cut"}
+    with (first.work / gpu_suite.STATE).open("a") as file:
+        file.write('{"part": "half a li')  # what a suite that is killed leaves
+    flag.touch()
+    second = make_suite(tmp_path, parts)
+    second.load()
+    assert [part.name for stage in second.missing() for part in stage] == ["cut"]
+    second.run()
+    assert {outcome.status for outcome in second.done.values()} == {"passed"} and not second.missing()
+    third = make_suite(tmp_path, parts)
+    third.load()
+    assert not third.missing()
+    assert len(second.done["measured"].results) == len(record["results"]) and count.read_text() == "x"
+
+
+def test_an_old_suite_is_not_overwritten_and_none_is_invented(tmp_path, capsys):
+    (tmp_path / gpu_suite.STATE).write_text("")
+    with pytest.raises(ArgumentError, match="--resume to go on"):
+        gpu_suite.main(["--device", "cpu", "--quick", "--work", str(tmp_path)])
+    with pytest.raises(ArgumentError, match="no folder of an unfinished suite"):
+        gpu_suite.main(["--device", "cpu", "--quick", "--work", str(tmp_path / "other"), "--resume"])
+    with pytest.raises(ArgumentError, match=r"no such part; there are .*UNet step"):
+        gpu_suite.main(["--device", "cpu", "--quick", "--only", "unet"])
+
+
+def test_ended_from_outside_it_keeps_what_was_measured(tmp_path, monkeypatch):
     child = tmp_path / "child"
     code = f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    parts = [gpu_suite.Part("measured", python("print(1)"), 0.5), gpu_suite.Part("under way", python(code), 0.9)]
-    monkeypatch.setattr(gpu_suite, "make_parts", lambda *_: parts)
+    parts = [gpu_suite.Part("measured", python("print(1)"), 30), gpu_suite.Part("under way", python(code), 50)]
+    monkeypatch.setattr(gpu_suite, "make_plan", lambda *_: [[part] for part in parts])
 
     def end():
         while not (child.is_file() and child.read_text()):
@@ -71,7 +147,7 @@ def test_ended_from_outside_it_keeps_what_was_measured(tmp_path, monkeypatch, ca
 
 def test_what_a_finished_part_leaves_running_is_ended(tmp_path):
     code = "import subprocess, sys\nprint(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid)"
-    outcome = gpu_suite.run_part(gpu_suite.Part("leaves a child", python(code), 1.0), 60)
+    [outcome] = gpu_suite.run_stage([gpu_suite.Part("leaves a child", python(code), 60)], 60, tmp_path)
     assert outcome.status == "passed"
     child = Path(f"/proc/{int(outcome.output)}/stat")
     deadline = time.monotonic() + 10
@@ -80,17 +156,64 @@ def test_what_a_finished_part_leaves_running_is_ended(tmp_path):
     assert not child.is_file() or child.read_text().split()[2] == "Z"
 
 
-def test_without_weights_the_kernels_are_measured_all_the_same(tmp_path):
-    parts = gpu_suite.make_parts("cuda", False, tmp_path / "model", tmp_path)
-    names = [part.name for part in parts]
-    assert names.index("kernels") < names.index("random weights") < names.index("UNet step")
-    assert not any(str(tmp_path / "model") in part.command for part in parts[: names.index("random weights")])
+@pytest.mark.parametrize(("plan", "most"), [("short", 20), ("long", 60)])
+def test_the_plan_begins_with_tests_and_weights(tmp_path, plan, most):
+    stages = gpu_suite.make_plan(plan, "cuda", False, tmp_path, tmp_path / "tuned.json")
+    parts = {part.name: part for stage in stages for part in stage}
+    first = [part.name for part in stages[0]]
+    assert first == [*(f"tests of {kernel}" for kernel in KERNELS), "random weights"]
+    assert all(part.needs == (f"tests of {name}",) for name, part in parts.items() if name in KERNELS)
+    assert "random weights" in parts["whole image, compiled"].needs and parts["tuning"].command[-3].endswith("json")
+    assert {need for part in parts.values() for need in part.needs} <= parts.keys()
+    assert all(len(stage) == 1 for stage in stages[1:])
+    assert sum(max(part.limit for part in stage) for stage in stages) < 60 * most
+
+
+@pytest.mark.parametrize("plan", ["short", "long"])
+@pytest.mark.parametrize(("device", "quick"), [("cuda", False), ("cpu", True)])
+def test_every_command_line_of_the_plan_is_understood(tmp_path, monkeypatch, plan, device, quick):
+    """Options may change: each script's own parser reads what the suite gives it."""
+    find = gpu_suite.importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: name == "tensorrt" or find(name))
+        stages = gpu_suite.make_plan(plan, device, quick, tmp_path, tmp_path / "tuned.json")
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop_after(argparse.ArgumentParser))
+    for stage in stages:
+        for part in stage:
+            words = [word.replace("{minutes}", "0.5").replace("{out}", str(tmp_path)) for word in part.command[1:]]
+            if words[0] == "-m" and words[1] != "pytest":
+                module = importlib.import_module(words[1])
+                arguments = words[2:]
+            elif words[0] != "-m":
+                module = importlib.import_module("ldmseg_fast." + words[0].removesuffix(".py").replace("/", "."))
+                arguments = words[1:]
+            else:
+                assert all((gpu_suite.ROOT / word).is_file() for word in words if word.endswith(".py"))
+                continue
+            monkeypatch.setattr(sys, "argv", [part.name, *arguments])
+            with pytest.raises(Understood):
+                module.main()
+
+
+class Understood(Exception):
+    """Raised in the place of work."""
+
+
+def stop_after(parser):
+    plain = parser.parse_known_args
+
+    def parse(self, args=None, namespace=None):
+        _, rest = plain(self, args, namespace)
+        assert not rest
+        raise Understood
+
+    return parse
 
 
 def test_without_time_nothing_is_begun(tmp_path):
-    run = Run("gpu", quick=True)
-    gpu_suite.run_suite(run, [gpu_suite.Part("late", python("1/0"), 0.5)], tmp_path, time.monotonic() + 6)
-    assert run.results[0]["status"] == "no time left"
+    suite = make_suite(tmp_path, [gpu_suite.Part("late", python("1/0"), 30)], seconds=6)
+    suite.run()
+    assert suite.done["late"].status == "cut" and suite.missing()
 
 
 def test_the_table_knows_the_targets():
@@ -111,6 +234,8 @@ def test_the_table_knows_the_targets():
     assert lines["bit planes, encode"][1:] == ["0.001 ms (triton), 90% of copy", "20.00x", "50%", "yes"]
     assert lines["training, per image"][1] == "not measured"
     assert "whole image, 4 steps" in gpu_targets.format_table(rows)
+    red = {"name": "whole image", "variant": "torch", "case": {"batch": 1, "steps": 1}, "unit": "", "red": "too late"}
+    assert "red: too late" in gpu_targets.format_table([*rows, red])
 
 
 def test_a_machine_without_a_gpu_is_told(script):

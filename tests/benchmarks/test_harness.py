@@ -56,6 +56,37 @@ def test_a_red_check_records_nothing(harness, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_is_killed_keeps_its_rows(harness, tmp_path):
+    """Each row is a line of the journal from the moment it is measured; saving replaces the journal by the whole."""
+    run = harness.Run("trial", quick=True, folder=tmp_path)
+    run.check("equal", True)
+    run.add_value("pq", 51.7, "percent")
+    run.add_red("sleep", "ours", "differs from torch", case={"ms": 2})
+    [journal] = tmp_path.iterdir()
+    with journal.open("a") as file:
+        file.write('{"row": {"na')
+    record = harness.read_journal(journal)
+    assert record["results"] == run.results and record["checks"] == {"equal": True} and record["suite"] == "trial"
+    assert [row["red"] for row in run.red] == ["differs from torch"]
+    path = run.save(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert harness.read_results(path)["results"] == run.results
+    for text in ("", "no journal\n", '{"schema": 1}\n'):
+        journal.write_text(text)
+        with pytest.raises(harness.BenchmarkError, match="no journal of a run"):
+            harness.read_journal(journal)
+
+
+def test_a_red_row_ends_what_older_runs_say(harness, tmp_path, record):
+    from benchmarks.reporting.rows import load_rows
+
+    (tmp_path / "latency-1.json").write_text(json.dumps(record))
+    assert [row["name"] for row in load_rows("latency", tmp_path)] == ["whole image", "PQ"]
+    red = {"name": "PQ", "variant": "ours", "case": {}, "unit": "", "red": "differs"}
+    (tmp_path / "latency-2.json").write_text(json.dumps(record | {"results": [red]}))
+    assert [row["name"] for row in load_rows("latency", tmp_path)] == ["whole image"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import bench_latency, bench_throughput
-from benchmarks.harness import BenchmarkError, validate
+from benchmarks.harness import validate
 from benchmarks.peers import plain_pipeline
 from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.peers.plain_pipeline import PlainPipeline, plain_postprocess
@@ -87,22 +87,56 @@ def test_latency_is_recorded_stage_by_stage(model_dir, tmp_path):
     assert all(record["checks"].values()) and len(record["checks"]) == 2
 
 
-def test_a_wrong_result_is_not_recorded(model_dir, tmp_path, monkeypatch):
-    right = OurPipeline.sample
-    monkeypatch.setattr(OurPipeline, "sample", lambda self, *arguments: 1.01 * right(self, *arguments))
-    with pytest.raises(BenchmarkError, match="torch float32 equals diffusers"):
-        run_quick(bench_latency.main, model_dir, tmp_path, "--variants", "torch float32", "--sizes", "48x64")
-    assert not list(tmp_path.iterdir())
+def test_a_wrong_result_is_a_red_row_and_the_others_stay(model_dir, tmp_path, monkeypatch, capsys):
+    """Neither a backend that disagrees, nor one that cannot run here, nor one without memory costs the others' rows."""
 
-
-def test_a_backend_that_cannot_run_is_named(model_dir, tmp_path, monkeypatch, capsys):
     def refuse(*_):
-        raise RuntimeError("no such device")
+        raise RuntimeError("no such device\nand more")
 
-    monkeypatch.setattr("benchmarks.peers.candidates._onnx", refuse)
-    arguments = ["--variants", "onnxruntime", "--sizes", "48x64", "--parts", "step"]
-    assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == 0
-    assert "onnxruntime: not measured (RuntimeError: no such device)" in capsys.readouterr().out
+    def makers(info, device, scratch, *_, **__):
+        makers = our_candidates(info, device, scratch, slow=False)
+        small = makers["torch float32"]
+        return makers | {"wrong": Wrong(small), "small": Small(small), "onnxruntime": refuse}
+
+    monkeypatch.setattr(bench_latency, "our_candidates", makers)
+    arguments = ["--sizes", "48x64", "--parts", "step", "--variants", "torch float32", "wrong", "small", "onnxruntime"]
+    assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == 1
+    record = json.loads(next(tmp_path.glob("latency-*.json")).read_text())
+    validate(record)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+    red = {row["variant"]: row["red"] for row in record["results"] if "red" in row}
+    assert red["wrong"].startswith("differs from diffusers: latents 0.01 apart")
+    assert red["onnxruntime"] == "RuntimeError: no such device" and red["small"] == "MemoryError: batch"
+    assert {row["variant"] for row in record["results"] if "p50" in row} == {"diffusers", "torch float32"}
+    assert "RED: RuntimeError: no such device" in capsys.readouterr().out
+
+
+class Wrong:
+    """Makes a pipeline that is one percent off."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __call__(self):
+        pipeline = self.make()
+        right = pipeline.sample
+        pipeline.sample = lambda *arguments: self.change(right, arguments)
+        return pipeline
+
+    def change(self, right, arguments):
+        return 1.01 * right(*arguments)
+
+
+class Small(Wrong):
+    """Makes one that runs out of memory once it is timed."""
+
+    calls = 0
+
+    def change(self, right, arguments):
+        self.calls += 1
+        if self.calls > 1:
+            raise MemoryError("batch")
+        return right(*arguments)
 
 
 def test_throughput_overlaps_and_stays_right(model_dir, tmp_path):

@@ -7,9 +7,11 @@ import torch
 
 from benchmarks import bench_scaling
 from benchmarks.harness import BenchmarkError, validate
+from benchmarks.measuring import cost_model
 from benchmarks.measuring.cost_model import ACCELERATORS, Fit, Point, fit, gradient_traffic, held_out_errors, predict
 from benchmarks.reporting import scaling_tables
 from ldmseg_fast.config.presets import COCO
+from ldmseg_fast.training import estimate
 
 H200 = ACCELERATORS["H200"]
 
@@ -84,6 +86,14 @@ def test_predictions_have_the_right_limits():
     assert one.memory_bytes > eight.memory_bytes > many.memory_bytes
     assert one.exposed_seconds == 0 < eight.exposed_seconds
     assert one.days == pytest.approx(one.gpu_hours / 24)
+
+
+def test_predictions_for_a_gpu_do_not_depend_on_this_machine(monkeypatch):
+    asked = []
+    resolve = lambda name, device: asked.append(name) or (name, "")  # noqa: E731
+    monkeypatch.setattr(estimate, "resolve_precision", resolve)
+    cost_model._sizes.__wrapped__(COCO)
+    assert COCO.train.precision == "auto" and asked == ["bf16"]
 
 
 def test_a_slow_input_pipeline_limits():

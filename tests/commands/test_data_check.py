@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ldmseg_fast.commands.data_check import Report, check_folder
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.panoptic.format import write_panoptic_png
 
@@ -62,6 +63,52 @@ def test_ids(pair, quarters: MakeMap) -> None:
     report = check_folder(pair.root)
     assert report.counts() == {"id in map, not in JSON": 1, "id in JSON, not in map": 1}
     assert "(5)" in report.table() and "(44)" in report.table()
+
+
+def test_several_ids_are_counted_and_areas_compared(pair) -> None:
+    first, second = pair.content["annotations"]
+    first["segments_info"] = first["segments_info"][2:]
+    first["segments_info"] += [{"id": segment_id, "category_id": 1, "area": 1} for segment_id in range(20, 30)]
+    second["segments_info"][0]["area"] += 1
+    second["segments_info"][1]["area"] = 0
+    pair.save()
+    report = check_folder(pair.root)
+    counts = {"id in map, not in JSON": 1, "id in JSON, not in map": 1, "area differs from the map's": 1}
+    assert report.counts() == counts
+    assert "(2 ids: 5, 900)" in report.table() and "(10 ids: 20, 21, 22, 23, 24, ...)" in report.table()
+    assert "2 segments: segment 5: 151 pixels by the JSON, 150 in the map, segment 900: 0 pixels" in report.table()
+
+
+@pytest.mark.parametrize("orientation", range(9))
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_exif_orientation(pair, orientation: int, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = pair.root / "val" / "0.jpg"
+    with Image.open(path) as picture:
+        picture.save(path.with_suffix(f".{suffix}"), exif=exif)
+    pair.content["images"][0]["file_name"] = f"0.{suffix}"
+    pair.save()
+    report = check_folder(pair.root)
+    assert report.counts() == ({"EXIF orientation that is not 1": 1} if orientation > 1 else {})
+    assert orientation < 2 or f"({orientation}, and maps follow the stored pixels" in report.table()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda c: c["annotations"][1]["segments_info"][0].update(iscrowd="0"), "iscrowd that is not 0 or 1"),
+        (lambda content: content["images"][0].update(height="20"), "size that is no number of pixels"),
+        (lambda content: content["images"][0].update(file_name=None), "image without file name"),
+        (lambda content: content["categories"][0].update(id=2**40), "category id outside 0..2^31-1"),
+    ],
+)
+def test_what_training_refuses_is_reported(pair, change: Callable, kind: str) -> None:
+    change(pair.content)
+    pair.save()
+    assert kind in found(pair)
+    with pytest.raises(DataError):
+        CocoPanoptic(pair.root, "val", 16)
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("P", "palette map"), ("RGBA", "RGBA map"), ("L", "grey map")])

@@ -73,19 +73,28 @@ def test_head_takes_the_lowest_of_equal_slots():
 
 def test_head_ignores_slots_that_are_masked_out():
     logits = _logits(1, 20, 6, 6)
-    logits[0, 5:9] = -1e4  # infinite ones become NaN in torch where a weight of its resize is zero
+    logits[0, 5:9] = -1e4
     expected = reference.panoptic_head(logits, (24, 24), (30, 30), 0.3, 3, 0.2)
-    for lowest in (-1e4, -float("inf")):
+    for lowest in (-1e4, -2e30, -1e38, torch.finfo(torch.float32).min):
         logits[0, 5:9] = lowest
-        for ours, theirs in zip(_head(logits, (24, 24), (30, 30)), expected):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        for head in (
+            _head(logits, (24, 24), (30, 30)),
+            reference.panoptic_head(logits, (24, 24), (30, 30), 0.3, 3, 0.2),
+        ):
+            for ours, theirs in zip(head, expected):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_head_survives_infinite_and_missing_logits():
-    logits = _logits(1, 20, 6, 6)
-    logits[0, 3], logits[0, 4, 2, 2], logits[0, 5] = float("nan"), float("inf"), -float("inf")
-    segmentation, *_ = _head(logits, (24, 24), (30, 30))
-    assert 0 <= segmentation.min() <= segmentation.max() <= 20
+@pytest.mark.parametrize("simd", [PLAIN, AVX2, AVX512])
+@pytest.mark.parametrize("slots", [1, 7, 15, 16, 17, 20, 31, 32, 33])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -2e30, 2e30, 3.4e38, -3.4e38])
+def test_head_never_reads_past_its_tables(value, slots, simd):
+    logits = torch.full((1, slots, 4, 4), value)
+    segmentation, probability, area, box, score = _head(
+        logits, (4, 4), (4, 4), count=0, mask=0.05, overlap=0, simd=simd
+    )
+    assert not segmentation.any() and not area.any() and not box.any() and not score.any()  # nothing, or slot 0
+    assert (probability == (1 / slots if np.isfinite(value) else 0)).all()
 
 
 def test_head_needs_little_memory(harness):

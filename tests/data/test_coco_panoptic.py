@@ -306,7 +306,10 @@ def test_folders_that_are_not_there(folder, quarters: MakeMap, tmp_path: Path) -
     shutil.rmtree(folder.root / "val")
     with pytest.raises(DataError, match="no folder with pictures"):
         CocoPanoptic(folder.root, "val", 16)
-    (folder.root / "val").mkdir()
+    (folder.root / "Val").mkdir()
+    with pytest.raises(DataError, match=r"no folder with pictures: .*Val is there: upper and lower case differ"):
+        CocoPanoptic(folder.root, "val", 16)
+    (folder.root / "val").mkdir(exist_ok=True)
     with pytest.raises(DataError, match=r"1 of 1 pictures .*0\.jpg.*ldmseg data check"):
         CocoPanoptic(folder.root, "val", 16)
 

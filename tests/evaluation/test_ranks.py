@@ -114,6 +114,8 @@ def fails(self, indices, seed):
     if len(calls) == 2 and os.environ["RANK"] == sys.argv[1]:
         if sys.argv[2] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[2] == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
         raise (DataError if sys.argv[2] == "DataError" else KeyError)("picture 7 is upside down")
     return segment(self, indices, seed)
 DiffusionModel.segment = fails
@@ -127,6 +129,7 @@ sys.exit(main(sys.argv[3:]))
         (1, "DataError", 2, "error: picture 7 is upside down\n"),
         (0, "KeyError", 1, "KeyError: 'picture 7 is upside down'\n"),
         (1, "killed", -9, ""),
+        (1, "stopped", 143, "stopped by SIGTERM\n"),
     ],
 )
 def test_a_rank_that_fails_ends_the_other(model_dir, scenes, rank, how, code, message):
@@ -135,8 +138,10 @@ def test_a_rank_that_fails_ends_the_other(model_dir, scenes, rank, how, code, me
     (own_code, own_error, end), (other_code, other_error, other_end) = ended[rank], ended[1 - rank]
     assert own_code == code and own_error.endswith(message), ended
     assert "Traceback" not in own_error or how == "KeyError"
-    assert other_code == LOST_RANK and "Traceback" not in other_error, ended
-    words = "another rank has gone" if how == "killed" else f"rank {rank} has failed"
+    assert other_code == (143 if how == "stopped" else LOST_RANK) and "Traceback" not in other_error, ended
+    words = {"killed": "another rank has gone", "stopped": f"rank {rank} was stopped"}.get(
+        how, f"rank {rank} has failed"
+    )
     assert f"rank {1 - rank}: " in other_error and words in other_error
     assert abs(other_end - end) < 15
 

@@ -17,8 +17,9 @@ from ldmseg_fast.kernels.mask_bits import host as bits
 from ldmseg_fast.kernels.mask_bits import op as bits_ops
 from ldmseg_fast.kernels.panoptic_head import host as head
 from ldmseg_fast.kernels.panoptic_head import op as head_ops
+from ldmseg_fast.kernels.point_loss import custom_ops as points_ops
 from ldmseg_fast.kernels.point_loss import host as points
-from ldmseg_fast.kernels.point_loss import op as points_ops
+from ldmseg_fast.kernels.point_loss import op as points_functions
 from ldmseg_fast.kernels.point_loss import reference as points_reference
 
 FAR = 2**31  # elements between two images
@@ -120,9 +121,9 @@ def test_norm_of_nothing_has_a_gradient(batch, height, device):
 def test_logits_and_maps_without_pixels_are_refused(device, refuses):
     logits, ids = torch.zeros(2, 4, 6, 5, device=device), torch.zeros(2, 7, 7, dtype=torch.uint8, device=device)
     at = torch.zeros(2, 3, 2, device=device)
-    refuses("mask_logits", points_ops.sample_ce, points_ops.sample_ce_op, (logits[:, :, :0], ids, at))
-    refuses("mask_logits", points_ops.point_margin, points_ops.point_margin_op, (logits[..., :0], at))
-    refuses("segment_ids", points_ops.sample_ce, points_ops.sample_ce_op, (logits, ids[:, :0], at))
+    refuses("mask_logits", points_functions.sample_ce, points_ops.sample_ce_op, (logits[:, :, :0], ids, at))
+    refuses("mask_logits", points_functions.point_margin, points_ops.point_margin_op, (logits[..., :0], at))
+    refuses("segment_ids", points_functions.sample_ce, points_ops.sample_ce_op, (logits, ids[:, :0], at))
     sizes = ((8, 8), (9, 7), 0.5, 1, 0.5)
     refuses("mask_logits", head_ops.panoptic_head, head_ops.panoptic_head_op, (logits[:, :, :0], *sizes))
     refuses("target_size", head_ops.panoptic_head, head_ops.panoptic_head_op, (logits, (8, 8), (0, 7), *sizes[2:]))

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from ldmseg_fast.kernels import point_loss
 from ldmseg_fast.kernels.point_loss import host, reference
-from ldmseg_fast.kernels.point_loss.op import (
+from ldmseg_fast.kernels.point_loss.custom_ops import (
     point_logits_op,
     point_margin_op,
     sample_bce_dice_backward_op,
@@ -108,6 +108,28 @@ def test_padding_rows_change_nothing(device):
     for function in (reference.sample_bce_dice, lambda *a: host.sample_bce_dice_forward(*a)[:2]):
         for one, other in zip(function(logits, ids, image_index, slots, points), function(logits, ids, *padded)):
             torch.testing.assert_close(one, other)
+
+
+def test_rows_of_no_image_and_points_of_no_place_touch_nothing(device):
+    """Indices that are wrong: no memory beside the tensors is read or written, and other rows are as they were."""
+    args = make_inputs((2, 6, 5, 7), (10, 14), 40, 3, torch.float32, torch.contiguous_format, device)
+    logits, ids, _, image_index, slots, points = args
+    more = torch.tensor([-1, 2, 2**40, -(2**62)], device=device)
+    wide = torch.cat([image_index, more]), torch.cat([slots, more.new_full((4,), 3)])
+    wide_points = torch.cat([points, points[:1].expand(4, -1, -1)])
+    sums = host.sample_bce_dice_forward(logits, ids, image_index, slots, points)
+    wide_sums = host.sample_bce_dice_forward(logits, ids, *wide, wide_points)
+    for ours, theirs in zip(wide_sums[:2], sums[:2]):
+        torch.testing.assert_close(ours, theirs)
+    one = torch.ones((), device=device)
+    grad = host.sample_bce_dice_backward(one, one, logits, ids, image_index, slots, points, sums[2])
+    wide_grad = host.sample_bce_dice_backward(one, one, logits, ids, *wide, wide_points, wide_sums[2])
+    torch.testing.assert_close(wide_grad, grad)
+    assert not host.slot_logits(logits, *wide, wide_points)[3:].any()
+    for strange in (float("nan"), float("inf"), -float("inf"), 1e30):
+        points[:, 0] = strange
+        for result in (host.slot_logits(logits, image_index, slots, points), host.point_logits(logits, points[:2])):
+            assert result.shape[-1] == 40
 
 
 def test_nothing_to_sample(device):

@@ -178,3 +178,11 @@ def test_without_the_extension_one_warning(monkeypatch):
         match_segments(ids, table, ids, table)
         match_segments(ids, table, ids, table)
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"iscrowd": None}, {"iscrowd": "0"}, {"iscrowd": 2}, {"iscrowd": float("nan")}, {"category_id": 2**40}]
+)
+def test_segments_that_are_no_numbers(wrong):
+    with pytest.raises(PanopticFormatError, match=r"segment 7: .*`iscrowd`"):
+        segment_table([{"id": 7, "category_id": 1} | wrong], False)

@@ -1,5 +1,6 @@
 """`ldmseg pq` on files: equal to peers, streaming, and one clear error for every bad input."""
 
+import codecs
 import json
 import shutil
 import struct
@@ -11,9 +12,10 @@ from PIL import Image
 
 from ldmseg_fast.cli import main
 from ldmseg_fast.errors import PanopticFormatError
-from ldmseg_fast.metrics import annotation_index, matching, pq_files
+from ldmseg_fast.metrics import matching, pq_files
 from ldmseg_fast.metrics.pq_files import evaluate_files, png_folder
 from ldmseg_fast.metrics.pq_report import format_table
+from ldmseg_fast.panoptic import annotations
 from ldmseg_fast.panoptic import format as panoptic_format
 from ldmseg_fast.panoptic.format import write_panoptic_png
 
@@ -139,7 +141,7 @@ def test_threads_and_reports(dataset, tmp_path, capsys):
 def test_without_the_extension_the_same_numbers(dataset, monkeypatch):
     gt_json, pred_json = dataset
     fast = evaluate_files(gt_json, pred_json, boundary=True, num_threads=2)
-    for module in (annotation_index, matching, panoptic_format, pq_files):
+    for module in (annotations, matching, panoptic_format, pq_files):
         monkeypatch.setattr(module, "_C", None)
     slow = evaluate_files(gt_json, pred_json, boundary=True, num_threads=2)
     assert fast.pop("seconds") > 0 and slow.pop("seconds") > 0
@@ -171,6 +173,36 @@ def test_predictions_of_unknown_images_are_left_out_and_told(dataset):
     assert result["ignored"] == [12]
     assert result["All"] != full
     assert "1 predicted images that the ground truth does not list" in format_table(result)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (str, "there it is the text '1', in the ground truth the number 1: write `image_id` as the ground truth does"),
+        (
+            lambda image_id: f"{image_id:012d}.jpg",
+            "there it is the text '000000000001.jpg', in the ground truth the number",
+        ),
+        (lambda image_id: image_id + 100, "it has none of the ground truth's, but 101, 102, 103, 104, 105"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--allow-missing",)])
+def test_predictions_of_other_ids(dataset, capsys, rename, message, options):
+    gt_json, pred_json = dataset
+    _edit(pred_json, lambda content: [a.update(image_id=rename(a["image_id"])) for a in content["annotations"]])
+    assert _run(gt_json, pred_json, *options) == 2
+    error = capsys.readouterr().err
+    assert "no prediction for 12 of 12 images" in error and message in error
+    _edit(pred_json, lambda content: content.update(annotations=[]))
+    assert _run(gt_json, pred_json, "--allow-missing") == 0, "no prediction at all"
+
+
+def test_files_with_a_byte_order_mark(dataset):
+    gt_json, pred_json = dataset
+    before = evaluate_files(gt_json, pred_json)["All"]
+    for path in dataset:
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert evaluate_files(gt_json, pred_json)["All"] == before
 
 
 def _png(width, height, depth, colour, rows):

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import struct
 import tempfile
 import zlib
@@ -19,9 +20,11 @@ from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic import format as panoptic_format
 from ldmseg_fast.panoptic.format import (
     MAX_ID,
+    MAX_SIDE,
     ids_to_rgb,
     load_panoptic_json,
     read_panoptic_png,
+    read_run_map,
     rgb_to_ids,
     two_channel_to_ids,
     write_panoptic_png,
@@ -246,3 +249,88 @@ def test_two_channel_form():
     assert (two_channel_to_ids(channels[..., :2])[0] == ids).all()
     with pytest.raises(PanopticFormatError, match="third channel"):
         two_channel_to_ids(channels + np.uint8(1))
+
+
+def _adam7(ids):
+    """The filtered rows of an interlaced file."""
+    rgb, rows = ids_to_rgb(ids), b""
+    for x, y, across, down in (
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    ):
+        part = rgb[y::down, x::across]
+        rows += b"".join(b"\0" + row.tobytes() for row in part) if part.size else b""
+    return rows
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (9, 8), (1100, 1000)], ids=str)
+def test_interlaced_maps_are_read_in_bands(implementation, tmp_path, shape):
+    ids = np.random.default_rng(2).integers(0, 2**24, shape).astype(np.int32)
+    (tmp_path / "x.png").write_bytes(_png(shape[1], shape[0], _adam7(ids), interlace=1))
+    np.testing.assert_array_equal(read_panoptic_png(tmp_path / "x.png"), ids)
+    if panoptic_format._C is not None:
+        np.testing.assert_array_equal(read_run_map(tmp_path / "x.png").ids(), ids)
+
+
+def test_sides_are_bounded_by_the_header(implementation, tmp_path):
+    path = tmp_path / "x.png"
+    for width, height in ((1, MAX_SIDE + 1), (MAX_SIDE + 1, 1), (2**26, 1), (1, 2**31)):
+        path.write_bytes(_png(width, height, b"\0" * 10))
+        with pytest.raises(PanopticFormatError, match=f"header claims {width}x{height}; sides of 1 to {MAX_SIDE}"):
+            read_panoptic_png(path)
+    for width, height in ((1, MAX_SIDE), (MAX_SIDE, 1)):
+        ids = np.arange(MAX_SIDE).reshape(height, width) // 9
+        write_panoptic_png(path, ids)
+        np.testing.assert_array_equal(read_panoptic_png(path), ids)
+    assert _C is None or _C.LONGEST_SIDE == MAX_SIDE
+
+
+def test_pillow_gets_no_larger_picture_than_it_may_hold(implementation, tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(_png(8000, 8000, b"\0" * 10, interlace=1))
+    with pytest.raises(PanopticFormatError, match="8000x8000 is over 48000000 pixels for Pillow"):
+        read_panoptic_png(path)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
+        with pytest.raises(PanopticFormatError, match=r"a folder, pipe or device; name a PNG file"):
+            read_panoptic_png(name)
+    if _C is not None:
+        with pytest.raises(_C.UnreadablePng):
+            _C.match_files(
+                os.fsencode(tmp_path / "pipe.png"),
+                np.empty((0, 4), np.int64),
+                b"",
+                np.empty((0, 4), np.int64),
+                False,
+                9,
+            )
+        with pytest.raises(_C.UnusualJson):
+            _C.AnnotationIndex(os.fsencode(tmp_path / "pipe.png"), False)
+
+
+def test_chunks_that_claim_much(implementation, tmp_path):
+    """Lengths of gigabytes, texts that inflate to megabytes, thousands of small chunks: an error, or the map."""
+    path, ids = tmp_path / "x.png", np.arange(12).reshape(3, 4)
+    rows = b"".join(b"\0" + row.tobytes() for row in ids_to_rgb(ids))
+    plain = _png(4, 3, rows)
+    head, tail = plain[:33], plain[33:]
+    for kind in (b"tEXt", b"IDAT", b"prVt", b"iCCP"):
+        path.write_bytes(head + struct.pack(">I4s", 2**31 - 1, kind) + tail)
+        with pytest.raises(PanopticFormatError, match=r"x\.png: damaged or truncated"):
+            read_panoptic_png(path)
+    stream = zlib.compress(rows)
+    body = b"".join(_chunk(b"IDAT", stream[k : k + 1]) + _chunk(b"IDAT", b"") for k in range(len(stream)))
+    path.write_bytes(head + body + _chunk(b"IEND", b""))
+    np.testing.assert_array_equal(read_panoptic_png(path), ids)
+    path.write_bytes(head + _chunk(b"IDAT", zlib.compress(rows + bytes(2**24), 9)) + _chunk(b"IEND", b""))
+    if _C is not None and panoptic_format._C is not None:
+        with pytest.raises(PanopticFormatError, match="not of the size"):
+            read_panoptic_png(path)

@@ -57,6 +57,17 @@ def autoencoder(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train("autoencoder", load_config(str(TINY), [*overrides, "train.validate_every=1000", "data.val_limit=2"]))
 
 
+@pytest.fixture(scope="session")
+def diffusion(scenes: Path, autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model folder of a barely trained diffusion model."""
+    from ldmseg_fast.training.loop import train
+
+    folder = tmp_path_factory.mktemp("training") / "diffusion"
+    fixed = [f"data.root={scenes}", f"output_dir={folder}", f"model.mask_vae={autoencoder}", "train.threads=1"]
+    overrides = ["train.steps=2", "train.save_every=2", "train.validate_every=1000", "data.val_limit=2"]
+    return train("diffusion", load_config(str(TINY), [*fixed, *overrides]))
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """`start(command)` in a session of its own; whatever of it is left when the test ends is killed."""
@@ -64,11 +75,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
     def launch(command: list[Any], **environment: str) -> Job:
         log = tmp_path / f"job-{len(jobs)}.txt"
-        variables = (
-            os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LDMSEG_TEST_JOB": str(log)} | environment
-        )
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            variables.pop(name, None)
+        launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        variables = {name: value for name, value in os.environ.items() if name not in launchers}
+        variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LDMSEG_TEST_JOB": str(log)} | environment
         with log.open("w") as output:
             process = subprocess.Popen(
                 list(map(str, command)), cwd=ROOT, env=variables, stdout=output, stderr=output, start_new_session=True

@@ -24,7 +24,7 @@ from ldmseg_fast.training import validation
 from ldmseg_fast.training.loop import Run, train
 from ldmseg_fast.training.run_log import RunLog
 from ldmseg_fast.training.stages import AutoencoderStage
-from tests.training.helpers import TINY, Job, deepspeed, hang, losses, metrics, torchrun, train_command
+from tests.training.helpers import TINY, Job, deepspeed, free_port, hang, losses, metrics, torchrun, train_command
 from tests.training.two_ranks import spoil
 
 Settings = Callable[..., Config]
@@ -221,6 +221,45 @@ def test_sigterm_to_the_deepspeed_command(scenes: Path, tmp_path: Path, start: C
     job.wait_for(logged(folder, 3))
     job.process.terminate()
     job.wait_until_empty()
+    assert (folder / "checkpoints" / "latest").is_file(), job.output
+
+
+def by_hand(start: Callable[..., Job], *command: Any) -> list[Job]:
+    """Two ranks that no launcher looks after."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [start([sys.executable, *command], **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_a_signal_to_one_rank_ends_all_alike(
+    rank: int, number: int, scenes: Path, tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    """Both save, say so once and have the signal's exit code; none looks as if the training were done."""
+    folder = tmp_path / "run"
+    jobs = by_hand(start, *train_command("autoencoder", folder, scenes, *ENDLESS, "train.save_every=100000"))
+    jobs[0].wait_for(logged(folder, 3))
+    jobs[rank].process.send_signal(number)
+    assert [job.wait(60) for job in jobs] == [128 + number] * 2
+    said = jobs[0].output + jobs[1].output
+    assert said.count(f"stopped by {signal.Signals(number).name} at step") == 1
+    assert "model folder:" not in said and "Traceback" not in said
+    assert (folder / "checkpoints" / "latest").is_file() and (folder / "mask_vae" / "model.safetensors").is_file()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+def test_a_signal_to_one_rank_under_a_launcher(
+    launcher: Callable, scenes: Path, tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    folder = tmp_path / "run"
+    settings = [*ENDLESS, "train.save_every=100000"]
+    job = start(launcher(2, *train_command("autoencoder", folder, scenes, *settings)))
+    job.wait_for(logged(folder, 3))
+    os.kill(job.ranks()[1], signal.SIGTERM)
+    assert job.wait(60) != 0
+    job.wait_until_empty()
+    assert "stopped by SIGTERM at step" in job.output and "model folder:" not in job.output
     assert (folder / "checkpoints" / "latest").is_file(), job.output
 
 

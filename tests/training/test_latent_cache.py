@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,39 @@ def test_another_encoder_or_picture_is_another_cache(root: Path, taesd: Path, tm
         opened(root, taesd)
 
 
+def test_pictures_that_are_newer_than_their_latents_are_told(root: Path, taesd: Path, settings: Settings) -> None:
+    make(root, taesd)
+    config = settings("run", *TAESD, f"data.root={root}", f"image_encoder.path={taesd}", "data.latent_cache=auto")
+    encoder, _ = load_encoder(taesd, 32)
+    said: list[str] = []
+    for newer in (False, True):
+        dataset = CocoPanoptic(root, "train2017", 32, train=True)
+        if newer:
+            os.utime(dataset.paths(0)[0])
+        assert latent_cache.attach_cache(dataset, config, encoder, said.append) is not None
+        assert any("1 pictures, first" in line and "are newer" in line for line in said) == newer
+
+
+def test_latents_of_equal_names_in_sub_folders_stay_apart(root: Path, taesd: Path, settings: Settings) -> None:
+    annotations = root / "annotations" / "panoptic_train2017.json"
+    content = json.loads(annotations.read_text())
+    for place, image in enumerate(content["images"]):
+        name = f"city_{place}/same{Path(image['file_name']).suffix}"
+        (root / "train2017" / f"city_{place}").mkdir()
+        (root / "train2017" / image["file_name"]).rename(root / "train2017" / name)
+        image["file_name"] = name
+    annotations.write_text(json.dumps(content))
+    make(root, taesd)
+    config = settings("run", *TAESD, f"data.root={root}", f"image_encoder.path={taesd}", "data.latent_cache=auto")
+    encoder, _ = load_encoder(taesd, 32)
+    dataset = CocoPanoptic(root, "train2017", 32)
+    pictures = [dataset[index]["image"][None] for index in (0, 1)]
+    assert latent_cache.attach_cache(dataset, config, encoder, print) is not None
+    for index, picture in enumerate(pictures):
+        wanted = encoder(picture)[0]
+        assert torch.allclose(dataset[index]["image_latents"].float(), wanted, atol=2e-3, rtol=2e-3)
+
+
 def test_a_named_cache_must_be_there(root: Path, taesd: Path, settings: Settings, tmp_path: Path) -> None:
     first = train("autoencoder", settings("first", *TAESD, "train.steps=1", "data.val_limit=1"))
     common = [
@@ -184,11 +218,12 @@ def test_a_full_disk_leaves_what_is_whole(
     root: Path, taesd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(latent_cache, "PER_SHARD", 10)
-    save = cache_command.save_weights
+    save, written = cache_command.save_weights, []
 
     def full(state: dict, path: Path) -> None:
         save(state, path)
-        if "00001" in path.name:
+        written.append(path)
+        if len(written) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache_command, "save_weights", full)

@@ -13,7 +13,7 @@ from typing import Any
 from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.files import sha256, write_json
+from ldmseg_fast.files import read_text, sha256, write_json
 
 FORMAT_VERSION = 1
 FILE_NAME = "export.json"
@@ -96,7 +96,7 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
             f"{folder}: no {FILE_NAME} in it; make it with `python export/{script} MODEL_DIR --out {folder}`"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
         if values.get("format_version") != FORMAT_VERSION:
             raise BackendError(
                 f"{path}: format {values.get('format_version')!r}, this version reads {FORMAT_VERSION}; export again"

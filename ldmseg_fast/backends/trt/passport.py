@@ -10,7 +10,7 @@ from typing import Any
 from ldmseg_fast.backends.graphs.manifest import Manifest
 from ldmseg_fast.backends.trt.api import MIN_DRIVER, Machine, driver_major
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.files import sha256, write_json
+from ldmseg_fast.files import read_text, sha256, write_json
 
 FORMAT_VERSION = 1
 Range = tuple[int, int, int]  # least, best, largest
@@ -88,7 +88,7 @@ def read_passport(folder: Path, graph: str) -> Passport:
             f"build it with `python export/to_trt.py MODEL_DIR --out {folder}`"
         )
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(read_text(path))
         if values.get("format_version") != FORMAT_VERSION:
             raise BackendError(
                 f"{path}: passport format {values.get('format_version')!r}, this version reads {FORMAT_VERSION}; "

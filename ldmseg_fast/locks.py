@@ -1,0 +1,138 @@
+"""Lets one process at a time write into a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldmseg_fast.errors import InUseError
+
+LOCK = ".ldmseg.lock"
+_UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks
+_held: set[int] = set()
+
+
+@contextmanager
+def only_writer(folder: str | Path, what: str, cure: str, make: bool = True) -> Iterator[None]:
+    """Holds the lock of a folder inside a `with` block.
+
+    The kernel frees the lock when the process ends, however it ends. Over NFS it holds between machines as well, where
+    both mount the folder with locks. Where the file system has none, the lock file alone tells who writes: a process of
+    this machine that has gone does not count, one of another machine does until its file is deleted.
+
+    Args:
+        folder: the folder.
+        what: what writes into it, such as "a training".
+        cure: what else to do than to wait, such as "choose another output_dir".
+        make: makes the folder where there is none; otherwise nothing is locked then.
+
+    Raises:
+        InUseError: another process writes there; it names the process and its machine.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    if is_new and not make:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    with own_descriptor(_take(path, folder, what, cure)):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # something was written
+                    folder.rmdir()
+
+
+@contextmanager
+def own_descriptor(descriptor: int) -> Iterator[None]:
+    """Closes a locked file's descriptor at the end, and in processes that are forked inside the `with` block.
+
+    A loader's process must not keep a lock that its dead parent had.
+    """
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor in _held:  # a fork has closed it already
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _take(path: Path, folder: Path, what: str, cure: str) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        holder = _holder(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = True
+        except OSError as error:
+            taken = error.errno in _UNKNOWN and not _may_be_alive(holder)
+            extra = f", or delete {path} if nothing runs there" if error.errno in _UNKNOWN else ""
+        if not taken:
+            os.close(descriptor)
+            writer = _describe(holder, what)
+            raise InUseError(f"{folder}: {writer} writes there; wait until it has ended, {cure}{extra}")
+        if _is_at(descriptor, path):
+            break
+        os.close(descriptor)  # its holder has just removed it
+    own = {"pid": os.getpid(), "host": socket.gethostname(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(own).encode(), 0)
+    return descriptor
+
+
+def _holder(descriptor: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:  # it is being written
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _describe(holder: dict[str, Any], what: str) -> str:
+    if not holder:
+        return f"{what} of another process"
+    pid, host, since = (holder.get(key, "?") for key in ("pid", "host", "since"))
+    return f"{holder.get('what', what)} (process {pid} on {host}, since {since})"
+
+
+def _may_be_alive(holder: dict[str, Any]) -> bool:
+    if holder.get("host") != socket.gethostname():
+        return bool(holder)
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except (ProcessLookupError, KeyError, ValueError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _let_go() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -1,0 +1,200 @@
+"""Files and folders take the place of older ones: whole or not at all, through links, and without leftovers."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ldmseg_fast import temporary
+from ldmseg_fast.files import check_output, is_standard_output, replacing, replacing_folder, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def killed(function: Callable[[], object]) -> None:
+    """Runs a function in a process that kills itself at the end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "漢" * 85, "名" * 84 + ".ab"], ids=["x", "é", "漢", "名"])
+def test_every_name_that_the_file_system_takes(name: str, tmp_path: Path) -> None:
+    write_json(tmp_path / name, [1])
+    write_json(tmp_path / name, [2])
+    assert json.loads((tmp_path / name).read_text()) == [2] and len(list(tmp_path.iterdir())) == 1
+    with replacing_folder(tmp_path / ("f" + name[1:])) as folder:
+        (folder / "file").touch()
+    with pytest.raises(OSError, match="too long") as caught:
+        write_json(tmp_path / (name + name), 1)
+    assert caught.value.filename == str(tmp_path / (name + name))
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "x.json").write_text("old")
+    (tmp_path / "one").symlink_to("far/x.json")
+    (tmp_path / "two").symlink_to("one")
+    (tmp_path / "dangling").symlink_to("far/new.json")
+    for link in ("two", "dangling"):
+        check_output(tmp_path / link)
+        write_json(tmp_path / link, link)
+        assert (tmp_path / link).is_symlink()
+    assert (tmp_path / "far" / "x.json").read_text() == '"two"\n'
+    assert (tmp_path / "far" / "new.json").read_text() == '"dangling"\n'
+    assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["new.json", "x.json"]
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_json(tmp_path / "loop", 1)
+
+
+def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "old").touch()
+    (tmp_path / "link").symlink_to("far")
+    with replacing_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "far").iterdir()] == ["new"]
+
+
+def test_a_device_is_written_to(tmp_path: Path) -> None:
+    before = Path("/dev/null").stat()
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (Path("/dev/null"), tmp_path / "link"):
+        check_output(path)
+        write_json(path, 1)
+    assert os.path.samestat(before, Path("/dev/null").stat()) and (tmp_path / "link").is_symlink()
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_json(Path("/dev/full"), 1)
+    assert caught.value.filename == "/dev/full"
+
+
+def test_a_named_pipe_is_written_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()), daemon=True)
+    reader.start()
+    write_json(tmp_path / "pipe", {"a": 1})
+    reader.join(10)
+    assert json.loads(read[0]) == {"a": 1} and (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "LINK"])
+def test_standard_output_is_written_to_in_its_turn(path: str, tmp_path: Path) -> None:
+    """Also where it is a file, which must not lose what is printed before and after."""
+    if path == "LINK":
+        (tmp_path / "link").symlink_to("/dev/stdout")
+        path = str(tmp_path / "link")
+    program = (
+        "import sys; from pathlib import Path; from ldmseg_fast.files import check_output, write_json\n"
+        "print('before'); check_output(sys.argv[1]); write_json(Path(sys.argv[1]), 7); print('after')"
+    )
+    command = [sys.executable, "-c", program, path]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run(command, stdout=out, env=environment, check=True)
+    piped = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    assert (tmp_path / "out").read_text() == piped == "before\n7\nafter\n"
+
+
+def test_what_is_standard_output() -> None:
+    assert is_standard_output("/dev/stdout") and is_standard_output(f"/proc/{os.getpid()}/fd/1")
+    assert not any(map(is_standard_output, (None, "/dev/stderr", "/dev/null", "x/fd/1", "/dev/fd/x")))
+
+
+def test_rights_stay(tmp_path: Path) -> None:
+    (tmp_path / "x").touch(0o600)
+    write_json(tmp_path / "x", 1)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o600
+
+
+def test_leftovers_of_a_killed_process_go_with_the_next_start(tmp_path: Path) -> None:
+    def half(path: Path) -> None:
+        with replacing(path) as unfinished:
+            unfinished.write_text("half")
+            die()
+
+    def half_folder(path: Path) -> None:
+        with replacing_folder(path) as unfinished:
+            (unfinished / "half").touch()
+            die()
+
+    (tmp_path / "x").write_text("old")
+    for kill in (lambda: half(tmp_path / "x"), lambda: half_folder(tmp_path / "f")):
+        killed(kill)
+        left = [path for path in tmp_path.iterdir() if temporary.NAME.fullmatch(path.name)]
+        assert len(left) == 1 and (tmp_path / "x").read_text() == "old" and not (tmp_path / "f").exists()
+    write_json(tmp_path / "y", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
+
+
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    with replacing(tmp_path / "x") as own, replacing_folder(tmp_path / "f") as folder:
+        own.write_text("whole")
+        (folder / "file").touch()
+        child = os.fork()
+        if child == 0:
+            temporary.clear_leftovers(tmp_path)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert own.is_file() and (folder / "file").is_file()
+    assert (tmp_path / "x").read_text() == "whole" and (tmp_path / "f" / "file").is_file()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_there_at_every_moment(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after each rename in turn; where the file system cannot exchange two folders there are two."""
+    if not exchange:
+        monkeypatch.setattr(temporary, "_exchange", lambda *_: False)
+    final = tmp_path / "model"
+    with replacing_folder(final) as folder:
+        (folder / "old").touch()
+    rename = Path.rename
+
+    def replace(kills: int) -> None:
+        def counted(path: Path, target: Path) -> Path:
+            nonlocal kills
+            renamed = rename(path, target)
+            kills -= 1
+            if kills == 0:
+                die()
+            return renamed
+
+        monkeypatch.setattr(Path, "rename", counted)
+        with replacing_folder(final) as folder:
+            (folder / "new").touch()
+
+    for kills in (1, 2):
+        killed(lambda kills=kills: replace(kills))
+        temporary.clear_leftovers(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        found = [path.name for path in final.iterdir()]
+        assert found == (["new"] if exchange or kills == 2 else ["old"])
+
+
+def test_an_error_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(OSError, match="No space left") as caught, replacing(tmp_path / "x") as unfinished:
+        unfinished.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "x") and (tmp_path / "x").read_text() == "old"
+    with pytest.raises(FileNotFoundError) as missing:
+        write_json(tmp_path / "none" / "x", 1)
+    assert missing.value.filename == str(tmp_path / "none" / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
