@@ -174,20 +174,21 @@ def test_several_frames_are_said(model_dir, tmp_path, capsys):
     assert "1 have more than one frame, of which the first is segmented" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("ending", [".png", "_overlay.png", ".json"])
-def test_a_full_disk_names_the_path(model_dir, tmp_path, monkeypatch, capsys, ending):
+@pytest.mark.parametrize(
+    ("ending", "method", "before"),
+    [(".png", "write_bytes", 0), ("_overlay.png", "write_bytes", 1), (".json", "write_text", 0)],
+)
+def test_a_full_disk_names_the_path(model_dir, tmp_path, monkeypatch, capsys, ending, method, before):
     picture().save(tmp_path / "a.png")
+    write, written = getattr(Path, method), []
 
-    def full(write):
-        def writing(self, *arguments, **keywords):
-            if self.name.startswith(f".a{ending}."):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return write(self, *arguments, **keywords)
+    def full(self, *arguments, **keywords):
+        written.append(self)
+        if len(written) > before:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *arguments, **keywords)
 
-        return writing
-
-    for method in ("write_bytes", "write_text"):
-        monkeypatch.setattr(Path, method, full(getattr(Path, method)))
+    monkeypatch.setattr(Path, method, full)
     assert run(model_dir, tmp_path / "a.png", "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert f"out/a{ending}" in error and "No space left" in error
