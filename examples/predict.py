@@ -10,13 +10,14 @@ import numpy as np
 from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.data.pictures import read_picture
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.reports.draw import overlay
 
 picture, out = Path(sys.argv[1]), Path(sys.argv[2])
 pipe = LDMSegPipeline.from_pretrained(sys.argv[3] if len(sys.argv) > 3 else "tiny")
 
-image = np.asarray(Image.open(picture).convert("RGB"))  # uint8 [H, W, 3]
+image = np.asarray(read_picture(picture).pixels)  # uint8 [H, W, 3], turned as viewers show it
 result = pipe(image)[0]
 
 out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
+from ldmseg_fast.config.limits import check_ranges
 from ldmseg_fast.distributed.ending import run_command
 
 
@@ -24,7 +25,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--queue-delay", type=int, default=2000, help="microseconds a request waits for others")
     parser.add_argument("--instances", type=int, default=1, help="instances of every model")
     parser.add_argument("--device", default="gpu", choices=["gpu", "cpu"])
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_ranges(args)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from ldmseg_fast.backends.graphs.specs import HEADS
+from ldmseg_fast.config.limits import check_ranges
 from ldmseg_fast.distributed.ending import run_command
 
 
@@ -54,7 +55,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", help="COCO-panoptic folder for calibration and the parity report")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_ranges(args)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,6 @@ Each class is a `TritonPythonModel`. `execute` takes a list of requests, each a 
 from __future__ import annotations
 
 import importlib
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ldmseg_fast.backends.graphs.head import finish
 from ldmseg_fast.config import PostprocessConfig, SchedulerConfig, from_dict
+from ldmseg_fast.data.pictures import decode_picture
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.diffusion.sampler import image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler
@@ -91,7 +90,7 @@ def call(model: str, inputs: dict[str, Tensor], outputs: Sequence[str]) -> list[
 
 
 class Preprocess(_RequestByRequest):
-    """Decodes pictures.
+    """Decodes pictures, turned as their EXIF orientation says.
 
     Encoded pictures [B, 1] (and seeds [B, 1]) -> images uint8 [B, 3, S, S], noise float32 [B, C, h, w] and size
     int64 [B, 2].
@@ -101,13 +100,12 @@ class Preprocess(_RequestByRequest):
         utils, side = server(), self.facts["image_size"]
         pictures = []
         for content in array(request, "image").reshape(-1):
-            with Image.open(io.BytesIO(content)) as picture:
-                pictures.append(np.asarray(picture.convert("RGB")))
+            pictures.append(decode_picture(bytes(content), f"picture {len(pictures)} of the request"))
         given = utils.get_input_tensor_by_name(request, "seed")
         seeds = [0] * len(pictures) if given is None else given.as_numpy().reshape(-1).tolist()
-        images = np.stack([resize_image(picture, side).transpose(2, 0, 1) for picture in pictures])
+        images = np.stack([resize_image(picture.pixels, side).transpose(2, 0, 1) for picture in pictures])
         noise = torch.cat([image_noise(seed, [0], self.facts["latent_shape"]) for seed in seeds])
-        sizes = np.array([picture.shape[:2] for picture in pictures], np.int64)
+        sizes = np.array([picture.size for picture in pictures], np.int64)
         found = {"images": np.ascontiguousarray(images), "noise": noise.numpy(), "size": sizes}
         return [utils.Tensor(name, value) for name, value in found.items()]
 

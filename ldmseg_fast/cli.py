@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text in the terminal's encoding
     try:
+        from ldmseg_fast.config.limits import check_ranges  # late, as all that a command needs
+
+        check_ranges(args)
         code = args.run(args)
         sys.stdout.flush()
         return code

@@ -1,4 +1,4 @@
-"""Writes files so that nothing is lost: atomic replacement, JSON, and sums by which a file is recognised later."""
+"""Reads regular files only, and writes so that nothing is lost: atomic replacement, JSON, and sums of files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,12 +18,92 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.errors import CheckpointError, DataError, UserError
 from ldmseg_fast.temporary import NAME as TEMPORARY
 from ldmseg_fast.temporary import NEW, put_in_place, temporary_file, temporary_folder
 
 MAX_LINKS = 40  # that one path may lead through, as in Linux
 STREAMS = ("stdin", "stdout", "stderr")  # in /dev, by their numbers
+MAX_BYTES = 2**30  # largest file that is read at once where nothing else is said; weights are mapped and may be larger
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # waits for no pipe
+
+
+def require_file(path: str | os.PathLike, kind: type[UserError] = DataError, what: str = "file") -> None:
+    """Checks that `path`, after all links, is a regular file, for readers that open it themselves.
+
+    A pipe would wait for its writer for ever, and a device such as /dev/zero has no end.
+
+    Args:
+        path: of a file that is read.
+        kind: the error to raise.
+        what: it should be, for the error.
+
+    Raises:
+        UserError: of this kind: a folder, pipe, socket or device.
+        OSError: nothing is there, or it may not be looked at.
+    """
+    _check_mode(path, os.stat(path).st_mode, kind, what)  # noqa: PTH116 (the Path of "" is a folder)
+
+
+def open_file(path: str | os.PathLike, kind: type[UserError] = DataError, what: str = "file") -> io.FileIO:
+    """Opens a regular file to read its bytes, without a buffer; what is opened is what is checked.
+
+    Args:
+        path: of the file.
+        kind: the error to raise.
+        what: it should be, for the error.
+
+    Raises:
+        UserError: of this kind, at once: a folder, pipe, socket or device.
+        OSError: a file that cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | _AT_ONCE)
+    except OSError:
+        require_file(path, kind, what)  # a socket cannot be opened at all
+        raise
+    try:
+        _check_mode(path, os.fstat(descriptor).st_mode, kind, what)
+        return io.FileIO(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(
+    path: str | os.PathLike, kind: type[UserError] = DataError, what: str = "file", max_bytes: int = MAX_BYTES
+) -> bytes:
+    """Reads a regular file whole.
+
+    Args:
+        path: of the file.
+        kind: the error to raise.
+        what: it should be, for the error.
+        max_bytes: of a file that is read.
+
+    Raises:
+        UserError: of this kind: a folder, pipe, socket or device, or a file of more than `max_bytes`.
+        OSError: a file that cannot be read.
+    """
+    with open_file(path, kind, what) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise kind(f"{path}: {size} bytes, over {max_bytes} bytes: is this the right file?")
+        return file.read()
+
+
+def _check_mode(path: str | os.PathLike, mode: int, kind: type[UserError], what: str) -> None:
+    if not stat.S_ISREG(mode):
+        found = next((name for matches, name in _KINDS if matches(mode)), "something else")
+        raise kind(f"{os.fspath(path)}: {found}, not a readable {what}")
 
 
 def write_files(folder: Path, written: dict[str, Callable[[Path], None]], cure: str) -> dict[str, Any] | str:
@@ -55,7 +136,7 @@ def why_not_written(error: OSError, path: Path, cure: str) -> str:
 
 def sha256(path: Path) -> str:
     """Returns the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_file(path, CheckpointError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -100,23 +181,39 @@ def text_of(content: bytes) -> str:
     return content.decode("utf-8-sig")
 
 
-def read_text(path: Path) -> str:
-    """Reads a text file as `text_of` does, which it raises from."""
-    return text_of(path.read_bytes())
+def read_text(path: str | os.PathLike, kind: type[UserError] = DataError, what: str = "file") -> str:
+    """Reads a regular text file whole, as `text_of` decodes it.
+
+    Raises:
+        UserError: see `read_file`.
+        UnicodeDecodeError: see `text_of`.
+        OSError: a file that cannot be read.
+    """
+    return text_of(read_file(path, kind, what))
 
 
 def read_json(path: Path) -> Any:
     """Reads a JSON.
 
     Raises:
-        CheckpointError: names the file that is missing or no JSON.
+        CheckpointError: names the file that is missing, no JSON, or has a key twice.
     """
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path, CheckpointError), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; is {path.parent} a model folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # no text, no JSON, a number of thousands of digits, deep lists
         raise CheckpointError(f"{path}: damaged, no JSON ({error}); save the model again") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:80]!r} is there twice")
+    return values
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

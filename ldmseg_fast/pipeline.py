@@ -13,21 +13,39 @@ from ldmseg_fast.backends.backend import Backend
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.checkpoints.model_folder import copy_model
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.data.pictures import MAX_PIXELS, Picture
 from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.solvers import Timesteps
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.inference.inputs import as_arrays, as_list, batches_of, image_ids_of
-from ldmseg_fast.inference.sampling import MaskSampler
+from ldmseg_fast.inference.inputs import (
+    MAX_SEED,
+    as_array,
+    as_list,
+    batches_of,
+    check_count,
+    check_given,
+    check_images,
+    check_sizes,
+    check_thresholds,
+    image_ids_of,
+    scaled_picture,
+)
+from ldmseg_fast.inference.sampling import MAX_STEPS, MaskSampler
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 
 if TYPE_CHECKING:
     from ldmseg_fast.inference.ensemble import EnsembleResult
 
 OUTPUT_TYPES = ("panoptic", "logits", "latent")
+MAX_SAMPLES = 1000  # of an ensemble
+MAX_SIZE = 16384  # pixels of the networks' side
 
 
 class LDMSegPipeline:
     """Segments whole images by latent diffusion (LDMSeg, arXiv 2401.10227).
+
+    Attributes:
+        max_pixels: of a file or PIL image; more are refused before they are decoded.
 
     Examples:
         >>> pipe = LDMSegPipeline.from_pretrained("runs/diffusion")
@@ -40,6 +58,7 @@ class LDMSegPipeline:
         self.info = backend.info
         self.sampler = MaskSampler(backend)
         self.scheduler = self.sampler.scheduler
+        self.max_pixels = MAX_PIXELS
 
     @classmethod
     def from_pretrained(
@@ -69,11 +88,13 @@ class LDMSegPipeline:
                 cannot be captured runs without, with a warning.
 
         Raises:
-            ArgumentError: an unknown `attention`.
+            ArgumentError: an unknown `attention`, an image_size out of range.
             CheckpointError: no model folder, or a damaged one.
             BackendError: a backend or an `attention` that cannot run here, a size that the model or its graphs do not
                 take, or cuda_graph=True without a GPU.
         """
+        if image_size is not None:
+            check_count("image_size", image_size, 1, MAX_SIZE)
         return cls(
             load_backend(model_dir, backend, engine_dir, device, dtype, image_size, attention, cuda_graph=cuda_graph)
         )
@@ -106,6 +127,7 @@ class LDMSegPipeline:
         timesteps: Timesteps = None,
         cache_interval: int = 1,
         cache_branch: int = 0,
+        exif: bool = True,
     ) -> list[PanopticResult] | Tensor:
         """Segments images.
 
@@ -113,37 +135,43 @@ class LDMSegPipeline:
         C and C_image channels of mask and image latents, M context tokens of width D, Q slots.
 
         Args:
-            images: PIL images or uint8 arrays [H, W, 3] of any sizes; one, or a sequence.
-            num_inference_steps: UNet evaluations; default the model's own.
+            images: PIL images, paths of files, or arrays or tensors [H, W, 3] of uint8, uint16 (scaled to 8 bits) or
+                bool, of any sizes; one, or a sequence. Alpha is dropped, and of several frames a file's first or the
+                PIL image's present one is taken. Floats have no defined range and are refused.
+            num_inference_steps: UNet evaluations, at most as many as the schedule has; default the model's own.
             generator: draws the initial noise, in the order of the images.
             latents: the initial noise itself, float [N, C, h, w].
             output_type: "panoptic", "logits" or "latent".
             seed, image_ids: without `generator` and `latents` each image's noise comes from (seed, id), so that a
-                result does not depend on the batch; the ids default to 0, 1, 2, ...
+                result does not depend on the batch; the ids default to 0, 1, 2, ... Seeds are 0 to 2^63 - 1.
             thresholds: of the post-processing; default the model's own.
-            batch_size: how many images go through the networks at once.
+            batch_size: how many images go through the networks at once, at most 4096.
             captions: one per image, of models with unet.conditioning=clip_text.
             callback: see `diffusion.sampler.Callback`.
             solver, eta, timesteps: see `diffusion.solvers.sample`; the noise of eta > 0 comes from (seed, id) too.
             cache_interval: compute the deep part of the UNet each so many evaluations only (DeepCache); 1: each time.
                 Of the torch backends.
             cache_branch: the skip connection, counted from the outermost, below which features are kept.
+            exif: turn files and PIL images as their EXIF orientation says, so that a map has the size that viewers
+                show; False keeps the stored pixels, as COCO's maps do.
 
         Returns:
             "panoptic": a PanopticResult per image, at its own size. "logits": float32 [N, Q, S, S] at the network's
             size. "latent": the sampler's output, float32 [N, C, h, w], still scaled.
 
         Raises:
-            ArgumentError: an image that is none, an unknown output_type or solver, timesteps, latents or captions that
-                do not fit, a batch_size below 1.
+            ArgumentError: an image that is none or has no defined range, a path without a file, an unknown output_type
+                or solver, timesteps, latents or captions that do not fit, a number out of range.
+            ConfigError: a threshold out of range.
+            DataError: a file that is no readable picture, or one that is too large; it is named.
         """
         # 1. Check the input, before any work
         if output_type not in OUTPUT_TYPES:
             raise ArgumentError(f"output_type={output_type!r}: one of {', '.join(OUTPUT_TYPES)} expected")
-        arrays = as_arrays(images)  # N times uint8 [H, W, 3]
-        sizes = [(array.shape[0], array.shape[1]) for array in arrays]
-        ids = image_ids_of(len(arrays), image_ids)
-        self._check_captions(captions, len(arrays))
+        inputs = check_images(images)  # N, not decoded yet
+        ids = image_ids_of(len(inputs), image_ids)
+        check_thresholds(thresholds)
+        self._check_captions(captions, len(inputs))
         sampling = self.sampler.settings(
             num_inference_steps,
             solver=solver,
@@ -159,9 +187,11 @@ class LDMSegPipeline:
         noise = self._initial_noise(generator, latents, seed, ids)  # float32 [N, C, h, w]
 
         outputs: list[Any] = []
-        for batch in batches_of(len(arrays), batch_size):
-            # 3. Resize the pictures to the network's size, and move them to the device
-            pixels = self.sampler.resize(arrays[batch])  # uint8 [B, 3, S, S]
+        for batch in batches_of(len(inputs), batch_size):
+            # 3. Decode the pictures and resize them to the network's size, and move them to the device
+            pictures = self._pictures(inputs, batch, exif)  # B times uint8 [S, S, 3]
+            sizes = [picture.size for picture in pictures]  # B times (H, W)
+            pixels = self.sampler.resize([picture.pixels for picture in pictures])  # uint8 [B, 3, S, S]
 
             # 4. Encode them to image latents
             image_latents = self.backend.encode_image(pixels)  # backend.dtype [B, C_image, h, w]
@@ -187,7 +217,7 @@ class LDMSegPipeline:
                 network_size = (self.info.image_size, self.info.image_size)
                 outputs.append(self.backend.decode_mask(mask_latents, network_size, "logits"))  # float32 [B, Q, S, S]
             else:
-                outputs += self.sampler.decode(mask_latents, sizes[batch], thresholds)  # B times int32 [H, W]
+                outputs += self.sampler.decode(mask_latents, sizes, thresholds)  # B times int32 [H, W]
 
         # 10. Return a result per picture, at its own size, or one tensor
         if output_type == "panoptic":
@@ -206,40 +236,43 @@ class LDMSegPipeline:
         thresholds: PostprocessConfig | None = None,
         batch_size: int = 16,
         captions: Sequence[str] | None = None,
+        exif: bool = True,
         **settings: Any,
     ) -> list[EnsembleResult]:
         """Segments images `num_samples` times, from noise of the seeds seed, seed + 1, ..., and compares the results.
 
         Args:
             images: as in `__call__`.
-            num_samples: k.
-            num_inference_steps, seed, image_ids, thresholds, batch_size, captions: as in `__call__`.
+            num_samples: k, 1 to 1000.
+            num_inference_steps, seed, image_ids, thresholds, batch_size, captions, exif: as in `__call__`.
             settings: `solver`, `eta`, `timesteps`, `callback`, `cache_interval` and `cache_branch` of `__call__`.
 
         Returns:
             An EnsembleResult per image: the sample that agrees best with the others, with a map of agreement.
 
         Raises:
-            ArgumentError: fewer than 1 sample; what `__call__` refuses.
+            ArgumentError: a num_samples out of range; what `__call__` refuses.
+            ConfigError, DataError: as in `__call__`.
         """
         from ldmseg_fast.inference.ensemble import sample_ensemble
 
-        if num_samples < 1:
-            raise ArgumentError(f"num_samples={num_samples}: at least 1")
+        check_count("num_samples", num_samples, 1, MAX_SAMPLES)
         refused = settings.keys() & {"generator", "latents", "output_type"}
         if refused:
             raise ArgumentError(
                 f"{', '.join(sorted(refused))}: an ensemble's noise comes from its seeds, its results are maps"
             )
-        arrays = as_arrays(images)
-        ids = image_ids_of(len(arrays), image_ids)
-        self._check_captions(captions, len(arrays))
+        inputs = check_images(images)
+        ids = image_ids_of(len(inputs), image_ids)
+        check_thresholds(thresholds)
+        self._check_captions(captions, len(inputs))
         sampling = self.sampler.settings(num_inference_steps, seed=seed, **settings)
+        check_count("seed + num_samples", seed + num_samples, 1, MAX_SEED)
         results: list[EnsembleResult] = []
-        for batch in batches_of(len(arrays), batch_size):
+        for batch in batches_of(len(inputs), batch_size):
             results += sample_ensemble(
                 self.sampler,
-                arrays[batch],
+                self._pictures(inputs, batch, exif),
                 ids[batch],
                 sampling,
                 num_samples=num_samples,
@@ -266,6 +299,7 @@ class LDMSegPipeline:
         callback: Callback | None = None,
         method: str | None = None,
         draft_steps: int = 4,
+        exif: bool = True,
     ) -> list[PanopticResult]:
         """Completes panoptic maps: given pixels stay exactly as they are, the model finds the rest.
 
@@ -274,10 +308,10 @@ class LDMSegPipeline:
 
         Args:
             images: as in `__call__`.
-            segmentations: integer ids [H, W] of each image's size, 0..2^24-1, 0 = void; where nothing is given the
-                value does not matter.
+            segmentations: integer ids [H, W] of each image's size (turned as its EXIF orientation says), 0..2^24-1,
+                0 = void; where nothing is given the value does not matter.
             known_masks: bool [H, W], True where the map is given.
-            num_inference_steps, seed, image_ids, thresholds, batch_size, solver, eta, timesteps, callback: as in
+            num_inference_steps, seed, image_ids, thresholds, batch_size, solver, eta, timesteps, callback, exif: as in
                 `__call__`.
             method: how the given pixels enter: "pixels" (`inpainting.KnownPixels`), or with whole latent cells held
                 "estimate" or "renoise" (`diffusion.inpainting.KnownLatents`). Default "estimate" for models that were
@@ -290,23 +324,30 @@ class LDMSegPipeline:
             A PanopticResult per image, at its own size; its entries have "given" beside the usual ones.
 
         Raises:
-            ArgumentError: an image that is none, a map or mask that does not fit it, an unknown method or solver, a
-                batch_size below 1.
+            ArgumentError: a map or mask that does not fit its image, an unknown method; what `__call__` refuses.
+            ConfigError, DataError: as in `__call__`.
         """
         from ldmseg_fast.inference import inpainting
 
-        arrays = as_arrays(images)
-        maps, masks = as_list(segmentations), as_list(known_masks)
-        inpainting.check_given([array.shape[:2] for array in arrays], maps, masks)
+        inputs = check_images(images)
+        maps = [
+            as_array(each, f"segmentations[{at}]") for at, each in enumerate(as_list(segmentations, "segmentations"))
+        ]
+        masks = [as_array(each, f"known_masks[{at}]") for at, each in enumerate(as_list(known_masks, "known_masks"))]
+        check_given(len(inputs), maps, masks)
+        check_count("draft_steps", draft_steps, 0, MAX_STEPS)
+        check_thresholds(thresholds)
         sampling = self.sampler.settings(
             num_inference_steps, solver=solver, eta=eta, timesteps=timesteps, seed=seed, callback=callback
         )
-        ids = image_ids_of(len(arrays), image_ids)
+        ids = image_ids_of(len(inputs), image_ids)
         results: list[PanopticResult] = []
-        for batch in batches_of(len(arrays), batch_size):
+        for batch in batches_of(len(inputs), batch_size):
+            pictures = self._pictures(inputs, batch, exif)
+            check_sizes(pictures, maps[batch], first=batch.start)
             results += inpainting.inpaint(
                 self.sampler,
-                arrays=arrays[batch],
+                pictures=pictures,
                 maps=maps[batch],
                 masks=masks[batch],
                 image_ids=ids[batch],
@@ -317,8 +358,20 @@ class LDMSegPipeline:
             )
         return results
 
+    def _pictures(self, inputs: Sequence[Any], batch: slice, exif: bool) -> list[Picture]:
+        """Decodes and resizes a batch, one picture after the other, so that one alone is in memory at its own size."""
+        if not isinstance(exif, bool):
+            raise ArgumentError(f"exif={exif!r}: True or False expected")
+        places = range(len(inputs))[batch]
+        size, bound = self.info.image_size, self.max_pixels
+        return [scaled_picture(inputs[place], place, size, exif=exif, max_pixels=bound) for place in places]
+
     def _check_captions(self, captions: Sequence[str] | None, count: int) -> None:
-        if captions is not None and (self.info.conditioning != "clip_text" or len(captions) != count):
+        if captions is None:
+            return
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise ArgumentError(f"captions={captions!r:.200}: a list of texts expected, one an image")
+        if self.info.conditioning != "clip_text" or len(captions) != count:
             raise ArgumentError(
                 f"captions: {len(captions)} for {count} images of a model with unet.conditioning="
                 f"{self.info.conditioning}; clip_text takes one per image, the others none"
@@ -328,7 +381,11 @@ class LDMSegPipeline:
         self, generator: torch.Generator | None, latents: Tensor | None, seed: int, ids: Sequence[int | str]
     ) -> Tensor:
         shape = (len(ids), *self.info.latent_shape)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ArgumentError(f"generator={generator!r:.200}: a torch.Generator expected")
         if latents is not None:
+            if not isinstance(latents, Tensor):
+                raise ArgumentError(f"latents: {type(latents).__name__}; a tensor expected, float {list(shape)}")
             if tuple(latents.shape) != shape:
                 raise ArgumentError(f"latents: shape {tuple(latents.shape)}, expected {shape}")
             return latents.float()

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from ldmseg_fast.data.folders import SplitFolders, find_split, list_splits, read_image
+from ldmseg_fast.data.pictures import orientation_of
 from ldmseg_fast.errors import DataError, PanopticFormatError
 from ldmseg_fast.panoptic.annotations import check_panoptic_json
 from ldmseg_fast.panoptic.format import read_panoptic_png
@@ -222,10 +223,10 @@ def _orientation_problems(path: Path) -> list[Problem]:
     """Reports an EXIF orientation: viewers turn such a picture, and maps follow the stored pixels."""
     try:
         with Image.open(path) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            orientation = orientation_of(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return []
-    if orientation not in range(2, 9):  # other numbers mean nothing
+    if orientation == 1:
         return []
     detail = f"{orientation}, and maps follow the stored pixels: was the map drawn on the picture as viewers turn it?"
     return [Problem("EXIF orientation that is not 1", str(path), detail)]

@@ -34,3 +34,20 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--solver", default="ddim", help="ddim, dpmpp_2m or heun")
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --keep-orientation and --max-pixels."""
+    parser.add_argument(
+        "--keep-orientation",
+        dest="exif",
+        action="store_false",
+        help="take the pixels as they are stored, as COCO's maps do; default as the EXIF orientation shows them",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=2**26,
+        metavar="N",
+        help="refuse larger pictures before they are decoded (default 67108864)",
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldmseg_fast.commands.options import add_backend_arguments, model_folders
-from ldmseg_fast.data.folders import read_image
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
+from ldmseg_fast.data.picture_folders import FoundPicture, described, find_pictures
+from ldmseg_fast.data.pictures import MAX_PIXELS, Picture, read_picture
+from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.files import replacing
 from ldmseg_fast.inference.ensemble import EnsembleResult
+from ldmseg_fast.inference.inputs import scaled_picture
 from ldmseg_fast.outputs import check_outputs, check_replaced
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult
@@ -26,50 +31,47 @@ from ldmseg_fast.reports.draw import enlarge, overlay
 
 OVERLAY_SIDE = 2048
 SMALL_SIDE = 512  # overlays of small pictures are enlarged to about this side
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
-    """Lists files as they are and folders as the pictures in them (but hidden ones), each once.
+@dataclass
+class Predicted:
+    """Says what became of the pictures.
 
-    Raises:
-        FileNotFoundError: a path that is not there, or a folder without pictures.
+    Attributes:
+        written: the JSON files.
+        bad: an error for each picture that could not be read.
+        turned: how many were turned as their EXIF orientation says.
+        frames: how many have more frames than the one that was segmented.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = (file for file in path.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
-            inside = sorted(file for file in files if not file.name.startswith("."))
-            if not inside:
-                raise FileNotFoundError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f"{path}: no such file or folder")
-    return list(dict.fromkeys(found))
+
+    written: list[Path] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    turned: int = 0
+    frames: int = 0
 
 
-def check_results(files: Sequence[Path], out: Path, keep: Sequence[Path] = ()) -> None:
-    """Checks that no result of `files` in the folder `out` replaces something.
+def check_results(pictures: Sequence[FoundPicture], out: Path, keep: Sequence[Path] = ()) -> None:
+    """Checks that no result of `pictures` in the folder `out` replaces something.
 
     Raises:
-        ArgumentError: results would replace each other, one of the files, or one of those to `keep`.
+        ArgumentError: results would replace each other, one of the pictures, or one of the files to `keep`.
     """
     folder = out.resolve()
-    pictures = {file.name: file for file in (*files, *keep) if file.parent.resolve() == folder}
-    names: dict[str, Path] = {}
-    for file in files:
+    inputs = {file.resolve(): file for file in (*(picture.file for picture in pictures), *keep)}
+    names: dict[Path, Path] = {}
+    for picture in pictures:
         for ending in (".png", "_overlay.png", "_agreement.png", ".json"):
-            name = file.stem + ending
-            other = names.setdefault(name, file)
-            if other != file:
+            name = picture.folder / (picture.file.stem + ending)
+            other = names.setdefault(name, picture.file)
+            if other != picture.file:
                 raise ArgumentError(
-                    f"{file} and {other} would both be written as {name}; segment them into two folders"
+                    f"{picture.file} and {other} would both be written as {name}; segment them into two folders"
                 )
-            if name in pictures:
-                raise ArgumentError(f"{pictures[name]} would be replaced by the result of {file}; choose another --out")
-    check_replaced(map(out.joinpath, names), (*files, *keep))
+            if folder / name in inputs:
+                raise ArgumentError(
+                    f"{inputs[folder / name]} would be replaced by the result of {picture.file}; choose another --out"
+                )
+    check_replaced(map(out.joinpath, names), (*(picture.file for picture in pictures), *keep))
 
 
 def image_id(file: Path) -> str:
@@ -77,112 +79,154 @@ def image_id(file: Path) -> str:
     return os.fsencode(file.stem).decode("utf-8", "backslashreplace")
 
 
-def save_overlay(path: Path, image: np.ndarray, segmentation: np.ndarray) -> None:
-    """Writes a picture, uint8 [H, W, 3], and its map, int32 [H, W], as one PNG for the eye.
+def preview_of(picture: Picture) -> np.ndarray:
+    """Scales a picture down to what an overlay shows: uint8 [h, w, 3], at most OVERLAY_SIDE pixels long."""
+    height, width = picture.size
+    longest = max(height, width)
+    if longest <= OVERLAY_SIDE:
+        return np.asarray(picture.pixels)
+    height, width = (max(1, round(side * OVERLAY_SIDE / longest)) for side in (height, width))
+    pixels = picture.pixels if isinstance(picture.pixels, Image.Image) else Image.fromarray(picture.pixels)
+    return np.asarray(pixels.resize((width, height), Image.Resampling.BOX))
 
-    It is at most OVERLAY_SIDE pixels long. Pixels of small pictures are enlarged, or their segments' edges would hide
-    them.
+
+def save_overlay(path: Path, preview: np.ndarray, segmentation: np.ndarray) -> None:
+    """Writes a picture, uint8 [h, w, 3] of `preview_of`, and its map, int32 [H, W], as one PNG for the eye.
+
+    Pixels of small pictures are enlarged, or their segments' edges would hide them.
     """
-    longest = max(segmentation.shape)
-    if longest > OVERLAY_SIDE:
-        height, width = (max(1, round(side * OVERLAY_SIDE / longest)) for side in segmentation.shape)
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
-        segmentation = np.asarray(Image.fromarray(segmentation).resize((width, height), Image.Resampling.NEAREST))
+    height, width = preview.shape[:2]
+    if segmentation.shape == (height, width):
+        preview, segmentation = enlarge(preview, SMALL_SIDE), enlarge(segmentation, SMALL_SIDE)
     else:
-        image, segmentation = enlarge(image, SMALL_SIDE), enlarge(segmentation, SMALL_SIDE)
-    _save_png(path, overlay(image, segmentation))
+        rows, columns = (
+            ((np.arange(few) + 0.5) * (many / few)).astype(np.intp)
+            for few, many in zip((height, width), segmentation.shape)
+        )
+        segmentation = segmentation[rows[:, None], columns]
+    _save_png(path, overlay(preview, segmentation))
 
 
-def write_result(out: Path, file: Path, image: np.ndarray, result: PanopticResult) -> Path:
-    """Writes a result beside its picture: OUT/NAME.png, OUT/NAME_overlay.png and OUT/NAME.json.
+def write_result(out: Path, picture: FoundPicture, preview: np.ndarray, result: PanopticResult) -> Path:
+    """Writes a picture's result: NAME.png, NAME_overlay.png and NAME.json in its folder below OUT.
 
-    OUT/NAME.png holds the ids as COCO colours. An ensemble's result also gets OUT/NAME_agreement.png.
+    NAME.png holds the ids as COCO colours. An ensemble's result also gets NAME_agreement.png.
 
     Args:
-        out: a folder that is there.
-        file: the picture, whose name without the ending is NAME.
-        image: the picture, uint8 [H, W, 3].
+        out: the folder of all results.
+        picture: whose name without the ending is NAME.
+        preview: the picture, uint8 [h, w, 3] of `preview_of`.
         result: its map, int32 [H, W], and segments.
 
     Returns:
         The JSON.
+
+    Raises:
+        OSError: names the file that cannot be written.
     """
-    write_panoptic_png(out / f"{file.stem}.png", result.segmentation)
-    save_overlay(out / f"{file.stem}_overlay.png", image, result.segmentation)
+    folder, stem = out / picture.folder, picture.file.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    write_panoptic_png(folder / f"{stem}.png", result.segmentation)
+    save_overlay(folder / f"{stem}_overlay.png", preview, result.segmentation)
     height, width = result.segmentation.shape
     record: dict[str, Any] = {
-        "image": file.name,
-        "file_name": f"{file.stem}.png",
+        "image": picture.file.name,
+        "file_name": f"{stem}.png",
         "height": height,
         "width": width,
         "segments_info": result.segments_info,
     }
     if isinstance(result, EnsembleResult):
         agreement = np.rint(255.0 * result.agreement).astype(np.uint8)
-        _save_png(out / f"{file.stem}_agreement.png", agreement)
-        record["agreement_file_name"] = f"{file.stem}_agreement.png"
-    path = out / f"{file.stem}.json"
+        _save_png(folder / f"{stem}_agreement.png", agreement)
+        record["agreement_file_name"] = f"{stem}_agreement.png"
+    path = folder / f"{stem}.json"
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def _save_png(path: Path, picture: np.ndarray) -> None:
+    buffer = io.BytesIO()  # Pillow's own error does not tell a full disk from another fault
+    Image.fromarray(picture).save(buffer, "PNG")
     with replacing(path) as temporary:
-        Image.fromarray(picture).save(temporary, "PNG")
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def predict_files(
     pipe: LDMSegPipeline,
-    files: Sequence[Path],
+    pictures: Sequence[FoundPicture],
     out: Path,
     num_inference_steps: int | None,
     seed: int,
     batch_size: int,
     samples: int = 1,
+    *,
+    exif: bool = True,
     **sampling: Any,
-) -> list[Path]:
-    """Segments `files` and writes OUT/NAME.png (ids as COCO colours), OUT/NAME_overlay.png and OUT/NAME.json each.
+) -> Predicted:
+    """Segments `pictures` and writes their results as `write_result` does; those that cannot be read are left out.
 
     The overlay is scaled down to OVERLAY_SIDE pixels where the picture is larger.
 
     With several `samples` the map is an ensemble's (`LDMSegPipeline.ensemble`), and OUT/NAME_agreement.png shows how
     far they agree on each pixel, 255 where all do. `sampling` goes to the pipeline.
 
-    Returns:
-        The JSON files.
-
     Raises:
-        DataError: a file that is no readable picture, named.
-        ArgumentError: results that would replace each other or a picture; a batch_size below 1.
+        ArgumentError: results that would replace each other or a picture; what the pipeline refuses.
+        OSError: names the file that cannot be written.
     """
-    if batch_size < 1:
-        raise ArgumentError(f"--batch-size {batch_size}: at least 1")
-    check_results(files, out)
+    check_results(pictures, out)
     out.mkdir(parents=True, exist_ok=True)
-    written = []
-    progress = tqdm(total=len(files), desc="predict", unit="image", disable=None)
-    for start in range(0, len(files), batch_size):
-        chunk = files[start : start + batch_size]
-        images = [read_image(file) for file in chunk]
-        ids = [image_id(file) for file in chunk]
-        settings: dict[str, Any] = {"seed": seed, "image_ids": ids, "batch_size": batch_size, **sampling}
-        results: list[Any]
-        if samples != 1:
-            results = pipe.ensemble(images, samples, num_inference_steps=num_inference_steps, **settings)
-        else:
-            results = list(pipe(images, num_inference_steps, **settings))
-        for file, image, result in zip(chunk, images, results):
-            written.append(write_result(out, file, image, result))
-        progress.update(len(chunk))
-    progress.close()
-    return written
+    done = Predicted()
+    with tqdm(total=len(pictures), desc="predict", unit="image", disable=None) as progress:
+        for batch in _read_batches(pipe, pictures, batch_size, exif, done, progress):
+            ids = [image_id(found.file) for found, _, _ in batch]
+            settings: dict[str, Any] = {"seed": seed, "image_ids": ids, "batch_size": batch_size, **sampling}
+            images = [picture for _, picture, _ in batch]
+            results: list[Any]
+            if samples != 1:
+                results = pipe.ensemble(images, samples, num_inference_steps=num_inference_steps, **settings)
+            else:
+                results = list(pipe(images, num_inference_steps, **settings))
+            for (found, _, preview), result in zip(batch, results):
+                done.written.append(write_result(out, found, preview, result))
+            progress.update(len(batch))
+    return done
+
+
+def _read_batches(
+    pipe: LDMSegPipeline, pictures: Sequence[FoundPicture], batch_size: int, exif: bool, done: Predicted, progress: Any
+) -> Iterator[list[tuple[FoundPicture, Picture, np.ndarray]]]:
+    """Yields batches of pictures at the network's size, with their previews, whose maps fit the memory together."""
+    batch: list[tuple[FoundPicture, Picture, np.ndarray]] = []
+    pixels = 0
+    for found in pictures:
+        try:
+            picture = read_picture(found.file, exif=exif, max_pixels=pipe.max_pixels)
+        except DataError as error:
+            done.bad.append(str(error))
+            progress.update(1)
+            continue
+        done.turned += picture.turned
+        done.frames += picture.frames
+        height, width = picture.size
+        if batch and (len(batch) == batch_size or pixels + height * width > MAX_PIXELS):
+            yield batch
+            batch, pixels = [], 0
+        pixels += height * width
+        scaled = scaled_picture(picture, 0, pipe.info.image_size, exif=exif, max_pixels=pipe.max_pixels)
+        batch.append((found, scaled, preview_of(picture)))
+        del picture  # or it would wait in memory while its batch is segmented
+    if batch:
+        yield batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir")
     parser.add_argument("images", nargs="+", help="files or folders")
     parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
+    parser.add_argument("--recursive", action="store_true", help="take the pictures of sub-folders too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1, help="seeds per picture; above 1 with a map of agreement")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
@@ -190,17 +234,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-interval", type=int, default=1, metavar="N", help="compute deep features every N steps only"
     )
+    add_picture_arguments(parser)
     add_backend_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Segments the pictures and returns 0."""
+    """Segments the pictures. Returns 0, or 1 where some of them could not be read.
+
+    Raises:
+        DataError: the files that were named, if none of them could be read.
+    """
     check_outputs({}, {"--out": args.out}, roots=[*model_folders(args.model_dir), args.engine_dir])
-    files = find_pictures(args.images)
+    found = find_pictures(args.images, recursive=args.recursive, out=args.out)
+    check_results(found.pictures, args.out)
     pipe = LDMSegPipeline.from_pretrained(
         args.model_dir, args.backend, args.engine_dir, image_size=args.size, cuda_graph=args.cuda_graph
     )
-    sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval}
-    written = predict_files(pipe, files, args.out, args.steps, args.seed, args.batch_size, args.samples, **sampling)
-    print(f"{len(written)} images segmented: {args.out}")
-    return 0
+    pipe.max_pixels = args.max_pixels
+    sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval, "exif": args.exif}
+    done = predict_files(
+        pipe, found.pictures, args.out, args.steps, args.seed, args.batch_size, args.samples, **sampling
+    )
+    if not done.written and not found.from_folders:
+        raise DataError("\n".join(done.bad))
+    print(f"{len(done.written)} images segmented: {args.out}")
+    if done.turned:
+        print(f"{done.turned} turned as their EXIF orientation says (--keep-orientation keeps the stored pixels)")
+    if done.frames:
+        print(f"{done.frames} have more than one frame, of which the first is segmented")
+    if found.left_out:
+        print(f"left out: {described(found.left_out)}")
+    if done.bad:
+        print(f"{len(done.bad)} could not be segmented:", *done.bad, sep="\n  ", file=sys.stderr)
+    return 1 if done.bad else 0

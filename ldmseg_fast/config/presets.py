@@ -103,7 +103,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     if path.stat().st_size > 4 * MAX_CHARACTERS:
         raise ConfigError(f"{path}: {path.stat().st_size >> 10} KiB of settings; a run's are a few")
     try:
-        values = parse_yaml(read_text(path), str(path))
+        values = parse_yaml(read_text(path, ConfigError), str(path))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not readable as YAML or JSON ({error})") from None
     if not isinstance(values, dict):

@@ -146,7 +146,7 @@ class DataConfig:
     train_split: Split = "train2017"
     val_split: Split = "val2017"
     image_size: Pixels = 512
-    num_workers: Annotated[int, Range(0, 1024)] = 4
+    num_workers: Annotated[int, Range(0, 256)] = 4
     cache: bool = False  # decoded images stay in memory
     flip: Share = 0.5
     scale_min: Annotated[float, Range(0.05, 1)] = 1.0  # random scale/crop, off at 1
@@ -247,7 +247,7 @@ class TrainConfig:
     peer_timeout: Seconds = 30.0  # seconds of silence after which a rank counts as dead
     wandb: Project = ""  # of Weights & Biases; "": off
     max_minutes: Annotated[float, Range(0, 10_000_000)] = 0.0  # wall time of the run, all starts together; 0: no limit
-    threads: Annotated[int, Range(0, 4096)] = 0  # CPU threads per rank; 0: cores / ranks
+    threads: Annotated[int, Range(0, 1024)] = 0  # CPU threads per rank; 0: cores / ranks
 
 
 @dataclass(frozen=True)

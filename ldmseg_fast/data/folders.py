@@ -1,17 +1,16 @@
-"""Finds the files of a COCO-panoptic folder and reads its pictures and maps strictly."""
+"""Finds the files of a COCO-panoptic folder and reads its maps strictly; `pictures` reads its pictures."""
 
-import io
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from ldmseg_fast.data.pictures import load_picture, open_image, read_image
 from ldmseg_fast.data.transforms import TABLE_SIZE, dense_ids
-from ldmseg_fast.errors import DataError
+from ldmseg_fast.errors import DataError, PanopticFormatError
+from ldmseg_fast.files import read_file
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
 from ldmseg_fast.panoptic.near_files import NearFiles, is_file
@@ -27,12 +26,7 @@ __all__ = [
     "read_image",
 ]
 
-MAX_BYTES = 2**30  # largest file that is read; far above any picture of MAX_PIXELS
-
 _PREFIX, _SUFFIX = "panoptic_", ".json"
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PLAIN_PNG = (b"\x08\x02\0\0\0", b"\x08\0\0\0\0")  # 8-bit RGB or grey, not interlaced
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # what has eight bits and a meaning as RGB
 
 
 @dataclass(frozen=True)
@@ -111,53 +105,6 @@ def _first_folder(candidates: list[Path], contents: str) -> Path:
     raise DataError(f"no folder with {contents}: expected {' or '.join(map(str, candidates[:2]))}{cure}")
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Reads a picture as uint8 RGB [H, W, 3].
-
-    Raises:
-        DataError: see `load_picture`.
-    """
-    picture = load_picture(path)
-    return picture if isinstance(picture, np.ndarray) else np.array(picture)
-
-
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """Reads a picture as Pillow's image in RGB.
-
-    Raises:
-        DataError: see `load_picture`.
-    """
-    picture = load_picture(path)
-    return Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-
-
-def load_picture(path: str | os.PathLike) -> np.ndarray | Image.Image:
-    """Reads an RGB picture in the layout that costs less: uint8 [H, W, 3] or Pillow's image.
-
-    C++ reads plain PNGs where it is built, Pillow reads everything else; the pixels are the same. Grey, palette, CMYK
-    and transparent files are converted. Gamma, colour profiles and EXIF orientation are not applied: COCO's maps, and
-    the sizes in its JSON, follow the stored pixels.
-
-    Raises:
-        DataError: a file that is missing, truncated, damaged or too large, or has more than 8 bits per channel.
-    """
-    try:
-        content = _read(path)
-        header = content[:29]
-        if _C is not None and header.startswith(_PNG) and header[24:] in _PLAIN_PNG:
-            _check_size(path, *struct.unpack(">II", header[16:24]))
-            return _C.read_png_picture(content, MAX_PIXELS)
-        return _load_with_pillow(path, content)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such picture") from None
-    except Image.DecompressionBombError:
-        raise DataError(f"{path}: over {MAX_PIXELS} pixels: scale it down") from None
-    except DataError:
-        raise
-    except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
-        raise DataError(f"{path}: not a readable picture ({error}): fetch or save it again") from error
-
-
 def read_dense_map(
     path: str | Path, segment_ids: Sequence[int], *, crowd: Sequence[bool] = (), min_area: int = 0
 ) -> np.ndarray:
@@ -173,28 +120,9 @@ def read_dense_map(
     """
     if _C is not None and len(segment_ids) < TABLE_SIZE:
         try:
-            return _C.read_png(_read(path), MAX_PIXELS).dense_ids(segment_ids, crowd, min_area)
+            return _C.read_png(read_file(path, PanopticFormatError, "map"), MAX_PIXELS).dense_ids(
+                segment_ids, crowd, min_area
+            )
         except _C.UnreadablePng:
             pass  # interlaced or damaged: the other reader says which
     return dense_ids(read_panoptic_png(path), segment_ids, crowd=crowd, min_area=min_area)
-
-
-def _read(path: str | os.PathLike) -> bytes:
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a Path takes longer to make than the file to open)
-        if os.fstat(file.fileno()).st_size > MAX_BYTES:
-            raise OSError(f"over {MAX_BYTES} bytes")
-        return file.read()
-
-
-def _load_with_pillow(path: str | os.PathLike, content: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(content)) as image:
-        _check_size(path, *image.size)
-        if image.mode not in _MODES:
-            raise DataError(f"{path}: pixel format {image.mode} has more than 8 bits: save it as 8-bit RGB")
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _check_size(path: str | os.PathLike, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{path}: {width}x{height} is over {MAX_PIXELS} pixels: scale it down")

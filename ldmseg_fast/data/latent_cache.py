@@ -25,7 +25,7 @@ from ldmseg_fast import distributed
 from ldmseg_fast.config import Config, ImageEncoderConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.files import read_json, sha256
+from ldmseg_fast.files import read_json, require_file, sha256
 
 PER_SHARD = 512
 MANIFEST = "manifest.json"
@@ -147,6 +147,7 @@ class ShardCheck:
 
 @functools.cache
 def _open_shard(path: Path) -> Any:
+    require_file(path, CheckpointError)
     return safe_open(path, framework="pt")  # memory-mapped: all processes share one copy
 
 

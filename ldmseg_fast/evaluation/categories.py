@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.errors import DataError
+from ldmseg_fast.files import read_file
 from ldmseg_fast.metrics.class_vote import category_map, merge_stuff, vote_categories
 from ldmseg_fast.metrics.pq_files import png_folder, why_missing
 from ldmseg_fast.panoptic.annotations import MAX_ID, load_panoptic_json
@@ -136,7 +138,7 @@ def read_semantic_png(path: Path, category_ids: np.ndarray) -> np.ndarray:
         DataError: another kind of file, or a value that is no category.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_file(path, DataError, "PNG"))) as image:
             if image.mode not in ("L", "P", "I", "I;16", "I;16B"):
                 raise DataError(f"{path}: {image.mode} picture; category ids are 8- or 16-bit grey values")
             values = np.asarray(image).astype(np.int32)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.data.pictures import Picture
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.inference.sampling import MaskSampler, Sampling
 from ldmseg_fast.panoptic.postprocess import PanopticResult
@@ -32,7 +33,7 @@ class EnsembleResult(PanopticResult):
 
 def sample_ensemble(
     sampler: MaskSampler,
-    arrays: Sequence[np.ndarray],
+    pictures: Sequence[Picture],
     image_ids: Sequence[int | str],
     sampling: Sampling,
     *,
@@ -44,15 +45,15 @@ def sample_ensemble(
 
     Args:
         sampler: of the model.
-        arrays: pictures, uint8 [H, W, 3].
+        pictures: uint8 [S, S, 3], with the sizes (H, W) of their maps.
         image_ids: from which, with each sample's seed, all noise comes.
         sampling: of the first sample; those that follow have the seeds after its own.
         num_samples: k.
         thresholds, captions: as in `LDMSegPipeline.__call__`.
     """
-    pixels = sampler.resize(arrays)  # uint8 [B, 3, S, S]
+    pixels = sampler.resize([picture.pixels for picture in pictures])  # uint8 [B, 3, S, S]
     image_latents = sampler.backend.encode_image(pixels)  # [B, C_image, h, w]
-    sizes = [(array.shape[0], array.shape[1]) for array in arrays]
+    sizes = [picture.size for picture in pictures]
     samples = []
     for each in (replace(sampling, seed=sampling.seed + number) for number in range(num_samples)):
         noise = sampler.noise(each.seed, image_ids)  # float32 [B, C, h, w]

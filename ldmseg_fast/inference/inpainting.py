@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.data.pictures import Picture
 from ldmseg_fast.data.transforms import TABLE_SIZE, make_remap_table, resize_ids
 from ldmseg_fast.diffusion.inpainting import KnownLatents, whole_cells
 from ldmseg_fast.diffusion.sampler import seed_of
@@ -25,7 +26,6 @@ from ldmseg_fast.diffusion.solvers import Constraint, StepNoise
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.inference.sampling import MaskSampler, Sampling
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
-from ldmseg_fast.panoptic.format import check_ids
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.panoptic.shapes import segment_shapes
 
@@ -34,7 +34,7 @@ METHODS = ("pixels", "estimate", "renoise")
 
 def inpaint(
     sampler: MaskSampler,
-    arrays: Sequence[np.ndarray],
+    pictures: Sequence[Picture],
     maps: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
     image_ids: Sequence[int | str],
@@ -48,7 +48,7 @@ def inpaint(
 
     Args:
         sampler: of the model.
-        arrays: pictures, uint8 [H, W, 3].
+        pictures: uint8 [S, S, 3], with the sizes (H, W) of their maps.
         maps: integer ids [H, W].
         masks: bool [H, W], True where the map is given.
         image_ids: from which, with the seed, all noise comes.
@@ -66,10 +66,10 @@ def inpaint(
     method = method or ("estimate" if trained else "pixels")
     thresholds = thresholds or info.postprocess
     noise = sampler.noise(sampling.seed, image_ids)  # float32 [B, C, h, w]
-    pixels = sampler.resize(arrays)  # uint8 [B, 3, S, S]
+    pixels = sampler.resize([picture.pixels for picture in pictures])  # uint8 [B, 3, S, S]
     image_latents = sampler.backend.encode_image(pixels)  # [B, C_image, h, w]
 
-    drafts: Any = [None] * len(arrays)
+    drafts: Any = [None] * len(pictures)
     if draft_steps > 0:
         steps = min(draft_steps, sampling.num_inference_steps)
         plain = replace(sampling, num_inference_steps=steps, timesteps=None, callback=None)
@@ -97,7 +97,7 @@ def inpaint(
     constraint = make_constraint(method, mask_vae, givens, sampler.scheduler, step_noise, margin)
     network = sampler.network(pixels, sampling)
     mask_latents = sampler.denoise(network, noise, image_latents, image_ids, sampling, constraint)  # [B, C, h, w]
-    decoded = sampler.decode(mask_latents, [(array.shape[0], array.shape[1]) for array in arrays], thresholds)
+    decoded = sampler.decode(mask_latents, [picture.size for picture in pictures], thresholds)
     return [complete(result, given, thresholds.count_threshold) for result, given in zip(decoded, givens)]
 
 
@@ -321,34 +321,3 @@ def complete(result: PanopticResult, given: Given, min_area: int) -> PanopticRes
         score = sum(score * area for score, area in parts) / sum(area for _, area in parts)
         info.append({"id": shape["id"], **usual, **shape, "score": score, "given": shape["id"] in taken})
     return PanopticResult(segmentation, info)
-
-
-def check_given(
-    shapes: Sequence[tuple[int, ...]], segmentations: Sequence[np.ndarray], known_masks: Sequence[np.ndarray]
-) -> None:
-    """Checks maps and masks against the images' sizes.
-
-    Args:
-        shapes: (H, W) of each image.
-        segmentations: integer ids [H, W].
-        known_masks: bool [H, W].
-
-    Raises:
-        ArgumentError: the first map or mask that does not fit its image, named.
-    """
-    if not len(shapes) == len(segmentations) == len(known_masks):
-        raise ArgumentError(
-            f"{len(shapes)} images, {len(segmentations)} segmentations, {len(known_masks)} known_masks: give one each"
-        )
-    for index, (shape, segmentation, known) in enumerate(zip(shapes, segmentations, known_masks)):
-        try:
-            check_ids(segmentation)
-        except ValueError as error:
-            raise ArgumentError(f"segmentations[{index}]: {error}") from None
-        if known.dtype != np.bool_:
-            raise ArgumentError(f"known_masks[{index}]: {known.dtype}, expected bool, True where the map is given")
-        if segmentation.shape != tuple(shape) or known.shape != tuple(shape):
-            raise ArgumentError(
-                f"images[{index}] is {list(shape)}, its segmentation {list(segmentation.shape)}, its known mask "
-                f"{list(known.shape)}: one size expected"
-            )

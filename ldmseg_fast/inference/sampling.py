@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import Backend
@@ -20,8 +21,11 @@ from ldmseg_fast.diffusion.sampler import Callback, Denoise, image_noise, seed_o
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.diffusion.solvers import Constraint, Timesteps, check_solver, sample, solver_timesteps
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.inputs import MAX_SEED, check_count
 from ldmseg_fast.models.conditioning import with_context
 from ldmseg_fast.panoptic.postprocess import PanopticResult
+
+MAX_STEPS = 1_000_000  # no schedule is longer
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,20 @@ class MaskSampler:
         """
         steps = self.info.num_inference_steps if num_inference_steps is None else num_inference_steps
         sampling = Sampling(steps, **settings)
+        check_count("num_inference_steps", steps, 0, MAX_STEPS)  # the schedule says more of its own end
+        check_count("seed", sampling.seed, 0, MAX_SEED)
+        check_count("cache_interval", sampling.cache_interval, 0, MAX_STEPS)
+        check_count("cache_branch", sampling.cache_branch, 0, MAX_STEPS)
+        if sampling.callback is not None and not callable(sampling.callback):
+            raise ArgumentError(f"callback={sampling.callback!r}: a function expected; see diffusion.sampler.Callback")
+        if not isinstance(sampling.eta, (int, float, np.number)):
+            raise ArgumentError(f"eta={sampling.eta!r}: a number from 0 to 1 expected")
+        if sampling.timesteps is not None and not isinstance(sampling.timesteps, str):
+            if not isinstance(sampling.timesteps, Iterable):
+                raise ArgumentError(f"timesteps={sampling.timesteps!r}: trailing, leading or a list expected")
+            sampling = replace(sampling, timesteps=list(sampling.timesteps))
+            for time in sampling.timesteps or ():
+                check_count("timesteps", time, 0, MAX_STEPS)
         check_solver(sampling.solver, sampling.eta)
         solver_timesteps(self.scheduler, sampling.solver, steps, sampling.timesteps)
         interval, branch, branches = sampling.cache_interval, sampling.cache_branch, self.backend.cache_branches
@@ -87,9 +105,9 @@ class MaskSampler:
         """Draws the noise of one step, float32 [B, C, h, w] on the CPU, each image's its own too."""
         return image_noise(seed_of(seed, purpose, step), image_ids, self.info.latent_shape)
 
-    def resize(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        """Resizes pictures uint8 [H, W, 3] to the network's size: uint8 [B, 3, S, S] on the backend's device."""
-        pixels = np.stack([resize_image(array, self.info.image_size) for array in arrays])  # uint8 [B, S, S, 3]
+    def resize(self, pictures: Sequence[np.ndarray | Image.Image]) -> Tensor:
+        """Resizes pictures, uint8 [H, W, 3] or Pillow's in RGB, to uint8 [B, 3, S, S] on the backend's device."""
+        pixels = np.stack([resize_image(picture, self.info.image_size) for picture in pictures])  # uint8 [B, S, S, 3]
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.backend.device)
 
     def network(self, pixels: Tensor, sampling: Sampling, captions: Sequence[str] | None = None) -> Denoise:

@@ -116,7 +116,7 @@ def read_user_config(path: str | Path) -> dict[str, Any]:
     if Path(path).exists() and not Path(path).is_file():
         raise ConfigError(f"{source}: no plain file")
     try:
-        text = read_text(Path(path))
+        text = read_text(path, ConfigError, "JSON")
     except OSError as error:
         raise ConfigError(f"{source}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.files import require_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -147,6 +148,7 @@ class ShardReader:
         self.folder = folder
         self.pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
+            require_file(path, CheckpointError)
             try:
                 file = safe_open(path, framework="pt")
                 for key in file.keys():  # noqa: SIM118 (a file, not a dictionary)

@@ -256,9 +256,11 @@ def test_map_of_another_format(folder, quarters: MakeMap, mode: str, message: st
 
 
 def test_sixteen_bit_and_foreign_pictures(tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(DataError, match=r"deep\.png.*8-bit"):
-        read_image(tmp_path / "deep.png")
+    Image.fromarray(np.full((4, 4), 40 * 257, np.uint16)).save(tmp_path / "deep.png")
+    assert (read_image(tmp_path / "deep.png") == 40).all()
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "deep.tif")
+    with pytest.raises(DataError, match=r"deep\.tif.*8-bit"):
+        read_image(tmp_path / "deep.tif")
     (tmp_path / "text.jpg").write_text("not a picture")
     with pytest.raises(DataError, match=r"text\.jpg.*not a readable picture"):
         read_image(tmp_path / "text.jpg")

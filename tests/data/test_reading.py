@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from ldmseg_fast.data import folders, transforms
+from ldmseg_fast.data import pictures as pictures_module
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.folders import load_picture, open_image, read_dense_map, read_image
 from ldmseg_fast.data.transforms import Augmentation, dense_ids
 from ldmseg_fast.errors import DataError, PanopticFormatError
+from ldmseg_fast.files import MAX_BYTES
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import write_panoptic_png
 
@@ -26,7 +28,7 @@ def without_c(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Calling it takes the C++ helpers away."""
 
     def take() -> None:
-        for module in (folders, transforms):
+        for module in (folders, pictures_module, transforms):
             monkeypatch.setattr(module, "_C", None)
 
     return take
@@ -104,7 +106,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
             load_picture(path)
     huge = tmp_path / "huge.png"
     with huge.open("wb") as file:
-        os.truncate(file.fileno(), folders.MAX_BYTES + 1)  # takes no room on the disk
+        os.truncate(file.fileno(), MAX_BYTES + 1)  # takes no room on the disk
     with pytest.raises(DataError, match=r"huge\.png.*over .* bytes"):
         load_picture(huge)
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from ldmseg_fast.data import pictures
 from ldmseg_fast.training.shards import ShardReader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,18 @@ def losses(folder: Path) -> list[float]:
     """The loss of every logged step."""
     lines = (folder / "logs" / "log.jsonl").read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+def hang(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every later read of a picture wait, as that of a dead file server does, in forked workers too."""
+    read = pictures.read_content
+
+    def waiting(path: str | os.PathLike) -> bytes:
+        if Path(path) == picture:
+            time.sleep(600)
+        return read(path)
+
+    monkeypatch.setattr(pictures, "read_content", waiting)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

@@ -24,7 +24,7 @@ from ldmseg_fast.training import validation
 from ldmseg_fast.training.loop import Run, train
 from ldmseg_fast.training.run_log import RunLog
 from ldmseg_fast.training.stages import AutoencoderStage
-from tests.training.helpers import TINY, Job, deepspeed, free_port, losses, metrics, torchrun, train_command
+from tests.training.helpers import TINY, Job, deepspeed, free_port, hang, losses, metrics, torchrun, train_command
 from tests.training.two_ranks import spoil
 
 Settings = Callable[..., Config]
@@ -103,12 +103,13 @@ def test_out_of_memory_names_three_settings(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize(("split", "workers"), [("train2017", 0), ("train2017", 2), ("val2017", 0)])
-def test_a_read_that_hangs_is_named(split: str, workers: int, scenes: Path, settings: Settings, tmp_path: Path) -> None:
+def test_a_read_that_hangs_is_named(
+    split: str, workers: int, scenes: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "hanging"
     shutil.copytree(scenes, root)
     picture = sorted((root / split).iterdir())[3]
-    picture.unlink()
-    os.mkfifo(picture)  # whoever opens it waits for a writer
+    hang(picture, monkeypatch)
     begun = time.monotonic()
     common = [f"data.root={root}", f"data.num_workers={workers}", "data.timeout=3", "train.validate_every=1"]
     with pytest.raises(DataError, match=f"no batch for 3 s: .*{picture.name}.*data.timeout"):
@@ -126,8 +127,7 @@ def test_a_picture_for_the_grid_that_hangs_is_named(
     predict = AutoencoderStage.predict
 
     def predicted(stage: AutoencoderStage, *arguments: Any) -> Any:
-        picture.unlink()
-        os.mkfifo(picture)
+        hang(picture, monkeypatch)
         return predict(stage, *arguments)
 
     monkeypatch.setattr(AutoencoderStage, "predict", predicted)

@@ -24,7 +24,7 @@ from ldmseg_fast.data.latent_cache import LatentCache, cache_key, picture_files
 from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
 from ldmseg_fast.models.image_vae import TaesdEncoder
 from ldmseg_fast.training.loop import train
-from tests.training.helpers import losses
+from tests.training.helpers import hang, losses
 
 Settings = Callable[..., Config]
 TAESD = ["image_encoder.kind=taesd", "image_encoder.latent_channels=4", "image_encoder.downsampling=8"]
@@ -255,8 +255,7 @@ def test_a_picture_that_hangs_is_named(workers: str, root: Path, taesd: Path, mo
 
     def then_hangs(*arguments: Any) -> str:  # the key looks at the sizes of files
         found = key(*arguments)
-        picture.unlink()
-        os.mkfifo(picture)  # whoever opens it waits for a writer
+        hang(picture, monkeypatch)
         return found
 
     monkeypatch.setattr(cache_command, "cache_key", then_hangs)
