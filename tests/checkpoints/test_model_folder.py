@@ -71,7 +71,7 @@ def test_saving_again_replaces_the_component(tmp_path):
 
 def test_saving_again_keeps_what_others_have_put_there(tmp_path):
     vae = MaskVAE(SMALL)
-    elsewhere = tmp_path / "elsewhere"
+    elsewhere = tmp_path / "model" / "elsewhere"
     save_component(tmp_path / "model", "mask_vae", SMALL, vae.state_dict())
     (tmp_path / "model" / "mask_vae").rename(elsewhere)
     (tmp_path / "model" / "mask_vae").symlink_to(elsewhere)
@@ -83,7 +83,8 @@ def test_saving_again_keeps_what_others_have_put_there(tmp_path):
         assert (place / "notes.txt").read_text() == "mine"
         assert (place / "more" / "picture.png").read_bytes() == b"dear"
     assert load_component_config(tmp_path / "model", "mask_vae") == (SMALL, {"_more": 2})
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["mask_vae"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["elsewhere", "mask_vae"]
+    assert (tmp_path / "model" / "mask_vae").is_symlink()
 
 
 def test_half_weights_load_as_single_precision(tmp_path):
