@@ -33,6 +33,7 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # waits for no pipe
 
 
@@ -62,7 +63,7 @@ def open_file(path: str | os.PathLike, kind: type[UserError] = DataError, what: 
         what: it should be, for the error.
 
     Raises:
-        UserError: of this kind, at once: a folder, pipe, socket or device.
+        UserError: of this kind, at once: a folder, pipe, socket or device, or a pointer of Git LFS.
         OSError: a file that cannot be opened.
     """
     try:
@@ -72,10 +73,21 @@ def open_file(path: str | os.PathLike, kind: type[UserError] = DataError, what: 
         raise
     try:
         _check_mode(path, os.fstat(descriptor).st_mode, kind, what)
+        if os.pread(descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
+            raise kind(
+                f"{os.fspath(path)}: a pointer of Git LFS, not the file itself; run `git lfs pull` in the folder that "
+                "was cloned"
+            )
         return io.FileIO(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def check_no_pointer(path: Path, kind: type[UserError]) -> None:
+    """Checks that a clone has fetched a file: raises an error of this kind where it holds Git LFS's pointer instead."""
+    if path.is_file():
+        open_file(path, kind).close()
 
 
 def read_file(

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from ldmseg_fast.checkpoints.safe_pickle import load_torch_file
 from ldmseg_fast.checkpoints.tensors import load_weights
 from ldmseg_fast.config import load_config
 from ldmseg_fast.data.folders import read_dense_map
+from ldmseg_fast.data.pictures import read_picture
 from ldmseg_fast.errors import CheckpointError, ConfigError, DataError, PanopticFormatError, UserError
 from ldmseg_fast.files import open_file, read_file, read_json, read_text, require_file, sha256
 from ldmseg_fast.metrics.annotation_index import index_annotations
@@ -73,3 +75,12 @@ def test_every_reader_refuses_a_pipe_at_once(pipe: Path) -> None:
             read(pipe)
         assert isinstance(error.value, UserError)
     assert time.monotonic() - started < 5
+
+
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path) -> None:
+    """A clone without `git lfs pull` has pointers in the place of pictures, maps, annotations and weights."""
+    path = tmp_path / "file"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n")
+    for read in (read_picture, read_panoptic_png, load_panoptic_json, load_torch_file, load_weights, read_json):
+        with pytest.raises(UserError, match=r"file: a pointer of Git LFS.*`git lfs pull`"):
+            read(path)

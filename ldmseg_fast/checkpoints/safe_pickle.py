@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.files import check_no_pointer
 
 # What tensors and plain dictionaries are made of in a pickle. torch's own list for weights_only is longer: some of its
 # entries allocate whatever size a file asks for.
@@ -82,6 +83,7 @@ def check_tensors(state: Any, source: str) -> dict[str, Tensor]:
 def _check_archive(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    check_no_pointer(path, CheckpointError)
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path}: no checkpoint of torch.save, or a truncated one; files older than torch 1.6, plain pickles and "

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ldmseg_fast.checkpoints.tensors import check_no_pointer
 from ldmseg_fast.config import (
     ConditioningConfig,
     Config,
@@ -24,7 +23,7 @@ from ldmseg_fast.config import (
 from ldmseg_fast.config.limits import Length, Range
 from ldmseg_fast.config.settings import IdAssignment, Layers, Pixels, Timesteps, Width, Widths
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.files import read_json
+from ldmseg_fast.files import check_no_pointer, read_json
 
 COMPONENTS = {
     "unet": UNetConfig,
@@ -107,7 +106,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         values = read_json(path)
     except CheckpointError:
-        check_no_pointer(path)
+        check_no_pointer(path, CheckpointError)
         raise
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists without end
         raise CheckpointError(f"{path}: damaged, no JSON ({str(error)[:200]}); save the model again") from None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.files import check_no_pointer
 
 WEIGHTS = "model.safetensors"
 
@@ -86,9 +87,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return expand_int8(plain_names(state, str(path)), str(path))
 
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
 def check_weights_file(path: Path) -> None:
     """Checks by its first bytes that a file may be a safetensors file.
 
@@ -100,24 +98,13 @@ def check_weights_file(path: Path) -> None:
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise CheckpointError(f"{path}: {kind} where a safetensors file is expected")
-    check_no_pointer(path)
+    check_no_pointer(path, CheckpointError)
     with path.open("rb") as file:
         first = file.read(4)
     if not first:
         raise CheckpointError(f"{path}: damaged safetensors file (it is empty); copy or save it again")
     if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         raise CheckpointError(f"{path}: a pickle under the name of a safetensors file; nothing in it was run")
-
-
-def check_no_pointer(path: Path) -> None:
-    """Checks that a clone has fetched a file. Raises CheckpointError where it holds Git LFS's pointer instead."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise CheckpointError(
-                f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` in the folder that was cloned"
-            )
 
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ldmseg_fast.checkpoints.schema import read_settings
-from ldmseg_fast.checkpoints.tensors import check_no_pointer, load_weights
+from ldmseg_fast.checkpoints.tensors import load_weights
 from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.files import inside
+from ldmseg_fast.files import check_no_pointer, inside
 
 # NAME.safetensors, NAME.VARIANT.safetensors, and their shards; transformers once put the variant last
 FILE = re.compile(
@@ -92,7 +92,7 @@ def _why_none(folder: Path) -> str:
     """Says what a folder without safetensors files holds instead."""
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
         for path in folder.glob("*.bin"):
-            check_no_pointer(path)
+            check_no_pointer(path, CheckpointError)
         return (
             f"{folder}: only pickled weights (.bin), which can run code when they are read; take the same model's "
             f".safetensors file, or load it in diffusers on a machine you can lose and save_pretrained it"

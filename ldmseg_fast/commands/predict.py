@@ -30,6 +30,7 @@ from ldmseg_fast.pipeline import LDMSegPipeline
 from ldmseg_fast.reports.draw import enlarge, overlay
 
 OVERLAY_SIDE = 2048
+LONGEST_NAME = 255  # bytes
 SMALL_SIDE = 512  # overlays of small pictures are enlarged to about this side
 
 
@@ -54,7 +55,8 @@ def check_results(pictures: Sequence[FoundPicture], out: Path, keep: Sequence[Pa
     """Checks that no result of `pictures` in the folder `out` replaces something.
 
     Raises:
-        ArgumentError: results would replace each other, one of the pictures, or one of the files to `keep`.
+        ArgumentError: results would replace each other, one of the pictures, or one of the files to `keep`, or have
+            names that no file system takes.
     """
     folder = out.resolve()
     inputs = {file.resolve(): file for file in (*(picture.file for picture in pictures), *keep)}
@@ -62,6 +64,11 @@ def check_results(pictures: Sequence[FoundPicture], out: Path, keep: Sequence[Pa
     for picture in pictures:
         for ending in (".png", "_overlay.png", "_agreement.png", ".json"):
             name = picture.folder / (picture.file.stem + ending)
+            if len(os.fsencode(name.name)) > LONGEST_NAME:
+                raise ArgumentError(
+                    f"{picture.file}: the name of its result, {name.name[:20]}...{ending}, has over {LONGEST_NAME} "
+                    "bytes, which file systems do not take; rename the picture"
+                )
             other = names.setdefault(name, picture.file)
             if other != picture.file:
                 raise ArgumentError(

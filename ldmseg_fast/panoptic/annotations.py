@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.errors import PanopticFormatError
-from ldmseg_fast.files import text_of
+from ldmseg_fast.files import read_file, text_of
 from ldmseg_fast.native import _C
 
 MAX_ID = 2**24 - 1
@@ -56,7 +56,7 @@ def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[s
         OSError: a file that cannot be read.
     """
     if stream_panoptic_json(path, predictions=predictions) is not None:
-        return _without_collector(lambda: json.loads(_read(path)))
+        return _without_collector(lambda: json.loads(read_file(path, PanopticFormatError, "JSON file")))
     content, faults = check_panoptic_json(path, predictions=predictions)
     for first in faults:
         more = sum(fault.kind == first.kind for fault in faults)
@@ -81,7 +81,7 @@ def check_panoptic_json(path: str | Path, *, predictions: bool = False) -> tuple
         constants.append(name)
         return float(name)
 
-    raw = _read(path)
+    raw = read_file(path, PanopticFormatError, "JSON file")
     try:
         text = text_of(raw)
         content = _without_collector(
@@ -110,12 +110,6 @@ def stream_panoptic_json(path: str | Path, *, predictions: bool = False) -> Any:
         return None
     unlisted = set(index.used_categories) - {category["id"] for category in categories}
     return None if index.categories and unlisted else index
-
-
-def _read(path: str | Path) -> bytes:
-    if Path(path).exists() and not Path(path).is_file():  # a pipe would wait for its writer for ever
-        raise PanopticFormatError(f"{path}: a folder, pipe or device; name a JSON file")
-    return Path(path).read_bytes()
 
 
 def _without_collector(read: Any) -> Any:

@@ -5,7 +5,6 @@ cocodataset.org/#format-data).
 """
 
 import io
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ldmseg_fast.errors import PanopticFormatError
-from ldmseg_fast.files import replacing
+from ldmseg_fast.files import read_file, replacing
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.annotations import MAX_ID, load_panoptic_json
 
@@ -204,13 +203,8 @@ def _deflate(content: np.ndarray) -> bytes | bytearray:
 
 
 def _read_content(path: str | Path, max_pixels: int) -> bytes:
-    """Reads a PNG whose header is that of a map; what is no file is not opened, since a pipe would never end."""
-    status = Path(path).stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise PanopticFormatError(f"{path}: a folder, pipe or device; name a PNG file")
-    if status.st_size > MAX_BYTES:
-        raise PanopticFormatError(f"{path}: {status.st_size} bytes; maps of at most {MAX_BYTES} bytes are read")
-    content = Path(path).read_bytes()
+    """Reads a PNG whose header is that of a map."""
+    content = read_file(path, PanopticFormatError, "PNG file", MAX_BYTES)
     _check_header(content[:29], path, max_pixels)
     return content
 

@@ -80,6 +80,13 @@ def test_pictures_of_one_name_are_refused_before_anything_is_written(model_dir, 
     assert "would be replaced by the result" in capsys.readouterr().err
 
 
+def test_a_name_that_is_too_long_for_its_results_is_refused_first(model_dir, tmp_path, capsys):
+    path = tmp_path / ("x" * 250 + ".png")
+    picture().save(path)
+    assert run(model_dir, path, "--out", tmp_path / "out") == 2
+    assert "rename the picture" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_files_that_are_all_bad(model_dir, folder, tmp_path, capsys):
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:300])
     (folder / "text.jpg").write_text("text")
