@@ -108,7 +108,7 @@ def test_a_turned_mask(tmp_path: Path) -> None:
         (palette(KNOWN, [0, 0, 0, 0, 0, 0]), "gives nothing"),
         (image(np.where(KNOWN, np.nan, 0).astype(np.float32)), "values"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else value.mode,
 )
 def test_masks_that_decide_nothing(mask: Image.Image, message: str, tmp_path: Path) -> None:
     path = tmp_path / ("mask.tif" if mask.mode == "F" else "mask.png")

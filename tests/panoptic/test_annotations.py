@@ -201,9 +201,7 @@ def test_predictions_have_the_same_rules(tmp_path: Path, content: dict[str, Any]
 def test_what_is_no_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "panoptic_val.json")
     for read in (load_panoptic_json, index_annotations, check_panoptic_json):
-        with pytest.raises(
-            PanopticFormatError, match=r"panoptic_val\.json: .*not a readable JSON file"
-        ):
+        with pytest.raises(PanopticFormatError, match=r"panoptic_val\.json: .*not a readable JSON file"):
             read(tmp_path / "panoptic_val.json")
     with pytest.raises(FileNotFoundError):
         load_panoptic_json(tmp_path / "none.json")
