@@ -21,7 +21,7 @@ from ldmseg_fast.checkpoints.weight_files import read_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig, SchedulerConfig, UNetConfig, update, validate
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.files import inside
-from ldmseg_fast.models.image_vae import build_image_encoder, modern_attention_names
+from ldmseg_fast.models.image_vae import TaesdEncoder, build_image_encoder, modern_attention_names
 from ldmseg_fast.models.unet import UNet, input_parts
 
 # what weights fix; the rest of a UNet's configuration is the run's own choice
@@ -308,7 +308,7 @@ def load_image_encoder(encoder: nn.Module, start: Start) -> None:
     """
     if start.image_vae is None:
         return
-    load_state(encoder, _image_vae_state(start), str(start.image_vae))
+    load_state(encoder, _image_vae_state(start, isinstance(encoder, TaesdEncoder)), str(start.image_vae))
 
 
 def check_start(start: Start) -> None:
@@ -322,7 +322,11 @@ def check_start(start: Start) -> None:
         _check_sizes(lambda: UNet(config.unet), _unet_state(start), start.unet)
     if start.image_vae is not None:
         encoder = config.image_encoder
-        _check_sizes(lambda: build_image_encoder(encoder, start.vae_config), _image_vae_state(start), start.image_vae)
+        _check_sizes(
+            lambda: build_image_encoder(encoder, start.vae_config),
+            _image_vae_state(start, encoder.kind == "taesd"),
+            start.image_vae,
+        )
 
 
 def _check_sizes(build: Callable[[], nn.Module], state: dict[str, Tensor], source: Path) -> None:
@@ -343,12 +347,12 @@ def _unet_state(start: Start) -> dict[str, Tensor]:
     return load_weights(inside(start.unet.parent, start.unet / WEIGHTS)) if start.ours else read_weights(start.unet)
 
 
-def _image_vae_state(start: Start) -> dict[str, Tensor]:
+def _image_vae_state(start: Start, taesd: bool) -> dict[str, Tensor]:
     """The image encoder's tensors under our names."""
     assert start.image_vae is not None
     if start.ours:
         return load_weights(inside(start.image_vae.parent, start.image_vae / WEIGHTS))
-    if start.config.image_encoder.kind == "taesd":
+    if taesd:
         return {f"layers.{key}": value for key, value in load_weights(start.image_vae).items()}
     state = modern_attention_names(read_weights(start.image_vae))
     return {key: value for key, value in state.items() if not key.startswith(("decoder.", "post_quant_conv."))}

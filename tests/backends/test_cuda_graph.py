@@ -20,6 +20,7 @@ from ldmseg_fast.cli import main
 from ldmseg_fast.diffusion.sampler import ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError
+from ldmseg_fast.panoptic.format import read_panoptic_png
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -170,9 +171,10 @@ def test_commands_pass_the_option(model_dir, tmp_path, monkeypatch, scenes, comm
     monkeypatch.setattr(LDMSegPipeline, "from_pretrained", stop)
     picture = next((scenes / "val2017").iterdir())
     map_file = scenes / "panoptic_val2017" / picture.name
+    first = str(read_panoptic_png(map_file)[0, 0])
     images = {
         "predict": [str(picture), "--out", str(tmp_path)],
-        "inpaint": ["--image", str(picture), "--map", str(map_file), "--known", str(picture), "--out", str(tmp_path)],
+        "inpaint": ["--image", str(picture), "--map", str(map_file), "--unknown-id", first, "--out", str(tmp_path)],
         "evaluate": ["--data", str(scenes)],
     }
     assert main([command, str(model_dir), *images[command], *option]) == 2
