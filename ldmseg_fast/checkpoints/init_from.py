@@ -256,7 +256,6 @@ def _input_convolutions(weight: Tensor, bias: Tensor, unet: UNet, start: Start) 
     model = start.config.model
     parts = input_parts(replace(unet.config, image_channels=start.config.image_encoder.latent_channels))
     noisy, image = parts[:2]
-    base = weight[:, :noisy]
     kept: list[Tensor] = []
     known = [noisy + image, 2 * noisy + image] if start.ours else [noisy]
     if weight.ndim != 4 or weight.shape[1] not in known:
@@ -264,6 +263,7 @@ def _input_convolutions(weight: Tensor, bias: Tensor, unet: UNet, start: Start) 
             f"{start.unet}: conv_in.weight is {list(weight.shape)}, and in_channels={' or '.join(map(str, known))} "
             f"(the second number) is expected"
         )
+    base = weight[:, :noisy]
     if start.ours:  # it has these parts itself
         kept = list(weight.split([noisy, image] + ([noisy] if weight.shape[1] > noisy + image else []), dim=1))
     shapes = [(weight.shape[0], part, *weight.shape[2:]) for part in parts]

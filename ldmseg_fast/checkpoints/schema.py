@@ -23,7 +23,7 @@ from ldmseg_fast.config import (
 from ldmseg_fast.config.limits import Length, Range
 from ldmseg_fast.config.settings import IdAssignment, Layers, Pixels, Timesteps, Width, Widths
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.files import check_no_pointer, read_json
+from ldmseg_fast.files import read_json
 
 COMPONENTS = {
     "unet": UNetConfig,
@@ -103,13 +103,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no plain file; put the model's own {path.name} in its place")
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size >> 20} MiB of settings; a model's are far smaller")
-    try:
-        values = read_json(path)
-    except CheckpointError:
-        check_no_pointer(path, CheckpointError)
-        raise
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists without end
-        raise CheckpointError(f"{path}: damaged, no JSON ({str(error)[:200]}); save the model again") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: a mapping of settings expected; save the model again")
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.errors import CheckpointError, UserError
 from ldmseg_fast.files import check_no_pointer
 
 WEIGHTS = "model.safetensors"
@@ -39,9 +40,8 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Writes tensors of any shape, dtype, layout and device as a safetensors file, which is on disk when this returns.
 
     `safetensors.torch.save_file` takes contiguous tensors only. A stage in training has them in channels_last, or on a
-    GPU,
-    so all of them would have to be copied first: the whole model a second time in main memory. This writer copies one
-    tensor at a time.
+    GPU, so all of them would have to be copied first: the whole model a second time in main memory. This writer copies
+    one tensor at a time.
 
     Raises:
         OSError: the file cannot be written.
@@ -279,10 +279,16 @@ def at_most(state: dict[str, Tensor], source: str) -> Iterator[None]:
     hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
     try:
         yield
-    except CheckpointError:
-        raise
-    except (ValueError, RuntimeError) as error:  # PyTorch's, of widths that groups or heads do not divide
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, UserError) or not _is_of_torch(error):
+            raise
+        # of widths that groups or heads do not divide
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{source}: no network can be built from the configuration beside it: {reason}") from None
     finally:
         hook.remove()
+
+
+def _is_of_torch(error: Exception) -> bool:
+    """Whether PyTorch's own code raised an error, rather than ours."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(str(Path(torch.__file__).parent))

@@ -85,11 +85,11 @@ def load_config(name_or_file: str, overrides: list[str] | tuple[str, ...] = ()) 
     if name_or_file in PRESETS:
         config = PRESETS[name_or_file]
     else:
+        values = _read_file(Path(name_or_file))
         try:
-            config = update(Config(), _read_file(Path(name_or_file)))
+            config = update(Config(), values)
         except ConfigError as error:
-            named = str(name_or_file) in str(error)
-            raise error if named else ConfigError(f"{name_or_file}: {error}") from None
+            raise ConfigError(f"{name_or_file}: {error}") from None
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key:

@@ -32,7 +32,7 @@ def parse_yaml(text: str, source: str) -> Any:
             return None
         if _count(root, {}, source) > MAX_VALUES:
             raise ConfigError(f"{source}: its aliases (*NAME) make over {MAX_VALUES} values; write them out")
-        return loader.construct_document(root)
+        return _construct(loader, root, source)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -42,8 +42,20 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: lists in lists without end; settings are two levels deep") from None
 
 
+def _construct(loader: Any, root: Any, source: str) -> Any:
+    """Builds the values. PyYAML's own constructors raise such errors for a tag that a value does not fit (!!int '')."""
+    try:
+        return loader.construct_document(root)
+    except (LookupError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{source}: a value does not fit its tag (!!int, !!bool, ...); leave the tag out") from error
+
+
 def _count(node: Any, known: dict[int, int], source: str) -> int:
-    """How many values a node makes; raises ConfigError for a key that is there twice, or a node inside itself."""
+    """How many values a node makes.
+
+    Raises:
+        ConfigError: a key that is there twice, or a node inside itself.
+    """
     if id(node) in known:
         if known[id(node)] == 0:
             raise ConfigError(f"{source}: an alias inside the value that it names")

@@ -72,13 +72,13 @@ class MaskSampler:
         """
         steps = self.info.num_inference_steps if num_inference_steps is None else num_inference_steps
         sampling = Sampling(steps, **settings)
-        check_count("num_inference_steps", steps, 0, MAX_STEPS)  # the schedule says more of its own end
+        check_count("num_inference_steps", steps, 1, MAX_STEPS)  # the schedule says more of its own end
         check_count("seed", sampling.seed, 0, MAX_SEED)
-        check_count("cache_interval", sampling.cache_interval, 0, MAX_STEPS)
+        check_count("cache_interval", sampling.cache_interval, 1, MAX_STEPS)  # 1 caches nothing
         check_count("cache_branch", sampling.cache_branch, 0, MAX_STEPS)
         if sampling.callback is not None and not callable(sampling.callback):
             raise ArgumentError(f"callback={sampling.callback!r}: a function expected; see diffusion.sampler.Callback")
-        if not isinstance(sampling.eta, (int, float, np.number)):
+        if isinstance(sampling.eta, bool) or not isinstance(sampling.eta, (int, float, np.integer, np.floating)):
             raise ArgumentError(f"eta={sampling.eta!r}: a number from 0 to 1 expected")
         if sampling.timesteps is not None and not isinstance(sampling.timesteps, str):
             if not isinstance(sampling.timesteps, Iterable):
@@ -89,8 +89,6 @@ class MaskSampler:
         check_solver(sampling.solver, sampling.eta)
         solver_timesteps(self.scheduler, sampling.solver, steps, sampling.timesteps)
         interval, branch, branches = sampling.cache_interval, sampling.cache_branch, self.backend.cache_branches
-        if interval < 1:
-            raise ArgumentError(f"cache_interval={interval}: at least 1, which caches nothing")
         if interval > 1 and not branches:
             raise ArgumentError(f"cache_interval={interval}: graphs have no such option; use backend=torch")
         if interval > 1 and not 0 <= branch < branches:
@@ -157,7 +155,7 @@ class MaskSampler:
             NonFiniteError: latents that are NaN or infinite; it names the network that made them so.
         """
         mask_latents = self._sample(network, noise, image_latents, image_ids, sampling, constraint)
-        finite = all_finite(mask_latents)
+        finite = bool(all_finite(mask_latents))
         if not finite:
             require_finite(all_finite(image_latents), "image_vae: image latents", self.info, self.backend.dtype)
             require_finite(all_finite(noise), "the initial noise: its values", self.info, noise.dtype)

@@ -48,9 +48,8 @@ def evaluate_files(
 
     Returns:
         `PQStat.result()` (fractions) and what only files can tell: `seconds` (reading and matching), `threads`,
-        `missing`
-        and `ignored` (image ids without a prediction, and predicted but not in the ground truth), `interval` (bootstrap
-        95 % of PQ over images), `per_image` (in the order of the ground truth) and `worst_images`.
+        `missing` and `ignored` (image ids without a prediction, and predicted but not in the ground truth), `interval`
+        (bootstrap 95 % of PQ over images), `per_image` (in the order of the ground truth) and `worst_images`.
 
     Raises:
         PanopticFormatError: names the file. See `load_panoptic_json`, `read_panoptic_png` and `match_segments`;
@@ -163,9 +162,13 @@ def why_missing(truth: Sequence[int | str], missing: Sequence[int | str], predic
     return ""
 
 
+_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
 def _spelling(image_id: int | str) -> str:
     """Spells alike what names one image: 1, "1", "000001" and "000001.jpg"."""
-    name = PurePosixPath(str(image_id)).stem
+    path = PurePosixPath(str(image_id))
+    name = path.stem if path.suffix.lower() in _PICTURES else path.name
     return str(int(name)) if name.isascii() and name.isdigit() and len(name) < 20 else name
 
 

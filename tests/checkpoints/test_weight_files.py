@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.checkpoints.model_folder import load_component
+from ldmseg_fast.checkpoints.tensors import at_most
 from ldmseg_fast.checkpoints.weight_files import read_weights
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from tests.checkpoints.hostile_folders import LFS
@@ -160,6 +162,25 @@ def test_a_unet_with_another_input_is_refused(channels, what, make_stage, tmp_pa
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 4}))  # the weights know better
     with pytest.raises(CheckpointError, match=rf"conv_in\.weight is \[8, {channels}, 3, 3\], and in_channels=4"):
         make_stage(tmp_path)
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(8), torch.tensor(1.0), torch.zeros(8, 4)])
+def test_an_input_convolution_that_is_none(weight, make_stage, tmp_path):  # noqa: F811
+    write_stable_diffusion(tmp_path, SD14)
+    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(path), "conv_in.weight": weight}, path)
+    with pytest.raises(CheckpointError, match=r"conv_in\.weight"):
+        make_stage(tmp_path)
+
+
+def test_a_bug_in_the_building_of_a_network_keeps_its_traceback():
+    with pytest.raises(ValueError, match="cannot reshape") as error, at_most({}, "file"):
+        np.zeros(3).reshape(2)
+    assert not isinstance(error.value, CheckpointError)
+    with pytest.raises(ConfigError, match="with its cure"), at_most({}, "file"):
+        raise ConfigError("with its cure")
+    with pytest.raises(CheckpointError, match="file: no network can be built"), at_most({}, "file"):
+        torch.nn.GroupNorm(3, 4)
 
 
 def test_latents_of_another_kind_are_refused(make_stage, tmp_path):  # noqa: F811

@@ -57,13 +57,18 @@ def test_aliases_and_merges_that_stay_small_are_read(tmp_path):
         ("3", "a mapping of settings expected"),
         ("", "a mapping of settings expected"),
         ("a: 'open", "not readable"),
+        ("train: {steps: !!int ''}", "does not fit its tag"),
+        ("train: {learning_rate: !!float ''}", "does not fit its tag"),
+        ("train: {steps: !!bool maybe}", "does not fit its tag"),
+        ("train: {steps: !!timestamp x}", "does not fit its tag"),
     ],
 )
 def test_hostile_files(text, message, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ConfigError, match=message) as error:
         load_config(str(path))
-    assert time.monotonic() - begun < 5
+    assert "run.yaml" in str(error.value)
+    assert time.process_time() - begun < 5
     assert len(str(error.value)) < 1000 and "\n" not in str(error.value)

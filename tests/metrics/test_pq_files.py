@@ -197,6 +197,26 @@ def test_predictions_of_other_ids(dataset, capsys, rename, message, options):
     assert _run(gt_json, pred_json, "--allow-missing") == 0, "no prediction at all"
 
 
+def test_a_point_in_an_id_is_no_ending(dataset, capsys):
+    """Frames of videos: frame.0002 and frame.0003 are two images."""
+    gt_json, pred_json = dataset
+
+    def rename(shift):
+        def change(content):
+            for entry in content["annotations"]:
+                entry["image_id"] = f"frame.{entry['image_id'] + shift:04d}"
+            for image in content.get("images", []):
+                image["id"] = f"frame.{image['id']:04d}"
+
+        return change
+
+    _edit(gt_json, rename(0))
+    _edit(pred_json, rename(1))
+    assert _run(gt_json, pred_json, "--allow-missing") == 0
+    assert _run(gt_json, pred_json) == 2
+    assert "count them as empty with --allow-missing" in capsys.readouterr().err
+
+
 def test_files_with_a_byte_order_mark(dataset):
     gt_json, pred_json = dataset
     before = evaluate_files(gt_json, pred_json)["All"]
