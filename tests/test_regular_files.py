@@ -74,7 +74,7 @@ def test_every_reader_refuses_a_pipe_at_once(pipe: Path) -> None:
         with pytest.raises(kind, match=r"pipe\.png") as error:
             read(pipe)
         assert isinstance(error.value, UserError)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path) -> None:
