@@ -16,9 +16,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ldmseg_fast.data.pixel_formats import check_depth, deep_samples, rgb_of_samples, to_rgb
+from ldmseg_fast.data.pixel_formats import check_depth, decode, pillow_errors, rgb_of_samples, to_rgb, unreadable
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import MAX_BYTES, read_file
 from ldmseg_fast.native import _C
@@ -159,15 +159,10 @@ def rgb_of_image(image: Image.Image, name: str, *, exif: bool = True, max_pixels
     check_pixels(name, *image.size, max_pixels)
     turns_itself = image.format == "TIFF" and bool(getattr(image, "tile", ()))
     orientation = orientation_of(image) if turns_itself else 1
-    try:
+    with pillow_errors(name):
         content = _content_of(image)
-        check_depth(image, content, name)
-        samples = deep_samples(image, content) if content else None
-        image.load()
-    except DataError:
-        raise
-    except Exception as error:
-        raise unreadable(name, error) from error
+    check_depth(image, content, name)
+    samples = decode(image, content, name)
     rgb = to_rgb(image, name, content) if samples is None else rgb_of_samples(samples, image.mode)
     orientation = orientation if turns_itself else orientation_of(image)
     return turned(rgb, orientation, exif=exif, by_itself=turns_itself)
@@ -258,13 +253,6 @@ def read_content(path: str | os.PathLike) -> bytes:
         raise unreadable(path, error) from error
 
 
-def unreadable(path: str | os.PathLike, error: Exception) -> DataError:
-    """Returns the error of a picture that Pillow or C++ cannot decode."""
-    unknown = isinstance(error, UnidentifiedImageError)  # its text names a buffer of ours
-    why = "cannot identify image file: no format that Pillow knows" if unknown else str(error) or type(error).__name__
-    return DataError(f"{path}: not a readable picture ({why}): fetch or save it again")
-
-
 def _content_of(image: Image.Image) -> bytes:
     """Returns the file that an image was opened from, where its depth hangs on it; empty where it is decoded."""
     file = getattr(image, "fp", None)
@@ -311,17 +299,15 @@ def _opened(path: str | os.PathLike, content: bytes, max_pixels: int, reduced: b
         if turns_itself:
             orientation = orientation_of(image)
         size = image.size[::-1] if turns_itself and orientation >= 5 else image.size
-        try:
+        large = size[0] * size[1] > MAX_PIXELS
+        with pillow_errors(path):
             frames = bool(getattr(image, "is_animated", False)) and image.format not in _STILLS
-            if reduced and size[0] * size[1] > MAX_PIXELS and image.format in ("JPEG", "MPO"):
-                part = (MAX_PIXELS / (size[0] * size[1])) ** 0.5 / 2
+        if reduced and large and image.format in ("JPEG", "MPO"):
+            part = (MAX_PIXELS / (size[0] * size[1])) ** 0.5 / 2
+            with pillow_errors(path):
                 image.draft("RGB", (int(size[0] * part), int(size[1] * part)))
-            with _bounds(max_pixels) if size[0] * size[1] > MAX_PIXELS else nullcontext():
-                samples = deep_samples(image, content)
-                if samples is None:
-                    image.load()
-        except Exception as error:
-            raise unreadable(path, error) from error
+        with _bounds(max_pixels) if large else nullcontext():
+            samples = decode(image, content, path)
         if reduced and not turns_itself:
             orientation = orientation_of(image)  # a PNG may have it behind its pixels
         rgb = to_rgb(image, path, content) if samples is None else rgb_of_samples(samples, image.mode)
