@@ -37,6 +37,7 @@ TURNS = {
 _BACK = {6: TURNS[8], 8: TURNS[6]}  # all others undo themselves
 _MAY_BE_TURNED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # a PNG's places for the orientation
 
+_EXIF = ("exif", "Raw profile type exif")  # what Pillow names it in `Image.info`
 _HEAD = 4096  # bytes in which an animated PNG says that it is one
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -45,6 +46,10 @@ _STILLS = ("MPO", "PSD", "ICO", "ICNS")  # further frames are previews or layers
 MAX_SIDE = 2**17  # pixels; resizing keeps a table as long as a side
 LARGE = 2**24  # pixels; Pillow reads larger pictures, as it would need a copy of an array to resize it
 _lock = threading.RLock()
+
+# Pillow warns below its bound, and our error at the bound says more. To silence it picture by picture would make
+# Python forget each time which warnings it has shown, and change the filters of other threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -187,9 +192,9 @@ def turned(image: Image.Image, orientation: int, *, exif: bool, by_itself: bool)
 
 def orientation_of(image: Image.Image) -> int:
     """Reads the EXIF orientation of Pillow's image, 1 to 8; 1 where there is none, or none that can be read."""
+    may_warn = hasattr(image, "tag_v2") or any(image.info.get(key) for key in _EXIF)
     try:
-        with _lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF
+        with _no_warnings() if may_warn else nullcontext():
             orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # what Pillow raises on damaged EXIF depends on the tag; the picture itself is whole
         return 1
@@ -227,7 +232,7 @@ def open_checked(path: str | os.PathLike, content: bytes, max_pixels: int) -> Im
     try:
         with _bounds(max_pixels):
             image = Image.open(io.BytesIO(content))
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(
             f"{path}: over {max_pixels} pixels: scale it down, or raise --max-pixels of a command that has it"
         ) from None
@@ -324,10 +329,17 @@ def _factor(pixels: int) -> int:
 
 
 @contextmanager
-def _bounds(max_pixels: int) -> Iterator[None]:
-    """Raises Pillow's own bound to ours, and silences the warning below it; ours is an error that says more."""
+def _no_warnings() -> Iterator[None]:
+    """Silences Pillow's warnings of damaged EXIF. The filters are the process's own, so this is for few pictures."""
     with _lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _bounds(max_pixels: int) -> Iterator[None]:
+    """Raises Pillow's own bound to ours."""
+    with _lock:
         before = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = None if before is None else max(before, max_pixels)
         try:
