@@ -61,12 +61,19 @@ class Picture:
         size: (H, W) of the file, turned where the picture is.
         turned: whether its EXIF orientation was applied.
         frames: whether the file has more than the one frame.
+        orientation: EXIF orientation of the file, 1 to 8; 1 where the stored pixels were asked for.
     """
 
     pixels: np.ndarray | Image.Image
     size: tuple[int, int]
     turned: bool = False
     frames: bool = False
+    orientation: int = 1
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Returns (H, W) of the file as it is stored, not turned."""
+        return self.size[::-1] if self.orientation >= 5 else self.size
 
 
 def load_picture(path: str | os.PathLike) -> np.ndarray | Image.Image:
@@ -144,7 +151,8 @@ def decode_picture(
     if not exif or stored.orientation not in TURNS:
         return Picture(image, (height, width), frames=stored.frames)
     size = (width, height) if stored.orientation >= 5 else (height, width)
-    return Picture(image.transpose(TURNS[stored.orientation]), size, turned=True, frames=stored.frames)
+    shown = image.transpose(TURNS[stored.orientation])
+    return Picture(shown, size, turned=True, frames=stored.frames, orientation=stored.orientation)
 
 
 def rgb_of_image(image: Image.Image, name: str, *, exif: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
