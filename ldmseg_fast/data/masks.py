@@ -7,7 +7,8 @@ import os
 import numpy as np
 from PIL import Image
 
-from ldmseg_fast.data.pictures import MAX_PIXELS, open_checked, orientation_of, read_content, turned
+from ldmseg_fast.data.orientation import orientation_of, turned
+from ldmseg_fast.data.pictures import MAX_PIXELS, open_checked, read_content
 from ldmseg_fast.data.pixel_formats import DEEP_GREY, EIGHT_BITS, check_depth, decode, to_rgb
 from ldmseg_fast.errors import DataError
 
