@@ -32,6 +32,7 @@ _HEAD = 4096  # bytes in which an animated PNG says that it is one
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG = (b"\x08\x02\0\0\0", b"\x08\0\0\0\0")  # 8-bit RGB or grey, not interlaced
 _STILLS = ("MPO", "PSD", "ICO", "ICNS")  # further frames are previews or layers
+_SIZED = ("JPEG", "MPO", "PNG", "WEBP", "BMP")  # decoding others may change the size that their header gives
 MAX_SIDE = 2**17  # pixels; resizing keeps a table as long as a side
 LARGE = 2**24  # pixels; Pillow reads larger pictures, as it would need a copy of an array to resize it
 _lock = threading.RLock()
@@ -90,6 +91,20 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """
     picture = load_picture(path)
     return picture if isinstance(picture, np.ndarray) else np.array(picture)
+
+
+def stored_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Reads the size (H, W) that `read_image` finds; of the formats of photographs only the header is decoded.
+
+    Raises:
+        DataError: see `load_picture`.
+    """
+    content = read_content(path)
+    with open_checked(path, content, MAX_PIXELS) as image:
+        if image.format in _SIZED:
+            return image.height, image.width
+    decoded = _opened(path, content, MAX_PIXELS).image
+    return decoded.height, decoded.width
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
