@@ -73,7 +73,7 @@ def largest_value(image: Image.Image, content: bytes = b"") -> int | None:
         return 2 ** _tag(image, _BITS, 16) - 1
     if kind == "JPEG2000":
         bits = _jpeg_2000_bits(content) or 16
-        return (2**bits - 1) << (16 - bits)  # Pillow shifts them up
+        return (2**bits - 1) << (16 - bits) if bits <= 16 else None  # Pillow shifts them up
     return 65535 if kind is None else None
 
 

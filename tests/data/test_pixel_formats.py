@@ -150,6 +150,16 @@ def test_jpeg_2000_of_16_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(path), colours(values))
 
 
+def test_jpeg_2000_of_more_than_16_bits_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jp2"
+    Image.fromarray(samples(1)[..., 0]).save(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\xff\x4f\xff\x51") + 42] = 23  # 24 bits
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"deep\.jp2: "):
+        read_image(path)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_numbers_without_a_range(dtype: type, tmp_path: Path) -> None:
     path = tmp_path / "numbers.tif"
