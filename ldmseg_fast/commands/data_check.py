@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
-from ldmseg_fast.data.folders import SplitFolders, find_split, list_splits, read_image
-from ldmseg_fast.data.pictures import orientation_of
+from ldmseg_fast.data.folders import SplitFolders, find_split, list_splits
+from ldmseg_fast.data.pictures import open_checked, read_content, read_picture
 from ldmseg_fast.errors import DataError, PanopticFormatError
 from ldmseg_fast.panoptic.annotations import check_panoptic_json
-from ldmseg_fast.panoptic.format import read_panoptic_png
+from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
 from ldmseg_fast.panoptic.near_files import is_file
 from ldmseg_fast.panoptic.shapes import segment_shapes
 
@@ -177,8 +176,9 @@ def _check_job(folders: SplitFolders, job: _Job) -> list[Problem]:
         path = folders.images / job.picture
         if is_file(path):
             try:
-                sizes["picture"] = read_image(path).shape[:2]  # type: ignore[assignment]
-                problems += _orientation_problems(path)
+                picture = read_picture(path)
+                sizes["picture"] = picture.stored_size
+                problems += _orientation_problems(path, picture.orientation)
             except DataError as error:
                 problems.append(Problem("unreadable picture", str(path), str(error).removeprefix(f"{path}: ")))
         else:
@@ -219,13 +219,8 @@ def _counted(values: list[Any], what: str, named: int = 5) -> str:
     return listed if len(values) == 1 else f"{len(values)} {what}: {listed}"
 
 
-def _orientation_problems(path: Path) -> list[Problem]:
+def _orientation_problems(path: Path, orientation: int) -> list[Problem]:
     """Reports an EXIF orientation: viewers turn such a picture, and maps follow the stored pixels."""
-    try:
-        with Image.open(path) as image:
-            orientation = orientation_of(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return []
     if orientation == 1:
         return []
     detail = f"{orientation}, and maps follow the stored pixels: was the map drawn on the picture as viewers turn it?"
@@ -235,9 +230,9 @@ def _orientation_problems(path: Path) -> list[Problem]:
 def _map_kind(path: Path) -> str:
     """Tells why a map cannot be read, as far as its header says."""
     try:
-        with Image.open(path) as image:
+        with open_checked(path, read_content(path), MAX_PIXELS) as image:
             return _MAP_KINDS.get(image.mode, "unreadable map")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DataError:
         return "unreadable map"
 
 

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from ldmseg_fast.data.folders import find_split
+from ldmseg_fast.data.pictures import stored_size
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import replacing
 from ldmseg_fast.locks import only_writer
@@ -107,10 +106,9 @@ def _size(image: dict[str, Any], path: Path) -> tuple[int, int]:
     if "height" in image and "width" in image:
         return int(image["height"]), int(image["width"])
     try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable picture ({error}), and the JSON does not give its size") from error
+        return stored_size(path)
+    except DataError as error:
+        raise DataError(f"{error}; the JSON does not give its size") from error
 
 
 def _link(link: Path, target: Path) -> None:

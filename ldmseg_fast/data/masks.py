@@ -7,8 +7,9 @@ import os
 import numpy as np
 from PIL import Image
 
-from ldmseg_fast.data.pictures import MAX_PIXELS, open_checked, orientation_of, read_content, turned, unreadable
-from ldmseg_fast.data.pixel_formats import DEEP_GREY, EIGHT_BITS, check_depth, deep_samples, to_rgb
+from ldmseg_fast.data.orientation import orientation_of, turned
+from ldmseg_fast.data.pictures import MAX_PIXELS, open_checked, read_content
+from ldmseg_fast.data.pixel_formats import DEEP_GREY, EIGHT_BITS, check_depth, decode, to_rgb
 from ldmseg_fast.errors import DataError
 
 _LUMA = np.array([299, 587, 114])  # ITU-R BT.601, as Pillow's "L"
@@ -34,12 +35,7 @@ def read_mask(path: str | os.PathLike, *, exif: bool = True, max_pixels: int = M
             check_depth(image, content, path)
         by_itself = image.format == "TIFF"
         orientation = orientation_of(image) if by_itself else 1
-        try:
-            samples = deep_samples(image, content)
-            if samples is None:
-                image.load()
-        except Exception as error:  # what Pillow's formats raise on damaged files is nowhere listed
-            raise unreadable(path, error) from error
+        samples = decode(image, content, path)
         orientation = orientation if by_itself else orientation_of(image)
         colour, alpha = _planes(image, samples, path)
     known = given_by(colour, alpha, path)

@@ -16,25 +16,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ldmseg_fast.data.pixel_formats import check_depth, deep_samples, rgb_of_samples, to_rgb
+from ldmseg_fast.data.orientation import TURNS, orientation_of, turned
+from ldmseg_fast.data.pixel_formats import check_depth, decode, pillow_errors, rgb_of_samples, to_rgb, unreadable
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import MAX_BYTES, read_file
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS
 
-ORIENTATION = 0x0112  # the tag's number: EXIF 2.32, section 4.6.4; TIFF 6.0
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_BACK = {6: TURNS[8], 8: TURNS[6]}  # all others undo themselves
 _MAY_BE_TURNED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # a PNG's places for the orientation
 
 _HEAD = 4096  # bytes in which an animated PNG says that it is one
@@ -42,9 +32,14 @@ _HEAD = 4096  # bytes in which an animated PNG says that it is one
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG = (b"\x08\x02\0\0\0", b"\x08\0\0\0\0")  # 8-bit RGB or grey, not interlaced
 _STILLS = ("MPO", "PSD", "ICO", "ICNS")  # further frames are previews or layers
+_SIZED = ("JPEG", "MPO", "PNG", "WEBP", "BMP")  # decoding others may change the size that their header gives
 MAX_SIDE = 2**17  # pixels; resizing keeps a table as long as a side
 LARGE = 2**24  # pixels; Pillow reads larger pictures, as it would need a copy of an array to resize it
 _lock = threading.RLock()
+
+# Pillow warns below its bound, and our error at the bound says more. To silence it picture by picture would make
+# Python forget each time which warnings it has shown, and change the filters of other threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -56,12 +51,19 @@ class Picture:
         size: (H, W) of the file, turned where the picture is.
         turned: whether its EXIF orientation was applied.
         frames: whether the file has more than the one frame.
+        orientation: EXIF orientation of the file, 1 to 8; 1 where the stored pixels were asked for.
     """
 
     pixels: np.ndarray | Image.Image
     size: tuple[int, int]
     turned: bool = False
     frames: bool = False
+    orientation: int = 1
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Returns (H, W) of the file as it is stored, not turned."""
+        return self.size[::-1] if self.orientation >= 5 else self.size
 
 
 def load_picture(path: str | os.PathLike) -> np.ndarray | Image.Image:
@@ -89,6 +91,20 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """
     picture = load_picture(path)
     return picture if isinstance(picture, np.ndarray) else np.array(picture)
+
+
+def stored_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Reads the size (H, W) that `read_image` finds; of the formats of photographs only the header is decoded.
+
+    Raises:
+        DataError: see `load_picture`.
+    """
+    content = read_content(path)
+    with open_checked(path, content, MAX_PIXELS) as image:
+        if image.format in _SIZED:
+            return image.height, image.width
+    decoded = _opened(path, content, MAX_PIXELS).image
+    return decoded.height, decoded.width
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -139,7 +155,8 @@ def decode_picture(
     if not exif or stored.orientation not in TURNS:
         return Picture(image, (height, width), frames=stored.frames)
     size = (width, height) if stored.orientation >= 5 else (height, width)
-    return Picture(image.transpose(TURNS[stored.orientation]), size, turned=True, frames=stored.frames)
+    shown = image.transpose(TURNS[stored.orientation])
+    return Picture(shown, size, turned=True, frames=stored.frames, orientation=stored.orientation)
 
 
 def rgb_of_image(image: Image.Image, name: str, *, exif: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -159,46 +176,13 @@ def rgb_of_image(image: Image.Image, name: str, *, exif: bool = True, max_pixels
     check_pixels(name, *image.size, max_pixels)
     turns_itself = image.format == "TIFF" and bool(getattr(image, "tile", ()))
     orientation = orientation_of(image) if turns_itself else 1
-    try:
+    with pillow_errors(name):
         content = _content_of(image)
-        check_depth(image, content, name)
-        samples = deep_samples(image, content) if content else None
-        image.load()
-    except DataError:
-        raise
-    except Exception as error:
-        raise unreadable(name, error) from error
+    check_depth(image, content, name)
+    samples = decode(image, content, name)
     rgb = to_rgb(image, name, content) if samples is None else rgb_of_samples(samples, image.mode)
     orientation = orientation if turns_itself else orientation_of(image)
     return turned(rgb, orientation, exif=exif, by_itself=turns_itself)
-
-
-def turned(image: Image.Image, orientation: int, *, exif: bool, by_itself: bool) -> Image.Image:
-    """Turns a decoded picture as its EXIF orientation says.
-
-    Args:
-        image: that was decoded.
-        orientation: of its file, 1 to 8.
-        exif: False for the stored pixels.
-        by_itself: whether Pillow has turned it already, as it does with TIFFs.
-
-    Returns:
-        The image itself where nothing is to be done.
-    """
-    if by_itself == exif or orientation not in TURNS:
-        return image
-    return image.transpose(TURNS[orientation] if exif else _BACK.get(orientation, TURNS[orientation]))
-
-
-def orientation_of(image: Image.Image) -> int:
-    """Reads the EXIF orientation of Pillow's image, 1 to 8; 1 where there is none, or none that can be read."""
-    try:
-        with _lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF
-            orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # what Pillow raises on damaged EXIF depends on the tag; the picture itself is whole
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def check_pixels(name: str | os.PathLike, width: int, height: int, max_pixels: int) -> None:
@@ -232,7 +216,7 @@ def open_checked(path: str | os.PathLike, content: bytes, max_pixels: int) -> Im
     try:
         with _bounds(max_pixels):
             image = Image.open(io.BytesIO(content))
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(
             f"{path}: over {max_pixels} pixels: scale it down, or raise --max-pixels of a command that has it"
         ) from None
@@ -256,13 +240,6 @@ def read_content(path: str | os.PathLike) -> bytes:
         if isinstance(error, DataError):
             raise
         raise unreadable(path, error) from error
-
-
-def unreadable(path: str | os.PathLike, error: Exception) -> DataError:
-    """Returns the error of a picture that Pillow or C++ cannot decode."""
-    unknown = isinstance(error, UnidentifiedImageError)  # its text names a buffer of ours
-    why = "cannot identify image file: no format that Pillow knows" if unknown else str(error) or type(error).__name__
-    return DataError(f"{path}: not a readable picture ({why}): fetch or save it again")
 
 
 def _content_of(image: Image.Image) -> bytes:
@@ -311,17 +288,15 @@ def _opened(path: str | os.PathLike, content: bytes, max_pixels: int, reduced: b
         if turns_itself:
             orientation = orientation_of(image)
         size = image.size[::-1] if turns_itself and orientation >= 5 else image.size
-        try:
+        large = size[0] * size[1] > MAX_PIXELS
+        with pillow_errors(path):
             frames = bool(getattr(image, "is_animated", False)) and image.format not in _STILLS
-            if reduced and size[0] * size[1] > MAX_PIXELS and image.format in ("JPEG", "MPO"):
-                part = (MAX_PIXELS / (size[0] * size[1])) ** 0.5 / 2
+        if reduced and large and image.format in ("JPEG", "MPO"):
+            part = (MAX_PIXELS / (size[0] * size[1])) ** 0.5 / 2
+            with pillow_errors(path):
                 image.draft("RGB", (int(size[0] * part), int(size[1] * part)))
-            with _bounds(max_pixels) if size[0] * size[1] > MAX_PIXELS else nullcontext():
-                samples = deep_samples(image, content)
-                if samples is None:
-                    image.load()
-        except Exception as error:
-            raise unreadable(path, error) from error
+        with _bounds(max_pixels) if large else nullcontext():
+            samples = decode(image, content, path)
         if reduced and not turns_itself:
             orientation = orientation_of(image)  # a PNG may have it behind its pixels
         rgb = to_rgb(image, path, content) if samples is None else rgb_of_samples(samples, image.mode)
@@ -339,9 +314,8 @@ def _factor(pixels: int) -> int:
 
 @contextmanager
 def _bounds(max_pixels: int) -> Iterator[None]:
-    """Raises Pillow's own bound to ours, and silences the warning below it; ours is an error that says more."""
-    with _lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    """Raises Pillow's own bound to ours."""
+    with _lock:
         before = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = None if before is None else max(before, max_pixels)
         try:

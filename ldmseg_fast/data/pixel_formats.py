@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ldmseg_fast.errors import DataError
 
@@ -71,39 +73,64 @@ def largest_value(image: Image.Image, content: bytes = b"") -> int | None:
         return 2 ** _tag(image, _BITS, 16) - 1
     if kind == "JPEG2000":
         bits = _jpeg_2000_bits(content) or 16
-        return (2**bits - 1) << (16 - bits)  # Pillow shifts them up
+        return (2**bits - 1) << (16 - bits) if bits <= 16 else None  # Pillow shifts them up
     return 65535 if kind is None else None
 
 
-def deep_samples(image: Image.Image, content: bytes) -> np.ndarray | None:
-    """Decodes 16-bit colours: uint16 [H, W, C] with C 2 for grey with alpha, 3 for RGB, 4 for RGBA or CMYK.
+def decode(image: Image.Image, content: bytes, name: str | os.PathLike) -> np.ndarray | None:
+    """Decodes a picture in place, and 16-bit colours to uint16 [H, W, C]: C 2 for grey with alpha, 4 for RGBA or CMYK.
 
     Args:
-        image: as it was opened, not yet decoded; it is decoded then.
-        content: of its file.
+        image: as it was opened, not yet decoded.
+        content: of its file; empty where the image alone is to be decoded.
+        name: of the picture, for the error.
 
     Returns:
-        None for every other format; `image` is not decoded then.
+        None for every other format, whose pixels are in `image`.
+
+    Raises:
+        DataError: a damaged picture.
     """
     raw = _raw_mode(image)
-    if raw not in (*_DEEP_COLOURS, "LA;16B"):
+    if not content or raw not in (*_DEEP_COLOURS, "LA;16B"):
+        with pillow_errors(name):
+            image.load()
         return None
-    frame = image.tell()
     if raw == "LA;16B":
         _set_raw_mode(image, "RGBA")  # as many bytes: both of grey, both of alpha
-        image.load()
+        with pillow_errors(name):
+            image.load()
         return np.asarray(image).view(">u2").astype(np.uint16)
-    with Image.open(io.BytesIO(content)) as twin:
-        if frame:
+    with pillow_errors(name):
+        twin = Image.open(io.BytesIO(content))
+        if frame := image.tell():
             twin.seek(frame)
+    with twin:
         _set_raw_mode(twin, raw[:-1] + _OTHER_ORDER[raw[-1]])
-        image.load()
-        twin.load()
+        with pillow_errors(name):
+            image.load()
+            twin.load()
         return np.asarray(image).astype(np.uint16) << 8 | np.asarray(twin)
 
 
+@contextmanager
+def pillow_errors(name: str | os.PathLike) -> Iterator[None]:
+    """Turns what Pillow raises on a damaged picture into an error that names it; nothing else belongs inside."""
+    try:
+        yield
+    except Exception as error:  # what Pillow's formats raise on damaged files is nowhere listed
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str | os.PathLike, error: Exception) -> DataError:
+    """Returns the error of a picture that Pillow or C++ cannot decode."""
+    unknown = isinstance(error, UnidentifiedImageError)  # its text names a buffer of ours
+    why = "cannot identify image file: no format that Pillow knows" if unknown else str(error) or type(error).__name__
+    return DataError(f"{name}: not a readable picture ({why}): fetch or save it again")
+
+
 def rgb_of_samples(samples: np.ndarray, mode: str) -> Image.Image:
-    """Scales what `deep_samples` decoded to 8 bits: Pillow's image in RGB, without alpha.
+    """Scales what `decode` returns to 8 bits: Pillow's image in RGB, without alpha.
 
     Args:
         samples: uint16 [H, W, C].

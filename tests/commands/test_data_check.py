@@ -79,6 +79,23 @@ def test_several_ids_are_counted_and_areas_compared(pair) -> None:
     assert "2 segments: segment 5: 151 pixels by the JSON, 150 in the map, segment 900: 0 pixels" in report.table()
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_picture_is_read_once(pair, orientation: int, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = pair.root / "val" / f"0.{suffix}"
+    Image.new("RGB", (30, 20)).save(path, **({"exif": exif} if orientation > 1 else {}))
+    pair.content["images"][0]["file_name"] = path.name
+    pair.content["images"] = pair.content["images"][:1]
+    pair.content["annotations"] = pair.content["annotations"][:1]
+    pair.save()
+    opened, read = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(args) or read(*args, **options))
+    assert found(pair) == ({"EXIF orientation that is not 1": 1} if orientation > 1 else {})
+    assert len(opened) <= 1
+
+
 @pytest.mark.parametrize("orientation", range(9))
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_exif_orientation(pair, orientation: int, suffix: str) -> None:

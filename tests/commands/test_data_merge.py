@@ -4,12 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldmseg_fast.cli import main
 from ldmseg_fast.commands.data_check import check_folder
 from ldmseg_fast.commands.data_merge import merge_splits
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.data.pictures import read_image
 from ldmseg_fast.errors import DataError, PanopticFormatError
+from tests.data.test_orientation import save as save_turned
 
 
 def test_items_are_those_of_the_sources(scenes, tmp_path, capsys):
@@ -53,6 +56,33 @@ def test_sizes_come_from_the_pictures_and_sub_folders_stay(folder, quarters, tmp
     assert [int(merged.load_image(index).max()) for index in range(3)] == [0, 1, 0]
     content = json.loads((tmp_path / "merged" / "annotations" / "panoptic_train2017.json").read_text())
     assert {(image["height"], image["width"]) for image in content["images"]} == {(20, 30)}
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "png", "ico"])
+def test_sizes_are_those_of_the_stored_pixels(folder, quarters, tmp_path, suffix, orientation):
+    folder.add(np.zeros((20, 30, 3), np.uint8), quarters(20, 30), "png")
+    name = f"0.{suffix}"
+    save_turned(folder.root / "val" / name, orientation)
+    folder.content["images"] = [{"id": 0, "file_name": name}]
+    folder.save()
+    merge_splits(tmp_path / "merged", [f"{folder.root}:val"])
+    image = json.loads((tmp_path / "merged" / "annotations" / "panoptic_train2017.json").read_text())["images"][0]
+    assert (image["height"], image["width"]) == read_image(folder.root / "val" / name).shape[:2]
+
+
+def test_a_picture_without_size_is_opened_as_every_reader_does(folder, quarters, tmp_path):
+    folder.add(np.zeros((20, 30, 3), np.uint8), quarters(20, 30), "png")
+    del folder.content["images"][0]["height"]
+    folder.save()
+    path = folder.root / "val" / "0.png"
+    for save, message in (
+        (lambda: path.write_bytes(b"no picture"), r"0\.png: not a readable picture .*the JSON does not give its size"),
+        (lambda: Image.new("1", (9000, 9000)).save(path), r"0\.png: 9000x9000 is over \d+ pixels"),
+    ):
+        save()
+        with pytest.raises(DataError, match=message):
+            merge_splits(tmp_path / "merged", [f"{folder.root}:val"])
 
 
 @pytest.mark.parametrize("name", ["../elsewhere/0.png", "/absolute"])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ldmseg_fast.data.pictures import ORIENTATION, read_image, read_picture, rgb_of_image
+from ldmseg_fast.data.orientation import ORIENTATION
+from ldmseg_fast.data.pictures import read_image, read_picture, rgb_of_image
 from tests.data.test_pixel_formats import samples, tiff
 
 

@@ -3,13 +3,16 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldmseg_fast.data.pictures import read_image, read_picture
+from ldmseg_fast.data import pixel_formats
+from ldmseg_fast.data.masks import read_mask
+from ldmseg_fast.data.pictures import read_image, read_picture, rgb_of_image
 from ldmseg_fast.errors import DataError
 
 
@@ -147,6 +150,16 @@ def test_jpeg_2000_of_16_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(path), colours(values))
 
 
+def test_jpeg_2000_of_more_than_16_bits_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jp2"
+    Image.fromarray(samples(1)[..., 0]).save(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\xff\x4f\xff\x51") + 42] = 23  # 24 bits
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"deep\.jp2: "):
+        read_image(path)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_numbers_without_a_range(dtype: type, tmp_path: Path) -> None:
     path = tmp_path / "numbers.tif"
@@ -186,3 +199,28 @@ def test_transparency_is_dropped(tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 4), (255, 0, 0)).convert("P")
     image.save(path, transparency=int(np.array(image)[0, 0]))
     assert (read_image(path) == [255, 0, 0]).all()
+
+
+def read_opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return rgb_of_image(image, str(path))
+
+
+@pytest.mark.parametrize("read", [read_image, read_picture, read_opened, read_mask])
+def test_a_fault_of_ours_is_not_called_a_damaged_picture(
+    read: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep.png"
+    path.write_bytes(png(samples(3)))
+    monkeypatch.setattr(pixel_formats, "_OTHER_ORDER", {})
+    with pytest.raises(KeyError):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [read_image, read_picture, read_opened, read_mask])
+@pytest.mark.parametrize("channels", [2, 3])
+def test_a_cut_picture_of_16_bits_is_named(read: Callable, channels: int, tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    path.write_bytes(png(samples(channels))[:400])
+    with pytest.raises(DataError, match=r"deep\.png: not a readable picture"):
+        read(path)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ldmseg_fast.data import folders, transforms
 from ldmseg_fast.data import pictures as pictures_module
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.folders import load_picture, open_image, read_dense_map, read_image
+from ldmseg_fast.data.masks import read_mask
+from ldmseg_fast.data.pictures import read_picture, rgb_of_image
 from ldmseg_fast.data.transforms import Augmentation, dense_ids
 from ldmseg_fast.errors import DataError, PanopticFormatError
 from ldmseg_fast.files import MAX_BYTES
@@ -176,3 +179,33 @@ def test_items_are_the_same_in_cpp_and_numpy(options: dict, scenes: Path, withou
         plain = datasets[1][key]
         for name, value in item.items():
             assert torch.equal(plain[name], value) and plain[name].stride() == value.stride(), (key, name)
+
+
+def test_reading_leaves_the_warnings_of_others_alone(tmp_path: Path) -> None:
+    """Python shows a warning once a place, and forgets that it did where somebody changes the filters."""
+    black = np.zeros((20, 30), bool)
+    black[:9] = True
+    for suffix in ("jpg", "png", "webp", "bmp", "gif"):
+        Image.fromarray(black).convert("L").save(tmp_path / f"a.{suffix}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for path in sorted(tmp_path.iterdir()):
+            warnings.warn("once", stacklevel=1)
+            read_image(path)
+            read_picture(path)
+            with Image.open(path) as image:
+                rgb_of_image(image, str(path))
+            if path.suffix in (".png", ".bmp", ".gif"):
+                read_mask(path)
+    assert [str(one.message) for one in caught].count("once") == 1
+
+
+def test_a_warning_of_too_many_pixels_is_our_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.png"
+    Image.new("1", (300, 200)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    for action in ("error", "ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter(action)  # type: ignore[arg-type]
+            with pytest.raises(DataError, match=r"large\.png: .*over 50000 pixels: scale it down"):
+                read_picture(path, max_pixels=50_000)
