@@ -38,17 +38,34 @@ def temporary_file(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder in `folder`, which is removed at the end with what is in it."""
+    """Yields an empty folder in `folder`, which is removed at the end with what is in it.
+
+    What `put_in_place` has moved into it and could not put back stays, and the folder with it.
+    """
     with _held(folder, _make_folder) as path:
         try:
             yield path
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            if _put_back(path):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_folder(path: Path) -> int:
     path.mkdir()
     return os.open(path, os.O_RDONLY)
+
+
+def _put_back(holder: Path) -> bool:
+    """Puts back what `holder` was replacing where nothing has its place; tells whether all of it is safe."""
+    safe = True
+    for old in (holder / OLD).glob("*"):
+        final = holder.parent / old.name
+        if not os.path.lexists(final):
+            try:
+                old.rename(final)
+            except OSError:
+                safe = False
+    return safe
 
 
 @contextmanager
@@ -107,10 +124,8 @@ def _clear(path: Path) -> None:
         if not path.is_dir():
             path.unlink()
             return
-        for old in (path / OLD).glob("*"):
-            if not (path.parent / old.name).exists():
-                old.rename(path.parent / old.name)
-        shutil.rmtree(path)
+        if _put_back(path):
+            shutil.rmtree(path)
     finally:
         os.close(descriptor)
 
@@ -119,7 +134,7 @@ def put_in_place(holder: Path, final: Path) -> None:
     """Puts the folder `holder`/new in the place of `final`; afterwards the older one is in `holder`.
 
     The two change places at once where the system can do that. Elsewhere a kill between two renames leaves the older
-    one in `holder`, from which `clear_leftovers` puts it back.
+    one in `holder`, from which `clear_leftovers` puts it back, and after an error `temporary_folder` does.
     """
     if final.exists():
         if _exchange(holder / NEW, final):

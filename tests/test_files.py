@@ -188,6 +188,28 @@ def test_a_folder_is_there_at_every_moment(exchange: bool, tmp_path: Path, monke
         assert found == (["new"] if exchange or kills == 2 else ["old"])
 
 
+@pytest.mark.parametrize("back", [True, False], ids=["put back", "kept aside"])
+def test_a_rename_that_fails_loses_no_folder(back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two folders cannot change places, and the new one cannot be put in its place either."""
+    monkeypatch.setattr(temporary, "_exchange", lambda *_: False)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("mine")
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name == temporary.NEW or (target == tmp_path / "model" and not back):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"), replacing_folder(tmp_path / "model") as folder:
+        (folder / "new").touch()
+    monkeypatch.setattr(Path, "rename", rename)
+    temporary.clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "old").read_text() == "mine"
+
+
 def test_an_error_leaves_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("old")
     with pytest.raises(OSError, match="No space left") as caught, replacing(tmp_path / "x") as unfinished:
