@@ -315,8 +315,13 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty folder that takes the place of the folder `path` when the block ends well.
 
     It vanishes otherwise. The older folder stays until then. A link stays, and what it leads to is replaced.
+
+    Raises:
+        NotADirectoryError: `path` is something else than a folder, which stays.
     """
     final = behind_links(Path(path))
+    if final.exists() and not final.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "would replace what is no folder; choose another path", str(path))
     final.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(final.parent) as holder:
         (holder / NEW).mkdir()

@@ -73,6 +73,18 @@ def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "far").iterdir()] == ["new"]
 
 
+def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("mine")
+    (tmp_path / "link").symlink_to("thesis")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("thesis", "link", "pipe"):
+        with pytest.raises(NotADirectoryError) as caught, replacing_folder(tmp_path / name):
+            pass
+        assert caught.value.filename == str(tmp_path / name)
+    assert (tmp_path / "thesis").read_text() == "mine" and (tmp_path / "pipe").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_device_is_written_to(tmp_path: Path) -> None:
     before = Path("/dev/null").stat()
     (tmp_path / "link").symlink_to("/dev/null")
