@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,11 +75,15 @@ def _held(folder: Path, make: Callable[[Path], int]) -> Iterator[Path]:
     clear_once(folder)
     while True:
         path = folder / f".ldmseg-{secrets.token_hex(6)}.tmp"
-        descriptor = make(path)
-        _lock(descriptor)
-        if _is_at(descriptor, path):
+        try:
+            descriptor = make(path)
+        except FileNotFoundError:
+            if folder.is_dir():  # it has been taken before it was opened
+                continue
+            raise
+        if _lock(descriptor) is not False and _is_at(descriptor, path):
             break
-        os.close(descriptor)
+        os.close(descriptor)  # what has it removes it
     with own_descriptor(descriptor):
         yield path
 
@@ -90,11 +95,14 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int) -> bool | None:
+    """Takes the lock; False: another process holds it, None: the file system has none."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process holds it, or the file system has no locks
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -117,11 +125,12 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # waits for no pipe
     try:
-        if not _lock(descriptor):
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or not _lock(descriptor):
             return
-        if not path.is_dir():
+        if stat.S_ISREG(mode):
             path.unlink()
             return
         if _put_back(path):

@@ -169,6 +169,57 @@ def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "whole" and (tmp_path / "f" / "file").is_file()
 
 
+@pytest.mark.parametrize("moment", ["made", "opened"])
+@pytest.mark.parametrize("kind", [temporary.temporary_file, temporary.temporary_folder])
+def test_another_process_clears_before_the_lock_is_there(
+    kind: Callable, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the path for a leftover as soon as it is there; the first path is lost, and another one made."""
+    temporary.clear_once(tmp_path)
+    cleared, make_folder, lock = [], Path.mkdir, temporary._lock
+
+    def clear() -> None:
+        if not cleared:
+            cleared.extend(tmp_path.iterdir())
+            temporary.clear_leftovers(tmp_path)
+
+    def then_clear(path: Path) -> None:
+        make_folder(path)
+        clear()
+
+    def held_by_another(descriptor: int) -> bool | None:
+        if cleared:
+            return lock(descriptor)
+        cleared.extend(tmp_path.iterdir())
+        return False
+
+    if moment == "made":
+        monkeypatch.setattr(Path, "mkdir", then_clear)
+    else:
+        monkeypatch.setattr(temporary, "_lock", held_by_another)
+    with kind(tmp_path) as path:
+        assert path.exists() and path not in cleared
+    assert bool(cleared) == (moment == "opened" or kind is temporary.temporary_folder)
+
+
+def test_no_folder_is_no_reason_to_try_again(tmp_path: Path) -> None:
+    for kind in (temporary.temporary_file, temporary.temporary_folder):
+        with pytest.raises(FileNotFoundError), kind(tmp_path / "none"):
+            pass
+
+
+def test_what_only_has_a_leftovers_name_stays(tmp_path: Path) -> None:
+    """A pipe, which nobody writes into, and a link to a file and to a folder of the user's."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    os.mkfifo(tmp_path / ".ldmseg-0123456789ab.tmp")
+    (tmp_path / ".ldmseg-0123456789ac.tmp").symlink_to("mine")
+    (tmp_path / ".ldmseg-0123456789ad.tmp").symlink_to("mine/file")
+    (tmp_path / ".ldmseg-0123456789ae.tmp").touch()
+    temporary.clear_leftovers(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4 and (tmp_path / "mine" / "file").is_file()
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_is_there_at_every_moment(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after each rename in turn; where the file system cannot exchange two folders there are two."""
