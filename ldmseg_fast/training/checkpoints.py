@@ -329,15 +329,22 @@ def exported_step(folder: Path, checkpoints: Path) -> int | None:
     return step if all((folder / name / "config.json").is_file() for name in components) else None
 
 
-def note_exported(folder: Path, checkpoints: Path, step: int) -> None:
-    """Records that a model folder of the run has the weights of `step`; called once it is written."""
+def note_exported(folder: Path, checkpoints: Path, step: int | None) -> None:
+    """Records that a model folder of the run has the weights of `step`.
+
+    step: None before the folder is written, whose weights are of no one step until that is done.
+    """
     path = checkpoints / EXPORTED
     checkpoints.mkdir(parents=True, exist_ok=True)
     try:
         known = dict(read_json(path))
     except (CheckpointError, TypeError, ValueError):
         known = {}
-    write_json(path, known | {_name_in_run(folder, checkpoints): step})
+    name = _name_in_run(folder, checkpoints)
+    if step is not None:
+        write_json(path, known | {name: step})
+    elif known.pop(name, None) is not None:
+        write_json(path, known)
 
 
 def _name_in_run(folder: Path, checkpoints: Path) -> str:
