@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ldmseg_fast import temporary
-from ldmseg_fast.files import check_output, is_standard_output, replacing, replacing_folder, write_json
+from ldmseg_fast.files import check_output, is_standard_output, read_lines, replacing, replacing_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -271,6 +271,23 @@ def test_a_rename_that_fails_loses_no_folder(back: bool, tmp_path: Path, monkeyp
     temporary.clear_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "old").read_text() == "mine"
+
+
+def test_only_whole_records_are_read(tmp_path: Path) -> None:
+    lines = [
+        b'{"a": 1}',
+        b"5",
+        b"null",
+        b"[1]",
+        b"",
+        b"\0\0",
+        b"[" * 10_000,
+        b'{"a": "\xe2\x80\xa8"}\r',
+        b'{"b": "\xc3',
+    ]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    assert read_lines(tmp_path / "log.jsonl") == [{"a": 1}, {"a": "\u2028"}]
+    assert read_lines(tmp_path / "none.jsonl") == []
 
 
 def test_an_error_leaves_the_old_one(tmp_path: Path) -> None:
