@@ -315,8 +315,13 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty folder that takes the place of the folder `path` when the block ends well.
 
     It vanishes otherwise. The older folder stays until then. A link stays, and what it leads to is replaced.
+
+    Raises:
+        NotADirectoryError: `path` is something else than a folder, which stays.
     """
     final = behind_links(Path(path))
+    if final.exists() and not final.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "would replace what is no folder; choose another path", str(path))
     final.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(final.parent) as holder:
         (holder / NEW).mkdir()
@@ -370,12 +375,14 @@ def _write_to_stream(content: Path, path: Path) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Reads the records of a JSON-lines file; none where it is missing.
 
-    A run that was killed may leave half a line, which is left out.
+    A run that was killed may leave half a line, even half a character. What is no record is left out.
     """
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line.decode("utf-8"))
+            if isinstance(record, dict):
+                records.append(record)
     return records

@@ -17,6 +17,7 @@ from typing import Any
 from ldmseg_fast.errors import InUseError
 
 LOCK = ".ldmseg.lock"
+_BEING_WRITTEN = 5.0  # seconds that a lock file may be empty without a lock before its process counts as gone
 _UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks
 _held: set[int] = set()
 
@@ -73,15 +74,19 @@ def own_descriptor(descriptor: int) -> Iterator[None]:
 
 def _take(path: Path, folder: Path, what: str, cure: str) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor, is_own = _open(path)
         holder = _holder(descriptor)
+        taken, has_locks = True, True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = True
         except OSError as error:
-            taken = error.errno in _UNKNOWN and not _may_be_alive(holder)
-            extra = f", or delete {path} if nothing runs there" if error.errno in _UNKNOWN else ""
+            has_locks = error.errno not in _UNKNOWN
+            taken = is_own and not has_locks
+        if not taken and not has_locks and not _may_be_alive(holder, os.fstat(descriptor).st_mtime):
+            _remove(path, descriptor)
+            continue
         if not taken:
+            extra = "" if has_locks else f", or delete {path} if nothing runs there"
             os.close(descriptor)
             writer = _describe(holder, what)
             raise InUseError(f"{folder}: {writer} writes there; wait until it has ended, {cure}{extra}")
@@ -93,6 +98,32 @@ def _take(path: Path, folder: Path, what: str, cure: str) -> int:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(own).encode(), 0)
     return descriptor
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """Opens the lock file; tells whether this process has made it, which one alone can."""
+    while True:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+        except FileExistsError:
+            try:
+                return os.open(path, os.O_RDWR), False
+            except FileNotFoundError:  # its holder has just removed it
+                if path.is_symlink():  # to nothing
+                    raise
+
+
+def _remove(path: Path, descriptor: int) -> None:
+    """Removes the lock file of a process that has gone, and closes it; not one that another has made meanwhile."""
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+    if _is_at(descriptor, path):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            path.rename(aside)
+            if _is_at(descriptor, aside):
+                aside.unlink()
+            else:
+                aside.rename(path)
+    os.close(descriptor)
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
@@ -110,12 +141,15 @@ def _describe(holder: dict[str, Any], what: str) -> str:
     return f"{holder.get('what', what)} (process {pid} on {host}, since {since})"
 
 
-def _may_be_alive(holder: dict[str, Any]) -> bool:
+def _may_be_alive(holder: dict[str, Any], written: float) -> bool:
+    """Tells whether a lock file's process may still run; `written` is when the file was, in seconds since the epoch."""
+    if not holder:
+        return time.time() - written < _BEING_WRITTEN
     if holder.get("host") != socket.gethostname():
-        return bool(holder)
+        return True
     try:
         os.kill(int(holder["pid"]), 0)
-    except (ProcessLookupError, KeyError, ValueError):
+    except (ProcessLookupError, KeyError, TypeError, ValueError, OverflowError):
         return False
     except PermissionError:  # another user's
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -82,7 +83,7 @@ def same_place(first: Path, second: Path) -> bool:
             return first.samefile(second)
     except OSError:
         return False
-    first, second = first.resolve(), second.resolve()
+    first, second = _real(first), _real(second)
     if first == second:
         return True
     if _folded(first.name) != _folded(second.name) or not same_place(first.parent, second.parent):
@@ -90,9 +91,13 @@ def same_place(first: Path, second: Path) -> bool:
     return first.name == second.name or _ignores_case(first.parent)
 
 
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # which a link that leads to itself does not disturb, as it does Path.resolve
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Tells whether a path lies in a folder, at any depth and after all links."""
-    return any(same_place(parent, folder) for parent in path.resolve().parents)
+    return any(same_place(parent, folder) for parent in _real(path).parents)
 
 
 def report_stream(paths: Iterable[AnyPath | None]) -> IO[str]:

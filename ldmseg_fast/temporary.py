@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,17 +39,34 @@ def temporary_file(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder in `folder`, which is removed at the end with what is in it."""
+    """Yields an empty folder in `folder`, which is removed at the end with what is in it.
+
+    What `put_in_place` has moved into it and could not put back stays, and the folder with it.
+    """
     with _held(folder, _make_folder) as path:
         try:
             yield path
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            if _put_back(path):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_folder(path: Path) -> int:
     path.mkdir()
     return os.open(path, os.O_RDONLY)
+
+
+def _put_back(holder: Path) -> bool:
+    """Puts back what `holder` was replacing where nothing has its place; tells whether all of it is safe."""
+    safe = True
+    for old in (holder / OLD).glob("*"):
+        final = holder.parent / old.name
+        if not os.path.lexists(final):
+            try:
+                old.rename(final)
+            except OSError:
+                safe = False
+    return safe
 
 
 @contextmanager
@@ -57,11 +75,15 @@ def _held(folder: Path, make: Callable[[Path], int]) -> Iterator[Path]:
     clear_once(folder)
     while True:
         path = folder / f".ldmseg-{secrets.token_hex(6)}.tmp"
-        descriptor = make(path)
-        _lock(descriptor)
-        if _is_at(descriptor, path):
+        try:
+            descriptor = make(path)
+        except FileNotFoundError:
+            if folder.is_dir():  # it has been taken before it was opened
+                continue
+            raise
+        if _lock(descriptor) is not False and _is_at(descriptor, path):
             break
-        os.close(descriptor)
+        os.close(descriptor)  # what has it removes it
     with own_descriptor(descriptor):
         yield path
 
@@ -73,11 +95,14 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int) -> bool | None:
+    """Takes the lock; False: another process holds it, None: the file system has none."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process holds it, or the file system has no locks
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -100,17 +125,16 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # waits for no pipe
     try:
-        if not _lock(descriptor):
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or not _lock(descriptor):
             return
-        if not path.is_dir():
+        if stat.S_ISREG(mode):
             path.unlink()
             return
-        for old in (path / OLD).glob("*"):
-            if not (path.parent / old.name).exists():
-                old.rename(path.parent / old.name)
-        shutil.rmtree(path)
+        if _put_back(path):
+            shutil.rmtree(path)
     finally:
         os.close(descriptor)
 
@@ -119,7 +143,7 @@ def put_in_place(holder: Path, final: Path) -> None:
     """Puts the folder `holder`/new in the place of `final`; afterwards the older one is in `holder`.
 
     The two change places at once where the system can do that. Elsewhere a kill between two renames leaves the older
-    one in `holder`, from which `clear_leftovers` puts it back.
+    one in `holder`, from which `clear_leftovers` puts it back, and after an error `temporary_folder` does.
     """
     if final.exists():
         if _exchange(holder / NEW, final):

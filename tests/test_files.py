@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ldmseg_fast import temporary
-from ldmseg_fast.files import check_output, is_standard_output, replacing, replacing_folder, write_json
+from ldmseg_fast.files import check_output, is_standard_output, read_lines, replacing, replacing_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,6 +71,18 @@ def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
         (folder / "new").touch()
     assert (tmp_path / "link").is_symlink()
     assert [path.name for path in (tmp_path / "far").iterdir()] == ["new"]
+
+
+def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("mine")
+    (tmp_path / "link").symlink_to("thesis")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("thesis", "link", "pipe"):
+        with pytest.raises(NotADirectoryError) as caught, replacing_folder(tmp_path / name):
+            pass
+        assert caught.value.filename == str(tmp_path / name)
+    assert (tmp_path / "thesis").read_text() == "mine" and (tmp_path / "pipe").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_device_is_written_to(tmp_path: Path) -> None:
@@ -157,6 +169,57 @@ def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "whole" and (tmp_path / "f" / "file").is_file()
 
 
+@pytest.mark.parametrize("moment", ["made", "opened"])
+@pytest.mark.parametrize("kind", [temporary.temporary_file, temporary.temporary_folder])
+def test_another_process_clears_before_the_lock_is_there(
+    kind: Callable, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the path for a leftover as soon as it is there; the first path is lost, and another one made."""
+    temporary.clear_once(tmp_path)
+    cleared, make_folder, lock = [], Path.mkdir, temporary._lock
+
+    def clear() -> None:
+        if not cleared:
+            cleared.extend(tmp_path.iterdir())
+            temporary.clear_leftovers(tmp_path)
+
+    def then_clear(path: Path) -> None:
+        make_folder(path)
+        clear()
+
+    def held_by_another(descriptor: int) -> bool | None:
+        if cleared:
+            return lock(descriptor)
+        cleared.extend(tmp_path.iterdir())
+        return False
+
+    if moment == "made":
+        monkeypatch.setattr(Path, "mkdir", then_clear)
+    else:
+        monkeypatch.setattr(temporary, "_lock", held_by_another)
+    with kind(tmp_path) as path:
+        assert path.exists() and path not in cleared
+    assert bool(cleared) == (moment == "opened" or kind is temporary.temporary_folder)
+
+
+def test_no_folder_is_no_reason_to_try_again(tmp_path: Path) -> None:
+    for kind in (temporary.temporary_file, temporary.temporary_folder):
+        with pytest.raises(FileNotFoundError), kind(tmp_path / "none"):
+            pass
+
+
+def test_what_only_has_a_leftovers_name_stays(tmp_path: Path) -> None:
+    """A pipe, which nobody writes into, and a link to a file and to a folder of the user's."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    os.mkfifo(tmp_path / ".ldmseg-0123456789ab.tmp")
+    (tmp_path / ".ldmseg-0123456789ac.tmp").symlink_to("mine")
+    (tmp_path / ".ldmseg-0123456789ad.tmp").symlink_to("mine/file")
+    (tmp_path / ".ldmseg-0123456789ae.tmp").touch()
+    temporary.clear_leftovers(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4 and (tmp_path / "mine" / "file").is_file()
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_is_there_at_every_moment(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after each rename in turn; where the file system cannot exchange two folders there are two."""
@@ -186,6 +249,45 @@ def test_a_folder_is_there_at_every_moment(exchange: bool, tmp_path: Path, monke
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
         found = [path.name for path in final.iterdir()]
         assert found == (["new"] if exchange or kills == 2 else ["old"])
+
+
+@pytest.mark.parametrize("back", [True, False], ids=["put back", "kept aside"])
+def test_a_rename_that_fails_loses_no_folder(back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two folders cannot change places, and the new one cannot be put in its place either."""
+    monkeypatch.setattr(temporary, "_exchange", lambda *_: False)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("mine")
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name == temporary.NEW or (target == tmp_path / "model" and not back):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"), replacing_folder(tmp_path / "model") as folder:
+        (folder / "new").touch()
+    monkeypatch.setattr(Path, "rename", rename)
+    temporary.clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "old").read_text() == "mine"
+
+
+def test_only_whole_records_are_read(tmp_path: Path) -> None:
+    lines = [
+        b'{"a": 1}',
+        b"5",
+        b"null",
+        b"[1]",
+        b"",
+        b"\0\0",
+        b"[" * 10_000,
+        b'{"a": "\xe2\x80\xa8"}\r',
+        b'{"b": "\xc3',
+    ]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    assert read_lines(tmp_path / "log.jsonl") == [{"a": 1}, {"a": "\u2028"}]
+    assert read_lines(tmp_path / "none.jsonl") == []
 
 
 def test_an_error_leaves_the_old_one(tmp_path: Path) -> None:

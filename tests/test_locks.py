@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -72,23 +74,32 @@ def test_a_child_does_not_keep_the_lock(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("holder", "refused"),
-    [
-        ({"pid": os.getpid(), "host": socket.gethostname()}, True),
-        ({"pid": 2**22 + 1, "host": socket.gethostname()}, False),  # above what Linux gives
-        ({"pid": 1, "host": "another-machine"}, True),
-        ({}, False),
-    ],
-)
-def test_a_file_system_without_locks(
-    holder: dict, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system has no locks."""
+
     def unknown(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unknown)
-    (tmp_path / LOCK).write_text(json.dumps(holder))
+
+
+@pytest.mark.parametrize(
+    ("content", "age", "refused"),
+    [
+        (json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), 3600, True),
+        (json.dumps({"pid": 2**22 + 1, "host": socket.gethostname()}), 0, False),  # above what Linux gives
+        (json.dumps({"pid": 2**80, "host": socket.gethostname()}), 0, False),
+        (json.dumps({"pid": [], "host": socket.gethostname()}), 0, False),
+        (json.dumps({"pid": 1, "host": "another-machine"}), 3600, True),
+        ("", 0, True),  # its process is about to write
+        ("", 3600, False),
+        ('{"pid": 1', 3600, False),
+    ],
+)
+def test_a_file_system_without_locks(content: str, age: float, refused: bool, tmp_path: Path, no_locks: None) -> None:
+    (tmp_path / LOCK).write_text(content)
+    os.utime(tmp_path / LOCK, (time.time() - age,) * 2)
     if refused:
         with (
             pytest.raises(InUseError, match=f"or delete .*{LOCK} if nothing runs there"),
@@ -97,7 +108,32 @@ def test_a_file_system_without_locks(
             pass
     else:
         with only_writer(tmp_path, "x", "y"):
-            pass
+            assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_without_locks(tmp_path: Path, no_locks: None) -> None:
+    """Threads in the place of processes, each of which finds the file of one that has gone, or none."""
+    for stale in (True, False) * 10:
+        if stale:
+            (tmp_path / LOCK).write_text(json.dumps({"pid": 2**22 + 1, "host": socket.gethostname()}))
+        start, end, took = threading.Barrier(4), threading.Barrier(4), []
+
+        def take(start: threading.Barrier = start, end: threading.Barrier = end, took: list = took) -> None:
+            start.wait()
+            try:
+                with only_writer(tmp_path, "x", "y"):
+                    took.append(1)
+                    end.wait()
+            except InUseError:
+                end.wait()
+
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(took) == 1
 
 
 def test_a_full_disk_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,14 @@ def test_inside(there: Path) -> None:
     assert not is_inside(there / "pictures2" / "x", there / "pictures")
 
 
+def test_a_link_that_leads_to_itself(there: Path) -> None:
+    for name, target in (("loop", "loop"), ("one", "two"), ("two", "one")):
+        (there / name).symlink_to(target)
+    assert not same_place(there / "loop", there / "gt.json") and same_place(there / "loop", there / "loop")
+    assert is_inside(there / "one" / "x", there) and not is_inside(there / "one", there / "pictures")
+    check_outputs({"--json": there / "loop"}, {"--out": there / "one"}, inputs=[there / "gt.json", there / "two"])
+
+
 def test_a_result_that_is_a_link_to_a_picture(there: Path) -> None:
     (there / "out").mkdir()
     (there / "out" / "b.png").symlink_to(there / "pictures" / "a.png")

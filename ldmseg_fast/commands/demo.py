@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.files import replacing, write_json
+from ldmseg_fast.files import read_text, replacing, write_json
 from ldmseg_fast.locks import only_writer
 from ldmseg_fast.reports.demo_page import newest_losses, write_demo_page
 from ldmseg_fast.training.launch import launch_training
@@ -53,10 +53,32 @@ class Progress:
     """
 
     def __init__(self, out: Path) -> None:
+        """Reads what an earlier start has noted.
+
+        Raises:
+            ArgumentError: the file is damaged, or another program's.
+        """
         self.path = out / PROGRESS
-        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
-        self.done: dict[str, dict[str, float]] = known.get("done", {})
-        self.minutes: dict[str, float] = known.get("minutes", {})
+        self.done: dict[str, dict[str, float]] = {}
+        self.minutes: dict[str, float] = {}
+        if self.path.is_file():
+            self.done, self.minutes = self._read()
+
+    def _read(self) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        try:
+            known = json.loads(read_text(self.path, ArgumentError))
+            done, minutes = known.get("done", {}), known.get("minutes", {})
+            times = [part[key] for part in done.values() for key in ("seconds", "processor_seconds")]
+            whole = all(isinstance(value, int | float) and value >= 0 for value in (*times, *minutes.values()))
+        except ArgumentError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise ArgumentError(
+                f"{self.path}: damaged, or no demo's; choose another folder, or delete it with its folder"
+            )
+        return done, minutes
 
     def save(self) -> None:
         write_json(self.path, {"done": self.done, "minutes": self.minutes})

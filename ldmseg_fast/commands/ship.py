@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 from pathlib import Path
@@ -79,7 +80,9 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
         ArgumentError: `out` is the run or a run that it was built on, or holds one.
     """
     index = load_index(run_dir)
-    out = out.resolve()  # a link stays one
+    out = Path(os.path.realpath(out))  # a link stays one
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is no folder, and a model would replace it; choose another path")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     foreign = sorted(held - {"model_index.json", "README.md", *COMPONENTS})
     if foreign or (held and "model_index.json" not in held):

@@ -53,6 +53,7 @@ class ResultsWriter:
 
     Raises:
         ArgumentError: the folder holds results of other settings.
+        PanopticFormatError: a journal is damaged; the message names it and the line.
     """
 
     def __init__(
@@ -166,10 +167,9 @@ class ResultsWriter:
         """Lists what the journals of all ranks list and whose PNG is there: of each image the last version."""
         entries: dict[int | str, dict[str, Any]] = {}
         for journal in sorted(self.folder.glob(f".{self.name}.*.jsonl")):
-            for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n"):
-                    break  # torn by an interruption, or being written by another rank
-                entry = json.loads(line)
+            *lines, _ = journal.read_bytes().split(b"\n")  # the last is torn, or being written by another rank
+            for number, line in enumerate(lines, 1):
+                entry = _parsed(line, f"{journal}, line {number}")
                 if "settings" not in entry:
                     image_id = entry["image"]["id"]
                     if entry.get("version", 0) >= entries.get(image_id, {}).get("version", 0):
@@ -217,6 +217,33 @@ def write_json_list(path: str | Path, values: Iterable[Any]) -> None:
             file.write(separator + json.dumps(value))
             separator = ",\n"
         file.write("]\n" if separator != "[" else "[]\n")
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    """Reads a line of a journal: `settings`, or an image's entry as `ResultsWriter.add` writes it.
+
+    Raises:
+        PanopticFormatError: a damaged line; the message names `where`.
+    """
+    try:
+        entry = json.loads(line.decode("utf-8"))
+        if isinstance(entry.get("settings"), dict):
+            return entry
+        image, annotation = entry["image"], entry["annotation"]
+        whole = (
+            isinstance(image["id"], int | str)
+            and isinstance(annotation["image_id"], int | str)
+            and isinstance(annotation["file_name"], str)
+            and isinstance(annotation["segments_info"], list)
+            and isinstance(entry.get("version", 0), int)
+            and isinstance(entry.get("made_from", ""), str)
+            and "settings" not in entry
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise PanopticFormatError(f"{where}: damaged; delete this journal to make its results again")
+    return entry
 
 
 def _escaped(character: re.Match[str]) -> str:

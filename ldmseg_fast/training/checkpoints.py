@@ -30,7 +30,7 @@ from ldmseg_fast.files import damage_of, read_json, sync_folder, why_not_written
 from ldmseg_fast.locks import LOCK
 from ldmseg_fast.temporary import clear_leftovers
 from ldmseg_fast.training.optimizer import Optimizer
-from ldmseg_fast.training.shards import ShardReader, random_state, save_shards, set_random_state
+from ldmseg_fast.training.shards import ShardReader, check_random_state, random_state, save_shards, set_random_state
 from ldmseg_fast.training.stages import Stage
 
 FORMAT_VERSION = 1
@@ -279,7 +279,7 @@ class TrainingCheckpoints:
             progress = Progress(**values)
             shapes = {name: tuple(int(size) for size in shape) for name, shape in state["shapes"].items()}
             saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-            counters, world_size = dict(state["counters"]), int(state["world_size"])
+            counters, world_size = _counters_of(state), int(state["world_size"])
             if not isinstance(progress.step, int) or not isinstance(progress.items, int) or progress.step < 0:
                 raise ValueError(f"step {progress.step!r}")
         if progress.stage != stage_name:
@@ -288,8 +288,7 @@ class TrainingCheckpoints:
         check_state(own, saved, str(folder))
         reader = ShardReader(folder)
         reader.load(optimizer.shards, optimizer.averages)
-        with _damage_named(folder / STATE):
-            optimizer.set_counters(counters)
+        optimizer.set_counters(counters)
         fixed = load_weights(folder / FIXED)
         with optimizer.whole_parameters(frozen_only=True, write=True), torch.no_grad():
             for name, tensor in _fixed_state(stage).items():
@@ -300,9 +299,20 @@ class TrainingCheckpoints:
         optimizer.refresh()
         random_file = folder / f"random-{distributed.rank():05d}.safetensors"
         if world_size == distributed.world_size() and random_file.is_file():
+            random_tensors = load_weights(random_file)
             with _damage_named(random_file):
-                set_random_state(load_weights(random_file))
+                check_random_state(random_tensors)
+            set_random_state(random_tensors)
         return progress
+
+
+def _counters_of(state: dict[str, Any]) -> dict[str, float]:
+    """Reads what `Optimizer.set_counters` takes; raises where it is not whole."""
+    counters = {key: state["counters"][key] for key in ("steps", "adam_steps", "loss_scale", "quiet_steps")}
+    for key, value in counters.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
+            raise ValueError(f"{key} {shown(value)}")
+    return counters
 
 
 def _check_free(run: Path) -> None:
@@ -329,15 +339,22 @@ def exported_step(folder: Path, checkpoints: Path) -> int | None:
     return step if all((folder / name / "config.json").is_file() for name in components) else None
 
 
-def note_exported(folder: Path, checkpoints: Path, step: int) -> None:
-    """Records that a model folder of the run has the weights of `step`; called once it is written."""
+def note_exported(folder: Path, checkpoints: Path, step: int | None) -> None:
+    """Records that a model folder of the run has the weights of `step`.
+
+    step: None before the folder is written, whose weights are of no one step until that is done.
+    """
     path = checkpoints / EXPORTED
     checkpoints.mkdir(parents=True, exist_ok=True)
     try:
         known = dict(read_json(path))
     except (CheckpointError, TypeError, ValueError):
         known = {}
-    write_json(path, known | {_name_in_run(folder, checkpoints): step})
+    name = _name_in_run(folder, checkpoints)
+    if step is not None:
+        write_json(path, known | {name: step})
+    elif known.pop(name, None) is not None:
+        write_json(path, known)
 
 
 def _name_in_run(folder: Path, checkpoints: Path) -> str:

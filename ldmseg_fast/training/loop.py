@@ -263,6 +263,7 @@ class Run:
         """Writes the averaged weights as a model folder; all ranks call it."""
 
         def write() -> None:
+            note_exported(folder, self.checkpoints.folder, None)
             self.stage.save(folder)
             note_exported(folder, self.checkpoints.folder, self.progress.step)
 

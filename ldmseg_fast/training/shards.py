@@ -221,13 +221,38 @@ def random_state() -> dict[str, Tensor]:
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def set_random_state(state: dict[str, Tensor]) -> None:
-    """Goes on where `random_state` was taken: tensors [N], uint8, int64 and float64, by name."""
+def check_random_state(state: Mapping[str, Tensor]) -> None:
+    """Checks that `set_random_state` can take a state: tensors [N], uint8, int64 and float64, by name.
+
+    Raises:
+        ValueError, TypeError, OverflowError, RuntimeError: of another kind, or a state that no generator can have.
+    """
+    for name, own in random_state().items():
+        if name == "cuda" and name not in state:
+            continue
+        if name not in state or state[name].dtype != own.dtype or state[name].shape != own.shape:
+            raise ValueError(f"{name} is missing, or no state of this generator")
+    of_python, of_numpy = _states(state)
+    random.Random().setstate(of_python)
+    np.random.RandomState().set_state(of_numpy)
+    torch.Generator().set_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.Generator("cuda").set_state(state["cuda"])
+
+
+def _states(state: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """Returns the states of Python's and numpy's generators as their modules take them."""
     gauss, numpy_gauss = state["gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))
     place, has_gauss = state["numpy_place"].tolist()
-    words = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, place, has_gauss, numpy_gauss))  # noqa: NPY002
+    of_python = (3, tuple(state["python"].tolist()), None if gauss != gauss else gauss)
+    return of_python, ("MT19937", state["numpy"].numpy().astype(np.uint32), place, has_gauss, numpy_gauss)
+
+
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """Goes on where `random_state` was taken: tensors [N], uint8, int64 and float64, by name."""
+    of_python, of_numpy = _states(state)
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

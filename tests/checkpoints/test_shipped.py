@@ -127,6 +127,13 @@ def test_only_a_shipped_model_is_replaced(model_dir, tmp_path):
     assert (data / "photo.jpg").is_file() and (run / "logs").is_dir()
 
 
+def test_a_file_is_not_replaced_by_a_model(model_dir, tmp_path):
+    (tmp_path / "thesis.docx").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"thesis\.docx: is no folder"):
+        ship.ship(model_dir, tmp_path / "thesis.docx")
+    assert (tmp_path / "thesis.docx").read_text() == "mine"
+
+
 def test_a_shipped_model_with_files_of_the_users_stays(model_dir, tmp_path):
     out = ship.ship(model_dir, tmp_path / "weights" / "one")
     (out / "LICENSE").write_text("mine")

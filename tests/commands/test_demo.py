@@ -51,6 +51,20 @@ def test_nonsense_is_refused(option, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"\0\0", b"5", b"[]", b"\xff", b'{"done": 5}', b'{"done": {"scenes": {"seconds": 1}}}'),
+        *(b'{"done": {"scenes": {"seconds": "1", "processor_seconds": 1}}}', b'{"minutes": {"diffusion": null}}'),
+    ],
+)
+def test_damaged_progress_is_named(content, tmp_path, capsys):
+    (tmp_path / "progress.json").write_bytes(content)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'progress.json'}: damaged, or no demo's")
+    assert (tmp_path / "progress.json").read_bytes() == content
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_same_command_goes_on_after_an_interruption(number, tmp_path):

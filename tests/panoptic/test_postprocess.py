@@ -152,6 +152,27 @@ def test_an_interrupted_run_knows_what_is_written(tmp_path):
         ResultsWriter(tmp_path, "val", settings={"steps": 4})
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"\0\0\0", b"5", b"null", b"[]", b"{}", b"\xff", b"", b"[" * 10_000, b'{"settings": 5}', b'{"image": 1}'),
+        *(b'{"image": {"id": []}, "annotation": {}}', b'{"image": {"id": 1}, "annotation": {"file_name": 5}}'),
+    ],
+)
+def test_a_damaged_journal_is_named(tmp_path, line):
+    result = postprocess(_logits(1), (32, 32), [(40, 50)], THRESHOLDS)[0]
+    with ResultsWriter(tmp_path, "val") as writer:
+        writer.add(1, result)
+    journal = tmp_path / ".val.0.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(PanopticFormatError, match=r"\.val\.0\.jsonl, line 3: damaged; delete this journal"):
+        ResultsWriter(tmp_path, "val")
+    journal.write_bytes(whole + line)
+    with ResultsWriter(tmp_path, "val") as writer:  # half a line is none
+        assert writer.written == {1}
+
+
 def test_instances_json_is_read_by_pycocotools(tmp_path):
     coco = pytest.importorskip("pycocotools.coco")
     results = postprocess(_logits(2), (32, 32), [(40, 50)] * 2, THRESHOLDS)

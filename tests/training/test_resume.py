@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.config import Config
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.errors import ArgumentError, CheckpointError, InUseError
@@ -157,6 +158,51 @@ def test_a_state_that_agrees_with_a_forged_manifest(run: Run, change: dict) -> N
         load(run)
 
 
+@pytest.mark.parametrize("name", ["set_counters", "set_random_state"])
+def test_a_fault_of_our_own_is_no_damage(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(*_: object) -> None:
+        raise KeyError("ours")
+
+    save_at(run, 1)
+    monkeypatch.setattr(run.optimizer if name == "set_counters" else resume_module, name, faulty)
+    with pytest.raises(KeyError, match="ours"):
+        load(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("gauss"),
+        lambda state: state.update(torch=torch.zeros(5056, dtype=torch.uint8)),
+        lambda state: state.update(python=state["python"][:5]),
+        lambda state: state["python"].fill_(-1),
+        lambda state: state.update(numpy=state["numpy"].float()),
+        lambda state: state.update(numpy_place=torch.zeros(3, dtype=torch.int64)),
+    ],
+)
+def test_random_states_that_agree_with_a_forged_manifest(run: Run, change: Callable[[dict], object]) -> None:
+    save_at(run, 1)
+    path = run.checkpoints.path(1) / "random-00000.safetensors"
+    state, before = random_state(), random.getstate()
+    change(state)
+    save_weights(state, path)
+    forge(run, path.name, path.read_bytes())
+    with pytest.raises(CheckpointError, match=r"random-00000\.safetensors: damaged"):
+        load(run)
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize("value", ["1", None, -1, float("nan"), 2**70, [1]])
+def test_counters_that_agree_with_a_forged_manifest(run: Run, value: Any) -> None:
+    save_at(run, 1)
+    state = json.loads((run.checkpoints.path(1) / "state.json").read_text())
+    for key in state["counters"]:
+        changed = state | {"counters": state["counters"] | {key: value}}
+        forge(run, "state.json", json.dumps(changed).encode())
+        with pytest.raises(CheckpointError, match="step-00000001"):
+            load(run)
+
+
 def test_shards_that_agree_with_a_forged_manifest(run: Run) -> None:
     save_at(run, 1)
     for name in ("shard-00000-of-00001.safetensors", "fixed.safetensors", "random-00000.safetensors"):
@@ -254,6 +300,8 @@ def test_a_model_folder_that_is_behind_its_checkpoint(
     with pytest.raises(Killed):
         train(stage, settings("cut", *common))
     monkeypatch.undo()
+    recorded = json.loads((Path(settings("cut").output_dir) / "checkpoints" / "exported.json").read_text())
+    assert recorded.get(".") == {"before": 2, "amid": None, "before the best": 2}[moment]  # half a model has no step
     cut = train(stage, settings("cut", *common), resume=True)
     for path in whole.rglob("*.safetensors"):
         if "checkpoints" not in path.parts:
