@@ -5,8 +5,9 @@ panoptic head, and run the C++ under sanitizers.
 
 python benchmarks/soak.py [--out FOLDER] [pytest arguments]
 
-One row a test, in seconds, with what it counted (`record_property`); nothing is recorded where one fails. A part of the
-tests is no campaign: with pytest arguments a record is written only into the FOLDER that is asked for.
+One row a test, in seconds, with what it counted (`record_property`). A test that fails is a red row, and the exit code
+is 1. With pytest arguments only a part of the tests runs; its rows replace older ones of the same tests alone, so that
+the campaign, which takes most of an hour, may be run in parts. The rows "tests" are those of a whole run.
 """
 
 from __future__ import annotations
@@ -31,42 +32,43 @@ def run_tests(report: Path, arguments: list[str]) -> int:
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
-def record_report(record: Run, report: Path) -> None:
-    """Adds a row for each test of a JUnit file that ran, and one for each number that it counted."""
+def record_report(record: Run, report: Path, whole: bool) -> None:
+    """Adds a row for each test of a JUnit file that ran, and one for each number that it counted; then their number.
+
+    whole: all long tests were asked for.
+    """
     skipped = 0
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.attrib['classname'].removeprefix('tests.')}::{case.attrib['name']}"
         if case.find("skipped") is not None:
             skipped += 1
             continue
-        record.check(name, case.find("failure") is None and case.find("error") is None)
+        failure = case.find("failure") if case.find("failure") is not None else case.find("error")
+        if failure is not None:
+            record.add_red(name, "duration", (failure.attrib.get("message") or "failed").splitlines()[0])
+            continue
+        record.check(name, True)
         record.add_value(name, float(case.attrib["time"]), "s", variant="duration")
         for item in case.iter("property"):
             record.add_value(name, float(item.attrib["value"]), item.attrib["name"], variant="counted")
-    record.add_value("tests", len(record.checks), "passed")
-    record.add_value("tests", skipped, "skipped", variant="skipped")
+    if whole:
+        record.add_value("tests", len(record.checks), "passed")
+        record.add_value("tests", skipped, "skipped", variant="skipped")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args, arguments = parser.parse_known_args()
-    is_part = bool(arguments or os.environ.get("PYTEST_ADDOPTS"))
-    record = Run("soak", quick=is_part)
+    record = Run("soak")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         code = run_tests(report, arguments)
-        try:
-            record_report(record, report)
-            record.check("pytest ended well", code == 0)
-        except BenchmarkError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return code or 1
-    if args.out is None and is_part:
-        print("not recorded: a part of the long tests")
-    else:
-        record.save(args.out or RESULTS)
-    return 0
+        if not report.is_file() or code not in (0, 1):  # 1: tests failed
+            raise BenchmarkError(f"pytest ended with exit code {code}: nothing is recorded")
+        record_report(record, report, whole=not (arguments or os.environ.get("PYTEST_ADDOPTS")))
+    record.save(args.out)
+    return code
 
 
 if __name__ == "__main__":

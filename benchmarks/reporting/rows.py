@@ -6,7 +6,7 @@ go, whatever their variants and cases. The subject of a row is
 - its name up to the first comma or bracket, whatever the numbers in it: what one function of a benchmark measures
   ("growth, peak memory" is of "growth", and "10 steps" is of "4 steps");
 - in the suite "quality" a model, or a baseline, on the same images in the same way, whatever the number of steps;
-- in the suite "soak" the suite itself, because every run counts all long tests.
+- in the suite "soak" a test; a whole campaign, which has the row "tests", replaces all rows.
 
 A model has one set of weights: where a newer run measured the same name with other weights, the older rows of that name
 go on all data.
@@ -26,10 +26,13 @@ Row = dict[str, Any]
 VARIED = ("steps", "annotators")
 
 
+WHOLE = "tests"  # the row of a whole campaign of long tests
+
+
 def subject(suite: str, row: Row) -> str:
     """Returns what a row measures: rows of one subject are replaced together."""
     if suite == "soak":
-        return suite
+        return str(row["name"])
     if suite != "quality":
         return re.sub(r"\d+", "#", re.split(r"[,\[]", row["name"])[0].strip())
     case = {key: value for key, value in row["case"].items() if key not in VARIED}
@@ -49,6 +52,8 @@ def load_rows(suite: str, folder: Path = RESULTS) -> list[Row]:
             continue
         new = [row | {"environment": record["environment"], "file": path.name} for row in record["results"]]
         renewed = {subject(suite, row) for row in new}
+        if suite == "soak" and WHOLE in renewed:
+            rows = []
         weights = {row["variant"]: row["weights"] for row in new if "weights" in row}
         kept = [row for row in rows if subject(suite, row) not in renewed and not _other_weights(row, weights)]
         rows = kept + [row for row in new if "red" not in row]
