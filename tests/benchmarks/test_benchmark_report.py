@@ -99,9 +99,11 @@ def test_the_means_over_annotators_replace_pooled_rows(write):
     assert values("quality", folder) == [2.0]
 
 
-def test_every_run_of_the_long_tests_is_whole(write):
-    write("soak-1", {"name": "a test that was renamed", "value": 1.0})
-    assert values("soak", write("soak-2", {"name": "another", "value": 2.0})) == [2.0]
+def test_a_part_of_the_long_tests_replaces_its_tests_and_a_whole_campaign_all(write):
+    write("soak-1", {"name": "a test that was renamed", "value": 1.0}, {"name": "another", "value": 1.5})
+    assert values("soak", write("soak-2", {"name": "another", "value": 2.0})) == [1.0, 2.0]
+    folder = write("soak-3", {"name": "another", "value": 3.0}, {"name": "tests", "value": 1.0})
+    assert values("soak", folder) == [3.0, 1.0]
 
 
 def test_quick_runs_are_no_results(results, record):
