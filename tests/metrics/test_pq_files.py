@@ -201,17 +201,13 @@ def test_a_point_in_an_id_is_no_ending(dataset, capsys):
     """Frames of videos: frame.0002 and frame.0003 are two images."""
     gt_json, pred_json = dataset
 
-    def rename(shift):
-        def change(content):
-            for entry in content["annotations"]:
-                entry["image_id"] = f"frame.{entry['image_id'] + shift:04d}"
-            for image in content.get("images", []):
-                image["id"] = f"frame.{image['id']:04d}"
+    def rename(content):
+        for key, entries in (("id", content.get("images", [])), ("image_id", content["annotations"])):
+            for entry in entries:
+                entry[key] = f"frame.{entry[key]:04d}"
 
-        return change
-
-    _edit(gt_json, rename(0))
-    _edit(pred_json, rename(1))
+    _edit(gt_json, rename)
+    _edit(pred_json, lambda content: (rename(content), content["annotations"][-1].update(image_id="frame.9999")))
     assert _run(gt_json, pred_json, "--allow-missing") == 0
     assert _run(gt_json, pred_json) == 2
     assert "count them as empty with --allow-missing" in capsys.readouterr().err
