@@ -154,41 +154,31 @@ class MaskSampler:
         Raises:
             NonFiniteError: latents that are NaN or infinite; it names the network that made them so.
         """
-        mask_latents = self._sample(network, noise, image_latents, image_ids, sampling, constraint)
+        noise = noise.to(self.backend.device)
+        steps = sampling.num_inference_steps
+        if sampling.is_plain and constraint is None and self.info.conditioning == "none":
+            mask_latents = self.backend.sample(noise, image_latents, self.scheduler, steps, sampling.callback)
+        else:
+            mask_latents = sample(
+                network,
+                noise,
+                image_latents,
+                self.scheduler,
+                steps,
+                self.info.self_condition,
+                sampling.callback,
+                solver=sampling.solver,
+                eta=sampling.eta,
+                timesteps=sampling.timesteps,
+                step_noise=partial(self.step_noise, sampling.seed, image_ids, "step"),
+                constraint=constraint,
+            )
         finite = bool(all_finite(mask_latents))
         if not finite:
             require_finite(all_finite(image_latents), "image_vae: image latents", self.info, self.backend.dtype)
             require_finite(all_finite(noise), "the initial noise: its values", self.info, noise.dtype)
         require_finite(finite, "unet: sampled latents", self.info, self.backend.dtype)
         return mask_latents
-
-    def _sample(
-        self,
-        network: Denoise,
-        noise: Tensor,
-        image_latents: Tensor,
-        image_ids: Sequence[int | str],
-        sampling: Sampling,
-        constraint: Constraint | None,
-    ) -> Tensor:
-        noise = noise.to(self.backend.device)
-        steps = sampling.num_inference_steps
-        if sampling.is_plain and constraint is None and self.info.conditioning == "none":
-            return self.backend.sample(noise, image_latents, self.scheduler, steps, sampling.callback)
-        return sample(
-            network,
-            noise,
-            image_latents,
-            self.scheduler,
-            steps,
-            self.info.self_condition,
-            sampling.callback,
-            solver=sampling.solver,
-            eta=sampling.eta,
-            timesteps=sampling.timesteps,
-            step_noise=partial(self.step_noise, sampling.seed, image_ids, "step"),
-            constraint=constraint,
-        )
 
     def decode(
         self, mask_latents: Tensor, sizes: Sequence[tuple[int, int]], thresholds: PostprocessConfig | None
