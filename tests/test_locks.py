@@ -96,6 +96,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", 3600, False),
         ('{"pid": 1', 3600, False),
     ],
+    ids=["alive", "gone", "no pid", "no number", "of another machine", "new and empty", "old and empty", "half"],
 )
 def test_a_file_system_without_locks(content: str, age: float, refused: bool, tmp_path: Path, no_locks: None) -> None:
     (tmp_path / LOCK).write_text(content)
