@@ -188,7 +188,7 @@ def run_stage(parts: Sequence[Part], left: float, work: Path) -> list[Outcome]:
     finally:  # also where the suite itself is ended, and for what a finished part has left behind
         for _, _, process, log in running:
             log.close()
-            if process is not None:
+            if process is not None and process.returncode is None:
                 _end(process)
     return outcomes
 

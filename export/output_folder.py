@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import IO
 
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.files import replace_folder
+from ldmseg_fast.locks import is_at
+from ldmseg_fast.temporary import NEW, put_in_place, temporary_folder
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -71,7 +71,9 @@ def new_folder(
             yield folder
             if folder.keep:
                 check_replaceable(out, own)  # minutes have passed
-                replace_folder(folder.path, out)
+                with temporary_folder(out.parent) as holder:
+                    folder.path.rename(holder / NEW)
+                    put_in_place(holder, out)
         finally:
             shutil.rmtree(folder.path, ignore_errors=True)
 
@@ -137,16 +139,9 @@ def _lock(path: Path, waiting: Callable[[], None]) -> IO[str]:
         except BlockingIOError:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
-        if _is_at(path, file):
+        if is_at(file.fileno(), path):
             return file
         file.close()  # its last holder has removed it
-
-
-def _is_at(path: Path, file: IO[str]) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import shutil
 import stat
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,7 +212,7 @@ def read_json(path: Path) -> Any:
         CheckpointError: names the file that is missing, no JSON, or has a key twice.
     """
     try:
-        return json.loads(read_text(path, CheckpointError), object_pairs_hook=_without_repeats)
+        return json.loads(read_text(path, CheckpointError), object_pairs_hook=without_repeats)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; is {path.parent} a model folder?") from None
     except CheckpointError:
@@ -220,21 +221,17 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: damaged, no JSON ({error}); save the model again") from None
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes the object of a JSON; for `json.loads(..., object_pairs_hook=...)`.
+
+    Raises:
+        ValueError: names a key that is there twice.
+    """
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:80]!r} is there twice")
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{repeated[:100]} is there twice; leave one of them")
     return values
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Puts the finished folder `temporary` in the place of `final`. The old one stays until then."""
-    old = final.with_name(f".{final.name}.old.{os.getpid()}")
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def inside(folder: Path, path: Path) -> Path:

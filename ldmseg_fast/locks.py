@@ -75,22 +75,22 @@ def own_descriptor(descriptor: int) -> Iterator[None]:
 def _take(path: Path, folder: Path, what: str, cure: str) -> int:
     while True:
         descriptor, is_own = _open(path)
-        holder = _holder(descriptor)
         taken, has_locks = True, True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             has_locks = error.errno not in _UNKNOWN
             taken = is_own and not has_locks
-        if not taken and not has_locks and not _may_be_alive(holder, os.fstat(descriptor).st_mtime):
-            _remove(path, descriptor)
-            continue
         if not taken:
+            holder = _holder(descriptor)
+            if not has_locks and not _may_be_alive(holder, os.fstat(descriptor).st_mtime):
+                _remove(path, descriptor)
+                continue
             extra = "" if has_locks else f", or delete {path} if nothing runs there"
             os.close(descriptor)
             writer = _describe(holder, what)
             raise InUseError(f"{folder}: {writer} writes there; wait until it has ended, {cure}{extra}")
-        if _is_at(descriptor, path):
+        if is_at(descriptor, path):
             break
         os.close(descriptor)  # its holder has just removed it
     own = {"pid": os.getpid(), "host": socket.gethostname(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -116,10 +116,10 @@ def _open(path: Path) -> tuple[int, bool]:
 def _remove(path: Path, descriptor: int) -> None:
     """Removes the lock file of a process that has gone, and closes it; not one that another has made meanwhile."""
     aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-    if _is_at(descriptor, path):
+    if is_at(descriptor, path):
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             path.rename(aside)
-            if _is_at(descriptor, aside):
+            if is_at(descriptor, aside):
                 aside.unlink()
             else:
                 aside.rename(path)
@@ -156,7 +156,8 @@ def _may_be_alive(holder: dict[str, Any], written: float) -> bool:
     return True
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def is_at(descriptor: int, path: Path) -> bool:
+    """Tells whether an open file is still the one at `path`: another process may have removed or replaced it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ldmseg_fast.locks import own_descriptor
+from ldmseg_fast.locks import is_at, own_descriptor
 
 NAME = re.compile(r"\.ldmseg-[0-9a-f]{12}\.tmp")
 NEW, OLD = "new", "old"  # in a temporary folder: what is being written, and what it replaces
@@ -81,18 +81,11 @@ def _held(folder: Path, make: Callable[[Path], int]) -> Iterator[Path]:
             if folder.is_dir():  # it has been taken before it was opened
                 continue
             raise
-        if _lock(descriptor) is not False and _is_at(descriptor, path):
+        if _lock(descriptor) is not False and is_at(descriptor, path):
             break
         os.close(descriptor)  # what has it removes it
     with own_descriptor(descriptor):
         yield path
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _lock(descriptor: int) -> bool | None:

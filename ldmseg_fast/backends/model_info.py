@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def read_model_info(model_dir: str | Path) -> ModelInfo:
     for key in ("image_size", "num_inference_steps", "self_condition"):
         if index.get(key) is None:
             raise CheckpointError(f"{folder / 'model_index.json'}: no {key} in it; save the model again")
-    components = {name: load_component_config(folder, name)[0] for name in index["components"]}
+    loaded = {name: load_component_config(folder, name) for name in index["components"]}
+    components = {name: config for name, (config, _) in loaded.items()}
     unet = components["unet"]
     if unet.conditioning != "none" and "conditioning" not in components:
         raise CheckpointError(
@@ -106,15 +108,15 @@ def read_model_info(model_dir: str | Path) -> ModelInfo:
         mask_vae=components["mask_vae"],
         scheduler=components["scheduler"],
         postprocess=from_dict(PostprocessConfig, index.get("postprocess", {}), "postprocess."),
-        context_shape=_context_shape(folder, unet),
+        context_shape=_context_shape(folder, unet, loaded["conditioning"][1] if "conditioning" in loaded else {}),
         index=index,
     )
 
 
-def _context_shape(folder: Path, unet: UNetConfig) -> tuple[int, int] | None:
+def _context_shape(folder: Path, unet: UNetConfig, extra: Mapping[str, Any]) -> tuple[int, int] | None:
     if unet.conditioning not in ("clip_image", "clip_text"):
         return None
-    clip = load_component_config(folder, "conditioning")[1].get("_clip_config") or {}
+    clip = extra.get("_clip_config") or {}
     needed = ("max_position_embeddings",) if unet.conditioning == "clip_text" else ("image_size", "patch_size")
     missing = [key for key in needed if key not in clip]
     if missing:

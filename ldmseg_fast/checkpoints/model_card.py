@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from ldmseg_fast import __version__
 from ldmseg_fast.config import describe
-from ldmseg_fast.files import replacing
+from ldmseg_fast.files import read_lines, replacing
 
 USE = """```python
 from ldmseg_fast import LDMSegPipeline
@@ -47,13 +45,7 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
 
 def training_facts(folder: Path) -> dict[str, Any]:
     """Reads last step and last validation from the log in `folder`; nothing where there is none."""
-    path = folder / "logs" / "log.jsonl"
-    if not path.is_file():
-        return {}
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
-            records.append(json.loads(line))
+    records = [record for record in read_lines(folder / "logs" / "log.jsonl") if "step" in record]
     facts: dict[str, Any] = {"steps": records[-1]["step"]} if records else {}
     validated = [record for record in records if "val/pq" in record]
     if validated:

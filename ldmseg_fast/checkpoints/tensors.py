@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldmseg_fast.errors import CheckpointError, UserError
-from ldmseg_fast.files import check_no_pointer
+from ldmseg_fast.files import open_file
 
 WEIGHTS = "model.safetensors"
 
@@ -98,8 +98,7 @@ def check_weights_file(path: Path) -> None:
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise CheckpointError(f"{path}: {kind} where a safetensors file is expected")
-    check_no_pointer(path, CheckpointError)
-    with path.open("rb") as file:
+    with open_file(path, CheckpointError, "safetensors file") as file:  # which names a pointer of Git LFS
         first = file.read(4)
     if not first:
         raise CheckpointError(f"{path}: damaged safetensors file (it is empty); copy or save it again")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldmseg_fast.data.folders import find_split
+from ldmseg_fast.data.folders import SplitFolders, find_split
 from ldmseg_fast.data.pictures import stored_size
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import replacing
@@ -43,16 +43,15 @@ def merge_splits(out: str | Path, sources: Sequence[str], split: str = "train201
     splits = [find_split(root, name) for root, name, _ in parts]
     check_outputs({}, folders, inputs=[folder for each in splits for folder in (each.images, each.maps)])
     with only_writer(out, "a merge", "or choose another folder"):
-        return _merge(out, parts, split, path)
+        return _merge(out, [(folders, limit) for folders, (_, _, limit) in zip(splits, parts)], split, path)
 
 
-def _merge(out: Path, parts: Sequence[tuple[str, str, int]], split: str, path: Path) -> int:
+def _merge(out: Path, parts: Sequence[tuple[SplitFolders, int]], split: str, path: Path) -> int:
     if path.exists():
         raise DataError(f"{path} is there already; choose another folder or --split")
     content: dict[str, Any] = {"info": {}, "images": [], "annotations": [], "categories": [OBJECT]}
     links: dict[Path, Path] = {}
-    for number, (root, name, limit) in enumerate(parts):
-        folders = find_split(root, name)
+    for number, (folders, limit) in enumerate(parts):
         found = load_panoptic_json(folders.annotations)
         images = {image["id"]: image for image in found["images"]}
         annotations = found["annotations"][: limit or None]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
-from ldmseg_fast.config.settings import Config
+from ldmseg_fast.config.settings import Config, ImageEncoderConfig, MaskVAEConfig, SchedulerConfig, UNetConfig
 from ldmseg_fast.config.values import update
 from ldmseg_fast.errors import ConfigError
 
@@ -20,23 +21,17 @@ def validate(config: Config) -> Config:
     condition = vae.latent_channels if config.diffusion.self_condition > 0 else 0
     needed = vae.latent_channels + encoder.latent_channels + condition
     checks = [
-        (2**vae.num_bits >= vae.num_slots, f"mask_vae.num_bits={vae.num_bits} cannot name {vae.num_slots} slots"),
+        *part_checks(vae, "mask_vae."),
+        *part_checks(encoder, "image_encoder."),
+        *part_checks(unet, "unet."),
+        *part_checks(config.scheduler, "scheduler."),
         (unet.in_channels == needed, f"unet.in_channels={unet.in_channels}: mask + image + condition make {needed}"),
-        (
-            encoder.kind != "conv" or len(encoder.blocks) == len(encoder.widths),
-            "image_encoder.widths and image_encoder.blocks must be equally long",
-        ),
         *_width_checks(config),
         (
             config.model.attention != "fp8",
             "model.attention=fp8 has no backward pass: train with auto, and choose attention=fp8 for inference",
         ),
         (unet.out_channels == vae.latent_channels, "unet.out_channels must equal mask_vae.latent_channels"),
-        (2**vae.num_upscalers <= vae.downsampling, f"mask_vae.num_upscalers={vae.num_upscalers} overshoots"),
-        (
-            len(unet.block_out_channels) == len(unet.attention) == len(unet.num_heads),
-            "unet.block_out_channels, unet.attention and unet.num_heads must be equally long",
-        ),
         (
             (unet.conditioning == "none") == (unet.cross_attention_dim == 0),
             f"unet.conditioning={unet.conditioning} and unet.cross_attention_dim={unet.cross_attention_dim} contradict "
@@ -63,11 +58,6 @@ def validate(config: Config) -> Config:
             f"{vae.downsampling * 2 ** (len(unet.block_out_channels) - 1)} for these models",
         ),
         (
-            config.scheduler.beta_start <= config.scheduler.beta_end,
-            f"scheduler.beta_start={config.scheduler.beta_start} must not exceed scheduler.beta_end, "
-            f"{config.scheduler.beta_end}",
-        ),
-        (
             config.num_inference_steps <= config.scheduler.num_train_timesteps,
             f"num_inference_steps={config.num_inference_steps}: scheduler.num_train_timesteps has "
             f"{config.scheduler.num_train_timesteps}",
@@ -87,6 +77,40 @@ def validate(config: Config) -> Config:
         if not ok:
             raise ConfigError(message)
     return config
+
+
+def part_checks(part: Any, prefix: str = "") -> list[tuple[bool, str]]:
+    """Checks what the ranges of a network's or a schedule's settings cannot say.
+
+    Args:
+        part: MaskVAEConfig, ImageEncoderConfig, UNetConfig or SchedulerConfig.
+        prefix: of the settings' names in the messages.
+
+    Returns:
+        (whether it holds, what is wrong otherwise) for each rule.
+    """
+    if isinstance(part, MaskVAEConfig):
+        return [
+            (
+                2**part.num_bits >= part.num_slots,
+                f"{prefix}num_bits={part.num_bits} cannot name {part.num_slots} slots",
+            ),
+            (
+                2**part.num_upscalers <= part.downsampling,
+                f"{prefix}num_upscalers={part.num_upscalers} overshoots the reduction of {part.downsampling}",
+            ),
+        ]
+    if isinstance(part, ImageEncoderConfig):
+        fits = part.kind != "conv" or len(part.blocks) == len(part.widths)
+        return [(fits, f"{prefix}widths and {prefix}blocks must be equally long")]
+    if isinstance(part, UNetConfig):
+        fits = len(part.block_out_channels) == len(part.attention) == len(part.num_heads)
+        names = [f"{prefix}{name}" for name in ("block_out_channels", "attention", "num_heads")]
+        return [(fits, f"{names[0]}, {names[1]} and {names[2]} must be equally long")]
+    if isinstance(part, SchedulerConfig):
+        message = f"{prefix}beta_start={part.beta_start} must not exceed {prefix}beta_end, {part.beta_end}"
+        return [(part.beta_start <= part.beta_end, message)]
+    return []
 
 
 def _width_checks(config: Config) -> list[tuple[bool, str]]:

@@ -13,7 +13,7 @@ from ldmseg_fast.errors import DataError, PanopticFormatError
 from ldmseg_fast.files import read_file
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
-from ldmseg_fast.panoptic.near_files import NearFiles, is_file
+from ldmseg_fast.panoptic.near_files import NearFiles, missing_files
 
 __all__ = [
     "DataError",
@@ -49,12 +49,9 @@ class SplitFolders:
             DataError: names the first that is missing, and what comes nearest to it.
         """
         for near, names, what in zip(self.near_files(), (pictures, maps), ("picture", "map")):
-            folder = near.folder
-            present = {path.name for path in folder.iterdir()}  # one listing, not 118 000 questions to a file server
-            lost = [name for name in names if name not in present and not is_file(folder / name)]
-            if lost:
+            if lost := missing_files(near.folder, names):
                 raise DataError(
-                    f"{len(lost)} of {len(names)} {what}s of {self.annotations} are not in {folder}, "
+                    f"{len(lost)} of {len(names)} {what}s of {self.annotations} are not in {near.folder}, "
                     f"{near.explain(lost)}; `ldmseg data check {self.annotations.parent.parent}` lists all"
                 )
 

@@ -44,7 +44,8 @@ def picture_files(dataset: CocoPanoptic) -> list[Path]:
 def _rows(dataset: CocoPanoptic, files: list[Path]) -> dict[str, int]:
     """Maps each picture's name in the JSON, which may have folders in it, to its place in `files`."""
     places = {file: row for row, file in enumerate(files)}
-    return {dataset.image_name(index): places[dataset.paths(index)[0]] for index in range(len(dataset))}
+    names = (dataset.image_name(index) for index in range(len(dataset)))
+    return {name: places[dataset.folders.images / name] for name in names}
 
 
 def cache_key(encoder: nn.Module, settings: ImageEncoderConfig, size: int, files: list[Path]) -> str:
@@ -54,10 +55,11 @@ def cache_key(encoder: nn.Module, settings: ImageEncoderConfig, size: int, files
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    folders = {file.absolute().parent for file in files}
+    absolute = [file.absolute() for file in files]
+    folders = {file.parent for file in absolute}
     root = os.path.commonpath(folders) if folders else ""
-    for file in files:
-        name = file.absolute().relative_to(root).as_posix()
+    for file in absolute:
+        name = file.relative_to(root).as_posix()
         digest.update(f"{name}:{file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 

@@ -17,7 +17,7 @@ from ldmseg_fast.metrics.class_vote import category_map, merge_stuff, vote_categ
 from ldmseg_fast.metrics.pq_files import png_folder, why_missing
 from ldmseg_fast.panoptic.annotations import MAX_ID, load_panoptic_json
 from ldmseg_fast.panoptic.format import read_panoptic_png
-from ldmseg_fast.panoptic.near_files import NearFiles, is_file
+from ldmseg_fast.panoptic.near_files import NearFiles, missing_files
 from ldmseg_fast.panoptic.results import PanopticResult
 
 GROUND_TRUTH = "GT"
@@ -164,7 +164,7 @@ def _panoptic_source(path: Path, dataset: CocoPanoptic) -> CategorySource:
         raise DataError(f"{path}: categories {unknown[:10]} are not among the data set's")
     folder = png_folder(path)
     names = [entries[image_id]["file_name"] for image_id in ids]
-    if lost_files := [name for name in names if not is_file(folder / name)]:
+    if lost_files := missing_files(folder, names):
         near = NearFiles(folder).explain(lost_files)
         raise DataError(f"{path}: {len(lost_files)} of {len(names)} maps are not in {folder}, {near}")
 

@@ -232,16 +232,18 @@ def segment_split(
         agreement: compares them with the torch backend's.
     """
     dataset, source = predictor.dataset, scores.categories
+    settings: dict[str, Any] = {"seed": one.seed}
+    if source is not None:
+        settings["categories_from"] = source.label
+        if source.listing is not None:
+            state = source.listing.stat()
+            settings["listing"] = [state.st_size, state.st_mtime_ns]
     for batch in one.batches(len(dataset), "evaluate"):
         predict = partial(predictor.segment, seed=one.seed)
         results = store.results(f"panoptic{one.suffix}", {"seed": one.seed}, batch, predict)
         for index, result in zip(batch, results):
             final, matches = scores.add(index, dataset.describe(index), dataset.ground_truth(index), result)
             if source is not None:
-                settings: dict[str, Any] = {"seed": one.seed, "categories_from": source.label}
-                if source.listing is not None:
-                    state = source.listing.stat()
-                    settings["listing"] = [state.st_size, state.st_mtime_ns]
                 name = f"panoptic_classes{one.suffix}"
                 store.write(name, dataset.categories, settings, index, final, source.files(index))
             if instances is not None:

@@ -102,15 +102,17 @@ class Store:
         Arguments are as `results` and `writer` have them; `also` are files that it depends on beside picture and map.
         """
         writer = self.writer(name, categories, settings)
-        if writer is not None and not self._is_there(writer, index, also):
-            image_name = self.dataset.paths(index)[0].name
-            writer.add(self.dataset.image_id(index), result, image_name=image_name, made_from=self._sum(index, also))
+        if writer is None:
+            return
+        image_id, made_from = self.dataset.image_id(index), self._sum(index, also)
+        if writer.made_from.get(image_id) != made_from:
+            writer.add(image_id, result, image_name=self.dataset.paths(index)[0].name, made_from=made_from)
 
-    def _is_there(self, writer: ResultsWriter, index: int, also: Sequence[Path] = ()) -> bool:
-        """Tells whether an image's result was written, and its files have not changed since."""
-        return writer.made_from.get(self.dataset.image_id(index)) == self._sum(index, also)
+    def _is_there(self, writer: ResultsWriter, index: int) -> bool:
+        """Tells whether an image's result was written, and its picture and map have not changed since."""
+        return writer.made_from.get(self.dataset.image_id(index)) == self._sum(index)
 
-    def _sum(self, index: int, also: Sequence[Path]) -> str:
+    def _sum(self, index: int, also: Sequence[Path] = ()) -> str:
         """Returns a sum by which an image's picture and map, and the files `also`, are recognised."""
         if index not in self._sums:  # kept, as a file may change while its result is made
             self._sums[index] = "-".join(sha256(path)[:16] for path in self.dataset.paths(index))

@@ -25,6 +25,7 @@ from ldmseg_fast.data.pixel_formats import scale
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.files import require_file
+from ldmseg_fast.panoptic.annotations import has_surrogates
 from ldmseg_fast.panoptic.format import check_ids
 
 MAX_BATCH = 4096  # images that go through the networks at once
@@ -220,13 +221,9 @@ def image_ids_of(count: int, image_ids: Sequence[int | str] | None) -> list[int 
     if len(ids) != count:
         raise ArgumentError(f"image_ids: {len(ids)} ids for {count} images")
     for place, value in enumerate(ids):
-        if not isinstance(value, (int, str, np.integer)) or _has_surrogates(value):
+        if not isinstance(value, (int, str, np.integer)) or (isinstance(value, str) and has_surrogates(value)):
             raise ArgumentError(f"image_ids[{place}]={value!r}: a whole number or text in UTF-8 expected")
     return ids
-
-
-def _has_surrogates(value: Any) -> bool:
-    return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def check_count(name: str, value: Any, least: int, most: int) -> None:

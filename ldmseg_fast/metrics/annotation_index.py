@@ -14,7 +14,7 @@ import numpy as np
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics.matching import segment_table
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic.annotations import load_panoptic_json, stream_panoptic_json
+from ldmseg_fast.panoptic.annotations import judge_panoptic_json, stream_panoptic_json
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _streamed(path: str | Path, predictions: bool) -> AnnotationIndex | None:
 
 
 def _loaded(path: str | Path, predictions: bool) -> AnnotationIndex:
-    content = load_panoptic_json(path, predictions=predictions)
+    content = judge_panoptic_json(path, predictions=predictions)
     annotations = content["annotations"]
 
     def annotation(k: int) -> tuple[str, np.ndarray]:

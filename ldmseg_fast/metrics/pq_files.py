@@ -22,7 +22,7 @@ from ldmseg_fast.metrics.pq_report import bootstrap_interval, image_qualities
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png, read_run_map
 from ldmseg_fast.panoptic.near_files import NearFiles, is_file
-from ldmseg_fast.threads import startable_threads
+from ldmseg_fast.threads import cores, startable_threads
 
 MAX_THREADS = 8  # unless more are asked for
 MOST_THREADS = 256
@@ -60,7 +60,7 @@ def evaluate_files(
     gt, pred = index_annotations(gt_json), index_annotations(pred_json, predictions=True)
     predicted = {image_id: k for k, image_id in enumerate(pred.image_ids)}
     missing = [image_id for image_id in gt.image_ids if image_id not in predicted]
-    reason = why_missing(gt.image_ids, missing, pred.image_ids)
+    reason = why_missing(gt.image_ids, missing, pred.image_ids) if missing else ""
     if missing and (reason or not allow_missing):
         cure = reason or "predict them, or count them as empty with --allow-missing"
         raise PanopticFormatError(
@@ -133,8 +133,7 @@ def png_folder(json_path: str | Path, given: str | Path | None = None) -> Path:
 
 def default_threads() -> int:
     """Returns one thread per core that this process may use, at most `MAX_THREADS`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_THREADS)
+    return min(cores(), MAX_THREADS)
 
 
 def why_missing(truth: Sequence[int | str], missing: Sequence[int | str], predicted: Sequence[int | str]) -> str:

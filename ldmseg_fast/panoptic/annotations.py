@@ -10,8 +10,10 @@ import gc
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,16 @@ def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[s
     """
     if stream_panoptic_json(path, predictions=predictions) is not None:
         return _without_collector(lambda: json.loads(read_file(path, PanopticFormatError, "JSON file")))
+    return judge_panoptic_json(path, predictions=predictions)
+
+
+def judge_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[str, Any]:
+    """Loads a JSON as `load_panoptic_json` does, without asking C++ first.
+
+    Raises:
+        PanopticFormatError: see `load_panoptic_json`.
+        OSError: a file that cannot be read.
+    """
     content, faults = check_panoptic_json(path, predictions=predictions)
     for first in faults:
         more = sum(fault.kind == first.kind for fault in faults)
@@ -89,7 +101,8 @@ def check_panoptic_json(path: str | Path, *, predictions: bool = False) -> tuple
         )
     except (ValueError, RecursionError) as error:  # not JSON, not text, numbers of thousands of digits, deep nesting
         return None, iter([Fault("unreadable JSON", f"not a JSON file ({error})")])
-    return content, chain(_faults(content, predictions), (_constant_fault(text, name) for name in constants))
+    fault = cache(lambda name: _constant_fault(text, name))  # of each name the first place is told
+    return content, chain(_faults(content, predictions), map(fault, constants))
 
 
 def stream_panoptic_json(path: str | Path, *, predictions: bool = False) -> Any:
@@ -127,9 +140,8 @@ def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    keys = [key for key, _ in pairs]
     repeated = _Repeated(found)
-    repeated.repeated = frozenset(key for key in found if keys.count(key) > 1)
+    repeated.repeated = frozenset(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
     return repeated
 
 
@@ -163,8 +175,10 @@ def _faults(content: Any, predictions: bool) -> Iterator[Fault]:
     for place, annotation in enumerate(content["annotations"]):
         yield from _id_faults("annotations", place, annotation, annotated)
     if "images" in content:
-        for unlisted in sorted(annotated - image_ids, key=str):
-            twin = next((i for i in image_ids if str(i) == str(unlisted)), None)
+        missing = annotated - image_ids
+        spelled = {str(image_id): image_id for image_id in image_ids} if missing else {}
+        for unlisted in sorted(missing, key=str):
+            twin = spelled.get(str(unlisted))
             cure = f"; there it is {twin!r}: write both alike" if twin is not None else ""
             message = f"annotations of images that `images` does not list: {unlisted!r}{cure}"
             yield Fault("annotation without image", message)
@@ -302,9 +316,14 @@ def _is_flag(value: Any) -> bool:
     return type(value) in (int, bool, float) and value in (0, 1)
 
 
+def has_surrogates(text: str) -> bool:
+    """Tells whether a text has half of a surrogate pair in it, which UTF-8 cannot write."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
+
+
 def _is_text(value: Any) -> bool:
     """Tells whether a value is a text that a file can hold: half of a surrogate pair is none."""
-    return isinstance(value, str) and value != "" and (value.isascii() or not re.search("[\ud800-\udfff]", value))
+    return isinstance(value, str) and value != "" and not has_surrogates(value)
 
 
 def _is_file_name(value: Any) -> bool:

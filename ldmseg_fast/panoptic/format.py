@@ -42,7 +42,6 @@ MAX_PIXELS = 2**26  # 8192 x 8192: far above any photograph, far below what exha
 MAX_SIDE = 2**16  # above a JPEG's 65535; a map of one column would be all bookkeeping
 MAX_PILLOW_PIXELS = 48_000_000  # Pillow holds 4 bytes a pixel beside the ids
 MAX_INTERLACED_PIXELS = 2**22  # of maps that are read as runs, for which all ids must be held
-MAX_BYTES = 2**30  # of a file; far above any map of MAX_PIXELS
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {0: "greyscale", 2: "RGB", 3: "palette", 4: "greyscale with alpha", 6: "RGBA"}
@@ -204,7 +203,7 @@ def _deflate(content: np.ndarray) -> bytes | bytearray:
 
 def _read_content(path: str | Path, max_pixels: int) -> bytes:
     """Reads a PNG whose header is that of a map."""
-    content = read_file(path, PanopticFormatError, "PNG file", MAX_BYTES)
+    content = read_file(path, PanopticFormatError, "PNG file")
     _check_header(content[:29], path, max_pixels)
     return content
 

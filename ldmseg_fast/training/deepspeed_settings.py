@@ -10,7 +10,7 @@ from typing import Any
 from ldmseg_fast.config import Config
 from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.files import read_text
+from ldmseg_fast.files import read_text, without_repeats
 
 # of a user's file: what our settings decide, and which setting that is
 OURS = {
@@ -122,19 +122,11 @@ def read_user_config(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: no JSON ({error})") from None
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ConfigError(f"{source}: {key[:100]} is there twice; leave one of them")
-            found[key] = value
-        return found
-
     def not_finite(name: str) -> Any:
         raise ConfigError(f"{source}: {name} is no setting; numbers are finite")
 
     try:
-        values = json.loads(text, object_pairs_hook=unique, parse_constant=not_finite)
+        values = json.loads(text, object_pairs_hook=without_repeats, parse_constant=not_finite)
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:

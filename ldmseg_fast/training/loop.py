@@ -26,6 +26,7 @@ from ldmseg_fast.distributed.liveness import Agreement, Heartbeat, Interrupt
 from ldmseg_fast.errors import Stopped
 from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
+from ldmseg_fast.threads import cores
 from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints, exported_step, note_exported
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
@@ -76,7 +77,7 @@ class Run:
         self.checkpoints = TrainingCheckpoints(self.folder / "checkpoints", settings.keep, settings.keep_best)
         self.checkpoints.check_start(resume, trust)
         config, precision = resolve_settings(config, self.device, self.folder if resume else None)
-        torch.set_num_threads(settings.threads or max(1, distributed.cores() // distributed.local_size()))
+        torch.set_num_threads(settings.threads or max(1, cores() // distributed.local_size()))
         torch.manual_seed(settings.seed)
         random.seed(settings.seed)  # nothing of ours draws from these two, but checkpoints keep them
         np.random.seed(settings.seed % 2**32)  # noqa: NPY002

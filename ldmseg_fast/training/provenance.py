@@ -15,6 +15,7 @@ import torch
 
 from ldmseg_fast import distributed
 from ldmseg_fast.files import read_lines, read_text
+from ldmseg_fast.threads import cores
 
 STARTS = "starts.jsonl"
 
@@ -24,7 +25,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     else:
-        device = f"{_processor()}, {distributed.cores()} cores"
+        device = f"{_processor()}, {cores()} cores"
     return f"{device}, PyTorch {torch.__version__}"
 
 

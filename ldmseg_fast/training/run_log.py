@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldmseg_fast import distributed
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.files import replacing
+from ldmseg_fast.files import read_lines, replacing
 
 
 class Window:
@@ -56,10 +56,10 @@ class RunLog:
         if not distributed.is_main():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if start_step and self.path.exists() else []
-        kept = [line for line in lines if (record := _parse(line)) and record["step"] <= start_step]
+        records = read_lines(self.path) if start_step else []
+        kept = [record for record in records if isinstance(record.get("step"), int) and record["step"] <= start_step]
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -110,14 +110,6 @@ class RunLog:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """A record, or None for the half line of a run that was killed."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
 
 
 def _start_wandb(project: str, folder: Path, settings: dict) -> Any:

@@ -176,6 +176,10 @@ def test_model_card(tmp_path):
     assert "/data/coco\\|x" in card
     assert "num_bits=3" in card
     assert training_facts(tmp_path / "logs") == {}
+    log = tmp_path / "logs" / "log.jsonl"
+    before = training_facts(tmp_path)
+    log.write_bytes(log.read_bytes() + b'5\n[1]\n{"a": 1}\n\xff\n{"step": 9')  # what a power cut may leave
+    assert training_facts(tmp_path) == before
 
 
 def test_every_model_folder_has_a_card(model_dir):

@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,43 @@ def test_predictions_have_the_same_rules(tmp_path: Path, content: dict[str, Any]
             load_panoptic_json(write(tmp_path, wrong), predictions=True)
         with pytest.raises(PanopticFormatError, match="image 12"):
             index_annotations(path, predictions=True)
+
+
+MANY = 20_000
+
+
+def many_ids(content: dict[str, Any]) -> None:
+    entry = content["annotations"][0]
+    content["images"] = [{"id": str(number), "file_name": "a.jpg"} for number in range(MANY)]
+    content["annotations"] = [entry | {"image_id": number, "segments_info": []} for number in range(MANY)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (many_ids, "annotations of images that `images` does not list: 0; there it is '0': write both alike"),
+        (segment(scores=[float("nan")] * MANY), "NaN is no JSON value"),
+    ],
+    ids=["ids as text", "scores that are NaN"],
+)
+def test_many_faults_are_told_in_seconds(change: Change, message: str, content: dict[str, Any], tmp_path: Path) -> None:
+    change(content)
+    path = tmp_path / "panoptic_val.json"
+    path.write_text(json.dumps(content))
+    begun = time.process_time()
+    with pytest.raises(PanopticFormatError, match=message):
+        load_panoptic_json(path)
+    assert time.process_time() - begun < 10
+
+
+def test_a_large_object_with_a_key_twice(content: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "panoptic_val.json"
+    more = ", ".join(f'"key {number}": 0' for number in range(MANY))
+    path.write_text(f'{{{more}, "images": [], {json.dumps(content)[1:]}')
+    begun = time.process_time()
+    with pytest.raises(PanopticFormatError, match="the file has the key `images` twice"):
+        load_panoptic_json(path)
+    assert time.process_time() - begun < 10
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
