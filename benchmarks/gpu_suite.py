@@ -15,7 +15,6 @@ parts at toy size.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -38,32 +37,16 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, read_journal, read_results
+from benchmarks.measuring.gpu_plan import Part, choose, make_plan
 from benchmarks.reporting.gpu_targets import format_table
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.kernels.backend import KERNELS
 
 CLOSING_SECONDS = 5.0  # for the table and the file
 LEAST_SECONDS = 10.0  # under that a part is not begun
 TAIL = 1500  # characters of a part's output that are kept
 FINAL = ("passed", "failed", "late", "left out")  # what `--resume` does not measure again
 STATE = "state.jsonl"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Describes a process of the suite.
-
-    command: may hold {minutes}, three quarters of the part's limit (the rest is for imports and the last call), and
-        {out}, the part's own folder for result files.
-    limit: seconds.
-    needs: names of parts without which this one says nothing.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    limit: float
-    needs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -75,83 +58,6 @@ class Outcome:
     output: str = ""
     results: list[dict[str, Any]] = field(default_factory=list)
     checks: dict[str, bool] = field(default_factory=dict)
-
-
-def script(name: str, *arguments: object) -> tuple[str, ...]:
-    return (sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments))
-
-
-def make_plan(plan: str, device: str, quick: bool, work: Path, tune: Path | None = None) -> list[list[Part]]:
-    """Returns the suite in stages, the most valuable first. The parts of one stage run beside each other.
-
-    plan: "short", of about nine minutes, or "long", of about half an hour.
-    tune: where the best launch configurations are written; without it nothing is tuned.
-    """
-    preset, model = "tiny" if quick else "coco", work / "model-random-weights"
-    scale = {"short": 1.0, "long": 3.0}[plan]
-    bounded = ("--minutes", "{minutes}", "--out", "{out}")
-    pytest = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short")
-    tested = () if quick or importlib.util.find_spec("pytest") is None else KERNELS
-    tests = [
-        Part(f"tests of {kernel}", (*pytest, *_test_files(kernel)), 110.0 * scale) for kernel in tested
-    ]  # most of their time is the compiler's: they run beside each other and beside the writing of the weights
-    weights = Part(
-        "random weights", script("peers.random_model", "--preset", preset, "--out", model), 110.0 * max(scale, 2.0)
-    )
-    kernels = [
-        Part(
-            kernel,
-            script("bench_kernels", "--quick", "--no-tests", "--only", kernel, *bounded),
-            20.0 * scale,
-            tuple(test.name for test in tests if test.name.endswith(f" {kernel}")),
-        )
-        for kernel in KERNELS
-    ]
-    common = ("--model", model, "--device", device, *bounded, "--sizes", "480x640", *(("--quick",) if quick else ()))
-    ours = ["torch float32"] if device == "cpu" else ["torch bfloat16", "torch bfloat16, graph"]
-    slow = [] if device == "cpu" else ["compile bfloat16", "plain torch, compile", "diffusers, compile"]
-    steps, batches = ((2,), (1,)) if quick else ((50, 4, 1), (1, 16))
-    step = ("--parts", "step", "--batch", *batches)
-    whole = ("--parts", "whole", "stages", "--batch", 1, "--steps", *steps)
-    needs = (weights.name,)
-    latency = [
-        Part("UNet step", script("bench_latency", *common, *step, "--variants", *ours), 60.0 * scale, needs),
-        Part("whole image", script("bench_latency", *common, *whole, "--variants", *ours), 60.0 * scale, needs),
-    ]
-    compiled = [
-        Part("UNet step, compiled", script("bench_latency", *common, *step, "--variants", *slow), 120.0 * scale, needs),
-        Part(
-            "whole image, compiled", script("bench_latency", *common, *whole, "--variants", *slow), 120.0 * scale, needs
-        ),
-    ]  # processes of their own: what torch.compile takes costs the eager rows nothing
-    profile = Part("profile", script("profile_loop", "--model", model, "--device", device, "--rows", 60), 60.0, needs)
-    training = Part(
-        "training step",
-        script("bench_training", "--config", preset, "--no-zero", "--quick", *bounded),
-        80.0 * scale,
-    )
-    alone = [*kernels, *latency, profile, *(compiled if slow else []), training, *_engines(device, model, work, common)]
-    if tune is not None:
-        tuning = script("bench_kernels", "--tune", tune.absolute(), "--minutes", "{minutes}")
-        alone.append(Part("tuning", tuning, 300.0, tuple(test.name for test in tests)))
-    return [[*tests, weights], *([part] for part in alone)]
-
-
-def _test_files(kernel: str) -> list[str]:
-    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "kernels").glob(f"test_{kernel}*.py"))]
-
-
-def _engines(device: str, model: Path, work: Path, common: Sequence[object]) -> list[Part]:
-    """Building and timing TensorRT engines, where TensorRT can be imported."""
-    if device == "cpu" or importlib.util.find_spec("tensorrt") is None:
-        return []
-    folder, build = work / "engines", "engines"
-    command = (sys.executable, "export/to_trt.py", str(model), "--out", str(folder))
-    timed = script("bench_latency", *common, "--parts", "step", "whole", "--batch", 1, "--engine-dir", folder)
-    return [
-        Part(build, command, 600.0, ("random weights",)),
-        Part("engines, latency", (*timed, "--variants", "tensorrt"), 180.0, (build,)),
-    ]
 
 
 def run_stage(parts: Sequence[Part], left: float, work: Path) -> list[Outcome]:
@@ -341,22 +247,6 @@ def main(argv: list[str] | None = None) -> int:
         if missing and args.work:
             print(f"not measured yet: {', '.join(missing)}; the same command with --resume goes on")
     return int(bool(run.red))
-
-
-def choose(plan: Sequence[Sequence[Part]], names: Sequence[str] | None) -> list[list[Part]]:
-    """Returns the stages with the named parts and what they need; all of them without names.
-
-    Raises:
-        ArgumentError: no part has such a name.
-    """
-    if names is None:
-        return [list(stage) for stage in plan]
-    parts = {part.name: part for stage in plan for part in stage}
-    if unknown := [name for name in names if name not in parts]:
-        raise ArgumentError(f"--only {', '.join(unknown)}: no such part; there are {', '.join(parts)}")
-    wanted = {name for each in names for name in (each, *parts[each].needs)}
-    stages = [[part for part in stage if part.name in wanted] for stage in plan]
-    return [stage for stage in stages if stage]
 
 
 if __name__ == "__main__":

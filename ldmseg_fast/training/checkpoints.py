@@ -21,21 +21,21 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import distributed
-from ldmseg_fast.checkpoints.schema import COMPONENTS, read_settings
+from ldmseg_fast.checkpoints.schema import read_settings
 from ldmseg_fast.checkpoints.tensors import check_state, load_weights, save_weights
 from ldmseg_fast.config.values import shown
 from ldmseg_fast.distributed.ending import is_lost_connection
 from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.files import damage_of, read_json, sync_folder, why_not_written, write_files, write_json
+from ldmseg_fast.files import damage_of, sync_folder, why_not_written, write_files, write_json
 from ldmseg_fast.locks import LOCK
 from ldmseg_fast.temporary import clear_leftovers
+from ldmseg_fast.training.exported import check_free
 from ldmseg_fast.training.optimizer import Optimizer
 from ldmseg_fast.training.shards import ShardReader, check_random_state, random_state, save_shards, set_random_state
 from ldmseg_fast.training.stages import Stage
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, FIXED = "manifest.json", "state.json", "fixed.safetensors"
-EXPORTED = "exported.json"  # beside the checkpoints: the step of each model folder, by its place in the run
 CURE = "free some space, or lower train.keep"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -120,7 +120,7 @@ class TrainingCheckpoints:
                 f"{run} holds a run at step {steps[-1]}; continue it with --resume or take another output_dir"
             )
         if not resume:
-            _check_free(run)
+            check_free(run)
         if not resume or steps:
             return
         pickles = sorted(path for path in run.rglob("*") if path.suffix in PICKLES) if run.is_dir() else []
@@ -313,52 +313,6 @@ def _counters_of(state: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
             raise ValueError(f"{key} {shown(value)}")
     return counters
-
-
-def _check_free(run: Path) -> None:
-    """Raises CheckpointError where a run would replace a model, or files that no run has written."""
-    own = ["model_index.json", "README.md", "config.json", "settings.txt", "logs/log.jsonl", "best", *COMPONENTS]
-    there = [name for name in own if (run / name).exists()]
-    if "model_index.json" in there:
-        raise CheckpointError(f"{run} holds a model, which a new run would replace; take another output_dir")
-    try:
-        is_run = "config.json" in there and "stage" in read_json(run / "config.json")
-    except (CheckpointError, TypeError):
-        is_run = False
-    if there and not is_run:  # a run that was killed before its first checkpoint may begin anew
-        raise CheckpointError(f"{run / there[0]} is there, and a run would replace it; take another output_dir")
-
-
-def exported_step(folder: Path, checkpoints: Path) -> int | None:
-    """Returns the step whose weights a model folder of the run has; None where it is not whole, or not recorded."""
-    try:
-        components = read_json(folder / "model_index.json")["components"]
-        step = read_json(checkpoints / EXPORTED)[_name_in_run(folder, checkpoints)]
-    except (CheckpointError, KeyError, TypeError):
-        return None
-    return step if all((folder / name / "config.json").is_file() for name in components) else None
-
-
-def note_exported(folder: Path, checkpoints: Path, step: int | None) -> None:
-    """Records that a model folder of the run has the weights of `step`.
-
-    step: None before the folder is written, whose weights are of no one step until that is done.
-    """
-    path = checkpoints / EXPORTED
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    try:
-        known = dict(read_json(path))
-    except (CheckpointError, TypeError, ValueError):
-        known = {}
-    name = _name_in_run(folder, checkpoints)
-    if step is not None:
-        write_json(path, known | {name: step})
-    elif known.pop(name, None) is not None:
-        write_json(path, known)
-
-
-def _name_in_run(folder: Path, checkpoints: Path) -> str:
-    return folder.relative_to(checkpoints.parent).as_posix()  # "." or "best", whatever the run is called
 
 
 @contextlib.contextmanager

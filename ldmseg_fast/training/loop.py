@@ -27,8 +27,9 @@ from ldmseg_fast.errors import Stopped
 from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
 from ldmseg_fast.threads import cores
-from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints, exported_step, note_exported
+from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
+from ldmseg_fast.training.exported import exported_step, note_exported
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
 from ldmseg_fast.training.inputs import check_batch, check_output_dir, make_batches, make_dataset
 from ldmseg_fast.training.machine import resolve_settings

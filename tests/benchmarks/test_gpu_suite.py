@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -173,9 +174,9 @@ def test_the_plan_begins_with_tests_and_weights(tmp_path, plan, most):
 @pytest.mark.parametrize(("device", "quick"), [("cuda", False), ("cpu", True)])
 def test_every_command_line_of_the_plan_is_understood(tmp_path, monkeypatch, plan, device, quick):
     """Options may change: each script's own parser reads what the suite gives it."""
-    find = gpu_suite.importlib.util.find_spec
+    find = importlib.util.find_spec
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: name == "tensorrt" or find(name))
+        patch.setattr(importlib.util, "find_spec", lambda name: name == "tensorrt" or find(name))
         stages = gpu_suite.make_plan(plan, device, quick, tmp_path, tmp_path / "tuned.json")
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop_after(argparse.ArgumentParser))
     for stage in stages:
