@@ -149,7 +149,7 @@ def test_a_configuration_allocates_no_more_than_the_weights_hold(good, tmp_path)
         ("model_index.json", {"id_assignment": "odd"}, "id_assignment='odd'"),
         ("scheduler/config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps=1000000000"),
         ("scheduler/config.json", {"beta_start": 0.5, "beta_end": 0.1}, "beta_start=0.5"),
-        ("scheduler/config.json", {"beta_start": 0, "beta_end": 0}, "end above 0"),
+        ("scheduler/config.json", {"beta_start": 0, "beta_end": 0}, "beta_end=0: no noise"),
         ("scheduler/config.json", {"rescale_zero_snr": True, "prediction_type": "epsilon"}, "rescale_zero_snr"),
         ("mask_vae/config.json", {"scaling_factor": 0}, "scaling_factor=0"),
         ("mask_vae/config.json", {"num_slots": 64}, "num_bits=5 cannot name 64 slots"),
