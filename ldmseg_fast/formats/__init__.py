@@ -1,0 +1,1 @@
+"""Reads and writes data sets in other formats than ours. `kinds` has the table of them."""
