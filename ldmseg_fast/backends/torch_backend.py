@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,7 @@ from torch import Tensor
 from ldmseg_fast.backends.backend import DdimBackend
 from ldmseg_fast.backends.finite import all_finite, require_finite
 from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
-from ldmseg_fast.backends.graphs.loop import TorchRunner, use_cuda_graph
-from ldmseg_fast.backends.graphs.modules import DenoiserGraph
-from ldmseg_fast.backends.graphs.specs import GraphOptions, denoiser
+from ldmseg_fast.backends.graphs.loop import UNetSteps, use_cuda_graph
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, compile_frozen, pack_weights
 from ldmseg_fast.checkpoints.model_folder import load_component
@@ -68,6 +67,7 @@ class TorchBackend(DdimBackend):
         self.unet.fuse_qkv()
         self.unet.fuse_time()
         self._denoise, self._encode = self.unet, self.image_vae
+        self._compiles = compile_networks
         if compile_networks:
             compiler: Any = compile_frozen if self.device.type == "cpu" else torch.compile
             self._denoise, self._encode = compiler(self.unet), compiler(self.image_vae)
@@ -77,10 +77,9 @@ class TorchBackend(DdimBackend):
         self._lanes = LanePool(self._make_lane, 1)
 
     def _make_lane(self) -> Lane:
-        dtype = str(self.dtype).removeprefix("torch.")
-        spec = denoiser(self.info, GraphOptions(dtype))
-        module = DenoiserGraph(self._denoise, self.info.scheduler.prediction_type).to(self.device)
-        return Lane({spec.name: TorchRunner(spec, module)}, torch.cuda.Stream(self.device), capture=True)
+        denoise = torch.compile(self.unet.denoise) if self._compiles else self.unet.denoise
+        make_steps = partial(UNetSteps, self.unet, denoise)
+        return Lane({}, torch.cuda.Stream(self.device), capture=True, make_steps=make_steps)
 
     def _load(self, name: str, attention: str = "auto") -> Any:
         module = load_component(self.info.folder, name, attention)

@@ -6,7 +6,7 @@ Source: Song et al., "Denoising diffusion implicit models", ICLR 2021, arXiv 201
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -74,23 +74,49 @@ def ddim(
     times, previous = scheduler.timesteps(num_inference_steps, timesteps)
     table = make_ddim_table(scheduler.alphas_cumprod, torch.tensor(times), torch.tensor(previous)).to(noise.device)
     time_table = torch.tensor(times, device=noise.device)
-    step_indices = torch.arange(len(times), device=noise.device)
+    prediction_type = scheduler.config.prediction_type
+    steps = ddim_steps(denoise, noise, image_latents, time_table, table, prediction_type, self_condition)
+    latents = noise
+    for step, (time, (latents, estimate)) in enumerate(zip(times, steps)):
+        if callback is not None:
+            callback(step, time, latents, estimate)
+    return latents
 
+
+def ddim_steps(
+    denoise: Denoise,
+    noise: Tensor,
+    image_latents: Tensor,
+    time_table: Tensor,
+    table: Tensor,
+    prediction_type: str,
+    self_condition: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the latents and the estimate of x_0 after each step, float32 [B, C, h, w].
+
+    A step makes the network's next input in its own pass. Nothing waits for the device, and nothing is copied to it.
+
+    Args:
+        denoise: takes the network's input and a row of `time_table` for each image.
+        noise, image_latents, self_condition: see `ddim`.
+        time_table: [N, ...] on the device, what `denoise` takes of each step's time.
+        table: float32 [N, 4] on the device, from `make_ddim_table`.
+        prediction_type: what the network's output is.
+    """
     latents = noise.float()
     condition = torch.zeros_like(latents) if self_condition else None
     network_input = unet_input(latents, image_latents, condition)
-    for step, time in enumerate(times):
-        model_output = denoise(network_input, time_table[step].expand(noise.shape[0]))
+    step_indices = torch.arange(len(time_table), device=noise.device)
+    for step, time in enumerate(time_table):
+        model_output = denoise(network_input, time.expand(noise.shape[0], *time.shape))
         latents, estimate, network_input = ddim_step(
             model_output,
             latents,
             image_latents,
             step_indices[step],
             table,
-            scheduler.config.prediction_type,
+            prediction_type,
             self_condition,
             image_latents.dtype,
         )
-        if callback is not None:
-            callback(step, time, latents, estimate)
-    return latents
+        yield latents, estimate

@@ -14,7 +14,7 @@ from ldmseg_fast.config import ImageEncoderConfig
 from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.models.attention import attention
-from ldmseg_fast.models.layers import GroupNormSiLU, ResnetBlock, numbered_tensors
+from ldmseg_fast.models.layers import GroupNorm, GroupNormSiLU, ResnetBlock, numbered_tensors
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -34,7 +34,7 @@ class ConvEncoder(nn.Module):
             if level:
                 layers.append(nn.Conv2d(widths[level - 1], width, 3, stride=2, padding=1))
             layers += [ResnetBlock(width, width, 0, groups, 1e-6) for _ in range(config.blocks[level])]
-        layers += [nn.GroupNorm(groups, widths[-1], eps=1e-6), nn.SiLU()]
+        layers += [GroupNormSiLU(groups, widths[-1], eps=1e-6), nn.Identity()]  # as many as in released weights
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class _KLAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.group_norm = GroupNorm(groups, channels, eps=1e-6)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

@@ -24,12 +24,20 @@ def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class GroupNormSiLU(nn.GroupNorm):
-    """Normalises groups of channels (Wu & He 2018), and applies SiLU in the same pass."""
+class GroupNorm(nn.GroupNorm):
+    """Normalises groups of channels (Wu & He 2018) by our kernel, which keeps channels_last."""
+
+    silu = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps float [B, C, h, w] to the same shape."""
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
+
+
+class GroupNormSiLU(GroupNorm):
+    """Normalises as `GroupNorm`, and applies SiLU in the same pass."""
+
+    silu = True
 
 
 class TimestepMLP(nn.Module):
@@ -167,7 +175,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.linear_projection = linear_projection
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, num_heads, context_channels, backend) for _ in range(num_layers)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldmseg_fast.config import MaskVAEConfig
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.models import posterior
-from ldmseg_fast.models.layers import ResnetBlock
+from ldmseg_fast.models.layers import GroupNormSiLU, ResnetBlock
 from ldmseg_fast.models.posterior import Posterior
 
 
@@ -62,7 +62,7 @@ def _encoder(config: MaskVAEConfig, out_channels: int) -> nn.Sequential:
     width = config.middle_width or widths[-1]
     layers.append(nn.Conv2d(widths[-1], width, 3, padding=1))
     layers += [MidBlock(width, config.norm_groups) for _ in range(config.num_mid_blocks)] or [nn.Identity()]
-    layers += [nn.GroupNorm(config.norm_groups, width, eps=1e-6), nn.SiLU()]
+    layers += [GroupNormSiLU(config.norm_groups, width, eps=1e-6), nn.Identity()]  # two places, as in released weights
     return nn.Sequential(*layers, nn.Conv2d(width, out_channels, 3, padding=1))
 
 
@@ -74,7 +74,7 @@ def _decoder(config: MaskVAEConfig) -> nn.Sequential:
         wide = config.upscale_width or config.decoder_width
         layers += [nn.ConvTranspose2d(width, wide, 2, stride=2), ChannelLayerNorm(wide), nn.SiLU()]
         width = wide
-    layers += [nn.GroupNorm(config.norm_groups, width, eps=1e-5), nn.SiLU()]
+    layers += [GroupNormSiLU(config.norm_groups, width, eps=1e-5), nn.Identity()]
     return nn.Sequential(*layers, nn.Conv2d(width, config.num_slots, 3, padding=1))
 
 

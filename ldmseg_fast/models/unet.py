@@ -217,18 +217,24 @@ class UNet(nn.Module):
         """
         if self.config.cross_attention_dim and context is None:
             raise ArgumentError(f"unet.conditioning={self.config.conditioning}: the UNet needs `context` for it")
-        time = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(sample.dtype)
-        return self.denoise(sample, F.silu(self.time_embedding(time)), context, cache)
+        return self.denoise(sample, self.embed_time(timesteps, sample.dtype), context, cache)
+
+    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Computes what the blocks see of the timesteps, integer [B]: `dtype` [B, E], or `fuse_time`'s projections.
+
+        It depends on nothing else, so that a sampler computes it once for all steps.
+        """
+        time = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(dtype)
+        time = F.silu(self.time_embedding(time))
+        return time if self.fused_time is None else self.project_time(time)
 
     def denoise(
         self, sample: Tensor, time: Tensor, context: Tensor | None = None, cache: FeatureCache | None = None
     ) -> Tensor:
-        """Evaluates from the activated time embedding float [B, E] on, which a sampler may tabulate for all steps.
+        """Evaluates from the time on that `embed_time` returned, float [B, E].
 
         The other arguments and the result are `forward`'s: [B, in_channels, h, w] to [B, out_channels, h, w].
         """
-        if self.fused_time is not None:
-            time = self.project_time(time)
         branch = -1 if cache is None else cache.branch
         features = None if cache is None else cache.features
         needed = None if features is None else branch + 1

@@ -69,7 +69,7 @@ def cuda(monkeypatch):
     original = SampleLoop._captured
 
     def captured(self):
-        fake.steps = self._run_steps
+        fake.steps = self.steps.run
         return original(self)
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
@@ -150,6 +150,20 @@ def test_what_a_graph_cannot_do_runs_without(backend, cuda):
     backend.cuda_graph = False
     check_sample(backend, 1, 2)
     assert len(backend._lanes._free) == 0  # no lane was made
+
+
+def test_a_compiled_network_is_captured_as_compiled(model_dir, cuda, monkeypatch):
+    compiled = []
+
+    def compile_and_count(function):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_and_count)
+    backend = TorchBackend(read_model_info(model_dir), "cpu", torch.float32, compile_networks=True)
+    backend.cuda_graph = True
+    check_sample(backend, 1, 2)
+    assert compiled[-1] == backend.unet.denoise
 
 
 def test_a_closed_backend_takes_no_calls(backend):

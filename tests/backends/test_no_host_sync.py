@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ldmseg_fast.backends.graphs.loop import SampleLoop, TorchRunner
+from ldmseg_fast.backends.graphs.loop import RunnerSteps, UNetSteps
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph
 from ldmseg_fast.backends.graphs.specs import GraphOptions, denoiser
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from tests.backends.torch_runner import TorchRunner
 
 STEPS = 4
 READS_VALUES = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
@@ -76,16 +77,18 @@ def test_ddim_stays_on_the_device(backend, info):
     assert traffic.found == []
 
 
-def test_the_loop_on_fixed_buffers_stays_on_the_device(backend, info):
+@pytest.mark.parametrize("kind", ["graph", "unet"])
+def test_the_loop_on_fixed_buffers_stays_on_the_device(backend, info, kind):
     module = DenoiserGraph(backend.unet, info.scheduler.prediction_type).to("meta")
     runner = TorchRunner(denoiser(info, GraphOptions(image_size=info.image_size)), module)
     noise = torch.empty(2, *info.latent_shape, device="meta")
     image_latents = torch.empty(2, info.image_latent_channels, *info.latent_shape[1:], device="meta")
-    loop = SampleLoop(runner, info, image_latents, STEPS)
+    args = info, image_latents, STEPS
+    steps = RunnerSteps(runner, *args) if kind == "graph" else UNetSteps(backend.unet, backend.unet.denoise, *args)
     with HostTraffic() as traffic, torch.inference_mode(False), torch.no_grad():
         traffic.counting = True
-        loop._fill(noise, image_latents)
-        loop._run_steps()
+        steps.fill(noise, image_latents)
+        steps.run()
     assert traffic.ops > 100 * STEPS
     assert traffic.found == []
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.graphs.loop import CaptureError, Runner, SampleLoop, on_stream
+from ldmseg_fast.backends.graphs.loop import CaptureError, Runner, RunnerSteps, SampleLoop, Steps, on_stream
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.errors import ArgumentError, BackendError
 
@@ -25,10 +25,19 @@ class Lane:
         runners: by the graph's name.
         stream: where they run; None on a CPU.
         capture: whether loops become CUDA graphs.
+        make_steps: makes the steps of a loop for image latents [B, C_image, h, w] and a number of steps; default those
+            of the runner `denoiser`.
     """
 
-    def __init__(self, runners: Mapping[str, Runner], stream: torch.cuda.Stream | None, capture: bool) -> None:
+    def __init__(
+        self,
+        runners: Mapping[str, Runner],
+        stream: torch.cuda.Stream | None,
+        capture: bool,
+        make_steps: Callable[[ModelInfo, Tensor, int], Steps] | None = None,
+    ) -> None:
         self.runners = runners
+        self.make_steps = make_steps or (lambda *args: RunnerSteps(runners["denoiser"], *args))
         self.stream = stream
         self.capture = capture
         self._loops: OrderedDict[tuple, SampleLoop] = OrderedDict()
@@ -85,11 +94,9 @@ class Lane:
         if key not in self._loops:
             while len(self._loops) >= MAX_LOOPS:
                 self._loops.popitem(last=False)
-            runner = self.runners["denoiser"]
             with on_stream(self.stream):  # contexts and buffers belong to the lane's device
-                self._loops[key] = SampleLoop(
-                    runner, info, image_latents, num_inference_steps, self.stream, self.capture
-                )
+                steps = self.make_steps(info, image_latents, num_inference_steps)
+                self._loops[key] = SampleLoop(steps, self.stream, self.capture)
         self._loops.move_to_end(key)
         return self._loops[key]
 

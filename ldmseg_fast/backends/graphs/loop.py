@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmseg_fast.backends.graphs.specs import GraphSpec, schedule
 from ldmseg_fast.backends.model_info import ModelInfo
+from ldmseg_fast.diffusion.sampler import Denoise, ddim_steps
 from ldmseg_fast.errors import BackendError
+from ldmseg_fast.models.unet import UNet
 
 
 class Runner(Protocol):
@@ -33,31 +35,6 @@ class Runner(Protocol):
         ...
 
 
-class TorchRunner:
-    """Runs a module of `modules` as a runtime runs its engine.
-
-    Args:
-        spec: of the graph.
-        module: takes the spec's inputs by name and returns its outputs in order.
-    """
-
-    def __init__(self, spec: GraphSpec, module: nn.Module) -> None:
-        self.spec = spec
-        self.module = module
-
-    def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
-        """See `Runner.prepare`."""
-        inputs = {tensor.name: tensors[tensor.name] for tensor in self.spec.inputs}
-        outputs = [tensors[tensor.name] for tensor in self.spec.outputs]
-
-        def run() -> None:
-            results = self.module(**inputs)
-            for output, result in zip(outputs, results if isinstance(results, tuple) else (results,)):
-                output.copy_(result)
-
-        return run
-
-
 class CaptureError(Exception):
     """Reports that a loop could not be captured as a CUDA graph. `Lane.sample` goes on without one."""
 
@@ -73,35 +50,37 @@ def use_cuda_graph(cuda_graph: bool | None, device: torch.device) -> bool:
     return device.type == "cuda" if cuda_graph is None else cuda_graph
 
 
-class SampleLoop:
-    """Runs N denoising steps for one batch size.
+class Steps(Protocol):
+    """Does the steps of one sampling loop on buffers of its own.
 
-    A step's outputs are the next step's inputs, nothing is copied between.
+    Attributes:
+        result: the last estimate of x_0, float32 [B, C, h, w], once `run` has been called.
+    """
+
+    result: Tensor
+
+    def fill(self, noise: Tensor, image_latents: Tensor) -> None:
+        """Copies x_T float [B, C, h, w] and the image latents [B, C_image, h, w] into the buffers."""
+        ...
+
+    def run(self) -> None:
+        """Does all steps. What it reads and writes lies where it lay in the call before, so that it can be recorded."""
+        ...
+
+
+class RunnerSteps:
+    """Does N steps of a graph: a step's outputs are the next step's inputs, nothing is copied between.
 
     Args:
         runner: of the `denoiser` graph.
         info: latent channels and schedule.
         image_latents: their shape [B, C, h, w] and dtype are the loop's.
         num_inference_steps: N.
-        stream: where the loop runs; None on a CPU.
-        capture: make the whole loop one CUDA graph. Needs a stream. The first call runs the steps one by one, as lazy
-            initialisation must not fall into a capture; the second call captures, so a loop that runs once costs
-            nothing more.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        info: ModelInfo,
-        image_latents: Tensor,
-        num_inference_steps: int,
-        stream: torch.cuda.Stream | None = None,
-        capture: bool = False,
-    ) -> None:
+    def __init__(self, runner: Runner, info: ModelInfo, image_latents: Tensor, num_inference_steps: int) -> None:
         device, (batch, _, height, width) = image_latents.device, image_latents.shape
         shape = (batch, info.mask_vae.latent_channels, height, width)
-        self.num_inference_steps = num_inference_steps
-        self.stream = stream
         self.image_latents = torch.empty_like(image_latents, memory_format=torch.contiguous_format)
         self.latents = [torch.empty(shape, device=device) for _ in range(2)]
         self.estimates = [torch.empty(shape, device=device) for _ in range(2)]
@@ -109,10 +88,8 @@ class SampleLoop:
         times, coefficients = schedule(info, num_inference_steps)
         self.times = times[:, None].repeat(1, batch).to(device)  # [N, B]
         self.coefficients = coefficients.to(device)  # [N, 4]
+        self.result = self.latents[num_inference_steps % 2]
         self._steps = [runner.prepare(self._tensors(step), repeated=True) for step in range(num_inference_steps)]
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._capture = capture and stream is not None
-        self._has_run = False
 
     def _tensors(self, step: int) -> dict[str, Tensor]:
         here, there = step % 2, (step + 1) % 2
@@ -126,6 +103,82 @@ class SampleLoop:
             "prev_latents": self.latents[there],
             "pred_original_sample": self.estimates[there],
         }
+
+    def fill(self, noise: Tensor, image_latents: Tensor) -> None:
+        """See `Steps.fill`."""
+        self.latents[0].copy_(noise)
+        self.image_latents.copy_(image_latents)
+        self.estimates[0].zero_()
+
+    def run(self) -> None:
+        """See `Steps.run`."""
+        for step in self._steps:
+            step()
+
+
+class UNetSteps:
+    """Does N steps of a UNet in PyTorch. What depends on the time alone is computed once, when the loop is made.
+
+    Args:
+        unet: whose `embed_time` makes the table of times.
+        denoise: `unet.denoise`, as it is or compiled.
+        info: of the model.
+        image_latents: their shape [B, C, h, w], dtype and layout are the loop's.
+        num_inference_steps: N.
+    """
+
+    result: Tensor
+
+    @torch.no_grad()
+    def __init__(
+        self, unet: UNet, denoise: Denoise, info: ModelInfo, image_latents: Tensor, num_inference_steps: int
+    ) -> None:
+        self.denoise = denoise
+        self.info = info
+        device, (batch, _, height, width) = image_latents.device, image_latents.shape
+        self.noise = torch.empty((batch, info.mask_vae.latent_channels, height, width), device=device)
+        self.image_latents = torch.empty_like(image_latents)
+        times, table = schedule(info, num_inference_steps)
+        self.times = unet.embed_time(times.to(device), image_latents.dtype)  # [N, E]
+        self.table = table.to(device)  # [N, 4]
+
+    def fill(self, noise: Tensor, image_latents: Tensor) -> None:
+        """See `Steps.fill`."""
+        self.noise.copy_(noise)
+        self.image_latents.copy_(image_latents)
+
+    def run(self) -> None:
+        """See `Steps.run`."""
+        prediction_type = self.info.scheduler.prediction_type
+        for latents, _ in ddim_steps(
+            self.denoise,
+            self.noise,
+            self.image_latents,
+            self.times,
+            self.table,
+            prediction_type,
+            self.info.self_condition,
+        ):
+            self.result = latents
+
+
+class SampleLoop:
+    """Runs a sampling loop for one batch size.
+
+    Args:
+        steps: what it runs.
+        stream: where the loop runs; None on a CPU.
+        capture: make the whole loop one CUDA graph. Needs a stream. The first call runs the steps one by one, as lazy
+            initialisation must not fall into a capture; the second call captures, so a loop that runs once costs
+            nothing more.
+    """
+
+    def __init__(self, steps: Steps, stream: torch.cuda.Stream | None = None, capture: bool = False) -> None:
+        self.steps = steps
+        self.stream = stream
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._capture = capture and stream is not None
+        self._has_run = False
 
     @torch.inference_mode()
     def __call__(self, noise: Tensor, image_latents: Tensor) -> Tensor:
@@ -141,36 +194,27 @@ class SampleLoop:
         Raises:
             CaptureError: the loop cannot be captured.
         """
-        result = torch.empty_like(self.latents[0])
+        result = torch.empty(noise.shape, device=image_latents.device)
         with on_stream(self.stream):
             if self._capture and self._has_run and self._graph is None:
                 self._graph = self._captured()
-            self._fill(noise, image_latents)
+            self.steps.fill(noise, image_latents)
             if self._graph is not None:
                 self._graph.replay()
             else:
-                self._run_steps()
+                self.steps.run()
             self._has_run = True
-            result.copy_(self.latents[self.num_inference_steps % 2])
+            result.copy_(self.steps.result)
         return result
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self._run_steps()
+                self.steps.run()
         except RuntimeError as error:  # whatever CUDA refuses
             raise CaptureError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
         return graph
-
-    def _fill(self, noise: Tensor, image_latents: Tensor) -> None:
-        self.latents[0].copy_(noise)
-        self.image_latents.copy_(image_latents)
-        self.estimates[0].zero_()
-
-    def _run_steps(self) -> None:
-        for step in self._steps:
-            step()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmseg_fast.backends.graphs.lanes import MAX_LOOPS, Lane, LanePool
-from ldmseg_fast.backends.graphs.loop import SampleLoop, TorchRunner
+from ldmseg_fast.backends.graphs.loop import RunnerSteps, SampleLoop, UNetSteps
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph, SamplerGraph
 from ldmseg_fast.backends.graphs.specs import GraphOptions, denoiser, schedule
 from ldmseg_fast.backends.model_info import read_model_info
@@ -14,6 +14,7 @@ from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError
+from tests.backends.torch_runner import TorchRunner
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +33,26 @@ def make_runner(backend):
     return TorchRunner(denoiser(backend.info, GraphOptions(image_size=64)), module)
 
 
+def make_loop(backend, image_latents, steps, kind="graph"):
+    args = backend.info, image_latents, steps
+    if kind == "graph":
+        return SampleLoop(RunnerSteps(make_runner(backend), *args))
+    return SampleLoop(UNetSteps(backend.unet, backend.unet.denoise, *args))
+
+
+@pytest.mark.parametrize("kind", ["graph", "unet"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_loop_is_the_sampler(backend, steps, batch):
+def test_the_loop_is_the_sampler(backend, steps, batch, kind):
     noise, image_latents = make_inputs(batch)
-    loop = SampleLoop(make_runner(backend), backend.info, image_latents, steps)
+    loop = make_loop(backend, image_latents, steps, kind)
     expected = ddim(backend.denoise, noise, image_latents, Scheduler(backend.info.scheduler), steps)
     torch.testing.assert_close(loop(noise, image_latents), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_loop_forgets_the_call_before(backend):
-    loop = SampleLoop(make_runner(backend), backend.info, make_inputs(2)[1], 3)
+@pytest.mark.parametrize("kind", ["graph", "unet"])
+def test_a_loop_forgets_the_call_before(backend, kind):
+    loop = make_loop(backend, make_inputs(2)[1], 3, kind)
     first = loop(*make_inputs(2, 0))
     kept = first.clone()
     loop(*make_inputs(2, 1))
