@@ -96,7 +96,7 @@ def data_set_of(tree: Tree, files: Sequence[CocoFile], options: ReadOptions) -> 
     listed_categories = with_things(list(categories.values()), options)
     things = frozenset(each["id"] for each in listed_categories if each["isthing"])
     entries: dict[str, Sequence[Entry]] = {name: _entries(split, tree, things) for name, split in splits.items()}
-    return DataSet(listed_categories, entries, dict(left_out))
+    return DataSet(listed_categories, entries, dict(+left_out))
 
 
 def is_coco(content: Any) -> bool:

@@ -36,6 +36,9 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     """
     options.one_version((), "coco-instances")
     tree = Tree(source)
+    if tree.only and source.parent.name == "annotations":  # pictures lie beside that folder
+        tree = Tree(source.parent.parent)
+        tree.only = f"annotations/{source.name}"
     names = [tree.only] if tree.only else tree.below(suffixes=[".json"])
     named = [name for name in names if PurePosixPath(name).stem.split("_")[0] in _KINDS]
     if not named and not tree.only:
@@ -46,7 +49,8 @@ def read(source: Path, options: ReadOptions) -> DataSet:
         raise DataError(f"{source}: no JSON of COCO's instances; expected annotations/instances_SPLIT.json")
     data_set = data_set_of(tree, [_file(name) for name in named or names], options)
     skipped = len(names) - len(named or names)
-    return DataSet(data_set.categories, data_set.splits, {**data_set.left_out, "JSONs of other kinds": skipped})
+    others = {"JSONs of other kinds": skipped} if skipped else {}
+    return DataSet(data_set.categories, data_set.splits, {**data_set.left_out, **others})
 
 
 def _file(name: str) -> CocoFile:
@@ -62,7 +66,7 @@ def _file(name: str) -> CocoFile:
 
 
 def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
-    """Writes OUT/annotations/instances_SPLIT.json, stuff_SPLIT.json for stuff, and the pictures in OUT/SPLIT.
+    """Writes OUT/annotations/instances_SPLIT.json, stuff_SPLIT.json for stuff, and pictures in OUT/images/SPLIT.
 
     Masks are compressed run lengths, or with `shape` "polygon" outlines along pixel edges; crowds are always run
     lengths. COCO's polygons have no holes: each is opened by a slit of no width, and pycocotools fills the same pixels.
@@ -81,7 +85,7 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
     kinds = {each["id"]: "instances" if each["isthing"] else "stuff" for each in data_set.categories}
     number = 0
     for item in walk.items("coco-instances"):
-        item.put_picture(out / item.split / item.name, options)
+        item.put_picture(out / "images" / item.split / item.name, options)
         height, width = item.map.ids.shape
         image = {"id": item.place.image_id, "file_name": item.name, "height": height, "width": width}
         for kind in _KINDS:

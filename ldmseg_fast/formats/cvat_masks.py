@@ -13,6 +13,7 @@ CVAT shows pictures turned by their EXIF orientation, and so are the masks.
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     xmls = [tree.only] if tree.only else [name for name in tree.names if PurePosixPath(name).name == "annotations.xml"]
     if xmls:
         return cvat_xml.read(tree, xmls, options)
-    roots = sorted({name.partition(f"{_CLASSES}/")[0] for name in tree.names if f"{_CLASSES}/" in f"/{name}"[1:]})
+    roots = sorted({found[1] for name in tree.names if (found := re.match(rf"((?:.*?/)?){_CLASSES}/", name))})
     if not roots:
         raise DataError(
             f"{source}: no {_CLASSES}/ of CVAT's masks and no annotations.xml; export as Segmentation mask 1.1"
@@ -90,7 +91,7 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     for root in roots:
         for split, listed in _splits(tree, root).items():
             splits.setdefault(split, []).extend(_entries(tree, root, listed, labels[root], categories, left_out))
-    return DataSet(categories, dict(splits), dict(left_out))
+    return DataSet(categories, dict(splits), dict(+left_out))
 
 
 def _label_map(tree: Tree, root: str) -> dict[tuple[int, int, int], str]:
@@ -155,9 +156,7 @@ def _entries(
         below = spelled + PurePosixPath(found).suffix if found else f"{spelled}.jpg"
         picture = tree.picture(found or f"{root}{_PICTURES[0]}/{below}")
         read_map = partial(_read, tree, masks, picture, labels, categories)
-        entries.append(
-            Entry(below, picture, read_map, sources=tree.sources(*filter(None, masks)) or tree.sources(name))
-        )
+        entries.append(Entry(below, picture, read_map, sources=tree.sources(*filter(None, masks))))
     if lost and lost == len(names):
         raise DataError(
             f"{tree.where(root) if root else tree.root}: none of its {lost} pictures is there, such as {names[0]}; "

@@ -101,7 +101,7 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     splits: dict[str, Sequence[Entry]] = {
         split: [_entry(tree, *task, categories) for task in listed] for split, listed in tasks.items()
     }
-    return DataSet(categories, splits, dict(left_out))
+    return DataSet(categories, splits, dict(+left_out))
 
 
 def _regions(task: dict[str, Any], key: str, where: str, left_out: Counter[str]) -> list[dict[str, Any]] | None:

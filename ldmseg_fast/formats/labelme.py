@@ -47,12 +47,12 @@ from ldmseg_fast.panoptic.format import MAX_PIXELS
 from ldmseg_fast.panoptic.outlines import Ring, fill, outlines, polygons_of
 from ldmseg_fast.panoptic.shapes import segment_shapes
 
-AREAS = {"polygon": None, "rectangle": 2, "circle": 2, "oriented_rectangle": 4, "mask": 2}  # points that each has
+AREAS = {"polygon": (), "rectangle": (2, 4), "circle": (2,), "oriented_rectangle": (4,), "mask": (2,)}  # their points
 NO_AREA = "shapes without an area, such as points and lines"
 SHORT = "polygons of under 3 points"
 VOID = ("_background_", "__ignore__")  # labels that stand for no category, by custom of LabelMe
 SPLIT = "train"  # of JSONs that lie in no folder of a split
-_FAR = 2**20  # pixels; no shape reaches further
+_FAR = 2**17  # pixels; no shape reaches further
 
 
 def read(source: Path, options: ReadOptions) -> DataSet:
@@ -96,7 +96,7 @@ def read(source: Path, options: ReadOptions) -> DataSet:
         split: [_entry(tree, name, contents[name], split, categories) for name in listed]
         for split, listed in found.items()
     }
-    return DataSet(categories, splits, {"JSONs of other kinds": others})
+    return DataSet(categories, splits, {"JSONs of other kinds": others} if others else {})
 
 
 def _entry(tree: Tree, name: str, picture: str, split: str, categories: list[dict[str, Any]]) -> Entry:
@@ -159,8 +159,8 @@ def _drawn(
         if kind == "polygon" and len(points) < 3:
             left_out[SHORT] += 1
             continue
-        if AREAS[kind] not in (None, len(points)):
-            raise DataError(f"{here}: a {kind} has {AREAS[kind]} points, got {len(points)}; draw it again")
+        if AREAS[kind] and len(points) not in AREAS[kind]:
+            raise DataError(f"{here}: a {kind} has {AREAS[kind][0]} points, got {len(points)}; draw it again")
         if kind == "mask":
             pixels = _pasted(shape.get("mask"), points, height, width, here)
         else:
@@ -200,7 +200,7 @@ def _painted(kind: str, points: list[tuple[float, float]], height: int, width: i
         (x, y), (rim_x, rim_y) = points
         radius = math.hypot(rim_x - x, rim_y - y)
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1, outline=1)
-    elif kind == "rectangle":
+    elif kind == "rectangle" and len(points) == 2:
         (x0, y0), (x1, y1) = points
         draw.rectangle((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), fill=1, outline=1)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import re
 import zipfile
@@ -173,12 +174,18 @@ def _visible(name: str) -> bool:
 
 def _files_below(root: Path) -> list[str]:
     names: list[str] = []
-    for path in root.rglob("*"):  # links to folders are not followed
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        below = Path(folder).relative_to(root).as_posix()
+        folders[:] = [name for name in folders if _visible(name)]
+        names += [name if below == "." else f"{below}/{name}" for name in files if _visible(name)]
         if len(names) > MOST_FILES:
             raise DataError(f"{root}: over {MOST_FILES} files: is this the right folder?")
-        name = path.relative_to(root).as_posix()
-        if _visible(name) and path.is_file():
-            names.append(name)
     return sorted(names)
 
 

@@ -30,7 +30,9 @@ def annotated(ids: np.ndarray, seed: int = 0, crowd: bool = False, scores: bool 
     return AnnotatedMap(ids.astype(np.int32), segments)
 
 
-def data_set(folder: Path, maps: dict[str, AnnotatedMap], split: str = "val", categories: list | None = None) -> DataSet:
+def data_set(
+    folder: Path, maps: dict[str, AnnotatedMap], split: str = "val", categories: list | None = None
+) -> DataSet:
     """A data set of maps in memory, whose pictures lie in `folder`."""
     entries = []
     for number, (name, each) in enumerate(maps.items(), 1):
