@@ -9,6 +9,7 @@
 
 #include "annotation_index.hpp"
 #include "matching.hpp"
+#include "outlines.hpp"
 #include "panoptic_head.hpp"
 #include "png.hpp"
 #include "run_map.hpp"
@@ -238,6 +239,20 @@ Array<int32_t> py_clean_segments(const Array<int32_t>& ids, int64_t min_island, 
     return cleaned;
 }
 
+// (points [N, 2], ends [R], ids [R], pieces [R])
+py::tuple py_outlines(const Array<int32_t>& ids) {
+    const auto [height, width] = map_size(ids);
+    const int32_t* in = ids.data();
+    Outlines found;
+    {
+        py::gil_scoped_release release;
+        found = outlines(in, height, width);
+    }
+    Array<int32_t> points({found.points.size() / 2, size_t{2}});
+    std::copy(found.points.begin(), found.points.end(), points.mutable_data());
+    return py::make_tuple(points, to_array(found.ends), to_array(found.ids), to_array(found.pieces));
+}
+
 py::tuple py_panoptic_head(const Array<float>& logits, std::array<size_t, 2> network, std::array<size_t, 2> target,
                            float mask_threshold, int64_t count_threshold, double overlap_threshold, size_t threads,
                            int simd) {
@@ -314,6 +329,9 @@ PYBIND11_MODULE(_C, m) {
     // segments.hpp
     m.def("segment_shapes", &py_segment_shapes, py::arg("ids").noconvert(), py::arg("rle"));
     m.def("clean_segments", &py_clean_segments, py::arg("ids").noconvert(), py::arg("min_island"), py::arg("max_hole"));
+
+    // outlines.hpp
+    m.def("outlines", &py_outlines, py::arg("ids").noconvert());
 
     // panoptic_head.hpp
     m.def("panoptic_head", &py_panoptic_head, py::arg("mask_logits").noconvert(), py::arg("network_size"),
