@@ -156,7 +156,7 @@ def test_damaged_masks_and_no_export(export, tmp_path):
     root, *_ = export()
     path = root / "SegmentationClass/deep/a b.png"
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(DataError, match="SegmentationClass/deep/a b.png"):
+    with pytest.raises(DataError, match=r"SegmentationClass/deep/a b\.png"):
         cvat_masks.read(root, ReadOptions()).splits["default"][0].read()
     with pytest.raises(DataError, match="no SegmentationClass/"):
         cvat_masks.read(root / "JPEGImages", ReadOptions())
@@ -166,7 +166,8 @@ XML = """<?xml version="1.0" encoding="utf-8"?>
 <annotations>
   <version>1.1</version>
   <meta><task><labels>
-    <label><name>car</name><color>#c06060</color></label><label><name>sky</name></label><label><name>un used</name></label>
+    <label><name>car</name><color>#c06060</color></label>
+    <label><name>sky</name></label><label><name>un used</name></label>
   </labels></task></meta>
   <image id="0" name="deep/a.png" width="32" height="24"{subset}>
     {shapes}

@@ -109,7 +109,7 @@ def test_damage(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1, 2".encode(), "no JSON"),
+        (b"[1, 2", "no JSON"),
         (b'{"a": 1, "a": 2}', "there twice"),
         ('"größe"'.encode("latin-1"), "no UTF-8"),
         ('"a"'.encode("utf-16"), "UTF-16"),
