@@ -17,6 +17,7 @@ LAYERS = (
     ("train", "evaluation"),
     ("training", "pipeline"),
     ("inference", "reports"),
+    ("formats",),
     ("backends", "data", "metrics"),
     ("checkpoints", "panoptic"),
     ("models", "diffusion", "distributed"),

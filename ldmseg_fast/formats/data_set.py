@@ -36,14 +36,16 @@ class Entry:
 
     Attributes:
         name: the picture's file in the split's folder, with `/` between folders.
-        picture: the file itself, or the encoded bytes of one that lies in no file of its own.
+        picture: the file itself, or of one that lies in no file of its own the encoded bytes, or what gives them, which
+            any thread may call.
         read: reads the map. It raises `DataError`, which names the file and the cure, and may be called by any thread.
         image_id: the source's own, None: the writer numbers.
-        sources: the files that `read` reads; an import goes on after a change of one of them with a new map.
+        sources: the files that `read` reads. An import that goes on reads an entry again where one has changed since,
+            and always where none is named.
     """
 
     name: str
-    picture: Path | bytes
+    picture: Path | bytes | Callable[[], bytes]
     read: Callable[[], AnnotatedMap]
     image_id: int | str | None = None
     sources: tuple[Path, ...] = ()

@@ -1,0 +1,5 @@
+"""Reads and writes COCO-panoptic folders as a format among others."""
+
+from ldmseg_fast.formats.coco_panoptic_writer import write
+
+__all__ = ["write"]
