@@ -38,7 +38,7 @@ def import_data(kind: str, source: Path, out: Path, options: ReadOptions, writte
     check_outputs({}, {"OUT": out}, inputs=[source] if source.exists() else [])
     reader = importlib.import_module(f"ldmseg_fast.formats.{KINDS[kind].module}")
     data_set = _chosen(reader.read(source, options), options.splits, source)
-    origin = f"{kind} {source.resolve() if source.exists() else source} {options}"
+    origin = f"{kind} {source.resolve() if source.exists() else source} {replace(options, splits=())}"
     return write(with_options(data_set, options), out, replace(written, origin=origin))
 
 

@@ -5,7 +5,7 @@ A reader makes a `DataSet` of a folder and decodes nothing. A writer asks its en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,5 +62,5 @@ class DataSet:
     """
 
     categories: list[dict[str, Any]]
-    splits: dict[str, Sequence[Entry]]
+    splits: Mapping[str, Sequence[Entry]]
     left_out: dict[str, int] = field(default_factory=dict)
