@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ldmseg_fast.formats.data_set import AnnotatedMap, DataSet
 from ldmseg_fast.formats.instances import with_options
 from ldmseg_fast.formats.options import ReadOptions
 from ldmseg_fast.formats.painting import Mask, paint
+from ldmseg_fast.formats.palette import voc_palette
 from ldmseg_fast.formats.trees import Tree
 from ldmseg_fast.panoptic.format import MAX_PIXELS
 
@@ -214,14 +214,7 @@ def as_stored(annotated: AnnotatedMap, turn: int) -> AnnotatedMap:
     return replace(annotated, ids=np.array(back, np.int32))
 
 
-@cache
-def voc_colours(count: int = 256) -> tuple[tuple[int, int, int], ...]:
-    """Lists the colours of PASCAL VOC (host.robots.ox.ac.uk/pascal/VOC, VOCcode/VOClabelcolormap.m)."""
-    return tuple(
-        (
-            sum((number >> 3 * bit & 1) << 7 - bit for bit in range(8)),
-            sum((number >> 3 * bit + 1 & 1) << 7 - bit for bit in range(8)),
-            sum((number >> 3 * bit + 2 & 1) << 7 - bit for bit in range(8)),
-        )
-        for number in range(count)
-    )
+def voc_colours(count: int = 256) -> list[tuple[int, int, int]]:
+    """Lists PASCAL VOC's colours, black first; after 256 they come again."""
+    red, green, blue = voc_palette().T.tolist()
+    return [(red[number % 256], green[number % 256], blue[number % 256]) for number in range(count)]
