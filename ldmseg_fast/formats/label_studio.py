@@ -143,8 +143,8 @@ def _label(named: Mapping[Any, str], region: Mapping[str, Any]) -> str | None:
     value = region.get("value", {})
     for key, listed in value.items():
         if key.endswith("labels") and isinstance(listed, list) and listed and isinstance(listed[0], str):
-            return listed[0]
-    return named.get(str(region.get("id")))
+            return listed[0] or None
+    return named.get(str(region.get("id"))) or None
 
 
 def _kind(region: Mapping[str, Any]) -> str | None:

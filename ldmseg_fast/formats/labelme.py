@@ -152,7 +152,7 @@ def _drawn(
 ) -> Iterator[Shape]:
     for place, shape in enumerate(shapes):
         kind, here = shape.get("shape_type") or "polygon", f"{where}: shapes[{place}] ({shape['label']})"
-        if kind not in AREAS:
+        if not isinstance(kind, str) or kind not in AREAS:
             left_out[NO_AREA] += 1
             continue
         points = _points(shape.get("points"), here)
