@@ -223,6 +223,28 @@ Array<uint8_t> py_mask_of_outlines(const std::vector<Array<double>>& outlines, s
     return mask_of_spans(spans_of_outlines(outlines, height, width), height, width);
 }
 
+// masks: counts as above, or outlines; above: uint8 [N]. Returns (the map on its side, masks that are gone, hidden pixels)
+py::tuple py_paint_masks(const py::list& masks, const Array<uint8_t>& above, size_t height, size_t width) {
+    require_mask_size(height, width);
+    require(above.ndim() == 1 && static_cast<size_t>(above.size()) == masks.size(), "expected above uint8 [N]");
+    std::vector<std::vector<Span>> spans;
+    for (const py::handle& mask : masks) {
+        const auto given = py::reinterpret_borrow<py::object>(mask);
+        try {
+            spans.push_back(py::isinstance<py::list>(given)
+                                ? spans_of_outlines(py::cast<std::vector<Array<double>>>(given), height, width)
+                                : spans_of_counts(run_lengths(given), height * width));
+        } catch (const BadMask& error) {
+            throw BadMask(std::to_string(spans.size()) + " " + error.what());  // which one, for the caller's words
+        }
+    }
+    const std::vector<uint8_t> upper(above.data(), above.data() + above.size());
+    py::gil_scoped_release release;
+    PaintedMasks painted = paint_masks(spans, upper, height, width);
+    py::gil_scoped_acquire acquire;
+    return py::make_tuple(py::cast(std::move(painted.map)), painted.gone, painted.hidden);
+}
+
 Array<uint8_t> py_dense_ids(const RunMap& map, const std::vector<int32_t>& segment_ids, const std::vector<uint8_t>& dropped,
                             int64_t min_area) {
     Array<uint8_t> dense({map.height, map.width});
@@ -373,6 +395,8 @@ PYBIND11_MODULE(_C, m) {
     py::register_exception<BadMask>(m, "BadMask", PyExc_ValueError);
     m.def("mask_of_counts", &py_mask_of_counts, py::arg("counts"), py::arg("height"), py::arg("width"));
     m.def("mask_of_outlines", &py_mask_of_outlines, py::arg("outlines"), py::arg("height"), py::arg("width"));
+
+    m.def("paint_masks", &py_paint_masks, py::arg("masks"), py::arg("above"), py::arg("height"), py::arg("width"));
 
     // training_map.hpp
     m.def("compact_ids", &py_compact_ids, py::arg("dense").noconvert(), py::arg("max_segments"));

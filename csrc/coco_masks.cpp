@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <string>
 
 namespace ldmseg {
@@ -156,6 +157,39 @@ std::vector<Span> OutlineMask::spans() const {
         before = pixels_[k] >> 63;
     }
     return spans;
+}
+
+PaintedMasks paint_masks(const std::vector<std::vector<Span>>& masks, const std::vector<uint8_t>& above, size_t height,
+                         size_t width) {
+    std::vector<int64_t> area(masks.size(), 0);
+    std::vector<size_t> order(masks.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    int64_t total = 0;
+    for (size_t k = 0; k < masks.size(); ++k) {
+        for (const Span& span : masks[k]) area[k] += span.end - span.begin;
+        total += area[k];
+    }
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+        return above[a] != above[b] ? above[a] < above[b] : area[a] > area[b];
+    });
+    thread_local std::vector<int32_t> pixels;  // a fresh page costs more than what is painted on it
+    if (pixels.size() > 4 * height * width) pixels = {};
+    pixels.resize(std::max(pixels.size(), height * width));
+    std::fill_n(pixels.begin(), height * width, 0);
+    for (const size_t k : order)
+        for (const Span& span : masks[k])
+            std::fill(pixels.begin() + span.begin, pixels.begin() + span.end, static_cast<int32_t>(k + 1));
+    PaintedMasks painted{RunMap(pixels.data(), width, height), {}, total};
+    std::vector<uint8_t> there(masks.size() + 1, 0);
+    for (size_t x = 0; x < width; ++x)
+        for (const Run* run = painted.map.row(x); run->begin < static_cast<int32_t>(height); ++run) {
+            if (run->id == 0) continue;
+            there[static_cast<size_t>(run->id)] = 1;
+            painted.hidden -= run[1].begin - run->begin;
+        }
+    for (size_t k = 0; k < masks.size(); ++k)
+        if (!there[k + 1]) painted.gone.push_back(k);
+    return painted;
 }
 
 }  // namespace ldmseg

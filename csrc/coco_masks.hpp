@@ -46,4 +46,15 @@ class OutlineMask {
     std::vector<uint64_t> toggles_, pixels_;  // a bit a pixel
 };
 
+// Masks painted over each other, mask k as id k + 1: those of `above` over the others, and of each the smaller over the
+// larger, the later over the earlier of equal ones. The map lies on its side, [width, height], as columns are its rows:
+// to matching and boundaries both are one.
+struct PaintedMasks {
+    RunMap map;
+    std::vector<size_t> gone;  // masks of which no pixel is left, ascending
+    int64_t hidden;            // pixels of masks under others
+};
+PaintedMasks paint_masks(const std::vector<std::vector<Span>>& masks, const std::vector<uint8_t>& above, size_t height,
+                         size_t width);
+
 }  // namespace ldmseg

@@ -105,9 +105,10 @@ def _fill(journal: SplitJournal, places: Sequence[Place], category_ids: set[int]
     """Makes the entries that the journal lacks, and returns why some of them could not be made."""
     faults = []
     todo: list[tuple[Place, str]] = []
+    states: dict[Path, str] = {}
     for place in places:
         try:
-            made_from = place.made_from()
+            made_from = place.made_from(states)
         except OSError as error:
             faults.append(_reason(error, place.name))
             journal.drop(place)

@@ -27,7 +27,15 @@ def read_labels(path: Path) -> np.ndarray:
     Raises:
         DataError: missing, damaged, too large, stored with loss, or in colours; it names the file.
     """
-    content = read_content(path)
+    return labels_of(read_content(path), path)
+
+
+def labels_of(content: bytes, path: str | Path) -> np.ndarray:
+    """Decodes what `read_labels` reads from a file; `path` names it in errors.
+
+    Raises:
+        DataError: see `read_labels`.
+    """
     with open_checked(path, content, MAX_PIXELS) as image:
         if image.format not in _LOSSLESS:
             raise DataError(f"{path}: {image.format}, which changes labels when it is saved; labels are PNGs")
@@ -49,12 +57,20 @@ def read_labels(path: Path) -> np.ndarray:
 
 
 def read_colours(path: Path) -> np.ndarray:
-    """Reads a picture whose colours are data, uint8 [H, W, 3]; alpha that is opaque everywhere is dropped.
+    """Reads a picture whose colours are data, uint8 [H, W, 3]; alpha is dropped.
 
     Raises:
         DataError: missing, damaged, too large, stored with loss, or of another kind; it names the file.
     """
-    content = read_content(path)
+    return colours_of(read_content(path), path)
+
+
+def colours_of(content: bytes, path: str | Path) -> np.ndarray:
+    """Decodes what `read_colours` reads from a file; `path` names it in errors.
+
+    Raises:
+        DataError: see `read_colours`.
+    """
     with open_checked(path, content, MAX_PIXELS) as image:
         if image.format not in _LOSSLESS:
             raise DataError(f"{path}: {image.format}, which changes values when it is saved; maps are PNGs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,15 @@ def read_map(path: Path, infos: list[dict[str, Any]]) -> AnnotatedMap:
         DataError: an id of the map that the JSON does not have; it names the file and the id.
         PanopticFormatError: a PNG that breaks the format.
     """
-    ids = read_panoptic_png(path)
+    return with_segments(read_panoptic_png(path), infos, path)
+
+
+def with_segments(ids: np.ndarray, infos: Sequence[Mapping[str, Any]], path: str | Path) -> AnnotatedMap:
+    """Joins a map, int32 [H, W], with its segments, which have `id`, `category_id` and perhaps `iscrowd`.
+
+    Raises:
+        DataError: an id of the map that no segment has; it names the file and the id.
+    """
     present = set(np.unique(ids).tolist()) - {0}
     unlisted = sorted(present - {info["id"] for info in infos})
     if unlisted:

@@ -32,8 +32,10 @@ class Place:
     name: str
     map: str
 
-    def made_from(self) -> str:
+    def made_from(self, states: dict[Path, str]) -> str:
         """Returns a sum of the sources' paths, sizes and times; "" where the entry names no source.
+
+        `states` holds what is known of sources that several entries have.
 
         Raises:
             OSError: a source that is not there.
@@ -41,11 +43,13 @@ class Place:
         own = (self.entry.picture,) if isinstance(self.entry.picture, Path) else ()
         if not self.entry.sources:
             return ""
-        states = []
-        for path in (*own, *self.entry.sources):
-            state = path.stat()
-            states.append(f"{path} {state.st_size} {state.st_mtime_ns}")
-        return hashlib.sha256("\n".join(states).encode(errors="surrogateescape")).hexdigest()[:32]
+        paths = (*own, *self.entry.sources)
+        for path in paths:
+            if path not in states:
+                state = path.stat()
+                states[path] = f"{path} {state.st_size} {state.st_mtime_ns}"
+        text = "\n".join(states[path] for path in paths)
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
     def content(self, read: Callable[[Path], bytes]) -> bytes:
         """Returns the bytes of the picture; `read` reads a file."""
