@@ -12,13 +12,13 @@ from ldmseg_fast.formats.kinds import KINDS
 from ldmseg_fast.formats.options import ReadOptions, WriteOptions
 from ldmseg_fast.outputs import check_outputs
 
-SHAPED = ("coco-instances", "label-studio")  # kinds that hold run lengths or polygons
+SHAPED = ("coco-instances", "labelme", "label-studio")  # kinds that hold masks or polygons
 
 
 def add_shape_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --shape."""
     parser.add_argument(
-        "--shape", choices=("rle", "polygon"), help=f"of a segment, in {' and '.join(SHAPED)}; default rle"
+        "--shape", choices=("rle", "polygon"), help=f"of a segment, in {', '.join(SHAPED)}; default rle, a mask"
     )
 
 
@@ -29,7 +29,7 @@ def check_shape(kinds: list[str], shape: str | None) -> None:
         ArgumentError: none of them has.
     """
     if shape is not None and not set(kinds) & set(SHAPED):
-        raise ArgumentError(f"--shape: {', '.join(kinds)} has no choice of shapes; {' and '.join(SHAPED)} have")
+        raise ArgumentError(f"--shape: {', '.join(kinds)} has no choice of shapes; {', '.join(SHAPED)} have")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", metavar="KIND", help=written)
     parser.add_argument("root", metavar="ROOT", type=Path, help="COCO-panoptic folder, or the JSON of results")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder")
-    parser.add_argument("--split", action="append", default=[], help="may be repeated; default all")
+    parser.add_argument("--split", metavar="NAME", nargs="+", action="extend", help="splits to export; default all")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="pictures of results, where ROOT is their JSON")
     parser.add_argument("--copy", action="store_true", help="copy pictures; default links to them")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures whose map cannot be read")
@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Prints what was exported and left out; returns 1 where pictures that could not be read were left out."""
     writer_of(args.kind)
     check_shape([args.kind], args.shape)
-    if len(set(args.split)) < len(args.split):
-        raise ArgumentError("--split names one split twice")
+    splits = tuple(dict.fromkeys(args.split or ()))
     if args.root.is_file():
         if args.pictures is None:
             raise ArgumentError(f"{args.root}: --pictures DIR must say where the pictures of these results are")
-        if args.split:
+        if splits:
             raise ArgumentError(f"--split: {args.root} is a file of results, which has no splits")
     elif args.pictures is not None:
         raise ArgumentError("--pictures is for the JSON of results; a COCO-panoptic folder has its own")
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if args.pictures is not None:
         data_set = read_results(args.root, args.pictures)
     else:
-        data_set = read(args.root, ReadOptions(splits=tuple(args.split)))
+        data_set = read(args.root, ReadOptions(splits=splits))
     options = WriteOptions(copy=args.copy, shape=args.shape or "rle", skip_bad=args.skip_bad)
-    print(export(data_set, args.kind, args.out, options).text())
-    return 0
+    summary = export(data_set, args.kind, args.out, options)
+    print(summary.text())
+    return 1 if summary.faults else 0

@@ -17,22 +17,15 @@ import numpy as np
 
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import replacing
+from ldmseg_fast.formats.cityscapes_labels import CITYSCAPES, Label
 from ldmseg_fast.formats.data_set import DataSet
 from ldmseg_fast.formats.options import Summary, WriteOptions
 from ldmseg_fast.formats.palette import save
-from ldmseg_fast.formats.walk import NO_SCORE, Item, Walk
+from ldmseg_fast.formats.walk import Walk
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.shapes import segment_shapes
 
-# ids of the classes that are evaluated, by cityscapesscripts/helpers/labels.py
-STUFF = {
-    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
-    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23,
-}  # fmt: skip
-THINGS = {
-    "person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
-}  # fmt: skip
-LABELS = STUFF | THINGS
+EVALUATED = {label.name: label for label in CITYSCAPES if label.train_id is not None}
 
 _PICTURE = "_leftImg8bit"  # what the names of Cityscapes' pictures end in
 
@@ -63,17 +56,17 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
         ids = np.where(np.isin(item.map.ids, [segment["id"] for segment in kept]), item.map.ids, 0)
         shapes = {shape["id"]: shape for shape in segment_shapes(ids)}
         segments = [
-            {**segment, "category_id": labels[segment["category_id"]], **shapes[segment["id"]]} for segment in kept
+            {**segment, "category_id": labels[segment["category_id"]].id, **shapes[segment["id"]]} for segment in kept
         ]
         name = f"{image_id}_panoptic.png"
         folder = out / f"cityscapes_panoptic_{item.split}"
         folder.mkdir(exist_ok=True)
         write_panoptic_png(folder / name, ids)
         annotations[item.split].append({"image_id": image_id, "file_name": name, "segments_info": segments})
-        _write_instances(out / "instances" / item.split, image_id, item, ids, segments)
+        _write_instances(out / "instances" / item.split, image_id, ids, segments)
         crowds = sum(bool(each.get("iscrowd")) for each in segments)
         walk.leave_out("crowds, which the text files do not have; the PNGs do", crowds, item.name)
-    categories = [{"id": number, "name": name, "isthing": int(name in THINGS)} for name, number in LABELS.items()]
+    categories = [label.category() for label in EVALUATED.values()]
     for split, listed in annotations.items():
         content = {"annotations": listed, "categories": categories}
         with replacing(out / f"cityscapes_panoptic_{split}.json") as temporary:
@@ -81,33 +74,32 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
     return walk.summary(out)
 
 
-def cityscapes_labels(categories: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """Finds the label id of Cityscapes for each category id that has one, by the category's name.
+def cityscapes_labels(categories: Iterable[Mapping[str, Any]]) -> dict[int, Label]:
+    """Finds the label of Cityscapes for each category id that has one, by the category's name.
 
     Raises:
         DataError: none has.
     """
     named = {category["id"]: category["name"].casefold().replace("_", " ") for category in categories}
-    labels = {number: LABELS[name] for number, name in named.items() if name in LABELS}
+    labels = {number: EVALUATED[name] for number, name in named.items() if name in EVALUATED}
     if not labels:
         raise DataError(
             f"none of the categories ({', '.join(list(named.values())[:5])}) is one of Cityscapes'; it has "
-            f"{', '.join(LABELS)}: name them alike"
+            f"{', '.join(EVALUATED)}: name them alike"
         )
     return labels
 
 
-def _write_instances(
-    folder: Path, image_id: str, item: Item, ids: np.ndarray, segments: Iterable[Mapping[str, Any]]
-) -> None:
+def _write_instances(folder: Path, image_id: str, ids: np.ndarray, segments: Iterable[Mapping[str, Any]]) -> None:
     """Writes the masks of things, and the text file that names them."""
     (folder / "masks").mkdir(parents=True, exist_ok=True)
+    things = {label.id for label in EVALUATED.values() if label.isthing}
     lines = []
     for segment in segments:
-        if segment.get("iscrowd") or segment["category_id"] not in THINGS.values():
+        if segment.get("iscrowd") or segment["category_id"] not in things:
             continue
         mask = f"masks/{quote(image_id, safe='')}_{segment['id']}.png"  # spaces would part the fields of a line
         save(folder / mask, np.where(ids == segment["id"], 255, 0).astype(np.uint8), None)
-        lines.append(f"{mask} {segment['category_id']} {float(segment.get('score', NO_SCORE)):.6g}\n")
+        lines.append(f"{mask} {segment['category_id']} {float(segment.get('score', 1.0)):.6g}\n")
     with replacing(folder / f"{image_id}.txt") as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")

@@ -31,7 +31,7 @@ def read_labels(path: Path) -> np.ndarray:
 
 
 def labels_of(content: bytes, path: str | Path) -> np.ndarray:
-    """Decodes what `read_labels` reads from a file; `path` names it in errors.
+    """Decodes labels, int32 [H, W], as `read_labels` reads them from a file; `path` names it in errors.
 
     Raises:
         DataError: see `read_labels`.
@@ -66,7 +66,7 @@ def read_colours(path: Path) -> np.ndarray:
 
 
 def colours_of(content: bytes, path: str | Path) -> np.ndarray:
-    """Decodes what `read_colours` reads from a file; `path` names it in errors.
+    """Decodes colours, uint8 [H, W, 3], as `read_colours` reads them from a file; `path` names it in errors.
 
     Raises:
         DataError: see `read_colours`.
@@ -135,7 +135,7 @@ def unknown_label(path: Path, label: int, known: Iterable[int]) -> DataError:
 
 
 def same_size(path: Path, found: np.ndarray, other: Path, expected: np.ndarray) -> None:
-    """Checks that two maps of one picture have one size.
+    """Checks that two maps of one picture, integer [H, W] or [H, W, 3], have one size.
 
     Raises:
         DataError: names both files and sizes.

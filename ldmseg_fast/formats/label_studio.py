@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -42,7 +42,7 @@ from ldmseg_fast.formats.drawn import (
 )
 from ldmseg_fast.formats.options import ReadOptions, Summary, WriteOptions
 from ldmseg_fast.formats.trees import Tree, plain_name
-from ldmseg_fast.formats.walk import Item, Walk
+from ldmseg_fast.formats.walk import Walk
 from ldmseg_fast.panoptic.coco_masks import mask_of_polygons
 from ldmseg_fast.panoptic.outlines import Ring, outlines, polygons_of, without_holes
 
@@ -307,7 +307,9 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
     scored = False
     for item in walk.items("label-studio"):
         item.put_picture(out / item.split / item.name, options)
-        task = _task(item, names, options)
+        ids = as_shown(item.map.ids, shown_size(item.place.entry.picture, item.name)[2])
+        url = f"/data/local-files/?d={quote(f'{item.split}/{item.name}')}"
+        task = task_of(ids, item.map.segments, names, url, options.shape)
         scored |= "predictions" in task
         tasks[item.split].append(json.dumps(task))
         crowds = sum(bool(segment.get("iscrowd")) for segment in item.map.segments)
@@ -337,12 +339,22 @@ def _interface(categories: Sequence[Mapping[str, Any]], options: WriteOptions) -
     )
 
 
-def _task(item: Item, names: Mapping[int, str], options: WriteOptions) -> dict[str, Any]:
-    ids = as_shown(item.map.ids, shown_size(item.place.entry.picture, item.name)[2])
-    rings = outlines(ids) if options.shape == "polygon" else {}
+def task_of(
+    ids: np.ndarray, segments: Iterable[Mapping[str, Any]], names: Mapping[int, str], url: str, shape: str = "rle"
+) -> dict[str, Any]:
+    """Describes a map as a task of Label Studio: predictions where segments have scores, else annotations.
+
+    Args:
+        ids: integer [H, W], 0 void, of the picture as it is shown.
+        segments: its segments, with `id` and `category_id`.
+        names: of the categories, by id.
+        url: where Label Studio finds the picture.
+        shape: "rle" for brushes, "polygon" for polygons.
+    """
+    rings = outlines(ids) if shape == "polygon" else {}
     results: list[dict[str, Any]] = []
     scores: list[float] = []
-    for segment in item.map.segments:
+    for segment in segments:
         score = {"score": segment["score"]} if "score" in segment else {}
         scores += score.values()
         for number, value in enumerate(_values(ids, segment["id"], rings)):
@@ -360,7 +372,7 @@ def _task(item: Item, names: Mapping[int, str], options: WriteOptions) -> dict[s
                     **score,
                 }
             )
-    data = {"image": f"/data/local-files/?d={quote(f'{item.split}/{item.name}')}"}
+    data = {"image": url}
     if scores:
         prediction = {"model_version": "ldmseg", "score": sum(scores) / len(scores), "result": results}
         return {"data": data, "predictions": [prediction]}

@@ -42,7 +42,7 @@ from ldmseg_fast.formats.drawn import (
 )
 from ldmseg_fast.formats.options import ReadOptions, Summary, WriteOptions
 from ldmseg_fast.formats.trees import Tree, plain_name
-from ldmseg_fast.formats.walk import Item, Walk
+from ldmseg_fast.formats.walk import Walk
 from ldmseg_fast.panoptic.format import MAX_PIXELS
 from ldmseg_fast.panoptic.outlines import Ring, fill, outlines, polygons_of
 from ldmseg_fast.panoptic.shapes import segment_shapes
@@ -244,30 +244,54 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
         path = out / item.split / item.name
         item.put_picture(path, options)
         ids = as_shown(item.map.ids, shown_size(item.place.entry.picture, item.name)[2])
-        shapes = list(_written(item, ids, categories, options))
-        content = {
-            "version": "5.5.0",
-            "flags": {},
-            "shapes": shapes,
-            "imagePath": path.name,
-            "imageData": None,
-            "imageHeight": ids.shape[0],
-            "imageWidth": ids.shape[1],
-        }
+        content = content_of(ids, item.map.segments, categories, path.name, options.shape)
         with replacing(out / item.split / f"{item.stem}.json") as temporary:
             temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-        masks = sum(shape["shape_type"] == "mask" for shape in shapes)
+        masks = sum(shape["shape_type"] == "mask" for shape in content["shapes"])
         if options.shape == "polygon":
             walk.leave_out("outlines that LabelMe's polygons do not hold; their masks are there", masks, item.name)
     return walk.summary(out)
 
 
+def content_of(
+    ids: np.ndarray,
+    segments: Sequence[Mapping[str, Any]],
+    categories: Mapping[int, Mapping[str, Any]],
+    picture: str,
+    shape: str = "rle",
+) -> dict[str, Any]:
+    """Describes a map as LabelMe does.
+
+    Args:
+        ids: integer [H, W], 0 void, of the picture as it is shown.
+        segments: its segments, with `id`, `category_id` and `iscrowd`.
+        categories: with `name` and `isthing`, by id.
+        picture: its file, relative to the JSON.
+        shape: "polygon" for polygons where they hold a piece exactly, otherwise masks.
+
+    Returns:
+        What the JSON holds.
+    """
+    return {
+        "version": "5.5.0",
+        "flags": {},
+        "shapes": list(_written(ids, segments, categories, shape)),
+        "imagePath": picture,
+        "imageData": None,
+        "imageHeight": ids.shape[0],
+        "imageWidth": ids.shape[1],
+    }
+
+
 def _written(
-    item: Item, ids: np.ndarray, categories: Mapping[int, Mapping[str, Any]], options: WriteOptions
+    ids: np.ndarray,
+    segments: Sequence[Mapping[str, Any]],
+    categories: Mapping[int, Mapping[str, Any]],
+    kind: str,
 ) -> Iterator[dict[str, Any]]:
     boxes = {shape["id"]: shape["bbox"] for shape in segment_shapes(ids)}
-    rings = outlines(ids) if options.shape == "polygon" else {}
-    for segment in item.map.segments:
+    rings = outlines(ids) if kind == "polygon" else {}
+    for segment in segments:
         category = categories[segment["category_id"]]
         flags = {"stuff": not category["isthing"], "crowd": bool(segment.get("iscrowd"))}
         shape = {"label": category["name"], "group_id": segment["id"], "description": "", "flags": flags}

@@ -17,6 +17,7 @@ from PIL import Image
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.formats.data_set import DataSet
+from ldmseg_fast.formats.drawn import voc_colours
 from ldmseg_fast.formats.options import Summary, WriteOptions
 from ldmseg_fast.formats.walk import Walk
 
@@ -24,10 +25,11 @@ MOST = 255  # values of one byte beside 0, void
 
 
 def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
-    """Writes OUT/SPLIT/semantic/NAME.png and OUT/SPLIT/instances/NAME.png for each picture, and OUT/categories.json.
+    """Writes OUT/SPLIT/images, labels and instances, with NAME.png of each picture, and OUT/categories.json.
 
-    A pixel of `semantic` has the category's `value` in categories.json: its id where all ids lie in 1..255, else its
-    place in the list, from 1. A pixel of `instances` has the place of its segment in ascending id, from 1. 0 is void.
+    A pixel of `labels` has its category's id in categories.json: the source's where all lie in 1..255, else the place
+    in the list, from 1. `ldmseg data import semantic` reads these. A pixel of `instances` has the place of its segment
+    in ascending id, from 1. 0 is void.
 
     Raises:
         DataError: over 255 categories, or over 255 segments in one picture; a map that cannot be read; names that would
@@ -35,14 +37,16 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
     """
     values = category_values(data_set.categories)
     walk = Walk(data_set, options)
-    colours = voc_palette()
+    colours = np.array(voc_colours(), np.uint8)
     by_category = colours.copy()
     for category in data_set.categories:
         if (colour := _colour(category)) is not None:
             by_category[values[category["id"]]] = colour
-    write_json(out / "categories.json", [{"value": values[each["id"]], **each} for each in data_set.categories])
+    listed = [{**each, "id": values[each["id"]], "source_id": each["id"]} for each in data_set.categories]
+    write_json(out / "categories.json", {"categories": listed, "void": [0]})
     for item in walk.items("palette"):
         segments = item.map.segments
+        item.put_picture(out / item.split / "images" / item.name, options)
         if len(segments) > MOST:
             raise DataError(
                 f"{item.name}: {len(segments)} segments, a palette has {MOST}; export coco-panoptic instead"
@@ -51,7 +55,7 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
         table = np.array([*(values[segment["category_id"]] for segment in segments), 0], np.uint8)
         void = item.map.ids == 0
         for name, pixels, palette in (
-            ("semantic", np.where(void, 0, table[place]), by_category),
+            ("labels", np.where(void, 0, table[place]), by_category),
             ("instances", np.where(void, 0, place + 1), colours),
         ):
             save(out / item.split / name / f"{item.stem}.png", pixels.astype(np.uint8), palette)
@@ -71,13 +75,6 @@ def category_values(categories: Sequence[Mapping[str, Any]], most: int = MOST) -
         raise DataError(f"{len(categories)} categories, its PNGs have values for {most}; export coco-panoptic instead")
     ids = [category["id"] for category in categories]
     return {each: each if min(ids) > 0 and max(ids) <= most else place for place, each in enumerate(ids, 1)}
-
-
-def voc_palette() -> np.ndarray:
-    """Returns PASCAL VOC's colours, uint8 [256, 3]: the bits of a value, dealt to red, green and blue from the top."""
-    value = np.arange(256)
-    channels = [sum(((value >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
-    return np.stack(channels, axis=1).astype(np.uint8)
 
 
 def save(path: Path, pixels: np.ndarray, palette: np.ndarray | None) -> None:

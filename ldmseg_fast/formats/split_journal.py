@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.files import read_lines, replacing, sync_folder
+from ldmseg_fast.files import replacing, sync_folder
 from ldmseg_fast.formats.options import WriteOptions
 from ldmseg_fast.formats.places import Place
 
@@ -31,7 +31,7 @@ class SplitJournal:
         journal.finish()
 
     An entry is in the journal once its files are on disk. `finish` moves the folders to their places and writes the
-    JSON last. A journal that lies there still after a kill takes them back.
+    JSON last. An import that was killed in between goes on in the folders' places.
 
     Args:
         out: the COCO-panoptic folder.
@@ -63,9 +63,9 @@ class SplitJournal:
             DataError: names what is there already.
         """
         if self._path.is_file():
-            lines = read_lines(self._path)
-            if not lines or lines[0] != self._settings:
-                origin = lines[0].get("origin") if lines else ""
+            settings = next((record for record, _ in _records(self._path)), {})
+            if settings != self._settings:
+                origin = settings.get("origin")
                 raise DataError(
                     f"{self.folder}: an unfinished import of another source or with other options"
                     + (f" ({origin})" if origin and origin != self._settings["origin"] else "")
@@ -83,14 +83,13 @@ class SplitJournal:
         """Opens the journal, with what an earlier import has left."""
         if not self._path.is_file() and self.folder.exists():
             shutil.rmtree(self.folder)  # a kill came while it was made or removed
-        for inner, final in self._moves.items():
-            if final.is_dir():  # a kill came while they were moved
-                self._json.unlink(missing_ok=True)
-                final.rename(inner)
-            inner.mkdir(parents=True, exist_ok=True)
-        for record in read_lines(self._path)[1:]:
-            self._records[record.get("map", "")] = json.dumps(record)
         if not self._path.is_file():
+            for inner in self._moves:
+                inner.mkdir(parents=True)
+        self._pictures, self._maps = (inner if inner.is_dir() else final for inner, final in self._moves.items())
+        if self._path.is_file():
+            self._records = {record["map"]: text for record, text in _records(self._path) if "map" in record}
+        else:
             with replacing(self._path) as temporary:
                 temporary.write_text(json.dumps(self._settings) + "\n", encoding="utf-8")
         with self._path.open("a", encoding="utf-8") as self._file:
@@ -182,7 +181,8 @@ class SplitJournal:
         _clear(self._pictures, {record["image"]["file_name"] for record in self._each()})
         _clear(self._maps, set(self._records))
         for inner, final in self._moves.items():
-            inner.rename(final)
+            if inner.is_dir():
+                inner.rename(final)
         self._json.parent.mkdir(exist_ok=True)
         with replacing(self._json) as temporary, temporary.open("w", encoding="utf-8") as file:
             for key, end in (("image", '{"images": [\n'), ("annotation", '\n], "annotations": [\n')):
@@ -199,6 +199,17 @@ class SplitJournal:
 
     def _each(self) -> Iterator[dict[str, Any]]:
         return map(json.loads, self._records.values())
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Gives the journal's lines, decoded and as they stand; half a line, which a kill may leave, is none."""
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                text = line.decode("utf-8").strip()
+                record = json.loads(text)
+                if isinstance(record, dict):
+                    yield record, text
 
 
 def _clear(folder: Path, names: set[str]) -> None:

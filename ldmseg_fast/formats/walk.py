@@ -17,8 +17,6 @@ from ldmseg_fast.formats.data_set import AnnotatedMap, DataSet
 from ldmseg_fast.formats.options import Summary, WriteOptions
 from ldmseg_fast.formats.places import Place, check_categories, check_split, plan
 
-NO_SCORE = 1.0  # of a segment of ground truth, where a format wants one
-
 
 @dataclass(frozen=True)
 class Item:
