@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from ldmseg_fast.formats.data_set import AnnotatedMap, DataSet
 from ldmseg_fast.formats.instances import with_options
 from ldmseg_fast.formats.options import ReadOptions
 from ldmseg_fast.formats.painting import Mask, paint
-from ldmseg_fast.formats.palette import voc_palette
 from ldmseg_fast.formats.trees import Tree
 from ldmseg_fast.panoptic.format import MAX_PIXELS
 
@@ -214,7 +214,17 @@ def as_stored(annotated: AnnotatedMap, turn: int) -> AnnotatedMap:
     return replace(annotated, ids=np.array(back, np.int32))
 
 
-def voc_colours(count: int = 256) -> list[tuple[int, int, int]]:
-    """Lists PASCAL VOC's colours, black first; after 256 they come again."""
-    red, green, blue = voc_palette().T.tolist()
-    return [(red[number % 256], green[number % 256], blue[number % 256]) for number in range(count)]
+@cache
+def voc_colours(count: int = 256) -> tuple[tuple[int, int, int], ...]:
+    """Lists PASCAL VOC's colours, black first (host.robots.ox.ac.uk/pascal/VOC, VOCcode/VOClabelcolormap.m).
+
+    The bits of a number are dealt to red, green and blue in turn, into their upper bits first. Beyond 256 they come
+    again.
+    """
+    return tuple(
+        (_dealt(number % 256), _dealt(number % 256 >> 1), _dealt(number % 256 >> 2)) for number in range(count)
+    )
+
+
+def _dealt(number: int) -> int:
+    return sum((number >> 3 * bit & 1) << 7 - bit for bit in range(3))

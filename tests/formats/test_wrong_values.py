@@ -1,4 +1,4 @@
-"""A file of a tool in which one value is anything else is read, or refused in one line; it never ends in a traceback."""
+"""A file of a tool in which one value is anything else is read, or refused in one line, never with a traceback."""
 
 from __future__ import annotations
 
