@@ -248,7 +248,7 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
     for split, listed in names.items():
         folder = out / split
         (folder / _LISTS).mkdir(parents=True)
-        for name, text in (("labelmap.txt", rows), (f"{_LISTS}/{split}.txt", "".join(f"{each}\n" for each in listed))):
+        for name, text in (("labelmap.txt", rows), (f"{_LISTS}/{split}.txt", "".join(map(_line, listed)))):
             with replacing(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         with (
@@ -260,6 +260,11 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
                 if path.is_file() and not name.startswith("JPEGImages/"):
                     file.write(path, name)
     return walk.summary(out)
+
+
+def _line(name: str) -> str:
+    """Writes a name of a list as CVAT does, in quotes where there are spaces in it."""
+    return f'"{name}"\n' if len(name.split()) > 1 else f"{name}\n"
 
 
 def _colours(categories: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
