@@ -28,6 +28,9 @@ EXTRAS = {
     "demo": ["matplotlib>=3.8"],
     "matching": ["scipy>=1.11"],
     "data": ["scipy>=1.11", "datasets>=4.0"],
+    # for `to_supervision` and `to_fiftyone` of results alone
+    "supervision": ["supervision>=0.25"],
+    "fiftyone": ["fiftyone>=1.0"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"],
     "dev": [
         "pytest>=8",

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "annotation_index.hpp"
+#include "coco_masks.hpp"
 #include "matching.hpp"
 #include "outlines.hpp"
 #include "panoptic_head.hpp"
@@ -177,6 +178,73 @@ py::tuple py_annotation(const AnnotationIndex& index, size_t k) {
     return py::make_tuple(annotation.file_name, table);
 }
 
+// Spans down the columns as 0 and 1, [H, W].
+Array<uint8_t> mask_of_spans(const std::vector<Span>& spans, size_t height, size_t width) {
+    Array<uint8_t> mask({height, width});
+    uint8_t* out = mask.mutable_data();
+    py::gil_scoped_release release;
+    std::fill(out, out + height * width, 0);
+    for (const Span& span : spans)
+        for (size_t pixel = span.begin, x = pixel / height, y = pixel % height; pixel < span.end; ++pixel) {
+            out[y * width + x] = 1;
+            if (++y == height) y = 0, ++x;
+        }
+    return mask;
+}
+
+void require_mask_size(size_t height, size_t width) {
+    require(height > 0 && width > 0 && height <= std::numeric_limits<int32_t>::max() / width, "sizes of 1 to 2^31 - 1 pixels");
+}
+
+// counts: compressed, or int64 [N]
+std::vector<int64_t> run_lengths(const py::object& counts) {
+    if (py::isinstance<py::bytes>(counts)) return counts_of_text(std::string_view(py::reinterpret_borrow<py::bytes>(counts)));
+    const auto values = py::cast<Array<int64_t>>(counts);
+    require(values.ndim() == 1, "expected counts int64 [N]");
+    return {values.data(), values.data() + values.size()};
+}
+
+Array<uint8_t> py_mask_of_counts(const py::object& counts, size_t height, size_t width) {
+    require_mask_size(height, width);
+    return mask_of_spans(spans_of_counts(run_lengths(counts), height * width), height, width);
+}
+
+std::vector<Span> spans_of_outlines(const std::vector<Array<double>>& outlines, size_t height, size_t width) {
+    OutlineMask mask(height, width);
+    for (const Array<double>& xy : outlines) {
+        require(xy.ndim() == 2 && xy.shape(0) > 0 && xy.shape(1) == 2, "expected outlines float64 [N, 2]");
+        mask.add(xy.data(), static_cast<size_t>(xy.shape(0)));
+    }
+    return mask.spans();
+}
+
+Array<uint8_t> py_mask_of_outlines(const std::vector<Array<double>>& outlines, size_t height, size_t width) {
+    require_mask_size(height, width);
+    return mask_of_spans(spans_of_outlines(outlines, height, width), height, width);
+}
+
+// masks: counts as above, or outlines; above: uint8 [N]. Returns (the map on its side, masks that are gone, hidden pixels)
+py::tuple py_paint_masks(const py::list& masks, const Array<uint8_t>& above, size_t height, size_t width) {
+    require_mask_size(height, width);
+    require(above.ndim() == 1 && static_cast<size_t>(above.size()) == masks.size(), "expected above uint8 [N]");
+    std::vector<std::vector<Span>> spans;
+    for (const py::handle& mask : masks) {
+        const auto given = py::reinterpret_borrow<py::object>(mask);
+        try {
+            spans.push_back(py::isinstance<py::list>(given)
+                                ? spans_of_outlines(py::cast<std::vector<Array<double>>>(given), height, width)
+                                : spans_of_counts(run_lengths(given), height * width));
+        } catch (const BadMask& error) {
+            throw BadMask(std::to_string(spans.size()) + " " + error.what());  // which one, for the caller's words
+        }
+    }
+    const std::vector<uint8_t> upper(above.data(), above.data() + above.size());
+    py::gil_scoped_release release;
+    PaintedMasks painted = paint_masks(spans, upper, height, width);
+    py::gil_scoped_acquire acquire;
+    return py::make_tuple(py::cast(std::move(painted.map)), painted.gone, painted.hidden);
+}
+
 Array<uint8_t> py_dense_ids(const RunMap& map, const std::vector<int32_t>& segment_ids, const std::vector<uint8_t>& dropped,
                             int64_t min_area) {
     Array<uint8_t> dense({map.height, map.width});
@@ -322,6 +390,13 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("categories", &AnnotationIndex::categories)
         .def_property_readonly("used_categories", &AnnotationIndex::used_categories)
         .def("annotation", &py_annotation, py::arg("k"));
+
+    // coco_masks.hpp
+    py::register_exception<BadMask>(m, "BadMask", PyExc_ValueError);
+    m.def("mask_of_counts", &py_mask_of_counts, py::arg("counts"), py::arg("height"), py::arg("width"));
+    m.def("mask_of_outlines", &py_mask_of_outlines, py::arg("outlines"), py::arg("height"), py::arg("width"));
+
+    m.def("paint_masks", &py_paint_masks, py::arg("masks"), py::arg("above"), py::arg("height"), py::arg("width"));
 
     // training_map.hpp
     m.def("compact_ids", &py_compact_ids, py::arg("dense").noconvert(), py::arg("max_segments"));

@@ -17,7 +17,7 @@ import numpy as np
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics.annotation_index import index_annotations
 from ldmseg_fast.metrics.matching import boundary_distance, match_segments
-from ldmseg_fast.metrics.pq import OBJECT_CATEGORY, PQStat
+from ldmseg_fast.metrics.pq import OBJECT_CATEGORY, PanopticQuality
 from ldmseg_fast.metrics.pq_report import bootstrap_interval, image_qualities
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png, read_run_map
@@ -47,7 +47,7 @@ def evaluate_files(
     `allow_missing` counts images without prediction as predicted all void. `boundary` adds boundary PQ.
 
     Returns:
-        `PQStat.result()` (fractions) and what only files can tell: `seconds` (reading and matching), `threads`,
+        `PanopticQuality.compute()` (fractions) and what only files can tell: `seconds` (reading and matching), `threads`,
         `missing` and `ignored` (image ids without a prediction, and predicted but not in the ground truth), `interval`
         (bootstrap 95 % of PQ over images), `per_image` (in the order of the ground truth) and `worst_images`.
 
@@ -69,7 +69,7 @@ def evaluate_files(
         )
     gt_root = png_folder(gt_json, gt_folder)
     pred_root = png_folder(pred_json, pred_folder) if len(missing) < len(gt.image_ids) else Path()
-    stat = PQStat(gt.categories, class_agnostic, boundary)
+    stat = PanopticQuality(gt.categories, class_agnostic, boundary)
     foreign = not class_agnostic and not pred.used_categories <= stat.categories.keys()
 
     def match(k: int) -> np.ndarray:
@@ -102,7 +102,7 @@ def evaluate_files(
     for image_id, matches in zip(gt.image_ids, _map_in_order(match, len(gt.image_ids), threads)):
         stat.add_matches(image_id, matches)
     seconds = time.perf_counter() - started
-    result, interval = stat.result(), bootstrap_interval(stat, replicates, seed)
+    result, interval = stat.compute(), bootstrap_interval(stat, replicates, seed)
     per_image = image_qualities(stat)
     scored = [image for image in per_image if image["pq"] is not None]
     return result | {

@@ -9,7 +9,7 @@ import numpy as np
 
 from ldmseg_fast.files import replacing
 from ldmseg_fast.metrics.matching import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -46,7 +46,7 @@ def format_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def image_qualities(stat: PQStat) -> list[dict[str, Any]]:
+def image_qualities(stat: PanopticQuality) -> list[dict[str, Any]]:
     """Lists the quality of each image over its segments of all categories.
 
     Each entry has image_id, pq (None without segments), tp, fp, fn and iou.
@@ -68,7 +68,7 @@ def image_qualities(stat: PQStat) -> list[dict[str, Any]]:
 
 
 def bootstrap_interval(
-    stat: PQStat, replicates: int = 1000, seed: int = 0, level: float = 0.95
+    stat: PanopticQuality, replicates: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, Any] | None:
     """Returns the percentile interval of PQ when images are drawn anew with replacement; None without images.
 

@@ -59,12 +59,15 @@ def _segment_shapes_numpy(ids: np.ndarray, rle: bool) -> tuple[np.ndarray, np.nd
             flat = np.concatenate([[0], mask.T.ravel(), [0]])
             ends = np.concatenate([[0], np.flatnonzero(np.diff(flat)), [mask.size]])
             runs = np.diff(ends)
-            counts.append(_compress(runs[: len(runs) - (runs[-1] == 0)].tolist()))
+            counts.append(compress_counts(runs[: len(runs) - (runs[-1] == 0)].tolist()))
     return segment_ids, areas, boxes, counts
 
 
-def _compress(counts: list[int]) -> bytes:
-    """Writes COCO's string: differences to the count before last, five bits a character, lowest first, bit 5 = more."""
+def compress_counts(counts: list[int]) -> bytes:
+    """Writes COCO's compressed run lengths.
+
+    They are differences to the count before last, five bits a character, lowest first; bit 5 says that more follow.
+    """
     text = bytearray()
     for index, count in enumerate(counts):
         value = count - counts[index - 2] if index > 2 else count

@@ -10,7 +10,7 @@ import numpy as np
 
 from ldmseg_fast.data.folders import find_split, read_image
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
 from ldmseg_fast.metrics.pq_files import png_folder
 from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
 from ldmseg_fast.reports.error_entry import PageEntry
@@ -81,7 +81,7 @@ class _Files:
         prediction: dict[str, Any] | None = self.predicted.get(truth["image_id"])
         pred_ids = read_panoptic_png(self.pred_root / prediction["file_name"]) if prediction else np.zeros_like(gt_ids)
         pred_segments = prediction["segments_info"] if prediction else []
-        stat = PQStat(self.gt["categories"], self.class_agnostic)
+        stat = PanopticQuality(self.gt["categories"], self.class_agnostic)
         matches = stat.add(gt_ids, truth["segments_info"], pred_ids, pred_segments, truth["image_id"], use_gt_area=True)
         name = self.names[truth["image_id"]]
         picture = self.pictures / name if self.pictures and isinstance(name, str) else None
