@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
-from ldmseg_fast.commands.result_formats import add_format_argument, check_formats, write_formats
+from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     pipe = LDMSegPipeline.from_pretrained(
         args.model_dir, args.backend, args.engine_dir, image_size=args.size, cuda_graph=args.cuda_graph
     )
+    check_categories(args.formats, pipe)
     result = pipe.inpaint(
         picture, segmentation, known, args.steps, seed=args.seed, image_ids=[image_id(args.image)], solver=args.solver
     )[0]

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
-from ldmseg_fast.commands.result_formats import add_format_argument, check_formats, write_formats
+from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
 from ldmseg_fast.data.picture_folders import FoundPicture, described, find_pictures
 from ldmseg_fast.data.pictures import MAX_PIXELS, Picture, read_picture
 from ldmseg_fast.errors import ArgumentError, DataError
@@ -260,6 +260,7 @@ def run(args: argparse.Namespace) -> int:
     pipe = LDMSegPipeline.from_pretrained(
         args.model_dir, args.backend, args.engine_dir, image_size=args.size, cuda_graph=args.cuda_graph
     )
+    check_categories(args.formats, pipe)
     pipe.max_pixels = args.max_pixels
     sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval, "exif": args.exif}
     done = predict_files(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldmseg_fast.data.picture_folders import FoundPicture
 from ldmseg_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ldmseg_fast.pipeline import LDMSegPipeline
 
 _NEEDS_CATEGORIES = "cityscapes-results"  # it holds nothing of a map whose segments are objects and no more
 
@@ -28,8 +32,8 @@ def check_formats(kinds: Sequence[str], pictures: Sequence[FoundPicture], out: P
     """Checks before anything is predicted that the results can be written in these formats.
 
     Raises:
-        ArgumentError: no such format, one that is not written, one that is named twice or needs categories, or a folder
-            of results that is called like it.
+        ArgumentError: no such format, one that is not written, one that is named twice, or a folder of results that is
+            called like it.
         DataError: OUT/KIND is there already.
     """
     if not kinds:
@@ -40,17 +44,25 @@ def check_formats(kinds: Sequence[str], pictures: Sequence[FoundPicture], out: P
         writer_of(kind)
         if kind in kinds[:place]:
             raise ArgumentError(f"--format {kind}: named twice")
-        if kind == _NEEDS_CATEGORIES:
-            raise ArgumentError(
-                f"--format {kind}: needs Cityscapes' categories, and these segments have none; export the results of "
-                "`ldmseg evaluate --class-aware`"
-            )
         check_free(out / kind)
         for picture in pictures:
             if picture.folder.parts[:1] == (kind,):
                 raise ArgumentError(
                     f"--format {kind}: {picture.file} has its results in {out / kind}; rename its folder"
                 )
+
+
+def check_categories(kinds: Sequence[str], pipe: LDMSegPipeline) -> None:
+    """Checks before anything is predicted that the model gives what these formats need.
+
+    Raises:
+        ArgumentError: a format that needs categories, and a model without.
+    """
+    if _NEEDS_CATEGORIES in kinds and getattr(pipe.info, "categories", None) is None:
+        raise ArgumentError(
+            f"--format {_NEEDS_CATEGORIES}: needs Cityscapes' categories, and this model has none; export the results "
+            "of `ldmseg evaluate --class-aware`"
+        )
 
 
 def write_formats(kinds: Sequence[str], pictures: Sequence[FoundPicture], out: Path, *, exif: bool) -> None:

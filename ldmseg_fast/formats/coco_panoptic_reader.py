@@ -192,16 +192,16 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _named(annotations: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Lists the categories of results that do not: what the model itself gives is 1, an object."""
-    things: dict[int, bool] = {}
+    """Lists the categories of results that do not: by the `name` of segments, and 1 without one is an object."""
+    found: dict[int, dict[str, Any]] = {}
     for annotation in annotations:
         for segment in annotation["segments_info"]:
-            things.setdefault(segment["category_id"], bool(segment.get("isthing", True)))
-    others = sorted(things.items())
-    return [
-        _OBJECT if number == 1 else {"id": number, "name": f"category {number}", "isthing": int(isthing)}
-        for number, isthing in others or [(1, True)]
-    ]
+            number, name = segment["category_id"], segment.get("name")
+            if not isinstance(name, str) or not name:
+                name = _OBJECT["name"] if number == _OBJECT["id"] else f"category {number}"
+            isthing = int(bool(segment.get("isthing", True)))
+            found.setdefault(number, {"id": number, "name": name, "isthing": isthing})
+    return [found[number] for number in sorted(found)] or [_OBJECT]
 
 
 def _add_categories(known: dict[int, dict[str, Any]], found: Iterable[Mapping[str, Any]], path: Path) -> None:

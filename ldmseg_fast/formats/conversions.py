@@ -1,7 +1,7 @@
 """Turns one result into what other libraries and tools hold. Those libraries are imported when they are asked for.
 
-`names` are names of categories, by id. A category without one is "object" where its id is 1, which is what the model
-itself gives, else "category N".
+`names` are names of categories, by id. A category without one has its segments' `name`; without that it is "object"
+where its id is 1, which is what class-agnostic models give, else "category N".
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def to_transformers(result: PanopticResult, names: Names = None) -> list[dict[st
     return [
         {
             "score": segment.get("score"),
-            "label": name_of(segment["category_id"], names),
+            "label": name_of(segment, names),
             "mask": Image.fromarray((result.segmentation == segment["id"]).astype(np.uint8) * np.uint8(255)),
         }
         for segment in result.segments_info
@@ -76,7 +76,7 @@ def to_supervision(result: PanopticResult, names: Names = None) -> Any:
         confidence=np.array([segment.get("score", 1.0) for segment in segments], np.float32),
         class_id=np.array([segment["category_id"] for segment in segments], np.int64),
         data={
-            "class_name": np.array([name_of(segment["category_id"], names) for segment in segments], str),
+            "class_name": np.array([name_of(segment, names) for segment in segments], str),
             "segment_id": ids,
             "isthing": np.array([bool(segment.get("isthing", True)) for segment in segments], bool),
         },
@@ -100,7 +100,7 @@ def to_fiftyone(result: PanopticResult, names: Names = None) -> Any:
         x, y, w, h = boxes[segment["id"]]
         detections.append(
             fiftyone.Detection(
-                label=name_of(segment["category_id"], names),
+                label=name_of(segment, names),
                 bounding_box=[x / width, y / height, w / width, h / height],
                 mask=result.segmentation[y : y + h, x : x + w] == segment["id"],
                 confidence=segment.get("score"),
@@ -145,17 +145,22 @@ def to_geojson(result: PanopticResult, picture: str = "", names: Names = None) -
 
 def categories_of(result: PanopticResult, names: Names = None) -> list[dict[str, Any]]:
     """Lists the categories of a result's segments as COCO's entries."""
-    things = {each["category_id"]: bool(each.get("isthing", True)) for each in result.segments_info}
-    return [
-        {"id": number, "name": name_of(number, names), "isthing": int(isthing)}
-        for number, isthing in sorted(things.items())
-    ]
+    found = {
+        each["category_id"]: {
+            "id": each["category_id"],
+            "name": name_of(each, names),
+            "isthing": int(bool(each.get("isthing", True))),
+        }
+        for each in result.segments_info
+    }
+    return [found[number] for number in sorted(found)]
 
 
-def name_of(category_id: int, names: Names = None) -> str:
-    """Returns the name of a category."""
-    default = "object" if category_id == 1 else f"category {category_id}"
-    return default if names is None else names.get(category_id, default)
+def name_of(segment: Mapping[str, Any], names: Names = None) -> str:
+    """Returns the name of a segment's category."""
+    number = segment["category_id"]
+    default = segment.get("name") or ("object" if number == 1 else f"category {number}")
+    return default if names is None else names.get(number, default)
 
 
 def _library(name: str, what: str) -> Any:

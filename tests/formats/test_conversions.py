@@ -73,6 +73,9 @@ def test_transformers_pipeline_gives_the_same(result):
 def test_names_have_a_default(result):
     assert [each["label"] for each in result.to_transformers()] == ["object", "category 7"]
     assert [each["label"] for each in result.to_transformers({7: "sky"})] == ["object", "sky"]
+    result.segments_info[0]["name"] = "cat"
+    assert [each["label"] for each in result.to_transformers({7: "sky"})] == ["cat", "sky"]
+    assert [shape["label"] for shape in result.to_labelme("a.jpg")["shapes"]] == ["cat", "category 7"]
 
 
 class Held:
