@@ -83,7 +83,9 @@ def test_what_is_told_about_segments():
 def test_class_agnostic_segments_and_crowds():
     one = entry(categories={})
     crowd = [{"id": 70000, "category_id": 1}, {"id": 8, "category_id": 2, "iscrowd": 1}]
-    matches = PanopticQuality([], class_agnostic=True).add(one.gt_ids, crowd, one.pred_ids, one.pred_segments, image_id=0)
+    matches = PanopticQuality([], class_agnostic=True).add(
+        one.gt_ids, crowd, one.pred_ids, one.pred_segments, image_id=0
+    )
     text = render_entry(entry(categories={}, gt_segments=crowd, matches=matches))
     assert "segment 8, 600 px, crowd, not counted" in text
     assert "segment 5, 120 px, on void or a crowd, not counted" in text
