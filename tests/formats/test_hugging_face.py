@@ -158,6 +158,7 @@ def test_what_datasets_cannot_load(tmp_path, capsys):
     for source, message in (
         (tmp_path / "empty", "datasets cannot load it"),
         (tmp_path / "bad.parquet", "datasets cannot load it"),
+        ("nobody/nothing-at-all", "nobody/nothing-at-all: datasets cannot load it"),
         (tmp_path / "nowhere", "no such folder, and no name of a data set on the Hub"),
     ):
         assert run(source, tmp_path / "out") == 2
