@@ -102,6 +102,7 @@ def test_grey_maps_class_labels_stuff_and_pictures_without_names(tmp_path, impor
     assert run(tmp_path / "saved", tmp_path / "out") == 0
     maps = imported(tmp_path / "out", "train")
     assert list(maps) == ["00000000.png", "00000001.png", "categories"]
+    assert maps["00000001.png"]["image"]["file_name"] == "00000001.jpg"
     assert np.array_equal(maps["00000000.png"]["ids"], values)
     assert maps["categories"] == [{"id": 0, "name": "car", "isthing": 1}, {"id": 1, "name": "sky", "isthing": 0}]
 
