@@ -7,7 +7,7 @@ array `groundTruth`, one struct for each annotator, whose field `Segmentation` n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,14 @@ def read_annotator(path: Path, number: int) -> AnnotatedMap:
 
 
 def _annotators(path: Path) -> list[Any]:
+    try:
+        return _annotators_of(path, path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+
+
+@lru_cache(maxsize=8)  # all annotators of a picture are read one after another
+def _annotators_of(path: Path, changed: int) -> list[Any]:
     cells = read_mat(path, "groundTruth")
     if not isinstance(cells, np.ndarray) or cells.dtype != object or not cells.size:
         raise DataError(f"{path}: groundTruth is no cell array of annotators")

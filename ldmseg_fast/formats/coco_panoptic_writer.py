@@ -81,7 +81,7 @@ def _write(journals: list[SplitJournal], plans: list[list[Place]], data_set: Dat
     empty = next((journal.split for journal in journals if not len(journal)), None)
     if (faults and not options.skip_bad) or empty is not None:
         kept = [str(journal.folder) for journal in journals if journal.clear_empty()]
-        cure = "mend them, or leave them out with --skip-bad" if empty is None else f"none is left of split {empty}"
+        cure = f"none is left of split {empty}" if options.skip_bad else "mend them, or leave them out with --skip-bad"
         cure += f"; the same command goes on with what is in {', '.join(kept)}" if kept else ""
         listed = "\n".join(faults_text(tuple(faults)))
         raise DataError(f"{len(faults)} of {total} pictures cannot be imported, so nothing is: {cure}\n{listed}")
