@@ -134,7 +134,7 @@ def _categories(listed: list[dict[str, Any]], file: CocoFile, where: str) -> dic
 
 
 def _is_placeholder(categories: Mapping[int, Mapping[str, Any]], annotations: list[dict[str, Any]]) -> bool:
-    above = {category.get("supercategory") for number, category in categories.items() if number != 0}
+    above = [category.get("supercategory") for number, category in categories.items() if number != 0]
     return 0 in categories and categories[0]["name"] in above and all(a.get("category_id") != 0 for a in annotations)
 
 

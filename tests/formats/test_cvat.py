@@ -12,6 +12,7 @@ from ldmseg_fast.commands.data_import import import_data
 from ldmseg_fast.errors import DataError, UserError
 from ldmseg_fast.formats import cvat_masks
 from ldmseg_fast.formats.cvat_xml import NO_AREA
+from ldmseg_fast.formats.data_set import AnnotatedMap
 from ldmseg_fast.formats.drawn import voc_colours
 from ldmseg_fast.formats.options import ReadOptions, WriteOptions
 from ldmseg_fast.formats.painting import OVERLAP
@@ -115,6 +116,17 @@ def test_what_is_written(tmp_path):
     objects = np.array(Image.open(tmp_path / "out/val/SegmentationObject/deep/a.png"))
     colours = {tuple(colour) for colour in objects.reshape(-1, 3).tolist()}
     assert colours == set(voc_colours()[: len(maps["deep/a.png"].segments) + 1])
+
+
+def test_more_labels_than_vocs_palette_has_colours(tmp_path):
+    categories = [{"id": number, "name": f"label {number}", "isthing": 1} for number in range(1, 301)]
+    each = AnnotatedMap(np.array([[1, 2]], np.int32), [{"id": n, "category_id": 149 + n, "iscrowd": 0} for n in (1, 2)])
+    (tmp_path / "out").mkdir()
+    cvat_masks.write(
+        data_set(tmp_path / "pictures", {"a.png": each}, "val", categories), tmp_path / "out", WriteOptions()
+    )
+    back = cvat_masks.read(tmp_path / "out", ReadOptions())
+    assert [segment["category_id"] for segment in back.splits["val"][0].read().segments] == [150, 151]
 
 
 @pytest.mark.parametrize("name", ["a:b", "#a", "a\nb", " a", "background"])
