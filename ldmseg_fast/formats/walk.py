@@ -45,10 +45,14 @@ class Item:
     def put_picture(self, path: Path, options: WriteOptions) -> None:
         """Puts the picture at `path`: a copy where `options` ask for one or it has no file, otherwise a link.
 
+        A picture with several maps is put there once.
+
         Raises:
             DataError: a picture that is not there.
             OSError: a file that cannot be written.
         """
+        if path.is_symlink() or path.exists():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = self.place.entry.picture
         if not isinstance(picture, Path):
