@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.files import read_file, text_of, without_repeats
 from ldmseg_fast.metrics.mask_maps import MaskMap, Size, paint_masks, size_of_masks
+from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.annotations import MAX_NUMBER, category_faults, without_collector
 from ldmseg_fast.panoptic.format import MAX_PIXELS, MAX_SIDE
 
@@ -82,6 +85,70 @@ class MaskFile:
 
     def _where(self, place: int) -> str:
         return _where(self.path, place)
+
+
+class StreamedMasks:
+    """Holds where the annotations of a file stand in it, and reads those of one image at a time by C++.
+
+    It has the members of `MaskFile`. Any thread may call `read`.
+    """
+
+    def __init__(self, path: Path, index: Any, predictions: bool, categories: list[dict[str, Any]]) -> None:
+        self.path, self._index, self._predictions, self.categories = path, index, predictions, categories
+        self.image_ids: list[int | str] = index.image_ids
+        self.used_categories = set(index.used_categories)
+        self.lists_images: bool = index.lists_images
+
+    @cached_property
+    def _whole(self) -> MaskFile:
+        """The file as Python reads it: for what C++ does not know, and for words for what is wrong."""
+        found = load_mask_file(self.path, predictions=self._predictions)
+        if found is None or found.image_ids != self.image_ids:
+            raise PanopticFormatError(f"{self.path}: changed while it was being read; start again")
+        return found
+
+    @property
+    def names(self) -> dict[int | str, Any]:
+        return self._whole.names
+
+    def size(self, k: int) -> Size | None:
+        """See `MaskFile.size`."""
+        try:
+            height, width = self._index.size(k)
+        except ValueError:  # UnusualJson, BadMask
+            return self._whole.size(k)
+        return (height, width) if height else None
+
+    def read(self, k: int, size: Size | None, things: Collection[int]) -> tuple[MaskMap, np.ndarray]:
+        """See `MaskFile.read`."""
+        try:
+            found, columns, gone, hidden, table = self._index.paint(k, things, *(size or (0, 0)))
+        except ValueError:
+            return self._whole.read(k, size, things)
+        return MaskMap(found, columns, gone, hidden), table
+
+    def details(self, k: int) -> list[dict[str, Any]]:
+        """See `MaskFile.details`."""
+        return self._whole.details(k)
+
+
+def open_mask_file(path: Path, *, predictions: bool) -> MaskFile | StreamedMasks | None:
+    """Opens a file of masks; None where it is none. C++ indexes what is plainly right, Python reads all else.
+
+    Raises:
+        PanopticFormatError: see `load_mask_file`.
+        OSError: a file that cannot be read.
+    """
+    if _C is not None and path.is_file():
+        try:
+            index = _C.MaskIndex(os.fsencode(path), predictions)
+            categories = json.loads(index.categories or "[]", parse_constant=_refuse, object_pairs_hook=without_repeats)
+        except ValueError:
+            return load_mask_file(path, predictions=predictions)
+        known = {category.get("id") for category in categories if isinstance(category, dict)}
+        if not any(category_faults(categories)) and (not index.categories or known >= set(index.used_categories)):
+            return StreamedMasks(path, index, predictions, categories)
+    return load_mask_file(path, predictions=predictions)
 
 
 def load_mask_file(path: Path, *, predictions: bool) -> MaskFile | None:

@@ -18,7 +18,7 @@ import numpy as np
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.files import open_file
 from ldmseg_fast.metrics.annotation_index import index_annotations, index_streamed
-from ldmseg_fast.metrics.mask_files import MaskFile, load_mask_file
+from ldmseg_fast.metrics.mask_files import MaskFile, StreamedMasks, open_mask_file
 from ldmseg_fast.metrics.mask_maps import MaskMap, Size
 from ldmseg_fast.metrics.matching import segment_table
 from ldmseg_fast.native import _C
@@ -81,7 +81,7 @@ def open_source(
         return _open_folder(path, class_agnostic)
     index = index_streamed(path, predictions)
     if index is None:
-        masks = load_mask_file(path, predictions=predictions or class_agnostic)
+        masks = open_mask_file(path, predictions=predictions or class_agnostic)
         if masks is not None:
             return _of_masks(masks)
         index = index_annotations(path, predictions=predictions)
@@ -115,7 +115,7 @@ def open_source(
     )
 
 
-def _of_masks(masks: MaskFile) -> Source:
+def _of_masks(masks: MaskFile | StreamedMasks) -> Source:
     return Source(
         masks.path,
         masks.image_ids,

@@ -93,8 +93,9 @@ def write_page_of_changes(
     first, second = (100 * value for value in comparison["pq"])
     note = (
         f"{before.pred.path}: PQ {first:.1f}. {after.pred.path}: PQ {second:.1f}. Difference "
-        f"{second - first:+.1f}, 95 % interval {low:+.1f} .. {high:+.1f}, p = {comparison['p_value']:.3g}. Each "
-        "image is shown with the first method and then with the second. An image's PQ is over its segments of all categories."
+        f"{second - first:+.1f}, 95 % interval {low:+.1f} .. {high:+.1f}, p = {comparison['p_value']:.3g}. "
+        "Each image is shown with the first method and then with the second. An image's PQ is over its segments of all "
+        "categories."
     )
     write_error_page(path, sections, f"{after.pred.path.name} against {before.pred.path.name}", note)
 
