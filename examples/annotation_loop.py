@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,9 +60,10 @@ def main(out: Path, count: int, settings: list[str]) -> None:
     # 4. Complete the maps: what was drawn stays exactly as it is.
     drawn = coco_panoptic_reader.read(out / "drawn", ReadOptions())
     truth = coco_panoptic_reader.read(scenes, ReadOptions(splits=("val2017",)))
+    first = drawn.categories[0]["id"]
     splits = {
-        "train2017": complete(drawn.splits["train2017"]),
-        "val2017": [replace(entry, read=partial(objects, entry), sources=()) for entry in truth.splits["val2017"]],
+        "train2017": complete(drawn.splits["train2017"], first),
+        "val2017": [replace(entry, read=partial(alike, entry, first)) for entry in truth.splits["val2017"]],
     }
     coco_panoptic_writer.write(DataSet(drawn.categories, splits), out / "data")
     run("data", "check", out / "data")
@@ -101,8 +103,11 @@ def annotate(task: dict[str, Any], number: int, scenes: Path) -> None:
     task["annotations"] = [{"id": number, "was_cancelled": False, "result": list(kept.values())}]
 
 
-def complete(entries: Any) -> list[Entry]:
-    """Completes maps of which a part is drawn; pictures in which nothing is drawn are left out."""
+def complete(entries: Sequence[Entry], category_id: int) -> list[Entry]:
+    """Completes maps of which a part is drawn; pictures in which nothing is drawn are left out.
+
+    What is drawn stays as it is, with its category; what the model adds is of the category `category_id`.
+    """
     pipe = LDMSegPipeline.from_pretrained("tiny")
     maps = [(entry, entry.read()) for entry in entries]
     maps = [(entry, each) for entry, each in maps if each.ids.any()]
@@ -113,7 +118,7 @@ def complete(entries: Any) -> list[Entry]:
         assert (result.segmentation == each.ids)[each.ids != 0].all()
         categories = {segment["id"]: segment["category_id"] for segment in each.segments}
         segments = [
-            {"id": segment["id"], "category_id": categories.get(segment["id"], 1), "iscrowd": 0}
+            {"id": segment["id"], "category_id": categories.get(segment["id"], category_id), "iscrowd": 0}
             for segment in result.segments_info
         ]
         whole = AnnotatedMap(result.segmentation, sorted(segments, key=lambda segment: segment["id"]))
@@ -123,10 +128,10 @@ def complete(entries: Any) -> list[Entry]:
     return completed
 
 
-def objects(entry: Entry) -> AnnotatedMap:
-    """Reads a map and makes all its segments objects, which is all that the model knows."""
+def alike(entry: Entry, category_id: int) -> AnnotatedMap:
+    """Reads a map and gives all its segments one category, as the model does."""
     each = entry.read()
-    return replace(each, segments=[{**segment, "category_id": 1} for segment in each.segments])
+    return replace(each, segments=[{**segment, "category_id": category_id} for segment in each.segments])
 
 
 if __name__ == "__main__":
