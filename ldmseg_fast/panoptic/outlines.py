@@ -6,7 +6,7 @@ Corners are counted in pixels from the upper left corner of the picture: pixel (
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,19 +113,63 @@ def without_holes(polygon: list[Ring]) -> np.ndarray:
     Args:
         polygon: an outer ring and its holes, as `polygons_of` gives it.
     """
-    ring = polygon[0].points
-    # from the top down: what lies above a hole is then part of the ring already
-    for hole in sorted((hole.points for hole in polygon[1:]), key=lambda points: int(points[:, 1].min())):
-        top = np.lexsort((hole[:, 0], hole[:, 1]))[0]
-        hole = np.roll(hole, -top, axis=0)
-        x, y = hole[0]
-        after = np.roll(ring, -1, axis=0)
-        level = (ring[:, 1] == after[:, 1]) & (ring[:, 1] <= y)
-        above = level & (np.minimum(ring[:, 0], after[:, 0]) <= x) & (x <= np.maximum(ring[:, 0], after[:, 0]))
-        place = np.flatnonzero(above)[np.argmax(ring[above, 1])]
-        meeting = np.array([[x, ring[place, 1]]], ring.dtype)
-        ring = np.concatenate([ring[: place + 1], meeting, hole, hole[:1], meeting, ring[place + 1 :]])
-    return ring[(ring != np.roll(ring, 1, axis=0)).any(axis=1)]
+    rings = [polygon[0].points, *(np.roll(hole.points, -_top(hole.points), axis=0) for hole in polygon[1:])]
+    holes_at: dict[int, list[int]] = {}  # corner, counted through all rings -> holes below the edge that it begins
+    for hole, corner in enumerate(_edges_above(rings).tolist(), 1):
+        holes_at.setdefault(corner, []).append(hole)
+    first = np.cumsum([0, *map(len, rings)]).tolist()
+
+    def steps(ring: int) -> Iterator[list[int] | int]:
+        """Goes around a ring, from its first corner back to it: corners, and numbers of the holes to go around."""
+        points = rings[ring].tolist()
+        for place, point in enumerate(points):
+            yield point
+            leftwards = points[(place + 1) % len(points)][0] < point[0]
+            for hole in sorted(
+                holes_at.get(first[ring] + place, ()), key=lambda each: int(rings[each][0, 0]), reverse=leftwards
+            ):
+                meeting = [int(rings[hole][0, 0]), point[1]]
+                yield meeting
+                yield hole
+                yield meeting
+        yield points[0]
+
+    line: list[list[int]] = []
+    under_way = [steps(0)]
+    while under_way:
+        step = next(under_way[-1], None)
+        if step is None:
+            under_way.pop()
+        elif isinstance(step, int):
+            under_way.append(steps(step))
+        else:
+            line.append(step)
+    corners = np.array(line, np.int32)
+    return corners[(corners != np.roll(corners, 1, axis=0)).any(axis=1)]
+
+
+def _top(points: np.ndarray) -> int:
+    """Finds the left end of a ring's uppermost edge."""
+    return int(np.lexsort((points[:, 0], points[:, 1]))[0])
+
+
+def _edges_above(rings: list[np.ndarray]) -> np.ndarray:
+    """Finds for the first corner of every ring but the first the level edge above it, by the corner that it begins at.
+
+    That edge belongs to a ring that begins further up, so that all lead to the first in the end.
+    """
+    start = np.concatenate(rings)
+    end = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
+    level = np.flatnonzero(start[:, 1] == end[:, 1])
+    left = np.minimum(start[level, 0], end[level, 0])
+    count = np.abs(start[level, 0] - end[level, 0]) + 1  # corners of pixels on an edge, with both ends
+    edge = np.repeat(level, count)
+    x = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(left, count)
+    rows = int(start[:, 1].max()) + 1
+    keys = x.astype(np.int64) * rows + start[edge, 1]
+    order = np.argsort(keys, kind="stable")
+    tops = np.array([ring[0] for ring in rings[1:]], np.int64).reshape(-1, 2)
+    return edge[order[np.searchsorted(keys[order], tops[:, 0] * rows + tops[:, 1]) - 1]]
 
 
 def _outlines_numpy(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

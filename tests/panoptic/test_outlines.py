@@ -54,6 +54,12 @@ def test_noise(seed):
     check(noise(seed))
 
 
+@pytest.mark.parametrize("share", [0.6, 0.75, 0.9, 0.98])
+def test_a_sieve(share):
+    """A piece with hundreds of holes, many of them beside and above each other, becomes one ring by slits."""
+    check((np.random.default_rng(0).uniform(size=(60, 80)) < share).astype(np.int32))
+
+
 @pytest.mark.skipif(_C is None, reason="the extension is not built")
 @pytest.mark.parametrize("seed", range(40))
 def test_numpy_finds_the_same(seed, monkeypatch):
