@@ -99,12 +99,12 @@ def read_challenge(
 
 
 def _names(path: Path) -> dict[int, str]:
-    """Reads objectInfo150.txt: Idx, Ratio, Train, Val, Stuff and Name, with tabs between them, below a heading."""
+    """Reads objectInfo150.txt: Idx first and Name last, with tabs and other columns between them, below a heading."""
     names = {}
     for line in read_list(path)[1:]:
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) < 2 or not parts[0].isdecimal() or not parts[-1]:
-            raise DataError(f"{path}: {line[:100]!r}: Idx, Ratio, Train, Val, Stuff, Name expected, with tabs between")
+            raise DataError(f"{path}: {line[:100]!r}: Idx first and Name last expected, with tabs between")
         names[int(parts[0])] = parts[-1]
     if not names:
         raise DataError(f"{path}: no classes")

@@ -31,6 +31,14 @@ MAPS = ("label", "annotation", "mask", "panoptic", "panoptic_map", "segmentation
 ALL = "train"  # the split of a data set without splits
 _IDS = ("image_id", "id")
 _LISTS = ("categories.json", "id2label.json")
+_MAGIC = (
+    (b"\xff\xd8", ".jpg"),
+    (b"RIFF", ".webp"),
+    (b"GIF8", ".gif"),
+    (b"BM", ".bmp"),
+    (b"II*", ".tif"),
+    (b"MM", ".tif"),
+)
 _ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -157,14 +165,18 @@ def _undecoded(rows: Any, column: str) -> Any:
 
 def _names_of(rows: Any) -> list[str]:
     """Names pictures after their files where all have one of their own, else after their places in the split."""
+    cut = library("pyarrow.compute", "a Hugging Face data set").binary_slice
     paths: list[str | None] = []
+    heads: list[bytes | None] = []
     for batch in rows.select_columns([PICTURE]).with_format("arrow").iter(1000):
         for chunk in batch.column(PICTURE).chunks:
             paths += chunk.field("path").to_pylist()
+            heads += cut(chunk.field("bytes"), 0, 4).to_pylist()
     names = [PurePosixPath(path.replace("\\", "/")).name if path else "" for path in paths]
     if names and all(names) and len(set(names)) == len(names):
         return names
-    return [f"{index:08}{PurePosixPath(name).suffix or '.png'}" for index, name in enumerate(names)]
+    endings = [next((end for magic, end in _MAGIC if head and head.startswith(magic)), ".png") for head in heads]
+    return [f"{place:08}{PurePosixPath(name).suffix or end}" for place, (name, end) in enumerate(zip(names, endings))]
 
 
 def _bytes_of(rows: Any, index: int, column: str, where: str) -> bytes:

@@ -22,7 +22,8 @@ from ldmseg_fast.formats.source_files import by_stem, files_below, first_folder,
 
 RARE = "pixels of classes beyond the 59, which are void"
 _ROOTS = ("", "VOC2010/", "VOCdevkit/VOC2010/")
-_IN_CONTEXT = {"dining table": "diningtable", "potted plant": "pottedplant", "tv monitor": "tvmonitor"}
+# what the list of 59 and VOC call otherwise than labels.txt, whose names are compared without spaces
+_OTHERWISE = {"diningtable": "table", "bedcloth": "bedclothes", "clothes": "cloth"}
 
 
 def read(source: Path, options: ReadOptions) -> DataSet:
@@ -43,24 +44,26 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     names = _names(source / "labels.txt")
     chosen = set(names)
     if version == "59":
-        frequent = set(_names(source / "59_labels.txt").values())
-        if missing := sorted(frequent - set(names.values())):
+        frequent = _names(source / "59_labels.txt").values()
+        found = {name: _label_of(name, names) for name in frequent}
+        if missing := [name for name in frequent if found[name] is None]:
             raise DataError(f"{source / '59_labels.txt'}: {missing[0]} is not in {source / 'labels.txt'}")
-        chosen = {label for label, name in names.items() if name in frequent}
+        chosen = {label for label in found.values() if label is not None}
     objects_in = root / "SegmentationObject"
     objects = by_stem(files_below(objects_in, (".png",)), objects_in) if objects_in.is_dir() else {}
-    things = {label for label, name in names.items() if objects and _IN_CONTEXT.get(name, name) in voc.CLASSES[1:]}
-    found = by_stem(files_below(maps, (".mat",)), maps)
+    of_voc = (_label_of(name, names) for name in voc.CLASSES[1:] if objects)
+    things = {label for label in of_voc if label is not None}
+    mats = by_stem(files_below(maps, (".mat",)), maps)
     pictures = by_stem(files_below(root / "JPEGImages", (".jpg", ".jpeg", ".png")), root / "JPEGImages")
     splits = {}
-    for split, (stems, path) in _splits(source, root, found, options).items():
+    for split, (stems, path) in _splits(source, root, mats, options).items():
         voc.check_named(stems, pictures, path, root / "JPEGImages")
         splits[split] = [
             Entry(
                 pictures[stem].relative_to(root / "JPEGImages").as_posix(),
                 pictures[stem],
-                partial(read_context, found[stem], objects.get(stem), names, chosen, things),
-                sources=(found[stem], *((objects[stem],) if stem in objects else ())),
+                partial(read_context, mats[stem], objects.get(stem), names, chosen, things),
+                sources=(mats[stem], *((objects[stem],) if stem in objects else ())),
             )
             for stem in stems
         ]
@@ -111,6 +114,13 @@ def _names(path: Path) -> dict[int, str]:
     if not names:
         raise DataError(f"{path}: no labels")
     return names
+
+
+def _label_of(name: str, names: Mapping[int, str]) -> int | None:
+    """Finds the label that a list of another origin calls `name`."""
+    labels = {each.replace(" ", ""): label for label, each in names.items()}
+    short = name.replace(" ", "")
+    return labels.get(short, labels.get(_OTHERWISE.get(short, "")))
 
 
 def _splits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -106,17 +107,23 @@ class SplitJournal:
         """Links an entry's picture, or writes its content: a copy, or of one that lies in no file.
 
         Raises:
+            DataError: a file system without links.
             OSError: it cannot be written.
         """
         path, picture = self._pictures / place.name, place.entry.picture
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(picture, Path) and not copy:
             target = picture.resolve()
-            with contextlib.suppress(FileExistsError):  # of another map of this picture
-                path.symlink_to(target)
-            if path.readlink() != target:
+            if path.is_symlink() and path.readlink() != target:
                 path.unlink()
+            try:
                 path.symlink_to(target)
+            except FileExistsError:
+                pass  # of another map of this picture
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise DataError(f"{path}: this file system holds no links; use --copy") from None
+                raise
             return
         with replacing(path) as temporary:
             temporary.write_bytes(content)

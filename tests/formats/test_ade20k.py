@@ -178,7 +178,7 @@ def test_challenge_with_instances(with_instances, tmp_path, imported):
     ("break_it", "message"),
     [
         (lambda f: (f / "objectInfo150.txt").unlink(), "no such file"),
-        (lambda f: (f / "objectInfo150.txt").write_text("Idx\n1 wall\n"), "Idx, Ratio, Train, Val, Stuff, Name"),
+        (lambda f: (f / "objectInfo150.txt").write_text("Idx\n1 wall\n"), "Idx first and Name last expected"),
         (lambda f: (f / "categoryMapping.txt").unlink(), "no categoryMapping.txt"),
         (lambda f: (f / "categoryMapping.txt").write_text("a b\n5 151\n"), "two classes expected"),
         (lambda f: (f / "images" / "validation" / "ADE_val_00000001.jpg").unlink(), "have no picture"),

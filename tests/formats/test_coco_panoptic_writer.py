@@ -225,6 +225,18 @@ def test_faults_of_ours_and_of_the_disk_end_the_import(entries, tmp_path, monkey
     assert visible(tmp_path / "out") == []
 
 
+def test_a_file_system_without_links(entries, tmp_path, monkeypatch):
+    entries.new("a.png")
+
+    def refuse(path, target):
+        raise OSError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with pytest.raises(DataError, match="holds no links; use --copy"):
+        write(entries.data_set(), tmp_path / "out")
+    assert write(entries.data_set(), tmp_path / "other", WriteOptions(copy=True)).pictures == 1
+
+
 def test_sizes_and_pictures_that_cannot_be_read(entries, tmp_path, imported):
     entries.new("small.png", lambda: halves(10, 32))
     entries.new("turned.png", lambda: halves(32, 24))

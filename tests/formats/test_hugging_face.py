@@ -102,6 +102,7 @@ def test_grey_maps_class_labels_stuff_and_pictures_without_names(tmp_path, impor
     assert run(tmp_path / "saved", tmp_path / "out") == 0
     maps = imported(tmp_path / "out", "train")
     assert list(maps) == ["00000000.png", "00000001.png", "categories"]
+    assert maps["00000001.png"]["image"]["file_name"] == "00000001.jpg"
     assert np.array_equal(maps["00000000.png"]["ids"], values)
     assert maps["categories"] == [{"id": 0, "name": "car", "isthing": 1}, {"id": 1, "name": "sky", "isthing": 0}]
 
@@ -158,6 +159,7 @@ def test_what_datasets_cannot_load(tmp_path, capsys):
     for source, message in (
         (tmp_path / "empty", "datasets cannot load it"),
         (tmp_path / "bad.parquet", "datasets cannot load it"),
+        ("nobody/nothing-at-all", "nobody/nothing-at-all: datasets cannot load it"),
         (tmp_path / "nowhere", "no such folder, and no name of a data set on the Hub"),
     ):
         assert run(source, tmp_path / "out") == 2

@@ -115,9 +115,9 @@ def context(devkit, tmp_path):
     root = tmp_path / "context"
     (root / "trainval").mkdir(parents=True)
     devkit.rename(root / "VOC2010")
-    names = {7: "dog", 300: "person", 459: "wood", 12: "sky", 5: "potted plant"}
+    names = {7: "dog", 300: "person", 459: "wood", 12: "sky", 5: "table"}
     (root / "labels.txt").write_text("".join(f"{label}: {name}\n" for label, name in sorted(names.items())))
-    (root / "59_labels.txt").write_text("1: dog\n2: person\n3: sky\n4: potted plant\n")
+    (root / "59_labels.txt").write_text("1: dog\n2: person\n3: sky\n4: dining table\n")
     for number in range(3):
         savemat(
             root / "trainval" / f"2007_00000{number}.mat", {"LabelMap": context_labels(number)}, do_compression=True
@@ -141,9 +141,8 @@ def test_pascal_context(context, tmp_path, imported, capsys, version):
     assert ("beyond the 59" in capsys.readouterr().out) == (version == "59")
     maps = imported(out, "trainval")
     names = [each["name"] for each in maps["categories"]]
-    assert names == [
-        name for name in ("potted plant", "dog", "sky", "person", "wood") if version == "459" or name != "wood"
-    ]
+    assert names == [name for name in ("table", "dog", "sky", "person", "wood") if version == "459" or name != "wood"]
+    assert [each["name"] for each in maps["categories"] if each["isthing"]] == ["table", "dog", "person"]
     for number in range(3):
         labels = context_labels(number).astype(int)
         expected = np.where((labels == 0) | ((labels == 459) & (version == "59")), -1, labels)
@@ -170,6 +169,7 @@ def test_pascal_context_without_objects_and_with_lists(context, tmp_path, import
         (lambda f: (f / "labels.txt").unlink(), "no such file"),
         (lambda f: (f / "labels.txt").write_text("dog\n"), "NUMBER: NAME expected"),
         (lambda f: (f / "labels.txt").write_text("7: dog\n"), "label 12 is no category"),
+        (lambda f: (f / "59_labels.txt").write_text("7: hound\n"), "hound is not in"),
         (lambda f: (f / "trainval" / "2007_000001.mat").write_bytes(b"MATLAB 5.0 nothing"), "no readable .mat"),
         (lambda f: (f / "trainval" / "2007_000001.mat").write_bytes(b"MATLAB 7.3 MAT-file"), "save it with -v7"),
         (lambda f: savemat(f / "trainval" / "2007_000001.mat", {"map": np.ones(SIZE)}), "no variable LabelMap"),
@@ -178,10 +178,12 @@ def test_pascal_context_without_objects_and_with_lists(context, tmp_path, import
         (lambda f: savemat(f / "trainval" / "2007_000001.mat", {"LabelMap": np.full((3, 3), 7)}), "3x3"),
         (lambda f: (f / "VOC2010" / "JPEGImages" / "2007_000001.jpg").unlink(), "1 of 3 names"),
     ],
-    ids=["labels", "line", "label", "damaged", "hdf5", "variable", "fraction", "text", "size", "picture"],
+    ids=["labels", "line", "label", "59", "damaged", "hdf5", "variable", "fraction", "text", "size", "picture"],
 )
 def test_faults_of_pascal_context(context, tmp_path, capsys, break_it, message):
     break_it(context)
-    assert main(["data", "import", "pascal-context", str(context), str(tmp_path / "out")]) == 2
+    version = "59" if "hound" in message else "459"
+    arguments = ["data", "import", "pascal-context", str(context), str(tmp_path / "out"), "--version", version]
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and not (tmp_path / "out" / "trainval").exists()
