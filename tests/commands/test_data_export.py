@@ -155,5 +155,7 @@ def test_results_of_an_evaluation(scenes, tmp_path, capsys):
     assert "which has no splits" in refused(
         capsys, "labelme", results / "panoptic.json", out, *pictures, "--split", "val2017"
     )
+    inside = results / "panoptic" / "out"
+    assert "which this command reads" in refused(capsys, "labelme", results / "panoptic.json", inside, *pictures)
     assert export("labelme", results / "panoptic.json", out, *pictures) == 0
     assert len(list((out / "predicted").glob("*.json"))) == 8
