@@ -232,6 +232,12 @@ def test_xml_of_images(xml, tmp_path, imported):
     assert summary.segments == 4 and "deep/a.png" in imported(tmp_path / "out", "train")
 
 
+def test_a_last_run_of_zeros_may_be_missing(xml):
+    root = xml('<mask label="car" rle="1, 1" left="4" top="5" width="2" height="2"/>')
+    found = cvat_masks.read(root, ReadOptions()).splits["default"][0].read()
+    assert np.argwhere(found.ids).tolist() == [[5, 5]]
+
+
 SQUARE = '<polygon label="car" points="2,3;8,3;8,9" z_order="0"/>'
 BAD_XML = {
     "damaged": (XML[:90], "", "damaged XML"),
@@ -246,6 +252,7 @@ BAD_XML = {
     "short": (XML, SQUARE.replace(";8,9", ""), "at least 3 points"),
     "no label": (XML, SQUARE.replace('label="car" ', ""), "has no label"),
     "rle": (XML, '<mask label="car" rle="1, x" left="0" top="0" width="1" height="1"/>', "whole numbers"),
+    "few runs": (XML, '<mask label="car" rle="1, 1, 1" left="0" top="0" width="2" height="2"/>', "4 pixels of its box"),
     "runs": (XML, '<mask label="car" rle="1, 4" left="0" top="0" width="2" height="2"/>', "4 pixels of its box"),
     "outside": (XML, '<mask label="car" rle="0, 4" left="31" top="0" width="2" height="2"/>', "leaves the picture"),
     "huge": (XML, '<mask label="car" rle="99999999999999999999" left="0" top="0" width="1" height="1"/>', "whole"),
