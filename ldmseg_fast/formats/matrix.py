@@ -12,7 +12,7 @@ START, END = "<!-- kinds: python -m ldmseg_fast.formats.matrix -->", "<!-- end -
 
 
 def table() -> str:
-    """Returns the table of kinds as Markdown: import, export, what comes back of an export, and what it is written for."""
+    """Returns the table of kinds as Markdown: import, export, what comes back of it, and what it is written for."""
     rows = [
         "| kind | what it is | import | export | round trip | written for |",
         "|---|---|---|---|---|---|",

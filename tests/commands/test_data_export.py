@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +143,16 @@ def test_an_error_on_the_way_leaves_nothing(scenes, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(geojson, "replacing", full)
     assert "No space left" in refused(capsys, "geojson", scenes, tmp_path / "out")
     assert files(tmp_path) == []
+
+
+def test_a_file_system_without_links(scenes, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert "this file system holds no links; use --copy" in refused(capsys, "labelme", scenes, tmp_path / "out")
+    assert files(tmp_path) == []
+    assert export("labelme", scenes, tmp_path / "out", "--copy", "--split", "val2017") == 0
 
 
 def test_results_of_an_evaluation(scenes, tmp_path, capsys):
