@@ -69,7 +69,7 @@ class Item:
                 path.symlink_to(picture.resolve())
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise DataError(f"{path}: this file system holds no links; use --copy") from None
+                    raise DataError(f"{self.name}: the file system of OUT holds no links; use --copy") from None
                 raise
 
 

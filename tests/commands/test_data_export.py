@@ -137,11 +137,12 @@ def test_names_that_lead_out(copied, tmp_path, capsys, name):
 
 
 def test_an_error_on_the_way_leaves_nothing(scenes, tmp_path, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(28, os.strerror(28), "disk")
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(geojson, "replacing", full)
-    assert "No space left" in refused(capsys, "geojson", scenes, tmp_path / "out")
+    said = refused(capsys, "geojson", scenes, tmp_path / "out")
+    assert "No space left" in said and str(tmp_path / "out" / "train2017") in said and ".tmp" not in said
     assert files(tmp_path) == []
 
 
@@ -150,7 +151,7 @@ def test_a_file_system_without_links(scenes, tmp_path, capsys, monkeypatch):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    assert "this file system holds no links; use --copy" in refused(capsys, "labelme", scenes, tmp_path / "out")
+    assert "the file system of OUT holds no links; use --copy" in refused(capsys, "labelme", scenes, tmp_path / "out")
     assert files(tmp_path) == []
     assert export("labelme", scenes, tmp_path / "out", "--copy", "--split", "val2017") == 0
 
