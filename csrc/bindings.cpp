@@ -9,6 +9,7 @@
 
 #include "annotation_index.hpp"
 #include "coco_masks.hpp"
+#include "mask_index.hpp"
 #include "matching.hpp"
 #include "outlines.hpp"
 #include "panoptic_head.hpp"
@@ -157,9 +158,9 @@ std::unique_ptr<AnnotationIndex> py_annotation_index(const std::string& path, bo
     return std::make_unique<AnnotationIndex>(path, predictions);
 }
 
-py::list py_image_ids(const AnnotationIndex& index) {
+py::list listed_ids(const std::vector<std::string>& written) {
     py::list ids;
-    for (const std::string& id : index.image_ids()) {
+    for (const std::string& id : written) {
         if (id[0] == '"')
             ids.append(py::str(id.substr(1, id.size() - 2)));
         else
@@ -168,14 +169,68 @@ py::list py_image_ids(const AnnotationIndex& index) {
     return ids;
 }
 
+py::list py_image_ids(const AnnotationIndex& index) { return listed_ids(index.image_ids()); }
+
+Array<int64_t> table_of(const std::vector<Segment>& rows) {
+    Array<int64_t> table({rows.size(), size_t{4}});
+    int64_t* out = table.mutable_data();
+    for (const Segment& segment : rows)
+        for (const int64_t value : {segment.id, segment.category_id, segment.iscrowd, segment.area}) *out++ = value;
+    return table;
+}
+
+std::unique_ptr<MaskIndex> py_mask_index(const std::string& path, bool predictions) {
+    py::gil_scoped_release release;
+    return std::make_unique<MaskIndex>(path, predictions);
+}
+
+// (height, width) as the file tells it, (0, 0) where it does not
+std::pair<size_t, size_t> mask_size(const std::vector<StoredMask>& masks, std::pair<size_t, size_t> size) {
+    for (const StoredMask& mask : masks) {
+        if (mask.height == 0) continue;
+        if (size.first == 0) size = {mask.height, mask.width};
+        if (size != std::make_pair(mask.height, mask.width)) throw BadMask("sizes differ");
+    }
+    return size;
+}
+
+std::pair<size_t, size_t> py_mask_size(const MaskIndex& index, size_t k) {
+    py::gil_scoped_release release;
+    const auto size = index.size(k);
+    return size.first ? size : mask_size(index.masks(k), size);
+}
+
+// height and width: where the file does not tell them. Returns (size, map on its side, gone, hidden pixels, table [S, 4])
+py::tuple py_paint_image(const MaskIndex& index, size_t k, const std::set<int64_t>& things, size_t height, size_t width) {
+    py::gil_scoped_release release;
+    std::vector<StoredMask> masks = index.masks(k);
+    std::pair<size_t, size_t> size = mask_size(masks, index.size(k));
+    if (size.first == 0) size = {height, width};
+    if (size.first == 0 || size.second == 0) throw BadMask("no size");
+    std::vector<std::vector<Span>> spans;
+    std::vector<uint8_t> above;
+    std::vector<Segment> rows;
+    for (const StoredMask& mask : masks) {
+        above.push_back(!mask.segment.iscrowd && things.count(mask.segment.category_id));
+        if (mask.height) {
+            spans.push_back(spans_of_counts(mask.counts, size.first * size.second));
+            continue;
+        }
+        OutlineMask drawn(size.first, size.second);
+        for (const std::vector<double>& xy : mask.outlines) drawn.add(xy.data(), xy.size() / 2);
+        spans.push_back(drawn.spans());
+    }
+    PaintedMasks painted = paint_masks(spans, above, size.first, size.second);
+    for (size_t place = 0; place < masks.size(); ++place)
+        if (!std::binary_search(painted.gone.begin(), painted.gone.end(), place)) rows.push_back(masks[place].segment);
+    py::gil_scoped_acquire acquire;
+    return py::make_tuple(size, py::cast(std::move(painted.map)), painted.gone, painted.hidden, table_of(rows));
+}
+
 // (file name, table [S, 4])
 py::tuple py_annotation(const AnnotationIndex& index, size_t k) {
     const Annotation annotation = index.annotation(k);
-    Array<int64_t> table({annotation.segments.size(), size_t{4}});
-    int64_t* out = table.mutable_data();
-    for (const Segment& segment : annotation.segments)
-        for (const int64_t value : {segment.id, segment.category_id, segment.iscrowd, segment.area}) *out++ = value;
-    return py::make_tuple(annotation.file_name, table);
+    return py::make_tuple(annotation.file_name, table_of(annotation.segments));
 }
 
 // Spans down the columns as 0 and 1, [H, W].
@@ -390,6 +445,16 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("categories", &AnnotationIndex::categories)
         .def_property_readonly("used_categories", &AnnotationIndex::used_categories)
         .def("annotation", &py_annotation, py::arg("k"));
+
+    // mask_index.hpp
+    py::class_<MaskIndex>(m, "MaskIndex", "Indexes where the masks of COCO annotations stand in a JSON.")
+        .def(py::init(&py_mask_index), py::arg("path"), py::arg("predictions"))
+        .def_property_readonly("lists_images", &MaskIndex::lists_images)
+        .def_property_readonly("image_ids", [](const MaskIndex& index) { return listed_ids(index.image_ids()); })
+        .def_property_readonly("categories", &MaskIndex::categories)
+        .def_property_readonly("used_categories", &MaskIndex::used_categories)
+        .def("size", &py_mask_size, py::arg("k"))
+        .def("paint", &py_paint_image, py::arg("k"), py::arg("things"), py::arg("height"), py::arg("width"));
 
     // coco_masks.hpp
     py::register_exception<BadMask>(m, "BadMask", PyExc_ValueError);

@@ -159,37 +159,104 @@ std::vector<Span> OutlineMask::spans() const {
     return spans;
 }
 
+namespace {
+
+struct Piece {
+    uint32_t begin, end;
+    int32_t id;
+};
+
+// Masks as one list of pieces in ascending order; false where some lie over each other.
+bool order_pieces(const std::vector<std::vector<Span>>& masks, size_t pixels, std::vector<Piece>& pieces) {
+    constexpr int shift = 7;  // buckets of 128 pixels: as many pieces begin in one at most, where none overlap
+    std::vector<uint32_t> first((pixels >> shift) + 2, 0);
+    size_t count = 0;
+    for (const auto& mask : masks) {
+        count += mask.size();
+        for (const Span& span : mask) ++first[(span.begin >> shift) + 1];
+    }
+    if (*std::max_element(first.begin(), first.end()) > 1u << shift) return false;
+    for (size_t k = 1; k < first.size(); ++k) first[k] += first[k - 1];
+    pieces.resize(count);
+    for (size_t k = 0; k < masks.size(); ++k)
+        for (const Span& span : masks[k])
+            pieces[first[span.begin >> shift]++] = {span.begin, span.end, static_cast<int32_t>(k + 1)};
+    for (size_t k = 1; k < count; ++k) {
+        const Piece piece = pieces[k];
+        size_t place = k;
+        for (; place > 0 && pieces[place - 1].begin > piece.begin; --place) pieces[place] = pieces[place - 1];
+        pieces[place] = piece;
+    }
+    for (size_t k = 1; k < count; ++k)
+        if (pieces[k].begin < pieces[k - 1].end) return false;
+    return true;
+}
+
+// The map on its side of pieces that do not overlap.
+RunMap map_of_pieces(const std::vector<Piece>& pieces, size_t height, size_t width) {
+    RunMap map(width, height);
+    size_t at = 0, column_end = height;
+    Run* end = map.start_row();
+    const auto fill = [&](size_t until, int32_t id) {
+        while (at < until) {
+            add_run(end, at + height - column_end, static_cast<uint32_t>(id));
+            at = std::min(until, column_end);
+            if (at < column_end) return;
+            map.end_row(end);
+            if (at == height * width) return;
+            end = map.start_row();
+            column_end += height;
+        }
+    };
+    for (const Piece& piece : pieces) {
+        fill(piece.begin, 0);
+        fill(piece.end, piece.id);
+    }
+    fill(height * width, 0);
+    return map;
+}
+
+RunMap map_of_layers(const std::vector<std::vector<Span>>& masks, const std::vector<size_t>& order, size_t height,
+                     size_t width) {
+    std::vector<int32_t> pixels(height * width, 0);
+    for (const size_t k : order)
+        for (const Span& span : masks[k])
+            std::fill(pixels.begin() + span.begin, pixels.begin() + span.end, static_cast<int32_t>(k + 1));
+    return RunMap(pixels.data(), width, height);
+}
+
+}  // namespace
+
 PaintedMasks paint_masks(const std::vector<std::vector<Span>>& masks, const std::vector<uint8_t>& above, size_t height,
                          size_t width) {
     std::vector<int64_t> area(masks.size(), 0);
-    std::vector<size_t> order(masks.size());
-    std::iota(order.begin(), order.end(), size_t{0});
     int64_t total = 0;
     for (size_t k = 0; k < masks.size(); ++k) {
         for (const Span& span : masks[k]) area[k] += span.end - span.begin;
         total += area[k];
     }
+    std::vector<size_t> gone;
+    std::vector<Piece> pieces;
+    if (order_pieces(masks, height * width, pieces)) {
+        for (size_t k = 0; k < masks.size(); ++k)
+            if (area[k] == 0) gone.push_back(k);
+        return {map_of_pieces(pieces, height, width), std::move(gone), 0};
+    }
+    std::vector<size_t> order(masks.size());
+    std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
         return above[a] != above[b] ? above[a] < above[b] : area[a] > area[b];
     });
-    thread_local std::vector<int32_t> pixels;  // a fresh page costs more than what is painted on it
-    if (pixels.size() > 4 * height * width) pixels = {};
-    pixels.resize(std::max(pixels.size(), height * width));
-    std::fill_n(pixels.begin(), height * width, 0);
-    for (const size_t k : order)
-        for (const Span& span : masks[k])
-            std::fill(pixels.begin() + span.begin, pixels.begin() + span.end, static_cast<int32_t>(k + 1));
-    PaintedMasks painted{RunMap(pixels.data(), width, height), {}, total};
+    RunMap map = map_of_layers(masks, order, height, width);
     std::vector<uint8_t> there(masks.size() + 1, 0);
     for (size_t x = 0; x < width; ++x)
-        for (const Run* run = painted.map.row(x); run->begin < static_cast<int32_t>(height); ++run) {
-            if (run->id == 0) continue;
+        for (const Run* run = map.row(x); run->begin < static_cast<int32_t>(height); ++run) {
             there[static_cast<size_t>(run->id)] = 1;
-            painted.hidden -= run[1].begin - run->begin;
+            if (run->id != 0) total -= run[1].begin - run->begin;
         }
     for (size_t k = 0; k < masks.size(); ++k)
-        if (!there[k + 1]) painted.gone.push_back(k);
-    return painted;
+        if (!there[k + 1]) gone.push_back(k);
+    return {std::move(map), std::move(gone), total};
 }
 
 }  // namespace ldmseg

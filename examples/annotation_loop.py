@@ -19,12 +19,11 @@ import numpy as np
 from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline, cli, train
-from ldmseg_fast.data.picture_folders import find_pictures
 from ldmseg_fast.data.scenes import write_scenes
-from ldmseg_fast.formats import coco_panoptic_reader, coco_panoptic_writer, label_studio
+from ldmseg_fast.formats import coco_panoptic_reader, coco_panoptic_writer
 from ldmseg_fast.formats.brush import decode, encode
 from ldmseg_fast.formats.data_set import AnnotatedMap, DataSet, Entry
-from ldmseg_fast.formats.options import ReadOptions, WriteOptions
+from ldmseg_fast.formats.options import ReadOptions
 from ldmseg_fast.panoptic.format import read_panoptic_png
 
 # seconds of training, gentle enough to keep what the model knows; leave them out for a real one
@@ -41,18 +40,15 @@ SHORT = [
 def main(out: Path, count: int, settings: list[str]) -> None:
     scenes = write_scenes(out / "scenes", count, 64, 0)
 
-    # 1. Predict, and write the maps as pre-annotations. Import tasks/predicted.json into a project of Label Studio,
-    #    whose labelling interface is tasks/labels.xml.
+    # 1. Predict, and write the maps as pre-annotations: predicted/label-studio/predicted.json has the tasks of a
+    #    project, labels.xml its labelling interface.
     pictures = scenes / "train2017"
-    run("predict", "tiny", pictures, "--out", out / "predicted")
-    predicted = coco_panoptic_reader.read_predictions(out / "predicted", find_pictures([pictures]).pictures)
-    (out / "tasks").mkdir()
-    print(label_studio.write(predicted, out / "tasks", WriteOptions()).text())
+    run("predict", "tiny", pictures, "--out", out / "predicted", "--format", "label-studio")
 
     # 2. A person corrects them. The project's export, as JSON, lies beside the pictures.
     (out / "export").mkdir()
     (out / "export" / "pictures").symlink_to(pictures.resolve())
-    tasks = json.loads((out / "tasks" / "predicted.json").read_text(encoding="utf-8"))
+    tasks = json.loads((out / "predicted" / "label-studio" / "predicted.json").read_text(encoding="utf-8"))
     for number, task in enumerate(tasks, 1):
         annotate(task, number, scenes)
     (out / "export" / "train2017.json").write_text(json.dumps(tasks), encoding="utf-8")

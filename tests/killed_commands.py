@@ -260,6 +260,10 @@ class Commands:
         fixed = ["data", "import", "coco-panoptic", str(self.scenes)]
         return refused_when_there, lambda out: [*fixed, str(out), "--split", "train2017"], ()
 
+    def exports(self) -> tuple[Main, Callable[[Path], list[str]], tuple[str, ...]]:
+        fixed = ["data", "export", "coco-panoptic", str(self.scenes)]
+        return refused_when_there, lambda out: [*fixed, str(out), "--split", "train2017"], ()
+
     def pq(self) -> tuple[Main, Callable[[Path], list[str]], tuple[str, ...]]:
         maps = self.scenes / "panoptic_val2017"
         given = [self.results, self.results, "--gt-folder", maps, "--pred-folder", maps, "--worst", 4, "--random", 4]
@@ -273,7 +277,7 @@ class Commands:
 
 # name -> method of `Commands`, ranks
 COMMANDS = {"train": ("train", 1), "train-2-ranks": ("train", 2)} | {
-    name: (name, 1) for name in ("evaluate", "predict", "cache", "merge", "imports", "pq")
+    name: (name, 1) for name in ("evaluate", "predict", "cache", "merge", "imports", "exports", "pq")
 }
 
 

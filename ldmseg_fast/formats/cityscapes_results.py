@@ -43,12 +43,13 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
     annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in data_set.splits}
     images: dict[tuple[str, str], str] = {}
     for item in walk.items("cityscapes-results"):
-        image_id = PurePosixPath(item.stem).name.removesuffix(_PICTURE)
-        other = images.setdefault((item.split, image_id), item.name)
-        if other != item.name:
+        image_id = PurePosixPath(item.name).stem.removesuffix(_PICTURE)
+        if (other := images.get((item.split, image_id))) is not None:
             raise DataError(
-                f"{item.name} and {other}: Cityscapes knows both as {image_id}; rename one, or leave one out"
+                f"{item.name} and {other}: Cityscapes knows both as {image_id} and has one map of it; rename one, or "
+                "leave one out"
             )
+        images[item.split, image_id] = item.name
         kept = [segment for segment in item.map.segments if segment["category_id"] in labels]
         others = len(item.map.segments) - len(kept)
         walk.leave_out("segments of categories that Cityscapes does not evaluate", others, item.name)

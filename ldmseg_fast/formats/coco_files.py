@@ -134,7 +134,7 @@ def _categories(listed: list[dict[str, Any]], file: CocoFile, where: str) -> dic
 
 
 def _is_placeholder(categories: Mapping[int, Mapping[str, Any]], annotations: list[dict[str, Any]]) -> bool:
-    above = {category.get("supercategory") for number, category in categories.items() if number != 0}
+    above = [category.get("supercategory") for number, category in categories.items() if number != 0]
     return 0 in categories and categories[0]["name"] in above and all(a.get("category_id") != 0 for a in annotations)
 
 
@@ -259,7 +259,17 @@ def _masks(
             pixels,
             category_id,
             isthing=category_id in source.things,
-            iscrowd=annotation.get("iscrowd") in (1, True),
+            iscrowd=_is_crowd(annotation),
             score=score_of(annotation),
             name=here,
         )
+
+
+def _is_crowd(annotation: Mapping[str, Any]) -> bool:
+    """Tells whether an annotation stands for several instances. CVAT marks every mask that is no polygon as one.
+
+    CVAT's annotations have `attributes` with `occluded` (datumaro/plugins/data_formats/coco/exporter.py).
+    """
+    attributes = annotation.get("attributes")
+    by_cvat = isinstance(attributes, dict) and "occluded" in attributes
+    return annotation.get("iscrowd") in (1, True) and not by_cvat

@@ -6,6 +6,7 @@ The format is cocodataset.org/#format-data, "Panoptic Segmentation". `panoptic.a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -160,7 +161,7 @@ def _read_map(
         )
     kept = [
         {"id": each["id"], "category_id": each["category_id"], "iscrowd": int(each.get("iscrowd", 0))}
-        | ({"score": each["score"]} if "score" in each else {})
+        | ({"score": each["score"]} if _is_score(each.get("score")) else {})
         for each in sorted(segments, key=lambda segment: segment["id"])
         if each["id"] in present
     ]
@@ -180,11 +181,12 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(text_of(read_file(path, DataError, "JSON file")))
         whole = isinstance(record["file_name"], str) and all(
-            type(segment["id"]) is int and type(segment["category_id"]) is int for segment in record["segments_info"]
+            type(segment["id"]) is int and type(segment["category_id"]) is int and segment.get("iscrowd", 0) in (0, 1)
+            for segment in record["segments_info"]
         )
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; predict the picture again") from error
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise DataError(f"{path}: no result of `ldmseg predict`, or damaged; predict the picture again")
@@ -212,6 +214,9 @@ def _add_categories(known: dict[int, dict[str, Any]], found: Iterable[Mapping[st
     """
     for each in found:
         category = {key: each[key] for key in _KEPT if key in each}
+        for key, fits in _UNCHECKED.items():
+            if key in category and not fits(category[key]):
+                del category[key]
         category.setdefault("name", f"category {each['id']}")
         category["isthing"] = int(category.get("isthing", 1))
         other = known.setdefault(category["id"], category)
@@ -220,6 +225,21 @@ def _add_categories(known: dict[int, dict[str, Any]], found: Iterable[Mapping[st
                 f"{path}: category {category['id']} is {_described(category)}, in another split "
                 f"{_described(other)}; write them alike, or name one --split"
             )
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(each) is int and 0 <= each <= 255 for each in value)
+
+
+def _is_score(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# keys that `load_panoptic_json` does not look at; what is none of them is left out
+_UNCHECKED: dict[str, Callable[[Any], bool]] = {
+    "color": _is_colour,
+    "supercategory": lambda value: isinstance(value, str),
+}
 
 
 def _described(category: Mapping[str, Any]) -> str:

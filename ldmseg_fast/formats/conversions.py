@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 from ldmseg_fast.formats import geojson, label_studio, labelme
 from ldmseg_fast.panoptic.results import COCO_KEYS, PanopticResult, instances_of
 from ldmseg_fast.panoptic.shapes import segment_shapes
@@ -25,7 +25,11 @@ def to_coco(result: PanopticResult, image_id: int | str, file_name: str) -> dict
     """Returns an entry of `annotations` of a COCO panoptic JSON (cocodataset.org/#format-data).
 
     The map itself is written by `panoptic.format.write_panoptic_png`, under `file_name`.
+
+    Raises:
+        PanopticFormatError: see `check`; so do all of these.
     """
+    check(result)
     segments = [{key: each[key] for key in COCO_KEYS if key in each} for each in result.segments_info]
     return {"image_id": image_id, "file_name": file_name, "segments_info": segments}
 
@@ -36,6 +40,7 @@ def to_coco_instances(result: PanopticResult, image_id: int | str) -> list[dict[
     Raises:
         PanopticFormatError: see `instances_of`.
     """
+    check(result)
     return instances_of(image_id, result)
 
 
@@ -45,6 +50,7 @@ def to_transformers(result: PanopticResult, names: Names = None) -> list[dict[st
     A mask is Pillow's image of mode L with 255 inside. The source is
     https://huggingface.co/docs/transformers/main_classes/pipelines#transformers.ImageSegmentationPipeline.
     """
+    check(result)
     return [
         {
             "score": segment.get("score"),
@@ -66,6 +72,7 @@ def to_supervision(result: PanopticResult, names: Names = None) -> Any:
         ArgumentError: supervision is not installed.
     """
     supervision = _library("supervision", "to_supervision")
+    check(result)
     segments = result.segments_info
     boxes = {shape["id"]: shape["bbox"] for shape in segment_shapes(result.segmentation)}
     corners = [(x, y, x + w - 1, y + h - 1) for x, y, w, h in (boxes[segment["id"]] for segment in segments)]
@@ -93,6 +100,7 @@ def to_fiftyone(result: PanopticResult, names: Names = None) -> Any:
         ArgumentError: fiftyone is not installed.
     """
     fiftyone = _library("fiftyone", "to_fiftyone")
+    check(result)
     height, width = result.segmentation.shape
     boxes = {shape["id"]: shape["bbox"] for shape in segment_shapes(result.segmentation)}
     detections = []
@@ -121,6 +129,7 @@ def to_labelme(result: PanopticResult, picture: str, names: Names = None, shape:
         names: of categories.
         shape: "rle" for masks, "polygon".
     """
+    check(result, shape)
     categories = {each["id"]: each for each in categories_of(result, names)}
     return labelme.content_of(result.segmentation, result.segments_info, categories, picture, shape)
 
@@ -134,13 +143,31 @@ def to_label_studio(result: PanopticResult, url: str, names: Names = None, shape
         names: of categories.
         shape: "rle" for brushes, "polygon".
     """
+    check(result, shape)
     known = {each["id"]: each["name"] for each in categories_of(result, names)}
     return label_studio.task_of(result.segmentation, result.segments_info, known, url, shape)
 
 
 def to_geojson(result: PanopticResult, picture: str = "", names: Names = None) -> dict[str, Any]:
     """Returns a FeatureCollection in pixels, see `geojson.feature_collection`."""
+    check(result)
     return geojson.feature_collection(result.segmentation, result.segments_info, categories_of(result, names), picture)
+
+
+def check(result: PanopticResult, shape: str = "rle") -> None:
+    """Checks that a result's list has the segments of its map, each once.
+
+    Raises:
+        PanopticFormatError: ids that the map or the list alone has.
+        ArgumentError: a shape that is neither "rle" nor "polygon".
+    """
+    if shape not in ("rle", "polygon"):
+        raise ArgumentError(f"shape={shape!r}: 'rle' or 'polygon' expected")
+    listed = sorted(segment["id"] for segment in result.segments_info)
+    present = [shape["id"] for shape in segment_shapes(result.segmentation)]
+    if listed != present:
+        wrong = sorted(set(listed) ^ set(present)) or listed
+        raise PanopticFormatError(f"ids that are not once in the map and once in segments_info: {wrong[:20]}")
 
 
 def categories_of(result: PanopticResult, names: Names = None) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain, product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,6 +43,7 @@ from ldmseg_fast.formats.drawn import (
 )
 from ldmseg_fast.formats.options import ReadOptions, Summary, WriteOptions
 from ldmseg_fast.formats.trees import Tree
+from ldmseg_fast.formats.voc import CLASSES
 from ldmseg_fast.formats.walk import Item, Walk
 from ldmseg_fast.panoptic.format import MAX_PIXELS
 
@@ -54,10 +56,6 @@ _LISTS, _CLASSES, _OBJECTS = "ImageSets/Segmentation", "SegmentationClass", "Seg
 _PICTURES = ("JPEGImages", "images", "")
 BACKGROUND = "background"
 _BORDER = (224, 224, 192)  # VOC's colour of pixels that nobody has to know
-_VOC = (  # labels where there is no labelmap.txt
-    *(BACKGROUND, "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
 
 
 def read(source: Path, options: ReadOptions) -> DataSet:
@@ -98,7 +96,7 @@ def _label_map(tree: Tree, root: str) -> dict[tuple[int, int, int], str]:
     """Reads labelmap.txt: colour -> label, in its order."""
     name = f"{root}labelmap.txt"
     if name not in tree:
-        return dict(zip(voc_colours(), _VOC))
+        return dict(zip(voc_colours(), CLASSES))
     colours: dict[tuple[int, int, int], str] = {}
     for number, line in enumerate(tree.text(name).splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -250,7 +248,7 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
     for split, listed in names.items():
         folder = out / split
         (folder / _LISTS).mkdir(parents=True)
-        for name, text in (("labelmap.txt", rows), (f"{_LISTS}/{split}.txt", "".join(f"{each}\n" for each in listed))):
+        for name, text in (("labelmap.txt", rows), (f"{_LISTS}/{split}.txt", "".join(map(_line, listed)))):
             with replacing(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         with (
@@ -264,11 +262,16 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
     return walk.summary(out)
 
 
+def _line(name: str) -> str:
+    """Writes a name of a list as CVAT does, in quotes where there are spaces in it."""
+    return f'"{name}"\n' if len(name.split()) > 1 else f"{name}\n"
+
+
 def _colours(categories: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
     """Gives each label a colour of its own, black being the background."""
     found: dict[str, tuple[int, ...]] = {BACKGROUND: (0, 0, 0)}
     taken = {(0, 0, 0), _BORDER}
-    free = iter(colour for colour in voc_colours(2**16) if colour not in taken)
+    free = chain(voc_colours(), product(range(256), repeat=3))
     wanted = [tuple(each.get("color") or ()) for each in categories]
     taken |= {colour for colour in wanted if wanted.count(colour) == 1}
     for category, colour in zip(categories, wanted):
@@ -301,10 +304,11 @@ def _masks(
     walk.leave_out(CROWD, sum(bool(segment.get("iscrowd")) for segment in kept), item.name)
     walk.leave_out(SCORE, sum("score" in segment for segment in kept), item.name)
     names = {category["id"]: category["name"] for category in categories}
+    palette = voc_colours()
     tables = np.zeros((2, len(present), 3), np.uint8)
     rows = {number: row for row, number in enumerate(present.tolist())}
     for number, segment in enumerate(sorted(kept, key=lambda segment: segment["id"]), 1):
         tables[0, rows[segment["id"]]] = colours[names[segment["category_id"]]]
-        tables[1, rows[segment["id"]]] = voc_colours()[number]
+        tables[1, rows[segment["id"]]] = palette[number]
     classes, objects = tables[:, place.ravel()].reshape(2, *ids.shape, 3)
     return classes, objects

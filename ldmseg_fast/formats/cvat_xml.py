@@ -136,7 +136,12 @@ def _mask(shape: ElementTree.Element, height: int, width: int, where: str) -> np
         runs = np.array([int(run) for run in shape.get("rle", "").split(",") if run.strip()], np.int64)
     except (ValueError, OverflowError):
         raise DataError(f"{where}: rle must be whole numbers, got {shape.get('rle')!r:.80}") from None
-    if (runs < 0).any() or (runs > rows * columns).any() or runs.sum() != rows * columns:
+    missing = 0
+    if not (runs < 0).any() and not (runs > rows * columns).any():
+        missing = rows * columns - int(runs.sum())
+    if missing > 0 and len(runs) % 2 == 0:
+        runs, missing = np.append(runs, missing), 0  # some versions leave out the last run, of zeros
+    if missing or (runs < 0).any() or (runs > rows * columns).any():
         raise DataError(f"{where}: its rle covers other than the {rows * columns} pixels of its box; export it again")
     mask = np.zeros((height, width), bool)
     values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)

@@ -216,12 +216,15 @@ def as_stored(annotated: AnnotatedMap, turn: int) -> AnnotatedMap:
 
 @cache
 def voc_colours(count: int = 256) -> tuple[tuple[int, int, int], ...]:
-    """Lists the colours of PASCAL VOC (host.robots.ox.ac.uk/pascal/VOC, VOCcode/VOClabelcolormap.m)."""
+    """Lists PASCAL VOC's colours, black first (host.robots.ox.ac.uk/pascal/VOC, VOCcode/VOClabelcolormap.m).
+
+    The bits of a number are dealt to red, green and blue in turn, into their upper bits first. Beyond 256 they come
+    again.
+    """
     return tuple(
-        (
-            sum((number >> 3 * bit & 1) << 7 - bit for bit in range(8)),
-            sum((number >> 3 * bit + 1 & 1) << 7 - bit for bit in range(8)),
-            sum((number >> 3 * bit + 2 & 1) << 7 - bit for bit in range(8)),
-        )
-        for number in range(count)
+        (_dealt(number % 256), _dealt(number % 256 >> 1), _dealt(number % 256 >> 2)) for number in range(count)
     )
+
+
+def _dealt(number: int) -> int:
+    return sum((number >> 3 * bit & 1) << 7 - bit for bit in range(3))

@@ -43,7 +43,10 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
         images, annotations = found[item.split]["images"], found[item.split]["annotations"]
         height, width = ids.shape
         if item.stem != str(PurePosixPath(item.name).with_suffix("")):  # FiftyOne finds a mask by this name alone
-            raise DataError(f"{item.name}: another picture differs in its ending alone; rename one of them")
+            raise DataError(
+                f"{item.name}: it has several maps, or another picture differs in its ending alone; FiftyOne has one "
+                "map of a name: rename one of them, or leave it out"
+            )
         image = {"id": len(images) + 1, "file_name": item.name, "height": height, "width": width}
         images.append(image)
         shapes = {shape["id"]: shape for shape in segment_shapes(ids, rle=True)}

@@ -40,8 +40,8 @@ def write(data_set: DataSet, out: Path, options: WriteOptions) -> Summary:
     colours = np.array(voc_colours(), np.uint8)
     by_category = colours.copy()
     for category in data_set.categories:
-        if (colour := _colour(category)) is not None:
-            by_category[values[category["id"]]] = colour
+        if "color" in category:
+            by_category[values[category["id"]]] = category["color"]
     listed = [{**each, "id": values[each["id"]], "source_id": each["id"]} for each in data_set.categories]
     write_json(out / "categories.json", {"categories": listed, "void": [0]})
     for item in walk.items("palette"):
@@ -91,11 +91,3 @@ def save(path: Path, pixels: np.ndarray, palette: np.ndarray | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-
-
-def _colour(category: Mapping[str, Any]) -> np.ndarray | None:
-    """Reads a category's colour; None where it has none that is one."""
-    colour = category.get("color")
-    if isinstance(colour, Sequence) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour):
-        return np.array(colour, np.uint8)
-    return None

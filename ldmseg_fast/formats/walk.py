@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -45,10 +46,14 @@ class Item:
     def put_picture(self, path: Path, options: WriteOptions) -> None:
         """Puts the picture at `path`: a copy where `options` ask for one or it has no file, otherwise a link.
 
+        A picture with several maps is put there once.
+
         Raises:
-            DataError: a picture that is not there.
+            DataError: a picture that is not there, or a file system without links.
             OSError: a file that cannot be written.
         """
+        if path.is_symlink() or path.exists():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = self.place.entry.picture
         if not isinstance(picture, Path):
@@ -60,7 +65,12 @@ class Item:
             with replacing(path) as temporary:
                 shutil.copyfile(picture, temporary)
         else:
-            path.symlink_to(picture.resolve())
+            try:
+                path.symlink_to(picture.resolve())
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise DataError(f"{self.name}: the file system of OUT holds no links; use --copy") from None
+                raise
 
 
 class Walk:

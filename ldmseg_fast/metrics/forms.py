@@ -143,11 +143,11 @@ class FormReader:
                 raise PanopticFormatError(f"{side}: expected integer ids [H, W], got {list(ids.shape)} {ids.dtype}")
             listed = [self._segment(segment, place, side) for place, segment in enumerate(_listed(segments, side))]
             wide = ids
-            if ids.min() == -1 or any(segment["id"] == 0 for segment in listed):  # void is -1, and 0 may be a segment
+            if any(segment["id"] == 0 for segment in listed):  # counted from 0, and void is -1
                 wide = ids.astype(np.int64) + 1
-                if not any(segment["id"] == 0 for segment in listed):
-                    wide[ids == 0] = 0
                 listed = [segment | {"id": segment["id"] + 1} for segment in listed]
+            elif ids.min() == -1:
+                wide = np.where(ids == -1, 0, ids)
             try:
                 return check_ids(wide).astype(np.int32), listed
             except PanopticFormatError as error:

@@ -197,6 +197,19 @@ class PanopticQuality:
     def _given(self) -> set[int | str]:
         return {image_id for place, image_id in enumerate(self.image_ids) if place not in self._numbered}
 
+    def part(self, places: Sequence[int]) -> "PanopticQuality":
+        """Returns the statistic of some images alone, by their places in `image_ids`."""
+        chosen = type(self)(
+            () if self.class_agnostic else self.categories.values(), self.class_agnostic, self.boundary, self.void
+        )
+        numbers = np.full(len(self.image_ids), -1)
+        numbers[list(places)] = np.arange(len(places))
+        rows = self.matches()[numbers[self.matches()["image"]] >= 0]
+        chosen._more(len(rows))[:] = rows
+        chosen.matches()["image"] = numbers[rows["image"]]
+        chosen.image_ids = [self.image_ids[place] for place in places]
+        return chosen
+
     def state(self) -> dict[str, Any]:
         """Returns all that was counted as plain lists and numpy arrays, to be saved, sent or pickled."""
         return {

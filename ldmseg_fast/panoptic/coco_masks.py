@@ -146,6 +146,10 @@ def outlines_of(polygons: Any, where: str) -> list[np.ndarray]:
 
 
 def _checked_size(size: Any, where: str) -> tuple[int, int]:
+    if type(size) is list and [type(side) for side in size] == [int, int]:  # nearly always
+        height, width = size
+        if 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE and height * width <= MAX_PIXELS:
+            return height, width
     sides = list(size) if isinstance(size, Sequence | np.ndarray) and not isinstance(size, str | bytes) else []
     whole = [int(side) for side in sides if _is_number(side) and 1 <= side <= MAX_SIDE and side == int(side)]
     if len(sides) != 2 or len(whole) != 2 or whole[0] * whole[1] > MAX_PIXELS:

@@ -128,11 +128,17 @@ def test_pycocotools_reads_what_is_written(tmp_path, shape, capsys):
         }
 
 
-def test_an_export_of_cvat(tmp_path, picture_at):
+def test_an_export_of_cvat(tmp_path, picture_at, imported):
     """CVAT's COCO: a zip with annotations/instances_default.json and images/, names with folders."""
     path = picture_at(tmp_path / "a.png")
     images = [{"id": 1, "file_name": "deep/a.png", "height": HEIGHT, "width": WIDTH}]
-    value = content({"segmentation": [SQUARE]}, images=images)
+    attributes = {"occluded": False}
+    whole = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH - 5, 5]}  # CVAT calls every such mask a crowd
+    value = content(
+        {"segmentation": [SQUARE], "iscrowd": 0, "attributes": attributes},
+        {"segmentation": whole, "iscrowd": 1, "attributes": attributes},
+        images=images,
+    )
     source = zipped(
         tmp_path / "task.zip",
         {
@@ -141,7 +147,8 @@ def test_an_export_of_cvat(tmp_path, picture_at):
         },
     )
     summary = import_data("coco-instances", source, tmp_path / "out", ReadOptions(), WriteOptions())
-    assert (summary.pictures, summary.segments) == (1, 1)
+    assert (summary.pictures, summary.segments) == (1, 2)
+    assert not imported(tmp_path / "out", "default")["deep/a.png"]["crowd"].any()
     assert (tmp_path / "out" / "default" / "deep" / "a.png").read_bytes() == path.read_bytes()
 
 

@@ -87,6 +87,25 @@ def test_splits_agree_on_their_categories(folder, quarters):
     assert read(folder.root, ReadOptions(splits=("val_stuff",))).categories == other["categories"]
 
 
+def test_keys_that_nobody_checks(folder, quarters):
+    folder.add(np.zeros((10, 12, 3), np.uint8), quarters(10, 12), "png")
+    folder.content["categories"] = [
+        {"id": 1, "name": "object", "color": "red", "supercategory": 3},
+        {"id": 2, "color": [1, 2, 300]},
+        {"id": 3, "name": "c", "color": [1, 2, 3], "supercategory": "d"},
+    ]
+    for segment, score in zip(folder.content["annotations"][0]["segments_info"], ("high", None, True, 0.5)):
+        segment["score"] = score
+    folder.save()
+    data_set = read(folder.root, ReadOptions())
+    assert data_set.categories == [
+        {"id": 1, "name": "object", "isthing": 1},
+        {"id": 2, "name": "category 2", "isthing": 1},
+        {"id": 3, "name": "c", "isthing": 1, "color": [1, 2, 3], "supercategory": "d"},
+    ]
+    assert [segment.get("score") for segment in data_set.splits["val"][0].read().segments] == [None, None, None, 0.5]
+
+
 def test_result_files(folder, quarters, tmp_path):
     folder.add(np.zeros((10, 12, 3), np.uint8), quarters(10, 12), "png")
     results = tmp_path / "results"

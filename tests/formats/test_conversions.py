@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import ImageSegmentationPipeline
 
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 from ldmseg_fast.panoptic.coco_masks import mask_of_rle
 from ldmseg_fast.panoptic.outlines import fill
 from ldmseg_fast.panoptic.results import PanopticResult
@@ -68,6 +68,21 @@ def test_transformers_pipeline_gives_the_same(result):
     for one, other in zip(found, expected):
         assert (one["score"], one["label"], one["mask"].mode) == (other["score"], other["label"], other["mask"].mode)
         np.testing.assert_array_equal(np.asarray(one["mask"]), np.asarray(other["mask"]))
+
+
+@pytest.mark.parametrize(
+    "call", ["to_coco", "to_coco_instances", "to_transformers", "to_labelme", "to_label_studio", "to_geojson"]
+)
+def test_lists_that_are_not_the_maps(result, call):
+    arguments = {"to_coco": (1, "1.png"), "to_coco_instances": (1,), "to_labelme": ("a",), "to_label_studio": ("a",)}
+    result.segmentation[result.segmentation == 5] = 6
+    with pytest.raises(PanopticFormatError, match=r"once in segments_info: \[5, 6\]"):
+        getattr(result, call)(*arguments.get(call, ()))
+
+
+def test_shapes_are_two(result):
+    with pytest.raises(ArgumentError, match="shape='circle': 'rle' or 'polygon' expected"):
+        result.to_labelme("a.jpg", shape="circle")
 
 
 def test_names_have_a_default(result):

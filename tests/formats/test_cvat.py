@@ -12,6 +12,7 @@ from ldmseg_fast.commands.data_import import import_data
 from ldmseg_fast.errors import DataError, UserError
 from ldmseg_fast.formats import cvat_masks
 from ldmseg_fast.formats.cvat_xml import NO_AREA
+from ldmseg_fast.formats.data_set import AnnotatedMap
 from ldmseg_fast.formats.drawn import voc_colours
 from ldmseg_fast.formats.options import ReadOptions, WriteOptions
 from ldmseg_fast.formats.painting import OVERLAP
@@ -117,6 +118,17 @@ def test_what_is_written(tmp_path):
     assert colours == set(voc_colours()[: len(maps["deep/a.png"].segments) + 1])
 
 
+def test_more_labels_than_vocs_palette_has_colours(tmp_path):
+    categories = [{"id": number, "name": f"label {number}", "isthing": 1} for number in range(1, 301)]
+    each = AnnotatedMap(np.array([[1, 2]], np.int32), [{"id": n, "category_id": 149 + n, "iscrowd": 0} for n in (1, 2)])
+    (tmp_path / "out").mkdir()
+    cvat_masks.write(
+        data_set(tmp_path / "pictures", {"a.png": each}, "val", categories), tmp_path / "out", WriteOptions()
+    )
+    back = cvat_masks.read(tmp_path / "out", ReadOptions())
+    assert [segment["category_id"] for segment in back.splits["val"][0].read().segments] == [150, 151]
+
+
 @pytest.mark.parametrize("name", ["a:b", "#a", "a\nb", " a", "background"])
 def test_names_that_a_label_map_cannot_hold(tmp_path, name):
     source = data_set(
@@ -220,6 +232,12 @@ def test_xml_of_images(xml, tmp_path, imported):
     assert summary.segments == 4 and "deep/a.png" in imported(tmp_path / "out", "train")
 
 
+def test_a_last_run_of_zeros_may_be_missing(xml):
+    root = xml('<mask label="car" rle="1, 1" left="4" top="5" width="2" height="2"/>')
+    found = cvat_masks.read(root, ReadOptions()).splits["default"][0].read()
+    assert np.argwhere(found.ids).tolist() == [[5, 5]]
+
+
 SQUARE = '<polygon label="car" points="2,3;8,3;8,9" z_order="0"/>'
 BAD_XML = {
     "damaged": (XML[:90], "", "damaged XML"),
@@ -234,6 +252,7 @@ BAD_XML = {
     "short": (XML, SQUARE.replace(";8,9", ""), "at least 3 points"),
     "no label": (XML, SQUARE.replace('label="car" ', ""), "has no label"),
     "rle": (XML, '<mask label="car" rle="1, x" left="0" top="0" width="1" height="1"/>', "whole numbers"),
+    "few runs": (XML, '<mask label="car" rle="1, 1, 1" left="0" top="0" width="2" height="2"/>', "4 pixels of its box"),
     "runs": (XML, '<mask label="car" rle="1, 4" left="0" top="0" width="2" height="2"/>', "4 pixels of its box"),
     "outside": (XML, '<mask label="car" rle="0, 4" left="31" top="0" width="2" height="2"/>', "leaves the picture"),
     "huge": (XML, '<mask label="car" rle="99999999999999999999" left="0" top="0" width="1" height="1"/>', "whole"),

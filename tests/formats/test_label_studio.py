@@ -11,7 +11,7 @@ import pytest
 
 from ldmseg_fast.commands.data_import import import_data
 from ldmseg_fast.errors import DataError, UserError
-from ldmseg_fast.formats import label_studio
+from ldmseg_fast.formats import label_studio, label_studio_tasks
 from ldmseg_fast.formats.brush import decode, encode
 from ldmseg_fast.formats.options import ReadOptions, WriteOptions
 from ldmseg_fast.formats.painting import OVERLAP
@@ -88,8 +88,8 @@ def test_all_kinds_of_regions(source):
     expected[:6, :8] = 2
     assert (found.ids[:, :24] == np.where(brushed, found.ids[22, 4], expected)[:, :24]).all()
     assert len(found.segments) == 4  # what was brushed first is wholly covered
-    assert found.left_out[label_studio.NO_AREA] == found.left_out[label_studio.NO_LABEL] == 1
-    assert found.left_out[label_studio.SHORT] == 1 and found.left_out[OVERLAP] == brushed.sum()
+    assert found.left_out[label_studio_tasks.NO_AREA] == found.left_out[label_studio_tasks.NO_LABEL] == 1
+    assert found.left_out[label_studio_tasks.SHORT] == 1 and found.left_out[OVERLAP] == brushed.sum()
     assert list(read.splits) == ["train"]
 
 
@@ -104,7 +104,7 @@ def test_the_last_annotation_that_counts(source):
     undone = task(id=2) | {"annotations": []}
     found, read = only_map(source(many, undone))
     assert [each["name"] for each in read.categories] == ["cat"] and (found.ids > 0).sum() == 48
-    assert read.left_out == {label_studio.EARLIER: 1, label_studio.UNDONE: 1}
+    assert read.left_out == {label_studio_tasks.EARLIER: 1, label_studio.UNDONE: 1}
     many["annotations"][0]["ground_truth"] = True
     assert [each["name"] for each in only_map(source(many, undone))[1].categories] == ["dog"]
 

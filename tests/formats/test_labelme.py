@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from ldmseg_fast.commands.data_import import import_data
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.formats import labelme
+from ldmseg_fast.formats import labelme, labelme_shapes
 from ldmseg_fast.formats.options import ReadOptions, WriteOptions
 from ldmseg_fast.formats.painting import EMPTY, HIDDEN, OVERLAP
 from tests.formats.test_trees import zipped
@@ -98,7 +98,7 @@ def test_shapes_are_painted_as_labelme_paints_them(source):
     expected[20:23, 28:30][patch] = 4
     np.testing.assert_array_equal(found.ids, expected)
     assert [each["category_id"] for each in found.segments] == [2, 1, 1, 2]
-    assert found.left_out == {labelme.NO_AREA: 2, labelme.SHORT: 1}
+    assert found.left_out == {labelme_shapes.NO_AREA: 2, labelme_shapes.SHORT: 1}
 
 
 def box(left, top, right, bottom, **more):

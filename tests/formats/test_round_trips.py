@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ldmseg_fast.cli import main
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.formats.data_set import AnnotatedMap
 from ldmseg_fast.formats.kinds import KINDS
 from ldmseg_fast.formats.options import ReadOptions, WriteOptions
+from ldmseg_fast.panoptic.format import read_panoptic_png
+from tests.formats.conftest import same_partition
 from tests.formats.drawing import CATEGORIES, annotated, coco_maps, data_set, described, noise
 
 KEEPS_CROWDS = ("coco-instances", "labelme")
@@ -171,3 +175,31 @@ def test_things_are_chosen_where_a_tool_does_not_know_them(tmp_path, kind):
     other = back.splits["val"][0].read()
     assert len(other.segments) == 2 and len(np.unique(other.ids[ids == 1])) == 1
     np.testing.assert_array_equal(other.ids == other.ids[0, 0], (ids == 1) | (ids == 2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_commands(tmp_path, scenes, imported, kind, shape, packed, capsys):
+    """`ldmseg data export` and `ldmseg data import`, of a zip too, give the maps back, and a training reads them."""
+    choice = [] if kind == "cvat" else ["--shape", shape]
+    assert main(["data", "export", kind, str(scenes), str(tmp_path / "out"), "--split", "val2017", *choice]) == 0
+    source = tmp_path / "out"
+    if packed:
+        source = tmp_path / "out.zip"
+        with zipfile.ZipFile(source, "w") as file:
+            for path in sorted((tmp_path / "out").rglob("*")):
+                if path.is_file():
+                    file.write(path, path.relative_to(tmp_path / "out").as_posix())
+    assert main(["data", "import", kind, str(source), str(tmp_path / "back")]) == 0
+    assert capsys.readouterr().out.count("8 pictures with") == 2
+    maps = imported(tmp_path / "back", "val2017")
+    content = json.loads((scenes / "annotations" / "panoptic_val2017.json").read_text())
+    assert [each["id"] for each in maps["categories"]] == [each["id"] for each in content["categories"]]
+    for annotation in content["annotations"]:
+        expected = read_panoptic_png(scenes / "panoptic_val2017" / annotation["file_name"])
+        found = maps[annotation["file_name"]]
+        assert same_partition(found["ids"], expected)
+        categories = {segment["id"]: segment["category_id"] for segment in annotation["segments_info"]} | {0: -1}
+        np.testing.assert_array_equal(found["categories"], np.vectorize(categories.get)(expected))
+    for path in (scenes / "val2017").iterdir():
+        assert (tmp_path / "back" / "val2017" / path.name).read_bytes() == path.read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,8 +152,24 @@ def test_fiftyone(tmp_path, source, maps, capsys):
 def test_fiftyone_knows_masks_by_the_picture_without_its_ending(tmp_path):
     each = annotated(np.ones((4, 4), int))
     source = data_set(tmp_path / "pictures", {"a.png": each, "a.bmp": each})
-    with pytest.raises(DataError, match=r"a\.png: another picture differs in its ending alone"):
+    with pytest.raises(DataError, match=r"a\.png: it has several maps, or another picture differs in its ending alone"):
         export(source, tmp_path / "out", "fiftyone")
+
+
+@pytest.mark.parametrize("kind", ["coco-instances", "labelme", "label-studio", "cvat", "geojson", "palette"])
+def test_pictures_with_several_maps(tmp_path, kind):
+    """Such as BSDS500's, of several annotators."""
+    one, two = annotated(noise(1, 9, 12), 1), annotated(noise(2, 9, 12), 2)
+    source = data_set(tmp_path / "pictures", {"a.png": one})
+    (entry,) = source.splits["val"]
+    several = [entry, replace(entry, read=lambda: two, image_id=2)]
+    twice = replace(source, splits={"val": several})
+    summary = export(twice, tmp_path / "out", kind)
+    assert summary.pictures == 2 and summary.segments == len(one.segments) + len(two.segments)
+    for refusing in ("fiftyone", "cityscapes-results"):
+        with pytest.raises(DataError, match=r"a\.png: it has several maps|a\.png and a\.png: Cityscapes"):
+            export(twice, tmp_path / refusing, refusing)
+        assert not (tmp_path / refusing).exists()
 
 
 CITY = [

@@ -7,7 +7,8 @@ import pytest
 
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics.pq import PanopticQuality
-from ldmseg_fast.metrics.pq_report import bootstrap_interval, image_qualities
+from ldmseg_fast.metrics.pq_report import image_qualities
+from ldmseg_fast.metrics.resampling import bootstrap_interval
 from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
 
 CATEGORIES = [{"id": 1, "name": "cat", "isthing": 1}, {"id": 5, "name": "sky", "isthing": 0}]
