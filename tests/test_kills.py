@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = {
-    "train": 12, "train-2-ranks": 8, "evaluate": 8, "predict": 8, "cache": 8, "merge": 4, "imports": 4, "exports": 4, "pq": 4
+    "train": 12, "train-2-ranks": 8, "evaluate": 8, "predict": 8, "cache": 8, "merge": 4, "imports": 4,
+    "exports": 4, "pq": 4,
 }  # fmt: skip
 
 

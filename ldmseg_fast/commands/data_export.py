@@ -6,11 +6,7 @@ import argparse
 from pathlib import Path
 
 from ldmseg_fast.errors import ArgumentError, DataError
-from ldmseg_fast.formats.coco_panoptic_reader import read, read_results
-from ldmseg_fast.formats.export import check_free, export, writer_of
 from ldmseg_fast.formats.kinds import KINDS
-from ldmseg_fast.formats.options import ReadOptions, WriteOptions
-from ldmseg_fast.outputs import check_outputs
 
 SHAPED = ("coco-instances", "labelme", "label-studio")  # kinds that hold masks or polygons
 
@@ -46,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what was exported and left out; returns 1 where pictures that could not be read were left out."""
+    from ldmseg_fast.formats.coco_panoptic_reader import read, read_results  # late, with all that decoding needs
+    from ldmseg_fast.formats.export import check_free, export, writer_of
+    from ldmseg_fast.formats.options import ReadOptions, WriteOptions
+    from ldmseg_fast.outputs import check_outputs
+
     writer_of(args.kind)
     check_shape([args.kind], args.shape)
     splits = tuple(dict.fromkeys(args.split or ()))
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         raise ArgumentError("--pictures is for the JSON of results; a COCO-panoptic folder has its own")
     if not args.root.exists():
         raise DataError(f"{args.root}: no such folder")
-    check_outputs({}, {"OUT": args.out}, inputs=[args.root, args.pictures])
+    maps = args.root.with_suffix("") if args.root.is_file() else None
+    check_outputs({}, {"OUT": args.out}, inputs=[args.root, args.pictures, maps])
     check_free(args.out)
     if args.pictures is not None:
         data_set = read_results(args.root, args.pictures)

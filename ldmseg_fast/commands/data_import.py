@@ -7,7 +7,7 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 
-from ldmseg_fast.errors import ArgumentError, DataError
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.formats.data_set import DataSet
 from ldmseg_fast.formats.kinds import KINDS
 from ldmseg_fast.formats.options import ReadOptions, Summary, WriteOptions
@@ -37,17 +37,16 @@ def import_data(kind: str, source: Path, out: Path, options: ReadOptions, writte
         raise ArgumentError(f"{kind}: no kind of data set that is read; known are {known}")
     check_outputs({}, {"OUT": out}, inputs=[source] if source.exists() else [])
     reader = importlib.import_module(f"ldmseg_fast.formats.{KINDS[kind].module}")
-    data_set = _chosen(reader.read(source, options), options.splits, source)
+    data_set = _chosen(reader.read(source, options), options, source)
     origin = f"{kind} {source.resolve() if source.exists() else source} {replace(options, splits=())}"
     return write(with_options(data_set, options), out, replace(written, origin=origin))
 
 
-def _chosen(data_set: DataSet, wanted: tuple[str, ...], source: Path) -> DataSet:
-    for split in wanted:
-        if split not in data_set.splits:
-            found = ", ".join(data_set.splits) or "none"
-            raise DataError(f"{source}: no split {split}; splits found: {found}")
-    return replace(data_set, splits={split: data_set.splits[split] for split in wanted}) if wanted else data_set
+def _chosen(data_set: DataSet, options: ReadOptions, source: Path) -> DataSet:
+    """Leaves the splits that are asked for; a reader may have read others."""
+    return replace(
+        data_set, splits={split: data_set.splits[split] for split in options.chosen(data_set.splits, source)}
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

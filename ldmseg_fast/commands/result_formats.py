@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldmseg_fast.data.picture_folders import FoundPicture
 from ldmseg_fast.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from ldmseg_fast.data.picture_folders import FoundPicture
     from ldmseg_fast.pipeline import LDMSegPipeline
 
 _NEEDS_CATEGORIES = "cityscapes-results"  # it holds nothing of a map whose segments are objects and no more

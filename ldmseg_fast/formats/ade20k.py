@@ -39,9 +39,7 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     options.one_version((), "ADE20K")
     folder = first_folder(source, _FOLDERS, "ADE20K's pictures")
     pairs = {}
-    for split in sorted(path.name for path in folder.iterdir() if path.is_dir()):
-        if options.splits and split not in options.splits:
-            continue
+    for split in options.chosen(sorted(path.name for path in folder.iterdir() if path.is_dir()), source):
         maps = by_stem(files_below(folder / split, (f"{_SEG}.png",)), folder / split, lambda s: s.removesuffix(_SEG))
         pictures = by_stem(files_below(folder / split, (".jpg", ".jpeg")), folder / split)
         if maps:

@@ -43,9 +43,7 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     things = _mapping(source, instances, names) if instances.is_dir() else {}
     splits: dict[str, list[Entry]] = {}
     without = 0
-    for split in sorted(path.name for path in maps.iterdir() if path.is_dir()):
-        if options.splits and split not in options.splits:
-            continue
+    for split in options.chosen(sorted(path.name for path in maps.iterdir() if path.is_dir()), source):
         found = by_stem(files_below(pictures / split, (".jpg", ".jpeg", ".png")), pictures / split)
         pairs, more = paired(found, by_stem(files_below(maps / split, (".png",)), maps / split), pictures / split)
         without += more

@@ -36,12 +36,10 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     root = first_folder(source, tuple(f"{root}/groundTruth".lstrip("/") for root in _ROOTS), "BSDS500's maps").parent
     pictures = first_folder(root, ("images",), "BSDS500's pictures")
     splits, without = {}, 0
-    for folder in sorted(path for path in (root / "groundTruth").iterdir() if path.is_dir()):
-        split = folder.name
-        if options.splits and split not in options.splits:
-            continue
+    folders = {path.name: path for path in sorted((root / "groundTruth").iterdir()) if path.is_dir()}
+    for split in options.chosen(folders, source):
         found = by_stem(pictures_below(pictures / split), pictures / split)
-        pairs, more = paired(found, by_stem(files_below(folder, (".mat",)), folder), pictures / split)
+        pairs, more = paired(found, by_stem(files_below(folders[split], (".mat",)), folders[split]), pictures / split)
         without += more
         progress = tqdm(pairs, desc=f"annotators of {split}", unit="file", disable=None)
         splits[split] = [

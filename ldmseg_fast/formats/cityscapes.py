@@ -93,7 +93,7 @@ def _splits(annotations: Path, options: ReadOptions) -> list[str]:
     found = [name for name in found if not name.startswith("cityscapes_panoptic_")]
     if not found:
         raise DataError(f"{annotations}: no folders train, val or test; is this the right folder?")
-    return [name for name in found if not options.splits or name in options.splits]
+    return options.chosen(found, annotations)
 
 
 def _panoptic(source: Path, pictures: Path, ending: str, options: ReadOptions) -> DataSet:
@@ -110,9 +110,8 @@ def _panoptic(source: Path, pictures: Path, ending: str, options: ReadOptions) -
             f"cityscapesscripts' createPanopticImgs makes"
         )
     parts = []
-    for split, path in jsons.items():
-        if options.splits and split not in options.splits:
-            continue
+    for split in options.chosen(jsons, source):
+        path = jsons[split]
         below = by_stem(files_below(pictures / split, (f"{_PICTURE}.png".lower(),)), pictures / split, _name_only)
         parts.append(read_panoptic(path, path.with_suffix(""), split, partial(_found, below, path), pictures / split))
     return DataSet(

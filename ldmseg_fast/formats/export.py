@@ -60,5 +60,10 @@ def export(data_set: DataSet, kind: str, out: str | Path, options: WriteOptions)
     with only_writer(out, "an export", "or choose another folder"):
         check_free(out)  # another export may have ended just now
         with replacing_folder(out) as folder:
-            summary = write(data_set, folder, options)
+            try:
+                summary = write(data_set, folder, options)
+            except OSError as error:
+                if error.filename:  # which nobody knows by its temporary name
+                    error.filename = str(error.filename).replace(str(folder), str(out), 1)
+                raise
             return replace(summary, files=tuple(out / path.relative_to(folder) for path in summary.files))

@@ -76,7 +76,7 @@ def read(source: Path, options: ReadOptions) -> DataSet:
             for a row whose map and segments do not fit.
     """
     splits = _load(source, options.version)
-    chosen = {split: rows for split, rows in splits.items() if not options.splits or split in options.splits}
+    chosen = {split: splits[split] for split in options.chosen(splits, source)}
     columns = {split: _column_of_maps(rows, source, split) for split, rows in chosen.items()}
     undecoded = {split: _undecoded(rows, columns[split]) for split, rows in chosen.items()}
     categories = _categories(source, undecoded)

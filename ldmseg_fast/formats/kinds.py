@@ -87,7 +87,7 @@ KINDS = {
         used_by="panopticapi, detectron2, hotcoco",
     ),
     "fiftyone": Kind("FiftyOne data set folder", "fiftyone", writes=True, keeps=ALL, used_by="FiftyOne"),
-    "geojson": Kind("polygons as GeoJSON", "geojson", writes=True, keeps=ALL, used_by="shapely, geopandas, QuPath"),
+    "geojson": Kind("polygons as GeoJSON", "geojson", writes=True, keeps=ALL, used_by="shapely, QuPath"),
     "palette": Kind(
         "palette PNGs",
         "palette",

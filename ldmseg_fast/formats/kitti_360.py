@@ -46,10 +46,9 @@ def read(source: Path, options: ReadOptions) -> DataSet:
         found = [path for path in files_below(train, (".png",)) if path.parent.name == "instance"]
         maps = {"train": found}
     splits = {}
-    for split, paths in maps.items():
-        if not options.splits or split in options.splits:
-            splits[split] = [_entry(path, train, pictures) for path in paths]
-            _check(splits[split], pictures)
+    for split in options.chosen(maps, source):
+        splits[split] = [_entry(path, train, pictures) for path in maps[split]]
+        _check(splits[split], pictures)
     if not any(maps.values()):
         raise DataError(f"{train}: no DRIVE/image_00/instance/FRAME.png; is this the right folder?")
     return DataSet([label.category() for label in KITTI_360 if label.id not in _VOID], splits)

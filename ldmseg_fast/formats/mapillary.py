@@ -46,12 +46,10 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     found: dict[str, Any] = {}
     categories: list[dict[str, Any]] = []
     without = 0
-    for split in splits:
+    for split in options.chosen(splits, source):
         pictures = source / split / "images"
         folder = source / split / f"v{version}"
         folder = folder if folder.is_dir() or version == "2.0" else source / split
-        if options.splits and split not in options.splits:
-            continue
         if version == "2.0" and (folder / "panoptic").is_dir():
             part = _panoptic(folder / "panoptic", split, pictures)
             found[split], categories = part.splits[split], part.categories

@@ -12,9 +12,9 @@ START, END = "<!-- kinds: python -m ldmseg_fast.formats.matrix -->", "<!-- end -
 
 
 def table() -> str:
-    """Returns the table of kinds as Markdown: import, export, what comes back of an export, and who reads it."""
+    """Returns the table of kinds as Markdown: import, export, what comes back of it, and what it is written for."""
     rows = [
-        "| kind | what it is | import | export | round trip | library or tool that reads the export |",
+        "| kind | what it is | import | export | round trip | written for |",
         "|---|---|---|---|---|---|",
     ]
     rows += [

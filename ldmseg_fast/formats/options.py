@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, DataError
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,22 @@ class ReadOptions:
     connected: tuple[str, ...] = ()
     things: tuple[str, ...] = ()
     version: str = ""
+
+    def chosen(self, found: Iterable[str], source: Path) -> list[str]:
+        """Returns the splits that are asked for, all of `found` where none is.
+
+        Args:
+            found: the splits of the source.
+            source: for the error.
+
+        Raises:
+            DataError: names a split that the source does not have, and those that it has.
+        """
+        known = list(found)
+        for split in self.splits:
+            if split not in known:
+                raise DataError(f"{source}: no split {split}; splits found: {', '.join(known) or 'none'}")
+        return [split for split in known if not self.splits or split in self.splits]
 
     def one_version(self, known: Mapping[str, str] | tuple[str, ...], kind: str, default: str = "") -> str:
         """Returns the version, `default` where none is asked for.

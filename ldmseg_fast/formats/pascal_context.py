@@ -134,4 +134,4 @@ def _splits(
                 found[split] = ([name for name in read_list(path) if name in maps], path)
     if not found or "trainval" in options.splits:
         found["trainval"] = (sorted(maps), source / "trainval")
-    return {split: each for split, each in found.items() if not options.splits or split in options.splits}
+    return {split: found[split] for split in options.chosen(found, source)}

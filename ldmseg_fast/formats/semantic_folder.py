@@ -58,12 +58,13 @@ def read(source: Path, options: ReadOptions) -> DataSet:
             raises it for labels that no class has.
     """
     options.one_version((), "semantic")
-    folders = {split: pair for split, pair in _folders(source).items() if not options.splits or split in options.splits}
+    found = _folders(source)
+    folders = {split: found[split] for split in options.chosen(found, source)}
     pairs, without = {}, 0
     for split, (pictures, maps) in folders.items():
-        found = by_stem(pictures_below(pictures), pictures)
-        cut = partial(_without_ending, known=found)
-        pairs[split], more = paired(found, by_stem(files_below(maps, _SUFFIXES), maps, cut), pictures)
+        by_name = by_stem(pictures_below(pictures), pictures)
+        cut = partial(_without_ending, known=by_name)
+        pairs[split], more = paired(by_name, by_stem(files_below(maps, _SUFFIXES), maps, cut), pictures)
         without += more
     categories, void, listed = _categories(source, [each for split in pairs.values() for each in split])
     known = {category["id"]: category["id"] for category in categories} | dict.fromkeys(void)

@@ -28,9 +28,13 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     endings = tuple(suffixes)
-    found = []
+    found: list[Path] = []
+    seen: set[str] = set()  # a link may lead to a folder above it
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        real = os.path.realpath(root)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        names = [] if real in seen else names
+        seen.add(real)
         found += [Path(root) / name for name in names if name.lower().endswith(endings) and not name.startswith(".")]
     return sorted(found)
 

@@ -68,10 +68,11 @@ def split_lists(folder: Path, maps: Mapping[str, Path], options: ReadOptions) ->
         DataError: a list that cannot be read.
     """
     lists = {path.stem: path for path in sorted(folder.glob("*.txt"))}
-    wanted = options.splits or tuple(split for split in ("train", "val") if split in lists) or tuple(lists)
     if not lists:
-        return {"train": (sorted(maps), folder)}
-    return {split: (read_list(lists[split]), lists[split]) for split in wanted if split in lists}
+        return {split: (sorted(maps), folder) for split in options.chosen(("train",), folder)}
+    usual = [split for split in ("train", "val") if split in lists]
+    wanted = options.chosen(lists, folder) if options.splits or not usual else usual
+    return {split: (read_list(lists[split]), lists[split]) for split in wanted}
 
 
 def check_named(names: list[str], files: Mapping[str, Path], path: Path, folder: Path) -> None:

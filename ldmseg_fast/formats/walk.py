@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ class Item:
         A picture with several maps is put there once.
 
         Raises:
-            DataError: a picture that is not there.
+            DataError: a picture that is not there, or a file system without links.
             OSError: a file that cannot be written.
         """
         if path.is_symlink() or path.exists():
@@ -64,7 +65,12 @@ class Item:
             with replacing(path) as temporary:
                 shutil.copyfile(picture, temporary)
         else:
-            path.symlink_to(picture.resolve())
+            try:
+                path.symlink_to(picture.resolve())
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise DataError(f"{self.name}: the file system of OUT holds no links; use --copy") from None
+                raise
 
 
 class Walk:

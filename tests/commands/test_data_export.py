@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,12 +137,23 @@ def test_names_that_lead_out(copied, tmp_path, capsys, name):
 
 
 def test_an_error_on_the_way_leaves_nothing(scenes, tmp_path, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(28, os.strerror(28), "disk")
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(geojson, "replacing", full)
-    assert "No space left" in refused(capsys, "geojson", scenes, tmp_path / "out")
+    said = refused(capsys, "geojson", scenes, tmp_path / "out")
+    assert "No space left" in said and str(tmp_path / "out" / "train2017") in said and ".tmp" not in said
     assert files(tmp_path) == []
+
+
+def test_a_file_system_without_links(scenes, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert "the file system of OUT holds no links; use --copy" in refused(capsys, "labelme", scenes, tmp_path / "out")
+    assert files(tmp_path) == []
+    assert export("labelme", scenes, tmp_path / "out", "--copy", "--split", "val2017") == 0
 
 
 def test_results_of_an_evaluation(scenes, tmp_path, capsys):
@@ -155,5 +168,7 @@ def test_results_of_an_evaluation(scenes, tmp_path, capsys):
     assert "which has no splits" in refused(
         capsys, "labelme", results / "panoptic.json", out, *pictures, "--split", "val2017"
     )
+    inside = results / "panoptic" / "out"
+    assert "which this command reads" in refused(capsys, "labelme", results / "panoptic.json", inside, *pictures)
     assert export("labelme", results / "panoptic.json", out, *pictures) == 0
     assert len(list((out / "predicted").glob("*.json"))) == 8

@@ -193,7 +193,7 @@ def test_options_that_do_not_fit(folder, tmp_path, capsys):
     arguments = ["data", "import", "semantic", str(folder), str(tmp_path / "out")]
     for more, message in (
         (["--connected", "boat"], "--connected boat: no category of this data set; it has sky, road, car, tree"),
-        (["--split", "test"], "no split test; splits found"),
+        (["--split", "test"], "no split test; splits found: train, val"),
         (["--version", "2"], "it has no versions"),
     ):
         assert main([*arguments, *more]) == 2
