@@ -27,6 +27,10 @@ EXTRAS = {
     "xformers": ["xformers>=0.0.35"],
     "demo": ["matplotlib>=3.8"],
     "matching": ["scipy>=1.11"],
+    "data": ["scipy>=1.11", "datasets>=4.0"],
+    # for `to_supervision` and `to_fiftyone` of results alone
+    "supervision": ["supervision>=0.25"],
+    "fiftyone": ["fiftyone>=1.0"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"],
     "dev": [
         "pytest>=8",
@@ -38,6 +42,7 @@ EXTRAS = {
         "pycocotools>=2.0.8",
         "scikit-image>=0.24",
         "scipy>=1.11",
+        "datasets>=4.0",
         "hotcoco>=1.3; platform_system=='Linux'",
         "tensorrt-rtx-cu13>=1.7,<2; platform_system=='Linux' and platform_machine=='x86_64'",
         # the Python layer without its libraries: names to compare with

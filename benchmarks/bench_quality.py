@@ -146,7 +146,7 @@ def classical_rows(tuned: Tuned, data: str, split: str, limit: int) -> list[Row]
     """Returns the row of a classical method on a split."""
     items = list(classical.load_items(CocoPanoptic(data, split, 64, limit=limit)))
     start = time.perf_counter()
-    result = classical.score(tuned.method, items).result()
+    result = classical.score(tuned.method, items).compute()
     seconds = time.perf_counter() - start
     values = result["class_agnostic"]
     pictures = len({id(image) for image, _ in items})

@@ -8,7 +8,10 @@
 #include <limits>
 
 #include "annotation_index.hpp"
+#include "coco_masks.hpp"
+#include "mask_index.hpp"
 #include "matching.hpp"
+#include "outlines.hpp"
 #include "panoptic_head.hpp"
 #include "png.hpp"
 #include "run_map.hpp"
@@ -155,9 +158,9 @@ std::unique_ptr<AnnotationIndex> py_annotation_index(const std::string& path, bo
     return std::make_unique<AnnotationIndex>(path, predictions);
 }
 
-py::list py_image_ids(const AnnotationIndex& index) {
+py::list listed_ids(const std::vector<std::string>& written) {
     py::list ids;
-    for (const std::string& id : index.image_ids()) {
+    for (const std::string& id : written) {
         if (id[0] == '"')
             ids.append(py::str(id.substr(1, id.size() - 2)));
         else
@@ -166,14 +169,135 @@ py::list py_image_ids(const AnnotationIndex& index) {
     return ids;
 }
 
+py::list py_image_ids(const AnnotationIndex& index) { return listed_ids(index.image_ids()); }
+
+Array<int64_t> table_of(const std::vector<Segment>& rows) {
+    Array<int64_t> table({rows.size(), size_t{4}});
+    int64_t* out = table.mutable_data();
+    for (const Segment& segment : rows)
+        for (const int64_t value : {segment.id, segment.category_id, segment.iscrowd, segment.area}) *out++ = value;
+    return table;
+}
+
+std::unique_ptr<MaskIndex> py_mask_index(const std::string& path, bool predictions) {
+    py::gil_scoped_release release;
+    return std::make_unique<MaskIndex>(path, predictions);
+}
+
+// (height, width) as the file tells it, (0, 0) where it does not
+std::pair<size_t, size_t> mask_size(const std::vector<StoredMask>& masks, std::pair<size_t, size_t> size) {
+    for (const StoredMask& mask : masks) {
+        if (mask.height == 0) continue;
+        if (size.first == 0) size = {mask.height, mask.width};
+        if (size != std::make_pair(mask.height, mask.width)) throw BadMask("sizes differ");
+    }
+    return size;
+}
+
+std::pair<size_t, size_t> py_mask_size(const MaskIndex& index, size_t k) {
+    py::gil_scoped_release release;
+    const auto size = index.size(k);
+    return size.first ? size : mask_size(index.masks(k), size);
+}
+
+// height and width: where the file does not tell them. Returns (size, map on its side, gone, hidden pixels, table [S, 4])
+py::tuple py_paint_image(const MaskIndex& index, size_t k, const std::set<int64_t>& things, size_t height, size_t width) {
+    py::gil_scoped_release release;
+    std::vector<StoredMask> masks = index.masks(k);
+    std::pair<size_t, size_t> size = mask_size(masks, index.size(k));
+    if (size.first == 0) size = {height, width};
+    if (size.first == 0 || size.second == 0) throw BadMask("no size");
+    std::vector<std::vector<Span>> spans;
+    std::vector<uint8_t> above;
+    std::vector<Segment> rows;
+    for (const StoredMask& mask : masks) {
+        above.push_back(!mask.segment.iscrowd && things.count(mask.segment.category_id));
+        if (mask.height) {
+            spans.push_back(spans_of_counts(mask.counts, size.first * size.second));
+            continue;
+        }
+        OutlineMask drawn(size.first, size.second);
+        for (const std::vector<double>& xy : mask.outlines) drawn.add(xy.data(), xy.size() / 2);
+        spans.push_back(drawn.spans());
+    }
+    PaintedMasks painted = paint_masks(spans, above, size.first, size.second);
+    for (size_t place = 0; place < masks.size(); ++place)
+        if (!std::binary_search(painted.gone.begin(), painted.gone.end(), place)) rows.push_back(masks[place].segment);
+    py::gil_scoped_acquire acquire;
+    return py::make_tuple(size, py::cast(std::move(painted.map)), painted.gone, painted.hidden, table_of(rows));
+}
+
 // (file name, table [S, 4])
 py::tuple py_annotation(const AnnotationIndex& index, size_t k) {
     const Annotation annotation = index.annotation(k);
-    Array<int64_t> table({annotation.segments.size(), size_t{4}});
-    int64_t* out = table.mutable_data();
-    for (const Segment& segment : annotation.segments)
-        for (const int64_t value : {segment.id, segment.category_id, segment.iscrowd, segment.area}) *out++ = value;
-    return py::make_tuple(annotation.file_name, table);
+    return py::make_tuple(annotation.file_name, table_of(annotation.segments));
+}
+
+// Spans down the columns as 0 and 1, [H, W].
+Array<uint8_t> mask_of_spans(const std::vector<Span>& spans, size_t height, size_t width) {
+    Array<uint8_t> mask({height, width});
+    uint8_t* out = mask.mutable_data();
+    py::gil_scoped_release release;
+    std::fill(out, out + height * width, 0);
+    for (const Span& span : spans)
+        for (size_t pixel = span.begin, x = pixel / height, y = pixel % height; pixel < span.end; ++pixel) {
+            out[y * width + x] = 1;
+            if (++y == height) y = 0, ++x;
+        }
+    return mask;
+}
+
+void require_mask_size(size_t height, size_t width) {
+    require(height > 0 && width > 0 && height <= std::numeric_limits<int32_t>::max() / width, "sizes of 1 to 2^31 - 1 pixels");
+}
+
+// counts: compressed, or int64 [N]
+std::vector<int64_t> run_lengths(const py::object& counts) {
+    if (py::isinstance<py::bytes>(counts)) return counts_of_text(std::string_view(py::reinterpret_borrow<py::bytes>(counts)));
+    const auto values = py::cast<Array<int64_t>>(counts);
+    require(values.ndim() == 1, "expected counts int64 [N]");
+    return {values.data(), values.data() + values.size()};
+}
+
+Array<uint8_t> py_mask_of_counts(const py::object& counts, size_t height, size_t width) {
+    require_mask_size(height, width);
+    return mask_of_spans(spans_of_counts(run_lengths(counts), height * width), height, width);
+}
+
+std::vector<Span> spans_of_outlines(const std::vector<Array<double>>& outlines, size_t height, size_t width) {
+    OutlineMask mask(height, width);
+    for (const Array<double>& xy : outlines) {
+        require(xy.ndim() == 2 && xy.shape(0) > 0 && xy.shape(1) == 2, "expected outlines float64 [N, 2]");
+        mask.add(xy.data(), static_cast<size_t>(xy.shape(0)));
+    }
+    return mask.spans();
+}
+
+Array<uint8_t> py_mask_of_outlines(const std::vector<Array<double>>& outlines, size_t height, size_t width) {
+    require_mask_size(height, width);
+    return mask_of_spans(spans_of_outlines(outlines, height, width), height, width);
+}
+
+// masks: counts as above, or outlines; above: uint8 [N]. Returns (the map on its side, masks that are gone, hidden pixels)
+py::tuple py_paint_masks(const py::list& masks, const Array<uint8_t>& above, size_t height, size_t width) {
+    require_mask_size(height, width);
+    require(above.ndim() == 1 && static_cast<size_t>(above.size()) == masks.size(), "expected above uint8 [N]");
+    std::vector<std::vector<Span>> spans;
+    for (const py::handle& mask : masks) {
+        const auto given = py::reinterpret_borrow<py::object>(mask);
+        try {
+            spans.push_back(py::isinstance<py::list>(given)
+                                ? spans_of_outlines(py::cast<std::vector<Array<double>>>(given), height, width)
+                                : spans_of_counts(run_lengths(given), height * width));
+        } catch (const BadMask& error) {
+            throw BadMask(std::to_string(spans.size()) + " " + error.what());  // which one, for the caller's words
+        }
+    }
+    const std::vector<uint8_t> upper(above.data(), above.data() + above.size());
+    py::gil_scoped_release release;
+    PaintedMasks painted = paint_masks(spans, upper, height, width);
+    py::gil_scoped_acquire acquire;
+    return py::make_tuple(py::cast(std::move(painted.map)), painted.gone, painted.hidden);
 }
 
 Array<uint8_t> py_dense_ids(const RunMap& map, const std::vector<int32_t>& segment_ids, const std::vector<uint8_t>& dropped,
@@ -236,6 +360,20 @@ Array<int32_t> py_clean_segments(const Array<int32_t>& ids, int64_t min_island, 
         clean_segments(out, height, width, min_island, max_hole);
     }
     return cleaned;
+}
+
+// (points [N, 2], ends [R], ids [R], pieces [R])
+py::tuple py_outlines(const Array<int32_t>& ids) {
+    const auto [height, width] = map_size(ids);
+    const int32_t* in = ids.data();
+    Outlines found;
+    {
+        py::gil_scoped_release release;
+        found = outlines(in, height, width);
+    }
+    Array<int32_t> points({found.points.size() / 2, size_t{2}});
+    std::copy(found.points.begin(), found.points.end(), points.mutable_data());
+    return py::make_tuple(points, to_array(found.ends), to_array(found.ids), to_array(found.pieces));
 }
 
 py::tuple py_panoptic_head(const Array<float>& logits, std::array<size_t, 2> network, std::array<size_t, 2> target,
@@ -308,12 +446,32 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("used_categories", &AnnotationIndex::used_categories)
         .def("annotation", &py_annotation, py::arg("k"));
 
+    // mask_index.hpp
+    py::class_<MaskIndex>(m, "MaskIndex", "Indexes where the masks of COCO annotations stand in a JSON.")
+        .def(py::init(&py_mask_index), py::arg("path"), py::arg("predictions"))
+        .def_property_readonly("lists_images", &MaskIndex::lists_images)
+        .def_property_readonly("image_ids", [](const MaskIndex& index) { return listed_ids(index.image_ids()); })
+        .def_property_readonly("categories", &MaskIndex::categories)
+        .def_property_readonly("used_categories", &MaskIndex::used_categories)
+        .def("size", &py_mask_size, py::arg("k"))
+        .def("paint", &py_paint_image, py::arg("k"), py::arg("things"), py::arg("height"), py::arg("width"));
+
+    // coco_masks.hpp
+    py::register_exception<BadMask>(m, "BadMask", PyExc_ValueError);
+    m.def("mask_of_counts", &py_mask_of_counts, py::arg("counts"), py::arg("height"), py::arg("width"));
+    m.def("mask_of_outlines", &py_mask_of_outlines, py::arg("outlines"), py::arg("height"), py::arg("width"));
+
+    m.def("paint_masks", &py_paint_masks, py::arg("masks"), py::arg("above"), py::arg("height"), py::arg("width"));
+
     // training_map.hpp
     m.def("compact_ids", &py_compact_ids, py::arg("dense").noconvert(), py::arg("max_segments"));
 
     // segments.hpp
     m.def("segment_shapes", &py_segment_shapes, py::arg("ids").noconvert(), py::arg("rle"));
     m.def("clean_segments", &py_clean_segments, py::arg("ids").noconvert(), py::arg("min_island"), py::arg("max_hole"));
+
+    // outlines.hpp
+    m.def("outlines", &py_outlines, py::arg("ids").noconvert());
 
     // panoptic_head.hpp
     m.def("panoptic_head", &py_panoptic_head, py::arg("mask_logits").noconvert(), py::arg("network_size"),

@@ -1,8 +1,11 @@
 #include "json_scanner.hpp"
 
+#include <locale.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace ldmseg {
 namespace {
@@ -10,6 +13,11 @@ namespace {
 constexpr uint64_t kBufferSize = 1 << 16;
 constexpr int kDeepest = 32;
 constexpr size_t kLongestText = 4096;
+
+locale_t c_locale() {  // numbers have points, whatever the process' language
+    static const locale_t locale = newlocale(LC_ALL_MASK, "C", nullptr);
+    return locale;
+}
 
 bool is_digit(int character) { return character >= '0' && character <= '9'; }
 
@@ -80,6 +88,35 @@ std::string JsonScanner::text() {
         if (character < 0x20 || character >= 0x80 || character == '\\' || result.size() >= kLongestText) throw UnusualJson();
         result.push_back(static_cast<char>(character));
     }
+}
+
+std::string JsonScanner::long_text() {
+    expect('"');
+    std::string result;
+    for (;;) {
+        const int character = next();
+        if (character == '"') return result;
+        if (character < 0x20 || character >= 0x80 || (character == '\\' && next() != '\\')) throw UnusualJson();
+        result.push_back(static_cast<char>(character));
+    }
+}
+
+double JsonScanner::number() {
+    std::string text;
+    peek();
+    for (int c = look(); is_digit(c) || c == '-' || c == '+' || c == '.' || c == 'e' || c == 'E'; c = look()) {
+        text.push_back(static_cast<char>(next()));
+        if (text.size() > 40) throw UnusualJson();
+    }
+    const size_t first = text.size() > 1 && text[0] == '-';  // JSON's numbers: no leading zero, digits on both sides
+    const bool plain = text.size() > first && is_digit(text[first]) &&
+                       !(text[first] == '0' && text.size() > first + 1 && is_digit(text[first + 1]));
+    const size_t point = text.find('.');
+    if (!plain || !is_digit(text.back()) || (point != std::string::npos && !is_digit(text[point + 1]))) throw UnusualJson();
+    char* end = nullptr;
+    const double value = strtod_l(text.c_str(), &end, c_locale());
+    if (end != text.c_str() + text.size() || !std::isfinite(value)) throw UnusualJson();
+    return value;
 }
 
 std::string JsonScanner::raw_scalar() { return peek() == '"' ? '"' + text() + '"' : std::to_string(integer()); }

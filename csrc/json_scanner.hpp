@@ -30,6 +30,8 @@ class JsonScanner {
 
     int64_t integer();
     std::string text();  // without escapes; ASCII only
+    std::string long_text();    // of any length, in which a backslash may be escaped: the counts of a mask
+    double number();
     std::string raw_scalar();  // an integer or a text as it is written, quotes included
     void skip_value(int depth = 0);
 

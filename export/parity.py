@@ -27,7 +27,7 @@ from ldmseg_fast.evaluation import OBJECT, in_percent
 from ldmseg_fast.evaluation.agreement import same_pixels
 from ldmseg_fast.files import read_text
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
 from ldmseg_fast.models.conditioning import with_context
 
 BATCHES = (1, 2, 5)
@@ -266,11 +266,11 @@ def _loop(backend: Any, pictures: Tensor, noise: Tensor, steps: int) -> Tensor:
 
 def _pq(backend: Any, latents: Tensor, truth: list) -> float:
     """Measures class-agnostic PQ in percent of maps at the images' own sizes, with the model's thresholds."""
-    stat = PQStat(OBJECT, class_agnostic=True)
+    stat = PanopticQuality(OBJECT, class_agnostic=True)
     for index, (ids, segments) in enumerate(truth):
         (result,) = backend.decode_mask(latents[index : index + 1], ids.shape)
         stat.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
-    return in_percent(stat.result())["pq"]
+    return in_percent(stat.compute())["pq"]
 
 
 def _latency(

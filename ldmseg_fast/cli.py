@@ -21,6 +21,8 @@ COMMANDS = {
     "evaluate": ("ldmseg_fast.commands.evaluate", "measure the panoptic quality of a model on a COCO-panoptic folder"),
     "pq": ("ldmseg_fast.commands.pq", "measure the panoptic quality of result files, as panopticapi does"),
     "convert": ("ldmseg_fast.commands.convert", "turn a published LDMSeg checkpoint into a model folder"),
+    "data import": ("ldmseg_fast.commands.data_import", "make a COCO-panoptic folder of another data set"),
+    "data export": ("ldmseg_fast.commands.data_export", "write a data set or results in another format"),
     "data check": ("ldmseg_fast.commands.data_check", "look for damaged or inconsistent files"),
     "data scenes": ("ldmseg_fast.commands.data_scenes", "generate scenes in COCO-panoptic layout"),
     "data merge": ("ldmseg_fast.commands.data_merge", "make one split of splits of several folders, by links"),
@@ -31,7 +33,7 @@ COMMANDS = {
     "doctor": ("ldmseg_fast.commands.doctor", "tell what this machine can run, and what is missing"),
     "demo": ("ldmseg_fast.commands.demo", "run the whole path in minutes, from generated scenes to a report"),
 }
-GROUPS = {"data": "check, generate, merge or encode data sets"}
+GROUPS = {"data": "import, export, check, generate, merge or encode data sets"}
 
 
 class LateParser(argparse.ArgumentParser):

@@ -38,7 +38,7 @@ from ldmseg_fast.training import loop  # noqa: F401  (imported once, for all for
 from tests.conftest import make_model
 
 TINY = Path(__file__).parent / "training" / "tiny.yaml"
-TEMPORARY = (".ldmseg", ".new-", ".old-")
+TEMPORARY = (".ldmseg", ".import-", ".new-", ".old-")
 MANIFEST = "manifest.json"
 Main = Callable[[list[str]], int]
 
@@ -196,6 +196,14 @@ def compared(folder: Path, skipped: tuple[str, ...]) -> dict[str, str]:
 OF_STARTS = ("logs/starts.jsonl", "logs/tensorboard", "settings.txt", "config.json", "README.md", "best/README.md")
 
 
+def refused_when_there(arguments: list[str]) -> int:
+    """Makes a split; one that is there is refused, which is no fault after a kill."""
+    out = Path(arguments[2] if arguments[1] == "merge" else arguments[4])
+    done = (out / "annotations" / "panoptic_train2017.json").is_file()
+    code = cli.main(arguments)
+    return 0 if done and code == 2 else code
+
+
 class Commands:
     """Prepares a command: its function, its arguments for an output folder, and what need not be equal there."""
 
@@ -246,13 +254,15 @@ class Commands:
 
     def merge(self) -> tuple[Main, Callable[[Path], list[str]], tuple[str, ...]]:
         sources = [f"{self.scenes}:train2017", f"{self.scenes}:val2017"]
+        return refused_when_there, lambda out: ["data", "merge", str(out), *sources], ()
 
-        def main(arguments: list[str]) -> int:
-            done = (Path(arguments[2]) / "annotations" / "panoptic_train2017.json").is_file()
-            code = cli.main(arguments)
-            return 0 if done and code == 2 else code  # a merge that is there is refused
+    def imports(self) -> tuple[Main, Callable[[Path], list[str]], tuple[str, ...]]:
+        fixed = ["data", "import", "coco-panoptic", str(self.scenes)]
+        return refused_when_there, lambda out: [*fixed, str(out), "--split", "train2017"], ()
 
-        return main, lambda out: ["data", "merge", str(out), *sources], ()
+    def exports(self) -> tuple[Main, Callable[[Path], list[str]], tuple[str, ...]]:
+        fixed = ["data", "export", "coco-panoptic", str(self.scenes)]
+        return refused_when_there, lambda out: [*fixed, str(out), "--split", "train2017"], ()
 
     def pq(self) -> tuple[Main, Callable[[Path], list[str]], tuple[str, ...]]:
         maps = self.scenes / "panoptic_val2017"
@@ -267,7 +277,7 @@ class Commands:
 
 # name -> method of `Commands`, ranks
 COMMANDS = {"train": ("train", 1), "train-2-ranks": ("train", 2)} | {
-    name: (name, 1) for name in ("evaluate", "predict", "cache", "merge", "pq")
+    name: (name, 1) for name in ("evaluate", "predict", "cache", "merge", "imports", "exports", "pq")
 }
 
 

@@ -17,6 +17,7 @@ LAYERS = (
     ("train", "evaluation"),
     ("training", "pipeline"),
     ("inference", "reports"),
+    ("formats",),
     ("backends", "data", "metrics"),
     ("checkpoints", "panoptic"),
     ("models", "diffusion", "distributed"),
@@ -32,12 +33,14 @@ LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in
 # imports inside a function that point upwards on purpose: a name on first use, and what an export checks itself with
 LATE = {
     ("ldmseg_fast", "ldmseg_fast.pipeline"),
+    ("ldmseg_fast.panoptic.results", "ldmseg_fast.formats.conversions"),
 }
 THIRD_PARTY = {
-    "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "hotcoco", "hypothesis", "kernels", "matplotlib",
-    "modelopt",
+    "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "fiftyone", "hotcoco", "hypothesis", "kernels",
+    "matplotlib", "modelopt",
     "numpy", "onnx", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "safetensors",
-    "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "transformers", "triton", "wandb", "xformers", "yaml",
+    "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "transformers", "triton", "wandb",
+    "xformers", "yaml",
 }  # fmt: skip
 
 

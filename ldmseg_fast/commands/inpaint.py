@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
+from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     known.add_argument("--unknown-id", type=int, help="the map is given where it does not have this id (0 is void)")
     parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
+    add_format_argument(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
     add_picture_arguments(parser)
@@ -37,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     found = FoundPicture(args.image)
     check_outputs({}, {"--out": args.out}, roots=[*model_folders(args.model_dir), args.engine_dir])
     check_results([found], args.out, keep=[args.map, *filter(None, [args.known])])
+    check_formats(args.formats, [found], args.out)
     picture = read_picture(args.image, exif=args.exif, max_pixels=args.max_pixels)
     segmentation = read_panoptic_png(args.map, max_pixels=args.max_pixels)
     if args.known is None:
@@ -62,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     pipe = LDMSegPipeline.from_pretrained(
         args.model_dir, args.backend, args.engine_dir, image_size=args.size, cuda_graph=args.cuda_graph
     )
+    check_categories(args.formats, pipe)
     result = pipe.inpaint(
         picture, segmentation, known, args.steps, seed=args.seed, image_ids=[image_id(args.image)], solver=args.solver
     )[0]
@@ -69,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     new = sum(not segment["given"] for segment in result.segments_info)
     share = 100.0 * (1.0 - known.mean())
     print(f"{share:.1f} % of the map completed, {new} new segments: {record}")
+    write_formats(args.formats, [found], args.out, exif=args.exif)
     if picture.turned:
         print("turned as its EXIF orientation says (--keep-orientation keeps the stored pixels)")
     return 0

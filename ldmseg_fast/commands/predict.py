@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
+from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
 from ldmseg_fast.data.picture_folders import FoundPicture, described, find_pictures
 from ldmseg_fast.data.pictures import MAX_PIXELS, Picture, read_picture
 from ldmseg_fast.errors import ArgumentError, DataError
@@ -233,6 +234,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir")
     parser.add_argument("images", nargs="+", help="files or folders")
     parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
+    add_format_argument(parser)
     parser.add_argument("--recursive", action="store_true", help="take the pictures of sub-folders too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1, help="seeds per picture; above 1 with a map of agreement")
@@ -254,9 +256,11 @@ def run(args: argparse.Namespace) -> int:
     check_outputs({}, {"--out": args.out}, roots=[*model_folders(args.model_dir), args.engine_dir])
     found = find_pictures(args.images, recursive=args.recursive, out=args.out)
     check_results(found.pictures, args.out)
+    check_formats(args.formats, found.pictures, args.out)
     pipe = LDMSegPipeline.from_pretrained(
         args.model_dir, args.backend, args.engine_dir, image_size=args.size, cuda_graph=args.cuda_graph
     )
+    check_categories(args.formats, pipe)
     pipe.max_pixels = args.max_pixels
     sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval, "exif": args.exif}
     done = predict_files(
@@ -265,6 +269,9 @@ def run(args: argparse.Namespace) -> int:
     if not done.written and not found.from_folders:
         raise DataError("\n".join(done.bad))
     print(f"{len(done.written)} images segmented: {args.out}")
+    written = set(done.written)
+    results = [each for each in found.pictures if args.out / each.folder / f"{each.file.stem}.json" in written]
+    write_formats(args.formats, results, args.out, exif=args.exif)
     if done.turned:
         print(f"{done.turned} turned as their EXIF orientation says (--keep-orientation keeps the stored pixels)")
     if done.frames:

@@ -13,7 +13,7 @@ from ldmseg_fast import distributed
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.evaluation.scores import OBJECT
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
 
@@ -55,7 +55,7 @@ class TorchAgreement:
         self.pipe = LDMSegPipeline.from_pretrained(model_dir, image_size=image_size, cuda_graph=cuda_graph)
         self.settings = {**sampling, "seed": seed, "thresholds": thresholds}
         self.limit = limit
-        self.ours, self.torch = (PQStat(OBJECT, class_agnostic=True) for _ in range(2))
+        self.ours, self.torch = (PanopticQuality(OBJECT, class_agnostic=True) for _ in range(2))
         self.images = self.same = self.total = 0
         self.seconds = 0.0
 
@@ -90,7 +90,7 @@ class TorchAgreement:
         for part in parts[1:]:
             ours, torch = ours.merge(part[0]), torch.merge(part[1])
             same, total, images, seconds = (a + b for a, b in zip((same, total, images, seconds), part[2:]))
-        pq, torch_pq = (100.0 * stat.result()["class_agnostic"]["pq"] for stat in (ours, torch))
+        pq, torch_pq = (100.0 * stat.compute()["class_agnostic"]["pq"] for stat in (ours, torch))
         return {
             "images": images,
             "pixel_agreement": same / max(total, 1),

@@ -12,7 +12,7 @@ from ldmseg_fast.evaluation.categories import CategorySource
 from ldmseg_fast.metrics.baselines import BASELINES, fill_nearest, segments_of
 from ldmseg_fast.metrics.inpainting import InpaintingStat, only_dropped
 from ldmseg_fast.metrics.miou import MeanIoU
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
 from ldmseg_fast.panoptic.results import PanopticResult
 
 OBJECT = [{"id": 1, "name": "object", "supercategory": "object", "isthing": 1}]
@@ -31,10 +31,10 @@ class SegmentationScores:
 
     def __init__(self, categories: CategorySource | None, mean_iou: bool, baselines: bool) -> None:
         self.categories = categories
-        self.agnostic = PQStat(OBJECT, class_agnostic=True)
-        self.aware = PQStat(categories.dataset.categories) if categories else None
+        self.agnostic = PanopticQuality(OBJECT, class_agnostic=True)
+        self.aware = PanopticQuality(categories.dataset.categories) if categories else None
         self.mean_iou = MeanIoU() if mean_iou else None
-        self.baselines = {name: PQStat(OBJECT, class_agnostic=True) for name in BASELINES} if baselines else {}
+        self.baselines = {name: PanopticQuality(OBJECT, class_agnostic=True) for name in BASELINES} if baselines else {}
 
     def add(
         self, index: int, name: str, truth: tuple[np.ndarray, Sequence[dict[str, Any]]], result: PanopticResult
@@ -68,14 +68,14 @@ class SegmentationScores:
 
     def report(self) -> dict[str, Any]:
         """Merges all ranks' parts, and gives every rank their report in percent; see `run.evaluate`."""
-        report: dict[str, Any] = {"class_agnostic": in_percent(merge(self.agnostic).result())}
+        report: dict[str, Any] = {"class_agnostic": in_percent(merge(self.agnostic).compute())}
         if self.aware is not None and self.categories is not None:
             facts = {"categories_from": self.categories.label, "upper_bound": self.categories.upper_bound}
-            report["class_aware"] = facts | by_category_in_percent(merge(self.aware).result())
+            report["class_aware"] = facts | by_category_in_percent(merge(self.aware).compute())
         if self.mean_iou is not None:
             result = merge(self.mean_iou).result()
             report["mean_iou"] = {"miou": 100.0 * result["miou"], "segments": result["n"]}
-        report["baselines"] = {name: in_percent(merge(stat).result()) for name, stat in self.baselines.items()}
+        report["baselines"] = {name: in_percent(merge(stat).compute()) for name, stat in self.baselines.items()}
         return report
 
 
@@ -152,7 +152,7 @@ def without_crowds(ids: np.ndarray, segments: Sequence[dict[str, Any]]) -> np.nd
 
 
 def in_percent(result: dict[str, Any]) -> dict[str, Any]:
-    """Takes pq, sq, rq and pq_crowd_correct of `PQStat.result` in percent, and the counts tp, fp, fn."""
+    """Takes pq, sq, rq and pq_crowd_correct of `PanopticQuality.compute` in percent, and the counts tp, fp, fn."""
     values = result["class_agnostic"]
     report = {key: 100.0 * values[key] for key in ("pq", "sq", "rq")}
     report["pq_crowd_correct"] = 100.0 * result["pq_crowd_correct"]
@@ -160,7 +160,7 @@ def in_percent(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_category_in_percent(result: dict[str, Any]) -> dict[str, Any]:
-    """Takes `All`, `Things`, `Stuff` and `per_category` of `PQStat.result`, with qualities in percent."""
+    """Takes `All`, `Things`, `Stuff` and `per_category` of `PanopticQuality.compute`, with qualities in percent."""
 
     def scaled(entry: dict[str, Any]) -> dict[str, Any]:
         return entry | {key: 100.0 * entry[key] for key in ("pq", "sq", "rq")}

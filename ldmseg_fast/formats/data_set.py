@@ -5,7 +5,7 @@ A reader makes a `DataSet` of a folder and decodes nothing. A writer asks its en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,16 @@ class Entry:
 
     Attributes:
         name: the picture's file in the split's folder, with `/` between folders.
-        picture: the file itself, or the encoded bytes of one that lies in no file of its own.
+        picture: the file itself, or of one that lies in no file of its own the encoded bytes, or what gives them, which
+            any thread may call.
         read: reads the map. It raises `DataError`, which names the file and the cure, and may be called by any thread.
         image_id: the source's own, None: the writer numbers.
-        sources: the files that `read` reads; an import goes on after a change of one of them with a new map.
+        sources: the files that `read` reads. An import that goes on reads an entry again where one has changed since,
+            and always where none is named.
     """
 
     name: str
-    picture: Path | bytes
+    picture: Path | bytes | Callable[[], bytes]
     read: Callable[[], AnnotatedMap]
     image_id: int | str | None = None
     sources: tuple[Path, ...] = ()
@@ -60,5 +62,5 @@ class DataSet:
     """
 
     categories: list[dict[str, Any]]
-    splits: dict[str, Sequence[Entry]]
+    splits: Mapping[str, Sequence[Entry]]
     left_out: dict[str, int] = field(default_factory=dict)

@@ -39,10 +39,11 @@ def index_annotations(path: str | Path, *, predictions: bool = False) -> Annotat
     Raises:
         PanopticFormatError: what `load_panoptic_json` raises, in the same words.
     """
-    return _streamed(path, predictions) or _loaded(path, predictions)
+    return index_streamed(path, predictions) or _loaded(path, predictions)
 
 
-def _streamed(path: str | Path, predictions: bool) -> AnnotationIndex | None:
+def index_streamed(path: str | Path, predictions: bool) -> AnnotationIndex | None:
+    """Indexes a JSON that C++ knows as plainly right; None for others."""
     index = stream_panoptic_json(path, predictions=predictions)
     if index is None:
         return None

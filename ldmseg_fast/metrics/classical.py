@@ -17,7 +17,7 @@ from PIL import Image
 
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.metrics.baselines import segments_of
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
 
 # what is tried: sizes in shares of the picture's area or side, so that one grid serves every size of picture
 FELZENSZWALB_GRID = {
@@ -85,7 +85,7 @@ METHODS: dict[str, Callable[..., np.ndarray]] = {"felzenszwalb": felzenszwalb, "
 GRIDS: dict[str, dict[str, tuple]] = {"felzenszwalb": FELZENSZWALB_GRID, "slic": SLIC_GRID}
 
 
-def score(segment: Callable[[np.ndarray], np.ndarray], items: Iterable[tuple[np.ndarray, Truth]]) -> PQStat:
+def score(segment: Callable[[np.ndarray], np.ndarray], items: Iterable[tuple[np.ndarray, Truth]]) -> PanopticQuality:
     """Measures the class-agnostic panoptic quality of `segment`.
 
     A picture that comes several times in a row, as one object, is segmented once: it has several annotations.
@@ -94,7 +94,7 @@ def score(segment: Callable[[np.ndarray], np.ndarray], items: Iterable[tuple[np.
         segment: maps a picture, uint8 [H, W, 3], to ids int32 [H, W].
         items: pictures with their annotations, ids int32 [H, W] and `segments_info`.
     """
-    stat = PQStat([{"id": 1, "name": "object", "isthing": 1}], class_agnostic=True)
+    stat = PanopticQuality([{"id": 1, "name": "object", "isthing": 1}], class_agnostic=True)
     before, guess = None, np.empty(0)
     for index, (image, (ids, segments)) in enumerate(items):
         if image is not before:
@@ -123,7 +123,7 @@ def tune(method: str, items: list[tuple[np.ndarray, Truth]]) -> tuple[Classical,
     """
     grid = GRIDS[method]
     candidates = [Classical(method, dict(zip(grid, values))) for values in itertools.product(*grid.values())]
-    scores = [100.0 * score(candidate, items).result()["All"]["pq"] for candidate in candidates]
+    scores = [100.0 * score(candidate, items).compute()["All"]["pq"] for candidate in candidates]
     best = int(np.argmax(scores))
     return candidates[best], scores[best]
 

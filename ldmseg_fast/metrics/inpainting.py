@@ -13,7 +13,7 @@ import numpy as np
 
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.metrics.baselines import ids_in
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
 
 BLOCKS = (8, 16, 32)
 PROBABILITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -61,7 +61,7 @@ class InpaintingStat:
     """Accumulates class-agnostic panoptic quality for each (block, probability)."""
 
     def __init__(self) -> None:
-        self.stats: dict[tuple[int, float], PQStat] = {}
+        self.stats: dict[tuple[int, float], PanopticQuality] = {}
 
     def add(
         self,
@@ -73,12 +73,12 @@ class InpaintingStat:
         pred_segments: Sequence[Mapping[str, Any]],
         image_id: int | str | None = None,
     ) -> None:
-        """Matches one image as `PQStat.add` does: two maps, integer [H, W] with 0 void, and their `segments_info`.
+        """Matches one image as `PanopticQuality.add` does: two maps, integer [H, W], and their `segments_info`.
 
         Raises:
-            PanopticFormatError: see `PQStat.add`.
+            PanopticFormatError: see `PanopticQuality.add`.
         """
-        stat = self.stats.setdefault((block, probability), PQStat([], class_agnostic=True))
+        stat = self.stats.setdefault((block, probability), PanopticQuality([], class_agnostic=True))
         stat.add(gt_ids, gt_segments, pred_ids, pred_segments, image_id)
 
     def merge(self, other: "InpaintingStat") -> "InpaintingStat":
@@ -88,7 +88,7 @@ class InpaintingStat:
             ArgumentError: an image that both have counted.
         """
         for key, stat in other.stats.items():
-            self.stats.setdefault(key, PQStat([], class_agnostic=True)).merge(stat)
+            self.stats.setdefault(key, PanopticQuality([], class_agnostic=True)).merge(stat)
         return self
 
     def result(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class InpaintingStat:
         """
         rows = []
         for (block, probability), stat in sorted(self.stats.items()):
-            result = stat.result()
+            result = stat.compute()
             quality = {name: result["All"][name] for name in ("pq", "sq", "rq", "pq_crowd_correct")}
             rows.append({"block": block, "probability": probability, **quality, "images": result["images"]})
         by_block: dict[int, dict[float, float]] = {}

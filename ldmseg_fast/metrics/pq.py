@@ -1,16 +1,20 @@
-"""Accumulates panoptic quality in memory: add images, merge ranks, read the result.
+"""Accumulates panoptic quality in memory: update with images, merge ranks, compute.
 
 PQ = sum of matched IoU / (TP + FP/2 + FN/2) per category, averaged over the categories that occur (Kirillov et al.,
-"Panoptic Segmentation", CVPR 2019, equation 1).
+"Panoptic Segmentation", CVPR 2019, equation 1). LRP = (sum over matches of (1 - IoU) / (1 - 0.5) + FP + FN) /
+(TP + FP + FN), an error: 0 is best (Oksuz et al., "One Metric to Measure them All: Localisation Recall Precision (LRP)
+for Evaluating Visual Detection Tasks", TPAMI 2021, equation 3 and section 6).
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from ldmseg_fast.errors import ArgumentError, PanopticFormatError
+from ldmseg_fast.metrics.forms import FormReader, Picture
 from ldmseg_fast.metrics.matching import (
     FALSE_NEGATIVE,
     FALSE_POSITIVE,
@@ -21,34 +25,95 @@ from ldmseg_fast.metrics.matching import (
 )
 
 OBJECT_CATEGORY: dict[str, Any] = {"id": 1, "name": "object", "isthing": 1}
+MATCH_IOU = 0.5  # above which a pair matches
+LRP_PARTS = ("lrp", "lrp_loc", "lrp_fp", "lrp_fn")
 SIZE_BINS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}  # COCO's areas, in pixels
 
 
 # What is kept of a row of MATCH_DTYPE; the whole set of images is held at once.
-KEPT_DTYPE = np.dtype(
-    [("image", "i4"), ("category_id", "i4"), ("area", "i4"), ("outcome", "i1"), ("iou", "f8"), ("boundary_iou", "f8")]
-)
+_KEPT = {"image": "i4", "category_id": "i4", "area": "i4", "outcome": "i1", "iou": "f8", "boundary_iou": "f8"}
+KEPT_DTYPE = np.dtype(list(_KEPT.items()))
 
 
-class PQStat:
+class PanopticQuality:
     """Accumulates matches of images; the result does not depend on the order of images or on how ranks shared them.
 
     A segment that counts takes 29 bytes.
 
     Args:
         categories: COCO entries with `id` and `isthing`.
-        class_agnostic: makes every segment one category ("object") and ignores `categories`; `result()` then also holds
-            the crowd-correct numbers.
+        class_agnostic: makes every segment one category ("object") and ignores `categories`; `compute()` then also
+            holds the crowd-correct numbers.
         boundary: also computes boundary PQ.
+        void: category numbers of the (category, instance) form that mean void where no category has them.
+
+    Raises:
+        PanopticFormatError: categories without an `id` that is a whole number, or with one id twice.
     """
 
-    def __init__(self, categories: Iterable[Mapping[str, Any]], class_agnostic: bool = False, boundary: bool = False):
+    def __init__(
+        self,
+        categories: Iterable[Mapping[str, Any]] = (),
+        class_agnostic: bool = False,
+        boundary: bool = False,
+        void: Iterable[int] = (-1, 0),
+    ) -> None:
         self.class_agnostic = class_agnostic
         self.boundary = boundary
-        chosen = [OBJECT_CATEGORY] if class_agnostic else categories
-        self.categories = {int(category["id"]): dict(category) for category in chosen}
+        self.void = tuple(void)
+        self.categories: dict[int, dict[str, Any]] = {}
+        for place, category in enumerate([OBJECT_CATEGORY] if class_agnostic else categories):
+            category_id = category.get("id") if isinstance(category, Mapping) else None
+            if not isinstance(category_id, int | np.integer) or int(category_id) in self.categories:
+                raise PanopticFormatError(
+                    f"categories[{place}]: expected an object whose `id` is a number of its own, got {category!r:.80}"
+                )
+            self.categories[int(category_id)] = dict(category)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all images."""
         self.image_ids: list[int | str] = []
+        self._numbered: set[int] = set()  # places in `image_ids` of images whose id nobody gave
         self._rows, self._count = np.empty(0, KEPT_DTYPE), 0  # with room for more
+
+    def update(self, preds: Any, target: Any, image_ids: Iterable[int | str] | None = None) -> None:
+        """Counts an image, a batch or a data set; the two sides may be of different forms.
+
+        Args:
+            preds, target: predictions and ground truth, in the order of torchmetrics. See `metrics.forms` for what is
+                understood: maps with `segments_info`, (category, instance) arrays, RLE and polygon annotations, rows
+                of a Hugging Face data set.
+            image_ids: one for each image; by default the `image_id` of a row of `target`, then a running number.
+
+        Raises:
+            PanopticFormatError: names the image and the side: an unseen category, maps and segments that disagree. The
+                images before it are counted.
+            ArgumentError: sides with different numbers of images.
+        """
+        reader = FormReader(self.categories, self.class_agnostic, self.void)
+        ids, end = None if image_ids is None else iter(image_ids), object()
+        sides = (reader.pictures(target, "ground truth"), reader.pictures(preds, "prediction"))
+        for truth, predicted in zip_longest(*sides, fillvalue=end):
+            if truth is end or predicted is end:
+                more, fewer = ("predictions", "ground truth") if truth is end else ("ground truth", "predictions")
+                raise ArgumentError(f"the {more} have more images than the {fewer}: give both sides the same images")
+            assert isinstance(truth, Picture) and isinstance(predicted, Picture)
+            given = truth.image_id if ids is None else next(ids, end)
+            if given is end:
+                raise ArgumentError("there are more images than `image_ids`: give one for each")
+            self._update_one(truth, predicted, given)
+        if ids is not None and next(ids, end) is not end:
+            raise ArgumentError("there are more `image_ids` than images: give one for each")
+
+    def _update_one(self, truth: Picture, predicted: Picture, image_id: Any) -> None:
+        named = len(self.image_ids) if image_id is None else image_id
+        try:
+            gt_ids, gt_segments = truth.read(predicted.size)
+            pred_ids, pred_segments = predicted.read(gt_ids.shape)
+        except PanopticFormatError as error:
+            raise PanopticFormatError(f"image {named}: {error}") from None
+        self.add(gt_ids, gt_segments, pred_ids, pred_segments, image_id)
 
     def add(
         self,
@@ -62,7 +127,7 @@ class PQStat:
         """Matches one image: two maps, integer [H, W] with 0 void, and their `segments_info`.
 
         Args:
-            image_id: by default the number of images so far; needed where ranks are merged.
+            image_id: by default the number of images so far.
             use_gt_area: takes the ground truth's areas from `gt_segments`, as panopticapi does, instead of counting
                 pixels.
 
@@ -72,7 +137,7 @@ class PQStat:
         Raises:
             PanopticFormatError: maps and `segments_info` that disagree; the message names the image.
         """
-        image_id = len(self.image_ids) if image_id is None else image_id
+        named = len(self.image_ids) if image_id is None else image_id
         try:
             gt_table = segment_table(gt_segments, self.class_agnostic, use_gt_area)
             pred_table = segment_table(pred_segments, self.class_agnostic)
@@ -80,7 +145,7 @@ class PQStat:
             self.check_categories(pred_table, "prediction")
             matches = match_segments(gt_ids, gt_table, pred_ids, pred_table, self.boundary)
         except PanopticFormatError as error:
-            raise PanopticFormatError(f"image {image_id}: {error}") from None
+            raise PanopticFormatError(f"image {named}: {error}") from None
         self.add_matches(image_id, matches)
         return matches
 
@@ -93,30 +158,95 @@ class PQStat:
         if unknown := set(table[:, 1].tolist()) - self.categories.keys():
             raise PanopticFormatError(f"{name}: category ids {sorted(unknown)} are not among the categories")
 
-    def add_matches(self, image_id: int | str, matches: np.ndarray) -> None:
+    def add_matches(self, image_id: int | str | None, matches: np.ndarray) -> None:
         """Adds the rows of one image, `MATCH_DTYPE` [M], that `match_segments` returned."""
         kept = self._more(len(matches))
         kept["image"] = len(self.image_ids)
         kept["area"] = np.minimum(matches["area"], np.iinfo(np.int32).max)
         for name in ("category_id", "outcome", "iou", "boundary_iou"):
             kept[name] = matches[name]
+        if image_id is None:
+            image_id = len(self.image_ids)
+            self._numbered.add(image_id)
         self.image_ids.append(image_id)
 
-    def merge(self, other: "PQStat") -> "PQStat":
+    def merge(self, other: "PanopticQuality") -> "PanopticQuality":
         """Adds the images of `other` (another rank's part) to this one and returns this one.
+
+        Images whose ids nobody gave are numbered anew.
 
         Raises:
             ArgumentError: other categories, or an image that both have counted.
         """
         if self.categories != other.categories or self.class_agnostic != other.class_agnostic:
             raise ArgumentError("statistics over different categories cannot be merged")
-        if both := set(self.image_ids) & set(other.image_ids):
+        if self.boundary != other.boundary:
+            raise ArgumentError("statistics with and without boundary PQ cannot be merged")
+        if both := self._given() & other._given():
             raise ArgumentError(f"images counted twice, give each rank its own: {sorted(both, key=str)[:20]}")
         theirs = self._more(other._count)
         theirs[:] = other.matches()
-        theirs["image"] += len(self.image_ids)
-        self.image_ids += other.image_ids
+        first = len(self.image_ids)
+        theirs["image"] += first
+        self.image_ids += [
+            first + place if place in other._numbered else image_id for place, image_id in enumerate(other.image_ids)
+        ]
+        self._numbered |= {first + place for place in other._numbered}
         return self
+
+    def _given(self) -> set[int | str]:
+        return {image_id for place, image_id in enumerate(self.image_ids) if place not in self._numbered}
+
+    def part(self, places: Sequence[int]) -> "PanopticQuality":
+        """Returns the statistic of some images alone, by their places in `image_ids`."""
+        chosen = type(self)(
+            () if self.class_agnostic else self.categories.values(), self.class_agnostic, self.boundary, self.void
+        )
+        numbers = np.full(len(self.image_ids), -1)
+        numbers[list(places)] = np.arange(len(places))
+        rows = self.matches()[numbers[self.matches()["image"]] >= 0]
+        chosen._more(len(rows))[:] = rows
+        chosen.matches()["image"] = numbers[rows["image"]]
+        chosen.image_ids = [self.image_ids[place] for place in places]
+        return chosen
+
+    def state(self) -> dict[str, Any]:
+        """Returns all that was counted as plain lists and numpy arrays, to be saved, sent or pickled."""
+        return {
+            "categories": list(self.categories.values()),
+            "class_agnostic": self.class_agnostic,
+            "boundary": self.boundary,
+            "void": list(self.void),
+            "image_ids": list(self.image_ids),
+            "numbered": sorted(self._numbered),
+            "matches": {name: self.matches()[name].copy() for name in _KEPT},
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "PanopticQuality":
+        """Makes the statistic of a state; arrays may have become lists, as JSON makes them.
+
+        Raises:
+            ArgumentError: what is no state of `state()`.
+        """
+        try:
+            stat = cls(
+                [] if state["class_agnostic"] else state["categories"],
+                bool(state["class_agnostic"]),
+                bool(state["boundary"]),
+                state["void"],
+            )
+            columns = {name: np.asarray(state["matches"][name]) for name in _KEPT}
+            rows = stat._more(len(columns["image"]))
+            for name, column in columns.items():
+                rows[name] = column
+            stat.image_ids = list(state["image_ids"])
+            stat._numbered = {int(place) for place in state["numbered"]}
+            if len(rows) and not 0 <= rows["image"].min() <= rows["image"].max() < len(stat.image_ids):
+                raise ValueError("matches of images that `image_ids` does not list")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArgumentError(f"this is no state of PanopticQuality.state(): {error!r}") from None
+        return stat
 
     def _more(self, count: int) -> np.ndarray:
         """Makes room for `count` rows and returns them to be filled in."""
@@ -127,12 +257,16 @@ class PQStat:
         self._count += count
         return self._rows[self._count - count : self._count]
 
-    def result(self) -> dict[str, Any]:
+    def compute(self) -> dict[str, Any]:
         """Returns panopticapi's fractions: `All`, `Things`, `Stuff` -> pq, sq, rq, n.
 
         `per_category`, keyed by str(id), has tp, fp, fn, iou, pq, sq, rq of the categories that occur. `sizes` has the
         averages over small, medium and large segments. There a match or a miss counts at the ground truth's area, a
         false positive at its own.
+
+        `lrp` has the errors of LRP in the same groups and by category: lrp, and what it is made of, lrp_loc (mean of
+        1 - IoU over matches), lrp_fp and lrp_fn (shares of false positives and of misses). A part that a category lacks
+        is None there, and left out of the average.
 
         With `boundary`, each also has `boundary_pq`: a match needs min(IoU, boundary IoU) > 0.5 and adds that minimum.
 
@@ -147,6 +281,7 @@ class PQStat:
             | {"name": self.categories[key].get("name", str(key)), "isthing": self.categories[key].get("isthing", 1)}
             for key, entry in per_category.items()
         }
+        result["lrp"] = self._lrp(per_category)
         result["images"] = len(self.image_ids)
         result["sizes"] = {
             name: self._averages(self._per_category(matches[(matches["area"] >= low) & (matches["area"] < high)]))[
@@ -201,6 +336,18 @@ class PQStat:
             for group, keys in groups.items()
         }
 
+    def _lrp(self, per_category: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        errors = {key: _lrp_of(entry) for key, entry in per_category.items()}
+        groups = {"All": None, "Things": True, "Stuff": False}
+        averages: dict[str, Any] = {}
+        for group, things in groups.items():
+            chosen = [errors[key] for key in errors if things in (None, self.categories[key].get("isthing", 1) == 1)]
+            parts = {name: [error[name] for error in chosen] for name in LRP_PARTS}
+            averages[group] = {
+                name: _mean([value for value in values if value is not None]) for name, values in parts.items()
+            }
+        return averages | {"per_category": {str(key): error for key, error in errors.items()}}
+
     def _total(self, per_category: dict[int, dict[str, Any]]) -> dict[str, Any]:
         """Returns the one category of class-agnostic counting in the shape of an average."""
         entry = per_category.get(OBJECT_CATEGORY["id"]) or {"tp": 0, "fp": 0, "fn": 0, **_ratios(0, 0, 0, 0.0)}
@@ -214,6 +361,16 @@ def _ratios(tp: int, fp: int, fn: int, iou: float) -> dict[str, float]:
         "pq": iou / weight if weight else 0.0,
         "sq": iou / tp if tp else 0.0,
         "rq": tp / weight if weight else 0.0,
+    }
+
+
+def _lrp_of(entry: Mapping[str, Any]) -> dict[str, float | None]:
+    tp, fp, fn = entry["tp"], entry["fp"], entry["fn"]
+    return {
+        "lrp": ((tp - entry["iou"]) / (1 - MATCH_IOU) + fp + fn) / (tp + fp + fn),
+        "lrp_loc": (tp - entry["iou"]) / tp if tp else None,
+        "lrp_fp": fp / (tp + fp) if tp + fp else None,
+        "lrp_fn": fn / (tp + fn) if tp + fn else None,
     }
 
 

@@ -1,28 +1,34 @@
-"""Measures panoptic quality of COCO panoptic files, as panopticapi does.
+"""Measures panoptic quality of files, as panopticapi does: PNGs, RLE or polygons, on either side.
 
-A few threads read pairs of PNGs and keep only their matches.
+A few threads read pairs of maps and keep only their matches.
 """
 
 import os
+import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from ldmseg_fast.errors import PanopticFormatError
-from ldmseg_fast.metrics.annotation_index import index_annotations
+from ldmseg_fast.metrics.mask_maps import MaskMap
 from ldmseg_fast.metrics.matching import boundary_distance, match_segments
-from ldmseg_fast.metrics.pq import OBJECT_CATEGORY, PQStat
-from ldmseg_fast.metrics.pq_report import bootstrap_interval, image_qualities
+from ldmseg_fast.metrics.pq import OBJECT_CATEGORY, PanopticQuality
+from ldmseg_fast.metrics.pq_report import image_qualities
+from ldmseg_fast.metrics.resampling import bootstrap_interval
+from ldmseg_fast.metrics.slices import slices_of
+from ldmseg_fast.metrics.sources import lost_png, on_its_side, open_source, png_folder
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png, read_run_map
-from ldmseg_fast.panoptic.near_files import NearFiles, is_file
 from ldmseg_fast.threads import cores, startable_threads
+
+__all__ = ["FilePair", "evaluate_files", "png_folder", "why_missing"]
 
 MAX_THREADS = 8  # unless more are asked for
 MOST_THREADS = 256
@@ -40,95 +46,262 @@ def evaluate_files(
     boundary: bool = False,
     replicates: int = 1000,
     seed: int = 0,
+    by: str | None = None,
+    table: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates result files as panopticapi does.
 
-    Folders of PNGs default to the JSON's path without ".json", then to ROOT/NAME for ROOT/annotations/NAME.json.
-    `allow_missing` counts images without prediction as predicted all void. `boundary` adds boundary PQ.
+    Args:
+        gt_json, pred_json: each a COCO panoptic JSON with PNGs, COCO instances or results with RLE or polygons, or,
+            class-agnostic, a folder of PNGs; the content tells which. `metrics.mask_maps` has the rule of overlaps.
+        gt_folder, pred_folder: of PNGs; by default the JSON's path without ".json", then ROOT/NAME for
+            ROOT/annotations/NAME.json.
+        allow_missing: counts images without prediction as predicted all void.
+        boundary: adds boundary PQ.
+        by, table: a column of images, of `table` (CSV) or of the ground truth's `images`; adds `slices`.
 
     Returns:
-        `PQStat.result()` (fractions) and what only files can tell: `seconds` (reading and matching), `threads`,
-        `missing` and `ignored` (image ids without a prediction, and predicted but not in the ground truth), `interval`
-        (bootstrap 95 % of PQ over images), `per_image` (in the order of the ground truth) and `worst_images`.
+        `PanopticQuality.compute()` (fractions) and what only files can tell: `seconds` (reading and matching),
+        `threads`, `missing` and `ignored` (image ids without a prediction, and predicted but not in the ground truth),
+        `interval` (bootstrap 95 % of PQ over images), `per_image` (in the order of the ground truth), `worst_images`,
+        and `overlaps` where masks hid each other.
 
     Raises:
-        PanopticFormatError: names the file. See `load_panoptic_json`, `read_panoptic_png` and `match_segments`;
-            besides, images without prediction unless `allow_missing`, predictions of other images alone, and a missing
-            folder of PNGs.
+        PanopticFormatError: names the file. See `open_source`, `read_panoptic_png` and `match_segments`; besides,
+            images without prediction unless `allow_missing`, predictions of other images alone, and a missing folder of
+            PNGs.
     """
+    options = (class_agnostic, allow_missing, num_threads, boundary)
+    stat, facts = match_all(gt_json, pred_json, gt_folder, pred_folder, *options)
+    return report_of(stat, facts, replicates, seed, by, table)
+
+
+def match_all(
+    gt_json: str | Path,
+    pred_json: str | Path,
+    gt_folder: str | Path | None = None,
+    pred_folder: str | Path | None = None,
+    class_agnostic: bool = False,
+    allow_missing: bool = False,
+    num_threads: int | None = None,
+    boundary: bool = False,
+) -> tuple[PanopticQuality, dict[str, Any]]:
+    """Matches all images of files; see `evaluate_files`. Returns the statistic and what only files can tell."""
     started = time.perf_counter()
-    gt, pred = index_annotations(gt_json), index_annotations(pred_json, predictions=True)
-    predicted = {image_id: k for k, image_id in enumerate(pred.image_ids)}
-    missing = [image_id for image_id in gt.image_ids if image_id not in predicted]
-    reason = why_missing(gt.image_ids, missing, pred.image_ids) if missing else ""
-    if missing and (reason or not allow_missing):
-        cure = reason or "predict them, or count them as empty with --allow-missing"
-        raise PanopticFormatError(
-            f"{pred_json}: no prediction for {len(missing)} of {len(gt.image_ids)} images of {gt_json}: "
-            f"{_some(missing)}; {cure}"
-        )
-    gt_root = png_folder(gt_json, gt_folder)
-    pred_root = png_folder(pred_json, pred_folder) if len(missing) < len(gt.image_ids) else Path()
-    stat = PQStat(gt.categories, class_agnostic, boundary)
-    foreign = not class_agnostic and not pred.used_categories <= stat.categories.keys()
-
-    def match(k: int) -> np.ndarray:
-        gt_name, gt_table = gt.annotation(k)
-        gt_path, pred_name, pred_path, pred_table = gt_root / gt_name, "", None, np.empty((0, 4), np.int64)
-        if (other := predicted.get(gt.image_ids[k])) is not None:
-            pred_name, pred_table = pred.annotation(other)
-            pred_path = pred_root / pred_name
-        if class_agnostic:
-            gt_table[:, 1] = pred_table[:, 1] = OBJECT_CATEGORY["id"]
-        try:
-            if foreign:
-                stat.check_categories(pred_table, "prediction")
-            return _match_files(gt_path, gt_table, pred_path, pred_table, boundary)
-        except OSError:
-            places = ((gt_root, gt_name), (pred_root, pred_name))
-            lost = [(root, name) for root, name in places if name and not is_file(root / name)]
-            if not lost:
-                raise
-            root, name = lost[0]
-            near = NearFiles(root).nearest(name) or "fetch or predict it again"
-            raise PanopticFormatError(
-                f"image {gt.image_ids[k]}: {root / name}: the JSON lists this PNG but there is no such file; {near}"
-            ) from None
-        except PanopticFormatError as error:
-            files = ", ".join(str(path) for path in (gt_path, pred_path) if path is not None)
-            raise PanopticFormatError(f"image {gt.image_ids[k]} ({files}): {error}") from None
-
-    threads = max(1, startable_threads(min(num_threads or default_threads(), len(gt.image_ids), MOST_THREADS)))
-    for image_id, matches in zip(gt.image_ids, _map_in_order(match, len(gt.image_ids), threads)):
+    pair = FilePair(gt_json, pred_json, gt_folder, pred_folder, class_agnostic, allow_missing, boundary)
+    stat = PanopticQuality(pair.gt.categories, class_agnostic, boundary)
+    count = len(pair.gt.image_ids)
+    threads = max(1, startable_threads(min(num_threads or default_threads(), count, MOST_THREADS)))
+    for image_id, matches in zip(pair.gt.image_ids, _map_in_order(pair.match, count, threads)):
         stat.add_matches(image_id, matches)
     seconds = time.perf_counter() - started
-    result, interval = stat.result(), bootstrap_interval(stat, replicates, seed)
+    facts = {"seconds": seconds, "threads": threads, "missing": pair.missing, "ignored": pair.ignored}
+    if pair.overlaps:
+        facts["overlaps"] = dict(sorted(pair.overlaps.items()))
+    return stat, facts | {"pair": pair}
+
+
+def report_of(
+    stat: PanopticQuality,
+    facts: dict[str, Any],
+    replicates: int = 1000,
+    seed: int = 0,
+    by: str | None = None,
+    table: str | Path | None = None,
+) -> dict[str, Any]:
+    """Makes the report of `evaluate_files` of what `match_all` returned."""
+    facts = dict(facts)
+    pair: FilePair = facts.pop("pair")
+    result, interval = stat.compute(), bootstrap_interval(stat, replicates, seed)
     per_image = image_qualities(stat)
     scored = [image for image in per_image if image["pq"] is not None]
-    return result | {
-        "seconds": seconds,
-        "threads": threads,
-        "missing": missing,
-        "ignored": sorted(predicted.keys() - set(gt.image_ids), key=str),
-        "interval": interval,
-        "worst_images": sorted(scored, key=lambda image: (image["pq"], str(image["image_id"])))[:10],
-        "per_image": per_image,
-    }
+    report = (
+        result
+        | facts
+        | {
+            "interval": interval,
+            "worst_images": sorted(scored, key=lambda image: (image["pq"], str(image["image_id"])))[:10],
+            "per_image": per_image,
+        }
+    )
+    if by is not None:
+        report["slices"] = slices_of(stat, by, table, pair.gt.path)
+        for image, value in zip(per_image, report["slices"].pop("values")):
+            image[by] = value
+    return report
 
 
-def png_folder(json_path: str | Path, given: str | Path | None = None) -> Path:
-    """Finds the folder with the PNGs of a panoptic JSON.
+@dataclass
+class Maps:
+    """Holds one image of a pair: maps int32 [H, W] and their `segments_info`, with tables as they are matched."""
 
-    Raises:
-        PanopticFormatError: there is none; the message names the places looked at.
+    gt_ids: np.ndarray
+    gt_segments: list[dict[str, Any]]
+    pred_ids: np.ndarray
+    pred_segments: list[dict[str, Any]]
+    matches: np.ndarray
+
+
+class FilePair:
+    """Opens ground truth and predictions and pairs their images.
+
+    Args: see `evaluate_files`.
+
+    Attributes:
+        gt, pred: the two sides.
+        missing, ignored: image ids without a prediction, and predicted ones that the ground truth does not list.
+        overlaps: what masks that lie over each other have lost, by name; filled by `match`.
     """
-    path = Path(json_path)
-    places = [path.with_suffix(""), path.parent.parent / path.stem] if given is None else [Path(given)]
-    for place in places:
-        if place.is_dir():
-            return place
-    tried = ", ".join(map(str, places))
-    raise PanopticFormatError(f"{json_path}: no folder of PNGs at {tried}; name it with --gt-folder or --pred-folder")
+
+    def __init__(
+        self,
+        gt_json: str | Path,
+        pred_json: str | Path,
+        gt_folder: str | Path | None = None,
+        pred_folder: str | Path | None = None,
+        class_agnostic: bool = False,
+        allow_missing: bool = False,
+        boundary: bool = False,
+    ) -> None:
+        self.class_agnostic, self.boundary = class_agnostic, boundary
+        self.gt = open_source(gt_json, gt_folder, class_agnostic=class_agnostic)
+        self.pred = open_source(pred_json, pred_folder, predictions=True, class_agnostic=class_agnostic)
+        predicted = self._places()
+        ids, listed = self.gt.image_ids, self.pred.image_ids
+        lost = [image_id for k, image_id in enumerate(ids) if predicted[k] is None]
+        reason = why_missing(ids, lost, listed) if lost and not self._by_name() else ""
+        if self._by_name() and len(lost) == len(ids) and listed:
+            reason = f"no PNG of one side has the name of an image of the other, such as {_some(listed, 3)}"
+        if lost and (reason or not (allow_missing or not self.pred.lists_images)):
+            cure = reason or "predict them, or count them as empty with --allow-missing"
+            raise PanopticFormatError(
+                f"{pred_json}: no prediction for {len(lost)} of {len(ids)} images of {gt_json}: {_some(lost)}; {cure}"
+            )
+        self.predicted = predicted
+        self.missing = lost if self.pred.lists_images else []
+        used = {k for k in predicted if k is not None}
+        self.ignored = sorted((image_id for k, image_id in enumerate(listed) if k not in used), key=str)
+        listing = self.gt.categories or self.pred.categories
+        self.things = {category["id"] for category in listing if category.get("isthing", 1) == 1}
+        self.known = {category["id"] for category in self.gt.categories}
+        self._foreign = not class_agnostic and not self.pred.used_categories <= self.known
+        if not listing:
+            self.things = self.gt.used_categories | self.pred.used_categories
+        self.overlaps: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def _by_name(self) -> bool:
+        return self.gt.is_folder or self.pred.is_folder
+
+    def _places(self) -> list[int | None]:
+        """Finds the prediction of each image of the ground truth: by id, of folders of PNGs by name."""
+        if not self._by_name():
+            places: dict[Any, int] = {image_id: k for k, image_id in enumerate(self.pred.image_ids)}
+            return [places.get(image_id) for image_id in self.gt.image_ids]
+        places = {}
+        for k, image_id in enumerate(self.pred.image_ids):
+            places.setdefault(_spelling(image_id), k)
+        for k in range(len(self.pred.image_ids)):
+            places.setdefault(_spelling(self.pred.name(k)), k)
+        spelled = ((_spelling(self.gt.name(k)), _spelling(image_id)) for k, image_id in enumerate(self.gt.image_ids))
+        return [places.get(name, places.get(image_id)) for name, image_id in spelled]
+
+    def match(self, k: int) -> np.ndarray:
+        """Matches image k of the ground truth. Any thread may call it.
+
+        Raises:
+            PanopticFormatError: names the image and the files.
+        """
+        gt_map: Path | MaskMap | None = None
+        pred_map: Path | MaskMap | None = None
+        try:
+            gt_map, gt_table, pred_map, pred_table = self._read(k)
+            if self.class_agnostic:
+                gt_table[:, 1] = pred_table[:, 1] = OBJECT_CATEGORY["id"]
+            if self._foreign and (unknown := set(pred_table[:, 1].tolist()) - self.known):
+                raise PanopticFormatError(f"prediction: category ids {sorted(unknown)} are not among the categories")
+            if isinstance(gt_map, MaskMap) or isinstance(pred_map, MaskMap):
+                return _match_columns(gt_map, gt_table, pred_map, pred_table, self.boundary)
+            return _match_files(gt_map, gt_table, pred_map, pred_table, self.boundary)
+        except OSError:
+            lost = next(
+                (text for path in (gt_map, pred_map) if isinstance(path, Path) and (text := lost_png(path))), ""
+            )
+            if not lost:
+                raise
+            raise PanopticFormatError(f"image {self.gt.image_ids[k]}: {lost}") from None
+        except PanopticFormatError as error:
+            files = ", ".join(
+                str(each if isinstance(each, Path) else source.path)
+                for each, source in ((gt_map, self.gt), (pred_map, self.pred))
+                if each is not None
+            )
+            files = f" ({files})" if files else ""
+            raise PanopticFormatError(f"image {self.gt.image_ids[k]}{files}: {error}") from None
+
+    def _read(self, k: int) -> tuple[Path | MaskMap, np.ndarray, Path | MaskMap | None, np.ndarray]:
+        other = self.predicted[k]
+        ask = self.gt.is_masks and other is not None and self.gt.size(k) is None
+        gt_map, gt_table = self.gt.read(k, self.pred.size(other) if ask and other is not None else None, self.things)
+        pred_map: Path | MaskMap | None = None
+        pred_table = np.empty((0, 4), np.int64)
+        if other is not None:
+            size = gt_map.size if isinstance(gt_map, MaskMap) else self.gt.size(k) if self.pred.is_masks else None
+            pred_map, pred_table = self.pred.read(other, size, self.things)
+        for side, painted in (("ground truth", gt_map), ("prediction", pred_map)):
+            if isinstance(painted, MaskMap) and painted.hidden:
+                with self._lock:
+                    self.overlaps[f"{side}, pixels under another mask"] += painted.hidden
+                    if painted.gone:
+                        self.overlaps[f"{side}, annotations without a pixel left"] += len(painted.gone)
+        return gt_map, gt_table, pred_map, pred_table
+
+    def maps(self, k: int) -> Maps:
+        """Reads image k whole, for pictures of it.
+
+        Raises:
+            PanopticFormatError: see `match`.
+        """
+        gt_map, _, pred_map, _ = self._read(k)
+        gt_ids = _ids(gt_map)
+        pred_ids = np.zeros_like(gt_ids) if pred_map is None else _ids(pred_map)
+        other = self.predicted[k]
+        there = [set(np.unique(ids).tolist()) for ids in (gt_ids, pred_ids)]
+        gt_segments = [segment for segment in self.gt.details(k) if segment["id"] in there[0]]
+        details = self.pred.details(other) if other is not None else []
+        pred_segments = [segment for segment in details if segment["id"] in there[1]]
+        return Maps(gt_ids, gt_segments, pred_ids, pred_segments, self.match(k))
+
+
+def _ids(stored: Path | MaskMap) -> np.ndarray:
+    return stored.ids() if isinstance(stored, MaskMap) else read_panoptic_png(stored)
+
+
+def _match_columns(
+    gt_map: Path | MaskMap,
+    gt_table: np.ndarray,
+    pred_map: Path | MaskMap | None,
+    pred_table: np.ndarray,
+    boundary: bool,
+) -> np.ndarray:
+    """Matches maps of which at least one was painted; without `pred_map` the prediction is all void."""
+    gt, pred = (
+        stored if isinstance(stored, MaskMap) else None if stored is None else on_its_side(read_panoptic_png(stored))
+        for stored in (gt_map, pred_map)
+    )
+    assert gt is not None
+    if pred is None:
+        pred = on_its_side(np.zeros(gt.size, np.int32))
+    if gt.size != pred.size:
+        sizes = [f"{width}x{height}" for height, width in (gt.size, pred.size)]
+        raise PanopticFormatError(f"ground truth is {sizes[0]}, prediction is {sizes[1]}; sizes must be equal")
+    if _C is None:
+        return match_segments(gt.ids(), gt_table, pred.ids(), pred_table, boundary)
+    distance = boundary_distance(*gt.size) if boundary else 0
+    try:
+        return _C.match_segments(gt.columns, gt_table, pred.columns, pred_table, distance, _C.MOST_PAIRS)
+    except _C.Inconsistent as error:
+        raise PanopticFormatError(str(error)) from None
 
 
 def default_threads() -> int:

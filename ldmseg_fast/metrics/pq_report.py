@@ -5,11 +5,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ldmseg_fast.files import replacing
-from ldmseg_fast.metrics.matching import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
+from ldmseg_fast.metrics.resampling import sums
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -34,25 +32,60 @@ def format_table(result: dict[str, Any]) -> str:
     if result.get("interval"):
         low, high = result["interval"]["pq"]
         lines.append(f"95 % interval of PQ over {result['images']} images: {100 * low:.1f} .. {100 * high:.1f}")
+    errors = (f"{name} {100 * result['lrp'][name]['lrp']:.1f}" for name in ("All", "Things", "Stuff"))
+    parts = result["lrp"]["All"]
+    shares = ", ".join(
+        f"{text} {100 * parts[name]:.1f}"
+        for name, text in (("lrp_loc", "1 - IoU"), ("lrp_fp", "false"), ("lrp_fn", "missed"))
+    )
+    lines.append(f"LRP (0 is best): {'  '.join(errors)}  ({shares})")
     sizes = "  ".join(f"{name} {100 * row['pq']:.1f} ({row['n']})" for name, row in result["sizes"].items() if row["n"])
     lines.append(f"PQ by segment size (categories): {sizes}")
     if result.get("worst_images"):
         worst = "  ".join(f"{image['image_id']} {100 * image['pq']:.1f}" for image in result["worst_images"])
         lines.append(f"worst images: {worst}")
+    lines += _slice_lines(result["slices"]) if "slices" in result else []
     if result.get("missing"):
         lines.append(f"{len(result['missing'])} images without prediction count as empty")
     if result.get("ignored"):
         lines.append(f"{len(result['ignored'])} predicted images that the ground truth does not list are left out")
+    lines += [f"{name}: {count}" for name, count in result.get("overlaps", {}).items()]
     return "\n".join(lines)
 
 
-def image_qualities(stat: PQStat) -> list[dict[str, Any]]:
+def _slice_lines(slices: dict[str, Any]) -> list[str]:
+    values = ["(none)" if row["value"] is None else row["value"] for row in slices["rows"]]
+    width = max(len(text) for text in [*values, slices["column"]])
+    lines = [f"{slices['column']:{width}s}| {'PQ':>5s}  {'Things':>6s}  {'Stuff':>5s} {'images':>7s}"]
+    for value, row in zip(values, slices["rows"]):
+        pq, things, stuff = (100 * row[group]["pq"] for group in ("All", "Things", "Stuff"))
+        lines.append(f"{value:{width}s}| {pq:5.1f}  {things:6.1f}  {stuff:5.1f} {row['images']:7d}")
+    return lines
+
+
+def format_comparison(comparison: dict[str, Any], first: str, second: str, most: int = 5) -> str:
+    """Formats what `compare` returned; `first` and `second` are what the methods are called."""
+    pq = [100 * value for value in comparison["pq"]]
+    lines = [f"PQ of {first}: {pq[0]:.2f}", f"PQ of {second}: {pq[1]:.2f}"]
+    text = f"difference {pq[1] - pq[0]:+.2f}"
+    if comparison["interval"]:
+        low, high = (100 * value for value in comparison["interval"])
+        text += f", 95 % interval {low:+.2f} .. {high:+.2f} (paired bootstrap)"
+    lines.append(f"{text}, p = {comparison['p_value']:.3g} (paired permutation test)")
+    changed = [row for row in comparison["changed"] if row["difference"]][:most]
+    if changed:
+        listed = "  ".join(f"{row['image_id']} {100 * row['difference']:+.1f}" for row in changed)
+        lines.append(f"images that changed most: {listed}")
+    return "\n".join(lines)
+
+
+def image_qualities(stat: PanopticQuality) -> list[dict[str, Any]]:
     """Lists the quality of each image over its segments of all categories.
 
     Each entry has image_id, pq (None without segments), tp, fp, fn and iou.
     """
     matches, count = stat.matches(), len(stat.image_ids)
-    tp, fp, fn, iou = _sums(matches, matches["image"], count)
+    tp, fp, fn, iou = sums(matches, matches["image"], count)
     weight = tp + 0.5 * fp + 0.5 * fn
     return [
         {
@@ -67,58 +100,27 @@ def image_qualities(stat: PQStat) -> list[dict[str, Any]]:
     ]
 
 
-def bootstrap_interval(
-    stat: PQStat, replicates: int = 1000, seed: int = 0, level: float = 0.95
-) -> dict[str, Any] | None:
-    """Returns the percentile interval of PQ when images are drawn anew with replacement; None without images.
-
-    It does not depend on the order in which images were added. Source: Efron, "Bootstrap methods: another look at the
-    jackknife", 1979.
-    """
-    matches, count = stat.matches(), len(stat.image_ids)
-    if not count or not len(matches) or not replicates:
-        return None
-    by_id = np.empty(count, np.int64)
-    by_id[sorted(range(count), key=lambda index: str(stat.image_ids[index]))] = np.arange(count)
-    categories = np.fromiter(stat.categories, np.int64)
-    order = np.argsort(categories)
-    category = order[np.searchsorted(categories, matches["category_id"], sorter=order)]
-    cells, cell = np.unique(by_id[matches["image"]] * len(categories) + category, return_inverse=True)
-    del category
-    tp, fp, fn, iou = _sums(matches, cell, len(cells))
-    weight, image, category = tp + 0.5 * fp + 0.5 * fn, *np.divmod(cells, len(categories))
-    generator, values = np.random.default_rng(seed), []
-    for _ in range(replicates):
-        times = np.bincount(generator.integers(0, count, count), minlength=count)[image]
-        total = np.bincount(category, times * weight, len(categories))
-        quality = np.bincount(category, times * iou, len(categories))
-        present = total > 0
-        values.append(float(np.mean(quality[present] / total[present])) if present.any() else 0.0)
-    tail = 50 * (1 - level)
-    low, high = np.percentile(values, [tail, 100 - tail])
-    return {"pq": [float(low), float(high)], "level": level, "replicates": replicates, "seed": seed}
-
-
 def write_csv(path: str | Path, result: dict[str, Any]) -> None:
     """Writes one line per category that occurs: id, name, isthing, counts, iou, pq, sq, rq (fractions)."""
     names = ["tp", "fp", "fn", "iou", "pq", "sq", "rq"] + (["boundary_pq"] if "boundary_pq" in result["All"] else [])
+    rows = [
+        [category_id, entry["name"], entry["isthing"], *(entry[name] for name in names)]
+        for category_id, entry in result["per_category"].items()
+    ]
+    _write_rows(path, ["category_id", "name", "isthing", *names], rows)
+
+
+def write_image_csv(path: str | Path, result: dict[str, Any]) -> None:
+    """Writes one line per image: image_id, pq (empty without segments), tp, fp, fn, iou, and the column of slices."""
+    columns = ["image_id", "pq", "tp", "fp", "fn", "iou"]
+    columns += [result["slices"]["column"]] if "slices" in result else []
+    _write_rows(path, columns, [[image[column] for column in columns] for image in result["per_image"]])
+
+
+def _write_rows(path: str | Path, header: list[str], rows: list[list[Any]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["category_id", "name", "isthing", *names])
-    for category_id, entry in result["per_category"].items():
-        writer.writerow([category_id, entry["name"], entry["isthing"], *(entry[name] for name in names)])
+    writer.writerow(header)
+    writer.writerows(rows)
     with replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
-
-
-def _sums(matches: np.ndarray, group: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sums tp, fp, fn and IoU per group, each [count]."""
-    outcome = matches["outcome"]
-    tp, fp, fn = (
-        np.bincount(group[chosen], minlength=count)
-        for chosen in (outcome == TRUE_POSITIVE, outcome >= FALSE_POSITIVE, outcome == FALSE_NEGATIVE)
-    )
-    iou = np.zeros(count)
-    order = np.lexsort((matches["iou"], group))  # the same sum whatever order images came in
-    np.add.at(iou, group[order], matches["iou"][order])
-    return tp, fp, fn, iou

@@ -58,7 +58,7 @@ def load_panoptic_json(path: str | Path, *, predictions: bool = False) -> dict[s
         OSError: a file that cannot be read.
     """
     if stream_panoptic_json(path, predictions=predictions) is not None:
-        return _without_collector(lambda: json.loads(read_file(path, PanopticFormatError, "JSON file")))
+        return without_collector(lambda: json.loads(read_file(path, PanopticFormatError, "JSON file")))
     return judge_panoptic_json(path, predictions=predictions)
 
 
@@ -96,7 +96,7 @@ def check_panoptic_json(path: str | Path, *, predictions: bool = False) -> tuple
     raw = read_file(path, PanopticFormatError, "JSON file")
     try:
         text = text_of(raw)
-        content = _without_collector(
+        content = without_collector(
             lambda: json.loads(text, parse_constant=constant, object_pairs_hook=_object_of_pairs)
         )
     except (ValueError, RecursionError) as error:  # not JSON, not text, numbers of thousands of digits, deep nesting
@@ -119,13 +119,13 @@ def stream_panoptic_json(path: str | Path, *, predictions: bool = False) -> Any:
         categories = json.loads(index.categories or "[]", object_pairs_hook=_object_of_pairs, parse_constant=_refuse)
     except ValueError:
         return None
-    if any(_category_faults(categories)):
+    if any(category_faults(categories)):
         return None
     unlisted = set(index.used_categories) - {category["id"] for category in categories}
     return None if index.categories and unlisted else index
 
 
-def _without_collector(read: Any) -> Any:
+def without_collector(read: Any) -> Any:
     """Calls `read` without the garbage collector, which would go over the growing tree again and again for nothing."""
     enabled = gc.isenabled()
     gc.disable()
@@ -169,7 +169,7 @@ def _faults(content: Any, predictions: bool) -> Iterator[Fault]:
         yield from _id_faults("images", place, image, image_ids)
         yield from _image_faults(image, predictions)
     if "categories" in content:
-        yield from _category_faults(content["categories"])
+        yield from category_faults(content["categories"])
         category_ids = {c.get("id") for c in content["categories"] if type(c.get("id")) is int}
     annotated: set[Any] = set()
     for place, annotation in enumerate(content["annotations"]):
@@ -234,7 +234,8 @@ def _image_faults(image: dict[str, Any], predictions: bool) -> Iterator[Fault]:
             yield Fault("size that is no number of pixels", message)
 
 
-def _category_faults(categories: Any) -> Iterator[Fault]:
+def category_faults(categories: Any) -> Iterator[Fault]:
+    """Gives the faults of a list of categories."""
     seen = set()
     for place, category in enumerate(categories):
         if not isinstance(category, dict):

@@ -19,11 +19,6 @@ from ldmseg_fast.files import read_file, replacing
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.annotations import MAX_ID, load_panoptic_json
 
-try:
-    import deflate  # libdeflate: writes label maps several times faster than zlib
-except ImportError:
-    deflate = None  # type: ignore[assignment]
-
 __all__ = [
     "MAX_ID",
     "MAX_PIXELS",
@@ -198,6 +193,10 @@ def _chunk(kind: bytes, body: bytes | bytearray) -> bytes:
 
 
 def _deflate(content: np.ndarray) -> bytes | bytearray:
+    try:
+        import deflate  # libdeflate: writes label maps several times faster than zlib
+    except ImportError:
+        deflate = None  # type: ignore[assignment]
     return zlib.compress(content, 1) if deflate is None else deflate.zlib_compress(content, 1)
 
 

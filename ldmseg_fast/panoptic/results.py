@@ -17,7 +17,7 @@ from ldmseg_fast.panoptic.shapes import segment_shapes
 from ldmseg_fast.temporary import clear_once
 
 _IN_NO_NAME = re.compile(r"[\x00-\x1f\x7f/\\]")  # separators and control characters
-_COCO_KEYS = ("id", "category_id", "iscrowd", "area", "bbox", "score")
+COCO_KEYS = ("id", "category_id", "iscrowd", "area", "bbox", "score")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,45 @@ class PanopticResult:
 
     segmentation: np.ndarray
     segments_info: list[dict[str, Any]]
+
+    def to_coco(self, image_id: int | str, file_name: str) -> dict[str, Any]:
+        """See `ldmseg_fast.formats.conversions.to_coco`: an annotation of a COCO panoptic JSON."""
+        return _conversions().to_coco(self, image_id, file_name)
+
+    def to_coco_instances(self, image_id: int | str) -> list[dict[str, Any]]:
+        """See `ldmseg_fast.formats.conversions.to_coco_instances`: COCO instance results with run lengths."""
+        return _conversions().to_coco_instances(self, image_id)
+
+    def to_transformers(self, names: Mapping[int, str] | None = None) -> list[dict[str, Any]]:
+        """See `ldmseg_fast.formats.conversions.to_transformers`: `score`, `label`, `mask` as a pipeline gives them."""
+        return _conversions().to_transformers(self, names)
+
+    def to_supervision(self, names: Mapping[int, str] | None = None) -> Any:
+        """See `ldmseg_fast.formats.conversions.to_supervision`: `supervision.Detections`."""
+        return _conversions().to_supervision(self, names)
+
+    def to_fiftyone(self, names: Mapping[int, str] | None = None) -> Any:
+        """See `ldmseg_fast.formats.conversions.to_fiftyone`: `fiftyone.Detections` with masks."""
+        return _conversions().to_fiftyone(self, names)
+
+    def to_labelme(self, picture: str, names: Mapping[int, str] | None = None, shape: str = "rle") -> dict[str, Any]:
+        """See `ldmseg_fast.formats.conversions.to_labelme`: the content of LabelMe's JSON."""
+        return _conversions().to_labelme(self, picture, names, shape)
+
+    def to_label_studio(self, url: str, names: Mapping[int, str] | None = None, shape: str = "rle") -> dict[str, Any]:
+        """See `ldmseg_fast.formats.conversions.to_label_studio`: a task with a pre-annotation."""
+        return _conversions().to_label_studio(self, url, names, shape)
+
+    def to_geojson(self, picture: str = "", names: Mapping[int, str] | None = None) -> dict[str, Any]:
+        """See `ldmseg_fast.formats.conversions.to_geojson`: a FeatureCollection in pixels."""
+        return _conversions().to_geojson(self, picture, names)
+
+
+def _conversions() -> Any:
+    """Imports what a result is turned into by, on first use: it lies in a higher row and needs Pillow and more."""
+    from ldmseg_fast.formats import conversions
+
+    return conversions
 
 
 class ResultsWriter:
@@ -108,7 +147,7 @@ class ResultsWriter:
             raise ArgumentError(f"{png_name}: image {owner} has this name already; give {image_id} its own")
         write_panoptic_png(self.png_folder / png_name, result.segmentation)
         height, width = result.segmentation.shape
-        segments = [{key: segment[key] for key in _COCO_KEYS if key in segment} for segment in result.segments_info]
+        segments = [{key: segment[key] for key in COCO_KEYS if key in segment} for segment in result.segments_info]
         image = {"id": image_id, "file_name": image_name or png_name, "height": height, "width": width}
         annotation = {"image_id": image_id, "file_name": png_name, "segments_info": segments}
         version = self._versions.get(image_id, -1) + 1

@@ -59,12 +59,15 @@ def _segment_shapes_numpy(ids: np.ndarray, rle: bool) -> tuple[np.ndarray, np.nd
             flat = np.concatenate([[0], mask.T.ravel(), [0]])
             ends = np.concatenate([[0], np.flatnonzero(np.diff(flat)), [mask.size]])
             runs = np.diff(ends)
-            counts.append(_compress(runs[: len(runs) - (runs[-1] == 0)].tolist()))
+            counts.append(compress_counts(runs[: len(runs) - (runs[-1] == 0)].tolist()))
     return segment_ids, areas, boxes, counts
 
 
-def _compress(counts: list[int]) -> bytes:
-    """Writes COCO's string: differences to the count before last, five bits a character, lowest first, bit 5 = more."""
+def compress_counts(counts: list[int]) -> bytes:
+    """Writes COCO's compressed run lengths.
+
+    They are differences to the count before last, five bits a character, lowest first; bit 5 says that more follow.
+    """
     text = bytearray()
     for index, count in enumerate(counts):
         value = count - counts[index - 2] if index > 2 else count
@@ -78,9 +81,9 @@ def _compress(counts: list[int]) -> bytes:
 
 def _clean_segments_numpy(ids: np.ndarray, min_island: int, max_hole: int) -> np.ndarray:
     ids = ids.copy()
-    piece, area = _pieces(ids)
+    piece, area = pieces(ids)
     ids[(area[piece] < min_island) & (ids != 0)] = 0
-    piece, area = _pieces(ids)
+    piece, area = pieces(ids)
     for hole in np.unique(piece[(ids == 0) & (area[piece] <= max_hole)]):
         inside = np.pad(piece == hole, 1)
         ring = np.zeros_like(inside)
@@ -93,8 +96,15 @@ def _clean_segments_numpy(ids: np.ndarray, min_island: int, max_hole: int) -> np
     return ids
 
 
-def _pieces(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers the 4-connected pieces of equal id, [H, W], and returns the area of each number."""
+def pieces(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers the 4-connected pieces of equal id, by where each begins in the order of reading.
+
+    Args:
+        ids: integer [H, W].
+
+    Returns:
+        The numbers int [H, W] in 0..H W - 1, and the area int [H W] of each number, in pixels.
+    """
     piece = np.arange(ids.size).reshape(ids.shape)
     before = None
     while before is None or (before != piece).any():

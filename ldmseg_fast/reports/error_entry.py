@@ -21,7 +21,7 @@ class PageEntry:
         image: uint8 [H, W, 3], None where there is no picture.
         gt_ids, pred_ids: integer [H, W], 0 void.
         gt_segments, pred_segments: the `segments_info` of the maps.
-        matches: rows of `MATCH_DTYPE` as `PQStat.add` returns them.
+        matches: rows of `MATCH_DTYPE` as `PanopticQuality.add` returns them.
         categories: names by id; empty if class-agnostic.
     """
 

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ldmseg_fast.data.folders import find_split, read_image
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.metrics.pq import PQStat
-from ldmseg_fast.metrics.pq_files import png_folder
-from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
+from ldmseg_fast.metrics.pq_files import FilePair
 from ldmseg_fast.reports.error_entry import PageEntry
-from ldmseg_fast.reports.error_page import random_places, render_entry, worst_places, write_worst_and_random
+from ldmseg_fast.reports.error_page import (
+    random_places,
+    render_entry,
+    worst_places,
+    write_error_page,
+    write_worst_and_random,
+)
 
 
 def write_page_of_files(
@@ -43,7 +45,8 @@ def write_page_of_files(
     Raises:
         DataError: no such folder of pictures, or one in it that cannot be read.
     """
-    reader = _Files(gt_json, pred_json, gt_folder, pred_folder, images, class_agnostic)
+    pair = FilePair(gt_json, pred_json, gt_folder, pred_folder, class_agnostic, allow_missing=True)
+    reader = _Files(pair, images)
     lowest = worst_places({place: row["pq"] for place, row in enumerate(scores) if row["pq"] is not None}, worst)
     chosen = random_places(len(scores), random, seed)
     drawn = {place: render_entry(reader.entry(place)) for place in {*lowest, *chosen}}
@@ -51,49 +54,77 @@ def write_page_of_files(
     write_worst_and_random(path, drawn, lowest, chosen, title, len(scores), by_category=not class_agnostic)
 
 
+def write_page_of_changes(
+    path: str | Path,
+    comparison: Mapping[str, Any],
+    before: FilePair,
+    after: FilePair,
+    images: str | Path | None = None,
+    *,
+    most: int = 8,
+) -> None:
+    """Writes the images in which two methods differ most as an HTML page: those that gained and those that lost.
+
+    Args:
+        path: the HTML file.
+        comparison: what `metrics.resampling.compare` returned for the two.
+        before, after: the files of both, on one ground truth.
+        images: folder of pictures, see `write_page_of_files`.
+        most: images of each kind.
+
+    Raises:
+        DataError: no such folder of pictures, or one in it that cannot be read.
+    """
+    places = {image_id: place for place, image_id in enumerate(before.gt.image_ids)}
+    readers = {Path(pair.pred.path).name: _Files(pair, images) for pair in (before, after)}
+    if len(readers) == 1:
+        readers = {str(pair.pred.path): _Files(pair, images) for pair in (before, after)}
+    sections = {}
+    for heading, sign in (("gained", 1), ("lost", -1)):
+        rows = [row for row in comparison["changed"] if row["difference"] * sign > 0][:most]
+        entries = [
+            render_entry(reader.entry(places[row["image_id"]], f" · {name}"))
+            for row in rows
+            for name, reader in readers.items()
+        ]
+        if entries:
+            sections[f"The {len(rows)} images that {heading} most"] = entries
+    low, high = (100 * value for value in comparison["interval"] or (0, 0))
+    first, second = (100 * value for value in comparison["pq"])
+    note = (
+        f"{before.pred.path}: PQ {first:.1f}. {after.pred.path}: PQ {second:.1f}. Difference "
+        f"{second - first:+.1f}, 95 % interval {low:+.1f} .. {high:+.1f}, p = {comparison['p_value']:.3g}. "
+        "Each image is shown with the first method and then with the second. An image's PQ is over its segments of all "
+        "categories."
+    )
+    write_error_page(path, sections, f"{after.pred.path.name} against {before.pred.path.name}", note)
+
+
 class _Files:
     """Reads the images of result files one at a time."""
 
-    def __init__(
-        self,
-        gt_json: str | Path,
-        pred_json: str | Path,
-        gt_folder: str | Path | None,
-        pred_folder: str | Path | None,
-        images: str | Path | None,
-        class_agnostic: bool,
-    ) -> None:
-        self.gt = load_panoptic_json(gt_json)
-        predictions = load_panoptic_json(pred_json, predictions=True)["annotations"]
-        self.predicted = {entry["image_id"]: entry for entry in predictions}
-        self.gt_root = png_folder(gt_json, gt_folder)
-        self.pred_root = png_folder(pred_json, pred_folder) if self.predicted else Path()
-        self.class_agnostic = class_agnostic
-        self.pictures = picture_folder(Path(gt_json)) if images is None else Path(images)
+    def __init__(self, pair: FilePair, images: str | Path | None) -> None:
+        self.pair = pair
+        self.folder = picture_folder(pair.gt.path) if images is None else Path(images)
         if images is not None and not Path(images).is_dir():
             raise DataError(f"--images {images}: no such folder")
-        self.names = {image["id"]: image.get("file_name") for image in self.gt["images"]}
-        self.categories = {c["id"]: str(c.get("name", c["id"])) for c in self.gt["categories"]}
+        self.names = pair.gt.pictures()
+        self.categories = {c["id"]: str(c.get("name", c["id"])) for c in pair.gt.categories}
 
-    def entry(self, place: int) -> PageEntry:
-        truth = self.gt["annotations"][place]
-        gt_ids = read_panoptic_png(self.gt_root / truth["file_name"])
-        prediction: dict[str, Any] | None = self.predicted.get(truth["image_id"])
-        pred_ids = read_panoptic_png(self.pred_root / prediction["file_name"]) if prediction else np.zeros_like(gt_ids)
-        pred_segments = prediction["segments_info"] if prediction else []
-        stat = PQStat(self.gt["categories"], self.class_agnostic)
-        matches = stat.add(gt_ids, truth["segments_info"], pred_ids, pred_segments, truth["image_id"], use_gt_area=True)
-        name = self.names[truth["image_id"]]
-        picture = self.pictures / name if self.pictures and isinstance(name, str) else None
+    def entry(self, place: int, addition: str = "") -> PageEntry:
+        maps = self.pair.maps(place)
+        image_id = self.pair.gt.image_ids[place]
+        name = self.names.get(image_id)
+        picture = self.folder / name if self.folder and isinstance(name, str) else None
         return PageEntry(
-            name=str(name or truth["image_id"]),
+            name=str(name or image_id) + addition,
             image=read_image(picture) if picture and picture.is_file() else None,
-            gt_ids=gt_ids,
-            gt_segments=truth["segments_info"],
-            pred_ids=pred_ids,
-            pred_segments=pred_segments,
-            matches=matches,
-            categories={} if self.class_agnostic else self.categories,
+            gt_ids=maps.gt_ids,
+            gt_segments=maps.gt_segments,
+            pred_ids=maps.pred_ids,
+            pred_segments=maps.pred_segments,
+            matches=maps.matches,
+            categories={} if self.pair.class_agnostic else self.categories,
         )
 
 

@@ -17,7 +17,7 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.loader import to_device
 from ldmseg_fast.data.reader import PatientReader
 from ldmseg_fast.files import replacing
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
 from ldmseg_fast.reports.draw import enlarge, overlay, picture_grid
 from ldmseg_fast.training.stages import Stage
 
@@ -87,7 +87,7 @@ def validate(
     rank, world = distributed.rank(), distributed.world_size()
     chunks = [range(start, min(start + CHUNK, len(dataset))) for start in range(0, len(dataset), CHUNK)]
     rows: list[list[Any]] = []
-    stats: dict[int, PQStat] = {}
+    stats: dict[int, PanopticQuality] = {}
     for first in range(0, len(chunks), world):
         if distributed.any_rank(stop()):
             reader.close()
@@ -100,7 +100,7 @@ def validate(
         results = stage.predict(batch, [truth[0].shape for truth in truths])
         if mine >= len(chunks):
             continue
-        stats[mine] = PQStat(OBJECT, class_agnostic=True)
+        stats[mine] = PanopticQuality(OBJECT, class_agnostic=True)
         for index, (ids, segments), result in zip(indices, truths, results):
             stats[mine].add(ids, segments, result.segmentation, result.segments_info, image_id=index)
             if distributed.is_main() and len(rows) < PICTURES:
@@ -108,7 +108,7 @@ def validate(
                 picture, truth, guess = (enlarge(array, 256) for array in (image, ids, result.segmentation))
                 rows.append([picture, overlay(picture, truth), overlay(picture, guess)])
     reader.close()
-    by_chunk: dict[int, PQStat] = {}
+    by_chunk: dict[int, PanopticQuality] = {}
     for part in distributed.gather_objects(stats):
         by_chunk |= part
     merged = by_chunk[0]
@@ -122,5 +122,5 @@ def validate(
         except OSError as error:  # no reason to lose the steps since the last checkpoint
             tqdm.write(f"warning: {pictures}: {error.strerror or error}; the run goes on without it", file=sys.stderr)
     stage.train()
-    values = merged.result()["All"]
+    values = merged.compute()["All"]
     return {f"val/{key}": 100.0 * values[key] for key in ("pq", "sq", "rq")}

@@ -215,14 +215,14 @@ def test_crowds_are_void_where_they_must_not_count():
 
 
 def test_truth_against_itself_is_perfect(scenes):
-    from ldmseg_fast.metrics.pq import PQStat
+    from ldmseg_fast.metrics.pq import PanopticQuality
 
     dataset = CocoPanoptic(scenes, "val2017", 64)
-    stat = PQStat([], class_agnostic=True)
+    stat = PanopticQuality([], class_agnostic=True)
     for index in range(len(dataset)):
         ids, segments = dataset.ground_truth(index)
         stat.add(ids, segments, ids, segments, image_id=index)
-    assert stat.result()["All"]["pq"] == 1.0
+    assert stat.compute()["All"]["pq"] == 1.0
 
 
 def test_instances_for_pycocotools(model_dir, scenes, tmp_path):

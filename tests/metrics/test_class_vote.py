@@ -3,7 +3,7 @@
 import numpy as np
 
 from ldmseg_fast.metrics.class_vote import category_map, vote_categories
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
 
 
 def test_category_map_of_a_panoptic_map():
@@ -28,6 +28,6 @@ def test_votes_of_the_ground_truth_make_a_perfect_map_perfect():
     truth = [{"id": i, "category_id": int(rng.integers(1, 4))} for i in range(1, 16)]
     agnostic = [{"id": i, "category_id": 1} for i in range(1, 16)]
     voted_ids, voted = vote_categories(ids, agnostic, category_map(ids, truth))
-    stat = PQStat([{"id": i, "isthing": 1} for i in (1, 2, 3)])
+    stat = PanopticQuality([{"id": i, "isthing": 1} for i in (1, 2, 3)])
     stat.add(ids, truth, voted_ids, voted)
-    assert stat.result()["All"]["pq"] == 1.0
+    assert stat.compute()["All"]["pq"] == 1.0

@@ -31,7 +31,7 @@ def test_the_best_setting_is_the_one_with_the_highest_score(scenes, monkeypatch)
     chosen, value = tune("slic", items)
     scores = [
         100
-        * score(Classical("slic", {"n_segments": n, "compactness": 10.0, "sigma": 1.0}), items).result()["All"]["pq"]
+        * score(Classical("slic", {"n_segments": n, "compactness": 10.0, "sigma": 1.0}), items).compute()["All"]["pq"]
         for n in (2, 12)
     ]
     assert value == max(scores) and chosen.parameters["n_segments"] == (2, 12)[int(np.argmax(scores))]
@@ -47,4 +47,4 @@ def test_a_picture_with_several_annotations_is_segmented_once(scenes):
         return np.ones(picture.shape[:2], np.int32)
 
     stat = score(segment, [(image, truth)] * 3)
-    assert len(calls) == 1 and stat.result()["class_agnostic"]["fn"] % 3 == 0
+    assert len(calls) == 1 and stat.compute()["class_agnostic"]["fn"] % 3 == 0

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import struct
+import sys
 import tempfile
 import zlib
 
@@ -39,7 +40,7 @@ def implementation(request, monkeypatch):
     elif _C is None:
         pytest.skip("the extension is not built")
     if request.param == "plain zlib":
-        monkeypatch.setattr(panoptic_format, "deflate", None)
+        monkeypatch.setitem(sys.modules, "deflate", None)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.uint32, np.int64])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldmseg_fast.cli import main
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
-from ldmseg_fast.metrics.pq import PQStat
+from ldmseg_fast.metrics.pq import PanopticQuality
 from ldmseg_fast.reports.draw import ERROR_COLORS
 from ldmseg_fast.reports.error_entry import PageEntry, image_quality, nearest
 from ldmseg_fast.reports.error_page import render_entry, write_error_page
@@ -28,7 +28,7 @@ def entry(shape=(40, 60), **changes):
     pred_ids[:4, width // 2 :] = 5
     gt_segments = [{"id": 70000, "category_id": 1}, {"id": 8, "category_id": 2}]
     pred_segments = [{"id": 3, "category_id": 1, "score": 0.75}, {"id": 5, "category_id": 2}]
-    matches = PQStat([{"id": 1, "isthing": 1}, {"id": 2, "isthing": 1}]).add(
+    matches = PanopticQuality([{"id": 1, "isthing": 1}, {"id": 2, "isthing": 1}]).add(
         gt_ids, gt_segments, pred_ids, pred_segments, image_id=0
     )
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
@@ -83,7 +83,9 @@ def test_what_is_told_about_segments():
 def test_class_agnostic_segments_and_crowds():
     one = entry(categories={})
     crowd = [{"id": 70000, "category_id": 1}, {"id": 8, "category_id": 2, "iscrowd": 1}]
-    matches = PQStat([], class_agnostic=True).add(one.gt_ids, crowd, one.pred_ids, one.pred_segments, image_id=0)
+    matches = PanopticQuality([], class_agnostic=True).add(
+        one.gt_ids, crowd, one.pred_ids, one.pred_segments, image_id=0
+    )
     text = render_entry(entry(categories={}, gt_segments=crowd, matches=matches))
     assert "segment 8, 600 px, crowd, not counted" in text
     assert "segment 5, 120 px, on void or a crowd, not counted" in text
@@ -93,7 +95,7 @@ def test_class_agnostic_segments_and_crowds():
 def test_odd_images():
     for shape in ((1, 1), (3, 700), (500, 7)):
         zeros = np.zeros(shape, np.int32)
-        nothing = PQStat([], class_agnostic=True).add(zeros, [], zeros, [], image_id=0)
+        nothing = PanopticQuality([], class_agnostic=True).add(zeros, [], zeros, [], image_id=0)
         assert np.isnan(image_quality(nothing))
         text = render_entry(PageEntry("empty", None, zeros, [], zeros, [], nothing))
         assert len(pictures(text)) == 4 and "PQ" not in text
@@ -120,7 +122,7 @@ def test_it_stays_light(shared):
         rows, columns = np.indices(image.shape[:2])
         ids = (rows // 40 * 20 + columns // 40 + 1).astype(np.int32)
         segments = [{"id": int(i), "category_id": 1} for i in np.unique(ids)]
-        matches = PQStat([], class_agnostic=True).add(ids, segments, ids, segments, image_id=0)
+        matches = PanopticQuality([], class_agnostic=True).add(ids, segments, ids, segments, image_id=0)
         sizes.append(len(render_entry(PageEntry(picture.name, image, ids, segments, ids, segments, matches))))
     assert max(sizes) < 200_000
 

@@ -1,0 +1,62 @@
+// Where the masks of COCO annotations, RLE or polygons, stand in a JSON. Its twin is metrics/mask_files.py.
+#pragma once
+#include <cstdint>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "coco_masks.hpp"
+#include "json_scanner.hpp"
+#include "matching.hpp"
+
+namespace ldmseg {
+
+struct StoredMask {
+    Segment segment;  // id: the place among the image's own, from 1
+    size_t height = 0, width = 0;  // 0: polygons
+    std::vector<int64_t> counts;
+    std::vector<std::vector<double>> outlines;  // x, y, x, y, ...
+};
+
+// One pass checks the whole file but for the masks themselves, and keeps some tens of bytes an annotation. Throws
+// UnusualJson for all that is not plainly right.
+class MaskIndex {
+   public:
+    MaskIndex(const std::string& path, bool predictions);
+    ~MaskIndex();
+    MaskIndex(const MaskIndex&) = delete;
+    MaskIndex& operator=(const MaskIndex&) = delete;
+
+    bool lists_images() const { return lists_images_; }
+    const std::vector<std::string>& image_ids() const { return image_ids_; }
+    const std::string& categories() const { return categories_; }  // the list as it is written, or empty
+    std::vector<int64_t> used_categories() const { return {used_.begin(), used_.end()}; }
+    std::pair<size_t, size_t> size(size_t k) const { return sizes_.at(k); }  // (height, width), 0 where it is not told
+
+    // In the order of the file. Throws UnusualJson and BadMask.
+    std::vector<StoredMask> masks(size_t k) const;
+
+   private:
+    struct Place {
+        uint64_t offset;
+        uint32_t size, image;
+    };
+
+    void scan(uint64_t size);
+    void add_image(JsonScanner& json);
+    void add_annotation(JsonScanner& json);
+    uint32_t image(const std::string& id);
+
+    int file_;
+    bool predictions_, lists_images_ = false;
+    std::vector<Place> places_;  // sorted by image
+    std::vector<size_t> first_;  // place of each image's first
+    std::vector<std::string> image_ids_;
+    std::unordered_map<std::string, uint32_t> numbers_;  // of images; empty after the scan
+    std::vector<std::pair<uint32_t, uint32_t>> sizes_;
+    std::set<int64_t> used_;
+    std::string categories_;
+};
+
+}  // namespace ldmseg

@@ -1,0 +1,34 @@
+"""Files of a source are found once, in order."""
+
+import pytest
+
+from ldmseg_fast.errors import DataError
+from ldmseg_fast.formats.source_files import by_stem, files_below, paired
+
+
+def test_files_of_an_ending_in_order_without_hidden_ones(tmp_path):
+    for name in ("b/2.PNG", "a/1.png", "a/._1.png", ".cache/3.png", "a/4.jpg", "a.png/5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = [path.relative_to(tmp_path).as_posix() for path in files_below(tmp_path, (".png",))]
+    assert found == ["a/1.png", "a.png/5.png", "b/2.PNG"]
+
+
+def test_links_to_folders_are_followed_and_circles_end(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.png").write_bytes(b"")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "circle").symlink_to(tmp_path / "root")
+    assert files_below(tmp_path / "root", (".png",)) == [tmp_path / "root" / "linked" / "1.png"]
+
+
+def test_pairs_and_what_has_none(tmp_path):
+    pictures = {name: tmp_path / f"{name}.jpg" for name in "bac"}
+    maps = {name: tmp_path / f"{name}.png" for name in "ab"}
+    pairs, without = paired(pictures, maps, tmp_path)
+    assert [name for name, _, _ in pairs] == ["a", "b"] and without == 1
+    with pytest.raises(DataError, match="1 of 2 annotations have no picture"):
+        paired({"a": pictures["a"]}, maps, tmp_path)
+    with pytest.raises(DataError, match="two files of one name"):
+        by_stem([tmp_path / "a.jpg", tmp_path / "a.png"], tmp_path)
