@@ -46,7 +46,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 training and 8 validation scenes of 64x64 pixels."""
     from ldmseg_fast.data.scenes import write_scenes
 
-    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", 24, 64, 0)
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", 24, 64, 0, version=1)
 
 
 @pytest.fixture(scope="session")
