@@ -43,7 +43,10 @@ def box(u: Array, v: Array, a: float, b: float, corner: float) -> Array:
 
 
 def polygon(u: Array, v: Array, vertices: Array) -> Array:
-    """Computes the exact distance to a simple polygon, vertices [n, 2]; crossing numbers tell inside from outside."""
+    """Computes the exact distance, float64 [h, w] in pixels, to a simple polygon with vertices [n, 2].
+
+    Crossing numbers tell inside from outside.
+    """
     nearest = np.full(u.shape, np.inf)
     inside = np.zeros(u.shape, bool)
     for (au, av), (bu, bv) in zip(vertices, np.roll(vertices, -1, axis=0)):
@@ -57,7 +60,7 @@ def polygon(u: Array, v: Array, vertices: Array) -> Array:
 
 
 def around(radii: Array, angles: Array) -> Array:
-    """Returns vertices [n, 2] at radii [n] in pixels and angles [n]."""
+    """Returns vertices, float64 [n, 2], at radii [n] in pixels and angles [n]."""
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
