@@ -6,8 +6,8 @@ Shapes: H W the picture's own size, S the network's side, h w latent cells, Q sl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.pictures import Picture
 from ldmseg_fast.data.transforms import TABLE_SIZE, make_remap_table, resize_ids
 from ldmseg_fast.diffusion.inpainting import KnownLatents, whole_cells
@@ -43,6 +44,7 @@ def inpaint(
     thresholds: PostprocessConfig | None,
     method: str | None,
     draft_steps: int,
+    numbers: Sequence[Mapping[int, int]] | None = None,
 ) -> list[PanopticResult]:
     """Does `LDMSegPipeline.inpaint` for one batch, whose arguments have been checked.
 
@@ -54,6 +56,7 @@ def inpaint(
         image_ids: from which, with the seed, all noise comes.
         sampling: solver, steps, timesteps, seed and callback.
         thresholds, method, draft_steps: as in `LDMSegPipeline.inpaint`.
+        numbers: the given ids whose category is known, each with its number; one for each picture.
 
     Returns:
         A PanopticResult per picture.
@@ -70,12 +73,15 @@ def inpaint(
     image_latents = sampler.backend.encode_image(pixels)  # [B, C_image, h, w]
 
     drafts: Any = [None] * len(pictures)
+    draft_categories: Any = [None] * len(pictures)
     if draft_steps > 0:
         steps = min(draft_steps, sampling.num_inference_steps)
         plain = replace(sampling, num_inference_steps=steps, timesteps=None, callback=None)
         network = sampler.network(pixels, plain)
         draft_latents = sampler.denoise(network, noise, image_latents, image_ids, plain)  # float32 [B, C, h, w]
-        drafts = decode_slots(mask_vae, draft_latents).cpu().numpy()  # int64 [B, S, S]
+        slots, categories = decode_pixels(mask_vae, draft_latents)  # int64 [B, S, S]
+        drafts = slots.cpu().numpy()
+        draft_categories = draft_categories if categories is None else categories.cpu().numpy()
 
     scheme = sampler.id_assignment
     givens = [
@@ -88,8 +94,12 @@ def inpaint(
             rng=np.random.default_rng(seed_of(sampling.seed, "slots", image_id)),
             name=f"image {image_id}",
             draft=draft,
+            known_categories=known_numbers,
+            draft_categories=named,
         )
-        for image_id, segmentation, known, draft in zip(image_ids, maps, masks, drafts)
+        for image_id, segmentation, known, draft, named, known_numbers in zip(
+            image_ids, maps, masks, drafts, draft_categories, numbers or [{}] * len(pictures)
+        )
     ]
     step_noise = partial(sampler.step_noise, sampling.seed, image_ids, "known")
     # what was encoded beside void is a little off; models that were not trained with it get cells farther inside
@@ -98,7 +108,9 @@ def inpaint(
     network = sampler.network(pixels, sampling)
     mask_latents = sampler.denoise(network, noise, image_latents, image_ids, sampling, constraint)  # [B, C, h, w]
     decoded = sampler.decode(mask_latents, [picture.size for picture in pictures], thresholds)
-    return [complete(result, given, thresholds.count_threshold) for result, given in zip(decoded, givens)]
+    return [
+        complete(result, given, thresholds.count_threshold, info.categories) for result, given in zip(decoded, givens)
+    ]
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,9 @@ class Given:
         covered: bool [S, S], `known` at the network's size.
         slots: uint8 [S, S] at the network's size, 0 where nothing (or void) is given.
         ids: slot -> given id.
+        numbers: given id -> number of its category, where it is known.
+        assumed: the same, with what the draft has for the others.
+        categories: int16 [S, S], numbers of categories at the network's size, 0 where none is known.
     """
 
     segmentation: np.ndarray
@@ -118,6 +133,9 @@ class Given:
     covered: np.ndarray
     slots: np.ndarray
     ids: dict[int, int]
+    numbers: dict[int, int] = field(default_factory=dict)
+    assumed: dict[int, int] = field(default_factory=dict)
+    categories: np.ndarray | None = None
 
 
 def prepare(
@@ -129,6 +147,8 @@ def prepare(
     rng: np.random.Generator,
     name: str = "image",
     draft: np.ndarray | None = None,
+    known_categories: Mapping[int, int] | None = None,
+    draft_categories: np.ndarray | None = None,
 ) -> Given:
     """Finds slots for the given segments of one image: those of `draft`, or by the scheme of the model's training.
 
@@ -145,6 +165,9 @@ def prepare(
         name: of the image, in the warning.
         draft: slots [S, S] that the model predicts from the same noise without knowing the map. The scheme cannot know
             of segments that are hidden; the draft shows what the model would call each one.
+        known_categories: given id -> number of its category, where it is known.
+        draft_categories: numbers [S, S] that the model predicts with the draft: what it mostly has on a given segment
+            of unknown category stands for it while sampling.
     """
     given = np.where(known, segmentation, 0).astype(np.int32)
     small = resize_ids(given, size)
@@ -165,20 +188,48 @@ def prepare(
         table = follow_draft(numbered, len(kept), draft, num_slots)
     ids = {int(table[number]): int(value) for number, value in enumerate(kept, start=1)}
     covered = resize_ids(known.astype(np.uint8), size) > 0
-    return Given(given, known, covered, table[numbered], ids)
+    assumed = dict(known_categories or {})
+    if draft_categories is not None:
+        for value in values.tolist():
+            votes = np.bincount(draft_categories[small == value])
+            if value not in assumed and votes[1:].any():
+                assumed[value] = 1 + int(votes[1:].argmax())
+    of_value = np.array([0, *(assumed.get(value, 0) for value in values.tolist())], np.int16)
+    categories = of_value[np.searchsorted(values, small, side="right") * (small > 0)]
+    categories[table[numbered] == 0] = 0
+    return Given(given, known, covered, table[numbered], ids, dict(known_categories or {}), assumed, categories)
 
 
-def encode_slots(mask_vae: Any, slots: Tensor) -> Tensor:
-    """Encodes slots, integer [B, S, S], 0 = void, to scaled mask latents float32 [B, C, h, w]."""
-    bits = encode_mask_bits(slots, mask_vae.config.num_bits, dtype=next(mask_vae.parameters()).dtype)
+def encode_pixels(mask_vae: Any, slots: Tensor, categories: Tensor | None) -> Tensor:
+    """Encodes slots, integer [B, S, S], 0 = void, to scaled mask latents float32 [B, C, h, w].
+
+    categories: numbers, integer [B, S, S], 0 = void or unknown; of models with categories.
+    """
+    config = mask_vae.config
+    bits = encode_mask_bits(
+        slots,
+        config.num_bits,
+        dtype=next(mask_vae.parameters()).dtype,
+        category_ids=categories if config.num_categories else None,
+        category_bits=config.category_bits,
+    )
     return mask_vae.encode_latents(bits).float()
 
 
-def decode_slots(mask_vae: Any, mask_latents: Tensor) -> Tensor:
-    """Decodes scaled mask latents [B, C, h, w] to each pixel's best slot at the network's size, int64 [B, S, S]."""
-    logits = mask_vae.decode_latents(mask_latents.to(next(mask_vae.parameters()).dtype)).float()
+def decode_pixels(mask_vae: Any, mask_latents: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Decodes scaled mask latents [B, C, h, w] to each pixel's best slot and category at the network's size.
+
+    Returns:
+        int64 [B, S, S] each; None in the place of categories of a model without.
+    """
+    both = mask_vae.decode_latents_both(mask_latents.to(next(mask_vae.parameters()).dtype))
     size = [side * mask_vae.config.downsampling for side in mask_latents.shape[-2:]]
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(dim=1)
+    slots, categories = (
+        None if logits is None else F.interpolate(logits.float(), size, mode="bilinear", align_corners=False).argmax(1)
+        for logits in both
+    )
+    assert slots is not None
+    return slots, categories
 
 
 class KnownPixels:
@@ -191,11 +242,13 @@ class KnownPixels:
     Args:
         mask_vae: the mask auto-encoder.
         slots: uint8 [B, S, S], 0 where nothing is given.
+        categories: int16 [B, S, S], numbers, 0 where none is given; of models with categories.
     """
 
-    def __init__(self, mask_vae: Any, slots: Tensor) -> None:
+    def __init__(self, mask_vae: Any, slots: Tensor, categories: Tensor | None = None) -> None:
         self.mask_vae = mask_vae
         self.slots = slots
+        self.categories = categories
         cell = mask_vae.config.downsampling
         self.cells = ~whole_cells(slots == 0, cell)  # any pixel given
 
@@ -209,8 +262,12 @@ class KnownPixels:
 
     def estimate(self, estimate: Tensor) -> Tensor:
         """Returns the estimate of x_0, float [B, C, h, w], with the given pixels put in; what is NaN stays NaN."""
-        slots = torch.where(self.slots > 0, self.slots.long(), decode_slots(self.mask_vae, estimate))
-        return torch.where(self.cells & estimate.isfinite(), encode_slots(self.mask_vae, slots), estimate)
+        slots, categories = decode_pixels(self.mask_vae, estimate)
+        slots = torch.where(self.slots > 0, self.slots.long(), slots)
+        if categories is not None and self.categories is not None:
+            categories = torch.where(self.categories > 0, self.categories.long(), categories) * (slots > 0)
+        known = encode_pixels(self.mask_vae, slots, categories)
+        return torch.where(self.cells & estimate.isfinite(), known, estimate)
 
 
 def follow_draft(numbered: np.ndarray, count: int, draft: np.ndarray, num_slots: int) -> np.ndarray:
@@ -269,24 +326,33 @@ def make_constraint(
         raise ArgumentError(f"method={method!r}: one of {', '.join(METHODS)} expected")
     device = next(mask_vae.parameters()).device
     slots = torch.from_numpy(np.stack([given.slots for given in givens])).to(device)  # [B, S, S]
+    categories = None
+    if mask_vae.config.num_categories:
+        categories = torch.from_numpy(
+            np.stack([given.categories for given in givens if given.categories is not None])
+        ).to(device)  # [B, S, S]
     if method == "pixels":
-        return KnownPixels(mask_vae, slots)
+        return KnownPixels(mask_vae, slots, categories)
     covered = torch.from_numpy(np.stack([given.covered for given in givens])).to(device)
     cells = whole_cells(covered, mask_vae.config.downsampling, margin)
-    return KnownLatents(encode_slots(mask_vae, slots), cells, scheduler, step_noise if method == "renoise" else None)
+    latents = encode_pixels(mask_vae, slots, categories)
+    return KnownLatents(latents, cells, scheduler, step_noise if method == "renoise" else None)
 
 
-def complete(result: PanopticResult, given: Given, min_area: int) -> PanopticResult:
+def complete(
+    result: PanopticResult, given: Given, min_area: int, categories: CategoryTable | None = None
+) -> PanopticResult:
     """Puts the given pixels back into the predicted map, and every segment under its final id.
 
     A predicted segment whose slot is a given one's takes that one's id; so does one that lies, where pixels are given,
     mostly on one given segment. The others get the smallest unused ids, and become void where fewer than `min_area`
-    of their pixels are left.
+    of their pixels are left. Predicted stuff of a category that a given segment has takes that one's id.
 
     Args:
         result: the predicted map, int32 [H, W].
         given: what is known of it.
         min_area: in pixels.
+        categories: of models with categories. A given segment of known category keeps it.
 
     Returns:
         The map, int32 [H, W]. `segments_info` has "given" beside the usual entries: whether the id is one of the map
@@ -301,6 +367,10 @@ def complete(result: PanopticResult, given: Given, min_area: int) -> PanopticRes
             final[segment["id"]] = int(values[counts.argmax()])
         elif segment["id"] - 1 in given.ids:
             final[segment["id"]] = given.ids[segment["id"] - 1]
+    stuff = {} if categories is None else _given_stuff(given, categories)
+    for segment in result.segments_info:
+        if segment["id"] not in final and segment.get("category_id") in stuff:
+            final[segment["id"]] = stuff[segment["category_id"]]
     fresh = (number for number in range(1, 2**24) if number not in taken)
     for segment in result.segments_info:
         if segment["id"] not in final:
@@ -311,13 +381,50 @@ def complete(result: PanopticResult, given: Given, min_area: int) -> PanopticRes
         table[before] = after
     segmentation = np.where(given.known, given.segmentation, table[predicted])
 
-    scores: dict[int, list[tuple[float, int]]] = {}
+    parts_of: dict[int, list[dict[str, Any]]] = {}
     for segment in result.segments_info:
-        scores.setdefault(final[segment["id"]], []).append((segment["score"], segment["area"]))
+        parts_of.setdefault(final[segment["id"]], []).append(segment)
     usual = {"category_id": 1, "label_id": 1, "isthing": True, "iscrowd": 0, "was_fused": False}
     info = []
     for shape in segment_shapes(segmentation):
-        parts = scores.get(shape["id"], [(1.0, 1)])
-        score = sum(score * area for score, area in parts) / sum(area for _, area in parts)
-        info.append({"id": shape["id"], **usual, **shape, "score": score, "given": shape["id"] in taken})
+        parts = parts_of.get(shape["id"], [])
+        entry = {"id": shape["id"], **usual, **shape, "score": _mean(parts, "score"), "given": shape["id"] in taken}
+        if categories is not None:
+            entry |= _category(parts, shape["id"], given, categories)
+        info.append(entry)
     return PanopticResult(segmentation, info)
+
+
+def _given_stuff(given: Given, categories: CategoryTable) -> dict[int, int]:
+    """The lowest given id of each category of stuff, by the category's id."""
+    found: dict[int, int] = {}
+    for segment_id in sorted(set(given.numbers) & set(np.unique(given.segmentation).tolist())):
+        category = categories[given.numbers[segment_id]]
+        if not category.isthing:
+            found.setdefault(category.id, segment_id)
+    return found
+
+
+def _category(
+    parts: Sequence[Mapping[str, Any]], segment_id: int, given: Given, categories: CategoryTable
+) -> dict[str, Any]:
+    """Says what a completed segment is: what was given, else what the largest of its predicted parts is.
+
+    A given segment of unknown category of which nothing was predicted is what the draft has there, with a score of 0;
+    where there was no draft either it stays without a name, of category 0.
+    """
+    if segment_id not in given.numbers and parts:
+        largest = max(parts, key=lambda part: part["area"])
+        named = {key: largest[key] for key in ("category_id", "name", "isthing", "category_score")}
+    elif segment_id in given.assumed:
+        category, score = categories[given.assumed[segment_id]], float(segment_id in given.numbers)
+        named = {"category_id": category.id, "name": category.name, "isthing": category.isthing}
+        named["category_score"] = score
+    else:
+        named = {"category_id": 0, "isthing": True, "category_score": 0.0}
+    return named | {"label_id": named["category_id"]}
+
+
+def _mean(parts: Sequence[Mapping[str, Any]], key: str) -> float:
+    """The mean of a value over the pixels of predicted parts; 1 where there are none."""
+    return sum(part[key] * part["area"] for part in parts) / sum(part["area"] for part in parts) if parts else 1.0
