@@ -66,7 +66,7 @@ def _category(value: Any, place: int, path: Path) -> Category:
     number, name, isthing, color = (value.get(key) for key in ("id", "name", "isthing", "color"))
     if type(number) is not int or not 0 <= number <= MAX_ID:
         raise CheckpointError(f"{where}: `id` must be a whole number in 0..{MAX_ID}, got {number!r:.80}")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or any("\ud800" <= letter <= "\udfff" for letter in name):
         raise CheckpointError(f"{where}: `name` must be a text, got {name!r:.80}")
     if type(isthing) not in (int, bool) or isthing not in (0, 1):
         raise CheckpointError(f"{where}: `isthing` must be 0 or 1, got {isthing!r:.80}")

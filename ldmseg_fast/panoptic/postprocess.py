@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,8 +74,18 @@ def postprocess(
     ordered = [results[image] for image in range(len(results))]
     if category_logits is None or categories is None:
         return ordered
-    numbers, scores = (tensor.cpu().numpy() for tensor in slot_categories(mask_logits, category_logits))  # [B, Q]
+    used = sorted({segment["id"] - 1 for result in ordered for segment in result.segments_info})
+    slots = torch.tensor(used, dtype=torch.int64, device=mask_logits.device)
+    found = (tensor.cpu().numpy() for tensor in slot_categories(mask_logits, category_logits, slots))  # [B, K]
+    numbers, scores = (_of_slots(part, used, mask_logits.shape[1]) for part in found)  # [B, Q]
     return [name_segments(*each, categories) for each in zip(ordered, numbers, scores)]
+
+
+def _of_slots(values: np.ndarray, slots: list[int], count: int) -> np.ndarray:
+    """Puts the values of some slots, [B, K], into the places of all, [B, Q]."""
+    everywhere = np.zeros((len(values), count), values.dtype)
+    everywhere[:, slots] = values
+    return everywhere
 
 
 def resize_logits(mask_logits: Tensor, network_size: tuple[int, int], size: tuple[int, int]) -> Tensor:

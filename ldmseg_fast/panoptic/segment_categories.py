@@ -21,22 +21,28 @@ from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.panoptic.results import PanopticResult
 
 
-def slot_categories(mask_logits: Tensor, category_logits: Tensor) -> tuple[Tensor, Tensor]:
+def slot_categories(mask_logits: Tensor, category_logits: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Finds the category of each slot.
 
     Args:
         mask_logits: float [B, Q, h, w].
         category_logits: float [B, C + 1, h, w]; category 0 is void, which no segment is.
+        slots: int64 [K], those of which it is asked; None: all Q.
 
     Returns:
-        The category's number in 1..C, int64 [B, Q], and the mean probability that the slot's pixels give it, float32
-        [B, Q].
+        The category's number in 1..C, int64 [B, K], and the mean probability that the slot's pixels give it, float32
+        [B, K].
     """
-    slots = mask_logits.float().softmax(1).flatten(2)  # [B, Q, h w]
-    categories = category_logits.float().softmax(1).flatten(2)  # [B, C + 1, h w]
-    votes = torch.bmm(slots, categories.transpose(1, 2))  # [B, Q, C + 1]
-    most, number = votes[..., 1:].max(-1)  # [B, Q]
-    return number + 1, most / slots.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    of_slots = _rows(mask_logits).softmax(-1)  # [B, h w, Q]
+    of_slots = of_slots if slots is None else of_slots.index_select(2, slots)
+    votes = of_slots.transpose(1, 2) @ _rows(category_logits).softmax(-1)  # [B, K, C + 1]
+    most, number = votes[..., 1:].max(-1)  # [B, K]
+    return number + 1, most / of_slots.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Lists the pixels of [B, K, h, w] as rows, float32 [B, h w, K]; channels_last, which decoders give, is that."""
+    return logits.float().permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def name_segments(

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 from ldmseg_fast import distributed
+from ldmseg_fast.checkpoints.categories_file import CATEGORIES, load_categories
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import Config
 from ldmseg_fast.config.categories import CategoryTable
@@ -41,14 +42,20 @@ def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> Coc
     )
 
 
-def use_categories(stage: Stage, train_set: CocoPanoptic, val_set: CocoPanoptic) -> None:
+def use_categories(stage: Stage, train_set: CocoPanoptic, val_set: CocoPanoptic, resumed: Path | None) -> None:
     """Makes both splits carry categories where the stage's model has them.
 
-    A stage that starts without a table takes the training split's.
+    A stage that starts without a table takes the training split's, or the one that the run has had so far.
+
+    Args:
+        stage: gets the table.
+        train_set, val_set: the splits.
+        resumed: the folder of a run that goes on.
 
     Raises:
         ConfigError: another number of categories in the training split than in the settings, or settings that need
             categories of a model without.
+        CheckpointError: a damaged table.
         DataError: a split whose categories do not fit the table.
     """
     expected = stage.mask_vae.config.num_categories
@@ -58,6 +65,8 @@ def use_categories(stage: Stage, train_set: CocoPanoptic, val_set: CocoPanoptic)
         )
     if not expected:
         return
+    if stage.categories is None and resumed is not None and (resumed / CATEGORIES).exists():
+        stage.categories = load_categories(resumed, stage.mask_vae.config)
     if stage.categories is None:
         source = str(train_set.folders.annotations)
         stage.categories = CategoryTable.of_data_set(train_set.categories, source)

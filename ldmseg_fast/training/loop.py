@@ -92,7 +92,7 @@ class Run:
         num_slots = self.stage.mask_vae.config.num_slots
         self.train_set = make_dataset(config, config.data.train_split, num_slots, train=True)
         self.val_set = make_dataset(config, config.data.val_split, num_slots, train=False)
-        use_categories(self.stage, self.train_set, self.val_set)
+        use_categories(self.stage, self.train_set, self.val_set, self.folder if resume else None)
         self.shard_check: ShardCheck | None = None
         if stage_name != "autoencoder":
             cache = attach_cache(self.train_set, config, self.stage.get_submodule("image_vae"), self.say)

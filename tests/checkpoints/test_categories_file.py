@@ -39,6 +39,7 @@ def edited(**change):
         (edited(id=True), "entry 0: `id`"),
         (edited(id=0), "the id 0 appears twice"),
         (edited(name=""), "entry 0: `name`"),
+        (edited(name="\ud800"), "entry 0: `name`"),
         (edited(name="sky"), "the name 'sky' appears twice"),
         (edited(isthing=None), "entry 0: `isthing`"),
         (edited(isthing=2), "entry 0: `isthing`"),

@@ -126,6 +126,21 @@ def test_settings_that_do_not_fit(settings, overrides, error, message):
     assert message in str(raised.value)
 
 
+def test_a_run_goes_on_with_the_numbers_it_has(settings, tmp_path):
+    """The same data set with its categories in another order keeps its names."""
+    root = write_scenes(tmp_path / "own", 24, 32, workers=1)
+    own = [f"data.root={root}", "train.save_every=2", "train.validate_every=1000"]
+    folder = train("autoencoder", settings("run", *own, "train.steps=2"))
+    table = (folder / "categories.json").read_bytes()
+    for path in (root / "annotations").glob("*.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"categories": content["categories"][::-1]}))
+    train("autoencoder", settings("run", *own), resume=True)
+    assert (folder / "categories.json").read_bytes() == table
+    whole = train("autoencoder", settings("whole", *own[1:], f"data.root={root}"))
+    assert json.loads((whole / "categories.json").read_text())[0]["name"] == "tiles"
+
+
 def test_another_data_set_is_refused_by_name(settings, scenes, tmp_path):
     autoencoder = train("autoencoder", settings("first", "train.steps=1", "train.validate_every=1000"))
     other = write_scenes(tmp_path / "other", 8, 32, workers=1, version=1)
