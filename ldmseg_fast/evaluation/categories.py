@@ -107,7 +107,6 @@ def model_categories(table: CategoryTable, dataset: CocoPanoptic) -> ModelCatego
         numbers = table.numbers_of(dataset.categories, source)
     except DataError as error:
         raise DataError(f"{error}; or evaluate with --class-agnostic") from None
-    _check_category_ids(dataset)
     ids = {table[number].id: category_id for category_id, number in numbers.items()}
     return ModelCategories(MODEL_ITSELF, False, dataset, lambda index: np.zeros((0, 0), np.int32), ids=ids)
 

@@ -28,17 +28,17 @@ def table(category_model):
 
 @pytest.fixture
 def renamed(category_scenes, tmp_path):
-    """The scenes with other category ids in another order; `edit` changes the list further."""
+    """The scenes with other category ids, 0 among them, in another order; `edit` changes the list further."""
 
     def make(edit=lambda categories: categories):
         root = tmp_path / "renamed"
         shutil.copytree(category_scenes, root)
         for path in (root / "annotations").glob("*.json"):
             content = json.loads(path.read_text())
-            content["categories"] = edit([c | {"id": 300 - c["id"]} for c in reversed(content["categories"])])
+            content["categories"] = edit([c | {"id": 19 - c["id"]} for c in reversed(content["categories"])])
             for annotation in content["annotations"]:
                 for segment in annotation["segments_info"]:
-                    segment["category_id"] = 300 - segment["category_id"]
+                    segment["category_id"] = 19 - segment["category_id"]
             path.write_text(json.dumps(content))
         return root
 
