@@ -319,7 +319,7 @@ class LDMSegPipeline:
                 "estimate" or "renoise" (`diffusion.inpainting.KnownLatents`). Default "estimate" for models that were
                 trained for it (diffusion.inpainting), "pixels" for the others.
             draft_steps: evaluations, at most `num_inference_steps`, of a draft that does not know the map: a given
-                segment gets the slot that the draft has for it (`inpainting.follow_draft`). 0: no draft, slots by
+                segment gets the slot that the draft has for it (`given_maps.follow_draft`). 0: no draft, slots by
                 the scheme of the model's training, which cannot know of hidden segments.
             segments_info: of models with categories, for each image what given segments are: entries with `id` and
                 `category_id`, as results have them. A given segment keeps its category; one that is not listed gets

@@ -14,7 +14,8 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.transforms import make_remap_table
 from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.inference import inpainting
-from ldmseg_fast.inference.inpainting import METHODS, Given, KnownPixels, complete, follow_draft, prepare
+from ldmseg_fast.inference.given_maps import Given, complete, follow_draft, prepare
+from ldmseg_fast.inference.inpainting import METHODS, KnownPixels
 from ldmseg_fast.kernels.mask_bits import decode_mask_bits
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult

@@ -11,7 +11,7 @@ from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.categories import Category, CategoryTable
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.inference.inpainting import complete, prepare
+from ldmseg_fast.inference.given_maps import complete, prepare
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.results import PanopticResult
 
