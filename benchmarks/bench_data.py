@@ -123,7 +123,7 @@ def main() -> None:
         bench(run, args.data.name, args.data, args.split, args.size, images, [] if args.quick else [0, 1, 2])
     for side in (64, 256):
         with tempfile.TemporaryDirectory() as folder:
-            scenes = write_scenes(Path(folder) / "scenes", images, side, 0)
+            scenes = write_scenes(Path(folder) / "scenes", images, side, 0, version=1)
             bench(run, f"scenes of {side} px", scenes, "train2017", side, images, [] if args.quick else [0, 2])
     run.save(args.out)
 

@@ -210,7 +210,7 @@ def bench_whole(bench: Bench, picture: np.ndarray, batch: int, steps: int, names
 def make_picture(size: str) -> np.ndarray:
     """Returns a generated scene, uint8 [H, W, 3]."""
     height, width = (int(side) for side in size.split("x"))
-    return np.ascontiguousarray(generate_scene(max(height, width), 0, 0)[0][:height, :width])
+    return np.ascontiguousarray(generate_scene(max(height, width), 0, 0, version=1)[0][:height, :width])
 
 
 def benchmark(args: argparse.Namespace, scratch: Path) -> Run:

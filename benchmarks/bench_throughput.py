@@ -136,7 +136,7 @@ def write_pictures(folder: Path, count: int, height: int, width: int) -> list[Pa
     """Writes generated scenes as JPEGs."""
     folder.mkdir()
     for index in range(count):
-        rgb = generate_scene(max(height, width), 0, index)[0][:height, :width]
+        rgb = generate_scene(max(height, width), 0, index, version=1)[0][:height, :width]
         Image.fromarray(np.ascontiguousarray(rgb)).save(folder / f"{index:06d}.jpg", quality=95)
     return sorted(folder.iterdir())
 

@@ -90,7 +90,7 @@ def bench_engine(record: Record, args: argparse.Namespace, folder: Path) -> None
     base = [f"train.batch_size={args.batch}", "train.warmup=1", f"train.precision={args.precision}"]
     config = settings(args.config, folder, *base)
     make_parts(folder, config)
-    write_scenes(folder / "scenes", 64, max(64, min(config.data.image_size, 256)), 0)
+    write_scenes(folder / "scenes", 64, max(64, min(config.data.image_size, 256)), 0, version=1)
     plain = PlainLoop(validate(replace(config, train=replace(config.train, channels_last=False))), device)
 
     dataset = make_dataset(config, "train2017", config.mask_vae.num_slots, train=True)

@@ -177,7 +177,10 @@ def measure(root: Path, work: Path, quick: bool = False) -> dict[str, Any]:
     """
     tree = Checkout(root, work)
     found: dict[str, Any] = {}
-    tree.ldmseg("data", "scenes", work / "scenes", "--images", 24, "--size", 32, "--seed", 3)
+    # checkouts from before version 2 have no such option
+    known = "--version" in tree.run("-m", "ldmseg_fast.cli", "data", "scenes", "--help")
+    version = ["--version", 1] if known else []
+    tree.ldmseg("data", "scenes", work / "scenes", "--images", 24, "--size", 32, "--seed", 3, *version)
     found["scenes"] = digest(work / "scenes")
     (work / "settings.yaml").write_text(json.dumps(SETTINGS), encoding="utf-8")
     for preset in ("tiny",) if quick else ("tiny", "coco"):

@@ -146,7 +146,7 @@ def comparison_data(info: ModelInfo, data: str | None, split: str, images: int) 
     with tempfile.TemporaryDirectory() as scratch:
         if data is None:
             side = max(info.image_size, 32)
-            data = str(write_scenes(Path(scratch) / "scenes", 10 * images, side, 0, workers=1))
+            data = str(write_scenes(Path(scratch) / "scenes", 10 * images, side, 0, workers=1, version=1))
             split = "val2017"
         yield CocoPanoptic(data, split, info.image_size, num_slots=info.mask_vae.num_slots, limit=images)
 
@@ -164,7 +164,13 @@ def _compare(
     reference = TorchBackend(info.at_size(graphs.info.image_size), "cpu", torch.float32)
     info, exact = graphs.info, precision == "fp32"
     pictures = batch["image"]
-    bits = encode_mask_bits(batch["segment_ids"], info.mask_vae.num_bits, batch["table"])
+    config, ids = info.mask_vae, batch["segment_ids"]
+    categories = None
+    if config.num_categories:  # which ones does not matter, and the data need not have the model's
+        categories = torch.where(ids > 0, (ids.int() - 1) % config.num_categories + 1, 0)
+    bits = encode_mask_bits(
+        ids, config.num_bits, batch["table"], category_ids=categories, category_bits=config.category_bits
+    )
     mask_latents = reference.mask_vae.encode_latents(bits).float()  # [B, C, h, w]
     noise = image_noise(0, list(range(len(pictures))), tuple(mask_latents.shape[1:]))
     rows: list[Row] = []
@@ -208,6 +214,16 @@ def _compare(
     limit = ARGMAX_AGREEMENT if exact else None
     same, total = same_pixels(maps["graphs"], maps["torch"])  # type: ignore[arg-type]
     rows.append(Row("maps: pixel agreement", same / total, limit, at_least=True))
+    if info.categories is not None:
+        named = [
+            {segment["id"]: segment["category_id"] for segment in other.segments_info}.get(
+                ours["id"], ours["category_id"]
+            )
+            == ours["category_id"]
+            for one, other in zip(maps["graphs"], maps["torch"])
+            for ours in one.segments_info  # type: ignore[union-attr]
+        ]
+        rows.append(Row("maps: segments of the same category", sum(named) / max(len(named), 1), limit, at_least=True))
     pq = {name: _pq(b, final[name], truth) for name, b in (("graphs", graphs), ("torch", reference))}
     rows += [Row(f"maps: PQ of {name}", value) for name, value in pq.items()]
     rows.append(Row("maps: PQ difference", abs(pq["graphs"] - pq["torch"]), PQ_DIFFERENCE[precision]))

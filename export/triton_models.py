@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldmseg_fast.backends.graphs.head import finish
 from ldmseg_fast.config import PostprocessConfig, SchedulerConfig, from_dict
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.pictures import decode_picture
 from ldmseg_fast.data.transforms import resize_image
 from ldmseg_fast.diffusion.sampler import image_noise
@@ -24,6 +25,7 @@ from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.ddim_step import make_ddim_table
 from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.panoptic.segment_categories import name_segments
 
 
 def server() -> Any:
@@ -160,13 +162,16 @@ class Head(_RequestByRequest):
     def run(self, request: Any) -> list[Any]:
         utils, thresholds = server(), from_dict(PostprocessConfig, self.facts["postprocess"])
         latents, sizes = tensor(request, "mask_latents"), array(request, "size")
+        listed = self.facts.get("categories")  # of repositories from before there were any: none
+        table = None if listed is None else CategoryTable.of_data_set(listed, "categories")
         results: list[PanopticResult] = []
         for row, size in zip(latents.split(1), sizes):
             threshold = torch.tensor([thresholds.mask_threshold], device=latents.device)
             inputs = {"latents": row, "size": torch.tensor(size.tolist()), "mask_threshold": threshold}
-            outputs = call("ldmseg_mask_decoder", inputs, ("label", "confidence", "sigmoid_area"))
-            label, confidence, area = (output.cpu().numpy() for output in outputs)
-            results += finish(label, confidence, area, thresholds)
+            names = ("label", "confidence", "sigmoid_area", *(("category", "category_score") if table else ()))
+            outputs = [output.cpu().numpy() for output in call("ldmseg_mask_decoder", inputs, names)]
+            found = finish(outputs[0], outputs[1], outputs[2], thresholds)
+            results += found if table is None else [name_segments(*each, table) for each in zip(found, *outputs[3:])]
         if len({result.segmentation.shape for result in results}) > 1:
             raise ArgumentError("pictures of several sizes in one request; send one request for each")
         infos = np.array([[json.dumps(result.segments_info)] for result in results], object)

@@ -139,6 +139,7 @@ def model_configs(
         "scheduler": manifest.scheduler,
         "self_condition": manifest.model["self_condition"],
         "postprocess": post,
+        "categories": manifest.model.get("categories"),
     }
 
     def batched(name: str, inputs: Sequence[dict], outputs: Sequence[dict], **rest: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from ldmseg_fast.inference.inputs import (
     check_images,
     check_sizes,
     check_thresholds,
+    given_categories,
     image_ids_of,
     scaled_picture,
 )
@@ -300,6 +301,7 @@ class LDMSegPipeline:
         method: str | None = None,
         draft_steps: int = 4,
         exif: bool = True,
+        segments_info: Sequence[Sequence[Mapping[str, Any]]] | None = None,
     ) -> list[PanopticResult]:
         """Completes panoptic maps: given pixels stay exactly as they are, the model finds the rest.
 
@@ -317,14 +319,18 @@ class LDMSegPipeline:
                 "estimate" or "renoise" (`diffusion.inpainting.KnownLatents`). Default "estimate" for models that were
                 trained for it (diffusion.inpainting), "pixels" for the others.
             draft_steps: evaluations, at most `num_inference_steps`, of a draft that does not know the map: a given
-                segment gets the slot that the draft has for it (`inpainting.follow_draft`). 0: no draft, slots by
+                segment gets the slot that the draft has for it (`given_maps.follow_draft`). 0: no draft, slots by
                 the scheme of the model's training, which cannot know of hidden segments.
+            segments_info: of models with categories, for each image what given segments are: entries with `id` and
+                `category_id`, as results have them. A given segment keeps its category; one that is not listed gets
+                what the model finds.
 
         Returns:
             A PanopticResult per image, at its own size; its entries have "given" beside the usual ones.
 
         Raises:
-            ArgumentError: a map or mask that does not fit its image, an unknown method; what `__call__` refuses.
+            ArgumentError: a map or mask that does not fit its image, an unknown method or category, and what `__call__`
+                refuses.
             ConfigError, DataError: as in `__call__`.
         """
         from ldmseg_fast.inference import inpainting
@@ -335,6 +341,7 @@ class LDMSegPipeline:
         ]
         masks = [as_array(each, f"known_masks[{at}]") for at, each in enumerate(as_list(known_masks, "known_masks"))]
         check_given(len(inputs), maps, masks)
+        numbers = given_categories(segments_info, len(inputs), self.info.categories)
         check_count("draft_steps", draft_steps, 0, MAX_STEPS)
         check_thresholds(thresholds)
         sampling = self.sampler.settings(
@@ -355,6 +362,7 @@ class LDMSegPipeline:
                 thresholds=thresholds,
                 method=method,
                 draft_steps=draft_steps,
+                numbers=numbers[batch],
             )
         return results
 

@@ -4,6 +4,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -46,13 +47,32 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 training and 8 validation scenes of 64x64 pixels."""
     from ldmseg_fast.data.scenes import write_scenes
 
-    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", 24, 64, 0)
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", 24, 64, 0, version=1)
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model folder with random weights, narrow, for 64x64 pictures."""
     return make_model(tmp_path_factory.mktemp("models") / "diffusion")
+
+
+@pytest.fixture(scope="session")
+def category_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training and 8 validation scenes of version 2, of 64x64 pixels."""
+    from ldmseg_fast.data.scenes import write_scenes
+
+    return write_scenes(tmp_path_factory.mktemp("data") / "category_scenes", 24, 64, 0, workers=1)
+
+
+@pytest.fixture(scope="session")
+def category_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model folder with the categories of scenes of version 2 and random weights, as `model_dir`."""
+    from ldmseg_fast.config.categories import CategoryTable
+    from ldmseg_fast.data.scenes import CATEGORIES
+
+    table = CategoryTable.of_data_set(CATEGORIES[2], "scenes")
+    folder = tmp_path_factory.mktemp("models") / "categories"
+    return make_model(folder, (f"mask_vae.num_categories={len(table)}",), table)
 
 
 NARROW = [
@@ -71,13 +91,15 @@ NARROW = [
 ]
 
 
-def make_model(folder: Path, settings: tuple[str, ...] = ()) -> Path:
+def make_model(folder: Path, settings: tuple[str, ...] = (), categories: Any = None) -> Path:
     """Both stages with random weights saved into `folder`; the auto-encoder alone into `folder`-autoencoder."""
     from ldmseg_fast.config import load_config
     from ldmseg_fast.training.stages import AutoencoderStage, DiffusionStage
 
     torch.manual_seed(0)
     autoencoder = folder.with_name(folder.name + "-autoencoder")
-    AutoencoderStage(load_config("tiny", [*NARROW, *settings])).save(autoencoder)
+    stage = AutoencoderStage(load_config("tiny", [*NARROW, *settings]))
+    stage.categories = categories
+    stage.save(autoencoder)
     DiffusionStage(load_config("tiny", [*NARROW, *settings, f"model.mask_vae={autoencoder}"])).save(folder)
     return folder

@@ -209,7 +209,7 @@ class Commands:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.scenes = write_scenes(folder / "scenes", 24, 32, 0, workers=1)
+        self.scenes = write_scenes(folder / "scenes", 24, 32, 0, workers=1, version=1)
         self.results = self.scenes / "annotations" / "panoptic_val2017.json"
 
     def train(self) -> tuple[Main, Callable[[Path], list[str]], tuple[str, ...]]:

@@ -14,8 +14,8 @@ launch=${LAUNCH:-$python}
 resume() { ls "$1"/checkpoints/step-*/manifest.json > /dev/null 2>&1 && echo --resume || true; }
 
 # 1. Few scenes for the auto-encoder, which sees maps only; many for the diffusion model
-$python -m ldmseg_fast.cli data scenes "$out/scenes4k" --images "${AUTOENCODER_SCENES:-4000}" --size 64 --seed 0
-$python -m ldmseg_fast.cli data scenes "$out/scenes20k" --images "${DIFFUSION_SCENES:-20000}" --size 64 --seed 1
+$python -m ldmseg_fast.cli data scenes "$out/scenes4k" --images "${AUTOENCODER_SCENES:-4000}" --size 64 --seed 0 --version 1
+$python -m ldmseg_fast.cli data scenes "$out/scenes20k" --images "${DIFFUSION_SCENES:-20000}" --size 64 --seed 1 --version 1
 
 # 2. Maps to latents and back
 $launch ldmseg_fast/train.py autoencoder --config tiny $(resume "$out/autoencoder") \

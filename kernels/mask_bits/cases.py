@@ -31,6 +31,23 @@ def cases() -> Iterator[Case]:
                     batch * pixels * (1 + 2 * bits),
                     headline=batch == 16 and remap,
                 )
+        for channels_last in (False, True):
+
+            def make_both(device, batch=batch, last=channels_last):
+                table = torch.randint(0, 128, (batch, 256), device=device, dtype=torch.uint8)
+                categories = torch.randint(0, 134, (batch, 512, 512), device=device, dtype=torch.uint8)
+                return random_ids(batch, 512, device), bits, table, torch.bfloat16, last, categories, 8
+
+            yield Case(
+                "mask_bits",
+                f"encode with categories{' channels_last' if channels_last else ''} 512x512",
+                torch.bfloat16,
+                batch,
+                make_both,
+                host.encode_mask_bits,
+                reference.encode_mask_bits,
+                batch * pixels * (2 + 2 * (bits + 8)),
+            )
     for channels_last in (False, True):
 
         def make_bits(device, last=channels_last):
@@ -53,4 +70,5 @@ def edge_cases() -> Iterator[Callable[[], object]]:
     ids, table = meta(1, 1, 1, dtype=torch.uint8), meta(1, 1, dtype=torch.uint8)
     for channels_last in (False, True):
         yield partial(host.encode_mask_bits, ids, 1, table, torch.float16, channels_last)
+        yield partial(host.encode_mask_bits, ids, 1, table, torch.float16, channels_last, ids, 1)
     yield partial(host.decode_mask_bits, meta(1, 1, 1, 1))

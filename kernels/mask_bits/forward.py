@@ -26,10 +26,12 @@ def bit_values(codes, k, dtype: tl.constexpr):
 def encode_planes_kernel(
     ids_ptr,  # [B, P] integer
     table_ptr,  # [B, T] integer
-    bits_ptr,  # [B, K, P]
+    categories_ptr,  # [B, P] integer; not read where CATEGORY_BITS is 0
+    bits_ptr,  # [B, K + Kc, P]
     num_pixels,  # P
     table_size,  # T
     NUM_BITS: tl.constexpr,
+    CATEGORY_BITS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -40,26 +42,35 @@ def encode_planes_kernel(
     codes = load_codes(
         ids_ptr + image * num_pixels + pixel, table_ptr + image * table_size, table_size, inside, HAS_TABLE
     )
+    first = image * (NUM_BITS + CATEGORY_BITS)
     for k in tl.static_range(NUM_BITS):
-        plane_ptr = bits_ptr + (image * NUM_BITS + k) * num_pixels
+        plane_ptr = bits_ptr + (first + k) * num_pixels
         tl.store(plane_ptr + pixel, bit_values(codes, k, bits_ptr.dtype.element_ty), mask=inside)
+    if CATEGORY_BITS > 0:
+        codes = tl.load(categories_ptr + image * num_pixels + pixel, mask=inside, other=0).to(tl.int32)
+        for k in tl.static_range(CATEGORY_BITS):
+            plane_ptr = bits_ptr + (first + NUM_BITS + k) * num_pixels
+            tl.store(plane_ptr + pixel, bit_values(codes, k, bits_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def encode_channels_last_kernel(
     ids_ptr,  # [B, P] integer
     table_ptr,  # [B, T] integer
-    bits_ptr,  # [B, P, K]
+    categories_ptr,  # [B, P] integer; not read where CATEGORY_BITS is 0
+    bits_ptr,  # [B, P, K + Kc]
     num_pixels,  # P
     table_size,  # T
     NUM_BITS: tl.constexpr,
+    CATEGORY_BITS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,  # pixels
 ):
     """Encodes one block of pixels to channels_last.
 
-    A thread takes 8 pixels, which are K vectors of 8 values: which pixel and bit a value is, the compiler knows.
+    A thread takes 8 pixels, which are K + Kc vectors of 8 values: which pixel and bit a value is, the compiler knows.
     """
+    ALL_BITS: tl.constexpr = NUM_BITS + CATEGORY_BITS
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     eight = tl.arange(0, 8)[None, :]
@@ -69,16 +80,25 @@ def encode_channels_last_kernel(
         *(ids_ptr + image * num_pixels + pixel, table_ptr + image * table_size, table_size),
         *(pixel < num_pixels, HAS_TABLE),
     )
-    bits_ptr += (image * num_pixels + first) * NUM_BITS
-    values = (num_pixels - first) * NUM_BITS
-    for i in tl.static_range(NUM_BITS):
-        value = i * 8 + eight  # of the 8 K values of a group
+    categories = codes
+    if CATEGORY_BITS > 0:
+        place = image * num_pixels + pixel
+        categories = tl.load(categories_ptr + place, mask=pixel < num_pixels, other=0).to(tl.int32)
+    bits_ptr += (image * num_pixels + first) * ALL_BITS
+    values = (num_pixels - first) * ALL_BITS
+    for i in tl.static_range(ALL_BITS):
+        value = i * 8 + eight  # of the 8 (K + Kc) values of a group
+        plane = value % ALL_BITS
         code = tl.zeros([BLOCK // 8, 8], tl.int32)
-        for p in tl.static_range(i * 8 // NUM_BITS, (i * 8 + 7) // NUM_BITS + 1):
+        for p in tl.static_range(i * 8 // ALL_BITS, (i * 8 + 7) // ALL_BITS + 1):
             mine = tl.sum(tl.where(eight == p, codes, 0), 1)[:, None]  # the code of pixel p: nothing is added
-            code = tl.where(value // NUM_BITS == p, mine, code)
-        offset = group * (8 * NUM_BITS) + value
-        bit = bit_values(code, value % NUM_BITS, bits_ptr.dtype.element_ty)
+            if CATEGORY_BITS > 0:
+                other = tl.sum(tl.where(eight == p, categories, 0), 1)[:, None]
+                mine = tl.where(plane < NUM_BITS, mine, other)
+            code = tl.where(value // ALL_BITS == p, mine, code)
+        offset = group * (8 * ALL_BITS) + value
+        shift = tl.where(plane < NUM_BITS, plane, plane - NUM_BITS)
+        bit = bit_values(code, shift, bits_ptr.dtype.element_ty)
         tl.store(bits_ptr + offset, bit, mask=offset < values)
 
 

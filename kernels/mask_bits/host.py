@@ -15,7 +15,13 @@ from ldmseg_fast.kernels.mask_bits.forward import (
 
 
 def encode_mask_bits(
-    segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype: torch.dtype, channels_last: bool
+    segment_ids: Tensor,
+    num_bits: int,
+    table: Tensor | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+    category_ids: Tensor | None = None,
+    category_bits: int = 0,
 ) -> Tensor:
     """Launches the encoding; arguments have passed `op.check_encode`.
 
@@ -25,25 +31,33 @@ def encode_mask_bits(
         table: integer [B, T], or None; an id without an entry becomes void.
         dtype: float16, bfloat16 or float32.
         channels_last: memory format of the result.
+        category_ids: integer [B, H, W], or None.
+        category_bits: Kc, 0 without `category_ids`.
 
     Returns:
-        `dtype` [B, K, H, W] in {-1, +1}, 0 where the new id is 0.
+        `dtype` [B, K + Kc, H, W] in {-1, +1}, 0 where the new id, or the category, is 0.
     """
     batch, height, width = segment_ids.shape
     segment_ids = segment_ids.contiguous()
     table = None if table is None else table.contiguous()
+    category_ids = None if category_ids is None else category_ids.contiguous()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     bits = torch.empty(
-        (batch, num_bits, height, width), dtype=dtype, device=segment_ids.device, memory_format=memory_format
+        (batch, num_bits + category_bits, height, width),
+        dtype=dtype,
+        device=segment_ids.device,
+        memory_format=memory_format,
     )
     config = find_config("encode_mask_bits", "channels_last" if channels_last else "planes")
     launch(
         encode_channels_last_kernel if channels_last else encode_planes_kernel,
         (triton.cdiv(height * width, config.constants["BLOCK"]), batch),
-        *(segment_ids, segment_ids if table is None else table, bits, height * width),
+        *(segment_ids, segment_ids if table is None else table),
+        *(segment_ids if category_ids is None else category_ids, bits, height * width),
         1 if table is None else table.shape[1],
         config=config,
         NUM_BITS=num_bits,
+        CATEGORY_BITS=category_bits,
         HAS_TABLE=table is not None,
     )
     return bits

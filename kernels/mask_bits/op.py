@@ -18,6 +18,8 @@ def encode_mask_bits(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     check_ids: bool = True,
+    category_ids: Tensor | None = None,
+    category_bits: int = 0,
 ) -> Tensor:
     """Encodes segment ids as bit planes, least significant first (Chen et al., "Analog Bits", arXiv 2208.04202).
 
@@ -30,16 +32,20 @@ def encode_mask_bits(
         channels_last: memory format of the result.
         check_ids: look at the values for ids that do not fit. On CUDA that waits for the device, so a loop which made
             the ids itself passes False; an id without an entry in the table is void then, and bits from K on are lost.
+        category_ids: integer [B, H, W], or None: what each pixel is, 0 void. Its planes follow those of the ids.
+        category_bits: Kc, 1 to 16 with `category_ids` and 0 without.
 
     Returns:
-        [B, K, H, W] in {-1, +1}, 0 where the new id is 0.
+        [B, K + Kc, H, W] in {-1, +1}, 0 where the new id, or the category, is 0.
 
     Raises:
-        ValueError: wrong shape, dtype or device, an id outside the table, an id of more than K bits.
+        ValueError: wrong shape, dtype or device, an id outside the table, an id or a category of too many bits.
     """
     if exporting():
-        return reference.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last)
-    return encode_op(segment_ids, num_bits, table, dtype, channels_last, check_ids)
+        return reference.encode_mask_bits(
+            segment_ids, num_bits, table, dtype, channels_last, category_ids, category_bits
+        )
+    return encode_op(segment_ids, num_bits, table, dtype, channels_last, check_ids, category_ids, category_bits)
 
 
 def decode_mask_bits(bits: Tensor) -> Tensor:
@@ -60,7 +66,14 @@ def decode_mask_bits(bits: Tensor) -> Tensor:
     return decode_op(bits)
 
 
-def check_encode(segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype: torch.dtype) -> None:
+def check_encode(
+    segment_ids: Tensor,
+    num_bits: int,
+    table: Tensor | None,
+    dtype: torch.dtype,
+    category_ids: Tensor | None = None,
+    category_bits: int = 0,
+) -> None:
     """Refuses what the op does not take: ids are integer [B, H, W], arguments as in `encode_mask_bits`.
 
     Raises:
@@ -79,18 +92,38 @@ def check_encode(segment_ids: Tensor, num_bits: int, table: Tensor | None, dtype
         )
         require(table.dtype in INTEGERS, "table: expected an integer tensor, got {}", table.dtype)
         require_same_device(segment_ids, table=table)
+    if category_ids is None:
+        require(category_bits == 0, "category_bits: {} without category_ids; expected 0", category_bits)
+        return
+    require(1 <= category_bits <= MAX_BITS, "category_bits: expected 1 to {}, got {}", MAX_BITS, category_bits)
+    require(
+        category_ids.shape == segment_ids.shape,
+        "category_ids: expected {} as segment_ids, got shape {}",
+        segment_ids.shape,
+        category_ids.shape,
+    )
+    require(category_ids.dtype in INTEGERS, "category_ids: expected an integer tensor, got {}", category_ids.dtype)
+    require_same_device(segment_ids, category_ids=category_ids)
 
 
-def check_values(segment_ids: Tensor, num_bits: int, table: Tensor | None) -> None:
+def check_values(
+    segment_ids: Tensor,
+    num_bits: int,
+    table: Tensor | None,
+    category_ids: Tensor | None = None,
+    category_bits: int = 0,
+) -> None:
     """Refuses ids that do not fit; free where the dtypes rule that out, one wait for the device otherwise.
 
     Args:
         segment_ids: integer [B, H, W].
         num_bits: K.
         table: integer [B, T], or None.
+        category_ids: integer [B, H, W], or None.
+        category_bits: Kc.
 
     Raises:
-        ValueError: an id outside the table, a negative id, an id of more than K bits.
+        ValueError: an id outside the table, a negative id or category, one of more than K or Kc bits.
     """
     codes, name = segment_ids, "segment_ids"
     if table is not None:
@@ -100,12 +133,16 @@ def check_values(segment_ids: Tensor, num_bits: int, table: Tensor | None) -> No
             message = "segment_ids: id {} is outside the table, which holds ids 0 to {}"
             require(low >= 0, message, low, table.shape[1] - 1)
             require(high < table.shape[1], message, high, table.shape[1] - 1)
-    if not (codes.dtype == torch.uint8 and num_bits >= 8):
+    _check_bits(codes, name, num_bits, "num_bits")
+    if category_ids is not None:
+        _check_bits(category_ids, "category_ids", category_bits, "category_bits")
+
+
+def _check_bits(codes: Tensor, name: str, bits: int, what: str) -> None:
+    if not (codes.dtype == torch.uint8 and bits >= 8):
         low, high = _range(codes)
         require(low >= 0, "{}: holds a negative id, {}", name, low)
-        require(
-            high < 2**num_bits, "num_bits: {} bits hold ids up to {}, {} has {}", num_bits, 2**num_bits - 1, name, high
-        )
+        require(high < 2**bits, "{}: {} bits hold ids up to {}, {} has {}", what, bits, 2**bits - 1, name, high)
 
 
 def _range(ids: Tensor) -> tuple[int, int]:
@@ -134,20 +171,22 @@ def encode_op(
     dtype: torch.dtype,
     channels_last: bool,
     check_ids: bool,
+    category_ids: Tensor | None = None,
+    category_bits: int = 0,
 ) -> Tensor:
     """Runs `encode_mask_bits` on integer [B, H, W]; the strides of its result are those of `torch.empty`.
 
     Raises:
         ValueError: see `check_encode` and `check_values`.
     """
-    check_encode(segment_ids, num_bits, table, dtype)
+    check_encode(segment_ids, num_bits, table, dtype, category_ids, category_bits)
     if check_ids:
-        check_values(segment_ids, num_bits, table)
+        check_values(segment_ids, num_bits, table, category_ids, category_bits)
     if segment_ids.is_cuda and get_backend("mask_bits") != "torch":
         from ldmseg_fast.kernels.mask_bits import host  # Triton is imported on CUDA only
 
-        return host.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last)
-    bits = reference.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last)
+        return host.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last, category_ids, category_bits)
+    bits = reference.encode_mask_bits(segment_ids, num_bits, table, dtype, channels_last, category_ids, category_bits)
     return in_format(bits, torch.channels_last) if channels_last else bits
 
 
@@ -159,11 +198,13 @@ def _(
     dtype: torch.dtype,
     channels_last: bool,
     check_ids: bool,
+    category_ids: Tensor | None = None,
+    category_bits: int = 0,
 ) -> Tensor:
-    check_encode(segment_ids, num_bits, table, dtype)
+    check_encode(segment_ids, num_bits, table, dtype, category_ids, category_bits)
     batch, height, width = segment_ids.shape
     return torch.empty(
-        (batch, num_bits, height, width),
+        (batch, num_bits + category_bits, height, width),
         dtype=dtype,
         device=segment_ids.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,

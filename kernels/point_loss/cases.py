@@ -10,6 +10,7 @@ from ldmseg_fast.kernels.point_loss import host, reference
 
 POINTS = 12544
 SEGMENTS = 12  # of an image
+CATEGORIES = 300  # more than a byte holds
 
 
 def cases() -> Iterator[Case]:
@@ -46,6 +47,11 @@ def cases() -> Iterator[Case]:
         def make_ce(device, logits=logits):
             return logits(device), random_ids(batch, 512, device), torch.rand((batch, POINTS, 2), device=device)
 
+        def make_categories(device, dtype=dtype, last=channels_last):
+            scores = normal(batch, CATEGORIES + 1, 256, 256, device=device, dtype=dtype, channels_last=last)
+            ids = torch.randint(0, CATEGORIES + 1, (batch, 512, 512), device=device, dtype=torch.int16)
+            return scores, ids, torch.rand((batch, POINTS, 2), device=device)
+
         def make_dice(device, logits=logits, segments=segments):
             points = torch.rand((rows, POINTS, 2), device=device)
             return logits(device), random_ids(batch, 512, device), *segments(device), points
@@ -76,6 +82,17 @@ def cases() -> Iterator[Case]:
             exponentials=batch * POINTS * SLOTS,
             leaves=(0,),
             headline=channels_last,
+            **about,
+        )
+        yield Case(
+            "point_loss",
+            f"ce of categories, forward, backward {label}",
+            make=make_categories,
+            triton=ce_forward_backward,
+            torch=lambda *arguments: reference.sample_ce(*arguments)[0],
+            bytes_moved=(2 * sampled + plane) * (CATEGORIES + 1) // SLOTS,
+            exponentials=batch * POINTS * (CATEGORIES + 1),
+            leaves=(0,),
             **about,
         )
         yield Case(

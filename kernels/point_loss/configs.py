@@ -15,6 +15,7 @@ TABLE: Table = {
     "sample_ce": {
         80: {
             "channels_last": make_config(4, 1, BLOCK_P=8, BLOCK_Q=128),
+            "uneven channels_last": make_config(4, 1, BLOCK_P=8, BLOCK_Q=64),
             "planes": make_config(4, 1, BLOCK_P=64, BLOCK_Q=8),
         },
         90: {

@@ -21,6 +21,12 @@ def _format(mask_logits: Tensor) -> str:
     return "channels_last" if mask_logits.stride(1) == 1 else "planes"
 
 
+def _ce_class(mask_logits: Tensor) -> str:
+    """Categories are rarely a multiple of 16, and then reads are narrower and addresses take more registers."""
+    kind = _format(mask_logits)
+    return "uneven channels_last" if kind == "channels_last" and mask_logits.shape[1] % 16 else kind
+
+
 def point_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
     """Launches the sampling of all slots at points.
 
@@ -99,7 +105,7 @@ def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) 
     """
     batch, slots, height, width = mask_logits.shape
     count = points.shape[1]
-    config = find_config("sample_ce", _format(mask_logits))
+    config = find_config("sample_ce", _ce_class(mask_logits))
     blocks = triton.cdiv(count, config.constants["BLOCK_P"])
     logsumexp = torch.empty((batch, count), dtype=torch.float32, device=points.device)
     losses, counts = (torch.empty((batch, blocks), dtype=torch.float32, device=points.device) for _ in range(2))
@@ -131,7 +137,7 @@ def sample_ce_backward(
     batch, slots, height, width = mask_logits.shape
     count = points.shape[1]
     grad = torch.zeros_like(mask_logits, dtype=torch.float32)
-    config = find_config("sample_ce", _format(mask_logits))
+    config = find_config("sample_ce", _ce_class(mask_logits))
     launch(
         ce_backward_kernel,
         (triton.cdiv(count, config.constants["BLOCK_P"]), batch),

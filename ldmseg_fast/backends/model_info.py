@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ldmseg_fast.checkpoints.categories_file import load_categories
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.schema import check_model
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import MaskVAEConfig, PostprocessConfig, SchedulerConfig, UNetConfig, from_dict
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.errors import BackendError, CheckpointError
 
 
@@ -27,6 +29,7 @@ class ModelInfo:
         unet_levels: of the UNet; each but the last halves the sides.
         conditioning: "none", "learned", "clip_image" or "clip_text".
         mask_vae, scheduler, postprocess: the components' own settings.
+        categories: of models with categories.
         context_shape: [M, D] of the tokens that each picture or caption brings; None where it brings none.
         index: the whole of model_index.json.
     """
@@ -41,6 +44,7 @@ class ModelInfo:
     mask_vae: MaskVAEConfig
     scheduler: SchedulerConfig
     postprocess: PostprocessConfig
+    categories: CategoryTable | None = None
     context_shape: tuple[int, int] | None = None
     index: dict[str, Any] = field(repr=False, default_factory=dict)
 
@@ -108,6 +112,7 @@ def read_model_info(model_dir: str | Path) -> ModelInfo:
         mask_vae=components["mask_vae"],
         scheduler=components["scheduler"],
         postprocess=from_dict(PostprocessConfig, index.get("postprocess", {}), "postprocess."),
+        categories=load_categories(folder, components["mask_vae"]),
         context_shape=_context_shape(folder, unet, loaded["conditioning"][1] if "conditioning" in loaded else {}),
         index=index,
     )

@@ -125,8 +125,11 @@ class TorchBackend(DdimBackend):
         thresholds: PostprocessConfig | None = None,
     ) -> list[PanopticResult] | Tensor:
         """See `Backend.decode_mask`."""
-        logits = self.mask_vae.decode_latents(latents.to(self.device, self.dtype))  # [B, Q, h 2^u, w 2^u]
-        finite = all_finite(logits)  # read below, after what waits for the device anyway
+        # [B, Q, h 2^u, w 2^u], and [B, categories + 1, h 2^u, w 2^u] or None
+        logits, categories = self.mask_vae.decode_latents_both(latents.to(self.device, self.dtype))
+        finite = (
+            all_finite(logits) if categories is None else all_finite(logits) & all_finite(categories)
+        )  # read below, after what waits for the device anyway
         network_size = (self.info.image_size, self.info.image_size)
         results: list[PanopticResult] | Tensor
         if output == "logits":
@@ -134,8 +137,14 @@ class TorchBackend(DdimBackend):
         else:
             logits = logits.float() if self.device.type == "cpu" else logits
             thresholds = thresholds or self.info.postprocess
-            results = postprocess(logits, network_size, [size] * len(latents), thresholds)
-        require_finite(finite, "mask_vae: slot logits", self.info, self.dtype)
+            sizes = [size] * len(latents)
+            results = postprocess(logits, network_size, sizes, thresholds, categories, self.info.categories)
+        require_finite(
+            finite,
+            "mask_vae: slot logits" if categories is None else "mask_vae: slot or category logits",
+            self.info,
+            self.dtype,
+        )
         return results
 
     def close(self) -> None:

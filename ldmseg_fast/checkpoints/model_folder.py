@@ -1,6 +1,7 @@
 """Reads and writes model folders: diffusers' layout, safetensors only.
 
 MODEL_DIR/  model_index.json   unet/  mask_vae/  image_vae/  scheduler/     each with config.json (+ model.safetensors)
+            categories.json    of models with categories
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import __version__
+from ldmseg_fast.checkpoints.categories_file import CATEGORIES
 from ldmseg_fast.checkpoints.schema import COMPONENTS, REQUIRED, ModelIndex, check_component, checked, read_settings
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, check_state, load_state, load_weights, save_weights
 from ldmseg_fast.config import PostprocessConfig, from_dict, to_dict
@@ -89,7 +91,7 @@ def copy_model(folder: Path, target: Path) -> None:
         kind = "not empty" if target.is_dir() else "a file"
         raise FileExistsError(f"{target}: {kind}; choose another folder, or remove it first")
     index = load_index(folder)
-    known = [folder / name for name in CARDS if (folder / name).is_file()]
+    known = [folder / name for name in (*CARDS, CATEGORIES) if (folder / name).is_file()]
     if "id_assignment" not in index and (folder / "config.json").is_file():
         known.append(folder / "config.json")  # of the run, which says it
     known += [path for name in index["components"] for path in sorted((folder / name).rglob("*")) if not path.is_dir()]

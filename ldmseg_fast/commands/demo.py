@@ -127,14 +127,14 @@ class Demo:
         """Segments and scores scenes that the shipped model has not seen."""
         from ldmseg_fast.data.scenes import write_scenes
 
-        write_scenes(self.held_out, 1, SIZE, SCENES_SEED, val_images=self.args.images)
+        write_scenes(self.held_out, 1, SIZE, SCENES_SEED, val_images=self.args.images, version=1)
         return self.evaluate(SHIPPED, "shipped", self.seconds * SHARES["shipped model"])
 
     def write_scenes(self) -> str:
         """Generates the scenes that both stages train on."""
         from ldmseg_fast.data.scenes import write_scenes
 
-        write_scenes(self.scenes, self.args.scenes, SIZE, SCENES_SEED, val_images=self.args.images)
+        write_scenes(self.scenes, self.args.scenes, SIZE, SCENES_SEED, val_images=self.args.images, version=1)
         return f"{self.args.scenes} to train on"
 
     def train_autoencoder(self) -> str:

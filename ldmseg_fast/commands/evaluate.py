@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=0, help="first N images only")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
     parser.add_argument(
+        "--class-agnostic", action="store_true", help="leave the categories of a model that has them out"
+    )
+    parser.add_argument(
         "--class-aware",
         metavar="SOURCE",
         help="give segments a category by majority vote: GT (ground truth, an upper bound), a folder of "
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         engine_dir=args.engine_dir,
         cuda_graph=args.cuda_graph,
         baselines=not args.no_baselines,
+        class_agnostic=args.class_agnostic,
         class_aware=args.class_aware,
         inpainting=args.inpainting,
         blocks=tuple(args.block or defaults.blocks),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
 from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
@@ -18,12 +20,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--known", type=Path, help="mask of the same size with two values: the brighter, or opaque, is given"
     )
     known.add_argument("--unknown-id", type=int, help="the map is given where it does not have this id (0 is void)")
+    parser.add_argument(
+        "--segments", type=Path, metavar="JSON", help="of `predict` or `inpaint` beside the map: the categories in it"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
     add_format_argument(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
     add_picture_arguments(parser)
     add_backend_arguments(parser)
+
+
+def read_segments(path: Path) -> list[dict[str, Any]]:
+    """Reads the `segments_info` of a result's JSON.
+
+    Raises:
+        DataError: another kind of file.
+    """
+    from ldmseg_fast.errors import DataError
+    from ldmseg_fast.files import read_text
+
+    try:
+        content = json.loads(read_text(path, DataError))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); give what `ldmseg predict` wrote") from None
+    segments = content.get("segments_info") if isinstance(content, dict) else None
+    if not isinstance(segments, list) or not all(isinstance(entry, dict) for entry in segments):
+        raise DataError(f"{path}: no list segments_info in it; give the JSON that `ldmseg predict` wrote for the map")
+    return [entry for entry in segments if entry.get("category_id")]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
 
     found = FoundPicture(args.image)
     check_outputs({}, {"--out": args.out}, roots=[*model_folders(args.model_dir), args.engine_dir])
-    check_results([found], args.out, keep=[args.map, *filter(None, [args.known])])
+    check_results([found], args.out, keep=[args.map, *filter(None, [args.known, args.segments])])
     check_formats(args.formats, [found], args.out)
+    segments_info = None if args.segments is None else [read_segments(args.segments)]
     picture = read_picture(args.image, exif=args.exif, max_pixels=args.max_pixels)
     segmentation = read_panoptic_png(args.map, max_pixels=args.max_pixels)
     if args.known is None:
@@ -67,9 +92,16 @@ def run(args: argparse.Namespace) -> int:
     )
     check_categories(args.formats, pipe)
     result = pipe.inpaint(
-        picture, segmentation, known, args.steps, seed=args.seed, image_ids=[image_id(args.image)], solver=args.solver
+        picture,
+        segmentation,
+        known,
+        args.steps,
+        seed=args.seed,
+        image_ids=[image_id(args.image)],
+        solver=args.solver,
+        segments_info=segments_info,
     )[0]
-    record = write_result(args.out, found, preview_of(picture), result)
+    record = write_result(args.out, found, preview_of(picture), result, pipe.info.categories)
     new = sum(not segment["given"] for segment in result.segments_info)
     share = 100.0 * (1.0 - known.mean())
     print(f"{share:.1f} % of the map completed, {new} new segments: {record}")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
 from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.picture_folders import FoundPicture, described, find_pictures
 from ldmseg_fast.data.pictures import MAX_PIXELS, Picture, read_picture
 from ldmseg_fast.errors import ArgumentError, DataError
@@ -29,6 +30,7 @@ from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
 from ldmseg_fast.reports.draw import enlarge, overlay
+from ldmseg_fast.reports.labels import named_overlay
 
 OVERLAY_SIDE = 2048
 LONGEST_NAME = 255  # bytes
@@ -98,11 +100,15 @@ def preview_of(picture: Picture) -> np.ndarray:
     return np.asarray(pixels.resize((width, height), Image.Resampling.BOX))
 
 
-def save_overlay(path: Path, preview: np.ndarray, segmentation: np.ndarray) -> None:
+def save_overlay(
+    path: Path, preview: np.ndarray, result: PanopticResult, categories: CategoryTable | None = None
+) -> None:
     """Writes a picture, uint8 [h, w, 3] of `preview_of`, and its map, int32 [H, W], as one PNG for the eye.
 
-    Pixels of small pictures are enlarged, or their segments' edges would hide them.
+    Pixels of small pictures are enlarged, or their segments' edges would hide them. Of a model with categories it has
+    names on the segments and a legend.
     """
+    segmentation = result.segmentation
     height, width = preview.shape[:2]
     if segmentation.shape == (height, width):
         preview, segmentation = enlarge(preview, SMALL_SIDE), enlarge(segmentation, SMALL_SIDE)
@@ -112,10 +118,19 @@ def save_overlay(path: Path, preview: np.ndarray, segmentation: np.ndarray) -> N
             for few, many in zip((height, width), segmentation.shape)
         )
         segmentation = segmentation[rows[:, None], columns]
-    _save_png(path, overlay(preview, segmentation))
+    if categories is None:
+        _save_png(path, overlay(preview, segmentation))
+    else:
+        _save_png(path, named_overlay(preview, segmentation, result.segments_info, categories))
 
 
-def write_result(out: Path, picture: FoundPicture, preview: np.ndarray, result: PanopticResult) -> Path:
+def write_result(
+    out: Path,
+    picture: FoundPicture,
+    preview: np.ndarray,
+    result: PanopticResult,
+    categories: CategoryTable | None = None,
+) -> Path:
     """Writes a picture's result: NAME.png, NAME_overlay.png and NAME.json in its folder below OUT.
 
     NAME.png holds the ids as COCO colours. An ensemble's result also gets NAME_agreement.png.
@@ -125,6 +140,7 @@ def write_result(out: Path, picture: FoundPicture, preview: np.ndarray, result: 
         picture: whose name without the ending is NAME.
         preview: the picture, uint8 [h, w, 3] of `preview_of`.
         result: its map, int32 [H, W], and segments.
+        categories: of models with categories.
 
     Returns:
         The JSON.
@@ -135,7 +151,7 @@ def write_result(out: Path, picture: FoundPicture, preview: np.ndarray, result: 
     folder, stem = out / picture.folder, picture.file.stem
     folder.mkdir(parents=True, exist_ok=True)
     write_panoptic_png(folder / f"{stem}.png", result.segmentation)
-    save_overlay(folder / f"{stem}_overlay.png", preview, result.segmentation)
+    save_overlay(folder / f"{stem}_overlay.png", preview, result, categories)
     height, width = result.segmentation.shape
     record: dict[str, Any] = {
         "image": picture.file.name,
@@ -198,7 +214,7 @@ def predict_files(
             else:
                 results = list(pipe(images, num_inference_steps, **settings))
             for (found, _, preview), result in zip(batch, results):
-                done.written.append(write_result(out, found, preview, result))
+                done.written.append(write_result(out, found, preview, result, pipe.info.categories))
             progress.update(len(batch))
     return done
 

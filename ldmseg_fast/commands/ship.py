@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmseg_fast.checkpoints.categories_file import CATEGORIES
 from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.checkpoints.schema import COMPONENTS
@@ -84,7 +85,7 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: is no folder, and a model would replace it; choose another path")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    foreign = sorted(held - {"model_index.json", "README.md", *COMPONENTS})
+    foreign = sorted(held - {"model_index.json", "README.md", CATEGORIES, *COMPONENTS})
     if foreign or (held and "model_index.json" not in held):
         raise CheckpointError(
             f"{out}: holds something else than a shipped model ({', '.join(foreign[:3]) or 'no model_index.json'}); "
@@ -96,6 +97,8 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
         raise ArgumentError(f"{out}: holds the run {within[0]}, and would be replaced whole; choose another folder")
     with replacing_folder(out) as temporary:
         shutil.copy2(run_dir / "model_index.json", temporary)
+        if (run_dir / CATEGORIES).is_file():
+            shutil.copy2(run_dir / CATEGORIES, temporary)
         for component in index["components"]:
             shutil.copytree(run_dir / component, temporary / component, ignore=shutil.ignore_patterns(WEIGHTS))
             if (run_dir / component / WEIGHTS).is_file():

@@ -52,6 +52,7 @@ class MaskVAEConfig:
 
     num_bits: Annotated[int, Range(1, 16)] = 7  # K, bit planes in
     num_slots: Slots = 128  # Q, logits out; slot 0 is void
+    num_categories: Annotated[int, Range(0, 4095)] = 0  # C, of the data set; 0: segments without categories
     latent_channels: Width = 4
     widths: Widths = (32, 64, 128, 256)  # encoder; one stride-2 step between neighbours
     middle_width: OptionalWidth = 0  # encoder, after its last step; 0: the last of `widths`
@@ -68,6 +69,10 @@ class MaskVAEConfig:
     @property
     def downsampling(self) -> int:
         return 2 ** (len(self.widths) - 1)
+
+    @property
+    def category_bits(self) -> int:
+        return self.num_categories.bit_length()  # ceil(log2(C + 1)), as void is none of them
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,7 @@ class LossConfig:
     ce: Weight = 1.0
     bce: Weight = 1.0
     dice: Weight = 1.0
+    category: Weight = 1.0  # cross-entropy over categories, of models that have them
     kl: Weight = 0.0
     num_points: Annotated[int, Range(1, 2**24)] = 12544
     oversample: Annotated[float, Range(1, 1000)] = 3.0
@@ -243,6 +249,7 @@ class TrainConfig:
     save_every: Positive = 2000
     keep: Positive = 3  # newest checkpoints that stay
     keep_best: Number = 1  # and those of the best validations
+    best: Literal["pq", "class_pq"] = "pq"  # what these are best by; class_pq: of models with categories
     max_skipped: Number = 10  # steps in a row without finite loss and gradients before training ends; 0: never
     peer_timeout: Seconds = 30.0  # seconds of silence after which a rank counts as dead
     wandb: Project = ""  # of Weights & Biases; "": off

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.folders import find_split, load_picture, read_dense_map, read_image
 from ldmseg_fast.data.transforms import (
     Augmentation,
@@ -31,7 +32,8 @@ from ldmseg_fast.panoptic.format import read_panoptic_png
 
 __all__ = ["CocoPanoptic", "DataError", "collate"]
 
-_Item = tuple[np.ndarray, np.ndarray, int, tuple[int, int]]  # rgb [S, S, 3], ids [S, S], segments, original H, W
+# rgb [S, S, 3], ids [S, S], categories [S, S] where there are any, number of segments, original H and W
+_Item = tuple[np.ndarray, np.ndarray, np.ndarray | None, int, tuple[int, int]]
 
 
 class _Packed:
@@ -61,6 +63,7 @@ class CocoPanoptic(Dataset):
     - image: uint8 [3, S, S], channels last in memory, resized by Pillow's bicubic without keeping the aspect
     - segment_ids: uint8 [S, S], 0 is void and the segments that are there have the numbers 1..num_segments
     - table: uint8 [256], dense id -> slot in 1..num_slots-1 (see `make_remap_table`), 0 elsewhere
+    - category_ids: uint8 [S, S], or int16 above 255 categories, after `use_categories`: what each pixel is, 0 void
     - num_segments: int; image_id: int or str; original_size: (H, W) in pixels
 
     With `train`, crowds and segments under `min_area` pixels of the original map become void. `augmentation` then crops
@@ -123,6 +126,9 @@ class CocoPanoptic(Dataset):
         self._cached = np.zeros((cached, 4), np.int32)  # 1 once there, number of segments, H, W
         self._cached_rgb = np.zeros((cached, size, size, 3), np.uint8)
         self._cached_ids = np.zeros((cached, size, size), np.uint8)
+        self._numbers: dict[int, int] | None = None  # category id -> number
+        self._category_dtype: Any = np.uint8
+        self._cached_categories = np.zeros((0, size, size), np.uint8)
 
     def _join(self, content: dict) -> list[dict]:
         """Adds its picture's file name to each annotation.
@@ -202,6 +208,17 @@ class CocoPanoptic(Dataset):
         self._latents = latents
         self._cached_rgb = self._cached_rgb[:, :0, :0]
 
+    def use_categories(self, table: CategoryTable) -> None:
+        """Makes items carry `category_ids`, by the numbers of a model's categories.
+
+        Raises:
+            DataError: the split's categories do not fit the table; see `CategoryTable.numbers_of`.
+        """
+        self._numbers = table.numbers_of(self.categories, str(self.folders.annotations))
+        self._category_dtype = np.uint8 if len(table) <= 255 else np.int16
+        self._cached_categories = np.zeros(self._cached_ids.shape, self._category_dtype)
+        self._cached[:] = 0
+
     def segments_info(self, index: int) -> list[dict]:
         """Returns the `segments_info` of an item as the JSON has it."""
         return self._entries[index]["segments_info"]
@@ -212,13 +229,17 @@ class CocoPanoptic(Dataset):
             raise IndexError(f"item {index} of {len(self)}")  # IndexError is what ends a plain for loop
         entry = self._entries[index]
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch if self.train else 0, index]))
-        rgb, segment_ids, num_segments, original_size = self._cached_item(index) or self._decoded_item(entry, rng)
+        found = self._cached_item(index) or self._decoded_item(entry, rng)
+        rgb, segment_ids, category_ids, num_segments, original_size = found
         if len(self._cached) and not self._cached[index, 0]:
             self._cached_rgb[index], self._cached_ids[index] = rgb, segment_ids
+            if category_ids is not None:
+                self._cached_categories[index] = category_ids
             self._cached[index] = 1, num_segments, *original_size
         flipped = self.train and rng.random() < self.augmentation.flip
         if flipped:
             segment_ids = np.ascontiguousarray(segment_ids[:, ::-1])
+            category_ids = None if category_ids is None else np.ascontiguousarray(category_ids[:, ::-1])
         if self.train and self.augmentation.color_jitter > 0:
             rgb = color_jitter(rgb, self.augmentation.color_jitter, rng)
         table = make_remap_table(segment_ids, num_segments, self.num_slots, self.id_assignment, rng)
@@ -231,6 +252,8 @@ class CocoPanoptic(Dataset):
             "image_id": entry["image_id"],
             "original_size": original_size,
         }
+        if category_ids is not None:
+            item["category_ids"] = torch.from_numpy(category_ids.copy() if shared else category_ids)
         if self._latents is not None:
             item["image_latents"] = self._latents.read(entry["image_name"], flipped)
         return item
@@ -239,7 +262,8 @@ class CocoPanoptic(Dataset):
         if not len(self._cached) or not self._cached[index, 0]:
             return None
         _, num_segments, height, width = self._cached[index].tolist()
-        return self._cached_rgb[index], self._cached_ids[index], num_segments, (height, width)
+        category_ids = None if self._numbers is None else self._cached_categories[index]
+        return self._cached_rgb[index], self._cached_ids[index], category_ids, num_segments, (height, width)
 
     def _decoded_item(self, entry: dict, rng: np.random.Generator) -> _Item:
         """Decodes an item, voids crowds and crumbs, crops and resizes."""
@@ -259,8 +283,16 @@ class CocoPanoptic(Dataset):
             rgb = _resize_fast(picture, self.size, box)
         else:
             rgb = resize_image(picture, self.size, box)
-        segment_ids, num_segments = compact_ids(resize_ids(dense, self.size, box), self.num_slots - 1)
-        return rgb, segment_ids, num_segments, (height, width)
+        small = resize_ids(dense, self.size, box)
+        segment_ids, num_segments = compact_ids(small, self.num_slots - 1)
+        return rgb, segment_ids, self._category_ids(entry, small, segment_ids), num_segments, (height, width)
+
+    def _category_ids(self, entry: dict, dense: np.ndarray, segment_ids: np.ndarray) -> np.ndarray | None:
+        """Looks up the categories of a dense map [S, S], void wherever `segment_ids` [S, S] is."""
+        if self._numbers is None:
+            return None
+        numbers = [0, *(self._numbers[segment["category_id"]] for segment in entry["segments_info"])]
+        return np.where(segment_ids > 0, np.array(numbers, self._category_dtype)[dense], 0).astype(self._category_dtype)
 
     def _dense_map(self, entry: dict) -> np.ndarray:
         path = os.path.join(self._maps, entry["file_name"])  # noqa: PTH118 (joining Paths takes as long as decoding)
@@ -311,9 +343,10 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         image uint8 [B, 3, S, S] in channels_last, segment_ids uint8 [B, S, S], table uint8 [B, 256], num_segments
-        int64 [B], and image_latents float16 [B, C, h, w] where items have them. image_id and original_size stay lists.
+        int64 [B], and where items have them category_ids [B, S, S] and image_latents float16 [B, C, h, w]. image_id and
+        original_size stay lists.
     """
-    stacked = [key for key in ("segment_ids", "table", "image_latents") if key in items[0]]
+    stacked = [key for key in ("segment_ids", "category_ids", "table", "image_latents") if key in items[0]]
     batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in stacked}
     batch["image"] = torch.stack([item["image"].permute(1, 2, 0) for item in items]).permute(0, 3, 1, 2)
     batch["num_segments"] = torch.tensor([item["num_segments"] for item in items])

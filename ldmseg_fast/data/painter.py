@@ -37,6 +37,8 @@ class Painter:
         area: the visible pixels of each segment.
     """
 
+    stuff_kinds: tuple[str, ...] = STUFF
+
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         self.size, self.rng = size, rng
         self.y, self.x = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2, indexing="ij")
@@ -84,7 +86,7 @@ class Painter:
         Their kinds differ, because a kind of stuff is one segment of an image.
         """
         rng, size = self.rng, self.size
-        kinds = rng.permutation(STUFF)[: rng.choice([2, 3, 4, 5], p=[0.35, 0.35, 0.2, 0.1])]
+        kinds = rng.permutation(self.stuff_kinds)[: rng.choice([2, 3, 4, 5], p=[0.35, 0.35, 0.2, 0.1])]
         everything: Box = (slice(0, size), slice(0, size))
         self.accept(everything, np.ones((size, size), bool), kinds[0], 0, 0.0)
         self.floor[0] = size * size // 10

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["THINGS", "Shape", "coverage", "draw_shape", "normalised"]
+__all__ = ["THINGS", "Shape", "around", "box", "coverage", "draw_shape", "ellipse", "normalised", "polygon"]
 
 THINGS = ("ellipse", "box", "polygon", "blob", "bar", "ring", "star", "figure")
 
@@ -30,18 +30,23 @@ def normalised(field: Array) -> Array:
     return field / np.maximum(np.hypot(down, right), 1e-6)
 
 
-def _ellipse(u: Array, v: Array, a: float, b: float) -> Array:
+def ellipse(u: Array, v: Array, a: float, b: float) -> Array:
+    """Returns the approximate distance, float64 [h, w] in pixels, to an ellipse with half-axes a and b."""
     near = np.hypot(u / a, v / b)
     return near * (near - 1) / np.maximum(np.hypot(u / a**2, v / b**2), 1e-9)
 
 
-def _box(u: Array, v: Array, a: float, b: float, corner: float) -> Array:
+def box(u: Array, v: Array, a: float, b: float, corner: float) -> Array:
+    """Returns the distance, float64 [h, w] in pixels, to a box with half-sides a and b and rounded corners."""
     du, dv = np.abs(u) - a + corner, np.abs(v) - b + corner
     return np.hypot(np.maximum(du, 0), np.maximum(dv, 0)) + np.minimum(np.maximum(du, dv), 0) - corner
 
 
-def _polygon(u: Array, v: Array, vertices: Array) -> Array:
-    """Computes the exact distance to a simple polygon, vertices [n, 2]; crossing numbers tell inside from outside."""
+def polygon(u: Array, v: Array, vertices: Array) -> Array:
+    """Computes the exact distance, float64 [h, w] in pixels, to a simple polygon with vertices [n, 2].
+
+    Crossing numbers tell inside from outside.
+    """
     nearest = np.full(u.shape, np.inf)
     inside = np.zeros(u.shape, bool)
     for (au, av), (bu, bv) in zip(vertices, np.roll(vertices, -1, axis=0)):
@@ -54,7 +59,8 @@ def _polygon(u: Array, v: Array, vertices: Array) -> Array:
     return np.where(inside, -1, 1) * np.sqrt(nearest)
 
 
-def _around(radii: Array, angles: Array) -> Array:
+def around(radii: Array, angles: Array) -> Array:
+    """Returns vertices, float64 [n, 2], at radii [n] in pixels and angles [n]."""
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
@@ -80,22 +86,22 @@ def draw_shape(rng: np.random.Generator, kind: str, r: float) -> Shape:
     thin = max(0.95, r * rng.uniform(0.08, 0.22))  # under two pixels wide an object is lost between pixels
     if kind == "ellipse":
         stretch = rng.uniform(1.0, 1.7)
-        return Shape(kind, lambda u, v: _ellipse(u, v, r * stretch, r / stretch), r * stretch)
+        return Shape(kind, lambda u, v: ellipse(u, v, r * stretch, r / stretch), r * stretch)
     if kind == "box":
         stretch = rng.uniform(1.0, 1.9)
         a, b = 0.89 * r * stretch, 0.89 * r / stretch
         corner = min(a, b) * rng.choice([0.0, 0.25, 0.6])
-        return Shape(kind, lambda u, v: _box(u, v, a, b, corner), math.hypot(a, b))
+        return Shape(kind, lambda u, v: box(u, v, a, b, corner), math.hypot(a, b))
     if kind == "polygon":
         sides = int(rng.integers(3, 8))
         angles = (np.arange(sides) + rng.uniform(-0.3, 0.3, sides)) * 2 * np.pi / sides
-        vertices = _around(r * rng.uniform(0.95, 1.5, sides), angles)
-        return Shape(kind, lambda u, v: _polygon(u, v, vertices), 1.5 * r)
+        vertices = around(r * rng.uniform(0.95, 1.5, sides), angles)
+        return Shape(kind, lambda u, v: polygon(u, v, vertices), 1.5 * r)
     if kind == "star":
         points = int(rng.integers(4, 8))
         radii = np.where(np.arange(2 * points) % 2, r * rng.uniform(0.55, 0.75), r * 1.5)
-        vertices = _around(radii, np.arange(2 * points) * np.pi / points)
-        return Shape(kind, lambda u, v: _polygon(u, v, vertices), 1.5 * r)
+        vertices = around(radii, np.arange(2 * points) * np.pi / points)
+        return Shape(kind, lambda u, v: polygon(u, v, vertices), 1.5 * r)
     if kind == "blob":
         waves = np.arange(2, 6)
         size, phase = rng.uniform(0, 0.55, 4) / waves, rng.uniform(0, 2 * np.pi, 4)
@@ -109,19 +115,19 @@ def draw_shape(rng: np.random.Generator, kind: str, r: float) -> Shape:
     if kind == "bar":
         length = r * rng.uniform(1.6, 2.6)
         corner = thin * rng.choice([0.0, 1.0])
-        return Shape(kind, lambda u, v: _box(u, v, length, thin, corner), math.hypot(length, thin))
+        return Shape(kind, lambda u, v: box(u, v, length, thin, corner), math.hypot(length, thin))
     if kind == "ring":
         stretch, width = rng.uniform(1.0, 1.4), max(thin, r * rng.uniform(0.12, 0.3))
         a, b = 1.15 * r * stretch, 1.15 * r / stretch
-        return Shape(kind, lambda u, v: np.abs(_ellipse(u, v, a, b)) - width, a + width)
+        return Shape(kind, lambda u, v: np.abs(ellipse(u, v, a, b)) - width, a + width)
     # A figure stands on a box and carries a round head or crown: one thing, two colours.
     foot = r * rng.uniform(0.3, 0.7)
     head = max(r * rng.uniform(0.6, 1.0), foot * 0.8)
 
     def upper(u: Array, v: Array) -> Array:
-        return _ellipse(u, v + 0.6 * r, head, 0.9 * r)
+        return ellipse(u, v + 0.6 * r, head, 0.9 * r)
 
     def figure(u: Array, v: Array) -> Array:
-        return np.minimum(_box(u, v - 0.6 * r, foot, 0.9 * r, 0.2 * foot), upper(u, v))
+        return np.minimum(box(u, v - 0.6 * r, foot, 0.9 * r, 0.2 * foot), upper(u, v))
 
     return Shape("figure", figure, 1.6 * r, upper)

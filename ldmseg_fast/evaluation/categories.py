@@ -1,15 +1,19 @@
-"""Reads the categories of class-aware evaluation: from the ground truth, semantic PNGs, or panoptic results."""
+"""Gives categories for class-aware evaluation: the model's own, or read from a foreign source.
+
+Foreign sources are the ground truth, semantic PNGs, and panoptic results.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import read_file
@@ -21,6 +25,7 @@ from ldmseg_fast.panoptic.near_files import NearFiles, missing_files
 from ldmseg_fast.panoptic.results import PanopticResult
 
 GROUND_TRUTH = "GT"
+MODEL_ITSELF = "the model"
 UNLABELLED = {0, 255, 65535}  # void in a semantic PNG, unless it is the id of a category
 
 
@@ -65,6 +70,51 @@ class CategorySource:
             {**s, "label_id": s["category_id"], "isthing": things[s["category_id"]], "iscrowd": 0} for s in segments
         ]
         return PanopticResult(*merge_stuff(ids, segments, {key for key, thing in things.items() if not thing}))
+
+
+@dataclass(frozen=True)
+class ModelCategories(CategorySource):
+    """Takes the categories that the model gives, under the data set's ids.
+
+    Attributes:
+        ids: the model's category ids, each with the data set's.
+    """
+
+    ids: Mapping[int, int] = field(default_factory=dict)
+
+    def vote(self, index: int, result: PanopticResult) -> PanopticResult:
+        """Returns a result of `translate` as it is."""
+        return result
+
+    def translate(self, result: PanopticResult) -> PanopticResult:
+        """Gives the segments the data set's category ids. What the data set has no category for becomes void."""
+        kept = [s for s in result.segments_info if s["category_id"] in self.ids]
+        named = [s | {"category_id": self.ids[s["category_id"]], "label_id": self.ids[s["category_id"]]} for s in kept]
+        if len(kept) == len(result.segments_info):
+            return PanopticResult(result.segmentation, named)
+        inside = np.isin(result.segmentation, [s["id"] for s in kept])
+        return PanopticResult(np.where(inside, result.segmentation, 0), named)
+
+
+def model_categories(table: CategoryTable, dataset: CocoPanoptic) -> ModelCategories:
+    """Matches a model's categories with those of a split, by name.
+
+    Raises:
+        DataError: the split has a category that the model lacks; see `CategoryTable.numbers_of`.
+    """
+    source = str(dataset.folders.annotations)
+    try:
+        numbers = table.numbers_of(dataset.categories, source)
+    except DataError as error:
+        raise DataError(f"{error}; or evaluate with --class-agnostic") from None
+    ids = {table[number].id: category_id for category_id, number in numbers.items()}
+    return ModelCategories(MODEL_ITSELF, False, dataset, lambda index: np.zeros((0, 0), np.int32), ids=ids)
+
+
+def without_categories(result: PanopticResult) -> PanopticResult:
+    """Makes every segment of a result the one category of class-agnostic results."""
+    usual = {"category_id": 1, "label_id": 1, "isthing": True}
+    return PanopticResult(result.segmentation, [segment | usual for segment in result.segments_info])
 
 
 def category_source(name: str, dataset: CocoPanoptic) -> CategorySource:

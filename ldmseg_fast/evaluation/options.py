@@ -37,6 +37,7 @@ class EvaluationOptions:
     cuda_graph: bool | None = None  # see `LDMSegPipeline.from_pretrained`; of torch in the agreement too
     agreement_images: int = 64  # of a backend other than torch, compared with torch; per rank
     baselines: bool = True
+    class_agnostic: bool = False  # of a model with categories: leave them out
     class_aware: str | None = None  # "GT", a folder of semantic PNGs, or a COCO panoptic result JSON
     inpainting: bool = False
     blocks: tuple[int, ...] = (PAPER_BLOCK,)  # sides in pixels of the blocks that are dropped
@@ -72,6 +73,7 @@ class EvaluationOptions:
                 or (len(self.probabilities) > 0 and all(0 <= share <= 1 for share in self.probabilities)),
                 f"--probability {_listed(self.probabilities)}: numbers from 0 to 1",
             ),
+            (not (self.class_agnostic and self.class_aware), "--class-agnostic and --class-aware: give one of them"),
             (
                 not (self.inpainting and self.class_aware),
                 "--inpainting is class-agnostic: evaluate without --class-aware",

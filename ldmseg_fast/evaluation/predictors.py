@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from ldmseg_fast.backends.finite import all_finite
+from ldmseg_fast.checkpoints.categories_file import load_categories
 from ldmseg_fast.checkpoints.model_folder import load_component, load_index
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.transforms import resize_ids
 from ldmseg_fast.errors import ArgumentError, NonFiniteError
@@ -31,11 +33,13 @@ class Predictor(Protocol):
         dataset: the split.
         facts: what the report says about the model.
         reconstructs: whether it sees the truth.
+        categories: of models with categories.
     """
 
     dataset: CocoPanoptic
     facts: dict[str, Any]
     reconstructs: bool
+    categories: CategoryTable | None
 
     def segment(self, indices: Sequence[int], seed: int) -> list[PanopticResult]:
         """Predicts a map of each image at `indices`."""
@@ -105,6 +109,7 @@ class DiffusionModel:
         )
         info = self.pipe.info
         self.dataset = CocoPanoptic(data, split, info.image_size, num_slots=info.mask_vae.num_slots, limit=limit)
+        self.categories = info.categories
         steps = info.num_inference_steps if steps is None else steps
         self.pipe.scheduler.timesteps(steps)  # refuses a number of steps that cannot be
         self.thresholds = thresholds
@@ -162,6 +167,7 @@ class Autoencoder:
         index = load_index(model_dir)
         self.folder = model_dir
         self.vae: Any = load_component(model_dir, "mask_vae")
+        self.categories = load_categories(model_dir, self.vae.config)
         scheme = id_assignment or index.get("id_assignment", "random")
         self.size = image_size or int(index.get("image_size", 512))
         if self.size % self.vae.config.downsampling:
@@ -176,6 +182,8 @@ class Autoencoder:
             seed=seed,
             limit=limit,
         )
+        if self.categories is not None:
+            self.dataset.use_categories(self.categories)
         self.thresholds = thresholds
         self.facts = {"backend": "torch", "id_assignment": scheme, "image_size": self.size, "seed": seed}
 
@@ -203,13 +211,22 @@ class Autoencoder:
         items = [self.dataset[index] for index in indices]
         ids_of_slots = [_ids_of_slots(item, resize_ids(ids, self.size)) for item, ids in zip(items, maps)]
         for item, lost in zip(items, dropped or ()):
-            item["segment_ids"][torch.from_numpy(resize_ids(lost.astype(np.uint8), self.size) > 0)] = 0
-        batch = collate(items)
-        bits = encode_mask_bits(batch["segment_ids"], self.vae.config.num_bits, batch["table"])
-        mask_logits = self.vae.decode(self.vae.encode(bits).mode())
-        if not all_finite(mask_logits):
+            hidden = torch.from_numpy(resize_ids(lost.astype(np.uint8), self.size) > 0)
+            for key in {"segment_ids", "category_ids"} & item.keys():
+                item[key][hidden] = 0
+        batch, config = collate(items), self.vae.config
+        bits = encode_mask_bits(
+            batch["segment_ids"],
+            config.num_bits,
+            batch["table"],
+            category_ids=batch.get("category_ids"),
+            category_bits=config.category_bits,
+        )
+        logits, category_logits = self.vae.decode_both(self.vae.encode(bits).mode())
+        if not all_finite(logits) or (category_logits is not None and not all_finite(category_logits)):
             raise NonFiniteError(f"{self.folder}: mask_vae: slot logits are not finite (NaN or infinity)")
-        results = postprocess(mask_logits, (self.size, self.size), batch["original_size"], self.thresholds)
+        sizes = (self.size, self.size), batch["original_size"]
+        results = postprocess(logits, *sizes, self.thresholds, category_logits, self.categories)
         return [_with_ids(result, names, ids) for result, names, ids in zip(results, ids_of_slots, maps)]
 
 

@@ -14,18 +14,25 @@ from typing import Any
 from tqdm import tqdm
 
 from ldmseg_fast import distributed
+from ldmseg_fast.checkpoints.categories_file import CATEGORIES
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.evaluation import spread
 from ldmseg_fast.evaluation.agreement import TorchAgreement
-from ldmseg_fast.evaluation.categories import category_source
+from ldmseg_fast.evaluation.categories import (
+    ModelCategories,
+    category_source,
+    model_categories,
+    without_categories,
+)
 from ldmseg_fast.evaluation.gallery import Gallery
 from ldmseg_fast.evaluation.options import EvaluationOptions, resolve_thresholds
 from ldmseg_fast.evaluation.predictors import Autoencoder, DiffusionModel, Predictor, is_autoencoder
 from ldmseg_fast.evaluation.scores import (
     MODEL,
     NEAREST,
+    OBJECT,
     PLAIN,
     VOID,
     InpaintingScores,
@@ -83,11 +90,12 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
 
     Returns:
         The report: `mode`, `images`, `thresholds`, `seconds_per_image`, and in percent `class_agnostic` (pq, sq, rq,
-        pq_crowd_correct, tp, fp, fn), `baselines`, on request `class_aware` (`categories_from`, `upper_bound`, All,
-        Things, Stuff, per_category), for an auto-encoder `mean_iou`. With `options.inpainting` instead of these
-        `inpainting` (see `InpaintingScores.report`). With several seeds these are means, and `seeds` has `deviation`
-        and `values`. For a backend other than torch `agreement`. The same on every rank and for any number of ranks,
-        but for the timings and the images that are compared with torch.
+        pq_crowd_correct, tp, fp, fn), `baselines`, of models with categories or on request `class_aware`
+        (`categories_from`, `upper_bound`, All, Things, Stuff, per_category, and where the categories are the model's
+        `miou`), for an auto-encoder `mean_iou`. With `options.inpainting` instead of these `inpainting` (see
+        `InpaintingScores.report`). With several seeds these are means, and `seeds` has `deviation` and `values`. For a
+        backend other than torch `agreement`. The same on every rank and for any number of ranks, but for the timings
+        and the images that are compared with torch.
 
     Raises:
         CheckpointError, BackendError, DataError: a folder that is not what it should be.
@@ -108,7 +116,10 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
         names += [PLAIN] if baselines and not predictor.reconstructs else []
         qualities = [inpaint_split(predictor, store, one, names, options.sparsities()) for one in passes]
     else:
-        source = category_source(options.class_aware, dataset) if options.class_aware else None
+        own = None
+        if predictor.categories is not None and not options.class_agnostic:
+            own = model_categories(predictor.categories, dataset)
+        source = category_source(options.class_aware, dataset) if options.class_aware else own
         mode = "reconstruction" if predictor.reconstructs else "class-aware" if source else "class-agnostic"
         if options.backend != "torch" and not predictor.reconstructs and options.agreement_images > 0:
             sampling = {key: predictor.facts[key] for key in ("num_inference_steps", "solver", "eta")}
@@ -128,7 +139,9 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
             scores = SegmentationScores(source, predictor.reconstructs, baselines)
             shown, compared = (gallery, agreement) if one is passes[0] else (None, None)
             qualities.append(
-                segment_split(predictor, store, one, scores, instances=instances, gallery=shown, agreement=compared)
+                segment_split(
+                    predictor, store, one, scores, own=own, instances=instances, gallery=shown, agreement=compared
+                )
             )
         if instances is not None and options.instances:
             _write_instances(Path(options.instances), instances)
@@ -201,7 +214,7 @@ def _what_results_depend_on(
     truth = predictor.dataset.folders.annotations
     return {
         "model": str(model_dir.resolve()),
-        "weights": states_of(model_dir, [f"{name}/*" for name in load_index(model_dir)["components"]]),
+        "weights": states_of(model_dir, [f"{name}/*" for name in load_index(model_dir)["components"]] + [CATEGORIES]),
         "engine_dir": engine_dir and str(Path(engine_dir).resolve()),
         "engines": states_of(Path(engine_dir), ["*"]) if engine_dir else {},
         "data": str(truth.resolve()),
@@ -216,6 +229,7 @@ def segment_split(
     store: Store,
     one: Pass,
     scores: SegmentationScores,
+    own: ModelCategories | None = None,
     instances: Instances | None = None,
     gallery: Gallery | None = None,
     agreement: TorchAgreement | None = None,
@@ -227,23 +241,30 @@ def segment_split(
         store: keeps them, and gives those back that are there already.
         one: noise seed, and size of the batches.
         scores: counts them.
+        own: the categories that the model gives; None: its results are class-agnostic.
         instances: takes their segments as COCO instance results, image after image.
         gallery: takes the images that are to be shown.
         agreement: compares them with the torch backend's.
     """
     dataset, source = predictor.dataset, scores.categories
     settings: dict[str, Any] = {"seed": one.seed}
-    if source is not None:
+    if source is not None and source is not own:
         settings["categories_from"] = source.label
         if source.listing is not None:
             state = source.listing.stat()
             settings["listing"] = [state.st_size, state.st_mtime_ns]
+    convert = without_categories if own is None else own.translate
     for batch in one.batches(len(dataset), "evaluate"):
-        predict = partial(predictor.segment, seed=one.seed)
-        results = store.results(f"panoptic{one.suffix}", {"seed": one.seed}, batch, predict)
+        results = store.results(
+            f"panoptic{one.suffix}",
+            {"seed": one.seed} | ({} if own is None else {"categories_from": own.label}),
+            batch,
+            lambda indices: [convert(result) for result in predictor.segment(indices, seed=one.seed)],
+            OBJECT if own is None else dataset.categories,
+        )
         for index, result in zip(batch, results):
             final, matches = scores.add(index, dataset.describe(index), dataset.ground_truth(index), result)
-            if source is not None:
+            if source is not None and source is not own:
                 name = f"panoptic_classes{one.suffix}"
                 store.write(name, dataset.categories, settings, index, final, source.files(index))
             if instances is not None:
@@ -273,14 +294,14 @@ def inpaint_split(
         maps = [without_crowds(*truth) for truth in truths]
         plain: list[PanopticResult] = []
         if PLAIN in names:
-            predict: Any = partial(predictor.segment, seed=one.seed)
+            predict: Any = _agnostic(partial(predictor.segment, seed=one.seed))
             plain = store.results(f"panoptic{one.suffix}", {"seed": one.seed}, batch, predict)
         for block, probability in sparsities:
             dropped = [
                 drop_blocks(ids.shape[0], ids.shape[1], block, probability, one.seed, dataset.image_id(index))
                 for index, ids in zip(batch, maps)
             ]
-            predict = partial(predictor.inpaint, maps=maps, dropped=dropped, seed=one.seed)
+            predict = _agnostic(partial(predictor.inpaint, maps=maps, dropped=dropped, seed=one.seed))
             name = f"inpainting_{block}_{probability:g}{one.suffix}".replace(".", "_")
             settings = {"seed": one.seed, "block": block, "probability": probability}
             results = store.results(name, settings, batch, predict)
@@ -289,6 +310,11 @@ def inpaint_split(
                 known = truths[place], maps[place], dropped[place]
                 scores.add((block, probability), dataset.describe(index), *known, rows)
     return {"inpainting": scores.report()}
+
+
+def _agnostic(predict: Callable[..., list[PanopticResult]]) -> Callable[..., list[PanopticResult]]:
+    """Makes the results of `predict` class-agnostic."""
+    return lambda indices: [without_categories(result) for result in predict(indices)]
 
 
 def _write_instances(path: Path, instances: Instances) -> None:

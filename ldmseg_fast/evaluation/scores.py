@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from ldmseg_fast import distributed
-from ldmseg_fast.evaluation.categories import CategorySource
+from ldmseg_fast.config.categories import name_of
+from ldmseg_fast.evaluation.categories import CategorySource, ModelCategories
+from ldmseg_fast.evaluation.semantic import SemanticIoU
 from ldmseg_fast.metrics.baselines import BASELINES, fill_nearest, segments_of
 from ldmseg_fast.metrics.inpainting import InpaintingStat, only_dropped
 from ldmseg_fast.metrics.miou import MeanIoU
@@ -33,6 +35,8 @@ class SegmentationScores:
         self.categories = categories
         self.agnostic = PanopticQuality(OBJECT, class_agnostic=True)
         self.aware = PanopticQuality(categories.dataset.categories) if categories else None
+        own = isinstance(categories, ModelCategories)
+        self.semantic = SemanticIoU(categories.dataset.categories) if categories and own else None
         self.mean_iou = MeanIoU() if mean_iou else None
         self.baselines = {name: PanopticQuality(OBJECT, class_agnostic=True) for name in BASELINES} if baselines else {}
 
@@ -64,6 +68,8 @@ class SegmentationScores:
         if self.aware is not None and self.categories is not None:
             result = self.categories.vote(index, result)
             matches = self.aware.add(ids, segments, result.segmentation, result.segments_info, image_id=name)
+        if self.semantic is not None:
+            self.semantic.add(ids, segments, result.segmentation, result.segments_info)
         return result, matches
 
     def report(self) -> dict[str, Any]:
@@ -72,11 +78,23 @@ class SegmentationScores:
         if self.aware is not None and self.categories is not None:
             facts = {"categories_from": self.categories.label, "upper_bound": self.categories.upper_bound}
             report["class_aware"] = facts | by_category_in_percent(merge(self.aware).compute())
+            if self.semantic is not None:
+                _add_semantic(report["class_aware"], merge(self.semantic).result(), self.categories.dataset.categories)
         if self.mean_iou is not None:
             result = merge(self.mean_iou).result()
             report["mean_iou"] = {"miou": 100.0 * result["miou"], "segments": result["n"]}
         report["baselines"] = {name: in_percent(merge(stat).compute()) for name, stat in self.baselines.items()}
         return report
+
+
+def _add_semantic(report: dict[str, Any], result: dict[str, Any], categories: Sequence[dict[str, Any]]) -> None:
+    """Puts mIoU, and each category's name and IoU, in percent, into a class-aware report."""
+    report["miou"] = 100.0 * result["miou"]
+    for category in categories:
+        entry = report["per_category"].get(str(category["id"]))
+        if entry is not None:
+            iou = 100.0 * result["per_category"].get(category["id"], 0.0)
+            entry |= {"name": name_of(category), "semantic_iou": iou}
 
 
 class InpaintingScores:

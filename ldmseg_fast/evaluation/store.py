@@ -59,6 +59,7 @@ class Store:
         settings: Mapping[str, Any],
         indices: Sequence[int],
         predict: Callable[[Sequence[int]], list[PanopticResult]],
+        categories: Sequence[Mapping[str, Any]] = OBJECT,
     ) -> list[PanopticResult]:
         """Reads a batch's results where an earlier evaluation wrote all of them; otherwise predicts and writes them.
 
@@ -70,11 +71,12 @@ class Store:
             settings: what these depend on beside the store's.
             indices: the batch's places in the data set.
             predict: makes the results of such places.
+            categories: COCO's, for their JSON.
 
         Raises:
             ArgumentError: the folder holds results of other settings.
         """
-        writer = self.writer(name, OBJECT, settings)
+        writer = self.writer(name, categories, settings)
         ids = [self.dataset.image_id(index) for index in indices]
         if writer is not None:
             there = [self._is_there(writer, index) for index in indices]  # of all: before results are made of the files
@@ -85,7 +87,7 @@ class Store:
         self.clock.seconds += time.perf_counter() - start
         self.clock.images += len(results)
         for index, result in zip(indices, results):
-            self.write(name, OBJECT, settings, index, result)
+            self.write(name, categories, settings, index, result)
         return results
 
     def write(

@@ -63,12 +63,25 @@ def _class_agnostic(report: dict[str, Any], deviation: dict[str, Any]) -> list[s
 
 def _class_aware(report: dict[str, Any], deviation: dict[str, Any]) -> list[str]:
     lines = [
-        f"class-aware, categories voted by {report['categories_from']}",
+        f"class-aware, categories {'of' if 'miou' in report else 'voted by'} {report['categories_from']}",
         f"{'':14s} {_head(('PQ', 'SQ', 'RQ'), deviation)} {'N':>7s}",
     ]
     for name in ("All", "Things", "Stuff"):
         numbers = " ".join(_cell(report[name], deviation.get(name, {}), key) for key in ("pq", "sq", "rq"))
         lines.append(f"{name:14s} {numbers} {report[name]['n']:7g}")
+    if "miou" in report:
+        lines += _categories(report, deviation)
+    return lines
+
+
+def _categories(report: dict[str, Any], deviation: dict[str, Any]) -> list[str]:
+    """mIoU, and a row for each category that occurs."""
+    width = max((len(entry["name"]) for entry in report["per_category"].values()), default=0)
+    lines = [f"mIoU over categories: {_cell(report, deviation, 'miou').strip()}"]
+    lines.append(f"{'category':{max(width, 14)}s} {'PQ':>7s} {'SQ':>7s} {'RQ':>7s} {'IoU':>7s}")
+    for entry in report["per_category"].values():
+        numbers = " ".join(f"{entry[key]:7.2f}" for key in ("pq", "sq", "rq", "semantic_iou"))
+        lines.append(f"{entry['name']:{max(width, 14)}s} {numbers}")
     return lines
 
 

@@ -5,9 +5,8 @@ Shapes: H W the picture's own size, S the network's side, h w latent cells, Q sl
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,16 +17,15 @@ from torch import Tensor
 
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.pictures import Picture
-from ldmseg_fast.data.transforms import TABLE_SIZE, make_remap_table, resize_ids
 from ldmseg_fast.diffusion.inpainting import KnownLatents, whole_cells
 from ldmseg_fast.diffusion.sampler import seed_of
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.diffusion.solvers import Constraint, StepNoise
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.given_maps import Given, complete, prepare
 from ldmseg_fast.inference.sampling import MaskSampler, Sampling
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.panoptic.postprocess import PanopticResult
-from ldmseg_fast.panoptic.shapes import segment_shapes
 
 METHODS = ("pixels", "estimate", "renoise")
 
@@ -43,6 +41,7 @@ def inpaint(
     thresholds: PostprocessConfig | None,
     method: str | None,
     draft_steps: int,
+    numbers: Sequence[Mapping[int, int]] | None = None,
 ) -> list[PanopticResult]:
     """Does `LDMSegPipeline.inpaint` for one batch, whose arguments have been checked.
 
@@ -54,6 +53,7 @@ def inpaint(
         image_ids: from which, with the seed, all noise comes.
         sampling: solver, steps, timesteps, seed and callback.
         thresholds, method, draft_steps: as in `LDMSegPipeline.inpaint`.
+        numbers: the given ids whose category is known, each with its number; one for each picture.
 
     Returns:
         A PanopticResult per picture.
@@ -70,12 +70,15 @@ def inpaint(
     image_latents = sampler.backend.encode_image(pixels)  # [B, C_image, h, w]
 
     drafts: Any = [None] * len(pictures)
+    draft_categories: Any = [None] * len(pictures)
     if draft_steps > 0:
         steps = min(draft_steps, sampling.num_inference_steps)
         plain = replace(sampling, num_inference_steps=steps, timesteps=None, callback=None)
         network = sampler.network(pixels, plain)
         draft_latents = sampler.denoise(network, noise, image_latents, image_ids, plain)  # float32 [B, C, h, w]
-        drafts = decode_slots(mask_vae, draft_latents).cpu().numpy()  # int64 [B, S, S]
+        slots, categories = decode_pixels(mask_vae, draft_latents)  # int64 [B, S, S]
+        drafts = slots.cpu().numpy()
+        draft_categories = draft_categories if categories is None else categories.cpu().numpy()
 
     scheme = sampler.id_assignment
     givens = [
@@ -88,8 +91,12 @@ def inpaint(
             rng=np.random.default_rng(seed_of(sampling.seed, "slots", image_id)),
             name=f"image {image_id}",
             draft=draft,
+            known_categories=known_numbers,
+            draft_categories=named,
         )
-        for image_id, segmentation, known, draft in zip(image_ids, maps, masks, drafts)
+        for image_id, segmentation, known, draft, named, known_numbers in zip(
+            image_ids, maps, masks, drafts, draft_categories, numbers or [{}] * len(pictures)
+        )
     ]
     step_noise = partial(sampler.step_noise, sampling.seed, image_ids, "known")
     # what was encoded beside void is a little off; models that were not trained with it get cells farther inside
@@ -98,87 +105,41 @@ def inpaint(
     network = sampler.network(pixels, sampling)
     mask_latents = sampler.denoise(network, noise, image_latents, image_ids, sampling, constraint)  # [B, C, h, w]
     decoded = sampler.decode(mask_latents, [picture.size for picture in pictures], thresholds)
-    return [complete(result, given, thresholds.count_threshold) for result, given in zip(decoded, givens)]
+    return [
+        complete(result, given, thresholds.count_threshold, info.categories) for result, given in zip(decoded, givens)
+    ]
 
 
-@dataclass(frozen=True)
-class Given:
-    """Holds what is known of one image's map.
+def encode_pixels(mask_vae: Any, slots: Tensor, categories: Tensor | None) -> Tensor:
+    """Encodes slots, integer [B, S, S], 0 = void, to scaled mask latents float32 [B, C, h, w].
 
-    Attributes:
-        segmentation: int32 [H, W], the given ids; 0 where nothing is given, and where void is.
-        known: bool [H, W], given pixels, void among them.
-        covered: bool [S, S], `known` at the network's size.
-        slots: uint8 [S, S] at the network's size, 0 where nothing (or void) is given.
-        ids: slot -> given id.
+    categories: numbers, integer [B, S, S], 0 = void or unknown; of models with categories.
     """
-
-    segmentation: np.ndarray
-    known: np.ndarray
-    covered: np.ndarray
-    slots: np.ndarray
-    ids: dict[int, int]
-
-
-def prepare(
-    segmentation: np.ndarray,
-    known: np.ndarray,
-    size: int,
-    num_slots: int,
-    scheme: str,
-    rng: np.random.Generator,
-    name: str = "image",
-    draft: np.ndarray | None = None,
-) -> Given:
-    """Finds slots for the given segments of one image: those of `draft`, or by the scheme of the model's training.
-
-    Of more than `num_slots` - 1 segments the largest get one; the others stay as they are but cannot grow, which a
-    warning says. So do segments that vanish at the network's size.
-
-    Args:
-        segmentation: integer ids [H, W], 0..2^24-1.
-        known: bool [H, W].
-        size: S.
-        num_slots: Q.
-        scheme: of `data.transforms.ID_SCHEMES`.
-        rng: of scheme "random".
-        name: of the image, in the warning.
-        draft: slots [S, S] that the model predicts from the same noise without knowing the map. The scheme cannot know
-            of segments that are hidden; the draft shows what the model would call each one.
-    """
-    given = np.where(known, segmentation, 0).astype(np.int32)
-    small = resize_ids(given, size)
-    values, counts = np.unique(small[small > 0], return_counts=True)
-    kept = values
-    if len(values) >= num_slots:
-        kept = np.sort(values[np.argsort(-counts, kind="stable")[: num_slots - 1]])
-        warnings.warn(
-            f"{name}: {len(values)} given segments, the model has {num_slots - 1} slots; the {len(values) - len(kept)} "
-            f"smallest stay as they are given and cannot grow",
-            stacklevel=2,
-        )
-    numbers = np.zeros(len(values) + 1, np.uint8)
-    numbers[1 + np.searchsorted(values, kept)] = np.arange(1, len(kept) + 1)
-    numbered = numbers[np.searchsorted(values, small, side="right") * (small > 0)]  # 1..n in order of the ids
-    table = make_remap_table(numbered, len(kept), num_slots, scheme, rng)
-    if draft is not None:
-        table = follow_draft(numbered, len(kept), draft, num_slots)
-    ids = {int(table[number]): int(value) for number, value in enumerate(kept, start=1)}
-    covered = resize_ids(known.astype(np.uint8), size) > 0
-    return Given(given, known, covered, table[numbered], ids)
-
-
-def encode_slots(mask_vae: Any, slots: Tensor) -> Tensor:
-    """Encodes slots, integer [B, S, S], 0 = void, to scaled mask latents float32 [B, C, h, w]."""
-    bits = encode_mask_bits(slots, mask_vae.config.num_bits, dtype=next(mask_vae.parameters()).dtype)
+    config = mask_vae.config
+    bits = encode_mask_bits(
+        slots,
+        config.num_bits,
+        dtype=next(mask_vae.parameters()).dtype,
+        category_ids=categories if config.num_categories else None,
+        category_bits=config.category_bits,
+    )
     return mask_vae.encode_latents(bits).float()
 
 
-def decode_slots(mask_vae: Any, mask_latents: Tensor) -> Tensor:
-    """Decodes scaled mask latents [B, C, h, w] to each pixel's best slot at the network's size, int64 [B, S, S]."""
-    logits = mask_vae.decode_latents(mask_latents.to(next(mask_vae.parameters()).dtype)).float()
+def decode_pixels(mask_vae: Any, mask_latents: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Decodes scaled mask latents [B, C, h, w] to each pixel's best slot and category at the network's size.
+
+    Returns:
+        int64 [B, S, S] each; None in the place of categories of a model without.
+    """
+    both = mask_vae.decode_latents_both(mask_latents.to(next(mask_vae.parameters()).dtype))
     size = [side * mask_vae.config.downsampling for side in mask_latents.shape[-2:]]
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(dim=1)
+    slots, categories = (
+        None if logits is None else F.interpolate(logits.float(), size, mode="bilinear", align_corners=False).argmax(1)
+        for logits in both
+    )
+    assert slots is not None
+    return slots, categories
 
 
 class KnownPixels:
@@ -191,11 +152,13 @@ class KnownPixels:
     Args:
         mask_vae: the mask auto-encoder.
         slots: uint8 [B, S, S], 0 where nothing is given.
+        categories: int16 [B, S, S], numbers, 0 where none is given; of models with categories.
     """
 
-    def __init__(self, mask_vae: Any, slots: Tensor) -> None:
+    def __init__(self, mask_vae: Any, slots: Tensor, categories: Tensor | None = None) -> None:
         self.mask_vae = mask_vae
         self.slots = slots
+        self.categories = categories
         cell = mask_vae.config.downsampling
         self.cells = ~whole_cells(slots == 0, cell)  # any pixel given
 
@@ -209,44 +172,12 @@ class KnownPixels:
 
     def estimate(self, estimate: Tensor) -> Tensor:
         """Returns the estimate of x_0, float [B, C, h, w], with the given pixels put in; what is NaN stays NaN."""
-        slots = torch.where(self.slots > 0, self.slots.long(), decode_slots(self.mask_vae, estimate))
-        return torch.where(self.cells & estimate.isfinite(), encode_slots(self.mask_vae, slots), estimate)
-
-
-def follow_draft(numbered: np.ndarray, count: int, draft: np.ndarray, num_slots: int) -> np.ndarray:
-    """Gives each numbered segment the slot that the draft has for it.
-
-    Pairs of segment and predicted slot are taken in falling order of their IoU where the map is given; the segments
-    that are left get slots that the draft does not use.
-
-    Args:
-        numbered: uint8 [S, S] with 1..count, 0 where nothing is given.
-        count: of segments.
-        draft: integer [S, S] slots, 0 void.
-        num_slots: Q.
-
-    Returns:
-        Number -> slot, uint8 [256].
-    """
-    inside = numbered > 0
-    overlap = np.zeros((count + 1, num_slots))
-    np.add.at(overlap, (numbered[inside], draft[inside]), 1)
-    union = overlap.sum(1, keepdims=True) + overlap.sum(0, keepdims=True) - overlap
-    iou = overlap / np.maximum(union, 1)
-    iou[:, 0] = 0  # void is no segment
-    table = np.zeros(TABLE_SIZE, np.uint8)
-    for _ in range(count):
-        number, slot = divmod(int(iou.argmax()), num_slots)
-        if iou[number, slot] == 0:
-            break
-        table[number] = slot
-        iou[number], iou[:, slot] = 0, 0
-    used = np.zeros(num_slots, bool)
-    used[[0, *np.unique(draft)]] = True
-    free = [slot for slot in np.argsort(used, kind="stable") if slot and slot not in set(table)]  # unused ones first
-    left = 1 + np.flatnonzero(table[1 : count + 1] == 0)
-    table[left] = free[: len(left)]
-    return table
+        slots, categories = decode_pixels(self.mask_vae, estimate)
+        slots = torch.where(self.slots > 0, self.slots.long(), slots)
+        if categories is not None and self.categories is not None:
+            categories = torch.where(self.categories > 0, self.categories.long(), categories) * (slots > 0)
+        known = encode_pixels(self.mask_vae, slots, categories)
+        return torch.where(self.cells & estimate.isfinite(), known, estimate)
 
 
 def make_constraint(
@@ -269,55 +200,14 @@ def make_constraint(
         raise ArgumentError(f"method={method!r}: one of {', '.join(METHODS)} expected")
     device = next(mask_vae.parameters()).device
     slots = torch.from_numpy(np.stack([given.slots for given in givens])).to(device)  # [B, S, S]
+    categories = None
+    if mask_vae.config.num_categories:
+        categories = torch.from_numpy(
+            np.stack([given.categories for given in givens if given.categories is not None])
+        ).to(device)  # [B, S, S]
     if method == "pixels":
-        return KnownPixels(mask_vae, slots)
+        return KnownPixels(mask_vae, slots, categories)
     covered = torch.from_numpy(np.stack([given.covered for given in givens])).to(device)
     cells = whole_cells(covered, mask_vae.config.downsampling, margin)
-    return KnownLatents(encode_slots(mask_vae, slots), cells, scheduler, step_noise if method == "renoise" else None)
-
-
-def complete(result: PanopticResult, given: Given, min_area: int) -> PanopticResult:
-    """Puts the given pixels back into the predicted map, and every segment under its final id.
-
-    A predicted segment whose slot is a given one's takes that one's id; so does one that lies, where pixels are given,
-    mostly on one given segment. The others get the smallest unused ids, and become void where fewer than `min_area`
-    of their pixels are left.
-
-    Args:
-        result: the predicted map, int32 [H, W].
-        given: what is known of it.
-        min_area: in pixels.
-
-    Returns:
-        The map, int32 [H, W]. `segments_info` has "given" beside the usual entries: whether the id is one of the map
-        that was given. A segment without predicted pixels has score 1.
-    """
-    predicted = result.segmentation
-    final, taken = {}, set(np.unique(given.segmentation).tolist()) | {0}
-    for segment in result.segments_info:
-        known_ids = given.segmentation[(predicted == segment["id"]) & (given.segmentation > 0)]
-        values, counts = np.unique(known_ids, return_counts=True)
-        if len(values) and 2 * counts.max() > len(known_ids):
-            final[segment["id"]] = int(values[counts.argmax()])
-        elif segment["id"] - 1 in given.ids:
-            final[segment["id"]] = given.ids[segment["id"] - 1]
-    fresh = (number for number in range(1, 2**24) if number not in taken)
-    for segment in result.segments_info:
-        if segment["id"] not in final:
-            left = int(((predicted == segment["id"]) & ~given.known).sum())
-            final[segment["id"]] = next(fresh) if left >= min_area else 0
-    table = np.zeros(int(predicted.max(initial=0)) + 1, np.int32)
-    for before, after in final.items():
-        table[before] = after
-    segmentation = np.where(given.known, given.segmentation, table[predicted])
-
-    scores: dict[int, list[tuple[float, int]]] = {}
-    for segment in result.segments_info:
-        scores.setdefault(final[segment["id"]], []).append((segment["score"], segment["area"]))
-    usual = {"category_id": 1, "label_id": 1, "isthing": True, "iscrowd": 0, "was_fused": False}
-    info = []
-    for shape in segment_shapes(segmentation):
-        parts = scores.get(shape["id"], [(1.0, 1)])
-        score = sum(score * area for score, area in parts) / sum(area for _, area in parts)
-        info.append({"id": shape["id"], **usual, **shape, "score": score, "given": shape["id"] in taken})
-    return PanopticResult(segmentation, info)
+    latents = encode_pixels(mask_vae, slots, categories)
+    return KnownLatents(latents, cells, scheduler, step_noise if method == "renoise" else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.config.values import update
 from ldmseg_fast.data.pictures import (
     Picture,
@@ -186,6 +187,41 @@ def check_given(count: int, segmentations: Sequence[np.ndarray], known_masks: Se
                 f"segmentations[{index}] is {list(segmentation.shape)}, its known mask {list(known.shape)}: one size "
                 f"expected"
             )
+
+
+def given_categories(
+    segments_info: Sequence[Sequence[Mapping[str, Any]]] | None, count: int, table: CategoryTable | None
+) -> list[dict[int, int]]:
+    """Reads what given segments are: for each image its ids, each with the number of its category.
+
+    Args:
+        segments_info: for each image entries with `id` and `category_id`; None: nothing is known.
+        count: of images.
+        table: of the model; None: it has no categories.
+
+    Raises:
+        ArgumentError: a model without categories, another number of images, or a category that the model does not have.
+    """
+    if segments_info is None:
+        return [{} for _ in range(count)]
+    if table is None:
+        raise ArgumentError("segments_info: this model has no categories; leave it out")
+    if len(segments_info) != count:
+        raise ArgumentError(f"segments_info: of {len(segments_info)} images, {count} are given")
+    number_of = {category.id: number for number, category in enumerate(table.categories, 1)}
+    found: list[dict[int, int]] = []
+    for at, segments in enumerate(segments_info):
+        numbers = {}
+        for entry in segments:
+            known = isinstance(entry, Mapping) and type(entry.get("id")) is int and "category_id" in entry
+            if not known or entry["category_id"] not in number_of:
+                raise ArgumentError(
+                    f"segments_info[{at}]: {entry!r:.120}: an id and a category_id of the model expected, one of "
+                    f"{', '.join(f'{c.id} ({c.name})' for c in table.categories[:8])}, ..."
+                )
+            numbers[entry["id"]] = number_of[entry["category_id"]]
+        found.append(numbers)
+    return found
 
 
 def check_sizes(pictures: Sequence[Picture], segmentations: Sequence[np.ndarray], first: int) -> None:

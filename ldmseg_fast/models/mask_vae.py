@@ -49,9 +49,24 @@ class MidBlock(nn.Module):
         return x
 
 
+class DecoderWithCategories(nn.Sequential):
+    """Decodes latents to slot logits as the plain decoder does, and to category logits from the same features."""
+
+    def __init__(self, layers: list[nn.Module], category_head: nn.Conv2d) -> None:
+        super().__init__(*layers)
+        self.category_head = category_head
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Maps float [B, C, h, w] to logits [B, Q, h 2^u, w 2^u] and [B, categories + 1, h 2^u, w 2^u]."""
+        *layers, slot_head, category_head = self.children()
+        for layer in layers:
+            latents = layer(latents)
+        return slot_head(latents), category_head(latents)
+
+
 def _encoder(config: MaskVAEConfig, out_channels: int) -> nn.Sequential:
-    widths = config.widths
-    layers: list[nn.Module] = [nn.Conv2d(config.num_bits, widths[0], 3, padding=1), nn.SiLU()]
+    widths, planes = config.widths, config.num_bits + config.category_bits
+    layers: list[nn.Module] = [nn.Conv2d(planes, widths[0], 3, padding=1), nn.SiLU()]
     for width, next_width in itertools.pairwise(widths):
         # the first convolution of a pair has no activation after it
         layers += [
@@ -75,7 +90,11 @@ def _decoder(config: MaskVAEConfig) -> nn.Sequential:
         layers += [nn.ConvTranspose2d(width, wide, 2, stride=2), ChannelLayerNorm(wide), nn.SiLU()]
         width = wide
     layers += [GroupNormSiLU(config.norm_groups, width, eps=1e-5), nn.Identity()]
-    return nn.Sequential(*layers, nn.Conv2d(width, config.num_slots, 3, padding=1))
+    layers.append(nn.Conv2d(width, config.num_slots, 3, padding=1))
+    if not config.num_categories:
+        return nn.Sequential(*layers)
+    # 1x1: the features see as far as those of the slots do, and 3x3 would double the cost of many categories
+    return DecoderWithCategories(layers, nn.Conv2d(width, config.num_categories + 1, 1))
 
 
 class MaskVAE(nn.Module):
@@ -97,7 +116,7 @@ class MaskVAE(nn.Module):
             self.codebook = codebook(config.codebook_size, channels)
 
     def encode(self, bits: Tensor) -> Posterior:
-        """Encodes bit planes float [B, K, H, W], -1 or +1 and 0 where void.
+        """Encodes bit planes float [B, K, H, W], -1 or +1 and 0 where void; K counts those of the categories too.
 
         Returns:
             The posterior of the unscaled latents [B, C, H/f, W/f]; f is `config.downsampling`.
@@ -118,11 +137,23 @@ class MaskVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes unscaled latents float [B, C, h, w] to slot logits [B, Q, h 2^u, w 2^u], u being `num_upscalers`."""
-        return self.decoder(latents)
+        return self.decode_both(latents)[0]
 
     def decode_latents(self, mask_latents: Tensor) -> Tensor:
         """Decodes scaled latents float [B, C, h, w], as the sampler returns them; see `decode`."""
-        return self.decoder(mask_latents / self.config.scaling_factor)
+        return self.decode_latents_both(mask_latents)[0]
+
+    def decode_both(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Decodes unscaled latents float [B, C, h, w] to slot logits, as `decode` does, and category logits.
+
+        Category logits are [B, categories + 1, h 2^u, w 2^u], 0 being void; None where the model has no categories.
+        """
+        logits = self.decoder(latents)
+        return logits if self.config.num_categories else (logits, None)
+
+    def decode_latents_both(self, mask_latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Decodes scaled latents float [B, C, h, w], as the sampler returns them; see `decode_both`."""
+        return self.decode_both(mask_latents / self.config.scaling_factor)
 
     def upsample(self, logits: Tensor) -> Tensor:
         """Resizes `decode`'s logits to the network's size, bilinear without aligned corners.

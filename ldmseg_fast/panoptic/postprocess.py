@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.panoptic_head import panoptic_head
 from ldmseg_fast.panoptic.results import PanopticResult, ResultsWriter
+from ldmseg_fast.panoptic.segment_categories import name_segments, slot_categories
 from ldmseg_fast.panoptic.shapes import clean_segments, segment_shapes
 
 __all__ = ["PanopticResult", "ResultsWriter", "clean_up", "postprocess", "resize_logits"]
@@ -25,8 +28,10 @@ def postprocess(
     network_size: tuple[int, int],
     target_sizes: Sequence[tuple[int, int]],
     thresholds: PostprocessConfig,
+    category_logits: Tensor | None = None,
+    categories: CategoryTable | None = None,
 ) -> list[PanopticResult]:
-    """Makes class-agnostic panoptic maps at each image's own size.
+    """Makes panoptic maps at each image's own size, class-agnostic ones without `category_logits`.
 
     Images of one size are processed together.
 
@@ -35,6 +40,8 @@ def postprocess(
         network_size: (height, width) in pixels, to which the logits are resized bilinearly first.
         target_sizes: (height, width) of each image's map, to which they are resized bilinearly then.
         thresholds: see `kernels.panoptic_head`.
+        category_logits: float [B, C + 1, h, w]; see `segment_categories`.
+        categories: the table of the C categories.
 
     Returns:
         One result per image, with int32 maps [H, W].
@@ -64,7 +71,21 @@ def postprocess(
         area, box, score = (tensor.cpu().numpy() for tensor in statistics)
         for row, image in enumerate(images):
             results[image] = PanopticResult(maps[row], make_segments_info(area[row], box[row], score[row]))
-    return [results[image] for image in range(len(results))]
+    ordered = [results[image] for image in range(len(results))]
+    if category_logits is None or categories is None:
+        return ordered
+    used = sorted({segment["id"] - 1 for result in ordered for segment in result.segments_info})
+    slots = torch.tensor(used, dtype=torch.int64, device=mask_logits.device)
+    found = (tensor.cpu().numpy() for tensor in slot_categories(mask_logits, category_logits, slots))  # [B, K]
+    numbers, scores = (_of_slots(part, used, mask_logits.shape[1]) for part in found)  # [B, Q]
+    return [name_segments(*each, categories) for each in zip(ordered, numbers, scores)]
+
+
+def _of_slots(values: np.ndarray, slots: list[int], count: int) -> np.ndarray:
+    """Puts the values of some slots, [B, K], into the places of all, [B, Q]."""
+    everywhere = np.zeros((len(values), count), values.dtype)
+    everywhere[:, slots] = values
+    return everywhere
 
 
 def resize_logits(mask_logits: Tensor, network_size: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -209,7 +209,8 @@ def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = 
             options.append((saved, f"train.checkpointing=blocks: about {saved:.2f} GiB less, a third more time"))
     else:
         side, vae = config.data.image_size, config.mask_vae
-        logits = images * vae.num_slots * (side * 2**vae.num_upscalers // vae.downsampling) ** 2 * 4
+        planes = vae.num_slots + (vae.num_categories + 1 if vae.num_categories else 0)
+        logits = images * planes * (side * 2**vae.num_upscalers // vae.downsampling) ** 2 * 4
         activations = 4 * logits / GIB  # in both precisions, their gradient, and the widest decoder layer before them
     if images > 1:
         more = train.accumulation * 2

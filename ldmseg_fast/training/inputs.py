@@ -6,14 +6,17 @@ import contextlib
 from pathlib import Path
 
 from ldmseg_fast import distributed
+from ldmseg_fast.checkpoints.categories_file import CATEGORIES, load_categories
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import Config
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.folders import find_split
 from ldmseg_fast.data.loader import TrainingBatches
 from ldmseg_fast.data.transforms import Augmentation
 from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
 from ldmseg_fast.outputs import check_outputs
+from ldmseg_fast.training.stages import Stage
 
 
 def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> CocoPanoptic:
@@ -37,6 +40,43 @@ def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> Coc
         resize=data.resize if train else "pillow",
         limit=data.limit if train else data.val_limit,
     )
+
+
+def use_categories(stage: Stage, train_set: CocoPanoptic, val_set: CocoPanoptic, resumed: Path | None) -> None:
+    """Makes both splits carry categories where the stage's model has them.
+
+    A stage that starts without a table takes the training split's, or the one that the run has had so far.
+
+    Args:
+        stage: gets the table.
+        train_set, val_set: the splits.
+        resumed: the folder of a run that goes on.
+
+    Raises:
+        ConfigError: another number of categories in the training split than in the settings, or settings that need
+            categories of a model without.
+        CheckpointError: a damaged table.
+        DataError: a split whose categories do not fit the table.
+    """
+    expected = stage.mask_vae.config.num_categories
+    if not expected and stage.config.train.best == "class_pq":
+        raise ConfigError(
+            "train.best=class_pq: the model has no categories (mask_vae.num_categories=0); set train.best=pq"
+        )
+    if not expected:
+        return
+    if stage.categories is None and resumed is not None and (resumed / CATEGORIES).exists():
+        stage.categories = load_categories(resumed, stage.mask_vae.config)
+    if stage.categories is None:
+        source = str(train_set.folders.annotations)
+        stage.categories = CategoryTable.of_data_set(train_set.categories, source)
+        if len(stage.categories) != expected:
+            raise ConfigError(
+                f"mask_vae.num_categories={expected}: {source} has {len(stage.categories)} categories; set "
+                f"mask_vae.num_categories={len(stage.categories)}, or 0 for segments without categories"
+            )
+    for dataset in (train_set, val_set):
+        dataset.use_categories(stage.categories)
 
 
 def check_output_dir(config: Config) -> None:

@@ -31,7 +31,7 @@ from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.exported import exported_step, note_exported
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
-from ldmseg_fast.training.inputs import check_batch, check_output_dir, make_batches, make_dataset
+from ldmseg_fast.training.inputs import check_batch, check_output_dir, make_batches, make_dataset, use_categories
 from ldmseg_fast.training.machine import resolve_settings
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
@@ -92,6 +92,7 @@ class Run:
         num_slots = self.stage.mask_vae.config.num_slots
         self.train_set = make_dataset(config, config.data.train_split, num_slots, train=True)
         self.val_set = make_dataset(config, config.data.val_split, num_slots, train=False)
+        use_categories(self.stage, self.train_set, self.val_set, self.folder if resume else None)
         self.shard_check: ShardCheck | None = None
         if stage_name != "autoencoder":
             cache = attach_cache(self.train_set, config, self.stage.get_submodule("image_vae"), self.say)
@@ -239,8 +240,9 @@ class Run:
                 self.log.picture(step, pictures)
             if not self.bar.disable:
                 self.say(f"step {step}: " + "  ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
-        improved = metrics["val/pq"] > max(self.progress.best.values(), default=-1.0)
-        self.progress.best[step] = metrics["val/pq"]
+        score = metrics[f"val/{self.config.train.best}"]
+        improved = score > max(self.progress.best.values(), default=-1.0)
+        self.progress.best[step] = score
         self.window, self.batches.waited = Window(), 0.0
         return improved
 

@@ -1,5 +1,7 @@
 """Computes the auto-encoder's loss: cross-entropy, and BCE + Dice per segment, on sampled points.
 
+Models with categories add a cross-entropy over these, at the points of the other.
+
 It is LDMSeg's (arXiv 2401.10227, section 3.1). Points are drawn as in PointRend (Kirillov et al. 2020, section 3.1):
 `oversample` times too many at random, of which the most uncertain make `importance` of the result and new random ones
 the rest. Slot = id, so nothing is matched.
@@ -26,12 +28,18 @@ TINY = 1e-6  # a divisor where there is nothing to divide
 
 @dataclass(frozen=True)
 class MaskLosses:
-    """Holds float32 scalars: `total` is the weighted sum of the others."""
+    """Holds float32 scalars: `total` is the weighted sum of the others; `category` is None without categories."""
 
     total: Tensor
     ce: Tensor
     bce: Tensor
     dice: Tensor
+    category: Tensor | None = None
+
+    def parts(self) -> dict[str, Tensor]:
+        """Lists all but the total by name, as the log has them: float32 scalars."""
+        named = {"ce": self.ce, "bce": self.bce, "dice": self.dice, "category": self.category}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,8 @@ def mask_losses(
     segments: Segments | None = None,
     num_masks: Tensor | None = None,
     num_labelled: Tensor | None = None,
+    category_logits: Tensor | None = None,
+    category_ids: Tensor | None = None,
 ) -> MaskLosses:
     """Scores slot logits against a segment map.
 
@@ -170,9 +180,12 @@ def mask_losses(
         segments: what `present_segments` would find.
         num_masks: divisor of BCE and Dice, from `share_num_masks`; None: the mean of this micro-batch over the ranks.
         num_labelled: divisor of CE, from `share_num_labelled`; None: likewise.
+        category_logits: [B, C + 1, h, w], of models with categories.
+        category_ids: integer [B, H, W], 0 where `segment_ids` is void and nowhere else, at most C.
 
     Returns:
-        CE averaged over points that are not void; BCE and Dice (+1 smoothing) averaged over segments; of all ranks.
+        CE, of slots and of categories, averaged over points that are not void; BCE and Dice (+1 smoothing) averaged
+        over segments; of all ranks.
     """
     device = mask_logits.device
     if device.type != "cuda":
@@ -184,6 +197,10 @@ def mask_losses(
 
     points = _uncertain_points(where_labelled, [1] * len(mask_logits), config, device, generator)
     ce_sum, ce_count = sample_ce(mask_logits, segment_ids, points)
+    category_sum = None
+    if category_logits is not None and category_ids is not None:
+        category_logits = category_logits if device.type == "cuda" else category_logits.float()
+        category_sum, _ = sample_ce(category_logits, category_ids, points)
 
     image, slot = segments.image, segments.slot
     points = _uncertain_points(
@@ -197,4 +214,8 @@ def mask_losses(
         num_labelled = all_reduce_mean(ce_count)
     ce = ce_sum / num_labelled.clamp(min=TINY)
     bce, dice = bce_sum / num_masks.clamp(min=TINY), dice_sum / num_masks.clamp(min=TINY)
-    return MaskLosses(config.ce * ce + config.bce * bce + config.dice * dice, ce, bce, dice)
+    total = config.ce * ce + config.bce * bce + config.dice * dice
+    if category_sum is None:
+        return MaskLosses(total, ce, bce, dice)
+    category = category_sum / num_labelled.clamp(min=TINY)
+    return MaskLosses(total + config.category * category, ce, bce, dice, category)

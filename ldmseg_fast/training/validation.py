@@ -18,6 +18,7 @@ from ldmseg_fast.data.loader import to_device
 from ldmseg_fast.data.reader import PatientReader
 from ldmseg_fast.files import replacing
 from ldmseg_fast.metrics.pq import PanopticQuality
+from ldmseg_fast.panoptic.results import PanopticResult
 from ldmseg_fast.reports.draw import enlarge, overlay, picture_grid
 from ldmseg_fast.training.stages import Stage
 
@@ -51,6 +52,44 @@ class _Chunks:
         return f"validation reads {' and '.join(map(str, self.dataset.paths(self.at)))}"
 
 
+class _Stats:
+    """Counts PQ without categories and, where `aware` is there, with them."""
+
+    def __init__(self, agnostic: PanopticQuality, aware: PanopticQuality | None) -> None:
+        self.agnostic, self.aware = agnostic, aware
+
+    def add(
+        self, ids: np.ndarray, segments: list[dict], result: PanopticResult, index: int, ids_of: dict[int, int]
+    ) -> None:
+        """Counts image `index`; `ids_of` has the split's category id of each of the model's."""
+        guess = result.segmentation
+        self.agnostic.add(ids, segments, guess, result.segments_info, image_id=index)
+        if self.aware is not None:
+            named = [
+                s | {"category_id": ids_of[s["category_id"]]}
+                for s in result.segments_info
+                if s["category_id"] in ids_of
+            ]
+            if len(named) < len(result.segments_info):  # what the split has no category for is void
+                guess = np.where(np.isin(guess, [s["id"] for s in named]), guess, 0)
+            self.aware.add(ids, segments, guess, named, image_id=index)
+
+    def merge(self, other: _Stats) -> _Stats:
+        self.agnostic = self.agnostic.merge(other.agnostic)
+        if self.aware is not None and other.aware is not None:
+            self.aware = self.aware.merge(other.aware)
+        return self
+
+    def values(self) -> dict[str, float]:
+        values = self.agnostic.compute()["All"]
+        found = {f"val/{key}": 100.0 * values[key] for key in ("pq", "sq", "rq")}
+        if self.aware is not None:
+            result = self.aware.compute()
+            groups = {"class_pq": "All", "class_pq_things": "Things", "class_pq_stuff": "Stuff"}
+            found |= {f"val/{name}": 100.0 * result[group]["pq"] for name, group in groups.items()}
+        return found
+
+
 @torch.no_grad()
 def validate(
     stage: Stage,
@@ -61,7 +100,9 @@ def validate(
     timeout: float = 300.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Measures class-agnostic PQ in percent over the split, the same for any number of ranks.
+    """Measures PQ in percent over the split, the same for any number of ranks.
+
+    It is class-agnostic, and of models with categories class-aware too.
 
     Rank 0 writes a grid of pictures, or prints a warning where it cannot be written. The split is cut into chunks,
     which the ranks take in turn. All ranks run the network equally often, because under ZeRO 3 a forward pass needs all
@@ -76,7 +117,8 @@ def validate(
         stop: asked before each chunk; where it is true on any rank, all of them leave off.
 
     Returns:
-        val/pq, val/sq, val/rq; None where it was stopped.
+        val/pq, val/sq, val/rq, and of models with categories val/class_pq, val/class_pq_things and val/class_pq_stuff;
+        None where it was stopped.
 
     Raises:
         DataError: a file that cannot be read, or a read that hangs.
@@ -87,7 +129,10 @@ def validate(
     rank, world = distributed.rank(), distributed.world_size()
     chunks = [range(start, min(start + CHUNK, len(dataset))) for start in range(0, len(dataset), CHUNK)]
     rows: list[list[Any]] = []
-    stats: dict[int, PanopticQuality] = {}
+    stats: dict[int, _Stats] = {}
+    table = stage.categories
+    numbers = {} if table is None else table.numbers_of(dataset.categories, str(dataset.folders.annotations))
+    ids_of = {} if table is None else {table[number].id: category_id for category_id, number in numbers.items()}
     for first in range(0, len(chunks), world):
         if distributed.any_rank(stop()):
             reader.close()
@@ -100,15 +145,16 @@ def validate(
         results = stage.predict(batch, [truth[0].shape for truth in truths])
         if mine >= len(chunks):
             continue
-        stats[mine] = PanopticQuality(OBJECT, class_agnostic=True)
+        aware = PanopticQuality(dataset.categories) if table is not None else None
+        stats[mine] = _Stats(PanopticQuality(OBJECT, class_agnostic=True), aware)
         for index, (ids, segments), result in zip(indices, truths, results):
-            stats[mine].add(ids, segments, result.segmentation, result.segments_info, image_id=index)
+            stats[mine].add(ids, segments, result, index, ids_of)
             if distributed.is_main() and len(rows) < PICTURES:
                 image = reader.call(partial(source.picture, index))
                 picture, truth, guess = (enlarge(array, 256) for array in (image, ids, result.segmentation))
                 rows.append([picture, overlay(picture, truth), overlay(picture, guess)])
     reader.close()
-    by_chunk: dict[int, PanopticQuality] = {}
+    by_chunk: dict[int, _Stats] = {}
     for part in distributed.gather_objects(stats):
         by_chunk |= part
     merged = by_chunk[0]
@@ -122,5 +168,4 @@ def validate(
         except OSError as error:  # no reason to lose the steps since the last checkpoint
             tqdm.write(f"warning: {pictures}: {error.strerror or error}; the run goes on without it", file=sys.stderr)
     stage.train()
-    values = merged.compute()["All"]
-    return {f"val/{key}": 100.0 * values[key] for key in ("pq", "sq", "rq")}
+    return merged.values()

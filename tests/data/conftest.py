@@ -63,4 +63,4 @@ def quarters() -> Callable[[int, int], np.ndarray]:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 training and 8 validation scenes of 64x64. Not to be changed."""
-    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", 24, 64, seed=7, workers=1)
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", 24, 64, seed=7, workers=1, version=1)

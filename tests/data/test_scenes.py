@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ldmseg_fast.cli import main
 from ldmseg_fast.commands.data_check import check_folder
 from ldmseg_fast.data import scenes as scenes_module
+from ldmseg_fast.data.class_painter import STUFF, THINGS
 from ldmseg_fast.data.scenes import CATEGORIES, generate_scene, minimum_area, write_scenes
 
-ISTHING = {category["id"]: category["isthing"] for category in CATEGORIES}
+ISTHING = {version: {c["id"]: c["isthing"] for c in categories} for version, categories in CATEGORIES.items()}
 
 
 def digest(root: Path) -> dict[str, str]:
@@ -24,10 +26,12 @@ def digest(root: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(("size", "count"), [(32, 40), (64, 60), (100, 10), (256, 4)])
-def test_every_scene_keeps_the_rules(size: int, count: int) -> None:
+def test_every_scene_keeps_the_rules(size: int, count: int, version: int) -> None:
+    isthing = ISTHING[version]
     for index in range(count):
-        rgb, ids, segments_info = generate_scene(size, 11, index)
+        rgb, ids, segments_info = generate_scene(size, 11, index, version=version)
         assert rgb.shape == (size, size, 3) and rgb.dtype == np.uint8
         assert ids.shape == (size, size) and ids.dtype == np.int32
         found = dict(zip(*(values.tolist() for values in np.unique(ids, return_counts=True))))
@@ -43,9 +47,9 @@ def test_every_scene_keeps_the_rules(size: int, count: int) -> None:
                 np.ptp(columns) + 1,
                 np.ptp(rows) + 1,
             )
-        things = sum(ISTHING[segment["category_id"]] for segment in segments_info)
+        things = sum(isthing[segment["category_id"]] for segment in segments_info)
         assert 2 <= things <= 15
-        stuff = [segment["category_id"] for segment in segments_info if not ISTHING[segment["category_id"]]]
+        stuff = [segment["category_id"] for segment in segments_info if not isthing[segment["category_id"]]]
         assert 2 <= len(stuff) <= 5 and len(set(stuff)) == len(stuff)
 
 
@@ -53,15 +57,16 @@ def test_minimum_areas_are_the_promised_ones() -> None:
     assert minimum_area(64) == 16 and minimum_area(256) == 64
 
 
-def test_picture_and_map_agree() -> None:
+@pytest.mark.parametrize(("version", "least", "mean"), [(1, 1.8, 4), (2, 1.8, 3.5)])
+def test_picture_and_map_agree(version: int, least: float, mean: float) -> None:
     """Colours change where ids change: clearly more than elsewhere in every scene, far more on average."""
     ratios = []
     for index in range(40):
-        rgb, ids, _ = generate_scene(64, 5, index)
+        rgb, ids, _ = generate_scene(64, 5, index, version=version)
         step = np.abs(np.diff(rgb.astype(int), axis=1)).sum(-1)
         border = np.diff(ids, axis=1) != 0
         ratios.append(step[border].mean() / step[~border].mean())
-    assert min(ratios) > 1.8 and np.mean(ratios) > 4
+    assert min(ratios) > least and np.mean(ratios) > mean
 
 
 def test_scenes_depend_on_size_seed_index_and_split_only() -> None:
@@ -72,12 +77,53 @@ def test_scenes_depend_on_size_seed_index_and_split_only() -> None:
         assert not np.array_equal(first[0], other[0])
 
 
-def test_pixels_belong_to_the_recorded_version() -> None:
-    """A change of a pixel needs a new VERSION, or folders of old scenes pass for new ones."""
-    rgb, ids, _ = generate_scene(64, 0, 0)
-    assert scenes_module.VERSION == 1
-    assert hashlib.sha256(ids.tobytes()).hexdigest()[:16] == "2c98f706d4ca7b19"
-    assert hashlib.sha256(rgb.tobytes()).hexdigest()[:16] == "0067c6b3b1dec063"
+PIXELS = {1: ("2c98f706d4ca7b19", "0067c6b3b1dec063"), 2: ("cd9ff66a5c38724f", "395fe44a9578b9e5")}
+FOLDERS = {1: "62c3772aed22cbda", 2: "832015bc923fdc00"}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_pixels_belong_to_the_recorded_version(version: int) -> None:
+    """A change of a pixel needs a new version, or folders of old scenes pass for new ones."""
+    rgb, ids, _ = generate_scene(64, 0, 0, version=version)
+    found = tuple(hashlib.sha256(array.tobytes()).hexdigest()[:16] for array in (ids, rgb))
+    assert found == PIXELS[version]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_annotations_and_record_belong_to_the_version(version: int, tmp_path: Path) -> None:
+    """Version 1's JSON and record are those of before there was another. PNGs hang on zlib's version."""
+    out = write_scenes(tmp_path / "scenes", 3, 32, seed=4, workers=1, val_images=2, version=version)
+    files = sorted(path for path in out.rglob("*.json"))
+    assert hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16] == FOLDERS[version]
+
+
+def test_command_makes_version_2_unless_told_otherwise(tmp_path: Path) -> None:
+    for options, version in (([], 2), (["--version", "1"], 1)):
+        out = tmp_path / f"version{version}"
+        assert main(["data", "scenes", str(out), "--images", "2", "--size", "32", *options]) == 0
+        assert json.loads((out / "scenes.json").read_text())["version"] == version
+        content = json.loads((out / "annotations" / "panoptic_val2017.json").read_text())
+        assert content["categories"] == CATEGORIES[version]
+
+
+def test_version_2_has_classes_enough_and_all_of_them_come_up() -> None:
+    assert len(THINGS) >= 12 and len(STUFF) >= 6
+    seen = {segment["category_id"] for index in range(60) for segment in generate_scene(32, 3, index)[2]}
+    assert seen == set(ISTHING[2])
+
+
+def test_a_class_does_not_show_in_its_colour() -> None:
+    """The mean colour tells classes apart hardly better than chance, so that shape and surface have to."""
+    samples = []
+    for index in range(200):
+        rgb, ids, segments_info = generate_scene(32, 8, index)
+        samples += [
+            (s["category_id"], rgb[ids == s["id"]].mean(0)) for s in segments_info if ISTHING[2][s["category_id"]]
+        ]
+    kinds, colours = np.array([kind for kind, _ in samples]), np.array([colour for _, colour in samples])
+    half = len(kinds) // 2
+    nearest = np.linalg.norm(colours[half:, None] - colours[None, :half], axis=2).argmin(1)
+    assert (kinds[:half][nearest] == kinds[half:]).mean() < 0.2
 
 
 def test_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
@@ -118,6 +164,8 @@ def test_second_call_keeps_what_is_there(tmp_path: Path) -> None:
     for images, size, seed in ((3, 32, 1), (2, 33, 1), (2, 32, 2)):
         with pytest.raises(FileExistsError, match="choose another folder"):
             write_scenes(out, images, size, seed=seed)
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        write_scenes(out, 2, 32, seed=1, version=1)
 
 
 def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
@@ -146,6 +194,7 @@ def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"images": 1, "size": 16}, "size=16"),
         ({"images": 1, "size": 4096}, "size=4096"),
         ({"images": 1, "seed": -1}, "seed=-1"),
+        ({"images": 1, "version": 3}, "version=3"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, arguments: dict, message: str) -> None:

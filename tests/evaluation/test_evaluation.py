@@ -195,8 +195,9 @@ def test_a_perfect_reconstruction_has_the_truths_ids(model_dir, scenes, monkeypa
         def mode(self):
             return decode_mask_bits(self.bits).long()
 
-        def decode(self, slots):
-            return 20.0 * torch.nn.functional.one_hot(slots, self.config.num_slots).permute(0, 3, 1, 2).float()
+        def decode_both(self, slots):
+            logits = 20.0 * torch.nn.functional.one_hot(slots, self.config.num_slots).permute(0, 3, 1, 2).float()
+            return logits, None
 
     load = predictors.load_component
     monkeypatch.setattr(predictors, "load_component", lambda *args: Perfect(load(*args)))

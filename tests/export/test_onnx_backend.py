@@ -32,7 +32,7 @@ def pipes(model_dir, graphs):
 
 @pytest.fixture(scope="module")
 def pictures():
-    return [generate_scene(64, 0, index)[0][: 64 - 9 * index] for index in range(3)]
+    return [generate_scene(64, 0, index, version=1)[0][: 64 - 9 * index] for index in range(3)]
 
 
 @pytest.mark.parametrize("steps", [2, 3])

@@ -209,7 +209,7 @@ def as_png(pixels):
 
 
 def test_requests_give_the_pipelines_maps(model_dir, repository, model_config, triton):
-    pixels = [generate_scene(64, 0, index)[0][: 64 - 8 * index] for index in range(3)]
+    pixels = [generate_scene(64, 0, index, version=1)[0][: 64 - 8 * index] for index in range(3)]
     preprocess, sampler, head = (
         start(repository, model_config, f"ldmseg_{name}") for name in ("preprocess", "sampler", "head")
     )

@@ -28,7 +28,7 @@ OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshol
 
 @pytest.fixture
 def pictures():
-    return [generate_scene(64, 0, index)[0][: 64 - 8 * index] for index in range(3)]
+    return [generate_scene(64, 0, index, version=1)[0][: 64 - 8 * index] for index in range(3)]
 
 
 def test_the_pipeline_gives_torchs_maps(model_dir, engines, trt, pictures):

@@ -14,7 +14,8 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.transforms import make_remap_table
 from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.inference import inpainting
-from ldmseg_fast.inference.inpainting import METHODS, Given, KnownPixels, complete, follow_draft, prepare
+from ldmseg_fast.inference.given_maps import Given, complete, follow_draft, prepare
+from ldmseg_fast.inference.inpainting import METHODS, KnownPixels
 from ldmseg_fast.kernels.mask_bits import decode_mask_bits
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult
@@ -210,7 +211,7 @@ def test_void_that_is_given_stays_void():
 class BitsAsLatents:
     """An auto-encoder without loss: its latents are the bit planes, its cells single pixels."""
 
-    config = SimpleNamespace(downsampling=1, num_bits=5, scaling_factor=1.0)
+    config = SimpleNamespace(downsampling=1, num_bits=5, num_categories=0, category_bits=0, scaling_factor=1.0)
 
     def parameters(self):
         return iter([torch.zeros(1)])
@@ -218,8 +219,8 @@ class BitsAsLatents:
     def encode_latents(self, bits):
         return bits
 
-    def decode_latents(self, latents):
-        return torch.nn.functional.one_hot(decode_mask_bits(latents).long(), 32).permute(0, 3, 1, 2).float()
+    def decode_latents_both(self, latents):
+        return torch.nn.functional.one_hot(decode_mask_bits(latents).long(), 32).permute(0, 3, 1, 2).float(), None
 
 
 def test_known_pixels_enter_the_estimate():

@@ -38,6 +38,26 @@ def test_encode_with_a_table(dtype, table_dtype, device, poison):
         assert torch.equal(actual, reference.encode_mask_bits(ids, 7, table, out, channels_last))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_encode_with_categories(shape, channels_last, device, poison):
+    """One pass over both maps gives the ids' planes and, after them, the categories'."""
+    table = torch.randint(0, 128, (shape[0], 128), device=device)
+    for num_bits, category_bits, dtype in ((7, 5, torch.uint8), (5, 12, torch.int16), (1, 1, torch.uint8)):
+        ids = random_ids(shape, num_bits, torch.uint8, device)
+        categories = torch.randint(0, 2**category_bits, shape, device=device).to(dtype)
+        actual = host.encode_mask_bits(ids, num_bits, table, torch.float16, channels_last, categories, category_bits)
+        expected = reference.encode_mask_bits(
+            ids, num_bits, table, torch.float16, channels_last, categories, category_bits
+        )
+        assert torch.equal(actual, expected)
+        wanted = torch.channels_last if channels_last else torch.contiguous_format
+        assert actual.is_contiguous(memory_format=wanted)
+        alone = host.encode_mask_bits(categories, category_bits, None, torch.float16, channels_last)
+        assert torch.equal(actual[:, num_bits:], alone)
+        assert torch.equal((actual[:, num_bits:] == 0).all(1), categories == 0)
+
+
 def test_strided_ids(device, poison):
     ids = random_ids((2, 20, 40), 7, torch.int32, device)[:, ::2, 1::3]
     assert torch.equal(
@@ -98,6 +118,8 @@ def test_op(device, check_op):
     table = torch.randint(0, 128, (2, 256), device=device)
     check_op(encode_op, (ids, 7, table, torch.float16, True, True))
     check_op(encode_op, (ids, 1 + 7, None, torch.float32, False, False))
+    categories = random_ids((2, 9, 7), 5, torch.int16, device)
+    check_op(encode_op, (ids, 7, table, torch.float16, True, True, categories, 5))
     check_op(decode_op, (torch.randn(2, 7, 5, 3, device=device),))
 
 
@@ -114,11 +136,20 @@ def test_bad_input(device, refuses):
         refuses(name, encode_mask_bits, encode_op, args)
     refuses("segment_ids", encode_mask_bits, encode_op, (ids.float(), 7, None, f32, False, True))
     refuses("table", encode_mask_bits, encode_op, (ids, 7, table.float(), f32, False, True))
+    for name, categories in {
+        "category_bits": (None, 5),
+        "category_ids": (ids[:, :2], 5),
+    }.items():
+        refuses(name, encode_mask_bits, encode_op, (ids, 7, None, f32, False, True, *categories))
+    refuses("category_bits", encode_mask_bits, encode_op, (ids, 7, None, f32, False, True, ids, 17))
+    refuses("category_ids", encode_mask_bits, encode_op, (ids, 7, None, f32, False, True, ids.float(), 5))
     values = {"op": encode_op, "fake": False}  # a fake tensor has no values to look at
     refuses("segment_ids", encode_mask_bits, args=(ids * 3, 7, table, f32, False, True), **values)
     refuses("segment_ids", encode_mask_bits, args=(-ids, 7, None, f32, False, True), **values)
     refuses("num_bits", encode_mask_bits, args=(ids * 128, 7, None, f32, False, True), **values)
     refuses("num_bits", encode_mask_bits, args=(ids, 7, table + 200, f32, False, True), **values)
+    refuses("category_bits", encode_mask_bits, args=(ids, 7, None, f32, False, True, ids * 32, 5), **values)
+    refuses("category_ids", encode_mask_bits, args=(ids, 7, None, f32, False, True, -ids, 5), **values)
     refuses("bits", decode_mask_bits, decode_op, (ids,))
     refuses("bits", decode_mask_bits, decode_op, (ids[None],))
     refuses("bits", decode_mask_bits, decode_op, (torch.zeros(1, 17, 2, 2, device=device),))

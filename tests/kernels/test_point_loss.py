@@ -66,6 +66,21 @@ def test_kernels_equal_reference(shape, ids_size, count, rows, memory_format, dt
     assert grad.stride() == logits.stride()
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_more_categories_than_a_byte_holds(memory_format, device, poison, close):
+    """Cross-entropy over categories is that over slots, of int16 maps."""
+    logits = (3 * torch.randn(1, 301, 5, 6, device=device)).contiguous(memory_format=memory_format)
+    ids = torch.randint(0, 301, (1, 9, 11), dtype=torch.int16, device=device)
+    points = torch.rand(1, 40, 2, device=device)
+    leaf = logits.double().requires_grad_()
+    loss, count = reference.sample_ce(leaf, ids, points.double())
+    (expected,) = torch.autograd.grad(loss, leaf)
+    ours, valid, logsumexp = host.sample_ce_forward(logits, ids, points)
+    close(ours, loss.detach())
+    assert valid.item() == count.item()
+    close(host.sample_ce_backward(torch.ones((), device=device), logits, ids, points, logsumexp), expected)
+
+
 def test_reference_samples_as_grid_sample_does(device):
     """Logits and binary masks, bilinear with zeros outside, also at and beyond the border."""
     logits, ids, _, image_index, slots, points = make_inputs(

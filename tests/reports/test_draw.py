@@ -49,7 +49,7 @@ def test_void_is_grey_and_only_void() -> None:
 
 
 def test_overlay() -> None:
-    rgb, ids, _ = generate_scene(64, 0, 0)
+    rgb, ids, _ = generate_scene(64, 0, 0, version=1)
     ids = np.where(np.arange(64) < 8, 0, ids)
     before = rgb.copy()
     out = overlay(rgb, ids)
@@ -91,7 +91,7 @@ def test_grid() -> None:
 
 
 def test_contact_sheet(tmp_path: Path) -> None:
-    root = write_scenes(tmp_path / "scenes", 5, 32, workers=1)
+    root = write_scenes(tmp_path / "scenes", 5, 32, workers=1, version=1)
     sheet = contact_sheet(root, "train2017", rows=2, columns=3, cell=64)
     assert sheet.size == (6 + 3 * (128 + 6), 6 + 2 * (64 + 6))
     assert np.asarray(sheet).std() > 30

@@ -19,7 +19,7 @@ from tests.training.helpers import ROOT, TINY, Job
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 training and 8 validation scenes of 32x32."""
-    return write_scenes(tmp_path_factory.mktemp("training") / "scenes", 24, 32, 0, workers=1)
+    return write_scenes(tmp_path_factory.mktemp("training") / "scenes", 24, 32, 0, workers=1, version=1)
 
 
 @pytest.fixture(autouse=True)

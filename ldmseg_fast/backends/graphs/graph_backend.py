@@ -22,6 +22,7 @@ from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, resize_logits
+from ldmseg_fast.panoptic.segment_categories import name_segments
 
 LOGITS = "mask_decoder: slot logits"
 MAX_HEAD_BYTES = 2 * 2**30  # of one tensor with every slot at the map's size; the head in the graph makes several
@@ -183,8 +184,22 @@ class GraphBackend(DdimBackend):
             outputs = [found[name].cpu().numpy() for name in ("label", "confidence", "sigmoid_area")]
             # the likeliest of at most 256 slots has a probability of 1/256 or more, unless it is NaN
             require_finite(bool(outputs[1].all()), LOGITS, self.info, self.dtype)
-            return head.finish(outputs[0], outputs[1], outputs[2], thresholds)
-        return postprocess(found["mask_logits"].float(), network_size, [size] * len(latents), thresholds)
+            results = head.finish(outputs[0], outputs[1], outputs[2], thresholds)
+            if self.info.categories is None:
+                return results
+            named = found["category"].cpu().numpy(), found["category_score"].cpu().numpy()  # [B, Q]
+            return [name_segments(*each, self.info.categories) for each in zip(results, *named)]
+        category_logits = found.get("category_logits")
+        if category_logits is not None:
+            require_finite(all_finite(category_logits), "mask_decoder: category logits", self.info, self.dtype)
+        return postprocess(
+            found["mask_logits"].float(),
+            network_size,
+            [size] * len(latents),
+            thresholds,
+            category_logits,
+            self.info.categories,
+        )
 
     def close(self) -> None:
         """See `Backend.close`. Calls after it raise BackendError."""

@@ -221,5 +221,6 @@ def model_hash(folder: Path) -> str:
 
 
 def describe_model(info: ModelInfo) -> Mapping[str, Any]:
-    """Returns the model's index, for people who find the folder later."""
-    return {key: value for key, value in info.index.items() if not key.startswith("_")}
+    """Returns the model's index and its categories, for the server and for people who find the folder later."""
+    described = {key: value for key, value in info.index.items() if not key.startswith("_")}
+    return described if info.categories is None else described | {"categories": info.categories.to_coco()}

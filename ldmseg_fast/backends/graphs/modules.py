@@ -12,6 +12,7 @@ from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.diffusion.sampler import unet_input
 from ldmseg_fast.kernels.ddim_step import ddim_step
 from ldmseg_fast.panoptic.postprocess import resize_logits
+from ldmseg_fast.panoptic.segment_categories import slot_categories
 
 
 class ImageEncoderGraph(nn.Module):
@@ -138,13 +139,16 @@ class MaskDecoderGraph(nn.Module):
             mask_threshold: float32 [1].
 
         Returns:
-            label and confidence uint8 [B, H, W], sigmoid_area int32 [B, Q]; with the head "both" the slot logits
-            [B, Q, h 2^u, w 2^u] too. Without a size the logits alone.
+            label and confidence uint8 [B, H, W], sigmoid_area int32 [B, Q], of models with categories category int32
+            [B, Q] and category_score float32 [B, Q]; with the head "both" the slot logits [B, Q, h 2^u, w 2^u] too, and
+            the category logits. Without a size the logits alone.
         """
         factor = self.mask_vae.config.downsampling
-        mask_logits = self.mask_vae.decode_latents(latents.to(next(self.mask_vae.parameters()).dtype))
+        dtype = next(self.mask_vae.parameters()).dtype
+        mask_logits, category_logits = self.mask_vae.decode_latents_both(latents.to(dtype))
+        all_logits = (mask_logits,) if category_logits is None else (mask_logits, category_logits)
         if size is None or mask_threshold is None:
-            return (mask_logits,)
+            return all_logits
         network_size = (latents.shape[2] * factor, latents.shape[3] * factor)
         height, width = size.tolist()
         torch._check(height > 0)
@@ -155,8 +159,11 @@ class MaskDecoderGraph(nn.Module):
         sigmoid_area = (logits.sigmoid() >= mask_threshold).sum(dim=(2, 3), dtype=torch.int32)  # [B, Q]
         label = torch.where(probability >= mask_threshold, label, 0).to(torch.uint8)
         confidence = (probability * 255.0).round().to(torch.uint8)
-        outputs = (label, confidence, sigmoid_area)
-        return (*outputs, mask_logits) if self.head == "both" else outputs
+        outputs: tuple[Tensor, ...] = (label, confidence, sigmoid_area)
+        if category_logits is not None:
+            category, category_score = slot_categories(mask_logits, category_logits)  # [B, Q]
+            outputs = (*outputs, category.to(torch.int32), category_score)
+        return (*outputs, *all_logits) if self.head == "both" else outputs
 
 
 def build_graph(spec: GraphSpec, info: ModelInfo, networks: dict[str, Any], head: str = "panoptic") -> nn.Module:

@@ -224,7 +224,8 @@ def mask_decoder(info: ModelInfo, options: GraphOptions) -> GraphSpec:
 
     `label`: the argmax slot where its softmax probability reaches `mask_threshold`, else 0. `confidence`: 255 times
     that probability. `sigmoid_area`: per slot, pixels whose sigmoid reaches the threshold. `mask_logits`: before both
-    bilinear resizings.
+    bilinear resizings. Of models with categories also `category` and `category_score`: per slot, the number of its
+    category in 1..C and the mean probability that its pixels give it; and `category_logits` beside `mask_logits`.
 
     Raises:
         ArgumentError: more slots than the head can label.
@@ -244,9 +245,17 @@ def mask_decoder(info: ModelInfo, options: GraphOptions) -> GraphSpec:
             TensorSpec("confidence", "uint8", (batch, "height", "width")),
             TensorSpec("sigmoid_area", "int32", (batch, slots)),
         ]
+    if options.head != "logits" and info.mask_vae.num_categories:
+        outputs += [
+            TensorSpec("category", "int32", (batch, slots)),
+            TensorSpec("category_score", "float32", (batch, slots)),
+        ]
     if options.head != "panoptic":
         logits = (batch, slots, _times(height, scale), _times(width, scale))
         outputs.append(TensorSpec("mask_logits", options.decoder_dtype, logits))
+        if info.mask_vae.num_categories:
+            classes = (batch, info.mask_vae.num_categories + 1, *logits[2:])
+            outputs.append(TensorSpec("category_logits", options.decoder_dtype, classes))
     return GraphSpec(name="mask_decoder", kind="mask_decoder", inputs=tuple(inputs), outputs=tuple(outputs))
 
 

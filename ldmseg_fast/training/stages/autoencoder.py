@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmseg_fast.checkpoints.categories_file import save_categories
 from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings, save_component, save_index
 from ldmseg_fast.config import Config
-from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.models.mask_vae import MaskVAE
-from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.training.stages.base import Stage, kept_blocks, per_image
 
 
@@ -41,7 +41,7 @@ class AutoencoderStage(Stage):
         self.share_counts(batches)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Gives the float32 scalars `loss`, `ce`, `bce`, `dice` and `kl`; see `Stage.forward`."""
+        """Gives the float32 scalars `loss`, `ce`, `bce`, `dice`, `category` and `kl`; see `Stage.forward`."""
         config, vae = self.config.loss, self.mask_vae
         generators = self.generators(step, batch, "autoencoder")
         given = batch["segment_ids"]  # [B, H, W]
@@ -49,9 +49,7 @@ class AutoencoderStage(Stage):
             given = drop_blocks(given, config.drop_blocks, config.drop_block_size, generators)
 
         with self.autocast():
-            bits = encode_mask_bits(  # looking at the ids would wait for a GPU
-                given, vae.config.num_bits, batch["table"], channels_last=True, check_ids=not given.is_cuda
-            )  # [B, K, H, W]
+            bits = self.mask_bits(batch, given, batch["table"], channels_last=True)  # [B, K, H, W]
             posterior = self.recompute(vae.encode, bits)
             latents = posterior.sample(per_image(torch.randn, posterior.mean.shape[1:], generators))  # [B, C, h, w]
             clean = latents.detach().float()
@@ -62,24 +60,25 @@ class AutoencoderStage(Stage):
                 strength = per_image(torch.rand, (1, 1, 1), generators)
                 spread = clean.flatten(1).std(1).view(-1, 1, 1, 1)
                 latents = latents + config.latent_noise * strength * spread * noise
-            mask_logits = self.recompute(vae.decode, latents)  # [B, Q, H/2^.., W/2^..]
+            # [B, Q, H/2^.., W/2^..], and [B, C + 1, H/2^.., W/2^..] or None
+            mask_logits, category_logits = self.recompute(vae.decode_both, latents)
 
-        losses = self.slot_losses(mask_logits, batch, step)
+        losses = self.slot_losses(mask_logits, batch, step, category_logits)
         kl = posterior.kl().float().mean()
         loss = losses.total + config.kl * kl
         if posterior.loss is not None:
             loss = loss + posterior.loss.float()
-        return {"loss": loss, "ce": losses.ce, "bce": losses.bce, "dice": losses.dice, "kl": kl}
+        return {"loss": loss, **losses.parts(), "kl": kl}
 
     @torch.no_grad()
     def predict(self, batch: dict[str, Any], target_sizes: Sequence[tuple[int, int]]) -> list[PanopticResult]:
         """Reconstructs the batch's own maps; see `Stage.predict`."""
         vae = self.mask_vae
         with self.autocast():
-            bits = encode_mask_bits(batch["segment_ids"], vae.config.num_bits, batch["table"], channels_last=True)
-            mask_logits = vae.decode(vae.encode(bits).mode())
-        size = tuple(batch["segment_ids"].shape[-2:])
-        return postprocess(mask_logits.float(), size, list(target_sizes), self.config.postprocess)
+            bits = self.mask_bits(batch, batch["segment_ids"], batch["table"], channels_last=True)
+            logits = vae.decode_both(vae.encode(bits).mode())
+        height, width = batch["segment_ids"].shape[-2:]
+        return self.panoptic(logits, (height, width), target_sizes)
 
     def save(self, folder: Path) -> None:
         """Writes a model folder that holds the auto-encoder alone; see `Stage.save`."""
@@ -87,6 +86,7 @@ class AutoencoderStage(Stage):
         if vae_config.scaling_factor == 0:
             vae_config = replace(vae_config, scaling_factor=round(1.0 / float(self.latent_std), 5))
         save_component(folder, "mask_vae", vae_config, self.mask_vae.state_dict())
+        save_categories(folder, self.categories)
         settings = postprocess_settings(self.config.postprocess) | {"image_size": self.config.data.image_size}
         save_index(folder, ["mask_vae"], settings | {"id_assignment": self.config.data.id_assignment})
         write_model_card(folder, {"stage": "autoencoder", "data": self.config.data.root, "config": self.config})

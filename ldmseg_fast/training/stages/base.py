@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldmseg_fast.config import Config
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.config.precision import DTYPES, resolve_precision
 from ldmseg_fast.diffusion.sampler import seed_of
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.kernels.mask_bits import encode_mask_bits
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 from ldmseg_fast.training.losses import MaskLosses, Segments, mask_losses, share_num_labelled, share_num_masks
 
 T = TypeVar("T")
@@ -26,11 +28,13 @@ class Stage(nn.Module, abc.ABC):
     """Holds the networks of one stage of training. Its `forward` is the loss, so that DeepSpeed can wrap it.
 
     A batch holds image uint8 [B, 3, S, S], segment_ids uint8 [B, S, S] numbered 1..n with 0 for void, table [B, 256]
-    from those numbers to slots, and a list of B: image_id. In training also sample, a list of B numbers that no other
-    draw of the run has, and what `segments_of` takes.
+    from those numbers to slots, and a list of B: image_id; of models with categories also category_ids, uint8 or int16
+    [B, S, S]. In training also sample, a list of B numbers that no other draw of the run has, and what `segments_of`
+    takes.
     """
 
     mask_vae: Any  # a MaskVAE, trained or frozen
+    categories: CategoryTable | None = None  # of models with categories
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -109,8 +113,50 @@ class Stage(nn.Module, abc.ABC):
         share_num_masks(batches, batches[0]["segment_ids"].device)
         share_num_labelled(batches, self.config.loss, lambda batch: self.generators(0, batch, "points"))
 
-    def slot_losses(self, mask_logits: Tensor, batch: dict[str, Any], step: int) -> MaskLosses:
-        """Scores slot logits float [B, Q, h, w] against the batch's maps; see `losses.mask_losses`."""
+    def mask_bits(
+        self, batch: dict[str, Any], segment_ids: Tensor, table: Tensor, channels_last: bool = False
+    ) -> Tensor:
+        """Encodes a batch's maps as planes float [B, K, H, W]: of slots, and of the categories that the batch has.
+
+        The ids are not checked on a GPU: those of the loader fit, and looking at them would wait for the device.
+
+        Args:
+            batch: as the class has it.
+            segment_ids: uint8 [B, H, W], the batch's, or a part of it and void elsewhere.
+            table: [B, 256], id -> slot.
+            channels_last: memory format of the result.
+        """
+        config, category_ids = self.mask_vae.config, batch.get("category_ids")
+        if config.num_categories and category_ids is not None:
+            category_ids = category_ids * (segment_ids > 0)
+        return encode_mask_bits(
+            segment_ids,
+            config.num_bits,
+            table,
+            channels_last=channels_last,
+            check_ids=not segment_ids.is_cuda,
+            category_ids=category_ids if config.num_categories else None,
+            category_bits=config.category_bits,
+        )
+
+    def panoptic(
+        self,
+        logits: tuple[Tensor, Tensor | None],
+        size: tuple[int, int],
+        target_sizes: Sequence[tuple[int, int]],
+    ) -> list[PanopticResult]:
+        """Makes maps of `target_sizes` of what the decoder gives for pictures of `size`, (height, width) each.
+
+        logits: of slots, float [B, Q, h, w], and of categories where the model has any.
+        """
+        slots, categories = (None if part is None else part.float() for part in logits)
+        assert slots is not None
+        return postprocess(slots, size, list(target_sizes), self.config.postprocess, categories, self.categories)
+
+    def slot_losses(
+        self, mask_logits: Tensor, batch: dict[str, Any], step: int, category_logits: Tensor | None = None
+    ) -> MaskLosses:
+        """Scores logits of slots, float [B, Q, h, w], and of categories against the batch's maps; see `mask_losses`."""
         return mask_losses(
             mask_logits,
             remap(batch["segment_ids"], batch["table"]),
@@ -119,6 +165,8 @@ class Stage(nn.Module, abc.ABC):
             segments_of(batch),
             batch.get("num_masks"),
             batch.get("num_labelled"),
+            category_logits,
+            batch.get("category_ids"),
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -162,8 +162,9 @@ class DiffusionStage(LatentStage):
         if config.task_loss:
             estimate = self.scheduler.pred_original_sample(output, inputs.noisy_latents, inputs.timesteps)
             with self.autocast():
-                mask_logits = self.recompute(self.mask_vae.decode_latents, estimate)  # [B, Q, h 2^u, w 2^u]
-            losses["task"] = self.slot_losses(mask_logits, batch, step).total
+                # [B, Q, h 2^u, w 2^u], and [B, C + 1, h 2^u, w 2^u] or None
+                mask_logits, category_logits = self.recompute(self.mask_vae.decode_latents_both, estimate)
+            losses["task"] = self.slot_losses(mask_logits, batch, step, category_logits).total
             losses["loss"] = losses["loss"] + config.task_loss * losses["task"]
         return losses
 

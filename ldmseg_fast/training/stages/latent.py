@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldmseg_fast.checkpoints.categories_file import load_categories, save_categories
 from ldmseg_fast.checkpoints.init_from import Start, check_start, load_image_encoder, load_unet
 from ldmseg_fast.checkpoints.model_folder import (
     load_component,
@@ -24,10 +25,9 @@ from ldmseg_fast.diffusion.inpainting import whole_cells
 from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
-from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.training.stages.base import Stage, kept_blocks, per_image
 
 
@@ -51,6 +51,7 @@ class LatentStage(Stage):
         load_index(autoencoder)
         self.mask_vae: Any = load_component(autoencoder, "mask_vae")
         vae_config = self.mask_vae.config
+        self.categories = load_categories(autoencoder, vae_config)
         self.mask_vae.config = replace(
             vae_config, scaling_factor=vae_config.scaling_factor * config.diffusion.latent_scale
         )
@@ -101,15 +102,8 @@ class LatentStage(Stage):
             batch: as `Stage` has it.
             table: [B, 256], id -> slot, where not the batch's own.
         """
-        bits = self.mask_bits(batch["segment_ids"], batch["table"] if table is None else table)
+        bits = self.mask_bits(batch, batch["segment_ids"], batch["table"] if table is None else table)
         return self.mask_vae.encode_latents(bits).float()
-
-    def mask_bits(self, segment_ids: Tensor, table: Tensor) -> Tensor:
-        """Encodes ids uint8 [B, H, W] through a table [B, 256] as bit planes [B, K, H, W].
-
-        The ids are not checked on a GPU: those of the loader fit, and looking at them would wait for the device.
-        """
-        return encode_mask_bits(segment_ids, self.mask_vae.config.num_bits, table, check_ids=not segment_ids.is_cuda)
 
     def given_pixels(self, batch: dict[str, Any], step: int) -> Tensor:
         """Draws where the map is given, bool [B, H, W]: the blocks that are kept of the images that learn inpainting.
@@ -160,15 +154,16 @@ class LatentStage(Stage):
         """Samples maps for the batch's images; see `Stage.predict`."""
         latents = self.sample(batch, self.config.num_inference_steps)
         with self.autocast():
-            mask_logits = self.mask_vae.decode_latents(latents)
-        size = tuple(batch["image"].shape[-2:])
-        return postprocess(mask_logits.float(), size, list(target_sizes), self.config.postprocess)
+            logits = self.mask_vae.decode_latents_both(latents)
+        height, width = batch["image"].shape[-2:]
+        return self.panoptic(logits, (height, width), target_sizes)
 
     def save_networks(self, folder: Path, others: Sequence[str] = ()) -> None:
         """Writes the components and the index of a model folder. `others` names components that are there already."""
         config = self.config
         save_component(folder, "unet", config.unet, self.unet.state_dict())
         save_component(folder, "mask_vae", self.mask_vae.config, self.mask_vae.state_dict())
+        save_categories(folder, self.categories)
         vae_config = getattr(self.image_vae, "vae_config", None)
         extra = {"_vae_config": dict(vae_config)} if vae_config else None
         save_component(folder, "image_vae", config.image_encoder, self.image_vae.state_dict(), extra)

@@ -59,7 +59,7 @@ class OneStepStage(FewStepStage):
         self.share_counts(batches)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Gives the float32 scalars `loss`, `ce`, `bce`, `dice` and, where it is on, `latent`; see `Stage.forward`."""
+        """Gives float32 scalars: `loss`, `ce`, `bce`, `dice`, and where they are on `category` and `latent`."""
         loss, segment_ids = self.config.loss, batch["segment_ids"]
         points = per_image(torch.rand, (loss.num_points, 2), self.generators(step, batch, "matching"))  # [B, P, 2]
         table: Tensor | None = None
@@ -73,10 +73,11 @@ class OneStepStage(FewStepStage):
                     table = self.given_slots(batch, given, noise, image_latents, points)  # [B, 256]
                 known = self.known_latents(batch, given, table)
             estimate = self.unroll(noise, image_latents, self.depth(step), known)  # x_0, [B, C, h, w]
-            mask_logits = self.recompute(self.mask_vae.decode_latents, estimate)  # [B, Q, h 2^u, w 2^u]
+            # [B, Q, h 2^u, w 2^u], and [B, C + 1, h 2^u, w 2^u] or None
+            mask_logits, category_logits = self.recompute(self.mask_vae.decode_latents_both, estimate)
         if self.matches:
             batch = batch | {"table": match_slots(mask_logits, segment_ids, points, loss, table)}
-        return self.loss_of(mask_logits, estimate, batch, step)
+        return self.loss_of(mask_logits, estimate, batch, step, category_logits)
 
     def depth(self, step: int) -> int:
         """Tells which of the N sampling steps carries the loss, from 1 to N; drawn where `few_step.depth` is "any"."""
@@ -121,13 +122,21 @@ class OneStepStage(FewStepStage):
         estimate = self.estimate(latents, image_latents, times[depth - 1], condition)
         return estimate if constraint is None else constraint.estimate(estimate)
 
-    def loss_of(self, mask_logits: Tensor, estimate: Tensor, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+    def loss_of(
+        self,
+        mask_logits: Tensor,
+        estimate: Tensor,
+        batch: dict[str, Any],
+        step: int,
+        category_logits: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Scores logits float [B, Q, h * 2^u, w * 2^u] and the estimate of x_0 [B, C, h, w]: the scalars of `forward`.
 
-        Option: `few_step.latent_loss` adds the squared error of the estimate.
+        Models with categories score their logits [B, C + 1, h * 2^u, w * 2^u] too. Option: `few_step.latent_loss` adds
+        the squared error of the estimate.
         """
-        parts = self.slot_losses(mask_logits, batch, step)
-        losses = {"loss": parts.total, "ce": parts.ce, "bce": parts.bce, "dice": parts.dice}
+        parts = self.slot_losses(mask_logits, batch, step, category_logits)
+        losses = {"loss": parts.total, **parts.parts()}
         if self.config.few_step.latent_loss:
             with self.autocast():
                 mask_latents = self.mask_latents(batch)  # [B, C, h, w]

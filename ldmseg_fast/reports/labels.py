@@ -1,0 +1,129 @@
+"""Writes names on overlays, and a legend below them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ldmseg_fast.config.categories import CategoryTable
+from ldmseg_fast.reports.draw import overlay
+
+SHADES = (1.0, 0.78, 1.18)  # of neighbouring things of one category
+COARSE = 96  # pixels of the longer side on which places for names are looked for
+INK, PAPER = (255, 255, 255), (30, 32, 36)
+
+
+def named_overlay(
+    image: np.ndarray, segmentation: np.ndarray, segments: Sequence[Mapping[str, Any]], table: CategoryTable
+) -> np.ndarray:
+    """Tints a picture by what its segments are, writes their names on them, and adds a legend.
+
+    A name that has no room in its segment is in the legend alone.
+
+    Args:
+        image: uint8 [H, W, 3].
+        segmentation: integer [H, W], 0 void.
+        segments: its `segments_info`, with `category_id`.
+        table: names and colours.
+
+    Returns:
+        uint8 [H + legend, W, 3].
+    """
+    of_id = {category.id: category for category in table.categories}
+    known = [segment for segment in segments if segment["category_id"] in of_id]
+    colors = np.full((int(segmentation.max(initial=0)) + 1, 3), 128, np.uint8)
+    shade: Counter[int] = Counter()
+    for segment in known:
+        category = of_id[segment["category_id"]]
+        factor = SHADES[shade[category.id] % len(SHADES)]
+        shade[category.id] += 1
+        colors[segment["id"]] = np.clip(np.array(category.color) * factor, 0, 255).astype(np.uint8)
+    picture = Image.fromarray(overlay(image, segmentation, colors=colors[segmentation]))
+    size = max(12, min(picture.size) // 28)
+    _write_names(picture, segmentation, known, {key: _short(category.name) for key, category in of_id.items()}, size)
+    entries = [
+        (_short(of_id[key].name) + (f" ({count})" if count > 1 else ""), of_id[key].color)
+        for key, count in shade.items()
+    ]
+    return np.asarray(_with_legend(picture, entries, size))
+
+
+def _short(name: str) -> str:
+    """Puts a name on one line of at most 32 characters."""
+    name = " ".join(name.split())
+    return name if len(name) <= 32 else name[:31] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _write_names(
+    picture: Image.Image,
+    segmentation: np.ndarray,
+    segments: Sequence[Mapping[str, Any]],
+    names: Mapping[int, str],
+    size: int,
+) -> None:
+    """Writes the larger segments' names first; none covers another."""
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    step = max(1, -(-max(segmentation.shape) // COARSE))
+    coarse = segmentation[step // 2 :: step, step // 2 :: step]
+    taken: list[tuple[float, float, float, float]] = []
+    for segment in sorted(segments, key=lambda segment: -segment["area"]):
+        place = _innermost(coarse == segment["id"])
+        if place is None:
+            continue
+        row, column, inside = place
+        name = names[segment["category_id"]]
+        width, height = draw.textlength(name, font=font), size
+        if 2 * inside * step < height:
+            continue
+        x = min(max((column + 0.5) * step, width / 2 + 2), picture.width - width / 2 - 2)
+        y = min(max((row + 0.5) * step, height / 2 + 2), picture.height - height / 2 - 2)
+        box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        if any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            continue
+        taken.append(box)
+        draw.text((x, y), name, fill=INK, font=font, anchor="mm", stroke_width=max(2, size // 8), stroke_fill=PAPER)
+
+
+def _innermost(mask: np.ndarray) -> tuple[int, int, int] | None:
+    """Finds the pixel of a mask, bool [h, w], that is farthest from its edge: row, column, and how far.
+
+    The mask is eroded until nothing is left; of the last pixels the middle one is taken.
+    """
+    if not mask.any():
+        return None
+    depth = 0
+    inner = mask
+    while inner.any():
+        mask, depth = inner, depth + 1
+        padded = np.pad(inner, 1)
+        inner = inner & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
+    rows, columns = np.nonzero(mask)
+    middle = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
+    return int(rows[middle]), int(columns[middle]), depth
+
+
+def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]], size: int) -> Image.Image:
+    """Adds rows of coloured squares with names below a picture."""
+    if not entries:
+        return picture
+    font, gap = ImageFont.load_default(size), size // 2
+    line = size + gap
+    places, x, y = [], gap, gap
+    for name, color in entries:
+        width = size + gap + int(font.getlength(name)) + 2 * gap
+        if x > gap and x + width > picture.width:
+            x, y = gap, y + line
+        places.append((x, y, name, color))
+        x += width
+    sheet = Image.new("RGB", (picture.width, picture.height + y + line), PAPER)
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    for x, top, name, color in places:
+        y = picture.height + top
+        draw.rectangle((x, y, x + size - 1, y + size - 1), fill=color)
+        draw.text((x + size + gap, y + size / 2), name, fill=INK, font=font, anchor="lm")
+    return sheet

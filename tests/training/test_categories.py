@@ -1,0 +1,148 @@
+"""Training with categories: the loss, every stage, the log, and what does not fit."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.config import LossConfig, load_config
+from ldmseg_fast.data.scenes import CATEGORIES, write_scenes
+from ldmseg_fast.errors import ConfigError, DataError
+from ldmseg_fast.models.mask_vae import MaskVAE
+from ldmseg_fast.training.loop import train
+from ldmseg_fast.training.losses import mask_losses
+from tests.training.helpers import TINY, losses, metrics
+
+PARTS = {"ce", "bce", "dice", "category"}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("training") / "scenes", 24, 32, 0, workers=1)
+
+
+@pytest.fixture
+def settings(scenes, tmp_path):
+    def make(name, *overrides):
+        fixed = [f"data.root={scenes}", f"output_dir={tmp_path / name}", "train.threads=1", "train.steps=4"]
+        return load_config(str(TINY), [*fixed, "train.validate_every=4", "mask_vae.num_categories=19", *overrides])
+
+    return make
+
+
+def test_category_loss_is_the_cross_entropy_where_something_is_labelled():
+    """On a map of one colour a half, sampled where the logits are flat, it is the plain mean."""
+    ids = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    ids[:, :, 8:] = 3
+    categories = (ids > 0).to(torch.int16) * 300
+    slots, logits = torch.randn(1, 5, 1, 1).expand(1, 5, 8, 8), torch.randn(1, 301, 1, 1).expand(1, 301, 8, 8)
+    logits = logits.clone().requires_grad_(True)
+    config = LossConfig(num_points=256, category=0.5)
+    generator = [torch.Generator().manual_seed(0)]
+    found = mask_losses(slots, ids, config, generator, category_logits=logits, category_ids=categories)
+    plain = mask_losses(slots, ids, config, [torch.Generator().manual_seed(0)])
+    assert plain.category is None and plain.parts().keys() == PARTS - {"category"}
+    for name, value in plain.parts().items():
+        assert torch.equal(getattr(found, name), value)
+    # a sample within half a pixel of the border is dimmed by the zeros outside
+    expected = F.cross_entropy(logits[..., 0, 0], torch.tensor([300]))
+    assert found.category.item() == pytest.approx(expected.item(), rel=0.2)
+    assert found.total.item() == pytest.approx(plain.total.item() + 0.5 * found.category.item(), rel=1e-6)
+    found.category.backward()
+    assert logits.grad[0, 300].sum() < 0 and logits.grad[0, 5].sum() > 0
+    assert logits.grad[..., :3].abs().sum() == 0, "void has no gradient"
+
+
+def test_void_only_has_no_loss():
+    ids, logits = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.randn(1, 4, 8, 8)
+    found = mask_losses(logits, ids, LossConfig(num_points=16), category_logits=logits, category_ids=ids)
+    assert found.total.item() == 0.0 and found.category.item() == 0.0
+
+
+def test_without_categories_networks_are_what_they_were():
+    config = load_config(str(TINY)).mask_vae
+    torch.manual_seed(0)
+    vae = MaskVAE(config)
+    assert type(vae.decoder) is torch.nn.Sequential
+    assert not any("category" in name for name in vae.state_dict())
+    assert vae.encoder[0].in_channels == config.num_bits
+    latents = torch.randn(1, config.latent_channels, 4, 4)
+    both = vae.decode_both(latents)
+    assert both[1] is None and torch.equal(both[0], vae.decoder(latents))
+
+
+def test_every_stage_trains_and_its_model_names_segments(settings, scenes, tmp_path):
+    autoencoder = train("autoencoder", settings("autoencoder", "train.best=class_pq", "loss.drop_blocks=0.5"))
+    log = [json.loads(line) for line in (autoencoder / "logs" / "log.jsonl").read_text().splitlines()]
+    assert PARTS | {"kl"} <= log[0].keys()
+    assert {"val/pq", "val/class_pq", "val/class_pq_things", "val/class_pq_stuff"} <= metrics(autoencoder)[-1].keys()
+    own = f"model.mask_vae={autoencoder}"
+    diffusion = train("diffusion", settings("diffusion", own, "diffusion.task_loss=0.1", "diffusion.inpainting=0.5"))
+    start = f"model.init_from={diffusion}"
+    one_step = train("one_step", settings("one_step", start, "few_step.train_decoder=true", "diffusion.inpainting=0.5"))
+    log = [json.loads(line) for line in (one_step / "logs" / "log.jsonl").read_text().splitlines()]
+    assert log[0].keys() >= PARTS
+    distilled = train("distillation", settings("distillation", start))
+    tables = [(folder / "categories.json").read_bytes() for folder in (autoencoder, diffusion, one_step, distilled)]
+    assert len(set(tables)) == 1
+    assert [c["name"] for c in json.loads(tables[0])] == [c["name"] for c in CATEGORIES[2]]
+    pipe = LDMSegPipeline.from_pretrained(one_step)
+    picture = np.zeros((32, 40, 3), np.uint8)
+    for segment in pipe(picture)[0].segments_info:
+        assert segment["name"] and segment["category_id"] == segment["label_id"]
+
+
+def test_categories_are_trained(settings):
+    """Their part of the loss falls, and the head's weights move."""
+    folder = train(
+        "autoencoder", settings("longer", "train.steps=60", "train.validate_every=1000", "train.learning_rate=0.01")
+    )
+    log = [json.loads(line) for line in (folder / "logs" / "log.jsonl").read_text().splitlines()]
+    values = [record["category"] for record in log if "category" in record]
+    assert np.mean(values[-10:]) < 0.92 * np.mean(values[:10])
+
+
+def test_losses_do_not_depend_on_accumulation(settings):
+    whole = train("autoencoder", settings("whole", "train.validate_every=1000"))
+    parts = train("autoencoder", settings("parts", "train.validate_every=1000", "train.accumulation=2"))
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["mask_vae.num_categories=18"], ConfigError, "has 19 categories; set mask_vae.num_categories=19"),
+        (["mask_vae.num_categories=20"], ConfigError, "has 19 categories; set mask_vae.num_categories=19"),
+        (["mask_vae.num_categories=4096"], ConfigError, "mask_vae.num_categories"),
+        (["mask_vae.num_categories=0", "train.best=class_pq"], ConfigError, "train.best=class_pq"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, overrides, error, message):
+    with pytest.raises(error) as raised:
+        train("autoencoder", settings("wrong", *overrides))
+    assert message in str(raised.value)
+
+
+def test_a_run_goes_on_with_the_numbers_it_has(settings, tmp_path):
+    """The same data set with its categories in another order keeps its names."""
+    root = write_scenes(tmp_path / "own", 24, 32, workers=1)
+    own = [f"data.root={root}", "train.save_every=2", "train.validate_every=1000"]
+    folder = train("autoencoder", settings("run", *own, "train.steps=2"))
+    table = (folder / "categories.json").read_bytes()
+    for path in (root / "annotations").glob("*.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"categories": content["categories"][::-1]}))
+    train("autoencoder", settings("run", *own), resume=True)
+    assert (folder / "categories.json").read_bytes() == table
+    whole = train("autoencoder", settings("whole", *own[1:], f"data.root={root}"))
+    assert json.loads((whole / "categories.json").read_text())[0]["name"] == "tiles"
+
+
+def test_another_data_set_is_refused_by_name(settings, scenes, tmp_path):
+    autoencoder = train("autoencoder", settings("first", "train.steps=1", "train.validate_every=1000"))
+    other = write_scenes(tmp_path / "other", 8, 32, workers=1, version=1)
+    with pytest.raises(DataError, match="no category 'ellipse'"):
+        train("diffusion", settings("second", f"model.mask_vae={autoencoder}", f"data.root={other}"))
