@@ -11,23 +11,26 @@ libdeflate: it inflates the same PNGs from memory and does nothing with the pixe
 """
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, Run, measure, peak_memory
-from benchmarks.measuring.panoptic_maps import PanopticMaps
+from benchmarks.measuring.panoptic_maps import CATEGORIES, PanopticMaps
 from benchmarks.measuring.timing import seconds_of, time_differences
 from benchmarks.peers.plain_pq import match_by_masks, numpy_joint_histogram
-from benchmarks.peers.pq_tools import file_scorers, inflate_alone, torchmetrics_update
+from benchmarks.peers.pq_tools import file_scorers, inflate_alone, mask_scorers, torchmetrics_update
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels.panoptic_head import reference
 from ldmseg_fast.metrics.annotation_index import index_annotations
@@ -35,7 +38,8 @@ from ldmseg_fast.metrics.matching import TRUE_POSITIVE, match_segments, segment_
 from ldmseg_fast.metrics.pq_files import evaluate_files
 from ldmseg_fast.native import _C
 
-PARTS = ("memory", "files", "threads", "growth", "post-processing")
+PARTS = ("memory", "files", "masks", "threads", "growth", "entries", "start", "post-processing")
+COCO_TRAIN = 118_287  # its images; of segments there are 11 an image
 HEAD_ARGUMENTS = ((512, 512), (427, 640), 0.5, 512, 0.5)  # network and image size, thresholds
 
 
@@ -51,16 +55,22 @@ def main() -> None:
     images = args.images or (40 if args.quick else 500)
     run = Run("evaluation", quick=args.quick, folder=args.out)
     with tempfile.TemporaryDirectory() as folder:
-        if set(args.parts) != {"post-processing"}:
+        if set(args.parts) - {"post-processing", "start", "entries"}:
             data = PanopticMaps(Path(folder), images, args.data)
         if "memory" in args.parts:
             in_memory(run, data, rounds=10 if args.quick else 40)
         if "files" in args.parts:
             from_files(run, data, rounds=3 if args.quick else 7)
+        if "masks" in args.parts:
+            from_masks(run, data, rounds=3 if args.quick else 11)
+        if "entries" in args.parts:
+            entries(run, Path(folder), 5000 if args.quick else COCO_TRAIN)
         if "threads" in args.parts:
             threads(run, data, rounds=3 if args.quick else 11)
         if "growth" in args.parts:
             growth(run, data, sizes=(50, 500) if args.quick else (50, 500, 5000))
+    if "start" in args.parts:
+        start(run, rounds=3 if args.quick else 11)
     if "post-processing" in args.parts:
         post_processing(run, rounds=5 if args.quick else 15)
     run.save(args.out)
@@ -103,11 +113,67 @@ def from_files(run: Run, data: PanopticMaps, rounds: int) -> None:
     calls = {name: (lambda score=score: score(*few), lambda score=score: score(*many)) for name, score in peers.items()}
     timings = time_differences(calls, 3 * small, rounds, slow=("panopticapi's algorithm", "panopticapi"))
     floor = inflate_alone(data, small, rounds)
-    for baseline, target in (("hotcoco", 1.2), ("panopticapi's algorithm", 20.0), ("panopticapi", 20.0)):
+    for baseline, target in (("hotcoco", 3.0), ("panopticapi's algorithm", 20.0), ("panopticapi", 20.0)):
         if baseline in timings:
             chosen = {name: timings[name] for name in ("ours", "ours + boundary", baseline)}
             run.add("from files, per image", chosen, baseline=baseline, target=target, case={"images": 4 * small})
     run.add("from files, time", {"ours": timings["ours"]}, floor_ms=floor, target=1.5, case={"images": 4 * small})
+
+
+def from_masks(run: Run, data: PanopticMaps, rounds: int) -> None:
+    """Times RLE annotations -> PQ without PNGs, one thread each, per image from the difference of 4N and N images."""
+    small = max(data.size // 4, 1)
+    few, many = data.masks_of(small), data.masks_of(4 * small)
+    peers = mask_scorers()
+    reference_pq = evaluate_files(
+        *data.json_of(4 * small), data.folder / "gt", data.folder / "pred", num_threads=1, replicates=0
+    )["All"]["pq"]
+    for name, score in peers.items():
+        run.check(f"{name} from masks equals PNGs", abs(score(*many) - reference_pq) < 1e-9)
+    calls = {name: (lambda score=score: score(*few), lambda score=score: score(*many)) for name, score in peers.items()}
+    timings = time_differences(calls, 3 * small, rounds)
+    if "hotcoco" in timings:
+        run.add("from masks, per image", timings, baseline="hotcoco", target=2.0, case={"images": 4 * small})
+
+
+def entries(run: Run, folder: Path, images: int) -> None:
+    """Measures how long and in how much memory the ground truth of a large split is read and checked."""
+    path = folder / "large.json"
+    segments = [
+        {"id": k, "category_id": k % 10 + 1, "iscrowd": 0, "bbox": [1, 2, 300, 400], "area": 4711} for k in range(1, 12)
+    ]
+    with path.open("w") as file:
+        listed = (
+            {"license": 3, "file_name": f"{k:012d}.jpg", "height": 480, "width": 640, "id": k} for k in range(images)
+        )
+        file.write('{"images": [' + ",".join(map(json.dumps, listed)) + '], "annotations": [')
+        for k in range(images):
+            entry = {"segments_info": segments, "file_name": f"{k:012d}.png", "image_id": k}
+            file.write(("," if k else "") + json.dumps(entry))
+        file.write('], "categories": ' + json.dumps(CATEGORIES) + "}")
+    case = {"images": images}
+    run.check("all entries are read", len(index_annotations(path).image_ids) == images)
+    run.add_value(
+        "entries, time", min(seconds_of(lambda: index_annotations(path)) for _ in range(3)), "s", case=case, target=6.0
+    )
+    used = peak_memory(lambda: index_annotations(path))
+    if used is not None:
+        run.add_value("entries, memory", used / 2**20, "MiB", case=case, target=400.0)
+
+
+def start(run: Run, rounds: int) -> None:
+    """Measures the start of `ldmseg pq` up to its first file, and of a bare interpreter with numpy."""
+    pq = "import ldmseg_fast.cli as c, ldmseg_fast.metrics.pq_files; c.build_parser().parse_args(['pq', 'x', 'y'])"
+    bodies = {"pq": pq, "metrics": "from ldmseg_fast.metrics import PanopticQuality", "numpy": "import numpy"}
+    samples: dict[str, list[float]] = {name: [] for name in bodies}
+    for _ in range(rounds):
+        for name, body in bodies.items():
+            command = [sys.executable, "-c", body]
+            samples[name].append(seconds_of(lambda command=command: subprocess.run(command, check=True)))
+    seconds = {name: float(np.median(values)) for name, values in samples.items()}
+    run.add_value("start, numpy alone", seconds["numpy"], "s")
+    run.add_value("start, ldmseg pq above numpy", seconds["pq"] - seconds["numpy"], "s", target=0.25)
+    run.add_value("start, ldmseg_fast.metrics above numpy", seconds["metrics"] - seconds["numpy"], "s", target=0.25)
 
 
 def threads(run: Run, data: PanopticMaps, rounds: int) -> None:

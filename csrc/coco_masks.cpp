@@ -31,20 +31,23 @@ int64_t fifths(double coordinate) {
 std::vector<int64_t> counts_of_text(std::string_view text) {
     std::vector<int64_t> counts;
     counts.reserve(text.size() / 2 + 1);
-    for (size_t at = 0; at < text.size();) {
+    const auto* characters = reinterpret_cast<const unsigned char*>(text.data());
+    const size_t size = text.size();
+    for (size_t at = 0; at < size;) {
         int64_t value = 0;
-        for (int shift = 0;; shift += 5) {
-            if (at == text.size()) throw BadMask("`counts` ends inside a number");
-            const int digit = static_cast<unsigned char>(text[at]) - 48;
-            if (digit < 0 || digit > 63)
+        unsigned digit;
+        int shift = 0;
+        do {
+            if (at == size) throw BadMask("`counts` ends inside a number");
+            digit = characters[at] - 48u;
+            if (digit > 63)
                 throw BadMask("`counts` has a character that run lengths do not have, at place " + std::to_string(at));
             if (shift > 35) throw BadMask("`counts` has a number of over 7 characters, at place " + std::to_string(at));
             ++at;
             value |= static_cast<int64_t>(digit & 31) << shift;
-            if (digit & 32) continue;
-            if (digit & 16) value -= int64_t{32} << shift;
-            break;
-        }
+            shift += 5;
+        } while (digit & 32);
+        if (digit & 16) value -= int64_t{1} << shift;
         if (counts.size() > 2) value += counts[counts.size() - 2];
         if (value < 0 || value > std::numeric_limits<uint32_t>::max())
             throw BadMask("`counts` has the run length " + std::to_string(value));
@@ -161,67 +164,15 @@ std::vector<Span> OutlineMask::spans() const {
 
 namespace {
 
-struct Piece {
-    uint32_t begin, end;
-    int32_t id;
-};
-
-// Masks as one list of pieces in ascending order; false where some lie over each other.
-bool order_pieces(const std::vector<std::vector<Span>>& masks, size_t pixels, std::vector<Piece>& pieces) {
-    constexpr int shift = 7;  // buckets of 128 pixels: as many pieces begin in one at most, where none overlap
-    std::vector<uint32_t> first((pixels >> shift) + 2, 0);
-    size_t count = 0;
-    for (const auto& mask : masks) {
-        count += mask.size();
-        for (const Span& span : mask) ++first[(span.begin >> shift) + 1];
-    }
-    if (*std::max_element(first.begin(), first.end()) > 1u << shift) return false;
-    for (size_t k = 1; k < first.size(); ++k) first[k] += first[k - 1];
-    pieces.resize(count);
-    for (size_t k = 0; k < masks.size(); ++k)
-        for (const Span& span : masks[k])
-            pieces[first[span.begin >> shift]++] = {span.begin, span.end, static_cast<int32_t>(k + 1)};
-    for (size_t k = 1; k < count; ++k) {
-        const Piece piece = pieces[k];
-        size_t place = k;
-        for (; place > 0 && pieces[place - 1].begin > piece.begin; --place) pieces[place] = pieces[place - 1];
-        pieces[place] = piece;
-    }
-    for (size_t k = 1; k < count; ++k)
-        if (pieces[k].begin < pieces[k - 1].end) return false;
-    return true;
-}
-
-// The map on its side of pieces that do not overlap.
-RunMap map_of_pieces(const std::vector<Piece>& pieces, size_t height, size_t width) {
-    RunMap map(width, height);
-    size_t at = 0, column_end = height;
-    Run* end = map.start_row();
-    const auto fill = [&](size_t until, int32_t id) {
-        while (at < until) {
-            add_run(end, at + height - column_end, static_cast<uint32_t>(id));
-            at = std::min(until, column_end);
-            if (at < column_end) return;
-            map.end_row(end);
-            if (at == height * width) return;
-            end = map.start_row();
-            column_end += height;
-        }
-    };
-    for (const Piece& piece : pieces) {
-        fill(piece.begin, 0);
-        fill(piece.end, piece.id);
-    }
-    fill(height * width, 0);
-    return map;
-}
-
+template <typename Id>
 RunMap map_of_layers(const std::vector<std::vector<Span>>& masks, const std::vector<size_t>& order, size_t height,
                      size_t width) {
-    std::vector<int32_t> pixels(height * width, 0);
+    static thread_local std::vector<Id> pixels;  // a fresh page costs more than what is painted on it
+    if (pixels.size() > 4 * height * width) pixels = {};
+    pixels.assign(height * width, 0);
     for (const size_t k : order)
         for (const Span& span : masks[k])
-            std::fill(pixels.begin() + span.begin, pixels.begin() + span.end, static_cast<int32_t>(k + 1));
+            std::fill(pixels.data() + span.begin, pixels.data() + span.end, static_cast<Id>(k + 1));
     return RunMap(pixels.data(), width, height);
 }
 
@@ -230,33 +181,28 @@ RunMap map_of_layers(const std::vector<std::vector<Span>>& masks, const std::vec
 PaintedMasks paint_masks(const std::vector<std::vector<Span>>& masks, const std::vector<uint8_t>& above, size_t height,
                          size_t width) {
     std::vector<int64_t> area(masks.size(), 0);
-    int64_t total = 0;
+    int64_t hidden = 0;
     for (size_t k = 0; k < masks.size(); ++k) {
         for (const Span& span : masks[k]) area[k] += span.end - span.begin;
-        total += area[k];
-    }
-    std::vector<size_t> gone;
-    std::vector<Piece> pieces;
-    if (order_pieces(masks, height * width, pieces)) {
-        for (size_t k = 0; k < masks.size(); ++k)
-            if (area[k] == 0) gone.push_back(k);
-        return {map_of_pieces(pieces, height, width), std::move(gone), 0};
+        hidden += area[k];
     }
     std::vector<size_t> order(masks.size());
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
         return above[a] != above[b] ? above[a] < above[b] : area[a] > area[b];
     });
-    RunMap map = map_of_layers(masks, order, height, width);
+    const bool few = masks.size() <= std::numeric_limits<uint8_t>::max();  // a quarter of the memory to be written
+    RunMap map = few ? map_of_layers<uint8_t>(masks, order, height, width) : map_of_layers<int32_t>(masks, order, height, width);
     std::vector<uint8_t> there(masks.size() + 1, 0);
     for (size_t x = 0; x < width; ++x)
         for (const Run* run = map.row(x); run->begin < static_cast<int32_t>(height); ++run) {
             there[static_cast<size_t>(run->id)] = 1;
-            if (run->id != 0) total -= run[1].begin - run->begin;
+            if (run->id != 0) hidden -= run[1].begin - run->begin;
         }
+    std::vector<size_t> gone;
     for (size_t k = 0; k < masks.size(); ++k)
         if (!there[k + 1]) gone.push_back(k);
-    return {std::move(map), std::move(gone), total};
+    return {std::move(map), std::move(gone), hidden};
 }
 
 }  // namespace ldmseg

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace ldmseg {
 namespace {
@@ -90,10 +91,37 @@ std::string JsonScanner::text() {
     }
 }
 
+// Stops at a quote, at the end of the buffer, and at the beginning of what has anything unusual in it.
+size_t JsonScanner::plain_part() {
+    const char* begin = buffer_.get() + at_;
+    const auto* quote = static_cast<const char*>(std::memchr(begin, '"', filled_ - at_));
+    const size_t size = quote ? static_cast<size_t>(quote - begin) : filled_ - at_;
+    size_t plain = 0;
+    for (constexpr size_t step = 64; plain < size;) {  // without a branch inside, for the compiler to widen
+        const size_t end = std::min(size, plain + step);
+        unsigned unusual = 0;
+        for (size_t k = plain; k < end; ++k) {
+            const auto c = static_cast<unsigned char>(begin[k]);
+            unusual |= (c < 0x20) | (c >> 7) | (c == '\\');
+        }
+        if (unusual) {
+            const auto is_plain = [](unsigned char c) { return c >= 0x20 && c < 0x80 && c != '\\'; };
+            while (is_plain(static_cast<unsigned char>(begin[plain]))) ++plain;
+            break;
+        }
+        plain = end;
+    }
+    return plain;
+}
+
 std::string JsonScanner::long_text() {
     expect('"');
     std::string result;
     for (;;) {
+        if (const size_t plain = plain_part()) {
+            result.append(buffer_.get() + at_, plain);
+            at_ += plain;
+        }
         const int character = next();
         if (character == '"') return result;
         if (character < 0x20 || character >= 0x80 || (character == '\\' && next() != '\\')) throw UnusualJson();
@@ -124,6 +152,7 @@ std::string JsonScanner::raw_scalar() { return peek() == '"' ? '"' + text() + '"
 void JsonScanner::skip_string() {
     expect('"');
     for (;;) {
+        at_ += plain_part();
         const int character = next();
         if (character == '"') return;
         if (character < 0x20 || character >= 0x80) throw UnusualJson();

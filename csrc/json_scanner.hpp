@@ -66,6 +66,7 @@ class JsonScanner {
         return character;
     }
     bool fill();
+    size_t plain_part();  // characters from here that a text may hold as they are
     void skip_string();
     void skip_number();
     void skip_digits();

@@ -35,6 +35,7 @@ class RunMap {
     // Rows are added from top to bottom, each between start_row and end_row.
     RunMap(size_t height, size_t width);
     RunMap(const int32_t* map, size_t height, size_t width);
+    RunMap(const uint8_t* map, size_t height, size_t width);
 
     // The runs of a row, left to right; the one after the last begins at the width.
     const Run* row(size_t y) const { return runs_.get() + first_[y]; }
@@ -48,6 +49,9 @@ class RunMap {
     void paint(int32_t* map) const;
 
    private:
+    template <typename Id>
+    void add_rows(const Id* map, void (*steps)(const Id*, size_t, uint64_t*));
+
     struct Free {
         void operator()(Run* runs) const { std::free(runs); }
     };

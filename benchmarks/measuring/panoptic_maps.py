@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ldmseg_fast.panoptic.format import ids_to_rgb, load_panoptic_json, read_panoptic_png
+from ldmseg_fast.panoptic.shapes import segment_shapes
 
 HEIGHT, WIDTH = 480, 640
 CATEGORIES = [{"id": i, "name": f"category {i}", "isthing": int(i <= 6)} for i in range(1, 11)]
@@ -58,6 +59,28 @@ class PanopticMaps:
             images = [{"id": k, "file_name": f"{k}.jpg", "height": HEIGHT, "width": WIDTH} for k in range(count)]
             path = self.folder / f"{kind}_{count}.json"
             path.write_text(json.dumps({"images": images, "annotations": chosen, "categories": CATEGORIES}))
+            paths.append(path)
+        return paths[0], paths[1]
+
+    def masks_of(self, count: int) -> tuple[Path, Path]:
+        """Writes the same segments as COCO instances and as a list of results, with run lengths and without PNGs."""
+        paths = []
+        for kind, entries in self.entries.items():
+            annotations = []
+            for k in range(count):
+                entry = entries[k % self.size]
+                shapes = {
+                    s["id"]: s for s in segment_shapes(read_panoptic_png(self.folder / kind / entry["file_name"]), True)
+                }
+                for segment in entry["segments_info"]:
+                    masks = {key: shapes[segment["id"]][key] for key in ("segmentation", "bbox")}
+                    more = {"id": len(annotations) + 1, "area": segment["area"], "iscrowd": segment["iscrowd"]}
+                    more = more if kind == "gt" else {"score": 0.9}
+                    annotations.append({"image_id": k, "category_id": segment["category_id"], **masks, **more})
+            images = [{"id": k, "file_name": f"{k}.jpg", "height": HEIGHT, "width": WIDTH} for k in range(count)]
+            content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+            path = self.folder / f"{kind}_masks_{count}.json"
+            path.write_text(json.dumps(content if kind == "gt" else annotations))
             paths.append(path)
         return paths[0], paths[1]
 

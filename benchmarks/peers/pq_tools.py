@@ -55,6 +55,26 @@ def file_scorers(data: PanopticMaps, boundary: bool) -> dict[str, Callable[[Path
     return scorers
 
 
+def mask_scorers() -> dict[str, Callable[[Path, Path], float]]:
+    """Returns functions from COCO instances and results with run lengths to PQ, one thread each."""
+
+    def ours(gt: Path, pred: Path) -> float:
+        return evaluate_files(gt, pred, num_threads=1, replicates=0)["All"]["pq"]
+
+    scorers: dict[str, Callable[[Path, Path], float]] = {"ours": ours}
+    if (hotcoco := _optional("hotcoco")) is not None and (panoptic := _optional("hotcoco.panoptic")) is not None:
+
+        def theirs(gt: Path, pred: Path) -> float:
+            with redirect_stdout(StringIO()):
+                truth = hotcoco.COCO(str(gt))
+                evaluation = panoptic.PanopticEval(truth, truth.load_res(str(pred)))
+                evaluation.run()
+                return evaluation.results()["All"]["pq"]
+
+        scorers["hotcoco"] = theirs
+    return scorers
+
+
 def _optional(module: str) -> Any:
     try:
         return importlib.import_module(module)

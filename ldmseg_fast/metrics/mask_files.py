@@ -1,6 +1,7 @@
 """Reads COCO annotations with masks, RLE or polygons, as maps: instances with `images`, or a list of results.
 
-The format is cocodataset.org/#format-data, "Object Detection", and #format-results, "Segmentation Detection".
+The format is https://cocodataset.org/#format-data, "Object Detection", and https://cocodataset.org/#format-results,
+"Segmentation Detection".
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class MaskFile:
         )
 
     def read(self, k: int, size: Size | None, things: Collection[int]) -> tuple[MaskMap, np.ndarray]:
-        """Paints the masks of image k.
+        """Paints the masks of image k, and returns the map and the table of what is left, int64 [S, 4].
 
         Raises:
             PanopticFormatError: names the annotation; see `paint_masks`.

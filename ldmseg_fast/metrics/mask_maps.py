@@ -1,7 +1,8 @@
 """Makes one map of the masks of an image: RLE and polygon annotations, which may overlap, without a PNG.
 
 The rule of overlaps: crowds and stuff lie below things, and in both the smaller lies over the larger, the later of the
-list over the earlier of equal ones. An annotation of which no pixel is left does not count.
+list over the earlier of equal ones. An annotation of which no pixel is left does not count. Masks are those of
+https://cocodataset.org/#format-data.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -207,7 +207,7 @@ class FilePair:
         return [places.get(name, places.get(image_id)) for name, image_id in spelled]
 
     def match(self, k: int) -> np.ndarray:
-        """Matches image k of the ground truth. Any thread may call it.
+        """Matches image k of the ground truth: rows of `MATCH_DTYPE`, [M]. Any thread may call it.
 
         Raises:
             PanopticFormatError: names the image and the files.

@@ -100,7 +100,10 @@ def compare(
 
 
 def sums(matches: np.ndarray, group: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sums tp, fp, fn and IoU per group, each [count]."""
+    """Sums tp, fp and fn, int64, and IoU, float64, per group, each [count].
+
+    matches: `KEPT_DTYPE` [M]. group: whole numbers below `count`, [M]. Source: panopticapi's counts, see `metrics.pq`.
+    """
     outcome = matches["outcome"]
     tp, fp, fn = (
         np.bincount(group[chosen], minlength=count)

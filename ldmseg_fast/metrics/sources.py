@@ -1,6 +1,6 @@
 """Opens what holds the segments of a data set: a panoptic JSON with PNGs, annotations with masks, or a folder of PNGs.
 
-Which of them a path is its content tells.
+Which of them a path is its content tells. The formats are those of https://cocodataset.org/#format-data.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ TESTS = (
 MEASURING = (  # would measure the sanitizer's own memory
     "tests/csrc/test_extension.py::test_head_needs_little_memory",
     "tests/csrc/test_memory.py",
+    "tests/metrics/test_imports.py",
     "tests/metrics/test_pq_memory.py",
 )
 # Leaks are not looked for: Python and torch keep what they allocate until the process ends.
