@@ -6,6 +6,7 @@ there is taken over by the next one from the same source.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -165,6 +166,8 @@ def _made(place: Place, journal: SplitJournal, category_ids: set[int], copy: boo
         annotated = entry.read()
         height, width = picture.stored_size
         _check_size(annotated, (height, width))
+        if not all(math.isfinite(segment.get("score") or 0) for segment in annotated.segments):
+            raise DataError("a score is NaN or infinite; write a number, or leave it out")
     except (UserError, OSError) as error:
         raise _Unreadable(_reason(error, place.name)) from error
     segments = _segments_info(annotated, category_ids, place.name)
@@ -204,7 +207,7 @@ def _segments_info(annotated: AnnotatedMap, category_ids: set[int], name: str) -
     for segment in annotated.segments:
         if segment["category_id"] not in category_ids:
             raise ValueError(f"{name}: the reader's segment {segment['id']} has none of its categories")
-        infos.append({**segment, "iscrowd": int(segment.get("iscrowd", 0)), **shapes[segment["id"]]})
+        infos.append({**segment, "iscrowd": int(bool(segment.get("iscrowd", 0))), **shapes[segment["id"]]})
     return infos
 
 

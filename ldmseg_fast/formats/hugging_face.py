@@ -47,7 +47,7 @@ class _Rows(Sequence):
 
     def __init__(self, rows: Any, split: str, column: str, categories: frozenset[int], names: list[str]) -> None:
         self._rows, self._split, self._column, self._categories, self._names = rows, split, column, categories, names
-        self._ids = next((list(rows[key]) for key in _IDS if key in rows.column_names), None)
+        self._ids = next((ids for key in _IDS if (ids := _ids_in(rows, key))), None)
         self._sources = tuple(Path(file["filename"]) for file in rows.cache_files)
 
     def __len__(self) -> int:
@@ -62,6 +62,13 @@ class _Rows(Sequence):
             None if self._ids is None else self._ids[index],
             self._sources,
         )
+
+
+def _ids_in(rows: Any, column: str) -> list[int | str]:
+    """Returns the ids in a column; none where they cannot tell the pictures apart."""
+    ids = list(rows[column]) if column in rows.column_names else []
+    usable = all((type(each) is int or isinstance(each, str)) and each != "" for each in ids)
+    return ids if usable and len(set(ids)) == len(ids) else []
 
 
 def read(source: Path, options: ReadOptions) -> DataSet:

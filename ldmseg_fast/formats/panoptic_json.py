@@ -76,7 +76,7 @@ def with_segments(ids: np.ndarray, infos: Sequence[Mapping[str, Any]], path: str
     if unlisted:
         raise DataError(f"{path}: id {unlisted[0]} is not in segments_info; do map and JSON belong together?")
     segments = [
-        {"id": info["id"], "category_id": info["category_id"], "iscrowd": int(info.get("iscrowd", 0))}
+        {"id": info["id"], "category_id": info["category_id"], "iscrowd": int(bool(info.get("iscrowd", 0)))}
         for info in sorted(infos, key=lambda info: info["id"])
         if info["id"] in present
     ]

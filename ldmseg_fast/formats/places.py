@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,8 +86,15 @@ def check_categories(categories: Sequence[Mapping[str, Any]]) -> None:
             raise DataError(f"category {name!r}: id {number!r}: a whole number in 0..{MAX_NUMBER} expected")
         if number in seen:
             raise DataError(f"category id {number} is there twice; give each category its own")
-        if not isinstance(name, str) or not name or has_surrogates(name):
+        if not _is_text(name):
             raise DataError(f"category {number}: name {name!r}: a text expected")
+        isthing = category.get("isthing", 1)
+        if type(isthing) not in (int, bool) or isthing not in (0, 1):
+            raise DataError(f"category {number}: isthing {isthing!r:.80}: 0 or 1 expected")
+        try:
+            json.dumps(category, allow_nan=False)
+        except ValueError:
+            raise DataError(f"category {number}: NaN or infinity in it; write a number, or leave it out") from None
         seen.add(number)
 
 
@@ -126,11 +134,17 @@ def plan(split: str, entries: Sequence[Entry]) -> list[Place]:
         if image_id is None:
             number = next(free for free in range(number + 1, number + len(given) + 2) if free not in given)
             image_id = number
+        if not (type(image_id) is int and -(2**63) <= image_id < 2**63) and not _is_text(image_id):
+            raise DataError(f"split {split}: image id {image_id!r:.80}: a whole number of 64 bits or a text expected")
         if image_id in ids:
             raise DataError(f"split {split}: image id {image_id!r} is there twice; give each picture its own")
         ids.add(image_id)
         places.append(Place(entry, image_id, entry.name, name))
     return places
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and not has_surrogates(value)
 
 
 def _check_name(name: str) -> None:

@@ -257,6 +257,13 @@ def test_sizes_and_pictures_that_cannot_be_read(entries, tmp_path, imported):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_score_that_json_cannot_hold(entries, tmp_path):
+    segments = [{"id": 5, "category_id": 3, "score": 0.5}, {"id": 70_000, "category_id": 9, "score": float("nan")}]
+    entries.new("a.png", lambda: AnnotatedMap(halves().ids, segments))
+    with pytest.raises(DataError, match=r"a.png: a score is NaN or infinite"):
+        write(entries.data_set(), tmp_path / "out")
+
+
 def test_exif_turns_nothing(entries, tmp_path):
     width, height = stored_picture().size
     entries.new("a.jpg", lambda: halves(height, width))
@@ -288,12 +295,14 @@ def test_splits_that_cannot_be(tmp_path, split):
         ([], "no pictures"),
         ([Entry("a.png", b"1", halves), Entry("a.png", b"2", halves)], "two pictures would be called a.png"),
         ([Entry("a.png", b"1", halves, 4), Entry("b.png", b"2", halves, 4)], "image id 4 is there twice"),
+        ([Entry("a.png", b"1", halves, 2**63)], "a whole number of 64 bits"),
+        ([Entry("a.png", b"1", halves, "")], "or a text expected"),
         (
             [Entry("a.png", b"", halves), Entry("a.png", b"", halves), Entry("a_0.jpg", b"", halves)],
             "a.png and a_0.jpg would have one map",
         ),
     ],
-    ids=["none", "name", "id", "map"],
+    ids=["none", "name", "id", "number", "text", "map"],
 )
 def test_entries_that_meet(tmp_path, entries, message):
     with pytest.raises(DataError, match=message):
@@ -308,8 +317,10 @@ def test_entries_that_meet(tmp_path, entries, message):
         [{"id": "1", "name": "a"}],
         [{"id": 1, "name": ""}],
         [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}],
+        [{"id": 1, "name": "a", "isthing": "yes"}],
+        [{"id": 1, "name": "a", "color": [1, float("nan"), 2]}],
     ],
-    ids=["none", "negative", "text", "nameless", "twice"],
+    ids=["none", "negative", "text", "nameless", "twice", "isthing", "nan"],
 )
 def test_categories_that_no_command_would_read(tmp_path, categories):
     with pytest.raises(DataError, match="categor"):

@@ -117,6 +117,13 @@ def test_segments_as_text_and_as_lists_of_values(tmp_path, imported):
         check(imported(tmp_path / f"out_{name}", "train"), (0,), ["0.png"])
 
 
+def test_ids_that_cannot_tell_pictures_apart_are_not_taken(tmp_path, imported):
+    rows((0, 1), image_id=[7, 7]).save_to_disk(tmp_path / "saved")
+    assert run(tmp_path / "saved", tmp_path / "out") == 0
+    maps = imported(tmp_path / "out", "train")
+    assert [maps[name]["image"]["id"] for name in ("0.png", "1.png")] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
