@@ -63,16 +63,20 @@ std::vector<Span> spans_of_counts(const std::vector<int64_t>& counts, size_t pix
     int64_t at = 0;
     const auto least = std::min_element(counts.begin(), counts.end());
     if (least != counts.end() && *least < 0) throw BadMask("`counts` has the run length " + std::to_string(*least));
-    for (size_t k = 0; k < counts.size(); ++k) {
-        if (counts[k] > size - at) throw BadMask("`counts` covers more than the " + std::to_string(size) + " pixels of `size`");
-        if (k % 2 == 1 && counts[k] > 0) {
-            const auto begin = static_cast<uint32_t>(at), end = static_cast<uint32_t>(at + counts[k]);
-            if (!spans.empty() && spans.back().end == begin)
-                spans.back().end = end;
-            else
-                spans.push_back({begin, end});
-        }
-        at += counts[k];
+    const auto advance = [&](int64_t count) {
+        if (count > size - at) throw BadMask("`counts` covers more than the " + std::to_string(size) + " pixels of `size`");
+        at += count;
+    };
+    for (size_t k = 0; k < counts.size(); k += 2) {
+        advance(counts[k]);
+        if (k + 1 == counts.size()) break;
+        const auto begin = static_cast<uint32_t>(at);
+        advance(counts[k + 1]);
+        const auto end = static_cast<uint32_t>(at);
+        if (!spans.empty() && spans.back().end == begin)
+            spans.back().end = end;
+        else if (begin != end)
+            spans.push_back({begin, end});
     }
     if (at != size)
         throw BadMask("`counts` covers " + std::to_string(at) + " of the " + std::to_string(size) + " pixels of `size`");

@@ -195,10 +195,16 @@ std::vector<StoredMask> MaskIndex::masks(size_t k) const {
     require(k < image_ids_.size());
     std::vector<StoredMask> masks;
     std::string image_id;
-    for (size_t place = first_[k]; place < first_[k + 1]; ++place) {
-        JsonScanner json(file_, places_[place].offset, places_[place].offset + places_[place].size);
-        masks.push_back(read_mask(json, image_id, true));
-        masks.back().segment.id = static_cast<int64_t>(masks.size());
+    const auto end_of = [&](size_t place) { return places_[place].offset + places_[place].size; };
+    for (size_t place = first_[k]; place < first_[k + 1];) {
+        size_t last = place;  // of those that stand one behind the other, which are read at once
+        while (last + 1 < first_[k + 1] && places_[last + 1].offset - end_of(last) <= 8) ++last;
+        JsonScanner json(file_, places_[place].offset, end_of(last));
+        for (const size_t begin = place; place <= last; ++place) {
+            if (place > begin) json.expect(',');
+            masks.push_back(read_mask(json, image_id, true));
+            masks.back().segment.id = static_cast<int64_t>(masks.size());
+        }
     }
     return masks;
 }

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldmseg_fast.cli import main
 from ldmseg_fast.errors import PanopticFormatError
-from ldmseg_fast.metrics import matching, pq_files
+from ldmseg_fast.metrics import file_pair, matching
 from ldmseg_fast.metrics.pq_files import evaluate_files, png_folder
 from ldmseg_fast.metrics.pq_report import format_table
 from ldmseg_fast.panoptic import annotations
@@ -141,7 +141,7 @@ def test_threads_and_reports(dataset, tmp_path, capsys):
 def test_without_the_extension_the_same_numbers(dataset, monkeypatch):
     gt_json, pred_json = dataset
     fast = evaluate_files(gt_json, pred_json, boundary=True, num_threads=2)
-    for module in (annotations, matching, panoptic_format, pq_files):
+    for module in (annotations, matching, panoptic_format, file_pair):
         monkeypatch.setattr(module, "_C", None)
     slow = evaluate_files(gt_json, pred_json, boundary=True, num_threads=2)
     assert fast.pop("seconds") > 0 and slow.pop("seconds") > 0
