@@ -1,4 +1,4 @@
-"""Pairs the images of ground truth and predictions, whatever forms the two have, and matches them by panopticapi's rules."""
+"""Pairs the images of ground truth and predictions of any form, and matches them by panopticapi's rules."""
 
 import os
 import threading
