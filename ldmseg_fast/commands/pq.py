@@ -133,6 +133,7 @@ def _write_page(args: argparse.Namespace, result: dict[str, Any], pair: Any, oth
 def _inputs(args: argparse.Namespace) -> list[Path]:
     """Lists the files and folders that are read; what is missing is told later."""
     from ldmseg_fast.metrics.sources import png_folder
+    from ldmseg_fast.panoptic.splits import picture_folder
 
     inputs = [path for path in (args.gt_json, args.pred_json, args.against, args.table) if path is not None]
     sides = (
@@ -143,11 +144,7 @@ def _inputs(args: argparse.Namespace) -> list[Path]:
     for path, folder in sides:
         with contextlib.suppress(PanopticFormatError):
             inputs += [png_folder(path, folder)] if path is not None else []
-    pictures = args.images
-    if args.page and pictures is None:
-        from ldmseg_fast.reports.error_files import picture_folder
-
-        pictures = picture_folder(args.gt_json)
+    pictures = args.images or picture_folder(args.gt_json)
     return inputs if pictures is None else [*inputs, pictures]
 
 

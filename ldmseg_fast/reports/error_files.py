@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.data.folders import find_split, read_image
+from ldmseg_fast.data.folders import read_image
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.metrics.pq_files import FilePair
+from ldmseg_fast.panoptic.splits import picture_folder
 from ldmseg_fast.reports.error_entry import PageEntry
 from ldmseg_fast.reports.error_page import (
     random_places,
@@ -126,11 +127,3 @@ class _Files:
             matches=maps.matches,
             categories={} if self.pair.class_agnostic else self.categories,
         )
-
-
-def picture_folder(gt_json: Path) -> Path | None:
-    """Finds the pictures of ROOT/annotations/panoptic_SPLIT.json; None where they are not there."""
-    try:
-        return find_split(gt_json.parent.parent, gt_json.stem.removeprefix("panoptic_")).images
-    except DataError:
-        return None
