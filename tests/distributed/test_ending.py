@@ -23,6 +23,8 @@ ARGUMENTS = {
     "data check": ["data"],
     "data scenes": ["out", "--images", "10"],
     "data merge": ["out", "a:b"],
+    "data import": ["labelme", "source", "out"],
+    "data export": ["labelme", "data", "out"],
     "data cache": ["data", "--image-vae", "x"],
     "runs": ["folder"],
     "report": ["folder"],

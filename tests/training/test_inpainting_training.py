@@ -55,7 +55,7 @@ def test_known_latents_are_of_the_dropped_map(run: Run) -> None:
     """An image that shows all of its map has the latents of its map; one that shows nothing is not asked for any."""
     stage: Any = run.stage
     [batch] = next(run.prefetched)
-    whole = stage.mask_vae.encode_latents(stage.mask_bits(batch["segment_ids"], batch["table"]))
+    whole = stage.mask_vae.encode_latents(stage.mask_bits(batch, batch["segment_ids"], batch["table"]))
     known, cells = known_latents(stage, batch, 0)
     inside = cells.expand_as(known)
     error = (known - whole)[inside].abs().mean() / whole.abs().mean()
