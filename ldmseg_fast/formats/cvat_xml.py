@@ -24,7 +24,7 @@ from ldmseg_fast.formats.drawn import (
     shown_size,
 )
 from ldmseg_fast.formats.options import ReadOptions
-from ldmseg_fast.formats.trees import Tree, plain_name
+from ldmseg_fast.formats.trees import Tree, check_one_name, plain_name
 from ldmseg_fast.panoptic.coco_masks import mask_of_polygons
 
 NO_AREA = "shapes without an area, such as points and lines"
@@ -49,6 +49,8 @@ def read(tree: Tree, names: Sequence[str], options: ReadOptions) -> DataSet:
     labels |= {shape.get("label", "") for _, image in images for shape in image if shape.tag in _KINDS}
     categories = categories_of(labels - {""}, options, known=known_categories(tree))
     splits: dict[str, list[Entry]] = {}
+    met: dict[str, str] = {}
+    roots_of = [name.rpartition("/")[0] for name in names]
     for name, image in images:
         split = image.get("subset") or "default"
         folder = name.rpartition("/")[0]
@@ -58,7 +60,9 @@ def read(tree: Tree, names: Sequence[str], options: ReadOptions) -> DataSet:
         if not file_name:
             raise DataError(f"{where}: has no name")
         folders = [f"{start}images/{split}", f"{start}images", folder, f"{start}{split}"]
-        found = tree.find(file_name, folders)
+        found = tree.find(file_name, folders, [root for root in roots_of if not f"{folder}/".startswith(f"{root}/")])
+        if found is not None:
+            check_one_name(met, found, plain_name(file_name), where)
         picture = tree.picture(found or f"{start}images/{plain_name(file_name)}")
         read_map = partial(_read, image, picture, categories, where)
         entry = Entry(plain_name(file_name), picture, read_map, sources=tree.sources(name))
