@@ -123,7 +123,7 @@ def _panoptic(folder: Path, split: str, pictures: Path) -> DataSet:
     known = by_stem(pictures_below(pictures), pictures)
 
     def find(name: str) -> Path:
-        stem = str(Path(name).with_suffix(""))
+        stem = str(Path(name).with_suffix("")) if Path(name).name else name
         if stem not in known:
             raise DataError(f"{jsons[-1]}: no picture {name} in {pictures}; fetch it")
         return known[stem]

@@ -178,6 +178,12 @@ def test_things_and_connected_are_options(source):
     assert [each["isthing"] for each in read.categories] == [0, 1] and len(found.segments) == 1
 
 
+def test_a_json_of_another_kind_is_none(tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps({"images": [], "annotations": [5], "categories": []}))
+    with pytest.raises(DataError, match="no JSON of COCO's instances"):
+        coco_instances.read(tmp_path, ReadOptions())
+
+
 BAD = {
     "no json": ("{", "damaged, no JSON"),
     "latin": (json.dumps(content(categories=[{"id": 1, "name": "\u00e9"}]), ensure_ascii=False), "no UTF-8"),
@@ -190,6 +196,7 @@ BAD = {
     "no category": (content({"category_id": 9}, {"category_id": 9}), "2 annotations.*annotation 1 has category_id 9"),
     "no image": (content({"image_id": 9}), "1 annotations.*has image_id 9"),
     "category twice": (content(categories=[{"id": 1, "name": "dog"}] * 2), r"categories\[1\]: id 1"),
+    "isthing": (content(categories=[{"id": 1, "name": "dog", "isthing": "0"}]), "isthing '0': 0 or 1 expected"),
     "category without name": (content(categories=[{"id": 1}]), r"categories\[0\]: name None"),
     "size of a mask": (
         content({"segmentation": {"size": [2, 3], "counts": [0, 6]}}),

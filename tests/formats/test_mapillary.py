@@ -128,11 +128,16 @@ def test_faults_of_maps(old, tmp_path, png_at, capsys):
     assert "2 of 3 pictures" in error and "label 3 is no category; known are 0..2" in error and "3x3" in error
 
 
+def rename(path, name):
+    path.write_text(path.read_text().replace('"c.jpg"', name))
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (lambda f: next(f.rglob("validation/v2.0/panoptic/*.json")).unlink(), "no panoptic_YEAR.json"),
         (lambda f: (f / "validation" / "images" / "c.jpg").unlink(), "no picture c.jpg"),
+        (lambda f: rename(next(f.rglob("validation/v2.0/panoptic/*.json")), '"."'), "no picture ."),
         (lambda f: next(f.rglob("validation/v2.0/panoptic/*.json")).write_text("{}"), "`images` is missing"),
         (lambda f: next(f.rglob("validation/v2.0/panoptic/*.png")).unlink(), "c.png"),
         (
@@ -140,7 +145,7 @@ def test_faults_of_maps(old, tmp_path, png_at, capsys):
             "id 9 is not in segments_info",
         ),
     ],
-    ids=["json", "picture", "content", "map", "id"],
+    ids=["json", "picture", "name", "content", "map", "id"],
 )
 def test_faults_of_2_0(new, tmp_path, capsys, break_it, message):
     break_it(new)
