@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldmseg_fast.commands.data_import import import_data
 from ldmseg_fast.errors import DataError, UserError
@@ -43,6 +45,12 @@ def rectangle(x=25.0, y=50.0, width=50.0, height=25.0, **more):
 def task(*regions: dict, image="/data/upload/1/0123abcd-a.png", **more) -> dict:
     annotation = {"id": 1001, "result": list(regions), "was_cancelled": False, "ground_truth": False}
     return {"id": 1, "data": {"image": image}, "annotations": [annotation], "predictions": [], **more}
+
+
+def data_url(values: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(values.astype(np.uint8)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 @pytest.fixture
@@ -107,6 +115,29 @@ def test_the_last_annotation_that_counts(source):
     assert read.left_out == {label_studio_tasks.EARLIER: 1, label_studio.UNDONE: 1}
     many["annotations"][0]["ground_truth"] = True
     assert [each["name"] for each in only_map(source(many, undone))[1].categories] == ["dog"]
+
+
+def test_bitmasks_and_several_labels(source):
+    drawn = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+    drawn[3:7, 4:9, 3] = 255
+    found, _ = only_map(
+        source(task(region("bitmask", {"imageDataURL": data_url(drawn), "bitmasklabels": ["dog", "old"]}, None)))
+    )
+    np.testing.assert_array_equal(found.ids > 0, drawn[..., 3] > 0)
+    assert found.left_out == {label_studio_tasks.MORE_LABELS: 1}
+
+
+def test_what_is_turned_is_turned_in_pixels(source):
+    """A rectangle about its upper left corner, an ellipse about its centre; 90 degrees are clockwise."""
+    value = {"x": 50, "y": 25, "width": 25, "height": 50, "rotation": 90}  # 8x12 pixels at 16, 6
+    found, _ = only_map(source(task(region("rectangle", value))))
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[6:14, 4:16] = True
+    np.testing.assert_array_equal(found.ids > 0, expected)
+    value = {"x": 50, "y": 50, "radiusX": 25, "radiusY": 12.5, "rotation": 90}  # 8 and 3 pixels
+    found, _ = only_map(source(task(region("ellipse", value))))
+    rows, columns = (np.flatnonzero((found.ids > 0).any(axis)) for axis in (1, 0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (4, 19, 13, 18)
 
 
 def test_predictions_are_asked_for(source):
@@ -194,7 +225,10 @@ BAD = {
     "size": ([task(rectangle(original_width=31))], "drawn on 31x24 pixels, its picture has 32x24"),
     "no size": ([task(rectangle(original_width=None))], "drawn on Nonex24"),
     "turned": ([task(rectangle(image_rotation=90))], "a picture turned by 90"),
-    "rotation": ([task(region("rectangle", {"x": 1, "y": 1, "width": 5, "height": 5, "rotation": 9}))], "turned by 9"),
+    "no address": ([task(rectangle(), image="http://[a/b.png")], "no picture in its data"),
+    "bitmask": ([task(region("bitmask", {"imageDataURL": "x"}))], "a PNG as a data URL"),
+    "opaque": ([task(region("bitmask", {"imageDataURL": data_url(np.zeros((24, 32, 3)))}))], "without transparency"),
+    "small": ([task(region("bitmask", {"imageDataURL": data_url(np.zeros((2, 3, 4)))}))], "is 3x2, its picture 32x24"),
     "nan": (json.dumps([task(rectangle())]).replace("50.0", "NaN"), "a coordinate is no number"),
     "text": ([task(rectangle(x="1"))], "a coordinate is no number"),
     "points": ([task(region("polygon", {"points": [1, 2, 3]}))], "points must be a list"),
