@@ -96,14 +96,14 @@ def first_folder(source: Path, names: Sequence[str], what: str) -> Path:
     raise DataError(f"{source}: no folder with {what}: {' or '.join(names)} expected")
 
 
-def read_list(path: Path) -> list[str]:
-    """Reads the lines of a text file that are not empty.
+def read_list(path: Path, *, empty: bool = False) -> list[str]:
+    """Reads the lines of a text file that are not empty; with `empty` these too, but for the last ones.
 
     Raises:
         DataError: names the file that is missing or no UTF-8.
     """
     try:
-        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        return [line.strip() for line in read_text(path).rstrip().splitlines() if empty or line.strip()]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
