@@ -97,6 +97,22 @@ def test_pictures_without_annotation(export, tmp_path, picture_at):
     assert summary.pictures == 2 and summary.left_out[cvat_masks.UNDONE] == 1
 
 
+def test_lists_that_do_not_name_all_or_one_twice(export, png_at, tmp_path):
+    root, *_ = export(names="deep/a b\ndeep/a b\n")
+    png_at(root / "SegmentationClass/more.png", np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    read = cvat_masks.read(root, ReadOptions())
+    assert len(read.splits["default"]) == 1 and read.left_out == {cvat_masks.UNLISTED: 1}
+
+
+def test_a_mask_of_objects_that_is_missing(export, png_at, tmp_path):
+    root, *_ = export()
+    (root / "SegmentationObject/deep/a b.png").rename(root / "SegmentationObject/deep/other.png")
+    with pytest.raises(DataError, match="SegmentationObject/deep/a b.png: No such file"):
+        import_data("cvat", root, tmp_path / "out", ReadOptions(), WriteOptions())
+    (root / "SegmentationObject/deep/other.png").unlink()
+    assert len(cvat_masks.read(root, ReadOptions()).splits["default"][0].read().segments) == 2
+
+
 def test_what_is_written(tmp_path):
     """The zip holds what CVAT imports; colours differ, and those of categories are kept."""
     maps = {"deep/a.png": annotated(noise(1, 20, 30), 1)}

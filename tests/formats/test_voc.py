@@ -52,6 +52,12 @@ def test_voc_round_trip(devkit, tmp_path, imported):
     assert len(imported(tmp_path / "all", "trainval")) == 4
 
 
+def test_a_picture_that_a_list_names_twice_is_one(devkit, tmp_path, imported):
+    (devkit / "ImageSets/Segmentation/val.txt").write_text("2007_000001\n2007_000001\n")
+    assert main(["data", "import", "voc", str(devkit), str(tmp_path / "out"), "--split", "val"]) == 0
+    assert set(imported(tmp_path / "out", "val")) == {"2007_000001.png", "categories"}
+
+
 def test_classes_alone_are_stuff(devkit, tmp_path, imported):
     for path in (devkit / "SegmentationObject").iterdir():
         path.unlink()
