@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -119,7 +119,12 @@ def names_of(categories: Iterable[Mapping[str, Any]], void: Iterable[str] = ()) 
 def score_of(entry: Mapping[str, Any]) -> float | None:
     """Returns the `score` of a shape; None where it has none that is a number."""
     score = entry.get("score")
-    return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
+    return float(score) if is_number(score) else None
+
+
+def is_number(value: Any) -> bool:
+    """Tells whether a value of a JSON is a number that a float holds: no text, NaN, infinity or 400 digits."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def paint_in_order(

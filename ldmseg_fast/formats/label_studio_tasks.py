@@ -18,7 +18,7 @@ from ldmseg_fast.data.pictures import open_checked
 from ldmseg_fast.data.pixel_formats import pillow_errors
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.formats import brush
-from ldmseg_fast.formats.drawn import Shape, check_size, score_of
+from ldmseg_fast.formats.drawn import Shape, check_size, is_number, score_of
 from ldmseg_fast.formats.labelme_shapes import from_base64
 from ldmseg_fast.formats.trees import Tree, plain_name
 from ldmseg_fast.panoptic.coco_masks import mask_of_polygons
@@ -236,7 +236,7 @@ def _points(kind: str, value: Mapping[str, Any], size: tuple[int, int], where: s
     else:
         keys = ("x", "y", "width", "height") if kind == "rectangle" else ("x", "y", "radiusX", "radiusY")
         flat = [*(value.get(key) for key in keys), value.get("rotation") or 0]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in flat):
+    if not all(not isinstance(number, bool) and is_number(number) for number in flat):
         raise DataError(f"{where}: a coordinate is no number, in {value!r:.120}; draw it again")
     if kind == "polygon":
         return np.array(flat, float).reshape(-1, 2) * scale

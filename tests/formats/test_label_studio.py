@@ -140,6 +140,12 @@ def test_what_is_turned_is_turned_in_pixels(source):
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (4, 19, 13, 18)
 
 
+def test_a_score_that_no_float_holds_is_none(source):
+    text = json.dumps(task(rectangle(score=5))).replace('"score": 5', '"score": ' + "9" * 400)
+    found, _ = only_map(source(json.loads(text)))
+    assert "score" not in found.segments[0]
+
+
 def test_predictions_are_asked_for(source):
     predicted = task(predictions=[{"model_version": "x", "score": 0.5, "result": [rectangle(score=0.25)]}])
     predicted["annotations"] = []
@@ -230,6 +236,7 @@ BAD = {
     "opaque": ([task(region("bitmask", {"imageDataURL": data_url(np.zeros((24, 32, 3)))}))], "without transparency"),
     "small": ([task(region("bitmask", {"imageDataURL": data_url(np.zeros((2, 3, 4)))}))], "is 3x2, its picture 32x24"),
     "nan": (json.dumps([task(rectangle())]).replace("50.0", "NaN"), "a coordinate is no number"),
+    "huge": (json.dumps([task(rectangle())]).replace("50.0", "9" * 400), "a coordinate is no number"),
     "text": ([task(rectangle(x="1"))], "a coordinate is no number"),
     "points": ([task(region("polygon", {"points": [1, 2, 3]}))], "points must be a list"),
     "infinite": (json.dumps([task(region("polygon", {"points": SQUARE}))]).replace("25", "1e999"), "no number"),
