@@ -15,6 +15,15 @@ from ldmseg_fast.files import read_file, read_text, text_of, without_repeats
 WITHOUT = "pictures without annotation"
 
 
+def no_listing(error: OSError) -> None:
+    """Raises the error of a folder whose files cannot be listed, for `os.walk`, which would pass over it.
+
+    Raises:
+        DataError: names the folder.
+    """
+    raise DataError(f"{error.filename}: {error.strerror or error}: its files cannot be listed; allow it") from None
+
+
 def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
     """Lists the files below a folder that have one of the endings, in the order of their paths; hidden ones are none.
 
@@ -23,14 +32,14 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
         suffixes: such as ".png", in lower case.
 
     Raises:
-        DataError: no such folder.
+        DataError: no such folder, or one that may not be listed.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     endings = tuple(suffixes)
     found: list[Path] = []
     seen: set[str] = set()  # a link may lead to a folder above it
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=no_listing, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         names = [] if real in seen else names

@@ -16,6 +16,7 @@ from typing import Any
 
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import MAX_BYTES, read_file, text_of, without_repeats
+from ldmseg_fast.formats.source_files import no_listing
 from ldmseg_fast.panoptic.near_files import MOST_FILES
 
 _RATIO = 300  # of a file in a zip to its packed bytes, above which it is taken for a bomb; text packs to a tenth
@@ -195,7 +196,7 @@ def _visible(name: str) -> bool:
 def _files_below(root: Path) -> list[str]:
     names: list[str] = []
     seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=no_listing, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link that leads back
             folders.clear()

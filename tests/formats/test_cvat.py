@@ -107,7 +107,7 @@ def test_lists_that_do_not_name_all_or_one_twice(export, png_at, tmp_path):
 def test_a_mask_of_objects_that_is_missing(export, png_at, tmp_path):
     root, *_ = export()
     (root / "SegmentationObject/deep/a b.png").rename(root / "SegmentationObject/deep/other.png")
-    with pytest.raises(DataError, match="SegmentationObject/deep/a b.png: No such file"):
+    with pytest.raises(DataError, match=r"SegmentationObject/deep/a b\.png: No such file"):
         import_data("cvat", root, tmp_path / "out", ReadOptions(), WriteOptions())
     (root / "SegmentationObject/deep/other.png").unlink()
     assert len(cvat_masks.read(root, ReadOptions()).splits["default"][0].read().segments) == 2
