@@ -263,30 +263,38 @@ def _masks(
                 )
         elif isinstance(shape, list) and shape:
             polygons = [shape] if isinstance(shape[0], int | float) else shape  # some tools leave a list out
-            long = [polygon for polygon in polygons if not isinstance(polygon, list) or len(polygon) >= 6]
+            long = [polygon for polygon in polygons if not isinstance(polygon, list) or _points_in(polygon) >= 3]
             left_out[SHORT] += len(polygons) - len(long)
             if not long:
                 continue
             pixels = mask_of_polygons(long, height, width, here)
-        else:
+        elif shape in (None, []):
             left_out[NO_MASK] += 1
             continue
+        else:
+            raise DataError(f"{here}: segmentation must be polygons or run lengths, got {shape!r:.80}")
         category_id = annotation["category_id"]
         yield Mask(
             pixels,
             category_id,
             isthing=category_id in source.things,
-            iscrowd=_is_crowd(annotation),
+            iscrowd=_is_crowd(annotation, here),
             score=score_of(annotation),
             name=here,
         )
 
 
-def _is_crowd(annotation: Mapping[str, Any]) -> bool:
+def _points_in(polygon: list[Any]) -> float:
+    return len(polygon) / (1 if polygon and isinstance(polygon[0], list) else 2)  # [[x, y], ...] or [x, y, ...]
+
+
+def _is_crowd(annotation: Mapping[str, Any], where: str) -> bool:
     """Tells whether an annotation stands for several instances. CVAT marks every mask that is no polygon as one.
 
     CVAT's annotations have `attributes` with `occluded` (datumaro/plugins/data_formats/coco/exporter.py).
     """
     attributes = annotation.get("attributes")
     by_cvat = isinstance(attributes, dict) and "occluded" in attributes
-    return annotation.get("iscrowd") in (1, True) and not by_cvat
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        raise DataError(f"{where}: iscrowd {annotation['iscrowd']!r:.80}: 0 or 1 expected")
+    return annotation.get("iscrowd") == 1 and not by_cvat

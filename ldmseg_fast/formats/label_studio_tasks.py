@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
+from ldmseg_fast.data.picture_folders import picture_suffixes
 from ldmseg_fast.data.pictures import open_checked
 from ldmseg_fast.data.pixel_formats import pillow_errors
 from ldmseg_fast.errors import DataError
@@ -109,10 +110,10 @@ def address_of(data: Any, where: str) -> str:
         DataError: nowhere.
     """
     values = data if isinstance(data, dict) else {}
-    for key in ("image", "img", "ocr", *values):
-        value = values.get(key)
-        if isinstance(value, str) and (value.startswith("data:image/") or PurePosixPath(_path(value)).suffix):
-            return value
+    texts = [value for key in ("image", "img", "ocr", *values) if isinstance(value := values.get(key), str)]
+    for text in texts:
+        if text.startswith("data:image/") or PurePosixPath(_path(text)).suffix.lower() in picture_suffixes():
+            return text
     raise DataError(f"{where}: no picture in its data, got {data!r:.80}")
 
 

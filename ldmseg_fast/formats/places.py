@@ -149,7 +149,7 @@ def _is_text(value: Any) -> bool:
 
 def _check_name(name: str) -> None:
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or "\0" in name:
-        raise DataError(f"picture {name!r}: its name leads out of the folder; rename it")
+    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or not path.name or "\0" in name:
+        raise DataError(f"picture {name!r}: it has no name, or one that leads out of the folder; rename it")
     if has_surrogates(name):
         raise DataError(f"picture {name!r}: its name is no UTF-8, which JSON cannot hold; rename it")

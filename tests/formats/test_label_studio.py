@@ -157,6 +157,11 @@ def test_predictions_are_asked_for(source):
         label_studio.read(root, ReadOptions(version="drafts"))
 
 
+def test_a_picture_has_the_ending_of_one(source):
+    root = source(task(rectangle()) | {"data": {"text": "Hello. You", "version": "v1.2", "photo": "s3://b/a.png"}})
+    assert len(only_map(root)[0].segments) == 1
+
+
 @pytest.mark.parametrize(
     "address",
     [
