@@ -79,8 +79,10 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     if not found:
         raise DataError(f"{source}: no JSON of LabelMe; each picture has one with `shapes` and `imagePath`")
     categories = categories_of(labels - set(VOID), options, stuff=stuff, known=known_categories(tree))
+    folders = {PurePosixPath(name).parent.as_posix() for name in contents}
     splits: dict[str, Sequence[Entry]] = {
-        split: [_entry(tree, name, contents[name], categories) for name in listed] for split, listed in found.items()
+        split: [_entry(tree, name, contents[name], categories, folders) for name in listed]
+        for split, listed in found.items()
     }
     return DataSet(categories, splits, {"JSONs of other kinds": others} if others else {})
 
@@ -93,9 +95,9 @@ def _split_of(name: str) -> tuple[str, str]:
     return (folders[0], "/".join(folders[1:])) if folders else (SPLIT, "")
 
 
-def _entry(tree: Tree, name: str, picture: str, categories: list[dict[str, Any]]) -> Entry:
+def _entry(tree: Tree, name: str, picture: str, categories: list[dict[str, Any]], folders: set[str]) -> Entry:
     folder = PurePosixPath(name).parent.as_posix().removeprefix(".")
-    found = tree.find(picture, [folder])
+    found = tree.find(picture, [folder], sorted(folders - {folder}))  # not what lies beside other JSONs
     content = tree.picture(found) if found else partial(_embedded, tree, name, picture)
     below = posixpath.join(_split_of(name)[1], PurePosixPath(plain_name(picture)).name)
     read_map = partial(_read, tree, name, content, categories)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from ldmseg_fast.cli import main
+from tests.formats import test_labelme as labelme
 from tests.formats.test_coco_instances import HEIGHT, SQUARE, WIDTH, content
 from tests.formats.test_cvat import XML
 
@@ -53,6 +54,15 @@ def test_a_picture_of_another_task_of_cvat(tmp_path, picture_at, capsys):
         (tmp_path / "cvat" / task / "annotations.xml").write_text(text)
     picture_at(tmp_path / "cvat/two/images/a.png")
     assert str(tmp_path / "cvat/one/images/a.png") in fault(capsys, "cvat", tmp_path / "cvat", tmp_path / "out")
+
+
+def test_a_picture_beside_another_json_of_labelme(tmp_path, picture_at, capsys):
+    root = tmp_path / "labelme"
+    picture_at(root / "val/a.png")
+    (root / "train").mkdir()
+    for split in ("train", "val"):
+        (root / split / "a.json").write_text(json.dumps(labelme.content(labelme.shape(), imagePath="a.png")))
+    assert "train/a.json: its picture a.png is not there" in fault(capsys, "labelme", root, tmp_path / "out")
 
 
 @pytest.mark.parametrize("same", [True, False])
