@@ -23,6 +23,7 @@ from ldmseg_fast.formats.options import ReadOptions
 from ldmseg_fast.formats.source_files import (
     WITHOUT,
     by_stem,
+    check_folder,
     files_below,
     paired,
     pictures_below,
@@ -108,8 +109,7 @@ def read_semantic(path: Path, known: Mapping[int, int | None]) -> AnnotatedMap:
 
 def _folders(source: Path) -> dict[str, tuple[Path, Path]]:
     """Finds the folders of pictures and of maps of each split."""
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder")
+    check_folder(source)
     found = {}
     if pair := _pair(source):
         pictures, maps = pair

@@ -91,14 +91,23 @@ def paired(
     return pairs, len(pictures) - len(pairs)
 
 
+def check_folder(source: Path) -> None:
+    """Checks that a source is a folder.
+
+    Raises:
+        DataError: it is none.
+    """
+    if not source.is_dir():
+        raise DataError(f"{source}: {'no folder; unpack it first' if source.exists() else 'no such folder'}")
+
+
 def first_folder(source: Path, names: Sequence[str], what: str) -> Path:
     """Returns the first of some folders below `source` that is there.
 
     Raises:
         DataError: none is; it names them.
     """
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder")
+    check_folder(source)
     for name in names:
         if (source / name).is_dir():
             return source / name

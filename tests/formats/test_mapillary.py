@@ -104,6 +104,10 @@ def test_2_0(new, tmp_path, imported, capsys):
         (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
         (lambda f: (f / "config.json").write_text("{}"), "labels is missing"),
         (lambda f: (f / "config.json").write_text('{"labels": [1]}'), "label 0 has no name"),
+        (
+            lambda f: (f / "config.json").write_text('{"labels": [{"name": "a", "evaluate": "false"}]}'),
+            "must be true or false",
+        ),
         (lambda f: (f / "validation" / "images" / "c.jpg").unlink(), "1 of 1 annotations have no picture"),
         (lambda f: [(f / s / "images").rename(f / s / "i") for s in ("training", "validation", "testing")], "is this"),
         (
@@ -111,7 +115,7 @@ def test_2_0(new, tmp_path, imported, capsys):
             "no maps of version",
         ),
     ],
-    ids=["config", "labels", "label", "picture", "pictures", "maps"],
+    ids=["config", "labels", "label", "flag", "picture", "pictures", "maps"],
 )
 def test_faults_of_the_folder(old, tmp_path, capsys, break_it, message):
     break_it(old)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.formats.source_files import by_stem, files_below, paired
+from ldmseg_fast.formats.source_files import by_stem, check_folder, files_below, paired
 from ldmseg_fast.formats.trees import Tree
 
 
@@ -50,3 +50,11 @@ def test_pairs_and_what_has_none(tmp_path):
         paired({"a": pictures["a"]}, maps, tmp_path)
     with pytest.raises(DataError, match="two files of one name"):
         by_stem([tmp_path / "a.jpg", tmp_path / "a.png"], tmp_path)
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"")
+    with pytest.raises(DataError, match="no folder; unpack it first"):
+        check_folder(tmp_path / "a.zip")
+    with pytest.raises(DataError, match="no such folder"):
+        check_folder(tmp_path / "b")
