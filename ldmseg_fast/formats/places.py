@@ -105,8 +105,8 @@ def plan(split: str, entries: Sequence[Entry]) -> list[Place]:
     picture has several maps they are numbered.
 
     Raises:
-        DataError: no entries, a name that leaves the folder or is no text, two pictures of one name, or two entries of
-            one id.
+        DataError: no entries, a name that leaves the folder or is no text, two pictures of one name, a name that is
+            another's folder, or two entries of one id.
     """
     if not entries:
         raise DataError(f"split {split}: no pictures; is this the right folder?")
@@ -140,6 +140,10 @@ def plan(split: str, entries: Sequence[Entry]) -> list[Place]:
             raise DataError(f"split {split}: image id {image_id!r} is there twice; give each picture its own")
         ids.add(image_id)
         places.append(Place(entry, image_id, entry.name, name))
+    for names in (first, maps):
+        folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+        if both := folders.intersection(names):
+            raise DataError(f"split {split}: {min(both)} would be a file and a folder; rename one of them")
     return places
 
 

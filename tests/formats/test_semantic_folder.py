@@ -102,6 +102,14 @@ def test_lists_of_lines(folder, name, text, categories):
     assert {each["id"]: each["name"] for each in read(folder, ReadOptions()).categories} == categories
 
 
+def test_a_name_that_is_the_folder_of_another(folder, tmp_path, picture_at, png_at, capsys):
+    picture_at(folder / "images/train/0.png/more.png")
+    (folder / "labels/train/0.png").rename(folder / "labels/train/0.bmp")
+    png_at(folder / "labels/train/0.png/more.png", labels())
+    assert main(["data", "import", "semantic", str(folder), str(tmp_path / "out")]) == 2
+    assert "0.png would be a file and a folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_without_a_list_labels_make_the_classes(folder):
     (folder / "classes.txt").unlink()
     assert [category["name"] for category in read(folder, ReadOptions()).categories] == [f"class {n}" for n in range(4)]
