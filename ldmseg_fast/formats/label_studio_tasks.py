@@ -65,13 +65,16 @@ def regions_of(task: dict[str, Any], key: str, where: str, left_out: Counter[str
 
 
 def labels_beside(regions: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
-    """Finds labels that stand in a result of their own: id of a region -> label."""
+    """Finds labels that stand in a result of their own: id of a region -> label, or the choice where it has none."""
     found: dict[Any, str] = {}
-    for region in regions:
-        value = region.get("value", {})
-        for key in ("labels", "choices", *(key for key in value if key.endswith("labels"))):
-            if isinstance(value.get(key), list) and value[key] and isinstance(value[key][0], str):
-                found.setdefault(str(region.get("id")), value[key][0])
+    identified = [region for region in regions if region.get("id") is not None]
+    for region in identified:
+        for label in _own_labels(region)[:1]:
+            found.setdefault(str(region["id"]), label)
+    for region in identified:
+        choices = region.get("value", {}).get("choices")
+        if isinstance(choices, list) and choices and isinstance(choices[0], str):
+            found.setdefault(str(region["id"]), choices[0])
     return found
 
 

@@ -105,7 +105,7 @@ def read_context(
 
 
 def _names(path: Path) -> dict[int, str]:
-    names = {}
+    names: dict[int, str] = {}
     for line in read_list(path):
         number, _, name = (part.strip() for part in line.partition(":"))
         if not number.isdecimal() or not name or not 1 <= int(number) <= 459:

@@ -140,6 +140,22 @@ def test_what_is_turned_is_turned_in_pixels(source):
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (4, 19, 13, 18)
 
 
+def test_a_label_goes_before_a_choice_and_belongs_to_its_region(source):
+    bare = {"x": 1, "y": 1, "width": 9, "height": 9}
+    regions = [
+        region("rectangle", bare, None),
+        region("choices", {"choices": ["blurred"]}, None),
+        region("labels", {"labels": ["cat"]}, None),
+        region("rectangle", bare, None, id=None),
+        rectangle(id=None),
+    ]
+    found, read = only_map(source(task(*regions)))
+    assert [each["name"] for each in read.categories] == ["cat", "dog"]
+    assert found.left_out == {label_studio_tasks.NO_LABEL: 1}
+    regions = [region("rectangle", bare, None), region("choices", {"choices": ["blurred"]}, None)]
+    assert only_map(source(task(*regions)))[1].categories[0]["name"] == "blurred"
+
+
 def test_a_score_that_no_float_holds_is_none(source):
     text = json.dumps(task(rectangle(score=5))).replace('"score": 5', '"score": ' + "9" * 400)
     found, _ = only_map(source(json.loads(text)))

@@ -161,6 +161,17 @@ def test_pictures_and_jsons_in_folders_of_their_own(tmp_path, picture_at, import
     assert set(imported(tmp_path / "out", "val")) == {"a.png", "categories"}
 
 
+def test_categories_beside_the_jsons(source):
+    root = source(content(shape()))
+    dog = {"id": 9, "name": "dog", "isthing": 0}
+    for listed in ([dog], {"categories": [dog]}):
+        (root / "categories.json").write_text(json.dumps(listed))
+        assert labelme.read(root, ReadOptions()).categories == [dog]
+    (root / "categories.json").write_text(json.dumps([dog | {"isthing": "0"}]))
+    with pytest.raises(DataError, match=r"categories\.json: dog: isthing '0': 0 or 1 expected"):
+        labelme.read(root, ReadOptions())
+
+
 def test_nothing_is_labelled(source, tmp_path):
     with pytest.raises(DataError, match="labelme: nothing in it is labelled with a category"):
         import_data("labelme", source(content()), tmp_path / "out", ReadOptions(), WriteOptions())
