@@ -275,6 +275,13 @@ BAD_XML = {
 }
 
 
+def test_entities_in_another_encoding(tmp_path):
+    text = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE x [<!ENTITY a "aaaa">]><annotations>&a;</annotations>'
+    (tmp_path / "annotations.xml").write_bytes(text.encode("utf-16"))
+    with pytest.raises(DataError, match="declares entities"):
+        cvat_masks.read(tmp_path, ReadOptions())
+
+
 @pytest.mark.parametrize("case", BAD_XML)
 def test_bad_xml(xml, tmp_path, case):
     text, shapes, message = BAD_XML[case]

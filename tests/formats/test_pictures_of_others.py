@@ -56,6 +56,15 @@ def test_a_picture_of_another_task_of_cvat(tmp_path, picture_at, capsys):
     assert str(tmp_path / "cvat/one/images/a.png") in fault(capsys, "cvat", tmp_path / "cvat", tmp_path / "out")
 
 
+def test_two_tasks_of_a_project_with_one_name(tmp_path, picture_at, capsys):
+    image = '<image id="{0}" name="a.png" task_id="{0}" width="32" height="24"/>'
+    picture_at(tmp_path / "cvat/images/a.png")
+    text = f"<annotations>{image.format(1)}{image.format(2)}</annotations>"
+    (tmp_path / "cvat/annotations.xml").write_text(text)
+    error = fault(capsys, "cvat", tmp_path / "cvat", tmp_path / "out")
+    assert "a.png of task 1 and a.png of task 2 would both be images/a.png" in error
+
+
 def test_a_picture_beside_another_json_of_labelme(tmp_path, picture_at, capsys):
     root = tmp_path / "labelme"
     picture_at(root / "val/a.png")
