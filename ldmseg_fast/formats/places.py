@@ -140,10 +140,10 @@ def plan(split: str, entries: Sequence[Entry]) -> list[Place]:
             raise DataError(f"split {split}: image id {image_id!r} is there twice; give each picture its own")
         ids.add(image_id)
         places.append(Place(entry, image_id, entry.name, name))
-    for names in (first, maps):
-        folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
-        if both := folders.intersection(names):
-            raise DataError(f"split {split}: {min(both)} would be a file and a folder; rename one of them")
+    for names in (set(first), set(maps)):
+        folders = {str(folder) for each in names for folder in PurePosixPath(each).parents}
+        if clash := folders.intersection(names):
+            raise DataError(f"split {split}: {min(clash)} would be a file and a folder; rename one of them")
     return places
 
 
