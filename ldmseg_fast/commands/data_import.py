@@ -7,7 +7,7 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.formats.data_set import DataSet
 from ldmseg_fast.formats.kinds import KINDS
 from ldmseg_fast.formats.options import ReadOptions, Summary, WriteOptions
@@ -38,6 +38,8 @@ def import_data(kind: str, source: Path, out: Path, options: ReadOptions, writte
     check_outputs({}, {"OUT": out}, inputs=[source] if source.exists() else [])
     reader = importlib.import_module(f"ldmseg_fast.formats.{KINDS[kind].module}")
     data_set = _chosen(reader.read(source, options), options, source)
+    if not data_set.categories:
+        raise DataError(f"{source}: nothing in it is labelled with a category; label it, and export it again")
     origin = f"{kind} {source.resolve() if source.exists() else source} {replace(options, splits=())}"
     return write(with_options(data_set, options), out, replace(written, origin=origin))
 

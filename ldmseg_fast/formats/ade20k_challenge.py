@@ -103,6 +103,8 @@ def _names(path: Path) -> dict[int, str]:
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) < 2 or not parts[0].isdecimal() or not parts[-1]:
             raise DataError(f"{path}: {line[:100]!r}: Idx first and Name last expected, with tabs between")
+        if int(parts[0]) in names:
+            raise DataError(f"{path}: {line[:100]!r}: Idx {parts[0]} is there twice; give each class its own")
         names[int(parts[0])] = parts[-1]
     if not names:
         raise DataError(f"{path}: no classes")

@@ -16,7 +16,7 @@ import numpy as np
 from ldmseg_fast.errors import DataError
 
 _SIZES = (3, 4, 8, 16)  # bits of a run length
-_OPAQUE = 128  # alpha from which a pixel is brushed
+OPAQUE = 128  # alpha from which a pixel is brushed
 
 
 def encode(mask: np.ndarray) -> list[int]:
@@ -57,7 +57,7 @@ def decode(rle: Sequence[int] | Any, height: int, width: int, where: str) -> np.
         values = _unpack(bytes(rle), 4 * height * width)
     except ValueError as error:
         raise DataError(f"{where}: {error}; export it again") from None
-    return values.reshape(height, width, 4)[..., 3] >= _OPAQUE
+    return values.reshape(height, width, 4)[..., 3] >= OPAQUE
 
 
 def _unpack(packed: bytes, expected: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from ldmseg_fast.formats.data_set import AnnotatedMap, DataSet, Entry
 from ldmseg_fast.formats.drawn import score_of, with_things
 from ldmseg_fast.formats.options import ReadOptions
 from ldmseg_fast.formats.painting import Mask, paint
-from ldmseg_fast.formats.trees import Tree, plain_name
+from ldmseg_fast.formats.trees import Tree, check_one_name, plain_name
 from ldmseg_fast.panoptic.annotations import MAX_NUMBER
 from ldmseg_fast.panoptic.coco_masks import mask_of_polygons, mask_of_rle
 from ldmseg_fast.panoptic.format import MAX_PIXELS, MAX_SIDE
@@ -81,6 +81,12 @@ def data_set_of(tree: Tree, files: Sequence[CocoFile], options: ReadOptions) -> 
             splits.setdefault(file.split, _Split())  # the command says which there are
             continue
         content, where = tree.json(file.name), tree.where(file.name)
+        for other in splits[file.split].files if file.split in splits else ():
+            if other.stuff == file.stuff or other.folders != file.folders:
+                raise DataError(
+                    f"{tree.where(other.name)} and {where}: both are the split {file.split}; import each into a folder "
+                    "of its own, or rename one"
+                )
         _check_lists(content, where)
         listed = _categories(content["categories"], file, where)
         if file.placeholder and _is_placeholder(listed, content["annotations"]):
@@ -95,7 +101,11 @@ def data_set_of(tree: Tree, files: Sequence[CocoFile], options: ReadOptions) -> 
         _add(splits.setdefault(file.split, _Split()), file, content, listed, where, left_out)
     listed_categories = with_things(list(categories.values()), options)
     things = frozenset(each["id"] for each in listed_categories if each["isthing"])
-    entries: dict[str, Sequence[Entry]] = {name: _entries(split, tree, things) for name, split in splits.items()}
+    entries: dict[str, Sequence[Entry]] = {}
+    for name, split in splits.items():
+        own = {folder for file in files if file.split == name for folder in file.folders}
+        others = [folder for file in files if file.split != name for folder in file.folders[:2] if folder not in own]
+        entries[name] = _entries(split, tree, things, [folder for folder in others if folder])
     return DataSet(listed_categories, entries, dict(+left_out))
 
 
@@ -103,7 +113,10 @@ def is_coco(content: Any) -> bool:
     """Tells whether a JSON's content looks like COCO's instances: three lists, and annotations with masks or boxes."""
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in _LISTS):
         return False
-    return not content["annotations"] or any(key in content["annotations"][0] for key in ("segmentation", "bbox"))
+    annotations = [each for each in content["annotations"] if isinstance(each, dict)]
+    return not content["annotations"] or any(
+        key in each for each in annotations[:1] for key in ("segmentation", "bbox")
+    )
 
 
 _LISTS = ("images", "annotations", "categories")
@@ -128,6 +141,8 @@ def _categories(listed: list[dict[str, Any]], file: CocoFile, where: str) -> dic
             raise DataError(f"{where}: categories[{place}]: id {number!r:.80}; each needs a number of its own")
         if not isinstance(name, str) or not name:
             raise DataError(f"{where}: categories[{place}]: name {name!r:.80}; give it a text")
+        if isthing not in (0, 1):
+            raise DataError(f"{where}: categories[{place}]: isthing {isthing!r:.80}: 0 or 1 expected")
         extra: dict[str, Any] = {key: category[key] for key in ("supercategory", "color") if key in category}
         found[number] = {"id": number, "name": name, "isthing": int(bool(isthing)), **extra}
     return found
@@ -177,17 +192,19 @@ def _is_in(value: Any, known: set[Any]) -> bool:
     return type(value) in (int, str) and value in known
 
 
-def _entries(split: _Split, tree: Tree, things: frozenset[int]) -> list[Entry]:
+def _entries(split: _Split, tree: Tree, things: frozenset[int], others: Sequence[str]) -> list[Entry]:
     if not split.files:
         return []
     names = [file.name for file in split.files]
     source = _Source(tree, " and ".join(map(tree.where, names)), things, tree.sources(*names))
     folders = list(dict.fromkeys(folder for file in split.files for folder in file.folders))
-    entries, lost = [], 0
+    entries, lost, met = [], 0, dict[str, str]()
     for number, image in split.images.items():
         name = image["file_name"]
-        found = tree.find(name, folders)
+        found = tree.find(name, folders, others)
         lost += found is None
+        if found is not None:
+            check_one_name(met, found, plain_name(name), source.where)
         picture = tree.picture(found or posixpath.join(folders[0], plain_name(name)))
         read = partial(_read, source, image, picture, split.annotations.get(number, []))
         entries.append(Entry(plain_name(name), picture, read, number, source.sources))
@@ -246,30 +263,38 @@ def _masks(
                 )
         elif isinstance(shape, list) and shape:
             polygons = [shape] if isinstance(shape[0], int | float) else shape  # some tools leave a list out
-            long = [polygon for polygon in polygons if not isinstance(polygon, list) or len(polygon) >= 6]
+            long = [polygon for polygon in polygons if not isinstance(polygon, list) or _points_in(polygon) >= 3]
             left_out[SHORT] += len(polygons) - len(long)
             if not long:
                 continue
             pixels = mask_of_polygons(long, height, width, here)
-        else:
+        elif shape in (None, []):
             left_out[NO_MASK] += 1
             continue
+        else:
+            raise DataError(f"{here}: segmentation must be polygons or run lengths, got {shape!r:.80}")
         category_id = annotation["category_id"]
         yield Mask(
             pixels,
             category_id,
             isthing=category_id in source.things,
-            iscrowd=_is_crowd(annotation),
+            iscrowd=_is_crowd(annotation, here),
             score=score_of(annotation),
             name=here,
         )
 
 
-def _is_crowd(annotation: Mapping[str, Any]) -> bool:
+def _points_in(polygon: list[Any]) -> float:
+    return len(polygon) / (1 if polygon and isinstance(polygon[0], list) else 2)  # [[x, y], ...] or [x, y, ...]
+
+
+def _is_crowd(annotation: Mapping[str, Any], where: str) -> bool:
     """Tells whether an annotation stands for several instances. CVAT marks every mask that is no polygon as one.
 
     CVAT's annotations have `attributes` with `occluded` (datumaro/plugins/data_formats/coco/exporter.py).
     """
     attributes = annotation.get("attributes")
     by_cvat = isinstance(attributes, dict) and "occluded" in attributes
-    return annotation.get("iscrowd") in (1, True) and not by_cvat
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        raise DataError(f"{where}: iscrowd {annotation['iscrowd']!r:.80}: 0 or 1 expected")
+    return annotation.get("iscrowd") == 1 and not by_cvat

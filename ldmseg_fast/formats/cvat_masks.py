@@ -51,6 +51,7 @@ MOST = 255  # segments of a picture: VOC's colours but black
 TOO_MANY = f"segments beyond the {MOST} largest of a picture, which become void"
 CROWD = "marks of crowds; their pixels are there"
 SCORE = "scores of segments"
+UNLISTED = "masks that no list of ImageSets/Segmentation names"
 UNDONE = "pictures without annotation, which have an empty map"
 _LISTS, _CLASSES, _OBJECTS = "ImageSets/Segmentation", "SegmentationClass", "SegmentationObject"
 _PICTURES = ("JPEGImages", "images", "")
@@ -87,7 +88,10 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     splits: dict[str, list[Entry]] = {}
     left_out: Counter[str] = Counter()
     for root in roots:
-        for split, listed in _splits(tree, root).items():
+        found_splits = _splits(tree, root)
+        named = {name.replace("\\", "/") for listed in found_splits.values() for name in listed}
+        left_out[UNLISTED] += len(set(_all_masks(tree, root)) - named)
+        for split, listed in found_splits.items():
             splits.setdefault(split, []).extend(_entries(tree, root, listed, labels[root], categories, left_out))
     return DataSet(categories, dict(splits), dict(+left_out))
 
@@ -122,9 +126,13 @@ def _splits(tree: Tree, root: str) -> dict[str, list[str]]:
         lines = [line.strip().strip('"') for line in tree.text(name).splitlines()]
         splits[PurePosixPath(name).stem] = [line for line in lines if line]
     if any(splits.values()):
-        return {split: names for split, names in splits.items() if names}
+        return {split: list(dict.fromkeys(names)) for split, names in splits.items() if names}
+    return {"default": _all_masks(tree, root)}
+
+
+def _all_masks(tree: Tree, root: str) -> list[str]:
     start = f"{root}{_CLASSES}/"
-    return {"default": [name[len(start) : -len(".png")] for name in tree.below(f"{root}{_CLASSES}", [".png"])]}
+    return [name[len(start) : -len(".png")] for name in tree.below(f"{root}{_CLASSES}", [".png"])]
 
 
 def _entries(
@@ -144,12 +152,14 @@ def _entries(
             if is_picture and below.split("/")[0] not in (_CLASSES, _OBJECTS):
                 pictures[str(PurePosixPath(below).with_suffix(""))] = path
     entries, lost = [], 0
+    has_objects = bool(tree.below(f"{root}{_OBJECTS}", [".png"]))
     for name in names:
         spelled = name.replace("\\", "/")
         found = pictures.get(spelled) or pictures.get(str(PurePosixPath(spelled).with_suffix("")))
         lost += found is None
         masks = [f"{root}{folder}/{spelled}.png" for folder in (_CLASSES, _OBJECTS)]
-        masks = [mask if mask in tree else "" for mask in masks]
+        if not (has_objects and masks[0] in tree):  # otherwise reading says which of the two is missing
+            masks = [mask if mask in tree else "" for mask in masks]
         left_out[UNDONE] += not masks[0]
         below = spelled + PurePosixPath(found).suffix if found else f"{spelled}.jpg"
         picture = tree.picture(found or f"{root}{_PICTURES[0]}/{below}")

@@ -24,7 +24,7 @@ from ldmseg_fast.formats.drawn import (
     shown_size,
 )
 from ldmseg_fast.formats.options import ReadOptions
-from ldmseg_fast.formats.trees import Tree, plain_name
+from ldmseg_fast.formats.trees import Tree, check_one_name, plain_name
 from ldmseg_fast.panoptic.coco_masks import mask_of_polygons
 
 NO_AREA = "shapes without an area, such as points and lines"
@@ -49,6 +49,8 @@ def read(tree: Tree, names: Sequence[str], options: ReadOptions) -> DataSet:
     labels |= {shape.get("label", "") for _, image in images for shape in image if shape.tag in _KINDS}
     categories = categories_of(labels - {""}, options, known=known_categories(tree))
     splits: dict[str, list[Entry]] = {}
+    met: dict[str, str] = {}
+    roots_of = [name.rpartition("/")[0] for name in names]
     for name, image in images:
         split = image.get("subset") or "default"
         folder = name.rpartition("/")[0]
@@ -58,7 +60,10 @@ def read(tree: Tree, names: Sequence[str], options: ReadOptions) -> DataSet:
         if not file_name:
             raise DataError(f"{where}: has no name")
         folders = [f"{start}images/{split}", f"{start}images", folder, f"{start}{split}"]
-        found = tree.find(file_name, folders)
+        found = tree.find(file_name, folders, [root for root in roots_of if not f"{folder}/".startswith(f"{root}/")])
+        if found is not None:
+            task = f" of task {image.get('task_id')}" if image.get("task_id") else ""
+            check_one_name(met, found, f"{plain_name(file_name)}{task}", where)
         picture = tree.picture(found or f"{start}images/{plain_name(file_name)}")
         read_map = partial(_read, image, picture, categories, where)
         entry = Entry(plain_name(file_name), picture, read_map, sources=tree.sources(name))
@@ -68,12 +73,21 @@ def read(tree: Tree, names: Sequence[str], options: ReadOptions) -> DataSet:
     return DataSet(categories, dict(splits))
 
 
+class _EntitiesError(Exception):
+    """Marks an XML with a document type, in which entities may be declared, in whatever encoding."""
+
+
+class _Builder(ElementTree.TreeBuilder):
+    def doctype(self, name: str, public: str | None, system: str | None) -> None:
+        raise _EntitiesError
+
+
 def _root(tree: Tree, name: str) -> ElementTree.Element:
     content = tree.read(name, "XML")
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
-        raise DataError(f"{tree.where(name)}: declares entities, which CVAT does not; do not trust this file")
     try:
-        root = ElementTree.fromstring(content)
+        root = ElementTree.fromstring(content, ElementTree.XMLParser(target=_Builder()))
+    except _EntitiesError:
+        raise DataError(f"{tree.where(name)}: declares entities, which CVAT does not; do not trust this file") from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an unknown encoding
         raise DataError(f"{tree.where(name)}: damaged XML ({error}); export it again") from None
     if root.tag != "annotations":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -78,13 +78,23 @@ def known_categories(tree: Tree) -> list[dict[str, Any]]:
 
     Returns:
         COCO's entries; none where there is no such file, or one of somebody else.
+
+    Raises:
+        DataError: a file that cannot be read, or an `isthing` that is neither 0 nor 1.
     """
     if CATEGORIES not in tree:
         return []
     content = tree.json(CATEGORIES)
+    if isinstance(content, dict):
+        content = content.get("categories")
     listed = [each for each in content if isinstance(each, dict)] if isinstance(content, list) else []
     ours = [each for each in listed if type(each.get("id")) is int and isinstance(each.get("name"), str)]
-    return [{**each, "isthing": int(bool(each.get("isthing", 1)))} for each in ours]
+    for each in ours:
+        if each.get("isthing", 1) not in (0, 1):
+            raise DataError(
+                f"{tree.where(CATEGORIES)}: {each['name']}: isthing {each['isthing']!r:.80}: 0 or 1 expected"
+            )
+    return [{**each, "isthing": int(each.get("isthing", 1))} for each in ours]
 
 
 def with_things(categories: list[dict[str, Any]], options: ReadOptions) -> list[dict[str, Any]]:
@@ -119,7 +129,12 @@ def names_of(categories: Iterable[Mapping[str, Any]], void: Iterable[str] = ()) 
 def score_of(entry: Mapping[str, Any]) -> float | None:
     """Returns the `score` of a shape; None where it has none that is a number."""
     score = entry.get("score")
-    return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
+    return float(score) if is_number(score) else None
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Tells whether a value of a JSON is a number that a float holds: no text, NaN, infinity or 400 digits."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def paint_in_order(

@@ -204,10 +204,13 @@ def _segments(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"{where}: {SEGMENTS} is no JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: {SEGMENTS} is no JSON ({error}); write it again") from None
     if isinstance(value, dict):
-        value = [dict(zip(value, row)) for row in zip(*value.values())]
+        columns = list(value.values())
+        if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            raise DataError(f"{where}: {SEGMENTS} must have lists of one length, got {value!r:.80}; write it again")
+        value = [dict(zip(value, row)) for row in zip(*columns)]
     if not isinstance(value, list) or not all(isinstance(info, dict) for info in value):
         raise DataError(f"{where}: {SEGMENTS} must be a list of segments, got {value!r:.80}")
     return value

@@ -41,13 +41,13 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     lists = {split: train / _FRAMES.format(split) for split in ("train", "val")}
     lists = {split: path for split, path in lists.items() if path.is_file()}
     if lists:
-        maps = {split: _listed(path, source) for split, path in lists.items()}
+        maps = {split: _listed(lists[split], source) for split in options.chosen(lists, source)}
     else:
         found = [path for path in files_below(train, (".png",)) if path.parent.name == "instance"]
         maps = {"train": found}
     splits = {}
     for split in options.chosen(maps, source):
-        splits[split] = [_entry(path, train, pictures) for path in maps[split]]
+        splits[split] = [_entry(path, pictures) for path in maps[split]]
         _check(splits[split], pictures)
     if not any(maps.values()):
         raise DataError(f"{train}: no DRIVE/image_00/instance/FRAME.png; is this the right folder?")
@@ -73,8 +73,8 @@ def read_instances(path: Path) -> AnnotatedMap:
     return map_of_keys(keys, meaning, path, keep=True)
 
 
-def _entry(path: Path, train: Path, pictures: Path) -> Entry:
-    drive, camera, _, frame = path.relative_to(train).parts[-4:]
+def _entry(path: Path, pictures: Path) -> Entry:
+    drive, camera, _, frame = path.parts[-4:]
     picture = pictures / drive / camera / "data_rect" / frame
     return Entry(picture.relative_to(pictures).as_posix(), picture, partial(read_instances, path), sources=(path,))
 

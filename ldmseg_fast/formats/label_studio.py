@@ -44,7 +44,7 @@ from ldmseg_fast.formats.label_studio_tasks import (
     shapes_of,
 )
 from ldmseg_fast.formats.options import ReadOptions, Summary, WriteOptions
-from ldmseg_fast.formats.trees import Tree
+from ldmseg_fast.formats.trees import Tree, check_one_name
 from ldmseg_fast.formats.walk import Walk
 from ldmseg_fast.panoptic.outlines import Ring, outlines, polygons_of, without_holes
 
@@ -95,14 +95,20 @@ def read(source: Path, options: ReadOptions) -> DataSet:
         undone = f"; {left_out[UNDONE]} tasks have no {key}" if left_out[UNDONE] else ""
         raise DataError(f"{source}: no annotated task of Label Studio{undone}; export the project as JSON")
     categories = categories_of(labels, options, known=known_categories(tree))
-    splits: dict[str, Sequence[Entry]] = {
-        split: [_entry(tree, *task, categories) for task in listed] for split, listed in tasks.items()
-    }
+    splits: dict[str, Sequence[Entry]] = {}
+    for split, listed in tasks.items():
+        met: dict[str, str] = {}
+        splits[split] = [_entry(tree, *task, categories, met) for task in listed]
     return DataSet(categories, splits, dict(+left_out))
 
 
 def _entry(
-    tree: Tree, name: str, task: dict[str, Any], regions: list[dict[str, Any]], categories: list[dict[str, Any]]
+    tree: Tree,
+    name: str,
+    task: dict[str, Any],
+    regions: list[dict[str, Any]],
+    categories: list[dict[str, Any]],
+    met: dict[str, str],
 ) -> Entry:
     where = f"{tree.where(name)}: task {task.get('id')!r}"
     address = address_of(task["data"], where)
@@ -113,6 +119,8 @@ def _entry(
         folder = PurePosixPath(name).parent.as_posix().removeprefix(".")
         below, found = find_picture(tree, address, folder)
         picture = tree.picture(found or below)
+        if found is not None:
+            check_one_name(met, found, address, where)
     return Entry(below, picture, partial(_read, regions, picture, categories, where), sources=tree.sources(name))
 
 

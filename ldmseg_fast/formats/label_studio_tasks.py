@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 import re
 from collections import Counter
@@ -16,14 +14,20 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
+from ldmseg_fast.data.picture_folders import picture_suffixes
+from ldmseg_fast.data.pictures import open_checked
+from ldmseg_fast.data.pixel_formats import pillow_errors
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.formats import brush
-from ldmseg_fast.formats.drawn import Shape, check_size, score_of
+from ldmseg_fast.formats.drawn import Shape, check_size, is_number, score_of
+from ldmseg_fast.formats.labelme_shapes import from_base64
 from ldmseg_fast.formats.trees import Tree, plain_name
 from ldmseg_fast.panoptic.coco_masks import mask_of_polygons
+from ldmseg_fast.panoptic.format import MAX_PIXELS
 
 NO_AREA = "regions without an area, such as key points"
 NO_LABEL = "regions without a label"
+MORE_LABELS = "labels of a region beside its first one"
 SHORT = "polygons of under 3 points"
 EARLIER = "annotations of a picture beside its last one"
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what Label Studio calls an uploaded file
@@ -61,13 +65,16 @@ def regions_of(task: dict[str, Any], key: str, where: str, left_out: Counter[str
 
 
 def labels_beside(regions: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
-    """Finds labels that stand in a result of their own: id of a region -> label."""
+    """Finds labels that stand in a result of their own: id of a region -> label, or the choice where it has none."""
     found: dict[Any, str] = {}
-    for region in regions:
-        value = region.get("value", {})
-        for key in ("labels", "choices", *(key for key in value if key.endswith("labels"))):
-            if isinstance(value.get(key), list) and value[key] and isinstance(value[key][0], str):
-                found.setdefault(str(region.get("id")), value[key][0])
+    identified = [region for region in regions if region.get("id") is not None]
+    for region in identified:
+        for label in _own_labels(region)[:1]:
+            found.setdefault(str(region["id"]), label)
+    for region in identified:
+        choices = region.get("value", {}).get("choices")
+        if isinstance(choices, list) and choices and isinstance(choices[0], str):
+            found.setdefault(str(region["id"]), choices[0])
     return found
 
 
@@ -75,17 +82,23 @@ def label_of(named: Mapping[Any, str], region: Mapping[str, Any]) -> str | None:
     """Returns the label of a region that has an area, None where it has none; `named` is from `labels_beside`."""
     if _kind(region) is None:
         return None
-    value = region.get("value", {})
-    for key, listed in value.items():
+    own = _own_labels(region)
+    return own[0] or None if own else named.get(str(region.get("id"))) or None
+
+
+def _own_labels(region: Mapping[str, Any]) -> list[str]:
+    for key, listed in region.get("value", {}).items():
         if key.endswith("labels") and isinstance(listed, list) and listed and isinstance(listed[0], str):
-            return listed[0] or None
-    return named.get(str(region.get("id"))) or None
+            return listed
+    return []
 
 
 def _kind(region: Mapping[str, Any]) -> str | None:
     value = region.get("value", {})
     if "rle" in value:
         return "brush"
+    if "imageDataURL" in value:
+        return "bitmask"
     if "radiusX" in value:
         return "ellipse"
     if "points" in value and str(region.get("type", "polygon")).startswith("polygon"):
@@ -100,10 +113,10 @@ def address_of(data: Any, where: str) -> str:
         DataError: nowhere.
     """
     values = data if isinstance(data, dict) else {}
-    for key in ("image", "img", "ocr", *values):
-        value = values.get(key)
-        if isinstance(value, str) and (value.startswith("data:image/") or PurePosixPath(_path(value)).suffix):
-            return value
+    texts = [value for key in ("image", "img", "ocr", *values) if isinstance(value := values.get(key), str)]
+    for text in texts:
+        if text.startswith("data:image/") or PurePosixPath(_path(text)).suffix.lower() in picture_suffixes():
+            return text
     raise DataError(f"{where}: no picture in its data, got {data!r:.80}")
 
 
@@ -111,7 +124,10 @@ def _path(address: str) -> str:
     """Returns the path in an address, such as /data/local-files/?d=folder/a.jpg, s3://bucket/a.jpg or C:\\a.jpg."""
     if re.match(r"[A-Za-z]:[\\/]", address):
         return address.replace("\\", "/")[2:]
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address, allow_fragments=False)  # names of files have a # now and then
+    except ValueError:  # no address
+        return ""
     inner = parse_qs(parts.query).get("d", [""])[0]
     return (inner or unquote(parts.path)).replace("\\", "/")
 
@@ -151,10 +167,18 @@ def inline_picture(address: str, where: str) -> bytes:
     Raises:
         DataError: damaged base64.
     """
-    try:
-        return base64.b64decode(address.partition(",")[2])
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: its picture is damaged base64 ({error}); export it again") from None
+    return from_base64(address.partition(",")[2], where)
+
+
+def _bitmask(address: Any, where: str) -> np.ndarray:
+    """Decodes a bitmask (https://labelstud.io/tags/bitmask), bool [H, W]: a PNG in which the mask is what is opaque."""
+    if not isinstance(address, str) or not address.startswith("data:image/"):
+        raise DataError(f"{where}: a bitmask is a PNG as a data URL, got {address!r:.80}")
+    with open_checked(f"{where}: bitmask", inline_picture(address, where), MAX_PIXELS) as image:
+        if not image.has_transparency_data:
+            raise DataError(f"{where}: a bitmask without transparency, which tells what is drawn; export it again")
+        with pillow_errors(f"{where}: bitmask"):
+            return np.array(image.convert("RGBA"))[..., 3] >= brush.OPAQUE
 
 
 def shapes_of(
@@ -182,6 +206,7 @@ def shapes_of(
         if label is None:
             left_out[NO_LABEL] += 1
             continue
+        left_out[MORE_LABELS] += max(len(_own_labels(region)) - 1, 0)
         check_size((region.get("original_height"), region.get("original_width")), height, width, here)
         if region.get("image_rotation"):
             raise DataError(
@@ -189,8 +214,10 @@ def shapes_of(
             )
         if kind == "brush":
             pixels = brush.decode(value["rle"], height, width, here)
+        elif kind == "bitmask":
+            pixels = _bitmask(value["imageDataURL"], here)
         else:
-            points = _points(kind, value, here) * [width / 100, height / 100]
+            points = _points(kind, value, (height, width), here)
             if len(points) < 3:
                 left_out[SHORT] += 1
                 continue
@@ -198,8 +225,13 @@ def shapes_of(
         yield Shape(pixels, label, score=score_of(region), name=here)
 
 
-def _points(kind: str, value: Mapping[str, Any], where: str) -> np.ndarray:
-    """Lists the corners of a region in percent, float [N, 2]."""
+def _points(kind: str, value: Mapping[str, Any], size: tuple[int, int], where: str) -> np.ndarray:
+    """Lists the corners of a region on a picture of `size` H, W in pixels, float [N, 2].
+
+    A rectangle is turned about its upper left corner, clockwise on the screen, an ellipse about its centre
+    (https://labelstud.io/templates/image_bbox, "Rotation").
+    """
+    scale = np.array(size[::-1]) / 100
     if kind == "polygon":
         points = value["points"]
         if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
@@ -207,15 +239,16 @@ def _points(kind: str, value: Mapping[str, Any], where: str) -> np.ndarray:
         flat = [number for point in points for number in point]
     else:
         keys = ("x", "y", "width", "height") if kind == "rectangle" else ("x", "y", "radiusX", "radiusY")
-        flat = [value.get(key) for key in (*keys, "rotation") if key in value]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in flat):
+        flat = [*(value.get(key) for key in keys), value.get("rotation") or 0]
+    if not all(not isinstance(number, bool) and is_number(number) for number in flat):
         raise DataError(f"{where}: a coordinate is no number, in {value!r:.120}; draw it again")
     if kind == "polygon":
-        return np.array(flat, float).reshape(-1, 2)
-    x, y, first, second, *turn = flat
-    if any(turn):
-        raise DataError(f"{where}: a {kind} turned by {turn[0]} degrees; draw it as a polygon or with the brush")
+        return np.array(flat, float).reshape(-1, 2) * scale
+    x, y, first, second, turn = flat
     if kind == "rectangle":
-        return np.array([[x, y], [x + first, y], [x + first, y + second], [x, y + second]], float)
-    angle = np.linspace(0, 2 * np.pi, 256, endpoint=False)
-    return np.stack([x + first * np.cos(angle), y + second * np.sin(angle)], axis=1)
+        around = np.array([[0, 0], [first, 0], [first, second], [0, second]], float)
+    else:
+        angle = np.linspace(0, 2 * np.pi, 256, endpoint=False)
+        around = np.stack([first * np.cos(angle), second * np.sin(angle)], axis=1)
+    cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    return (around * scale) @ np.array([[cos, sin], [-sin, cos]]) + np.array([x, y]) * scale

@@ -40,6 +40,7 @@ from ldmseg_fast.panoptic.outlines import outlines
 from ldmseg_fast.panoptic.shapes import segment_shapes
 
 SPLIT = "train"  # of JSONs that lie in no folder of a split
+_NO_SPLITS = ("annotations", "images", "jsons", "labels")  # folders in which the splits lie
 
 
 def read(source: Path, options: ReadOptions) -> DataSet:
@@ -74,23 +75,31 @@ def read(source: Path, options: ReadOptions) -> DataSet:
                 stuff.add(shape["label"])
         path = content.get("imagePath")
         contents[name] = path if isinstance(path, str) and path else PurePosixPath(name).stem
-        folder, _, rest = name.partition("/")
-        found.setdefault(folder if rest else SPLIT, []).append(name)
+        found.setdefault(_split_of(name)[0], []).append(name)
     if not found:
         raise DataError(f"{source}: no JSON of LabelMe; each picture has one with `shapes` and `imagePath`")
     categories = categories_of(labels - set(VOID), options, stuff=stuff, known=known_categories(tree))
+    folders = {PurePosixPath(name).parent.as_posix() for name in contents}
     splits: dict[str, Sequence[Entry]] = {
-        split: [_entry(tree, name, contents[name], split, categories) for name in listed]
+        split: [_entry(tree, name, contents[name], categories, folders) for name in listed]
         for split, listed in found.items()
     }
     return DataSet(categories, splits, {"JSONs of other kinds": others} if others else {})
 
 
-def _entry(tree: Tree, name: str, picture: str, split: str, categories: list[dict[str, Any]]) -> Entry:
+def _split_of(name: str) -> tuple[str, str]:
+    """Returns the split of a JSON, and its folder below that of the split."""
+    folders = list(PurePosixPath(name).parent.parts)
+    while folders and folders[0] in _NO_SPLITS:
+        del folders[0]
+    return (folders[0], "/".join(folders[1:])) if folders else (SPLIT, "")
+
+
+def _entry(tree: Tree, name: str, picture: str, categories: list[dict[str, Any]], folders: set[str]) -> Entry:
     folder = PurePosixPath(name).parent.as_posix().removeprefix(".")
-    found = tree.find(picture, [folder])
+    found = tree.find(picture, [folder], sorted(folders - {folder}))  # not what lies beside other JSONs
     content = tree.picture(found) if found else partial(_embedded, tree, name, picture)
-    below = posixpath.join(folder.removeprefix(split).lstrip("/"), PurePosixPath(plain_name(picture)).name)
+    below = posixpath.join(_split_of(name)[1], PurePosixPath(plain_name(picture)).name)
     read_map = partial(_read, tree, name, content, categories)
     return Entry(below, content, read_map, sources=tree.sources(name))
 

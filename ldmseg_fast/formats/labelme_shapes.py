@@ -98,7 +98,9 @@ def _points(points: Any, where: str) -> list[tuple[float, float]]:
         if not isinstance(point, list) or len(point) != 2 or not all(type(value) in (int, float) for value in point):
             raise DataError(f"{where}: a point must be [x, y], got {point!r:.80}")
         if not all(abs(value) <= _FAR for value in point):  # false of NaN too
-            raise DataError(f"{where}: the point {point} is no number, or far outside of every picture; draw it again")
+            raise DataError(
+                f"{where}: the point {point!r:.80} is no number, or far outside of every picture; draw it again"
+            )
         found.append((float(point[0]), float(point[1])))
     return found
 
@@ -130,7 +132,12 @@ def _pasted(encoded: Any, points: list[tuple[float, float]], height: int, width:
             raise DataError(f"{where}: its mask is damaged ({error}); draw it again") from None
     if patch.ndim == 3:
         patch = patch[..., :3].max(2)
-    left, top = (math.floor(value + 0.5) for value in points[0])
+    (left, top), (right, bottom) = ([math.floor(value + 0.5) for value in point] for point in points)
+    if max(abs(right - left + 1 - patch.shape[1]), abs(bottom - top + 1 - patch.shape[0])) > 1:
+        raise DataError(
+            f"{where}: its mask is {patch.shape[1]}x{patch.shape[0]}, the points are those of "
+            f"{right - left + 1}x{bottom - top + 1} pixels; draw it again"
+        )
     mask = np.zeros((height, width), bool)
     part = patch[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
     mask[max(top, 0) : max(top, 0) + part.shape[0], max(left, 0) : max(left, 0) + part.shape[1]] = part > 0

@@ -16,7 +16,15 @@ from ldmseg_fast.formats.data_set import AnnotatedMap, DataSet, Entry
 from ldmseg_fast.formats.label_maps import map_of_keys, read_labels, unknown_label
 from ldmseg_fast.formats.options import ReadOptions
 from ldmseg_fast.formats.panoptic_json import read_panoptic
-from ldmseg_fast.formats.source_files import WITHOUT, by_stem, files_below, paired, pictures_below, read_object
+from ldmseg_fast.formats.source_files import (
+    WITHOUT,
+    by_stem,
+    check_folder,
+    files_below,
+    paired,
+    pictures_below,
+    read_object,
+)
 
 _VERSIONS = ("1.2", "2.0")
 _SPLITS = ("training", "validation", "testing")
@@ -35,8 +43,7 @@ def read(source: Path, options: ReadOptions) -> DataSet:
         ArgumentError: another version.
     """
     version = options.one_version(_VERSIONS, "Mapillary Vistas")
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder")
+    check_folder(source)
     splits = [split for split in _SPLITS if (source / split / "images").is_dir()]
     if not splits:
         raise DataError(f"{source}: no folders training/images or validation/images; is this Mapillary Vistas?")
@@ -110,9 +117,12 @@ def _labels(source: Path, version: str) -> list[dict[str, Any] | None]:
         name = label.get("readable") or label.get("name") if isinstance(label, dict) else None
         if not isinstance(name, str):
             raise DataError(f"{path}: label {number} has no name, got {label!r:.80}")
-        category = {"id": number, "name": name, "isthing": int(bool(label.get("instances", False)))}
+        flags = label.get("instances", False), label.get("evaluate", True)
+        if any(flag not in (0, 1) for flag in flags):
+            raise DataError(f"{path}: label {number}: instances and evaluate must be true or false, got {flags!r:.80}")
+        category = {"id": number, "name": name, "isthing": int(flags[0])}
         category |= {"color": label["color"]} if isinstance(label.get("color"), list) else {}
-        labels.append(category if label.get("evaluate", True) else None)
+        labels.append(category if flags[1] else None)
     return labels
 
 
@@ -123,7 +133,7 @@ def _panoptic(folder: Path, split: str, pictures: Path) -> DataSet:
     known = by_stem(pictures_below(pictures), pictures)
 
     def find(name: str) -> Path:
-        stem = str(Path(name).with_suffix(""))
+        stem = str(Path(name).with_suffix("")) if Path(name).name else name
         if stem not in known:
             raise DataError(f"{jsons[-1]}: no picture {name} in {pictures}; fetch it")
         return known[stem]

@@ -105,12 +105,13 @@ def read_context(
 
 
 def _names(path: Path) -> dict[int, str]:
-    names = {}
+    names: dict[int, str] = {}
     for line in read_list(path):
         number, _, name = (part.strip() for part in line.partition(":"))
         if not number.isdecimal() or not name or not 1 <= int(number) <= 459:
             raise DataError(f"{path}: {line[:100]!r}: NUMBER: NAME expected, with a number in 1..459")
-        names[int(number)] = name
+        if names.setdefault(int(number), name) != name:
+            raise DataError(f"{path}: {line[:100]!r}: {number} is {names[int(number)]!r} already; give it one name")
     if not names:
         raise DataError(f"{path}: no labels")
     return names
@@ -131,7 +132,7 @@ def _splits(
     for split in ("train", "val"):
         for path in (source / f"{split}.txt", root / "ImageSets" / "Main" / f"{split}.txt"):
             if split not in found and path.is_file():
-                found[split] = ([name for name in read_list(path) if name in maps], path)
+                found[split] = (list(dict.fromkeys(name for name in read_list(path) if name in maps)), path)
     if not found or "trainval" in options.splits:
         found["trainval"] = (sorted(maps), source / "trainval")
     return {split: found[split] for split in options.chosen(found, source)}

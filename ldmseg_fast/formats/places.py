@@ -105,8 +105,8 @@ def plan(split: str, entries: Sequence[Entry]) -> list[Place]:
     picture has several maps they are numbered.
 
     Raises:
-        DataError: no entries, a name that leaves the folder or is no text, two pictures of one name, or two entries of
-            one id.
+        DataError: no entries, a name that leaves the folder or is no text, two pictures of one name, a name that is
+            another's folder, or two entries of one id.
     """
     if not entries:
         raise DataError(f"split {split}: no pictures; is this the right folder?")
@@ -140,6 +140,10 @@ def plan(split: str, entries: Sequence[Entry]) -> list[Place]:
             raise DataError(f"split {split}: image id {image_id!r} is there twice; give each picture its own")
         ids.add(image_id)
         places.append(Place(entry, image_id, entry.name, name))
+    for names in (set(first), set(maps)):
+        folders = {str(folder) for each in names for folder in PurePosixPath(each).parents}
+        if clash := folders.intersection(names):
+            raise DataError(f"split {split}: {min(clash)} would be a file and a folder; rename one of them")
     return places
 
 
@@ -149,7 +153,7 @@ def _is_text(value: Any) -> bool:
 
 def _check_name(name: str) -> None:
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or "\0" in name:
-        raise DataError(f"picture {name!r}: its name leads out of the folder; rename it")
+    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or not path.name or "\0" in name:
+        raise DataError(f"picture {name!r}: it has no name, or one that leads out of the folder; rename it")
     if has_surrogates(name):
         raise DataError(f"picture {name!r}: its name is no UTF-8, which JSON cannot hold; rename it")

@@ -7,6 +7,7 @@ are taken. Names and labels of the classes stand in SRC/categories.json or a lis
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from ldmseg_fast.formats.options import ReadOptions
 from ldmseg_fast.formats.source_files import (
     WITHOUT,
     by_stem,
+    check_folder,
     files_below,
     paired,
     pictures_below,
@@ -42,8 +44,10 @@ MAPS = (
     "SegmentationClassPNG",
 )
 JSONS = ("categories.json", "id2label.json", "classes.json", "labels.json")
-LISTS = ("classes.txt", "categories.txt", "names.txt", "labels.txt", "labelmap.txt")
+LISTS = ("classes.txt", "class_names.txt", "categories.txt", "names.txt", "labels.txt", "labelmap.txt")
 ALL = "train"  # the split of a folder without splits
+_NUMBERED = re.compile(r"([0-9]{1,9})(?:\s*[:;,]\s*|\s+)(\S.*)")  # label and name
+_COLOURED = re.compile(r":\s*\d+,\s*\d+,\s*\d+\s*:")  # of CVAT's labelmap.txt
 _SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 _ENDINGS = ("_labels", "_label", "_mask", "_gt", "_seg", "_L", "_labelIds")  # of maps, after their picture's name
 
@@ -105,8 +109,7 @@ def read_semantic(path: Path, known: Mapping[int, int | None]) -> AnnotatedMap:
 
 def _folders(source: Path) -> dict[str, tuple[Path, Path]]:
     """Finds the folders of pictures and of maps of each split."""
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder")
+    check_folder(source)
     found = {}
     if pair := _pair(source):
         pictures, maps = pair
@@ -157,7 +160,7 @@ def _categories(
 def _listed(path: Path) -> tuple[list[dict[str, Any]], set[int]]:
     """Reads a list of names, an object label -> name, or COCO's entries, which may stand in an object beside `void`."""
     if path.suffix == ".txt":
-        return [_category(path, number, name) for number, name in enumerate(read_list(path))], set()
+        return [_category(path, number, name) for number, name in _lines(path)], set()
     content = read_any_json(path)
     void: set[int] = set()
     if isinstance(content, dict) and isinstance(content.get("categories"), list):
@@ -173,6 +176,23 @@ def _listed(path: Path) -> tuple[list[dict[str, Any]], set[int]]:
     if not isinstance(content, list):
         raise DataError(f"{path}: a list of names, an object label -> name, or `categories` expected")
     return [_category(path, number, each) for number, each in enumerate(content)], void
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Reads label and name of each line: its number, or where all lines begin with a number ("7: road"), that."""
+    lines = read_list(path, empty=True)
+    if lines[:1] == ["__ignore__"]:  # LabelMe's labels.txt begins with label -1
+        del lines[0]
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#") or _COLOURED.search(line):
+            raise DataError(
+                f"{path}, line {number}: {line[:100]!r}: a line has the name of a class and nothing else; an export of "
+                "CVAT is of the kind cvat"
+            )
+    numbered = [_NUMBERED.fullmatch(line) for line in lines]
+    if all(numbered):
+        return [(int(found[1]), found[2]) for found in numbered if found]
+    return list(enumerate(lines))
 
 
 def _category(path: Path, label: int, value: Any) -> dict[str, Any]:

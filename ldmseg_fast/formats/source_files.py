@@ -15,6 +15,15 @@ from ldmseg_fast.files import read_file, read_text, text_of, without_repeats
 WITHOUT = "pictures without annotation"
 
 
+def no_listing(error: OSError) -> None:
+    """Raises the error of a folder whose files cannot be listed, for `os.walk`, which would pass over it.
+
+    Raises:
+        DataError: names the folder.
+    """
+    raise DataError(f"{error.filename}: {error.strerror or error}: its files cannot be listed; allow it") from None
+
+
 def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
     """Lists the files below a folder that have one of the endings, in the order of their paths; hidden ones are none.
 
@@ -23,14 +32,14 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
         suffixes: such as ".png", in lower case.
 
     Raises:
-        DataError: no such folder.
+        DataError: no such folder, or one that may not be listed.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     endings = tuple(suffixes)
     found: list[Path] = []
     seen: set[str] = set()  # a link may lead to a folder above it
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=no_listing, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         names = [] if real in seen else names
@@ -82,28 +91,37 @@ def paired(
     return pairs, len(pictures) - len(pairs)
 
 
+def check_folder(source: Path) -> None:
+    """Checks that a source is a folder.
+
+    Raises:
+        DataError: it is none.
+    """
+    if not source.is_dir():
+        raise DataError(f"{source}: {'no folder; unpack it first' if source.exists() else 'no such folder'}")
+
+
 def first_folder(source: Path, names: Sequence[str], what: str) -> Path:
     """Returns the first of some folders below `source` that is there.
 
     Raises:
         DataError: none is; it names them.
     """
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder")
+    check_folder(source)
     for name in names:
         if (source / name).is_dir():
             return source / name
     raise DataError(f"{source}: no folder with {what}: {' or '.join(names)} expected")
 
 
-def read_list(path: Path) -> list[str]:
-    """Reads the lines of a text file that are not empty.
+def read_list(path: Path, *, empty: bool = False) -> list[str]:
+    """Reads the lines of a text file that are not empty; with `empty` these too, but for the last ones.
 
     Raises:
         DataError: names the file that is missing or no UTF-8.
     """
     try:
-        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        return [line.strip() for line in read_text(path).rstrip().splitlines() if empty or line.strip()]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import MAX_BYTES, read_file, text_of, without_repeats
+from ldmseg_fast.formats.source_files import no_listing
 from ldmseg_fast.panoptic.near_files import MOST_FILES
 
 _RATIO = 300  # of a file in a zip to its packed bytes, above which it is taken for a bomb; text packs to a tenth
@@ -122,17 +123,18 @@ class Tree:
             name for name in self.names if name.startswith(start) and (not endings or name.lower().endswith(endings))
         ]
 
-    def find(self, name: str, folders: Sequence[str]) -> str | None:
+    def find(self, name: str, folders: Sequence[str], others: Sequence[str] = ()) -> str | None:
         """Finds a file that another names.
 
         Args:
             name: as it is written there; `\\` between folders counts as `/`, and of a path from another machine, or
                 one that leads out of the folder, its last part.
             folders: to look in, one after the other.
+            others: folders whose files belong to others.
 
         Returns:
             Its name in the tree, None where there is none. A name that only one file below all folders has is found
-            wherever that file lies.
+            wherever that file lies, but not in `others`, nor in another folder than the one that is written before it.
         """
         spelled = name.replace("\\", "/")
         plain = posixpath.normpath(spelled) if spelled else ""
@@ -146,7 +148,10 @@ class Tree:
             if (path := posixpath.normpath(posixpath.join(folder, base))) in self._known:
                 return path
         found = self._by_base.get(base, [])
-        return found[0] if len(found) == 1 else None
+        if len(found) != 1 or found[0].startswith(tuple(f"{folder}/" for folder in others)):
+            return None
+        written, real = (PurePosixPath(path).parent.name for path in (plain, found[0]))
+        return None if written not in ("", "..", real) and not foreign else found[0]
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -158,6 +163,22 @@ class Tree:
         for name in self.names:
             found.setdefault(PurePosixPath(name).name, []).append(name)
         return found
+
+
+def check_one_name(met: dict[str, str], file: str, name: str, where: str) -> None:
+    """Checks that a file is not the picture of two names.
+
+    Args:
+        met: file -> the name that it was found by; the pair is added.
+        file, name: of the picture.
+        where: for the error.
+
+    Raises:
+        DataError: it was found by another name before.
+    """
+    other = met.setdefault(file, name)
+    if other != name:
+        raise DataError(f"{where}: {other} and {name} would both be {file}; put the pictures where these names say")
 
 
 def plain_name(name: str) -> str:
@@ -175,7 +196,7 @@ def _visible(name: str) -> bool:
 def _files_below(root: Path) -> list[str]:
     names: list[str] = []
     seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=no_listing, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link that leads back
             folders.clear()

@@ -72,7 +72,7 @@ def split_lists(folder: Path, maps: Mapping[str, Path], options: ReadOptions) ->
         return {split: (sorted(maps), folder) for split in options.chosen(("train",), folder)}
     usual = [split for split in ("train", "val") if split in lists]
     wanted = options.chosen(lists, folder) if options.splits or not usual else usual
-    return {split: (read_list(lists[split]), lists[split]) for split in wanted}
+    return {split: (list(dict.fromkeys(read_list(lists[split]))), lists[split]) for split in wanted}
 
 
 def check_named(names: list[str], files: Mapping[str, Path], path: Path, folder: Path) -> None:

@@ -179,12 +179,13 @@ def test_challenge_with_instances(with_instances, tmp_path, imported):
     [
         (lambda f: (f / "objectInfo150.txt").unlink(), "no such file"),
         (lambda f: (f / "objectInfo150.txt").write_text("Idx\n1 wall\n"), "Idx first and Name last expected"),
+        (lambda f: (f / "objectInfo150.txt").write_text("Idx\tName\n1\ta\n1\tb\n"), "Idx 1 is there twice"),
         (lambda f: (f / "categoryMapping.txt").unlink(), "no categoryMapping.txt"),
         (lambda f: (f / "categoryMapping.txt").write_text("a b\n5 151\n"), "two classes expected"),
         (lambda f: (f / "images" / "validation" / "ADE_val_00000001.jpg").unlink(), "have no picture"),
         (lambda f: (f / "annotations").rename(f / "other"), "no folder with the challenge's semantic maps"),
     ],
-    ids=["names", "line", "mapping", "class", "picture", "folder"],
+    ids=["names", "line", "twice", "mapping", "class", "picture", "folder"],
 )
 def test_faults_of_the_challenge(with_instances, tmp_path, capsys, break_it, message):
     break_it(with_instances)

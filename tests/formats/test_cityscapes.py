@@ -181,6 +181,26 @@ def test_kitti_360(kitti, tmp_path, imported, lists):
         assert len(maps["categories"]) == len([label for label in KITTI_360 if label.group != "void"])
 
 
+def shallow(root):
+    (root / "data_2d_semantics/train/instance").mkdir()
+    (root / "data_2d_semantics/train/instance/1.png").write_bytes(b"")
+
+
+def elsewhere(root, drive):
+    path = root / "data_2d_semantics/else/drive/image_00/instance/1.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    line = "x.png data_2d_semantics/else/drive/image_00/semantic/1.png"
+    (root / "data_2d_semantics/train/2013_05_28_drive_val_frames.txt").write_text(line)
+
+
+def test_only_the_list_of_the_split_is_read(kitti, tmp_path):
+    root, drive = kitti[:2]
+    write_lists(root, drive)
+    (root / "data_2d_semantics/train/2013_05_28_drive_train_frames.txt").write_text("gone")
+    assert main(["data", "import", "kitti-360", str(root), str(tmp_path / "out"), "--split", "val"]) == 0
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -196,8 +216,10 @@ def test_kitti_360(kitti, tmp_path, imported, lists):
             ),
             "a picture and its semantic map expected",
         ),
+        (lambda root, drive: shallow(root), "have no picture"),
+        (lambda root, drive: elsewhere(root, drive), "have no picture"),
     ],
-    ids=["picture", "pictures", "listed", "list"],
+    ids=["picture", "pictures", "listed", "list", "shallow", "elsewhere"],
 )
 def test_faults_of_kitti_360(kitti, tmp_path, capsys, break_it, message):
     break_it(*kitti[:2])

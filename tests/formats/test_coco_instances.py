@@ -178,6 +178,17 @@ def test_things_and_connected_are_options(source):
     assert [each["isthing"] for each in read.categories] == [0, 1] and len(found.segments) == 1
 
 
+def test_a_json_of_another_kind_is_none(tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps({"images": [], "annotations": [5], "categories": []}))
+    with pytest.raises(DataError, match="no JSON of COCO's instances"):
+        coco_instances.read(tmp_path, ReadOptions())
+
+
+def test_polygons_of_pairs(source):
+    found, _ = only_map(source(content({"segmentation": [np.reshape(SQUARE, (4, 2)).tolist(), [[1, 1], [2, 2]]]})))
+    assert (found.ids > 0).sum() == 36 and found.left_out == {SHORT: 1}
+
+
 BAD = {
     "no json": ("{", "damaged, no JSON"),
     "latin": (json.dumps(content(categories=[{"id": 1, "name": "\u00e9"}]), ensure_ascii=False), "no UTF-8"),
@@ -190,6 +201,10 @@ BAD = {
     "no category": (content({"category_id": 9}, {"category_id": 9}), "2 annotations.*annotation 1 has category_id 9"),
     "no image": (content({"image_id": 9}), "1 annotations.*has image_id 9"),
     "category twice": (content(categories=[{"id": 1, "name": "dog"}] * 2), r"categories\[1\]: id 1"),
+    "iscrowd": (content({"segmentation": [SQUARE], "iscrowd": "1"}), "annotation 1: iscrowd '1': 0 or 1 expected"),
+    "segmentation": (content({"segmentation": "x"}), "segmentation must be polygons or run lengths, got 'x'"),
+    "nameless": (content(images=[{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "."}]), "it has no name"),
+    "isthing": (content(categories=[{"id": 1, "name": "dog", "isthing": "0"}]), "isthing '0': 0 or 1 expected"),
     "category without name": (content(categories=[{"id": 1}]), r"categories\[0\]: name None"),
     "size of a mask": (
         content({"segmentation": {"size": [2, 3], "counts": [0, 6]}}),
@@ -217,7 +232,7 @@ def test_bad_input(source, tmp_path, case):
         (root / "annotations" / "instances_val2017.json").write_bytes(value.encode("latin-1"))
     with pytest.raises(UserError, match=message) as error:
         import_data("coco-instances", root, tmp_path / "out", ReadOptions(), WriteOptions())
-    assert "instances_val2017.json" in str(error.value) or case == "size of the picture"
+    assert "instances_val2017.json" in str(error.value) or case in ("size of the picture", "nameless")
     assert not (tmp_path / "out" / "val2017").exists() and not list(tmp_path.glob("out/annotations/*"))
 
 

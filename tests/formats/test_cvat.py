@@ -97,6 +97,22 @@ def test_pictures_without_annotation(export, tmp_path, picture_at):
     assert summary.pictures == 2 and summary.left_out[cvat_masks.UNDONE] == 1
 
 
+def test_lists_that_do_not_name_all_or_one_twice(export, png_at, tmp_path):
+    root, *_ = export(names="deep/a b\ndeep/a b\n")
+    png_at(root / "SegmentationClass/more.png", np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    read = cvat_masks.read(root, ReadOptions())
+    assert len(read.splits["default"]) == 1 and read.left_out == {cvat_masks.UNLISTED: 1}
+
+
+def test_a_mask_of_objects_that_is_missing(export, png_at, tmp_path):
+    root, *_ = export()
+    (root / "SegmentationObject/deep/a b.png").rename(root / "SegmentationObject/deep/other.png")
+    with pytest.raises(DataError, match=r"SegmentationObject/deep/a b\.png: No such file"):
+        import_data("cvat", root, tmp_path / "out", ReadOptions(), WriteOptions())
+    (root / "SegmentationObject/deep/other.png").unlink()
+    assert len(cvat_masks.read(root, ReadOptions()).splits["default"][0].read().segments) == 2
+
+
 def test_what_is_written(tmp_path):
     """The zip holds what CVAT imports; colours differ, and those of categories are kept."""
     maps = {"deep/a.png": annotated(noise(1, 20, 30), 1)}
@@ -257,6 +273,13 @@ BAD_XML = {
     "outside": (XML, '<mask label="car" rle="0, 4" left="31" top="0" width="2" height="2"/>', "leaves the picture"),
     "huge": (XML, '<mask label="car" rle="99999999999999999999" left="0" top="0" width="1" height="1"/>', "whole"),
 }
+
+
+def test_entities_in_another_encoding(tmp_path):
+    text = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE x [<!ENTITY a "aaaa">]><annotations>&a;</annotations>'
+    (tmp_path / "annotations.xml").write_bytes(text.encode("utf-16"))
+    with pytest.raises(DataError, match="declares entities"):
+        cvat_masks.read(tmp_path, ReadOptions())
 
 
 @pytest.mark.parametrize("case", BAD_XML)

@@ -117,6 +117,22 @@ def test_segments_as_text_and_as_lists_of_values(tmp_path, imported):
         check(imported(tmp_path / f"out_{name}", "train"), (0,), ["0.png"])
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"id": [9, 70_000], "category_id": [1]}, "lists of one length"),
+        ({"id": 9, "category_id": 1}, "lists of one length"),
+        ("[" * 100_000, "is no JSON"),
+    ],
+    ids=["lengths", "object", "deep"],
+)
+def test_segments_that_are_no_list(tmp_path, capsys, value, message):
+    rows((0,), infos=[value]).save_to_disk(tmp_path / "saved")
+    assert run(tmp_path / "saved", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "train[0]: segments_info" in error and message in error and not (tmp_path / "out").exists()
+
+
 def test_ids_that_cannot_tell_pictures_apart_are_not_taken(tmp_path, imported):
     rows((0, 1), image_id=[7, 7]).save_to_disk(tmp_path / "saved")
     assert run(tmp_path / "saved", tmp_path / "out") == 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldmseg_fast.commands.data_import import import_data
 from ldmseg_fast.errors import DataError, UserError
@@ -43,6 +45,12 @@ def rectangle(x=25.0, y=50.0, width=50.0, height=25.0, **more):
 def task(*regions: dict, image="/data/upload/1/0123abcd-a.png", **more) -> dict:
     annotation = {"id": 1001, "result": list(regions), "was_cancelled": False, "ground_truth": False}
     return {"id": 1, "data": {"image": image}, "annotations": [annotation], "predictions": [], **more}
+
+
+def data_url(values: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(values.astype(np.uint8)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 @pytest.fixture
@@ -109,6 +117,51 @@ def test_the_last_annotation_that_counts(source):
     assert [each["name"] for each in only_map(source(many, undone))[1].categories] == ["dog"]
 
 
+def test_bitmasks_and_several_labels(source):
+    drawn = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+    drawn[3:7, 4:9, 3] = 255
+    found, _ = only_map(
+        source(task(region("bitmask", {"imageDataURL": data_url(drawn), "bitmasklabels": ["dog", "old"]}, None)))
+    )
+    np.testing.assert_array_equal(found.ids > 0, drawn[..., 3] > 0)
+    assert found.left_out == {label_studio_tasks.MORE_LABELS: 1}
+
+
+def test_what_is_turned_is_turned_in_pixels(source):
+    """A rectangle about its upper left corner, an ellipse about its centre; 90 degrees are clockwise."""
+    value = {"x": 50, "y": 25, "width": 25, "height": 50, "rotation": 90}  # 8x12 pixels at 16, 6
+    found, _ = only_map(source(task(region("rectangle", value))))
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[6:14, 4:16] = True
+    np.testing.assert_array_equal(found.ids > 0, expected)
+    value = {"x": 50, "y": 50, "radiusX": 25, "radiusY": 12.5, "rotation": 90}  # 8 and 3 pixels
+    found, _ = only_map(source(task(region("ellipse", value))))
+    rows, columns = (np.flatnonzero((found.ids > 0).any(axis)) for axis in (1, 0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (4, 19, 13, 18)
+
+
+def test_a_label_goes_before_a_choice_and_belongs_to_its_region(source):
+    bare = {"x": 1, "y": 1, "width": 9, "height": 9}
+    regions = [
+        region("rectangle", bare, None),
+        region("choices", {"choices": ["blurred"]}, None),
+        region("labels", {"labels": ["cat"]}, None),
+        region("rectangle", bare, None, id=None),
+        rectangle(id=None),
+    ]
+    found, read = only_map(source(task(*regions)))
+    assert [each["name"] for each in read.categories] == ["cat", "dog"]
+    assert found.left_out == {label_studio_tasks.NO_LABEL: 1}
+    regions = [region("rectangle", bare, None), region("choices", {"choices": ["blurred"]}, None)]
+    assert only_map(source(task(*regions)))[1].categories[0]["name"] == "blurred"
+
+
+def test_a_score_that_no_float_holds_is_none(source):
+    text = json.dumps(task(rectangle(score=5))).replace('"score": 5', '"score": ' + "9" * 400)
+    found, _ = only_map(source(json.loads(text)))
+    assert "score" not in found.segments[0]
+
+
 def test_predictions_are_asked_for(source):
     predicted = task(predictions=[{"model_version": "x", "score": 0.5, "result": [rectangle(score=0.25)]}])
     predicted["annotations"] = []
@@ -118,6 +171,11 @@ def test_predictions_are_asked_for(source):
     assert only_map(root, version="predictions")[0].segments[0]["score"] == 0.25
     with pytest.raises(UserError, match="--version drafts"):
         label_studio.read(root, ReadOptions(version="drafts"))
+
+
+def test_a_picture_has_the_ending_of_one(source):
+    root = source(task(rectangle()) | {"data": {"text": "Hello. You", "version": "v1.2", "photo": "s3://b/a.png"}})
+    assert len(only_map(root)[0].segments) == 1
 
 
 @pytest.mark.parametrize(
@@ -194,8 +252,12 @@ BAD = {
     "size": ([task(rectangle(original_width=31))], "drawn on 31x24 pixels, its picture has 32x24"),
     "no size": ([task(rectangle(original_width=None))], "drawn on Nonex24"),
     "turned": ([task(rectangle(image_rotation=90))], "a picture turned by 90"),
-    "rotation": ([task(region("rectangle", {"x": 1, "y": 1, "width": 5, "height": 5, "rotation": 9}))], "turned by 9"),
+    "no address": ([task(rectangle(), image="http://[a/b.png")], "no picture in its data"),
+    "bitmask": ([task(region("bitmask", {"imageDataURL": "x"}))], "a PNG as a data URL"),
+    "opaque": ([task(region("bitmask", {"imageDataURL": data_url(np.zeros((24, 32, 3)))}))], "without transparency"),
+    "small": ([task(region("bitmask", {"imageDataURL": data_url(np.zeros((2, 3, 4)))}))], "is 3x2, its picture 32x24"),
     "nan": (json.dumps([task(rectangle())]).replace("50.0", "NaN"), "a coordinate is no number"),
+    "huge": (json.dumps([task(rectangle())]).replace("50.0", "9" * 400), "a coordinate is no number"),
     "text": ([task(rectangle(x="1"))], "a coordinate is no number"),
     "points": ([task(region("polygon", {"points": [1, 2, 3]}))], "points must be a list"),
     "infinite": (json.dumps([task(region("polygon", {"points": SQUARE}))]).replace("25", "1e999"), "no number"),

@@ -151,6 +151,32 @@ def test_pictures_are_found_or_embedded(tmp_path, picture_at, imported):
     assert (tmp_path / "out" / "val" / "c.png").read_bytes() == picture.read_bytes()
 
 
+def test_pictures_and_jsons_in_folders_of_their_own(tmp_path, picture_at, imported):
+    for split in ("train", "val"):
+        picture_at(tmp_path / "in" / "images" / split / "a.png")
+        (tmp_path / "in" / "annotations" / split).mkdir(parents=True)
+        text = json.dumps(content(shape(), imagePath=f"../../images/{split}/a.png"))
+        (tmp_path / "in" / "annotations" / split / "a.json").write_text(text)
+    assert import_data("labelme", tmp_path / "in", tmp_path / "out", ReadOptions(), WriteOptions()).pictures == 2
+    assert set(imported(tmp_path / "out", "val")) == {"a.png", "categories"}
+
+
+def test_categories_beside_the_jsons(source):
+    root = source(content(shape()))
+    dog = {"id": 9, "name": "dog", "isthing": 0}
+    for listed in ([dog], {"categories": [dog]}):
+        (root / "categories.json").write_text(json.dumps(listed))
+        assert labelme.read(root, ReadOptions()).categories == [dog]
+    (root / "categories.json").write_text(json.dumps([dog | {"isthing": "0"}]))
+    with pytest.raises(DataError, match=r"categories\.json: dog: isthing '0': 0 or 1 expected"):
+        labelme.read(root, ReadOptions())
+
+
+def test_nothing_is_labelled(source, tmp_path):
+    with pytest.raises(DataError, match="labelme: nothing in it is labelled with a category"):
+        import_data("labelme", source(content()), tmp_path / "out", ReadOptions(), WriteOptions())
+
+
 def test_a_zip(tmp_path, picture_at):
     picture = picture_at(tmp_path / "a.png")
     files = {"x/a.json": json.dumps(content(shape())).encode("utf-8-sig"), "x/a.png": picture.read_bytes()}
@@ -171,6 +197,10 @@ BAD = {
     "far": (content(shape(points=[[1e300, 1], [2, 2], [3, 1]])), "no number, or far outside"),
     "circle": (content(shape(kind="circle")), "a circle has 2 points, got 3"),
     "mask": (content(shape([[1, 1], [2, 2]], kind="mask", mask="AAAA")), "mask: "),
+    "mask's size": (
+        content(shape([[1, 1], [2, 2]], kind="mask", mask=png(np.ones((9, 2), bool)))),
+        "its mask is 2x9, the points are those of 2x2 pixels",
+    ),
     "no mask": (content(shape([[1, 1], [2, 2]], kind="mask")), "a mask is a PNG in base64"),
     "group": (content(shape(group_id=[1])), "group_id must be a number"),
     "size": (content(shape(), imageHeight=25), "drawn on 32x25 pixels, its picture has 32x24"),

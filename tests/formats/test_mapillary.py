@@ -104,6 +104,10 @@ def test_2_0(new, tmp_path, imported, capsys):
         (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
         (lambda f: (f / "config.json").write_text("{}"), "labels is missing"),
         (lambda f: (f / "config.json").write_text('{"labels": [1]}'), "label 0 has no name"),
+        (
+            lambda f: (f / "config.json").write_text('{"labels": [{"name": "a", "evaluate": "false"}]}'),
+            "must be true or false",
+        ),
         (lambda f: (f / "validation" / "images" / "c.jpg").unlink(), "1 of 1 annotations have no picture"),
         (lambda f: [(f / s / "images").rename(f / s / "i") for s in ("training", "validation", "testing")], "is this"),
         (
@@ -111,7 +115,7 @@ def test_2_0(new, tmp_path, imported, capsys):
             "no maps of version",
         ),
     ],
-    ids=["config", "labels", "label", "picture", "pictures", "maps"],
+    ids=["config", "labels", "label", "flag", "picture", "pictures", "maps"],
 )
 def test_faults_of_the_folder(old, tmp_path, capsys, break_it, message):
     break_it(old)
@@ -128,11 +132,16 @@ def test_faults_of_maps(old, tmp_path, png_at, capsys):
     assert "2 of 3 pictures" in error and "label 3 is no category; known are 0..2" in error and "3x3" in error
 
 
+def rename(path, name):
+    path.write_text(path.read_text().replace('"c.jpg"', name))
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (lambda f: next(f.rglob("validation/v2.0/panoptic/*.json")).unlink(), "no panoptic_YEAR.json"),
         (lambda f: (f / "validation" / "images" / "c.jpg").unlink(), "no picture c.jpg"),
+        (lambda f: rename(next(f.rglob("validation/v2.0/panoptic/*.json")), '"."'), "no picture ."),
         (lambda f: next(f.rglob("validation/v2.0/panoptic/*.json")).write_text("{}"), "`images` is missing"),
         (lambda f: next(f.rglob("validation/v2.0/panoptic/*.png")).unlink(), "c.png"),
         (
@@ -140,7 +149,7 @@ def test_faults_of_maps(old, tmp_path, png_at, capsys):
             "id 9 is not in segments_info",
         ),
     ],
-    ids=["json", "picture", "content", "map", "id"],
+    ids=["json", "picture", "name", "content", "map", "id"],
 )
 def test_faults_of_2_0(new, tmp_path, capsys, break_it, message):
     break_it(new)

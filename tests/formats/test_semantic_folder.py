@@ -86,6 +86,30 @@ def test_lists_of_classes(folder, content, names):
     assert (data_set.splits["train"][0].read().ids == 0).sum() == (4 if names == "abcd" else 4 + (labels() == 0).sum())
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "categories"),
+    [
+        ("class_names.txt", "a\nb\n\n", {0: "a", 1: "b"}),
+        ("labels.txt", "__ignore__\n_background_\na b\n", {0: "_background_", 1: "a b"}),
+        ("names.txt", "1: a\n2: b\n0: c", {1: "a", 2: "b", 0: "c"}),
+        ("names.txt", "3 a b\n4,c", {3: "a b", 4: "c"}),
+    ],
+    ids=["labelme's classes", "labelme's labels", "numbers", "columns"],
+)
+def test_lists_of_lines(folder, name, text, categories):
+    (folder / "classes.txt").unlink()
+    (folder / name).write_text(text)
+    assert {each["id"]: each["name"] for each in read(folder, ReadOptions()).categories} == categories
+
+
+def test_a_name_that_is_the_folder_of_another(folder, tmp_path, picture_at, png_at, capsys):
+    picture_at(folder / "images/train/0.png/more.png")
+    (folder / "labels/train/0.png").rename(folder / "labels/train/0.bmp")
+    png_at(folder / "labels/train/0.png/more.png", labels())
+    assert main(["data", "import", "semantic", str(folder), str(tmp_path / "out")]) == 2
+    assert "0.png would be a file and a folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_without_a_list_labels_make_the_classes(folder):
     (folder / "classes.txt").unlink()
     assert [category["name"] for category in read(folder, ReadOptions()).categories] == [f"class {n}" for n in range(4)]
@@ -141,13 +165,15 @@ def test_depths_of_maps(tmp_path, png_at):
         (lambda f: [path.unlink() for path in (f / "labels" / "train").iterdir()], "no annotations for its pictures"),
         (lambda f: (f / "labels").rename(f / "other"), "no folders of pictures and maps"),
         (lambda f: (f / "classes.txt").write_bytes("Bäume".encode("utf-16")), "not a text in UTF-8"),
+        (lambda f: (f / "classes.txt").write_text("a\n\nb"), "classes.txt, line 2: ''"),
+        (lambda f: (f / "classes.txt").write_text("background:0,0,0::\n"), "an export of CVAT is of the kind cvat"),
         (lambda f: (f / "categories.json").write_text("{"), "not a JSON file"),
         (lambda f: (f / "categories.json").write_text('{"a": "b"}'), "'a' is no label"),
         (lambda f: (f / "categories.json").write_text("7"), "a list of names"),
         (lambda f: (f / "categories.json").write_text("[7]"), "is no category"),
         (lambda f: (f / "labels" / "train" / "1_gt.png").write_bytes(b""), "two files of one name"),
     ],
-    ids=["picture", "maps", "folder", "encoding", "json", "key", "number", "name", "twice"],
+    ids=["picture", "maps", "folder", "encoding", "empty line", "cvat", "json", "key", "number", "name", "twice"],
 )  # fmt: skip
 def test_faults_of_the_folder_are_one_line(folder, tmp_path, capsys, break_it, message):
     break_it(folder)

@@ -1,9 +1,12 @@
 """Files of a source are found once, in order."""
 
+import os
+
 import pytest
 
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.formats.source_files import by_stem, files_below, paired
+from ldmseg_fast.formats.source_files import by_stem, check_folder, files_below, paired
+from ldmseg_fast.formats.trees import Tree
 
 
 def test_files_of_an_ending_in_order_without_hidden_ones(tmp_path):
@@ -12,6 +15,21 @@ def test_files_of_an_ending_in_order_without_hidden_ones(tmp_path):
         (tmp_path / name).write_bytes(b"")
     found = [path.relative_to(tmp_path).as_posix() for path in files_below(tmp_path, (".png",))]
     assert found == ["a/1.png", "a.png/5.png", "b/2.PNG"]
+
+
+def test_a_folder_that_may_not_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "shut").mkdir()
+
+    def listing(path, own=os.scandir):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return own(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    for read in (Tree, lambda folder: files_below(folder, (".png",))):
+        with pytest.raises(DataError, match="shut: Permission denied: its files cannot be listed"):
+            read(tmp_path)
 
 
 def test_links_to_folders_are_followed_and_circles_end(tmp_path):
@@ -32,3 +50,11 @@ def test_pairs_and_what_has_none(tmp_path):
         paired({"a": pictures["a"]}, maps, tmp_path)
     with pytest.raises(DataError, match="two files of one name"):
         by_stem([tmp_path / "a.jpg", tmp_path / "a.png"], tmp_path)
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"")
+    with pytest.raises(DataError, match="no folder; unpack it first"):
+        check_folder(tmp_path / "a.zip")
+    with pytest.raises(DataError, match="no such folder"):
+        check_folder(tmp_path / "b")

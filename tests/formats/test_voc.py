@@ -52,6 +52,12 @@ def test_voc_round_trip(devkit, tmp_path, imported):
     assert len(imported(tmp_path / "all", "trainval")) == 4
 
 
+def test_a_picture_that_a_list_names_twice_is_one(devkit, tmp_path, imported):
+    (devkit / "ImageSets/Segmentation/val.txt").write_text("2007_000001\n2007_000001\n")
+    assert main(["data", "import", "voc", str(devkit), str(tmp_path / "out"), "--split", "val"]) == 0
+    assert set(imported(tmp_path / "out", "val")) == {"2007_000001.png", "categories"}
+
+
 def test_classes_alone_are_stuff(devkit, tmp_path, imported):
     for path in (devkit / "SegmentationObject").iterdir():
         path.unlink()
@@ -157,7 +163,7 @@ def test_pascal_context_without_objects_and_with_lists(context, tmp_path, import
     for path in (context / "VOC2010" / "SegmentationObject").iterdir():
         path.unlink()
     (context / "VOC2010" / "SegmentationObject").rmdir()
-    (context / "val.txt").write_text("2007_000001\n2009_000000\n")
+    (context / "val.txt").write_text("2007_000001\n2007_000001\n2009_000000\n")
     assert main(["data", "import", "pascal-context", str(context), str(tmp_path / "out")]) == 0
     maps = imported(tmp_path / "out", "val")
     assert len(maps) == 2 and not any(each["isthing"] for each in maps["categories"])
@@ -168,6 +174,7 @@ def test_pascal_context_without_objects_and_with_lists(context, tmp_path, import
     [
         (lambda f: (f / "labels.txt").unlink(), "no such file"),
         (lambda f: (f / "labels.txt").write_text("dog\n"), "NUMBER: NAME expected"),
+        (lambda f: (f / "labels.txt").write_text("7: dog\n7: cat\n"), "7 is 'dog' already"),
         (lambda f: (f / "labels.txt").write_text("7: dog\n"), "label 12 is no category"),
         (lambda f: (f / "59_labels.txt").write_text("7: hound\n"), "hound is not in"),
         (lambda f: (f / "trainval" / "2007_000001.mat").write_bytes(b"MATLAB 5.0 nothing"), "no readable .mat"),
@@ -178,7 +185,20 @@ def test_pascal_context_without_objects_and_with_lists(context, tmp_path, import
         (lambda f: savemat(f / "trainval" / "2007_000001.mat", {"LabelMap": np.full((3, 3), 7)}), "3x3"),
         (lambda f: (f / "VOC2010" / "JPEGImages" / "2007_000001.jpg").unlink(), "1 of 3 names"),
     ],
-    ids=["labels", "line", "label", "59", "damaged", "hdf5", "variable", "fraction", "text", "size", "picture"],
+    ids=[
+        "labels",
+        "line",
+        "twice",
+        "label",
+        "59",
+        "damaged",
+        "hdf5",
+        "variable",
+        "fraction",
+        "text",
+        "size",
+        "picture",
+    ],
 )
 def test_faults_of_pascal_context(context, tmp_path, capsys, break_it, message):
     break_it(context)
