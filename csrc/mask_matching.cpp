@@ -21,16 +21,18 @@ struct Steps {
     }
 };
 
-void set_bit(std::vector<uint64_t>& bits, uint32_t at) { bits[at / 64] |= uint64_t{1} << (at % 64); }
+void set_bit(uint64_t* bits, uint32_t at) { bits[at / 64] |= uint64_t{1} << (at % 64); }
 
 // Right where no two masks share a pixel. Otherwise some pieces of masks come out shorter than they are, none longer.
 void mark_spans(const MaskSide& side, size_t pixels, Steps& steps) {
     steps.start(pixels);
+    uint64_t *begins = steps.begins.data(), *ends = steps.ends.data();  // else looked up again after every id, a char
+    uint8_t* ids = steps.ids.data();
     for (size_t k = 0; k < side.masks.size(); ++k)
         for (const Span& span : side.masks[k]) {
-            set_bit(steps.begins, span.begin);
-            set_bit(steps.ends, span.end);
-            steps.ids[span.begin] = static_cast<uint8_t>(k + 1);
+            set_bit(begins, span.begin);
+            set_bit(ends, span.end);
+            ids[span.begin] = static_cast<uint8_t>(k + 1);
         }
 }
 
@@ -39,11 +41,12 @@ void mark_painted(const MaskSide& side, size_t pixels, Steps& steps) {
     std::fill(steps.ids.begin(), steps.ids.begin() + static_cast<std::ptrdiff_t>(pixels), 0);
     paint_pixels(side.masks, painting_order(side.masks, side.above), steps.ids.data());
     unequal_bits(steps.ids.data(), pixels, steps.begins.data());
-    set_bit(steps.begins, 0);
+    set_bit(steps.begins.data(), 0);
 }
 
 // Pixels of each pair of ids: that of (g, p) stands at g * stride + p.
-void count_pairs(const Steps& gt, const Steps& pred, size_t pixels, size_t stride, std::vector<uint32_t>& pairs) {
+void count_pairs(const Steps& gt, const Steps& pred, size_t pixels, size_t stride, uint32_t* pairs) {
+    const uint8_t *gt_ids = gt.ids.data(), *pred_ids = pred.ids.data();
     size_t last = 0, g = 0, p = 0;
     for (size_t word = 0; word < gt.begins.size(); ++word) {
         const uint64_t gt_begins = gt.begins[word], pred_begins = pred.begins[word];
@@ -54,7 +57,7 @@ void count_pairs(const Steps& gt, const Steps& pred, size_t pixels, size_t strid
             if (at >= pixels) break;  // where the last spans end
             pairs[g * stride + p] += static_cast<uint32_t>(at - last);
             // both are looked up whether they are needed or not: a branch would be guessed wrong every other time
-            const size_t next_g = gt_begins >> bit & 1 ? gt.ids[at] : 0, next_p = pred_begins >> bit & 1 ? pred.ids[at] : 0;
+            const size_t next_g = gt_begins >> bit & 1 ? gt_ids[at] : 0, next_p = pred_begins >> bit & 1 ? pred_ids[at] : 0;
             g = gt_any >> bit & 1 ? next_g : g;
             p = pred_any >> bit & 1 ? next_p : p;
             last = at;
@@ -80,7 +83,7 @@ MaskMatches match_masks(const MaskSide& gt, const MaskSide& pred, size_t pixels)
     std::array<std::vector<int64_t>, 2> left;  // pixels of each mask, behind those of none
     const auto count = [&] {
         pairs.assign((gt.masks.size() + 1) * stride, 0);
-        count_pairs(steps[0], steps[1], pixels, stride, pairs);
+        count_pairs(steps[0], steps[1], pixels, stride, pairs.data());
         for (size_t side = 0; side < 2; ++side) left[side].assign(sides[side]->masks.size() + 1, 0);
         for (size_t g = 0, at = 0; g < left[0].size(); ++g)
             for (size_t p = 0; p < stride; ++p, ++at) {
