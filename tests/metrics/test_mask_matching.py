@@ -83,3 +83,11 @@ def test_what_is_no_pair_of_masks_is_told(tmp_path):
         paths[1].write_text(json.dumps([changed]))  # results, which say nothing else of images
         with pytest.raises(PanopticFormatError, match=message):
             FilePair(*paths).match(0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_ground_truth_is_blamed_first(tmp_path, threads):
+    for name in ("gt", "pred"):
+        (tmp_path / f"{name}.json").write_text('{"annotations": [{"segmentation": 1}]}')
+    with pytest.raises(PanopticFormatError, match=r"gt\.json: `images` is missing"):
+        FilePair(tmp_path / "gt.json", tmp_path / "pred.json", threads=threads)
