@@ -10,6 +10,7 @@
 #include "annotation_index.hpp"
 #include "coco_masks.hpp"
 #include "mask_index.hpp"
+#include "mask_matching.hpp"
 #include "matching.hpp"
 #include "outlines.hpp"
 #include "panoptic_head.hpp"
@@ -184,47 +185,51 @@ std::unique_ptr<MaskIndex> py_mask_index(const std::string& path, bool predictio
     return std::make_unique<MaskIndex>(path, predictions);
 }
 
-// (height, width) as the file tells it, (0, 0) where it does not
-std::pair<size_t, size_t> mask_size(const std::vector<StoredMask>& masks, std::pair<size_t, size_t> size) {
-    for (const StoredMask& mask : masks) {
-        if (mask.height == 0) continue;
-        if (size.first == 0) size = {mask.height, mask.width};
-        if (size != std::make_pair(mask.height, mask.width)) throw BadMask("sizes differ");
-    }
-    return size;
-}
-
 std::pair<size_t, size_t> py_mask_size(const MaskIndex& index, size_t k) {
     py::gil_scoped_release release;
-    const auto size = index.size(k);
-    return size.first ? size : mask_size(index.masks(k), size);
+    return index.size(k);
 }
 
-// height and width: where the file does not tell them. Returns (size, map on its side, gone, hidden pixels, table [S, 4])
-py::tuple py_paint_image(const MaskIndex& index, size_t k, const std::set<int64_t>& things, size_t height, size_t width) {
+Categories categories_of(const Array<int64_t>& things) { return {things.data(), things.data() + things.size()}; }
+
+// things: ascending, int64 [N]; height and width: where the file does not tell them. Returns (size, map on its side, gone,
+// hidden pixels, table [S, 4])
+py::tuple py_paint_image(const MaskIndex& index, size_t k, const Array<int64_t>& things, size_t height, size_t width) {
+    const Categories above = categories_of(things);
     py::gil_scoped_release release;
-    std::vector<StoredMask> masks = index.masks(k);
-    std::pair<size_t, size_t> size = mask_size(masks, index.size(k));
-    if (size.first == 0) size = {height, width};
-    if (size.first == 0 || size.second == 0) throw BadMask("no size");
-    std::vector<std::vector<Span>> spans;
-    std::vector<uint8_t> above;
+    const ImageMasks image = index.image_masks(k, above, height, width);
+    const MaskSide& side = image.side;
+    PaintedMasks painted = paint_masks(side.masks, side.above, image.height, image.width);
     std::vector<Segment> rows;
-    for (const StoredMask& mask : masks) {
-        above.push_back(!mask.segment.iscrowd && things.count(mask.segment.category_id));
-        if (mask.height) {
-            spans.push_back(spans_of_counts(mask.counts, size.first * size.second));
-            continue;
-        }
-        OutlineMask drawn(size.first, size.second);
-        for (const std::vector<double>& xy : mask.outlines) drawn.add(xy.data(), xy.size() / 2);
-        spans.push_back(drawn.spans());
-    }
-    PaintedMasks painted = paint_masks(spans, above, size.first, size.second);
-    for (size_t place = 0; place < masks.size(); ++place)
-        if (!std::binary_search(painted.gone.begin(), painted.gone.end(), place)) rows.push_back(masks[place].segment);
+    for (size_t place = 0; place < side.segments.size(); ++place)
+        if (!std::binary_search(painted.gone.begin(), painted.gone.end(), place)) rows.push_back(side.segments[place]);
     py::gil_scoped_acquire acquire;
-    return py::make_tuple(size, py::cast(std::move(painted.map)), painted.gone, painted.hidden, table_of(rows));
+    return py::make_tuple(py::make_tuple(image.height, image.width), py::cast(std::move(painted.map)), painted.gone,
+                          painted.hidden, table_of(rows));
+}
+
+// category: of all segments, -1 for their own. Returns (matches, hidden pixels, masks that are gone), both of ground truth
+// and prediction; None where maps have to be painted, or tell what is wrong
+py::object py_match_masks(const MaskIndex& gt_index, size_t gt_k, const MaskIndex& pred_index, size_t pred_k,
+                          const Array<int64_t>& things, int64_t category) {
+    const Categories above = categories_of(things);
+    MaskMatches found;
+    bool simple = false;
+    {
+        py::gil_scoped_release release;
+        ImageMasks gt = gt_index.image_masks(gt_k, above, 0, 0);
+        ImageMasks pred = pred_index.image_masks(pred_k, above, gt.height, gt.width);
+        simple = gt.height == pred.height && gt.width == pred.width && gt.side.masks.size() <= kMostMasks &&
+                 pred.side.masks.size() <= kMostMasks;
+        if (simple) {
+            for (ImageMasks* image : {&gt, &pred})
+                for (Segment& segment : image->side.segments)
+                    if (category >= 0) segment.category_id = category;
+            found = match_masks(gt.side, pred.side, gt.height * gt.width);
+        }
+    }
+    if (!simple) return py::none();
+    return py::make_tuple(to_array(found.matches), found.hidden, found.gone);
 }
 
 // (file name, table [S, 4])
@@ -252,16 +257,17 @@ void require_mask_size(size_t height, size_t width) {
 }
 
 // counts: compressed, or int64 [N]
-std::vector<int64_t> run_lengths(const py::object& counts) {
-    if (py::isinstance<py::bytes>(counts)) return counts_of_text(std::string_view(py::reinterpret_borrow<py::bytes>(counts)));
+std::vector<Span> spans_of_run_lengths(const py::object& counts, size_t pixels) {
+    if (py::isinstance<py::bytes>(counts))
+        return spans_of_text(std::string_view(py::reinterpret_borrow<py::bytes>(counts)), pixels);
     const auto values = py::cast<Array<int64_t>>(counts);
     require(values.ndim() == 1, "expected counts int64 [N]");
-    return {values.data(), values.data() + values.size()};
+    return spans_of_counts({values.data(), values.data() + values.size()}, pixels);
 }
 
 Array<uint8_t> py_mask_of_counts(const py::object& counts, size_t height, size_t width) {
     require_mask_size(height, width);
-    return mask_of_spans(spans_of_counts(run_lengths(counts), height * width), height, width);
+    return mask_of_spans(spans_of_run_lengths(counts, height * width), height, width);
 }
 
 std::vector<Span> spans_of_outlines(const std::vector<Array<double>>& outlines, size_t height, size_t width) {
@@ -288,7 +294,7 @@ py::tuple py_paint_masks(const py::list& masks, const Array<uint8_t>& above, siz
         try {
             spans.push_back(py::isinstance<py::list>(given)
                                 ? spans_of_outlines(py::cast<std::vector<Array<double>>>(given), height, width)
-                                : spans_of_counts(run_lengths(given), height * width));
+                                : spans_of_run_lengths(given, height * width));
         } catch (const BadMask& error) {
             throw BadMask(std::to_string(spans.size()) + " " + error.what());  // which one, for the caller's words
         }
@@ -455,6 +461,8 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("used_categories", &MaskIndex::used_categories)
         .def("size", &py_mask_size, py::arg("k"))
         .def("paint", &py_paint_image, py::arg("k"), py::arg("things"), py::arg("height"), py::arg("width"));
+    m.def("match_masks", &py_match_masks, py::arg("gt"), py::arg("gt_k"), py::arg("pred"), py::arg("pred_k"),
+          py::arg("things"), py::arg("category") = -1);
 
     // coco_masks.hpp
     py::register_exception<BadMask>(m, "BadMask", PyExc_ValueError);

@@ -57,30 +57,83 @@ std::vector<int64_t> counts_of_text(std::string_view text) {
 }
 
 std::vector<Span> spans_of_counts(const std::vector<int64_t>& counts, size_t pixels) {
-    std::vector<Span> spans;
-    spans.reserve(counts.size() / 2 + 1);
     const auto size = static_cast<int64_t>(pixels);
-    int64_t at = 0;
     const auto least = std::min_element(counts.begin(), counts.end());
     if (least != counts.end() && *least < 0) throw BadMask("`counts` has the run length " + std::to_string(*least));
-    const auto advance = [&](int64_t count) {
-        if (count > size - at) throw BadMask("`counts` covers more than the " + std::to_string(size) + " pixels of `size`");
-        at += count;
-    };
-    for (size_t k = 0; k < counts.size(); k += 2) {
-        advance(counts[k]);
-        if (k + 1 == counts.size()) break;
-        const auto begin = static_cast<uint32_t>(at);
-        advance(counts[k + 1]);
-        const auto end = static_cast<uint32_t>(at);
-        if (!spans.empty() && spans.back().end == begin)
-            spans.back().end = end;
-        else if (begin != end)
-            spans.push_back({begin, end});
+    int64_t covered = 0;
+    for (const int64_t count : counts) {
+        if (count > size - covered)
+            throw BadMask("`counts` covers more than the " + std::to_string(size) + " pixels of `size`");
+        covered += count;
     }
-    if (at != size)
-        throw BadMask("`counts` covers " + std::to_string(at) + " of the " + std::to_string(size) + " pixels of `size`");
+    if (covered != size)
+        throw BadMask("`counts` covers " + std::to_string(covered) + " of the " + std::to_string(size) + " pixels of `size`");
+    std::vector<Span> spans(counts.size() / 2 + 1);
+    Span* last = spans.data();
+    uint32_t at = 0;
+    for (size_t k = 0; k + 1 < counts.size(); k += 2) {
+        last->begin = at += static_cast<uint32_t>(counts[k]);
+        last->end = at += static_cast<uint32_t>(counts[k + 1]);
+        if (last->begin == last->end) continue;
+        if (last != spans.data() && last[-1].end == last->begin)
+            last[-1].end = last->end;
+        else
+            ++last;
+    }
+    spans.resize(static_cast<size_t>(last - spans.data()));
     return spans;
+}
+
+namespace {
+
+// The spans of `text` where it is right in all, which the two functions above find out in more steps.
+bool read_spans(std::string_view text, size_t pixels, std::vector<Span>& spans) {
+    const auto* at = reinterpret_cast<const unsigned char*>(text.data());
+    const auto* end = at + text.size();
+    const auto add_difference = [&](int64_t& length) {
+        int64_t value = 0;
+        unsigned digit;
+        int shift = 0;
+        do {
+            if (at == end || shift > 30) return false;
+            digit = *at++ - 48u;
+            if (digit > 63) return false;
+            value |= static_cast<int64_t>(digit & 31) << shift;
+            shift += 5;
+        } while (digit & 32);
+        if (digit & 16) value -= int64_t{1} << shift;
+        length += value;
+        return length >= 0 && length <= static_cast<int64_t>(pixels);
+    };
+    spans.resize(text.size() / 2 + 1);
+    Span* last = spans.data();
+    int64_t covered = 0, gap = 0, run = 0;
+    for (bool first = true; at != end; first = false) {
+        if (!add_difference(gap)) return false;
+        covered += gap;
+        if (at == end) break;
+        if (!add_difference(run)) return false;
+        const auto begin = static_cast<uint32_t>(covered);
+        covered += run;
+        if (covered > static_cast<int64_t>(pixels)) return false;
+        if (run != 0) {
+            if (last != spans.data() && last[-1].end == begin)
+                --last;
+            else
+                last->begin = begin;
+            last++->end = static_cast<uint32_t>(covered);
+        }
+        if (first) gap = 0;  // the third count is no difference yet
+    }
+    spans.resize(static_cast<size_t>(last - spans.data()));
+    return covered == static_cast<int64_t>(pixels);
+}
+
+}  // namespace
+
+std::vector<Span> spans_of_text(std::string_view text, size_t pixels) {
+    std::vector<Span> spans;
+    return read_spans(text, pixels, spans) ? spans : spans_of_counts(counts_of_text(text), pixels);
 }
 
 OutlineMask::OutlineMask(size_t height, size_t width)
@@ -174,27 +227,30 @@ RunMap map_of_layers(const std::vector<std::vector<Span>>& masks, const std::vec
     static thread_local std::vector<Id> pixels;  // a fresh page costs more than what is painted on it
     if (pixels.size() > 4 * height * width) pixels = {};
     pixels.assign(height * width, 0);
-    for (const size_t k : order)
-        for (const Span& span : masks[k])
-            std::fill(pixels.data() + span.begin, pixels.data() + span.end, static_cast<Id>(k + 1));
+    paint_pixels(masks, order, pixels.data());
     return RunMap(pixels.data(), width, height);
 }
 
 }  // namespace
 
-PaintedMasks paint_masks(const std::vector<std::vector<Span>>& masks, const std::vector<uint8_t>& above, size_t height,
-                         size_t width) {
+std::vector<size_t> painting_order(const std::vector<std::vector<Span>>& masks, const std::vector<uint8_t>& above) {
     std::vector<int64_t> area(masks.size(), 0);
-    int64_t hidden = 0;
-    for (size_t k = 0; k < masks.size(); ++k) {
+    for (size_t k = 0; k < masks.size(); ++k)
         for (const Span& span : masks[k]) area[k] += span.end - span.begin;
-        hidden += area[k];
-    }
     std::vector<size_t> order(masks.size());
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
         return above[a] != above[b] ? above[a] < above[b] : area[a] > area[b];
     });
+    return order;
+}
+
+PaintedMasks paint_masks(const std::vector<std::vector<Span>>& masks, const std::vector<uint8_t>& above, size_t height,
+                         size_t width) {
+    int64_t hidden = 0;
+    for (const std::vector<Span>& mask : masks)
+        for (const Span& span : mask) hidden += span.end - span.begin;
+    const std::vector<size_t> order = painting_order(masks, above);
     const bool few = masks.size() <= std::numeric_limits<uint8_t>::max();  // a quarter of the memory to be written
     RunMap map = few ? map_of_layers<uint8_t>(masks, order, height, width) : map_of_layers<int32_t>(masks, order, height, width);
     std::vector<uint8_t> there(masks.size() + 1, 0);

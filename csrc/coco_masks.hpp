@@ -1,6 +1,7 @@
 // Masks as COCO writes them: run lengths down the columns, and outlines. The rules are pycocotools'; the twin is
 // panoptic/coco_masks.py.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -26,6 +27,9 @@ std::vector<int64_t> counts_of_text(std::string_view text);
 // Throws BadMask for counts below 0, and where they do not add up to `pixels`. Empty spans are left out.
 std::vector<Span> spans_of_counts(const std::vector<int64_t>& counts, size_t pixels);
 
+// The same of compressed counts, in one pass where they are right.
+std::vector<Span> spans_of_text(std::string_view text, size_t pixels);
+
 // Puts outlines together to one mask.
 class OutlineMask {
    public:
@@ -46,9 +50,19 @@ class OutlineMask {
     std::vector<uint64_t> toggles_, pixels_;  // a bit a pixel
 };
 
-// Masks painted over each other, mask k as id k + 1: those of `above` over the others, and of each the smaller over the
-// larger, the later over the earlier of equal ones. The map lies on its side, [width, height], as columns are its rows:
-// to matching and boundaries both are one.
+// The order in which masks are painted: those of `above` after the others, and of each the larger first, of equal ones the
+// earlier.
+std::vector<size_t> painting_order(const std::vector<std::vector<Span>>& masks, const std::vector<uint8_t>& above);
+
+// Paints mask k as k + 1.
+template <typename Id>
+void paint_pixels(const std::vector<std::vector<Span>>& masks, const std::vector<size_t>& order, Id* pixels) {
+    for (const size_t k : order)
+        for (const Span& span : masks[k]) std::fill(pixels + span.begin, pixels + span.end, static_cast<Id>(k + 1));
+}
+
+// Masks painted over each other, mask k as id k + 1. The map lies on its side, [width, height], as columns are
+// its rows: to matching and boundaries both are one.
 struct PaintedMasks {
     RunMap map;
     std::vector<size_t> gone;  // masks of which no pixel is left, ascending

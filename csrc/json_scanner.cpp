@@ -99,10 +99,10 @@ size_t JsonScanner::plain_part() {
     size_t plain = 0;
     for (constexpr size_t step = 64; plain < size;) {  // without a branch inside, for the compiler to widen
         const size_t end = std::min(size, plain + step);
-        unsigned unusual = 0;
+        uint8_t unusual = 0;  // no wider than a character, or the compiler widens those
         for (size_t k = plain; k < end; ++k) {
-            const auto c = static_cast<unsigned char>(begin[k]);
-            unusual |= (c < 0x20) | (c >> 7) | (c == '\\');
+            const auto c = static_cast<signed char>(begin[k]);  // below 0: not ASCII
+            unusual |= static_cast<uint8_t>((c < 0x20) | (c == '\\'));
         }
         if (unusual) {
             const auto is_plain = [](unsigned char c) { return c >= 0x20 && c < 0x80 && c != '\\'; };

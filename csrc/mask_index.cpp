@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <string_view>
+#include <tuple>
 
 namespace ldmseg {
 namespace {
@@ -24,8 +26,10 @@ void once(bool& seen) {
 }
 
 void read_run_lengths(JsonScanner& json, StoredMask& mask) {
-    bool size = false, counts = false;
-    json.each_entry([&](const std::string& key) {
+    bool size = false, counts = false, compressed = false;
+    std::vector<int64_t> lengths;
+    std::string text;
+    json.each_entry([&](std::string_view key) {
         if (key == "size") {
             once(size);
             std::vector<int64_t> sides;
@@ -37,22 +41,25 @@ void read_run_lengths(JsonScanner& json, StoredMask& mask) {
             mask.width = static_cast<size_t>(sides[1]);
         } else if (key == "counts") {
             once(counts);
-            if (json.peek() == '"')
-                mask.counts = counts_of_text(json.long_text());
+            compressed = json.peek() == '"';
+            if (compressed)
+                text = json.long_text();
             else
-                json.each_item([&] { mask.counts.push_back(json.integer()); });
+                json.each_item([&] { lengths.push_back(json.integer()); });
         } else {
             json.skip_value();
         }
     });
     require(size && counts);
+    const size_t pixels = mask.height * mask.width;
+    mask.spans = compressed ? spans_of_text(text, pixels) : spans_of_counts(lengths, pixels);
 }
 
 // One annotation; without `masks`, its mask is looked over only.
 StoredMask read_mask(JsonScanner& json, std::string& image_id, bool masks) {
     StoredMask mask{{0, 0, 0, -1}, 0, 0, {}, {}};
     bool image = false, category = false, crowd = false, segmentation = false, score = false;
-    json.each_entry([&](const std::string& key) {
+    json.each_entry([&](std::string_view key) {
         if (key == "image_id") {
             once(image);
             image_id = json.raw_scalar();
@@ -90,6 +97,16 @@ StoredMask read_mask(JsonScanner& json, std::string& image_id, bool masks) {
     return mask;
 }
 
+// The size of the masks of an image; `size` where there are outlines alone.
+std::pair<size_t, size_t> size_of(const std::vector<StoredMask>& masks, std::pair<size_t, size_t> size) {
+    for (const StoredMask& mask : masks) {
+        if (mask.height == 0) continue;
+        if (size.first == 0) size = {mask.height, mask.width};
+        if (size != std::make_pair(mask.height, mask.width)) throw BadMask("sizes differ");
+    }
+    return size;
+}
+
 }  // namespace
 
 MaskIndex::MaskIndex(const std::string& path, bool predictions) : predictions_(predictions) {
@@ -115,7 +132,7 @@ void MaskIndex::scan(uint64_t size) {
         require(predictions_);
         json.each_item([&] { add_annotation(json); });
     } else {
-        json.each_entry([&](const std::string& key) {
+        json.each_entry([&](std::string_view key) {
             if (key == "images") {
                 once(lists_images_);
                 require(!annotations);  // else ids that `images` lacks would not be seen
@@ -159,7 +176,7 @@ void MaskIndex::add_image(JsonScanner& json) {
     std::string id;
     bool height = false, width = false;
     int64_t sides[] = {0, 0};
-    json.each_entry([&](const std::string& key) {
+    json.each_entry([&](std::string_view key) {
         if (key == "id") {
             require(id.empty());
             id = json.raw_scalar();
@@ -174,7 +191,7 @@ void MaskIndex::add_image(JsonScanner& json) {
     });
     const size_t before = image_ids_.size();
     require(!id.empty() && id != "\"\"" && height == width && sides[0] * sides[1] <= kMostPixels);
-    sizes_[image(id)] = {static_cast<uint32_t>(sides[0]), static_cast<uint32_t>(sides[1])};
+    sizes_[image(id)] = {static_cast<size_t>(sides[0]), static_cast<size_t>(sides[1])};
     require(image_ids_.size() > before);  // else it is there twice
 }
 
@@ -189,6 +206,30 @@ void MaskIndex::add_annotation(JsonScanner& json) {
     require(!lists_images_ || image_ids_.size() == before);
     places_.push_back({begin, static_cast<uint32_t>(size), number});
     used_.insert(mask.segment.category_id);
+}
+
+std::pair<size_t, size_t> MaskIndex::size(size_t k) const {
+    return sizes_.at(k).first ? sizes_[k] : size_of(masks(k), {0, 0});
+}
+
+ImageMasks MaskIndex::image_masks(size_t k, const Categories& things, size_t height, size_t width) const {
+    std::vector<StoredMask> stored = masks(k);
+    ImageMasks found;
+    std::tie(found.height, found.width) = size_of(stored, sizes_[k]);
+    if (found.height == 0) found.height = height, found.width = width;
+    if (found.height == 0 || found.width == 0) throw BadMask("no size");
+    for (StoredMask& mask : stored) {
+        const Segment& segment = mask.segment;
+        found.side.segments.push_back(segment);
+        found.side.above.push_back(!segment.iscrowd && std::binary_search(things.begin, things.end, segment.category_id));
+        if (mask.height == 0) {
+            OutlineMask drawn(found.height, found.width);
+            for (const std::vector<double>& xy : mask.outlines) drawn.add(xy.data(), xy.size() / 2);
+            mask.spans = drawn.spans();
+        }
+        found.side.masks.push_back(std::move(mask.spans));
+    }
+    return found;
 }
 
 std::vector<StoredMask> MaskIndex::masks(size_t k) const {

@@ -8,15 +8,24 @@
 
 #include "coco_masks.hpp"
 #include "json_scanner.hpp"
-#include "matching.hpp"
+#include "mask_matching.hpp"
 
 namespace ldmseg {
 
 struct StoredMask {
     Segment segment;  // id: the place among the image's own, from 1
     size_t height = 0, width = 0;  // 0: polygons
-    std::vector<int64_t> counts;
+    std::vector<Span> spans;
     std::vector<std::vector<double>> outlines;  // x, y, x, y, ...
+};
+
+struct Categories {  // ascending
+    const int64_t *begin, *end;
+};
+
+struct ImageMasks {
+    MaskSide side;
+    size_t height, width;
 };
 
 // One pass checks the whole file but for the masks themselves, and keeps some tens of bytes an annotation. Throws
@@ -32,12 +41,17 @@ class MaskIndex {
     const std::vector<std::string>& image_ids() const { return image_ids_; }
     const std::string& categories() const { return categories_; }  // the list as it is written, or empty
     std::vector<int64_t> used_categories() const { return {used_.begin(), used_.end()}; }
-    std::pair<size_t, size_t> size(size_t k) const { return sizes_.at(k); }  // (height, width), 0 where it is not told
 
-    // In the order of the file. Throws UnusualJson and BadMask.
-    std::vector<StoredMask> masks(size_t k) const;
+    // (height, width) as `images` or run lengths tell it, else (0, 0). Throws as image_masks does.
+    std::pair<size_t, size_t> size(size_t k) const;
+
+    // In the order of the file; height and width are those of an image whose size the file does not tell, or 0. Throws
+    // UnusualJson and BadMask.
+    ImageMasks image_masks(size_t k, const Categories& things, size_t height, size_t width) const;
 
    private:
+    std::vector<StoredMask> masks(size_t k) const;
+
     struct Place {
         uint64_t offset;
         uint32_t size, image;
@@ -54,7 +68,7 @@ class MaskIndex {
     std::vector<size_t> first_;  // place of each image's first
     std::vector<std::string> image_ids_;
     std::unordered_map<std::string, uint32_t> numbers_;  // of images; empty after the scan
-    std::vector<std::pair<uint32_t, uint32_t>> sizes_;
+    std::vector<std::pair<size_t, size_t>> sizes_;
     std::set<int64_t> used_;
     std::string categories_;
 };

@@ -230,6 +230,14 @@ static std::vector<Match> match_pairs(const std::vector<Pair>& pairs, const std:
     return matches;
 }
 
+std::vector<Match> match_overlaps(const std::vector<Overlap>& overlaps, const std::vector<Segment>& gt_segments,
+                                  const std::vector<Segment>& pred_segments) {
+    std::vector<Pair> pairs;
+    for (const Overlap& overlap : overlaps)
+        pairs.push_back({static_cast<uint64_t>(overlap.gt_id) << 24 | static_cast<uint64_t>(overlap.pred_id), overlap.pixels});
+    return match_pairs(pairs, gt_segments, pred_segments, 0);
+}
+
 std::vector<Match> match_segments(const RunMap& gt, const std::vector<Segment>& gt_segments, const RunMap& pred,
                                   const std::vector<Segment>& pred_segments, size_t boundary_distance, size_t most_pairs) {
     try {

@@ -41,6 +41,10 @@ constexpr size_t kMostPairs = size_t{1} << 19;  // of maps from files: some tens
 std::vector<Match> match_segments(const RunMap& gt, const std::vector<Segment>& gt_segments, const RunMap& pred,
                                   const std::vector<Segment>& pred_segments, size_t boundary_distance, size_t most_pairs);
 
+// The same of all pairs of ids of two maps, in ascending order, without boundary IoU.
+std::vector<Match> match_overlaps(const std::vector<Overlap>& overlaps, const std::vector<Segment>& gt_segments,
+                                  const std::vector<Segment>& pred_segments);
+
 // Pixels whose (2 distance + 1)^2 window holds another id or reaches over the edge. Bits past the width are undefined.
 BitRows boundary_rows(const RunMap& map, size_t distance);
 

@@ -80,6 +80,8 @@ constexpr auto steps_of_bytes = steps_plain<uint8_t>;
 
 }  // namespace
 
+void unequal_bits(const uint8_t* ids, size_t count, uint64_t* bits) { steps_of_bytes(ids, count, bits); }
+
 RunMap::RunMap(size_t height, size_t width) : height(height), width(width), first_{1} {
     start_row();
     runs_[0] = {0, kEndOfRow};

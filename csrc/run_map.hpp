@@ -28,6 +28,9 @@ struct Run {
     int32_t begin, id;  // goes on until the next one begins
 };
 
+// Sets bit k where ids[k] != ids[k - 1], for 1 <= k < count, and clears the others of their words.
+void unequal_bits(const uint8_t* ids, size_t count, uint64_t* bits);
+
 class RunMap {
    public:
     size_t height, width;

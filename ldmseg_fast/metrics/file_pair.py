@@ -3,9 +3,11 @@
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,9 +17,12 @@ from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics.mask_maps import MaskMap
 from ldmseg_fast.metrics.matching import boundary_distance, match_segments
 from ldmseg_fast.metrics.pq import OBJECT_CATEGORY
-from ldmseg_fast.metrics.sources import lost_png, on_its_side, open_source
+from ldmseg_fast.metrics.sources import Source, lost_png, on_its_side, open_source
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png, read_run_map
+from ldmseg_fast.threads import startable_threads
+
+_SIDES = ("ground truth", "prediction")
 
 
 @dataclass
@@ -34,7 +39,7 @@ class Maps:
 class FilePair:
     """Opens ground truth and predictions and pairs their images.
 
-    Args: see `evaluate_files`.
+    Args: see `evaluate_files`; with `threads` over 1, both sides are opened at once.
 
     Attributes:
         gt, pred: the two sides.
@@ -51,10 +56,12 @@ class FilePair:
         class_agnostic: bool = False,
         allow_missing: bool = False,
         boundary: bool = False,
+        threads: int = 1,
     ) -> None:
         self.class_agnostic, self.boundary = class_agnostic, boundary
-        self.gt = open_source(gt_json, gt_folder, class_agnostic=class_agnostic)
-        self.pred = open_source(pred_json, pred_folder, predictions=True, class_agnostic=class_agnostic)
+        open_gt = partial(open_source, gt_json, gt_folder, class_agnostic=class_agnostic)
+        open_pred = partial(open_source, pred_json, pred_folder, predictions=True, class_agnostic=class_agnostic)
+        self.gt, self.pred = _open_both(open_gt, open_pred, threads > 1 and startable_threads(1) == 1)
         predicted = self._places()
         ids, listed = self.gt.image_ids, self.pred.image_ids
         lost = [image_id for k, image_id in enumerate(ids) if predicted[k] is None]
@@ -76,6 +83,7 @@ class FilePair:
         self._foreign = not class_agnostic and not self.pred.used_categories <= self.known
         if not listing:
             self.things = self.gt.used_categories | self.pred.used_categories
+        self._above = np.array(sorted(self.things), np.int64)
         self.overlaps: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -101,6 +109,8 @@ class FilePair:
         Raises:
             PanopticFormatError: names the image and the files.
         """
+        if (matches := self._match_streamed(k)) is not None:
+            return matches
         gt_map: Path | MaskMap | None = None
         pred_map: Path | MaskMap | None = None
         try:
@@ -128,6 +138,27 @@ class FilePair:
             files = f" ({files})" if files else ""
             raise PanopticFormatError(f"image {self.gt.image_ids[k]}{files}: {error}") from None
 
+    def _match_streamed(self, k: int) -> np.ndarray | None:
+        """Matches masks on both sides without maps of them; None where that is not all there is to do."""
+        gt, pred, other = self.gt.streamed, self.pred.streamed, self.predicted[k]
+        if gt is None or pred is None or other is None or self.boundary or self._foreign:
+            return None
+        category = OBJECT_CATEGORY["id"] if self.class_agnostic else -1
+        if (found := gt.match(k, pred, other, self._above, category)) is None:
+            return None
+        matches, hidden, gone = found
+        for side, pixels, masks in zip(_SIDES, hidden, gone):
+            self._add_overlaps(side, pixels, masks)
+        return matches
+
+    def _add_overlaps(self, side: str, hidden: int, gone: int) -> None:
+        if not hidden:
+            return
+        with self._lock:
+            self.overlaps[f"{side}, pixels under another mask"] += hidden
+            if gone:
+                self.overlaps[f"{side}, annotations without a pixel left"] += gone
+
     def _read(self, k: int) -> tuple[Path | MaskMap, np.ndarray, Path | MaskMap | None, np.ndarray]:
         other = self.predicted[k]
         ask = self.gt.is_masks and other is not None and self.gt.size(k) is None
@@ -137,12 +168,9 @@ class FilePair:
         if other is not None:
             size = gt_map.size if isinstance(gt_map, MaskMap) else self.gt.size(k) if self.pred.is_masks else None
             pred_map, pred_table = self.pred.read(other, size, self.things)
-        for side, painted in (("ground truth", gt_map), ("prediction", pred_map)):
-            if isinstance(painted, MaskMap) and painted.hidden:
-                with self._lock:
-                    self.overlaps[f"{side}, pixels under another mask"] += painted.hidden
-                    if painted.gone:
-                        self.overlaps[f"{side}, annotations without a pixel left"] += len(painted.gone)
+        for side, painted in zip(_SIDES, (gt_map, pred_map)):
+            if isinstance(painted, MaskMap):
+                self._add_overlaps(side, painted.hidden, len(painted.gone))
         return gt_map, gt_table, pred_map, pred_table
 
     def maps(self, k: int) -> Maps:
@@ -160,6 +188,14 @@ class FilePair:
         details = self.pred.details(other) if other is not None else []
         pred_segments = [segment for segment in details if segment["id"] in there[1]]
         return Maps(gt_ids, gt_segments, pred_ids, pred_segments, self.match(k))
+
+
+def _open_both(open_gt: Callable[[], Source], open_pred: Callable[[], Source], at_once: bool) -> tuple[Source, Source]:
+    if not at_once:
+        return open_gt(), open_pred()
+    with ThreadPoolExecutor(1) as pool:
+        pred = pool.submit(open_pred)
+        return open_gt(), pred.result()
 
 
 def _ids(stored: Path | MaskMap) -> np.ndarray:

@@ -123,7 +123,8 @@ class StreamedMasks:
     def read(self, k: int, size: Size | None, things: Collection[int]) -> tuple[MaskMap, np.ndarray]:
         """See `MaskFile.read`."""
         try:
-            found, columns, gone, hidden, table = self._index.paint(k, things, *(size or (0, 0)))
+            above = np.array(sorted(things), np.int64)
+            found, columns, gone, hidden, table = self._index.paint(k, above, *(size or (0, 0)))
         except ValueError:
             return self._whole.read(k, size, things)
         return MaskMap(found, columns, gone, hidden), table
@@ -131,6 +132,24 @@ class StreamedMasks:
     def details(self, k: int) -> list[dict[str, Any]]:
         """See `MaskFile.details`."""
         return self._whole.details(k)
+
+    def match(
+        self, k: int, pred: StreamedMasks, pred_k: int, things: np.ndarray, category: int
+    ) -> tuple[np.ndarray, list[int], list[int]] | None:
+        """Matches image k with image `pred_k` of the predictions in one call of C++, without maps.
+
+        Args:
+            things: category ids, ascending, int64 [N].
+            category: of all segments, -1 for their own.
+
+        Returns:
+            Rows of `MATCH_DTYPE`, and of ground truth and prediction the pixels that are hidden and the number of masks
+            that are gone, see `MaskMap`; None where `read` has to paint, or to tell what is wrong.
+        """
+        try:
+            return _C.match_masks(self._index, k, pred._index, pred_k, things, category)
+        except ValueError:
+            return None
 
 
 def open_mask_file(path: Path, *, predictions: bool) -> MaskFile | StreamedMasks | None:

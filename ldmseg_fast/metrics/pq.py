@@ -33,6 +33,7 @@ SIZE_BINS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, mat
 # What is kept of a row of MATCH_DTYPE; the whole set of images is held at once.
 _KEPT = {"image": "i4", "category_id": "i4", "area": "i4", "outcome": "i1", "iou": "f8", "boundary_iou": "f8"}
 KEPT_DTYPE = np.dtype(list(_KEPT.items()))
+_LARGEST_AREA = int(np.iinfo(np.int32).max)
 
 
 class PanopticQuality:
@@ -162,7 +163,7 @@ class PanopticQuality:
         """Adds the rows of one image, `MATCH_DTYPE` [M], that `match_segments` returned."""
         kept = self._more(len(matches))
         kept["image"] = len(self.image_ids)
-        kept["area"] = np.minimum(matches["area"], np.iinfo(np.int32).max)
+        kept["area"] = np.minimum(matches["area"], _LARGEST_AREA)
         for name in ("category_id", "outcome", "iou", "boundary_iou"):
             kept[name] = matches[name]
         if image_id is None:

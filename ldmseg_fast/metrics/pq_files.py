@@ -80,10 +80,11 @@ def match_all(
 ) -> tuple[PanopticQuality, dict[str, Any]]:
     """Matches all images of files; see `evaluate_files`. Returns the statistic and what only files can tell."""
     started = time.perf_counter()
-    pair = FilePair(gt_json, pred_json, gt_folder, pred_folder, class_agnostic, allow_missing, boundary)
+    wanted = num_threads or default_threads()
+    pair = FilePair(gt_json, pred_json, gt_folder, pred_folder, class_agnostic, allow_missing, boundary, wanted)
     stat = PanopticQuality(pair.gt.categories, class_agnostic, boundary)
     count = len(pair.gt.image_ids)
-    threads = max(1, startable_threads(min(num_threads or default_threads(), count, MOST_THREADS)))
+    threads = max(1, startable_threads(min(wanted, count, MOST_THREADS)))
     for image_id, matches in zip(pair.gt.image_ids, _map_in_order(pair.match, count, threads)):
         stat.add_matches(image_id, matches)
     seconds = time.perf_counter() - started

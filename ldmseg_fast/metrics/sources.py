@@ -45,6 +45,7 @@ class Source:
         pictures: file names of pictures by image id.
         is_masks: whether maps are painted of masks.
         is_folder: whether there are PNGs alone.
+        streamed: the masks, where C++ indexes them.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Source:
     pictures: Callable[[], dict[int | str, Any]]
     is_masks: bool = False
     is_folder: bool = False
+    streamed: StreamedMasks | None = None
 
 
 def open_source(
@@ -128,6 +130,7 @@ def _of_masks(masks: MaskFile | StreamedMasks) -> Source:
         masks.details,
         lambda: masks.names,
         is_masks=True,
+        streamed=masks if isinstance(masks, StreamedMasks) else None,
     )
 
 

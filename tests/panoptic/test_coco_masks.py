@@ -63,6 +63,14 @@ def test_empty_runs_are_legal():
     assert (twins(lambda: mask_of_rle(rle, "x")) == expected).all()
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 2000))
+def test_compressed_runs_of_any_length(counts, last):
+    height = sum(counts) + last
+    rle = pycocotools.frPyObjects({"size": [height, 1], "counts": [*counts, last]}, height, 1)
+    assert (twins(lambda: mask_of_rle(rle, "x")) == pycocotools.decode(rle)).all()
+
+
 coordinates = st.one_of(
     st.integers(-20, 60).map(float),
     st.floats(-30, 80),
