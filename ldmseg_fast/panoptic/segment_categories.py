@@ -11,6 +11,7 @@ on the logits' own grid. Kirillov et al., "Panoptic Segmentation", CVPR 2019, sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.config.categories import CategoryTable
+from ldmseg_fast.kernels.backend import exporting
 from ldmseg_fast.panoptic.results import PanopticResult
+
+PIXELS = 4096  # whose probabilities a CPU keeps in its cache
 
 
 def slot_categories(mask_logits: Tensor, category_logits: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -33,11 +37,22 @@ def slot_categories(mask_logits: Tensor, category_logits: Tensor, slots: Tensor 
         The category's number in 1..C, int64 [B, K], and the mean probability that the slot's pixels give it, float32
         [B, K].
     """
-    of_slots = _rows(mask_logits).softmax(-1)  # [B, h w, Q]
-    of_slots = of_slots if slots is None else of_slots.index_select(2, slots)
-    votes = of_slots.transpose(1, 2) @ _rows(category_logits).softmax(-1)  # [B, K, C + 1]
+    pixels, categories = _rows(mask_logits), _rows(category_logits)  # [B, h w, Q] and [B, h w, C + 1]
+    if exporting() or mask_logits.device.type != "cpu":
+        votes = _votes(pixels, categories, slots)
+    else:
+        size = max(1, PIXELS // len(pixels))
+        parts = zip(pixels.split(size, 1), categories.split(size, 1))
+        votes = reduce(torch.add, (_votes(*part, slots) for part in parts))
     most, number = votes[..., 1:].max(-1)  # [B, K]
-    return number + 1, most / of_slots.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    return number + 1, most / votes.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _votes(pixels: Tensor, categories: Tensor, slots: Tensor | None) -> Tensor:
+    """Adds up the votes, float32 [B, K, C + 1], of slot logits [B, N, Q] and category logits [B, N, C + 1]."""
+    of_slots = pixels.softmax(-1)
+    of_slots = of_slots if slots is None else of_slots.index_select(2, slots)
+    return of_slots.transpose(1, 2) @ categories.softmax(-1)
 
 
 def _rows(logits: Tensor) -> Tensor:
