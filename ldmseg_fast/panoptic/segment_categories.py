@@ -61,7 +61,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def name_segments(
-    result: PanopticResult, numbers: Sequence[int], scores: Sequence[float], table: CategoryTable
+    result: PanopticResult, numbers: Sequence[int], scores: Sequence[float], table: CategoryTable, *, fuse: bool = True
 ) -> PanopticResult:
     """Gives each segment its slot's category, and makes one segment of all stuff of one category.
 
@@ -72,6 +72,7 @@ def name_segments(
         numbers: of each slot's category, 1..C [Q].
         scores: of each slot's category, [Q].
         table: what the numbers stand for.
+        fuse: whether stuff of one category becomes one segment.
 
     Returns:
         The map, int32 [H, W], and its segments, with `category_id`, `label_id`, `name`, `isthing` and
@@ -91,7 +92,7 @@ def name_segments(
             "isthing": category.isthing,
             "category_score": score,
         }
-        first = None if category.isthing else of_stuff.setdefault(number, named)
+        first = None if category.isthing or not fuse else of_stuff.setdefault(number, named)
         if first is None or first is named:
             segments.append(named)
         else:

@@ -151,6 +151,8 @@ class GraphBackend(DdimBackend):
         size: tuple[int, int],
         output: str = "panoptic",
         thresholds: PostprocessConfig | None = None,
+        *,
+        fuse: bool = True,
     ) -> list[PanopticResult] | Tensor:
         """See `Backend.decode_mask`. Maps that are too large for the head in the graph are made from its logits.
 
@@ -188,7 +190,7 @@ class GraphBackend(DdimBackend):
             if self.info.categories is None:
                 return results
             named = found["category"].cpu().numpy(), found["category_score"].cpu().numpy()  # [B, Q]
-            return [name_segments(*each, self.info.categories) for each in zip(results, *named)]
+            return [name_segments(*each, self.info.categories, fuse=fuse) for each in zip(results, *named)]
         category_logits = found.get("category_logits")
         if category_logits is not None:
             require_finite(all_finite(category_logits), "mask_decoder: category logits", self.info, self.dtype)
@@ -199,6 +201,7 @@ class GraphBackend(DdimBackend):
             thresholds,
             category_logits,
             self.info.categories,
+            fuse=fuse,
         )
 
     def close(self) -> None:
