@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, resize
 from ldmseg_fast.panoptic.segment_categories import name_segments
 
 LOGITS = "mask_decoder: slot logits"
+CATEGORY_LOGITS = "mask_decoder: category logits"
 MAX_HEAD_BYTES = 2 * 2**30  # of one tensor with every slot at the map's size; the head in the graph makes several
 
 
@@ -190,10 +192,11 @@ class GraphBackend(DdimBackend):
             if self.info.categories is None:
                 return results
             named = found["category"].cpu().numpy(), found["category_score"].cpu().numpy()  # [B, Q]
+            require_finite(bool(np.isfinite(named[1]).all()), CATEGORY_LOGITS, self.info, self.dtype)
             return [name_segments(*each, self.info.categories, fuse=fuse) for each in zip(results, *named)]
         category_logits = found.get("category_logits")
         if category_logits is not None:
-            require_finite(all_finite(category_logits), "mask_decoder: category logits", self.info, self.dtype)
+            require_finite(all_finite(category_logits), CATEGORY_LOGITS, self.info, self.dtype)
         return postprocess(
             found["mask_logits"].float(),
             network_size,

@@ -20,8 +20,8 @@ class Decoded(torch.nn.Module):
         self.logits = torch.nn.Parameter(logits)
         self.config = type("Config", (), {"downsampling": downsampling})
 
-    def decode_latents(self, latents):
-        return self.logits
+    def decode_latents_both(self, latents):
+        return self.logits, None
 
 
 def blobs(batch, slots, side, seed, scale=4.0):
