@@ -22,7 +22,7 @@ from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.kernels.backend import exporting
 from ldmseg_fast.panoptic.results import PanopticResult
 
-PIXELS = 4096  # whose probabilities a CPU keeps in its cache
+CACHED = 2**20  # logits whose probabilities a CPU keeps in its cache
 
 
 def slot_categories(mask_logits: Tensor, category_logits: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -38,10 +38,10 @@ def slot_categories(mask_logits: Tensor, category_logits: Tensor, slots: Tensor 
         [B, K].
     """
     pixels, categories = _rows(mask_logits), _rows(category_logits)  # [B, h w, Q] and [B, h w, C + 1]
-    if exporting() or mask_logits.device.type != "cpu":
+    if exporting() or mask_logits.device.type != "cpu" or pixels.numel() + categories.numel() <= CACHED:
         votes = _votes(pixels, categories, slots)
     else:
-        size = max(1, PIXELS // len(pixels))
+        size = max(1, CACHED * pixels.shape[1] // (pixels.numel() + categories.numel()))
         parts = zip(pixels.split(size, 1), categories.split(size, 1))
         votes = reduce(torch.add, (_votes(*part, slots) for part in parts))
     most, number = votes[..., 1:].max(-1)  # [B, K]

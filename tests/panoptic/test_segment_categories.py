@@ -33,8 +33,8 @@ def test_votes_are_the_sum_over_pixels():
 def test_parts_of_the_pixels_give_what_all_give(slots, monkeypatch):
     logits, slots = (torch.randn(3, 5, 6, 7), torch.randn(3, 4, 6, 7)), slots and torch.tensor(slots)
     whole = slot_categories(*logits, slots)
-    for pixels in (1, 3 * 5, 3 * 41):
-        monkeypatch.setattr(segment_categories, "PIXELS", pixels)
+    for pixels in (0, 5, 41, 42):  # each has 3 * (5 + 4) logits
+        monkeypatch.setattr(segment_categories, "CACHED", 27 * pixels)
         number, score = slot_categories(*logits, slots)
         assert torch.equal(number, whole[0])
         torch.testing.assert_close(score, whole[1], rtol=1e-5, atol=0)
