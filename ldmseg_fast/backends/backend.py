@@ -98,6 +98,8 @@ class Backend(Protocol):
         size: tuple[int, int],
         output: str = "panoptic",
         thresholds: PostprocessConfig | None = None,
+        *,
+        fuse: bool = True,
     ) -> list[PanopticResult] | Tensor:
         """Decodes scaled mask latents.
 
@@ -109,6 +111,7 @@ class Backend(Protocol):
             size: (H, W) in pixels.
             output: "panoptic", or "logits" for those of size [B, Q, H, W].
             thresholds: default the model's own.
+            fuse: whether stuff of one category becomes one segment; of models with categories.
 
         Returns:
             "panoptic": a PanopticResult per image. "logits": float32 [B, Q, H, W].

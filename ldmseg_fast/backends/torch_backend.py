@@ -123,6 +123,8 @@ class TorchBackend(DdimBackend):
         size: tuple[int, int],
         output: str = "panoptic",
         thresholds: PostprocessConfig | None = None,
+        *,
+        fuse: bool = True,
     ) -> list[PanopticResult] | Tensor:
         """See `Backend.decode_mask`."""
         # [B, Q, h 2^u, w 2^u], and [B, categories + 1, h 2^u, w 2^u] or None
@@ -138,7 +140,8 @@ class TorchBackend(DdimBackend):
             logits = logits.float() if self.device.type == "cpu" else logits
             thresholds = thresholds or self.info.postprocess
             sizes = [size] * len(latents)
-            results = postprocess(logits, network_size, sizes, thresholds, categories, self.info.categories)
+            table = self.info.categories
+            results = postprocess(logits, network_size, sizes, thresholds, categories, table, fuse=fuse)
         require_finite(
             finite,
             "mask_vae: slot logits" if categories is None else "mask_vae: slot or category logits",

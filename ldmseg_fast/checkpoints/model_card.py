@@ -8,7 +8,7 @@ from typing import Any
 
 from ldmseg_fast import __version__
 from ldmseg_fast.config import describe
-from ldmseg_fast.files import read_lines, replacing
+from ldmseg_fast.files import read_json, read_lines, replacing
 
 USE = """```python
 from ldmseg_fast import LDMSegPipeline
@@ -16,6 +16,9 @@ from ldmseg_fast import LDMSegPipeline
 result = LDMSegPipeline.from_pretrained(MODEL_DIR)(image)[0]
 result.segmentation, result.segments_info
 ```"""
+
+
+CLASS_PQ = {"": "", ", things": "_things", ", stuff": "_stuff"}  # and what the log's names of them end in
 
 
 def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
@@ -27,7 +30,7 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
             section with one `key=value` a line.
     """
     table = {"ldmseg_fast": __version__} | {key: value for key, value in facts.items() if not _is_group(value)}
-    table |= training_facts(folder)
+    table |= training_facts(folder) | _categories(folder)
     lines = ["# Latent diffusion for panoptic segmentation", ""]
     if (folder / "unet").is_dir():
         lines += [USE, ""]
@@ -51,8 +54,20 @@ def training_facts(folder: Path) -> dict[str, Any]:
     if validated:
         last = validated[-1]
         facts["class-agnostic PQ on the validation split"] = f"{last['val/pq']:.2f} at step {last['step']}"
-        facts |= {f"{name.upper()}": f"{last[f'val/{name}']:.2f}" for name in ("sq", "rq") if f"val/{name}" in last}
+        rows = {"SQ": "sq", "RQ": "rq"}
+        rows |= {f"class-aware PQ{of}": f"class_pq{key}" for of, key in CLASS_PQ.items()}
+        facts |= {name: f"{last[f'val/{key}']:.2f}" for name, key in rows.items() if f"val/{key}" in last}
     return facts
+
+
+def _categories(folder: Path) -> dict[str, str]:
+    """Lists the names in `categories.json`, which has been written before; nothing of models without categories."""
+    path = folder / "categories.json"
+    found = read_json(path) if path.is_file() else []
+    names = {
+        kind: [c["name"] for c in found if bool(c["isthing"]) == (kind == "things")] for kind in ("things", "stuff")
+    }
+    return {f"{kind} ({len(of_kind)})": ", ".join(of_kind) for kind, of_kind in names.items() if of_kind}
 
 
 def _is_group(value: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ldmseg_fast.config.categories import name_of
 from ldmseg_fast.data.folders import SplitFolders, find_split, list_splits
 from ldmseg_fast.data.pictures import open_checked, read_content, read_picture
 from ldmseg_fast.errors import DataError, PanopticFormatError
@@ -51,12 +52,16 @@ class Report:
     Attributes:
         root: the folder.
         checked: maps looked at, by split.
+        categories: that its JSON lists, by split.
         problems: what was found.
+        notes: what is no problem yet.
     """
 
     root: str
     checked: dict[str, int] = field(default_factory=dict)
+    categories: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -70,12 +75,14 @@ class Report:
     def table(self) -> str:
         """Formats maps by split, problems by kind, and the first twenty problems by name."""
         rows = [(f"maps in {split}", count) for split, count in self.checked.items()]
+        rows += [(f"categories of {split}", count) for split, count in self.categories.items()]
         rows += list(self.counts().items()) or [("problems", 0)]
         width = max(len(name) for name, _ in rows)
         lines = [self.root, *(f"  {name:<{width}}  {count:>8}" for name, count in rows)]
         lines += [f"  - {problem}" for problem in self.problems[:_NAMED]]
         if len(self.problems) > _NAMED:
             lines.append(f"  ... and {len(self.problems) - _NAMED} more")
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -99,8 +106,11 @@ def check_folder(root: str | os.PathLike, workers: int | None = None) -> Report:
         except DataError as error:
             report.problems.append(Problem("missing folder", split, str(error)))
             continue
-        jobs, problems = _check_json(folders.annotations)
+        jobs, categories, problems = _check_json(folders.annotations)
         report.problems += problems
+        if len(categories) > 1:
+            report.categories[split] = len(categories)
+            report.notes += _without_isthing(folders.annotations.name, categories)
         if jobs:
             report.checked[split] = len(jobs)
             report.problems += _check_files(folders, split, jobs, workers or os.cpu_count() or 1)
@@ -117,16 +127,25 @@ class _Job:
     areas: dict[int, int | None]  # None: not given
 
 
-def _check_json(path: Path) -> tuple[list[_Job], list[Problem]]:
-    """Checks what the JSON alone tells, as every command that reads it does, and lists the maps to look at."""
+def _check_json(path: Path) -> tuple[list[_Job], list[dict[str, Any]], list[Problem]]:
+    """Checks what the JSON alone tells, as every command that reads it does.
+
+    Returns:
+        The maps to look at, the categories, and what is wrong.
+    """
     where = path.name
     try:
         content, faults = check_panoptic_json(path)
     except (OSError, PanopticFormatError) as error:
-        return [], [Problem("unreadable JSON", where, str(error))]
+        return [], [], [Problem("unreadable JSON", where, str(error))]
     problems = [Problem(fault.kind, where, fault.message) for fault in faults]
     if any(problem.kind == "unreadable JSON" for problem in problems):
-        return [], problems
+        return [], [], problems
+    categories = [category for category in content["categories"] if isinstance(category, dict) and "id" in category]
+    called = Counter(name for entry in categories if isinstance(name := name_of(entry), str))
+    problems += [
+        Problem("duplicated category name", where, f"{n!r:.80} x{count}") for n, count in called.items() if count > 1
+    ]
     names = Counter(name for entry in content["annotations"] if isinstance(name := entry.get("file_name"), str))
     repeated = ((name, count) for name, count in names.items() if count > 1)
     problems += [Problem("duplicated map name", where, f"{name!r} x{count}") for name, count in repeated]
@@ -147,7 +166,14 @@ def _check_json(path: Path) -> tuple[list[_Job], list[Problem]]:
                 {s["id"]: _whole(s.get("area")) for s in segments if isinstance(s, dict) and type(s.get("id")) is int},
             )
         )
-    return jobs, problems
+    return jobs, categories, problems
+
+
+def _without_isthing(where: str, categories: list[dict[str, Any]]) -> list[str]:
+    """Notes categories without `isthing`: things, to what counts segments, and an error to a model with categories."""
+    lacking = [f"{name_of(category)!s:.60}" for category in categories if "isthing" not in category]
+    what = f"{where}: {len(lacking)} of {len(categories)} categories have no isthing ({', '.join(lacking[:5])})"
+    return [f"{what}; a model with categories needs it"] if lacking else []
 
 
 def _whole(value: Any) -> int | None:

@@ -47,7 +47,9 @@ def read_segments(path: Path) -> list[dict[str, Any]]:
     segments = content.get("segments_info") if isinstance(content, dict) else None
     if not isinstance(segments, list) or not all(isinstance(entry, dict) for entry in segments):
         raise DataError(f"{path}: no list segments_info in it; give the JSON that `ldmseg predict` wrote for the map")
-    return [entry for entry in segments if entry.get("category_id")]
+    # category 0 may be one of the model's; what no draft had a category for has it with a score of 0
+    unnamed = {"category_id": 0, "category_score": 0}
+    return [entry for entry in segments if "category_id" in entry and not unnamed.items() <= entry.items()]
 
 
 def run(args: argparse.Namespace) -> int:

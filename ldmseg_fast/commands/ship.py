@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.checkpoints.categories_file import CATEGORIES
+from ldmseg_fast.checkpoints.categories_file import CATEGORIES, load_categories, save_categories
 from ldmseg_fast.checkpoints.model_card import write_model_card
-from ldmseg_fast.checkpoints.model_folder import load_index
+from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.schema import COMPONENTS
 from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, load_weights, save_weights
 from ldmseg_fast.config import PRESETS, to_dict
@@ -81,6 +81,7 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
         ArgumentError: `out` is the run or a run that it was built on, or holds one.
     """
     index = load_index(run_dir)
+    table = load_categories(run_dir, load_component_config(run_dir, "mask_vae")[0])
     out = Path(os.path.realpath(out))  # a link stays one
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: is no folder, and a model would replace it; choose another path")
@@ -97,8 +98,7 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
         raise ArgumentError(f"{out}: holds the run {within[0]}, and would be replaced whole; choose another folder")
     with replacing_folder(out) as temporary:
         shutil.copy2(run_dir / "model_index.json", temporary)
-        if (run_dir / CATEGORIES).is_file():
-            shutil.copy2(run_dir / CATEGORIES, temporary)
+        save_categories(temporary, table)
         for component in index["components"]:
             shutil.copytree(run_dir / component, temporary / component, ignore=shutil.ignore_patterns(WEIGHTS))
             if (run_dir / component / WEIGHTS).is_file():
@@ -146,6 +146,8 @@ def history(run_dir: Path, machine: str = "") -> dict[str, Any]:
         }
         if validated:
             training["class-agnostic PQ on the validation split"] = round(validated[-1]["val/pq"], 2)
+            if "val/class_pq" in validated[-1]:
+                training["class-aware PQ"] = round(validated[-1]["val/class_pq"], 2)
         facts[f"training {number}: {stage}"] = training
     return facts
 

@@ -52,7 +52,8 @@ def _head(names: tuple[str, ...], deviation: Any) -> str:
 
 def _class_agnostic(report: dict[str, Any], deviation: dict[str, Any]) -> list[str]:
     counts = " ".join(f"{name:>7s}" for name in ("TP", "FP", "FN"))
-    lines = [f"{'':14s} {_head(('PQ', 'SQ', 'RQ'), deviation)} {counts}"]
+    label = "class-agnostic" if "class_aware" in report else ""  # the mode says it of the others
+    lines = [f"{label:14s} {_head(('PQ', 'SQ', 'RQ'), deviation)} {counts}"]
     spreads = {"model": deviation.get("class_agnostic", {})} | deviation.get("baselines", {})
     for name, row in ({"model": report["class_agnostic"]} | report["baselines"]).items():
         numbers = " ".join(_cell(row, spreads.get(name, {}), key) for key in ("pq", "sq", "rq"))

@@ -148,10 +148,11 @@ def complete(
 
     A predicted segment whose slot is a given one's takes that one's id; so does one that lies, where pixels are given,
     mostly on one given segment. The others get the smallest unused ids, and become void where fewer than `min_area`
-    of their pixels are left. Predicted stuff of a category that a given segment has takes that one's id.
+    of their pixels are left. Predicted stuff of a category that a given segment has takes that one's id; what is left
+    of a category of stuff becomes one segment.
 
     Args:
-        result: the predicted map, int32 [H, W].
+        result: the predicted map, int32 [H, W]; its stuff is not fused yet.
         given: what is known of it.
         min_area: in pixels.
         categories: of models with categories. A given segment of known category keeps it.
@@ -170,14 +171,19 @@ def complete(
         elif segment["id"] - 1 in given.ids:
             final[segment["id"]] = given.ids[segment["id"] - 1]
     stuff = {} if categories is None else _given_stuff(given, categories)
-    for segment in result.segments_info:
-        if segment["id"] not in final and segment.get("category_id") in stuff:
-            final[segment["id"]] = stuff[segment["category_id"]]
     fresh = (number for number in range(1, 2**24) if number not in taken)
     for segment in result.segments_info:
-        if segment["id"] not in final:
-            left = int(((predicted == segment["id"]) & ~given.known).sum())
-            final[segment["id"]] = next(fresh) if left >= min_area else 0
+        if segment["id"] in final:
+            continue
+        if segment.get("category_id") in stuff:
+            final[segment["id"]] = stuff[segment["category_id"]]
+            continue
+        same = [segment["id"]]
+        if categories is not None and not segment["isthing"]:
+            same = [s["id"] for s in result.segments_info if s["category_id"] == segment["category_id"]]
+            same = [number for number in same if number not in final]
+        left = int((np.isin(predicted, same) & ~given.known).sum())
+        final |= dict.fromkeys(same, next(fresh) if left >= min_area else 0)
     table = np.zeros(int(predicted.max(initial=0)) + 1, np.int32)
     for before, after in final.items():
         table[before] = after
@@ -193,6 +199,7 @@ def complete(
         entry = {"id": shape["id"], **usual, **shape, "score": _mean(parts, "score"), "given": shape["id"] in taken}
         if categories is not None:
             entry |= _category(parts, shape["id"], given, categories)
+            entry["was_fused"] = len(parts) > 1 and not entry["isthing"]
         info.append(entry)
     return PanopticResult(segmentation, info)
 

@@ -104,7 +104,8 @@ def inpaint(
     constraint = make_constraint(method, mask_vae, givens, sampler.scheduler, step_noise, margin)
     network = sampler.network(pixels, sampling)
     mask_latents = sampler.denoise(network, noise, image_latents, image_ids, sampling, constraint)  # [B, C, h, w]
-    decoded = sampler.decode(mask_latents, [picture.size for picture in pictures], thresholds)
+    sizes = [picture.size for picture in pictures]
+    decoded = sampler.decode(mask_latents, sizes, thresholds, fuse=False)  # what is given says what a slot is
     return [
         complete(result, given, thresholds.count_threshold, info.categories) for result, given in zip(decoded, givens)
     ]

@@ -206,6 +206,8 @@ def given_categories(
         return [{} for _ in range(count)]
     if table is None:
         raise ArgumentError("segments_info: this model has no categories; leave it out")
+    if not isinstance(segments_info, Sequence) or not all(isinstance(each, Sequence) for each in segments_info):
+        raise ArgumentError("segments_info: a list of entries for each image expected")
     if len(segments_info) != count:
         raise ArgumentError(f"segments_info: of {len(segments_info)} images, {count} are given")
     number_of = {category.id: number for number, category in enumerate(table.categories, 1)}
@@ -213,7 +215,7 @@ def given_categories(
     for at, segments in enumerate(segments_info):
         numbers = {}
         for entry in segments:
-            known = isinstance(entry, Mapping) and type(entry.get("id")) is int and "category_id" in entry
+            known = isinstance(entry, Mapping) and all(type(entry.get(key)) is int for key in ("id", "category_id"))
             if not known or entry["category_id"] not in number_of:
                 raise ArgumentError(
                     f"segments_info[{at}]: {entry!r:.120}: an id and a category_id of the model expected, one of "

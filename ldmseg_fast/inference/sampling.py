@@ -181,7 +181,12 @@ class MaskSampler:
         return mask_latents
 
     def decode(
-        self, mask_latents: Tensor, sizes: Sequence[tuple[int, int]], thresholds: PostprocessConfig | None
+        self,
+        mask_latents: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        thresholds: PostprocessConfig | None,
+        *,
+        fuse: bool = True,
     ) -> list[PanopticResult]:
         """Decodes mask latents to maps at each picture's own size; pictures of one size are decoded together.
 
@@ -189,6 +194,7 @@ class MaskSampler:
             mask_latents: scaled, float32 [B, C, h, w].
             sizes: (H, W) of each picture.
             thresholds: default the model's own.
+            fuse: whether stuff of one category becomes one segment.
 
         Returns:
             A PanopticResult per picture, in their order, whose segmentation is int32 [H, W].
@@ -196,7 +202,7 @@ class MaskSampler:
         results: dict[int, PanopticResult] = {}
         for size in dict.fromkeys(sizes):
             rows = [row for row, other in enumerate(sizes) if other == size]
-            decoded = self.backend.decode_mask(mask_latents[rows], size, "panoptic", thresholds)
+            decoded = self.backend.decode_mask(mask_latents[rows], size, "panoptic", thresholds, fuse=fuse)
             results.update(zip(rows, decoded))
         return [results[row] for row in range(len(sizes))]
 

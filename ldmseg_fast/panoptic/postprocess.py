@@ -30,6 +30,8 @@ def postprocess(
     thresholds: PostprocessConfig,
     category_logits: Tensor | None = None,
     categories: CategoryTable | None = None,
+    *,
+    fuse: bool = True,
 ) -> list[PanopticResult]:
     """Makes panoptic maps at each image's own size, class-agnostic ones without `category_logits`.
 
@@ -42,6 +44,7 @@ def postprocess(
         thresholds: see `kernels.panoptic_head`.
         category_logits: float [B, C + 1, h, w]; see `segment_categories`.
         categories: the table of the C categories.
+        fuse: whether stuff of one category becomes one segment.
 
     Returns:
         One result per image, with int32 maps [H, W].
@@ -78,7 +81,7 @@ def postprocess(
     slots = torch.tensor(used, dtype=torch.int64, device=mask_logits.device)
     found = (tensor.cpu().numpy() for tensor in slot_categories(mask_logits, category_logits, slots))  # [B, K]
     numbers, scores = (_of_slots(part, used, mask_logits.shape[1]) for part in found)  # [B, Q]
-    return [name_segments(*each, categories) for each in zip(ordered, numbers, scores)]
+    return [name_segments(*each, categories, fuse=fuse) for each in zip(ordered, numbers, scores)]
 
 
 def _of_slots(values: np.ndarray, slots: list[int], count: int) -> np.ndarray:

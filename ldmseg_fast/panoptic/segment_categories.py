@@ -11,6 +11,7 @@ on the logits' own grid. Kirillov et al., "Panoptic Segmentation", CVPR 2019, sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.config.categories import CategoryTable
+from ldmseg_fast.kernels.backend import exporting
 from ldmseg_fast.panoptic.results import PanopticResult
+
+CACHED = 2**20  # logits whose probabilities a CPU keeps in its cache
 
 
 def slot_categories(mask_logits: Tensor, category_logits: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -33,11 +37,22 @@ def slot_categories(mask_logits: Tensor, category_logits: Tensor, slots: Tensor 
         The category's number in 1..C, int64 [B, K], and the mean probability that the slot's pixels give it, float32
         [B, K].
     """
-    of_slots = _rows(mask_logits).softmax(-1)  # [B, h w, Q]
-    of_slots = of_slots if slots is None else of_slots.index_select(2, slots)
-    votes = of_slots.transpose(1, 2) @ _rows(category_logits).softmax(-1)  # [B, K, C + 1]
+    pixels, categories = _rows(mask_logits), _rows(category_logits)  # [B, h w, Q] and [B, h w, C + 1]
+    if exporting() or mask_logits.device.type != "cpu" or pixels.numel() + categories.numel() <= CACHED:
+        votes = _votes(pixels, categories, slots)
+    else:
+        size = max(1, CACHED * pixels.shape[1] // (pixels.numel() + categories.numel()))
+        parts = zip(pixels.split(size, 1), categories.split(size, 1))
+        votes = reduce(torch.add, (_votes(*part, slots) for part in parts))
     most, number = votes[..., 1:].max(-1)  # [B, K]
-    return number + 1, most / of_slots.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    return number + 1, most / votes.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _votes(pixels: Tensor, categories: Tensor, slots: Tensor | None) -> Tensor:
+    """Adds up the votes, float32 [B, K, C + 1], of slot logits [B, N, Q] and category logits [B, N, C + 1]."""
+    of_slots = pixels.softmax(-1)
+    of_slots = of_slots if slots is None else of_slots.index_select(2, slots)
+    return of_slots.transpose(1, 2) @ categories.softmax(-1)
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -46,7 +61,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def name_segments(
-    result: PanopticResult, numbers: Sequence[int], scores: Sequence[float], table: CategoryTable
+    result: PanopticResult, numbers: Sequence[int], scores: Sequence[float], table: CategoryTable, *, fuse: bool = True
 ) -> PanopticResult:
     """Gives each segment its slot's category, and makes one segment of all stuff of one category.
 
@@ -57,6 +72,7 @@ def name_segments(
         numbers: of each slot's category, 1..C [Q].
         scores: of each slot's category, [Q].
         table: what the numbers stand for.
+        fuse: whether stuff of one category becomes one segment.
 
     Returns:
         The map, int32 [H, W], and its segments, with `category_id`, `label_id`, `name`, `isthing` and
@@ -76,7 +92,7 @@ def name_segments(
             "isthing": category.isthing,
             "category_score": score,
         }
-        first = None if category.isthing else of_stuff.setdefault(number, named)
+        first = None if category.isthing or not fuse else of_stuff.setdefault(number, named)
         if first is None or first is named:
             segments.append(named)
         else:

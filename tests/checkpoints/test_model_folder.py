@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ldmseg_fast.checkpoints.categories_file import save_categories
 from ldmseg_fast.checkpoints.model_card import training_facts, write_model_card
 from ldmseg_fast.checkpoints.model_folder import (
     load_component,
@@ -20,6 +21,7 @@ from ldmseg_fast.checkpoints.model_folder import (
 )
 from ldmseg_fast.checkpoints.tensors import load_state, load_weights, save_weights
 from ldmseg_fast.config import MaskVAEConfig, to_dict
+from ldmseg_fast.config.categories import Category, CategoryTable
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import inside, write_json
 from ldmseg_fast.models.mask_vae import MaskVAE
@@ -180,6 +182,18 @@ def test_model_card(tmp_path):
     before = training_facts(tmp_path)
     log.write_bytes(log.read_bytes() + b'5\n[1]\n{"a": 1}\n\xff\n{"step": 9')  # what a power cut may leave
     assert training_facts(tmp_path) == before
+
+
+def test_model_card_of_a_model_with_categories(tmp_path):
+    (tmp_path / "logs").mkdir()
+    record = {"step": 10, "val/pq": 41.0, "val/class_pq": 31.0, "val/class_pq_things": 21.0, "val/class_pq_stuff": 11.0}
+    (tmp_path / "logs" / "log.jsonl").write_text(json.dumps(record) + "\n")
+    kinds = [Category(n, name, name != "sky", (0, 0, 0)) for n, name in enumerate(("cat", "sky", "dog"))]
+    save_categories(tmp_path, CategoryTable(tuple(kinds)))
+    write_model_card(tmp_path, {})
+    rows = (tmp_path / "README.md").read_text().splitlines()
+    assert {"| class-aware PQ | 31.00 |", "| class-aware PQ, things | 21.00 |"} < set(rows)
+    assert {"| class-aware PQ, stuff | 11.00 |", "| things (2) | cat, dog |", "| stuff (1) | sky |"} < set(rows)
 
 
 def test_every_model_folder_has_a_card(model_dir):

@@ -158,6 +158,20 @@ def test_a_run_without_a_log_of_its_starts(model_dir, tmp_path):
     assert "machine=two cores" in card and "steps=not recorded" in card and "/somewhere" not in card
 
 
+def test_categories_ship_too(category_model, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(category_model, run)
+    settings = {"stage": "diffusion", "data": {"root": "scenes"}, "train": {"seed": 3}, "model": {}}
+    (run / "config.json").write_text(json.dumps(settings))
+    out = ship.ship(run, tmp_path / "models" / "out")
+    assert (out / "categories.json").read_bytes() == (run / "categories.json").read_bytes()
+    assert "| stuff (" in (out / "README.md").read_text()
+    (run / "categories.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"run/categories.json: 0 categories"):
+        ship.ship(run, out)
+    assert (out / "categories.json").stat().st_size > 2
+
+
 def test_what_ships_is_small_runs_and_says_where_it_comes_from(scenes):
     folders = pretrained.shipped_models()
     assert sum(ship.folder_size(folder) for folder in folders.values()) <= ship.LIMIT

@@ -163,6 +163,27 @@ def test_json_entries(pair) -> None:
     assert counts == {"id in map, not in JSON": 2, "id in JSON, not in map": 1}
 
 
+def test_categories(pair) -> None:
+    used = {segment["category_id"] for entry in pair.content["annotations"] for segment in entry["segments_info"]}
+    kinds = [{"id": n, "name": f"kind {n}", "isthing": 1} for n in sorted(used)]
+    others = [
+        {"id": 90, "name": "sky", "isthing": 0},
+        {"id": 91, "name": "sky", "isthing": 0},
+        {"id": 92, "name": "sea"},
+    ]
+    pair.content["categories"] = [*kinds, *others]
+    pair.save()
+    report = check_folder(pair.root, workers=1)
+    assert report.counts() == {"duplicated category name": 1}
+    assert report.categories == {"val": len(used) + 3}
+    table = report.table()
+    assert "'sky' x2" in table and "categories of val" in table
+    assert f"1 of {len(used) + 3} categories have no isthing (sea)" in table
+    others[1] |= {"name": "fog", "isthing": 2}
+    pair.save()
+    assert found(pair) == {"isthing that is not 0 or 1": 1}
+
+
 def test_folders_and_json(pair, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         check_folder(tmp_path / "nowhere")

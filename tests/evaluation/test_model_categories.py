@@ -62,6 +62,7 @@ def test_one_pass_gives_both_qualities_and_files_that_score_the_same(category_mo
     again = evaluate(f"{category_model}{kind}", category_scenes, options)
     assert again["class_aware"] == aware, "results that are read back count the same"
     text = format_report(report)
+    assert "\nclass-agnostic      PQ" in text
     assert "categories of the model" in text and "mIoU over categories" in text and "triangle" in text
 
 

@@ -12,6 +12,7 @@ from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.backends.graphs.manifest import read_manifest
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.scenes import CATEGORIES, generate_scene
+from ldmseg_fast.errors import NonFiniteError
 from ldmseg_fast.export.to_onnx import main
 
 OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=1, overlap_threshold=0.0)
@@ -34,3 +35,12 @@ def test_graphs_name_segments_as_torch_does(category_model, tmp_path, head):
                 b["id"], b["name"], b["category_id"], b["isthing"],
             )  # fmt: skip
             assert a["category_score"] == pytest.approx(b["category_score"], abs=1e-4)
+    run = ours.backend._run_rows
+
+    def spoilt(*args, **kwargs):
+        found = run(*args, **kwargs)
+        return found | {n: v * float("nan") for n, v in found.items() if n in ("category_score", "category_logits")}
+
+    ours.backend._run_rows = spoilt
+    with pytest.raises(NonFiniteError, match="mask_decoder: category logits are not finite"):
+        ours(pictures[0], 2)

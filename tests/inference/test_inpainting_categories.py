@@ -8,6 +8,7 @@ from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.cli import main
+from ldmseg_fast.commands.inpaint import read_segments
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.categories import Category, CategoryTable
 from ldmseg_fast.errors import ArgumentError
@@ -77,9 +78,40 @@ def test_predicted_stuff_joins_the_given_stuff_of_its_category():
     assert (cat["name"], cat["category_score"], cat["given"]) == ("cat", 0.25, False)
 
 
+def test_stuff_does_not_join_a_given_thing_that_looks_like_it():
+    """The slot of the given cat is called sky: what is sky elsewhere stays sky, in one piece."""
+    known = np.zeros((4, 8), bool)
+    known[:, :2] = True
+    slots = np.full((8, 8), 8)
+    given = prepare(
+        np.where(known, 70, 0), known, 8, 32, "position", np.random.default_rng(0),
+        draft=slots, known_categories={70: 2},
+    )  # fmt: skip
+    predicted = np.full((4, 8), 9, np.int32)
+    predicted[:, 4], predicted[:, 5], predicted[:, 6:] = 5, 7, 9
+    predicted[3, 7] = 0
+    entries = [{"id": i, "category_id": 30, "name": "sky", "isthing": False, "area": n} for i, n in ((5, 4), (7, 4))]
+    entries.append({"id": 9, "category_id": 30, "name": "sky", "isthing": False, "area": 23})
+    entries = [entry | {"score": 0.5, "category_score": 0.25} for entry in entries]
+    result = complete(PanopticResult(predicted, entries), given, 5, TABLE)
+    assert result.segmentation.tolist() == [[70] * 4 + [1] * 2 + [70] * 2] * 3 + [[70] * 4 + [1] * 2 + [70, 0]]
+    sky, cat = result.segments_info
+    assert (sky["id"], sky["name"], sky["was_fused"], sky["area"]) == (1, "sky", True, 8)
+    assert (cat["id"], cat["name"], cat["was_fused"], cat["category_score"]) == (70, "cat", False, 1.0)
+
+
+def test_command_keeps_a_category_0(tmp_path):
+    entries = [{"id": 1, "category_id": 0}, {"id": 2, "category_id": 0, "category_score": 0.0}, {"id": 3}]
+    (tmp_path / "map.json").write_text(json.dumps({"segments_info": entries}))
+    assert read_segments(tmp_path / "map.json") == entries[:1]
+
+
 @pytest.mark.parametrize(
     ("segments_info", "message"),
     [
+        (5, "a list of entries for each image"),
+        ([5], "a list of entries for each image"),
+        ([[{"id": 900, "category_id": [1]}]], "'category_id': [1]"),
         ([], "of 0 images, 1 are given"),
         ([[{"id": 900, "category_id": 77}]], "'category_id': 77"),
         ([[{"id": 900}]], "an id and a category_id"),

@@ -7,6 +7,7 @@ import torch
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.categories import Category, CategoryTable
 from ldmseg_fast.metrics.class_vote import merge_stuff
+from ldmseg_fast.panoptic import segment_categories
 from ldmseg_fast.panoptic.postprocess import postprocess
 from ldmseg_fast.panoptic.results import PanopticResult
 from ldmseg_fast.panoptic.segment_categories import name_segments, slot_categories
@@ -26,6 +27,17 @@ def test_votes_are_the_sum_over_pixels():
             best = 1 + int(np.argmax(votes[1:]))
             assert number[image, slot] == best
             assert score[image, slot] == pytest.approx(votes[best] / s[slot].sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("slots", [None, [4, 1]])
+def test_parts_of_the_pixels_give_what_all_give(slots, monkeypatch):
+    logits, slots = (torch.randn(3, 5, 6, 7), torch.randn(3, 4, 6, 7)), slots and torch.tensor(slots)
+    whole = slot_categories(*logits, slots)
+    for pixels in (0, 5, 41, 42):  # each has 3 * (5 + 4) logits
+        monkeypatch.setattr(segment_categories, "CACHED", 27 * pixels)
+        number, score = slot_categories(*logits, slots)
+        assert torch.equal(number, whole[0])
+        torch.testing.assert_close(score, whole[1], rtol=1e-5, atol=0)
 
 
 def test_void_is_no_category():

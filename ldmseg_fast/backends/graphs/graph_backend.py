@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, resize
 from ldmseg_fast.panoptic.segment_categories import name_segments
 
 LOGITS = "mask_decoder: slot logits"
+CATEGORY_LOGITS = "mask_decoder: category logits"
 MAX_HEAD_BYTES = 2 * 2**30  # of one tensor with every slot at the map's size; the head in the graph makes several
 
 
@@ -151,6 +153,8 @@ class GraphBackend(DdimBackend):
         size: tuple[int, int],
         output: str = "panoptic",
         thresholds: PostprocessConfig | None = None,
+        *,
+        fuse: bool = True,
     ) -> list[PanopticResult] | Tensor:
         """See `Backend.decode_mask`. Maps that are too large for the head in the graph are made from its logits.
 
@@ -188,10 +192,11 @@ class GraphBackend(DdimBackend):
             if self.info.categories is None:
                 return results
             named = found["category"].cpu().numpy(), found["category_score"].cpu().numpy()  # [B, Q]
-            return [name_segments(*each, self.info.categories) for each in zip(results, *named)]
+            require_finite(bool(np.isfinite(named[1]).all()), CATEGORY_LOGITS, self.info, self.dtype)
+            return [name_segments(*each, self.info.categories, fuse=fuse) for each in zip(results, *named)]
         category_logits = found.get("category_logits")
         if category_logits is not None:
-            require_finite(all_finite(category_logits), "mask_decoder: category logits", self.info, self.dtype)
+            require_finite(all_finite(category_logits), CATEGORY_LOGITS, self.info, self.dtype)
         return postprocess(
             found["mask_logits"].float(),
             network_size,
@@ -199,6 +204,7 @@ class GraphBackend(DdimBackend):
             thresholds,
             category_logits,
             self.info.categories,
+            fuse=fuse,
         )
 
     def close(self) -> None:
