@@ -92,7 +92,8 @@ class FormReader:
 
     def _of_mapping(self, row: Mapping[str, Any], side: str) -> Iterator[Picture]:
         image_id = row.get("image_id")
-        image_id = image_id if isinstance(image_id, int | np.integer | str) else None
+        image_id = int(image_id) if isinstance(image_id, np.integer) else image_id
+        image_id = image_id if isinstance(image_id, int | str) else None
         if "annotations" in row:
             size = None
             if row.get("height") is not None and row.get("width") is not None:
