@@ -92,9 +92,16 @@ class FormReader:
 
     def _of_mapping(self, row: Mapping[str, Any], side: str) -> Iterator[Picture]:
         image_id = row.get("image_id")
+        image_id = int(image_id) if isinstance(image_id, np.integer) else image_id
         image_id = image_id if isinstance(image_id, int | str) else None
         if "annotations" in row:
-            size = (row["height"], row["width"]) if "height" in row and "width" in row else None
+            size = None
+            if row.get("height") is not None and row.get("width") is not None:
+                size = (row["height"], row["width"])
+                if not all(_is_whole(side_length) and 1 <= side_length <= 65536 for side_length in size):
+                    raise PanopticFormatError(
+                        f"{side}: `height` and `width` must be whole numbers from 1 to 65536, got {size!r:.80}"
+                    )
             yield self._of_annotations(row["annotations"], size, image_id, side)
             return
         key = next((key for key in MAP_KEYS if key in row and _is_map(row[key])), None)
@@ -126,7 +133,7 @@ class FormReader:
         if array.ndim >= 3 and array.shape[-1] == 2:
             for channels in array.reshape(-1, *array.shape[-3:]):
                 yield self._of_channels(channels, side)
-        elif self.class_agnostic and (array.ndim in (2, 3) or _is_rgb(array)):
+        elif self.class_agnostic and array.ndim in (2, 3) and array.dtype != object:
             maps = rgb_to_ids(array)[None] if _is_rgb(array) else array.reshape(-1, *array.shape[-2:])
             for ids in maps:
                 listed = [{"id": number} for number in np.unique(ids).tolist() if number > 0]
@@ -251,6 +258,8 @@ def _array(value: Any, side: str) -> np.ndarray:
     if isinstance(value, str | os.PathLike):
         return read_panoptic_png(os.fspath(value))
     if hasattr(value, "detach"):  # a tensor, wherever it lies
+        if value.is_floating_point():  # numpy has no bfloat16
+            raise PanopticFormatError(f"{side}: expected integer ids, got {value.dtype}; convert the tensor to int32")
         value = value.detach().cpu().numpy()
     elif hasattr(value, "getbands") and value.mode not in ("RGB", "P", "L", "I", "I;16"):
         raise PanopticFormatError(f"{side}: a picture of mode {value.mode} is no map of ids; RGB, P, L and I are")

@@ -191,6 +191,8 @@ def load_mask_file(path: Path, *, predictions: bool) -> MaskFile | None:
         if b'"segmentation"' not in raw:
             return None  # the panoptic reader has the words
         raise PanopticFormatError(f"{path}: not a JSON file ({error})") from None
+    if content == []:
+        raise PanopticFormatError(f"{path}: the list has no annotations; is it of the right split?")
     is_list = isinstance(content, list)
     listed = content if is_list else content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(listed, list) or any(isinstance(e, dict) and "segments_info" in e for e in listed[:1]):

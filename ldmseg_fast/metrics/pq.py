@@ -9,7 +9,7 @@ for Evaluating Visual Detection Tasks", TPAMI 2021, equation 3 and section 6).
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class PanopticQuality:
         self.categories: dict[int, dict[str, Any]] = {}
         for place, category in enumerate([OBJECT_CATEGORY] if class_agnostic else categories):
             category_id = category.get("id") if isinstance(category, Mapping) else None
-            if not isinstance(category_id, int | np.integer) or int(category_id) in self.categories:
+            if not _is_int(category_id) or int(category_id) in self.categories:
                 raise PanopticFormatError(
                     f"categories[{place}]: expected an object whose `id` is a number of its own, got {category!r:.80}"
                 )
@@ -93,6 +93,8 @@ class PanopticQuality:
             ArgumentError: sides with different numbers of images.
         """
         reader = FormReader(self.categories, self.class_agnostic, self.void)
+        if image_ids is not None and (isinstance(image_ids, str) or not isinstance(image_ids, Iterable)):
+            raise ArgumentError(f"`image_ids` must be a list with one id for each image, got {image_ids!r:.80}")
         ids, end = None if image_ids is None else iter(image_ids), object()
         sides = (reader.pictures(target, "ground truth"), reader.pictures(preds, "prediction"))
         for truth, predicted in zip_longest(*sides, fillvalue=end):
@@ -103,7 +105,7 @@ class PanopticQuality:
             given = truth.image_id if ids is None else next(ids, end)
             if given is end:
                 raise ArgumentError("there are more images than `image_ids`: give one for each")
-            self._update_one(truth, predicted, given)
+            self._update_one(truth, predicted, _plain_id(given))
         if ids is not None and next(ids, end) is not end:
             raise ArgumentError("there are more `image_ids` than images: give one for each")
 
@@ -185,8 +187,9 @@ class PanopticQuality:
             raise ArgumentError("statistics with and without boundary PQ cannot be merged")
         if both := self._given() & other._given():
             raise ArgumentError(f"images counted twice, give each rank its own: {sorted(both, key=str)[:20]}")
-        theirs = self._more(other._count)
-        theirs[:] = other.matches()
+        rows = other.matches()  # before `_more`, as `other` may be this one
+        theirs = self._more(len(rows))
+        theirs[:] = rows
         first = len(self.image_ids)
         theirs["image"] += first
         self.image_ids += [
@@ -238,6 +241,10 @@ class PanopticQuality:
                 state["void"],
             )
             columns = {name: np.asarray(state["matches"][name]) for name in _KEPT}
+            if any(column.shape != columns["image"].shape or column.ndim != 1 for column in columns.values()):
+                raise ValueError("columns of `matches` of different lengths")
+            if unknown := set(columns["category_id"].tolist()) - stat.categories.keys():
+                raise ValueError(f"matches of categories {sorted(unknown)[:20]}, which `categories` does not list")
             rows = stat._more(len(columns["image"]))
             for name, column in columns.items():
                 rows[name] = column
@@ -377,3 +384,15 @@ def _lrp_of(entry: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _plain_id(image_id: Any) -> int | str | None:
+    """Turns an element of an array or tensor of image ids into a number that compares and pickles as one."""
+    plain = image_id.item() if hasattr(image_id, "item") and getattr(image_id, "ndim", 1) == 0 else image_id
+    if plain is None or isinstance(plain, str) or _is_int(plain):
+        return plain
+    raise ArgumentError(f"an image id must be a whole number or a text, got {image_id!r:.80}")

@@ -378,3 +378,9 @@ def test_the_page_shows_masks(files, tmp_path):
     page = tmp_path / "page.html"
     assert _pq(files / "gt_masks.json", files / "pred_list.json", "--page", page, "--worst", 1, "--random", 1) == 0
     assert "score 0.50" in page.read_text()
+
+
+def test_an_empty_list_is_refused_by_name(files, capsys):
+    (files / "none.json").write_text("[]")
+    assert main(["pq", str(files / "gt_masks.json"), str(files / "none.json")]) == 2
+    assert "none.json: the list has no annotations" in capsys.readouterr().err
