@@ -114,16 +114,33 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _remove(path: Path, descriptor: int) -> None:
-    """Removes the lock file of a process that has gone, and closes it; not one that another has made meanwhile."""
-    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-    if is_at(descriptor, path):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            path.rename(aside)
-            if is_at(descriptor, aside):
-                aside.unlink()
-            else:
-                aside.rename(path)
-    os.close(descriptor)
+    """Removes the lock file of a process that has gone, and closes it; not one that another has made meanwhile.
+
+    One process at a time removes: between the look and the removal no other may put its own file there.
+    """
+    guard = path.with_name(f"{path.name}.removal")
+    try:
+        try:
+            os.close(os.open(guard, os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            _wait_for(guard)
+            return
+        try:
+            if is_at(descriptor, path):
+                path.unlink(missing_ok=True)
+        finally:
+            guard.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for(guard: Path) -> None:
+    """Waits a moment for another process's removal, and clears the guard of one that was killed in the middle."""
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - guard.stat().st_mtime > _BEING_WRITTEN:
+            guard.unlink()
+        else:
+            time.sleep(0.01)
 
 
 def _holder(descriptor: int) -> dict[str, Any]:

@@ -137,6 +137,16 @@ def test_two_at_once_without_locks(tmp_path: Path, no_locks: None) -> None:
         assert len(took) == 1
 
 
+def test_a_removal_that_was_killed_stops_nobody(tmp_path: Path, no_locks: None) -> None:
+    guard = tmp_path / f"{LOCK}.removal"
+    guard.touch()
+    os.utime(guard, (0, 0))
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 2**22 + 1, "host": socket.gethostname()}))
+    with only_writer(tmp_path, "x", "y"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
