@@ -1,9 +1,5 @@
 #include "annotation_index.hpp"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <limits>
 
@@ -12,17 +8,6 @@ namespace {
 
 constexpr int64_t kLargestId = (1 << 24) - 1;
 constexpr int64_t kLargestNumber = std::numeric_limits<int32_t>::max();
-constexpr uint64_t kLongestCategories = 1 << 20;
-
-void require(bool condition) {
-    if (!condition) throw UnusualJson();
-}
-
-// Whether a key is there for the first time; Python keeps the last of several.
-void once(bool& seen) {
-    require(!seen);
-    seen = true;
-}
 
 Segment read_segment(JsonScanner& json, bool predictions) {
     Segment segment{0, 0, 0, -1};
@@ -101,33 +86,14 @@ std::vector<Value> sorted_and_different(std::vector<Value> values) {
     return values;
 }
 
-std::string read_part(int file, uint64_t begin, uint64_t end) {
-    require(end - begin <= kLongestCategories);
-    std::string text(end - begin, '\0');
-    require(pread(file, text.data(), text.size(), static_cast<off_t>(begin)) == static_cast<ssize_t>(text.size()));
-    return text;
-}
-
 }  // namespace
 
-AnnotationIndex::AnnotationIndex(const std::string& path, bool predictions) : predictions_(predictions) {
-    require(path.find('\0') == std::string::npos);
-    file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not keep it waiting
-    require(file_ >= 0);
-    struct stat status;
-    try {
-        require(fstat(file_, &status) == 0 && S_ISREG(status.st_mode));
-        scan(static_cast<uint64_t>(status.st_size));
-    } catch (...) {
-        close(file_);
-        throw;
-    }
+AnnotationIndex::AnnotationIndex(const std::string& path, bool predictions) : file_(path), predictions_(predictions) {
+    scan();
 }
 
-AnnotationIndex::~AnnotationIndex() { close(file_); }
-
-void AnnotationIndex::scan(uint64_t size) {
-    JsonScanner json(file_, 0, size);
+void AnnotationIndex::scan() {
+    JsonScanner json(file_.descriptor(), 0, file_.size());
     bool images = false, annotations = false, categories = false;
     std::vector<std::string> listed;
     json.each_entry([&](const std::string& key) {
@@ -142,7 +108,7 @@ void AnnotationIndex::scan(uint64_t size) {
             const uint64_t begin = json.offset();
             require(json.peek() == '[');
             json.skip_value();
-            categories_ = read_part(file_, begin, json.offset());
+            categories_ = file_.part(begin, json.offset());
         } else {
             json.skip_value();
         }
@@ -170,7 +136,7 @@ void AnnotationIndex::add_annotation(JsonScanner& json) {
 
 Annotation AnnotationIndex::annotation(size_t k) const {
     const Place& place = places_.at(k);
-    JsonScanner json(file_, place.offset, place.offset + place.size);
+    JsonScanner json(file_.descriptor(), place.offset, place.offset + place.size);
     return read_annotation(json, predictions_);
 }
 

@@ -21,9 +21,6 @@ struct Annotation {
 class AnnotationIndex {
    public:
     AnnotationIndex(const std::string& path, bool predictions);
-    ~AnnotationIndex();
-    AnnotationIndex(const AnnotationIndex&) = delete;
-    AnnotationIndex& operator=(const AnnotationIndex&) = delete;
 
     const std::vector<std::string>& image_ids() const { return image_ids_; }
     const std::string& categories() const { return categories_; }            // the list as it is written, or empty
@@ -36,10 +33,10 @@ class AnnotationIndex {
         uint32_t size;
     };
 
-    void scan(uint64_t size);
+    void scan();
     void add_annotation(JsonScanner& json);
 
-    int file_;
+    JsonFile file_;
     bool predictions_;
     std::vector<Place> places_;
     std::vector<std::string> image_ids_;

@@ -1,7 +1,9 @@
 #include "json_scanner.hpp"
 
+#include <fcntl.h>
 #include <locale.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +14,7 @@ namespace ldmseg {
 namespace {
 
 constexpr uint64_t kBufferSize = 1 << 16;
+constexpr uint64_t kLongestPart = 1 << 20;
 constexpr int kDeepest = 32;
 constexpr size_t kLongestText = 4096;
 
@@ -23,6 +26,27 @@ locale_t c_locale() {  // numbers have points, whatever the process' language
 bool is_digit(int character) { return character >= '0' && character <= '9'; }
 
 }  // namespace
+
+JsonFile::JsonFile(const std::string& path) {
+    require(path.find('\0') == std::string::npos);
+    file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not keep it waiting
+    require(file_ >= 0);
+    struct stat status;
+    if (fstat(file_, &status) != 0 || !S_ISREG(status.st_mode)) {
+        close(file_);
+        throw UnusualJson();
+    }
+    size_ = static_cast<uint64_t>(status.st_size);
+}
+
+JsonFile::~JsonFile() { close(file_); }
+
+std::string JsonFile::part(uint64_t begin, uint64_t end) const {
+    require(end - begin <= kLongestPart);
+    std::string text(end - begin, '\0');
+    require(pread(file_, text.data(), text.size(), static_cast<off_t>(begin)) == static_cast<ssize_t>(text.size()));
+    return text;
+}
 
 JsonScanner::JsonScanner(int file, uint64_t begin, uint64_t end)
     : file_(file), position_(begin), end_(end), size_(std::min(kBufferSize, end - begin)) {

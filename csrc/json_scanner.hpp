@@ -18,6 +18,33 @@ struct UnusualJson : std::runtime_error {
     UnusualJson() : std::runtime_error("unusual JSON") {}
 };
 
+inline void require(bool condition) {
+    if (!condition) throw UnusualJson();
+}
+
+// A key is there for the first time; Python keeps the last of several.
+inline void once(bool& seen) {
+    require(!seen);
+    seen = true;
+}
+
+// A regular file, open as long as this lives. Throws UnusualJson for anything else.
+class JsonFile {
+   public:
+    explicit JsonFile(const std::string& path);
+    ~JsonFile();
+    JsonFile(const JsonFile&) = delete;
+    JsonFile& operator=(const JsonFile&) = delete;
+
+    int descriptor() const { return file_; }
+    uint64_t size() const { return size_; }
+    std::string part(uint64_t begin, uint64_t end) const;  // at most a megabyte
+
+   private:
+    int file_;
+    uint64_t size_ = 0;
+};
+
 class JsonScanner {
    public:
     JsonScanner(int file, uint64_t begin, uint64_t end);

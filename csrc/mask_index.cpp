@@ -1,9 +1,5 @@
 #include "mask_index.hpp"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <limits>
 #include <string_view>
@@ -14,16 +10,6 @@ namespace {
 
 constexpr int64_t kLargestNumber = std::numeric_limits<int32_t>::max();
 constexpr int64_t kLongestSide = 1 << 16, kMostPixels = 1 << 26;
-constexpr uint64_t kLongestCategories = 1 << 20;
-
-void require(bool condition) {
-    if (!condition) throw UnusualJson();
-}
-
-void once(bool& seen) {
-    require(!seen);
-    seen = true;
-}
 
 void read_run_lengths(JsonScanner& json, StoredMask& mask) {
     bool size = false, counts = false, compressed = false;
@@ -109,24 +95,10 @@ std::pair<size_t, size_t> size_of(const std::vector<StoredMask>& masks, std::pai
 
 }  // namespace
 
-MaskIndex::MaskIndex(const std::string& path, bool predictions) : predictions_(predictions) {
-    require(path.find('\0') == std::string::npos);
-    file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not keep it waiting
-    require(file_ >= 0);
-    struct stat status;
-    try {
-        require(fstat(file_, &status) == 0 && S_ISREG(status.st_mode));
-        scan(static_cast<uint64_t>(status.st_size));
-    } catch (...) {
-        close(file_);
-        throw;
-    }
-}
+MaskIndex::MaskIndex(const std::string& path, bool predictions) : file_(path), predictions_(predictions) { scan(); }
 
-MaskIndex::~MaskIndex() { close(file_); }
-
-void MaskIndex::scan(uint64_t size) {
-    JsonScanner json(file_, 0, size);
+void MaskIndex::scan() {
+    JsonScanner json(file_.descriptor(), 0, file_.size());
     bool annotations = false, categories = false;
     if (json.peek() == '[') {
         require(predictions_);
@@ -145,10 +117,7 @@ void MaskIndex::scan(uint64_t size) {
                 const uint64_t begin = json.offset();
                 require(json.peek() == '[');
                 json.skip_value();
-                const uint64_t length = json.offset() - begin;
-                require(length <= kLongestCategories);
-                categories_.resize(length);
-                require(pread(file_, categories_.data(), length, static_cast<off_t>(begin)) == static_cast<ssize_t>(length));
+                categories_ = file_.part(begin, json.offset());
             } else {
                 json.skip_value();
             }
@@ -240,7 +209,7 @@ std::vector<StoredMask> MaskIndex::masks(size_t k) const {
     for (size_t place = first_[k]; place < first_[k + 1];) {
         size_t last = place;  // of those that stand one behind the other, which are read at once
         while (last + 1 < first_[k + 1] && places_[last + 1].offset - end_of(last) <= 8) ++last;
-        JsonScanner json(file_, places_[place].offset, end_of(last));
+        JsonScanner json(file_.descriptor(), places_[place].offset, end_of(last));
         for (const size_t begin = place; place <= last; ++place) {
             if (place > begin) json.expect(',');
             masks.push_back(read_mask(json, image_id, true));

@@ -33,9 +33,6 @@ struct ImageMasks {
 class MaskIndex {
    public:
     MaskIndex(const std::string& path, bool predictions);
-    ~MaskIndex();
-    MaskIndex(const MaskIndex&) = delete;
-    MaskIndex& operator=(const MaskIndex&) = delete;
 
     bool lists_images() const { return lists_images_; }
     const std::vector<std::string>& image_ids() const { return image_ids_; }
@@ -57,12 +54,12 @@ class MaskIndex {
         uint32_t size, image;
     };
 
-    void scan(uint64_t size);
+    void scan();
     void add_image(JsonScanner& json);
     void add_annotation(JsonScanner& json);
     uint32_t image(const std::string& id);
 
-    int file_;
+    JsonFile file_;
     bool predictions_, lists_images_ = false;
     std::vector<Place> places_;  // sorted by image
     std::vector<size_t> first_;  // place of each image's first
