@@ -31,6 +31,8 @@ EXTRAS = {
     # for `to_supervision` and `to_fiftyone` of results alone
     "supervision": ["supervision>=0.25"],
     "fiftyone": ["fiftyone>=1.0"],
+    "app": ["gradio>=6.31,<7", "prometheus-client>=0.22"],
+    "hub": ["huggingface_hub>=2.0"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"],
     "dev": [
         "pytest>=8",
@@ -43,6 +45,9 @@ EXTRAS = {
         "scikit-image>=0.24",
         "scipy>=1.11",
         "datasets>=4.0",
+        "gradio>=6.31,<7",
+        "prometheus-client>=0.22",
+        "playwright>=1.50",
         "hotcoco>=1.3; platform_system=='Linux'",
         "tensorrt-rtx-cu13>=1.7,<2; platform_system=='Linux' and platform_machine=='x86_64'",
         # the Python layer without its libraries: names to compare with
