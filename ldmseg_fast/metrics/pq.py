@@ -49,7 +49,8 @@ class PanopticQuality:
         void: category numbers of the (category, instance) form that mean void where no category has them.
 
     Raises:
-        PanopticFormatError: categories without an `id` that is a whole number, or with one id twice.
+        PanopticFormatError: what is no list of categories, categories without an `id` that is a whole number, or with
+            one id twice.
     """
 
     def __init__(
@@ -63,6 +64,10 @@ class PanopticQuality:
         self.boundary = boundary
         self.void = tuple(void)
         self.categories: dict[int, dict[str, Any]] = {}
+        if isinstance(categories, str | Mapping) or not isinstance(categories, Iterable):
+            raise PanopticFormatError(
+                f"categories: expected a list of COCO entries with `id` and `isthing`, got {categories!r:.80}"
+            )
         for place, category in enumerate([OBJECT_CATEGORY] if class_agnostic else categories):
             category_id = category.get("id") if isinstance(category, Mapping) else None
             if not _is_int(category_id) or int(category_id) in self.categories:
@@ -76,6 +81,7 @@ class PanopticQuality:
         """Forgets all images."""
         self.image_ids: list[int | str] = []
         self._numbered: set[int] = set()  # places in `image_ids` of images whose id nobody gave
+        self._given: set[int | str] = set()  # the other images' ids
         self._rows, self._count = np.empty(0, KEPT_DTYPE), 0  # with room for more
 
     def update(self, preds: Any, target: Any, image_ids: Iterable[int | str] | None = None) -> None:
@@ -90,7 +96,7 @@ class PanopticQuality:
         Raises:
             PanopticFormatError: names the image and the side: an unseen category, maps and segments that disagree. The
                 images before it are counted.
-            ArgumentError: sides with different numbers of images.
+            ArgumentError: sides with different numbers of images, an image id that was counted before.
         """
         reader = FormReader(self.categories, self.class_agnostic, self.void)
         if image_ids is not None and (isinstance(image_ids, str) or not isinstance(image_ids, Iterable)):
@@ -139,8 +145,10 @@ class PanopticQuality:
 
         Raises:
             PanopticFormatError: maps and `segments_info` that disagree; the message names the image.
+            ArgumentError: an image id that was counted before.
         """
         named = len(self.image_ids) if image_id is None else image_id
+        self._check_new(image_id)
         try:
             gt_table = segment_table(gt_segments, self.class_agnostic, use_gt_area)
             pred_table = segment_table(pred_segments, self.class_agnostic)
@@ -162,7 +170,12 @@ class PanopticQuality:
             raise PanopticFormatError(f"{name}: category ids {sorted(unknown)} are not among the categories")
 
     def add_matches(self, image_id: int | str | None, matches: np.ndarray) -> None:
-        """Adds the rows of one image, `MATCH_DTYPE` [M], that `match_segments` returned."""
+        """Adds the rows of one image, `MATCH_DTYPE` [M], that `match_segments` returned.
+
+        Raises:
+            ArgumentError: an image id that was counted before.
+        """
+        self._check_new(image_id)
         kept = self._more(len(matches))
         kept["image"] = len(self.image_ids)
         kept["area"] = np.minimum(matches["area"], _LARGEST_AREA)
@@ -171,7 +184,13 @@ class PanopticQuality:
         if image_id is None:
             image_id = len(self.image_ids)
             self._numbered.add(image_id)
+        else:
+            self._given.add(image_id)
         self.image_ids.append(image_id)
+
+    def _check_new(self, image_id: int | str | None) -> None:
+        if image_id in self._given:
+            raise ArgumentError(f"image {image_id!r} was counted before: give each image once, or `reset()` first")
 
     def merge(self, other: "PanopticQuality") -> "PanopticQuality":
         """Adds the images of `other` (another rank's part) to this one and returns this one.
@@ -185,7 +204,7 @@ class PanopticQuality:
             raise ArgumentError("statistics over different categories cannot be merged")
         if self.boundary != other.boundary:
             raise ArgumentError("statistics with and without boundary PQ cannot be merged")
-        if both := self._given() & other._given():
+        if both := self._given & other._given:
             raise ArgumentError(f"images counted twice, give each rank its own: {sorted(both, key=str)[:20]}")
         rows = other.matches()  # before `_more`, as `other` may be this one
         theirs = self._more(len(rows))
@@ -196,10 +215,8 @@ class PanopticQuality:
             first + place if place in other._numbered else image_id for place, image_id in enumerate(other.image_ids)
         ]
         self._numbered |= {first + place for place in other._numbered}
+        self._given |= other._given
         return self
-
-    def _given(self) -> set[int | str]:
-        return {image_id for place, image_id in enumerate(self.image_ids) if place not in self._numbered}
 
     def part(self, places: Sequence[int]) -> "PanopticQuality":
         """Returns the statistic of some images alone, by their places in `image_ids`."""
@@ -212,6 +229,7 @@ class PanopticQuality:
         chosen._more(len(rows))[:] = rows
         chosen.matches()["image"] = numbers[rows["image"]]
         chosen.image_ids = [self.image_ids[place] for place in places]
+        chosen._given = set(chosen.image_ids)
         return chosen
 
     def state(self) -> dict[str, Any]:
@@ -250,6 +268,14 @@ class PanopticQuality:
                 rows[name] = column
             stat.image_ids = list(state["image_ids"])
             stat._numbered = {int(place) for place in state["numbered"]}
+            given = [image_id for place, image_id in enumerate(stat.image_ids) if place not in stat._numbered]
+            stat._given = set(given)
+            if len(given) > len(stat._given):
+                raise ValueError("`image_ids` lists an image twice")
+            matched = rows[rows["outcome"] == TRUE_POSITIVE]
+            ious = ("iou", "boundary_iou") if stat.boundary else ("iou",)
+            if not all(np.all((matched[name] >= 0) & (matched[name] <= 1)) for name in ious):
+                raise ValueError("an IoU in `matches` that is no number from 0 to 1")
             if len(rows) and not 0 <= rows["image"].min() <= rows["image"].max() < len(stat.image_ids):
                 raise ValueError("matches of images that `image_ids` does not list")
         except (KeyError, TypeError, ValueError) as error:

@@ -293,9 +293,27 @@ def test_numbers_of_images_must_agree():
     for ids in ([1], [1, 2, 3]):
         with pytest.raises(ArgumentError, match="image_ids"):
             stat.update([ONE, ONE], [ONE, ONE], image_ids=ids)
+        stat.reset()
+
+
+def test_an_image_counts_once():
+    stat = PanopticQuality(CATEGORIES)
+    stat.update([ONE], [ONE], image_ids=[7])
+    with pytest.raises(ArgumentError, match="image 7 was counted before"):
+        stat.update([ONE], [ONE], image_ids=[7])
+    again = PanopticQuality.from_state(stat.state())
+    with pytest.raises(ArgumentError, match="image 7 was counted before"):
+        again.update([ONE], [ONE], image_ids=[7])
+    with pytest.raises(ArgumentError, match="`image_ids` lists an image twice"):
+        PanopticQuality.from_state(stat.state() | {"image_ids": [7, 7]})
+    stat.update([ONE, ONE], [ONE, ONE])  # without ids: other images
+    assert len(stat.image_ids) == 3
 
 
 def test_categories_need_ids():
+    for categories in (3, "12", {"id": 1}):
+        with pytest.raises(PanopticFormatError, match="expected a list of COCO entries"):
+            PanopticQuality(categories)
     for categories in ([{}], [{"id": 1}, {"id": 1}], ["x"], [{"id": "1"}]):
         with pytest.raises(PanopticFormatError, match=r"categories\["):
             PanopticQuality(categories)

@@ -66,7 +66,14 @@ def test_a_metric_merges_with_itself():
 
 
 @pytest.mark.parametrize(
-    "column, value", [("area", np.array([1, 1])), ("area", np.array(1)), ("category_id", np.array([77]))]
+    "column, value",
+    [
+        ("area", np.array([1, 1])),
+        ("area", np.array(1)),
+        ("category_id", np.array([77])),
+        ("iou", np.array([np.nan])),
+        ("iou", np.array([1.5])),
+    ],
 )
 def test_a_state_that_contradicts_itself_is_refused(column, value):
     state = copy.deepcopy(counted().state())
