@@ -18,9 +18,9 @@ def cases() -> Iterator[Case]:
     batch, candidates = 16, 3 * POINTS
     rows = batch * SEGMENTS
 
-    def ce_forward_backward(logits, ids, points):
-        loss, _, logsumexp = host.sample_ce_forward(logits, ids, points)
-        return loss, host.sample_ce_backward(torch.ones_like(loss), logits, ids, points, logsumexp)
+    def ce_forward_backward(logits, ids, points, weights=None):
+        loss, _, logsumexp = host.sample_ce_forward(logits, ids, points, weights)
+        return loss, host.sample_ce_backward(torch.ones_like(loss), logits, ids, points, logsumexp, weights)
 
     def dice_forward_backward(logits, ids, image_index, slots, points):
         bce, dice, sums = host.sample_bce_dice_forward(logits, ids, image_index, slots, points)
@@ -50,7 +50,8 @@ def cases() -> Iterator[Case]:
         def make_categories(device, dtype=dtype, last=channels_last):
             scores = normal(batch, CATEGORIES + 1, 256, 256, device=device, dtype=dtype, channels_last=last)
             ids = torch.randint(0, CATEGORIES + 1, (batch, 512, 512), device=device, dtype=torch.int16)
-            return scores, ids, torch.rand((batch, POINTS, 2), device=device)
+            weights = torch.rand(CATEGORIES + 1, device=device)
+            return scores, ids, torch.rand((batch, POINTS, 2), device=device), weights
 
         def make_dice(device, logits=logits, segments=segments):
             points = torch.rand((rows, POINTS, 2), device=device)
@@ -117,8 +118,9 @@ def edge_cases() -> Iterator[Callable[[], object]]:
         host.point_logits(logits, points)
         host.point_margin(logits, points)
         host.slot_logits(logits, one, one, points)
-        loss, _, logsumexp = host.sample_ce_forward(logits, ids, points)
-        host.sample_ce_backward(loss, logits, ids, points, logsumexp)
+        for weights in (None, meta(1, dtype=torch.float32)):
+            loss, _, logsumexp = host.sample_ce_forward(logits, ids, points, weights)
+            host.sample_ce_backward(loss, logits, ids, points, logsumexp, weights)
         loss, _, sums = host.sample_bce_dice_forward(logits, ids, one, one, points)
         host.sample_bce_dice_backward(loss, loss, logits, ids, one, one, points, sums)
 

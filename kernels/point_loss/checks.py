@@ -98,14 +98,23 @@ def _check_coordinates(mask_logits: Tensor, points: Tensor) -> None:
     require_same_device(mask_logits, points=points)
 
 
-def check_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> None:
+def check_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor, weights: Tensor | None = None) -> None:
     """Refuses what `sample_ce` does not take: logits float [B, Q, h, w], ids integer [B, H, W]; arguments as there.
 
     Raises:
-        ValueError: see `check_points` and `check_ids`.
+        ValueError: see `check_points` and `check_ids`; weights of another shape, dtype or device.
     """
     check_points(mask_logits, points)
     check_ids(mask_logits, segment_ids)
+    if weights is not None:
+        require(weights.dtype == torch.float32, "weights: expected float32, got {}", weights.dtype)
+        require(
+            weights.shape == mask_logits.shape[1:2],
+            "weights: expected [{}], got shape {}",
+            mask_logits.shape[1],
+            weights.shape,
+        )
+        require_same_device(mask_logits, weights=weights)
 
 
 def check_bce_dice(

@@ -1,4 +1,4 @@
-"""Triton: cross entropy over the slots at points, forward and backward."""
+"""Triton: cross entropy over the slots at points, forward and backward; targets may have weights."""
 
 import triton
 import triton.language as tl
@@ -11,6 +11,7 @@ def ce_forward_kernel(
     logits_ptr,  # [B, Q, h, w]
     ids_ptr,  # [B, H, W]
     points_ptr,  # [B, P, 2]
+    weights_ptr,  # [Q] float32; not read unless WEIGHTED
     logsumexp_ptr,  # [B, P]
     loss_ptr,  # [B, blocks]
     count_ptr,  # [B, blocks]
@@ -24,6 +25,7 @@ def ce_forward_kernel(
     slot_stride,
     row_stride,
     column_stride,
+    WEIGHTED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
@@ -49,7 +51,10 @@ def ce_forward_kernel(
     counted = inside & (target > 0)
     tl.store(logsumexp_ptr + image * points + point, logsumexp, mask=inside)
     block = image * tl.num_programs(0) + tl.program_id(0)
-    tl.store(loss_ptr + block, tl.sum(tl.where(counted, logsumexp - target_logit, 0.0)))
+    loss = tl.where(counted, logsumexp - target_logit, 0.0)
+    if WEIGHTED:
+        loss *= tl.load(weights_ptr + target, mask=counted, other=0.0)
+    tl.store(loss_ptr + block, tl.sum(loss))
     tl.store(count_ptr + block, tl.sum(counted.to(tl.float32)))
 
 
@@ -59,6 +64,7 @@ def ce_backward_kernel(
     logits_ptr,  # [B, Q, h, w]
     ids_ptr,  # [B, H, W]
     points_ptr,  # [B, P, 2]
+    weights_ptr,  # [Q] float32; not read unless WEIGHTED
     logsumexp_ptr,  # [B, P]
     grad_ptr,  # [B, Q, h, w] float32
     points,
@@ -75,6 +81,7 @@ def ce_backward_kernel(
     grad_slot_stride,
     grad_row_stride,
     grad_column_stride,
+    WEIGHTED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
@@ -87,7 +94,10 @@ def ce_backward_kernel(
     grad_ptr += image * grad_image_stride
     target = load_target(ids_ptr + image * ids_height * ids_width, x, y, inside, slots, ids_height, ids_width)
     logsumexp = tl.load(logsumexp_ptr + image * points + point, mask=inside, other=0.0)
-    grad_loss = tl.where(inside & (target > 0), tl.load(grad_loss_ptr), 0.0)
+    counted = inside & (target > 0)
+    grad_loss = tl.where(counted, tl.load(grad_loss_ptr), 0.0)
+    if WEIGHTED:
+        grad_loss *= tl.load(weights_ptr + target, mask=counted, other=0.0)
     for first in range(0, slots, BLOCK_Q):
         slot = first + tl.arange(0, BLOCK_Q)
         value = sample_slots(logits_ptr, slot, x, y, slots, height, width, slot_stride, row_stride, column_stride)
@@ -97,5 +107,5 @@ def ce_backward_kernel(
             column, row, weight = corner(x, y, width, height, i % 2, i // 2)
             pixel = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
             pointers = grad_ptr + pixel[:, None] + slot.to(tl.int64)[None, :] * grad_slot_stride
-            mask = (inside & (target > 0) & (weight > 0))[:, None] & (slot < slots)[None, :]
+            mask = (counted & (weight > 0))[:, None] & (slot < slots)[None, :]
             tl.atomic_add(pointers, weight[:, None] * grad, mask=mask, sem="relaxed")

@@ -1,5 +1,7 @@
 """Registers the operators of `op.py` with torch: CUDA and reference, shape inference, autograd."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -106,13 +108,16 @@ def _(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -
 
 
 @torch.library.custom_op("ldmseg_fast::sample_ce", mutates_args=())
-def sample_ce_op(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample_ce_op(
+    mask_logits: Tensor, segment_ids: Tensor, points: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the forward pass of `sample_ce`, and keeps what the backward pass needs; differentiable.
 
     Args:
         mask_logits: float [B, Q, h, w], either memory format.
         segment_ids: integer [B, H, W].
         points: float32 [B, P, 2], (x, y) in [0, 1].
+        weights: float32 [Q], of each target; not differentiable.
 
     Returns:
         the summed loss and the number of points that are not void, scalars, and the logsumexp [B, P]; all float32
@@ -121,12 +126,12 @@ def sample_ce_op(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tu
     Raises:
         ValueError: see `checks.check_ce`.
     """
-    check_ce(mask_logits, segment_ids, points)
-    return reference.sample_ce_forward(mask_logits, segment_ids, points)
+    check_ce(mask_logits, segment_ids, points, weights)
+    return reference.sample_ce_forward(mask_logits, segment_ids, points, weights)
 
 
 @sample_ce_op.register_kernel("cuda")
-def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ldmseg_fast.kernels.point_loss import host
 
     check_ce(*args)
@@ -134,8 +139,10 @@ def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @sample_ce_op.register_fake
-def _(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check_ce(mask_logits, segment_ids, points)
+def _(
+    mask_logits: Tensor, segment_ids: Tensor, points: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_ce(mask_logits, segment_ids, points, weights)
     dtype = at_least_float32(mask_logits).dtype
     return (
         points.new_empty((), dtype=dtype),
@@ -146,7 +153,12 @@ def _(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor,
 
 @torch.library.custom_op("ldmseg_fast::sample_ce_backward", mutates_args=())
 def sample_ce_backward_op(
-    grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor
+    grad_loss: Tensor,
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    logsumexp: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Runs the backward pass of `sample_ce_op`.
 
@@ -156,23 +168,31 @@ def sample_ce_backward_op(
         segment_ids: integer [B, H, W].
         points: float32 [B, P, 2], (x, y) in [0, 1].
         logsumexp: [B, P], what the forward pass returned.
+        weights: float32 [Q], of each target.
 
     Returns:
         the gradient of `mask_logits`, in its shape, dtype and memory format.
     """
-    grad = reference.sample_ce_backward(grad_loss, mask_logits, segment_ids, points, logsumexp)
+    grad = reference.sample_ce_backward(grad_loss, mask_logits, segment_ids, points, logsumexp, weights)
     return _like(grad, mask_logits)
 
 
 @sample_ce_backward_op.register_kernel("cuda")
-def _(*args: Tensor) -> Tensor:
+def _(*args: Any) -> Tensor:
     from ldmseg_fast.kernels.point_loss import host
 
     return host.sample_ce_backward(*args)
 
 
 @sample_ce_backward_op.register_fake
-def _(grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor) -> Tensor:
+def _(
+    grad_loss: Tensor,
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    logsumexp: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor:
     return torch.empty_like(mask_logits)
 
 
@@ -277,14 +297,14 @@ def _like(grad: Tensor, mask_logits: Tensor) -> Tensor:
 
 
 def _save_ce(ctx, inputs, output) -> None:
-    mask_logits, segment_ids, points = inputs
+    mask_logits, segment_ids, points, weights = inputs
     _, count, logsumexp = output
-    ctx.save_for_backward(mask_logits, segment_ids, points, logsumexp)
+    ctx.save_for_backward(mask_logits, segment_ids, points, logsumexp, weights)
     ctx.mark_non_differentiable(count, logsumexp)
 
 
 def _backward_ce(ctx, grad_loss: Tensor, _grad_count: Tensor | None, _grad_logsumexp: Tensor | None):
-    return sample_ce_backward_op(grad_loss, *ctx.saved_tensors), None, None
+    return sample_ce_backward_op(grad_loss, *ctx.saved_tensors), None, None, None
 
 
 def _save_bce_dice(ctx, inputs, output) -> None:

@@ -92,13 +92,16 @@ def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points:
     return out
 
 
-def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample_ce_forward(
+    mask_logits: Tensor, segment_ids: Tensor, points: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launches cross entropy over slots at points.
 
     Args:
         mask_logits: float [B, Q, h, w], either memory format.
         segment_ids: integer [B, H, W].
         points: float32 [B, P, 2], (x, y) in [0, 1].
+        weights: float32 [Q], of each target.
 
     Returns:
         the summed loss and the number of points that are not void, scalars, and the logsumexp [B, P]; all float32.
@@ -112,15 +115,26 @@ def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) 
     launch(
         ce_forward_kernel,
         (blocks, batch),
-        *(mask_logits, segment_ids.contiguous(), points.contiguous(), logsumexp, losses, counts),
-        *(count, slots, height, width, *segment_ids.shape[1:], *mask_logits.stride()),
+        *(mask_logits, segment_ids.contiguous(), points.contiguous(), _weights(weights, points)),
+        *(logsumexp, losses, counts, count, slots, height, width, *segment_ids.shape[1:], *mask_logits.stride()),
         config=config,
+        WEIGHTED=weights is not None,
     )
     return losses.sum(), counts.sum(), logsumexp
 
 
+def _weights(weights: Tensor | None, points: Tensor) -> Tensor:
+    """Gives a pointer that nothing reads where there are no weights."""
+    return points if weights is None else weights.contiguous()
+
+
 def sample_ce_backward(
-    grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor
+    grad_loss: Tensor,
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    logsumexp: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Launches the gradient of `sample_ce_forward`.
 
@@ -130,6 +144,7 @@ def sample_ce_backward(
         segment_ids: integer [B, H, W].
         points: float32 [B, P, 2], (x, y) in [0, 1].
         logsumexp: [B, P], what the forward pass returned.
+        weights: float32 [Q], of each target.
 
     Returns:
         the gradient of `mask_logits`, in its shape, dtype and memory format.
@@ -141,9 +156,10 @@ def sample_ce_backward(
     launch(
         ce_backward_kernel,
         (triton.cdiv(count, config.constants["BLOCK_P"]), batch),
-        *(grad_loss, mask_logits, segment_ids.contiguous(), points.contiguous(), logsumexp, grad),
-        *(count, slots, height, width, *segment_ids.shape[1:], *mask_logits.stride(), *grad.stride()),
+        *(grad_loss, mask_logits, segment_ids.contiguous(), points.contiguous(), _weights(weights, points), logsumexp),
+        *(grad, count, slots, height, width, *segment_ids.shape[1:], *mask_logits.stride(), *grad.stride()),
         config=config,
+        WEIGHTED=weights is not None,
     )
     return grad.to(mask_logits.dtype)
 

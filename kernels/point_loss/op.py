@@ -79,13 +79,16 @@ def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points:
     return slot_logits_op(mask_logits, image_index, slots, points)
 
 
-def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+def sample_ce(
+    mask_logits: Tensor, segment_ids: Tensor, points: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Computes cross entropy over slots at points, void ignored (slot = id, so there is no matching).
 
     Args:
         mask_logits: [B, Q, h, w] float, either memory format.
         segment_ids: [B, H, W] integer; 0 and what is no slot (Q or more, negative) is void. H, W need not be h, w.
         points: float32 [B, P, 2], (x, y) in [0, 1]. The target is the id of the pixel that holds the point.
+        weights: float32 [Q], by which the loss of a point with this target is multiplied; None: 1 for all.
 
     Returns:
         the loss summed over points, differentiable in `mask_logits`, and the number of points that were not void;
@@ -95,9 +98,9 @@ def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple
         ValueError: wrong shape, dtype or device.
     """
     if _runs_reference(mask_logits):
-        check_ce(mask_logits, segment_ids, points)
-        return reference.sample_ce(mask_logits, segment_ids, points)
-    loss, count, _ = sample_ce_op(mask_logits, segment_ids, points)
+        check_ce(mask_logits, segment_ids, points, weights)
+        return reference.sample_ce(mask_logits, segment_ids, points, weights)
+    loss, count, _ = sample_ce_op(mask_logits, segment_ids, points, weights)
     return loss, count
 
 

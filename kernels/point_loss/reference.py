@@ -77,11 +77,14 @@ def slot_targets(
     return target
 
 
-def sample_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+def sample_ce(
+    mask_logits: Tensor, segment_ids: Tensor, points: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Computes summed cross entropy and the number of points that are not void, float scalars, as `op.sample_ce`."""
     logits = point_logits(mask_logits, points)  # [B, Q, P]
     target = point_ids(segment_ids, points, mask_logits.shape[1])  # [B, P]
-    loss = F.cross_entropy(logits, target, ignore_index=0, reduction="sum")
+    weights = None if weights is None else weights.to(logits.dtype)
+    loss = F.cross_entropy(logits, target, weights, ignore_index=0, reduction="sum")
     return loss, (target > 0).sum().to(loss.dtype)
 
 
@@ -98,20 +101,28 @@ def sample_bce_dice(
     return (bce * present).sum(), (dice * present).sum()
 
 
-def sample_ce_forward(mask_logits: Tensor, segment_ids: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample_ce_forward(
+    mask_logits: Tensor, segment_ids: Tensor, points: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Computes (summed loss, count, logsumexp float [B, P]), as `op.sample_ce_op`."""
-    loss, count = sample_ce(mask_logits, segment_ids, points)
+    loss, count = sample_ce(mask_logits, segment_ids, points, weights)
     return loss, count, point_logits(mask_logits, points).logsumexp(1)
 
 
 def sample_ce_backward(
-    grad_loss: Tensor, mask_logits: Tensor, segment_ids: Tensor, points: Tensor, logsumexp: Tensor
+    grad_loss: Tensor,
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    logsumexp: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Computes the gradient of the logits, float [B, Q, h, w], as `op.sample_ce_backward_op`."""
     target = point_ids(segment_ids, points, mask_logits.shape[1])[:, None]  # [B, 1, P]
     grad = (point_logits(mask_logits, points) - logsumexp[:, None]).exp()  # [B, Q, P]
     grad = grad.scatter_add(1, target, -torch.ones_like(grad[:, :1]))
-    return _scatter(grad * (target > 0) * grad_loss, mask_logits, points)
+    factor = (target > 0) * grad_loss if weights is None else (target > 0) * grad_loss * weights.to(grad.dtype)[target]
+    return _scatter(grad * factor, mask_logits, points)
 
 
 def sample_bce_dice_forward(

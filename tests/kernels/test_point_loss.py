@@ -66,19 +66,23 @@ def test_kernels_equal_reference(shape, ids_size, count, rows, memory_format, dt
     assert grad.stride() == logits.stride()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_more_categories_than_a_byte_holds(memory_format, device, poison, close):
-    """Cross-entropy over categories is that over slots, of int16 maps."""
+def test_more_categories_than_a_byte_holds(memory_format, weighted, device, poison, close):
+    """Cross-entropy over categories is that over slots, of int16 maps; categories may have weights."""
     logits = (3 * torch.randn(1, 301, 5, 6, device=device)).contiguous(memory_format=memory_format)
     ids = torch.randint(0, 301, (1, 9, 11), dtype=torch.int16, device=device)
     points = torch.rand(1, 40, 2, device=device)
+    weights = torch.rand(301, device=device) if weighted else None
     leaf = logits.double().requires_grad_()
-    loss, count = reference.sample_ce(leaf, ids, points.double())
+    loss, count = reference.sample_ce(leaf, ids, points.double(), weights)
     (expected,) = torch.autograd.grad(loss, leaf)
-    ours, valid, logsumexp = host.sample_ce_forward(logits, ids, points)
+    ours, valid, logsumexp = host.sample_ce_forward(logits, ids, points, weights)
     close(ours, loss.detach())
     assert valid.item() == count.item()
-    close(host.sample_ce_backward(torch.ones((), device=device), logits, ids, points, logsumexp), expected)
+    one = torch.ones((), device=device)
+    close(host.sample_ce_backward(one, logits, ids, points, logsumexp, weights), expected)
+    close(reference.sample_ce_backward(one, logits, ids, points, logsumexp, weights), expected)
 
 
 def test_reference_samples_as_grid_sample_does(device):
@@ -168,7 +172,9 @@ def test_gradients_of_the_ops(device):
     logits, ids, points, image_index, slots, row_points = args
     logits.requires_grad_()
     points, rows = points.double(), (image_index, slots, row_points.double())
+    weights = torch.rand(6, device=device)
     assert torch.autograd.gradcheck(lambda x: sample_ce_op(x, ids, points)[0], logits)
+    assert torch.autograd.gradcheck(lambda x: sample_ce_op(x, ids, points, weights)[0], logits)
     assert torch.autograd.gradcheck(lambda x: sample_bce_dice_op(x, ids, *rows)[:2], logits)
     assert torch.autograd.gradcheck(lambda x: point_loss.point_logits(x, points), logits)
     assert torch.autograd.gradcheck(lambda x: point_loss.slot_logits(x, *rows), logits)
@@ -183,6 +189,7 @@ def test_ops(device, check_op):
     check_op(slot_logits_op, (logits, *rows))
     one = torch.ones((), device=device)
     check_op(sample_ce_op, (logits.clone().requires_grad_(), ids, points))
+    check_op(sample_ce_op, (logits.clone().requires_grad_(), ids, points, torch.rand(6, device=device)))
     check_op(sample_bce_dice_op, (logits.clone().requires_grad_(), ids, *rows))
     check_op(sample_ce_backward_op, (one, logits, ids, points, torch.zeros(2, 13, device=device)))
     check_op(sample_bce_dice_backward_op, (one, one, logits, ids, *rows, torch.zeros(3, 3, device=device)))
@@ -213,6 +220,8 @@ def test_bad_input(device, refuses):
     refuses("segment_ids", ce, op, (logits, ids[:1], points))
     refuses("segment_ids", ce, op, (logits, ids.float(), points))
     refuses("segment_ids", ce, op, (logits, ids.to("meta"), points), fake=False)
+    refuses("weights", ce, op, (logits, ids, points, torch.ones(5, device=device)))
+    refuses("weights", ce, op, (logits, ids, points, torch.ones(6, device=device).double()))
     refuses("mask_logits", point_loss.point_margin, point_margin_op, (logits[:, :1], points))
     both, op = point_loss.sample_bce_dice, sample_bce_dice_op
     refuses("image_index", both, op, (logits, ids, image_index.int(), slots, row_points))
