@@ -120,7 +120,7 @@ def _width_checks(config: Config) -> list[tuple[bool, str]]:
     normed = [("mask_vae", vae.norm_groups, name, getattr(vae, name)) for name in ("middle_width", upscaled)]
     if not vae.middle_width:
         normed[0] = ("mask_vae", vae.norm_groups, "widths", vae.widths[-1])
-    if vae.num_mid_blocks:
+    if vae.num_mid_blocks or vae.num_categories:
         normed.append(("mask_vae", vae.norm_groups, "decoder_width", vae.decoder_width))
     normed += [("unet", unet.norm_groups, "block_out_channels", width) for width in unet.block_out_channels]
     if encoder.kind == "conv":

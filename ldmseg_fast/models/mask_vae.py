@@ -50,18 +50,30 @@ class MidBlock(nn.Module):
 
 
 class DecoderWithCategories(nn.Sequential):
-    """Decodes latents to slot logits as the plain decoder does, and to category logits from the same features."""
+    """Decodes latents to slot logits as the plain decoder does, and to category logits from its features.
 
-    def __init__(self, layers: list[nn.Module], category_head: nn.Conv2d) -> None:
+    What a segment is needs fewer pixels than where it ends: categories branch off before the upscalers.
+
+    Args:
+        layers: of the plain decoder.
+        branch: the place of the layer that sees what the category head sees.
+        category_head: from features to category logits.
+    """
+
+    def __init__(self, layers: list[nn.Module], branch: int, category_head: nn.Sequential) -> None:
         super().__init__(*layers)
+        self.branch = branch
         self.category_head = category_head
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Maps float [B, C, h, w] to logits [B, Q, h 2^u, w 2^u] and [B, categories + 1, h 2^u, w 2^u]."""
-        *layers, slot_head, category_head = self.children()
-        for layer in layers:
+        """Maps float [B, C, h, w] to logits [B, Q, h 2^u, w 2^u] and [B, categories + 1, h, w]."""
+        *layers, category_head = self.children()
+        for layer in layers[: self.branch]:
             latents = layer(latents)
-        return slot_head(latents), category_head(latents)
+        category_logits = category_head(latents)
+        for layer in layers[self.branch :]:
+            latents = layer(latents)
+        return latents, category_logits
 
 
 def _encoder(config: MaskVAEConfig, out_channels: int) -> nn.Sequential:
@@ -85,6 +97,7 @@ def _decoder(config: MaskVAEConfig) -> nn.Sequential:
     width = config.decoder_width
     layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, width, 3, padding=1)]
     layers.append(MidBlock(width, config.norm_groups) if config.num_mid_blocks else nn.Identity())
+    branch = len(layers)
     for _ in range(config.num_upscalers):
         wide = config.upscale_width or config.decoder_width
         layers += [nn.ConvTranspose2d(width, wide, 2, stride=2), ChannelLayerNorm(wide), nn.SiLU()]
@@ -94,7 +107,9 @@ def _decoder(config: MaskVAEConfig) -> nn.Sequential:
     if not config.num_categories:
         return nn.Sequential(*layers)
     # 3x3 as the slots' head: one of 1x1 learned far more slowly, at equal steps, on scenes of version 2
-    return DecoderWithCategories(layers, nn.Conv2d(width, config.num_categories + 1, 3, padding=1))
+    head = nn.Conv2d(config.decoder_width, config.num_categories + 1, 3, padding=1)
+    norm = GroupNormSiLU(config.norm_groups, config.decoder_width, eps=1e-5)
+    return DecoderWithCategories(layers, branch, nn.Sequential(norm, head))
 
 
 class MaskVAE(nn.Module):
@@ -146,7 +161,7 @@ class MaskVAE(nn.Module):
     def decode_both(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """Decodes unscaled latents float [B, C, h, w] to slot logits, as `decode` does, and category logits.
 
-        Category logits are [B, categories + 1, h 2^u, w 2^u], 0 being void; None where the model has no categories.
+        Category logits are [B, categories + 1, h, w], 0 being void; None where the model has no categories.
         """
         logits = self.decoder(latents)
         return logits if self.config.num_categories else (logits, None)

@@ -42,7 +42,7 @@ def postprocess(
         network_size: (height, width) in pixels, to which the logits are resized bilinearly first.
         target_sizes: (height, width) of each image's map, to which they are resized bilinearly then.
         thresholds: see `kernels.panoptic_head`.
-        category_logits: float [B, C + 1, h, w]; see `segment_categories`.
+        category_logits: float [B, C + 1, h / f, w / f]; see `segment_categories`.
         categories: the table of the C categories.
         fuse: whether stuff of one category becomes one segment.
 

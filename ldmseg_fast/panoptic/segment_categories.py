@@ -5,7 +5,8 @@ weighed by the probability that it is the segment's:
 
     votes[q, c] = sum over pixels p of softmax_q(slot logits)[q, p] * softmax_c(category logits)[c, p]
 
-on the logits' own grid. Kirillov et al., "Panoptic Segmentation", CVPR 2019, say what things and stuff are.
+on the slots' own grid, where categories of a coarser one are those of the nearest pixel. Kirillov et al., "Panoptic
+Segmentation", CVPR 2019, say what things and stuff are.
 """
 
 from __future__ import annotations
@@ -25,39 +26,44 @@ from ldmseg_fast.panoptic.results import PanopticResult
 CACHED = 2**20  # logits whose probabilities a CPU keeps in its cache
 
 
-def slot_categories(mask_logits: Tensor, category_logits: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def slot_categories(
+    mask_logits: Tensor, category_logits: Tensor, slots: Tensor | None = None, *, factor: int = 0
+) -> tuple[Tensor, Tensor]:
     """Finds the category of each slot.
 
     Args:
         mask_logits: float [B, Q, h, w].
-        category_logits: float [B, C + 1, h, w]; category 0 is void, which no segment is.
+        category_logits: float [B, C + 1, h / f, w / f], f a whole number; category 0 is void, which no segment is.
         slots: int64 [K], those of which it is asked; None: all Q.
+        factor: f; 0: that of the shapes.
 
     Returns:
         The category's number in 1..C, int64 [B, K], and the mean probability that the slot's pixels give it, float32
         [B, K].
     """
-    pixels, categories = _rows(mask_logits), _rows(category_logits)  # [B, h w, Q] and [B, h w, C + 1]
+    factor = factor or mask_logits.shape[-1] // category_logits.shape[-1]
+    categories = category_logits.float().permute(0, 2, 3, 1)  # [B, h / f, w / f, C + 1]
+    pixels = mask_logits.float().permute(0, 2, 3, 1)  # [B, h, w, Q]; channels_last, which decoders give, is that
     if exporting() or mask_logits.device.type != "cpu" or pixels.numel() + categories.numel() <= CACHED:
-        votes = _votes(pixels, categories, slots)
+        votes = _votes(pixels, categories, slots, factor)
     else:
-        size = max(1, CACHED * pixels.shape[1] // (pixels.numel() + categories.numel()))
-        parts = zip(pixels.split(size, 1), categories.split(size, 1))
-        votes = reduce(torch.add, (_votes(*part, slots) for part in parts))
+        rows = max(1, CACHED * categories.shape[1] // (pixels.numel() + categories.numel()))
+        parts = zip(pixels.split(rows * factor, 1), categories.split(rows, 1))
+        votes = reduce(torch.add, (_votes(*part, slots, factor) for part in parts))
     most, number = votes[..., 1:].max(-1)  # [B, K]
     return number + 1, most / votes.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _votes(pixels: Tensor, categories: Tensor, slots: Tensor | None) -> Tensor:
-    """Adds up the votes, float32 [B, K, C + 1], of slot logits [B, N, Q] and category logits [B, N, C + 1]."""
+def _votes(pixels: Tensor, categories: Tensor, slots: Tensor | None, factor: int) -> Tensor:
+    """Adds up the votes, float32 [B, K, C + 1], of slot logits [B, h, w, Q] and category logits [B, h/f, w/f, C + 1].
+
+    Votes of pixels that share a category's pixel are added up first: the product is f^2 times smaller.
+    """
     of_slots = pixels.softmax(-1)
-    of_slots = of_slots if slots is None else of_slots.index_select(2, slots)
-    return of_slots.transpose(1, 2) @ categories.softmax(-1)
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """Lists the pixels of [B, K, h, w] as rows, float32 [B, h w, K]; channels_last, which decoders give, is that."""
-    return logits.float().permute(0, 2, 3, 1).flatten(1, 2)
+    of_slots = of_slots if slots is None else of_slots.index_select(3, slots)
+    if factor > 1:
+        of_slots = of_slots.unflatten(2, (-1, factor)).sum(3).unflatten(1, (-1, factor)).sum(2)
+    return of_slots.flatten(1, 2).transpose(1, 2) @ categories.flatten(1, 2).softmax(-1)
 
 
 def name_segments(

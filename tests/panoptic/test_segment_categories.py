@@ -29,11 +29,21 @@ def test_votes_are_the_sum_over_pixels():
             assert score[image, slot] == pytest.approx(votes[best] / s[slot].sum(), rel=1e-5)
 
 
+def test_coarse_categories_are_those_of_the_nearest_pixel():
+    slots, categories = torch.randn(2, 5, 6, 8), torch.randn(2, 4, 3, 4)
+    number, score = slot_categories(slots, categories)
+    fine = slot_categories(slots, categories.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert torch.equal(number, fine[0])
+    torch.testing.assert_close(score, fine[1])
+
+
+@pytest.mark.parametrize("factor", [1, 2])
 @pytest.mark.parametrize("slots", [None, [4, 1]])
-def test_parts_of_the_pixels_give_what_all_give(slots, monkeypatch):
-    logits, slots = (torch.randn(3, 5, 6, 7), torch.randn(3, 4, 6, 7)), slots and torch.tensor(slots)
+def test_parts_of_the_pixels_give_what_all_give(slots, factor, monkeypatch):
+    slots = slots and torch.tensor(slots)
+    logits = torch.randn(3, 5, 6 * factor, 7 * factor), torch.randn(3, 4, 6, 7)
     whole = slot_categories(*logits, slots)
-    for pixels in (0, 5, 41, 42):  # each has 3 * (5 + 4) logits
+    for pixels in (0, 5, 41, 42):
         monkeypatch.setattr(segment_categories, "CACHED", 27 * pixels)
         number, score = slot_categories(*logits, slots)
         assert torch.equal(number, whole[0])

@@ -141,7 +141,7 @@ class MaskDecoderGraph(nn.Module):
         Returns:
             label and confidence uint8 [B, H, W], sigmoid_area int32 [B, Q], of models with categories category int32
             [B, Q] and category_score float32 [B, Q]; with the head "both" the slot logits [B, Q, h 2^u, w 2^u] too, and
-            the category logits. Without a size the logits alone.
+            the category logits [B, C + 1, h, w]. Without a size the logits alone.
         """
         factor = self.mask_vae.config.downsampling
         dtype = next(self.mask_vae.parameters()).dtype
@@ -161,7 +161,8 @@ class MaskDecoderGraph(nn.Module):
         confidence = (probability * 255.0).round().to(torch.uint8)
         outputs: tuple[Tensor, ...] = (label, confidence, sigmoid_area)
         if category_logits is not None:
-            category, category_score = slot_categories(mask_logits, category_logits)  # [B, Q]
+            factor = 2**self.mask_vae.config.num_upscalers  # of the shapes it would be a symbol
+            category, category_score = slot_categories(mask_logits, category_logits, factor=factor)  # [B, Q]
             outputs = (*outputs, category.to(torch.int32), category_score)
         return (*outputs, *all_logits) if self.head == "both" else outputs
 

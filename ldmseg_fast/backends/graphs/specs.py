@@ -225,7 +225,8 @@ def mask_decoder(info: ModelInfo, options: GraphOptions) -> GraphSpec:
     `label`: the argmax slot where its softmax probability reaches `mask_threshold`, else 0. `confidence`: 255 times
     that probability. `sigmoid_area`: per slot, pixels whose sigmoid reaches the threshold. `mask_logits`: before both
     bilinear resizings. Of models with categories also `category` and `category_score`: per slot, the number of its
-    category in 1..C and the mean probability that its pixels give it; and `category_logits` beside `mask_logits`.
+    category in 1..C and the mean probability that its pixels give it; and `category_logits` beside `mask_logits`,
+    of the latents' size.
 
     Raises:
         ArgumentError: more slots than the head can label.
@@ -254,7 +255,7 @@ def mask_decoder(info: ModelInfo, options: GraphOptions) -> GraphSpec:
         logits = (batch, slots, _times(height, scale), _times(width, scale))
         outputs.append(TensorSpec("mask_logits", options.decoder_dtype, logits))
         if info.mask_vae.num_categories:
-            classes = (batch, info.mask_vae.num_categories + 1, *logits[2:])
+            classes = (batch, info.mask_vae.num_categories + 1, height, width)
             outputs.append(TensorSpec("category_logits", options.decoder_dtype, classes))
     return GraphSpec(name="mask_decoder", kind="mask_decoder", inputs=tuple(inputs), outputs=tuple(outputs))
 
