@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,19 @@ from benchmarks.measuring.panoptic_maps import CATEGORIES, PanopticMaps
 from benchmarks.measuring.timing import seconds_of, time_differences
 from benchmarks.peers.plain_pq import match_by_masks, numpy_joint_histogram
 from benchmarks.peers.pq_tools import file_scorers, inflate_alone, mask_scorers, torchmetrics_update
+from ldmseg_fast.config import MaskVAEConfig
+from ldmseg_fast.config.categories import Category, CategoryTable
+from ldmseg_fast.config.presets import TINY
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels.panoptic_head import reference
 from ldmseg_fast.metrics.annotation_index import index_annotations
 from ldmseg_fast.metrics.matching import TRUE_POSITIVE, match_segments, segment_table
 from ldmseg_fast.metrics.pq_files import evaluate_files
+from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.native import _C
+from ldmseg_fast.panoptic.postprocess import postprocess
 
-PARTS = ("memory", "files", "masks", "threads", "growth", "entries", "start", "post-processing")
+PARTS = ("memory", "files", "masks", "threads", "growth", "entries", "start", "post-processing", "categories")
 COCO_TRAIN = 118_287  # its images; of segments there are 11 an image
 HEAD_ARGUMENTS = ((512, 512), (427, 640), 0.5, 512, 0.5)  # network and image size, thresholds
 
@@ -55,7 +61,7 @@ def main() -> None:
     images = args.images or (40 if args.quick else 500)
     run = Run("evaluation", quick=args.quick, folder=args.out)
     with tempfile.TemporaryDirectory() as folder:
-        if set(args.parts) - {"post-processing", "start", "entries"}:
+        if set(args.parts) - {"post-processing", "start", "entries", "categories"}:
             data = PanopticMaps(Path(folder), images, args.data)
         if "memory" in args.parts:
             in_memory(run, data, rounds=10 if args.quick else 40)
@@ -73,6 +79,8 @@ def main() -> None:
         start(run, rounds=3 if args.quick else 11)
     if "post-processing" in args.parts:
         post_processing(run, rounds=5 if args.quick else 15)
+    if "categories" in args.parts:
+        with_categories(run, rounds=5 if args.quick else 25)
     run.save(args.out)
 
 
@@ -242,6 +250,30 @@ def post_processing(run: Run, rounds: int) -> None:
         run.add("post-processing", timings, baseline="plain torch", target=10.0, case=case)
         if (peak := timings["ours"].peak_memory_bytes) is not None:
             run.add_value("post-processing, memory", peak / 1e6, "MB", case=case, target=20.0)
+
+
+def with_categories(run: Run, rounds: int) -> None:
+    """Times decoder and head of models with categories beside those without, random weights, latents -> 480x640."""
+    for name, config, side in (("tiny", TINY.mask_vae, 16), ("full size", MaskVAEConfig(), 64)):
+        latents = torch.randn(1, config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+        for count in (19, 133):
+            variants = {"with categories": _decode(config, count, latents), "without": _decode(config, 0, latents)}
+            timings = measure(variants, rounds=rounds if name == "tiny" else max(3, rounds // 4))
+            case = {"model": name, "categories": count}
+            run.add("decoder and head with categories", timings, baseline="without", target=0.87, case=case)
+
+
+def _decode(config: MaskVAEConfig, count: int, latents: torch.Tensor) -> Callable[[], Any]:
+    model = MaskVAE(replace(config, num_categories=count, scaling_factor=1.0)).to(memory_format=torch.channels_last)
+    table = CategoryTable(tuple(Category(n, str(n), n % 2 == 0, (n, 0, 0)) for n in range(count)))
+    size = (latents.shape[2] * config.downsampling, latents.shape[3] * config.downsampling)
+
+    def decode() -> Any:
+        with torch.inference_mode():
+            mask_logits, category_logits = model.decode_latents_both(latents)
+            return postprocess(mask_logits, size, [(480, 640)], TINY.postprocess, category_logits, table)
+
+    return decode
 
 
 if __name__ == "__main__":
