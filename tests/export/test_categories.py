@@ -13,9 +13,23 @@ from ldmseg_fast.backends.graphs.manifest import read_manifest
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.scenes import CATEGORIES, generate_scene
 from ldmseg_fast.errors import NonFiniteError
+from ldmseg_fast.export import to_trt
 from ldmseg_fast.export.to_onnx import main
 
 OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=1, overlap_threshold=0.0)
+
+
+def test_engines_name_segments_as_torch_does(category_model, trt, tmp_path):
+    graphs, engines = tmp_path / "graphs", tmp_path / "engines"
+    assert main([str(category_model), "--out", str(graphs), "--head", "both", "--no-parity"]) == 0
+    assert to_trt.main([str(graphs), "--out", str(engines), "--max-batch", "2"]) == 0
+    pictures = [generate_scene(64, 0, index)[0][: 64 - 9 * index] for index in range(2)]
+    fast = LDMSegPipeline.from_pretrained(category_model, "tensorrt", engines)
+    plain = LDMSegPipeline.from_pretrained(category_model, device="cpu", dtype=torch.float32)
+    for one, other in zip(*(pipe(pictures, 2, thresholds=OPEN) for pipe in (fast, plain))):
+        keys = ("id", "name", "category_id", "isthing", "was_fused")
+        assert [[s[k] for k in keys] for s in one.segments_info] == [[s[k] for k in keys] for s in other.segments_info]
+        assert one.segments_info and np.mean(one.segmentation == other.segmentation) > 0.999
 
 
 @pytest.mark.parametrize("head", ["panoptic", "logits"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.data.scenes import generate_scene
-from ldmseg_fast.export import to_triton, triton_models
+from ldmseg_fast.export import to_onnx, to_triton, triton_models
 
 # The part of triton-inference-server/common's protobuf/model_config.proto that a repository like this one can use:
 # (field, number, type), "*" repeated; a map is a repeated message of key and value.
@@ -160,6 +161,10 @@ class FakeTensor:
 @pytest.fixture
 def triton(model_dir, graphs, monkeypatch):
     """The server's Python module, with the repository's graphs behind its model calls."""
+    return stand_in(model_dir, graphs, monkeypatch)
+
+
+def stand_in(model_dir, graphs, monkeypatch):
     backend = load_onnx_backend(read_model_info(model_dir), graphs, "cpu")
 
     def get(message, name):
@@ -208,8 +213,8 @@ def as_png(pixels):
     return file.getvalue()
 
 
-def test_requests_give_the_pipelines_maps(model_dir, repository, model_config, triton):
-    pixels = [generate_scene(64, 0, index, version=1)[0][: 64 - 8 * index] for index in range(3)]
+def ask(repository, model_config, triton, pixels):
+    """What the server answers to pictures, each with its place as the seed: by output's name."""
     preprocess, sampler, head = (
         start(repository, model_config, f"ldmseg_{name}") for name in ("preprocess", "sampler", "head")
     )
@@ -223,14 +228,39 @@ def test_requests_give_the_pipelines_maps(model_dir, repository, model_config, t
     results = head.execute(
         [request(mask_latents=s.tensors[0].values, size=e["size"]) for s, e in zip(sampled, prepared)]
     )
+    assert [result.error for result in results] == [None] * len(pixels)
+    return [{item.name: item.values for item in result.tensors} for result in results]
+
+
+def test_requests_give_the_pipelines_maps(model_dir, repository, model_config, triton):
+    pixels = [generate_scene(64, 0, index, version=1)[0][: 64 - 8 * index] for index in range(3)]
     pipe = LDMSegPipeline.from_pretrained(model_dir, device="cpu")
-    for index, (result, picture) in enumerate(zip(results, pixels)):
-        assert result.error is None
-        found = {item.name: item.values for item in result.tensors}
+    for index, (found, picture) in enumerate(zip(ask(repository, model_config, triton, pixels), pixels)):
         expected = pipe([picture], 3, seed=index, image_ids=[0])[0]
         assert found["segmentation"].shape == (1, *picture.shape[:2])
         assert (found["segmentation"][0] == expected.segmentation).mean() > 0.999
         assert len(json.loads(found["segments_info"][0, 0])) == len(expected.segments_info)
+
+
+def test_requests_get_categories(category_model, model_config, tmp_path, monkeypatch):
+    graphs, repository = tmp_path / "graphs", tmp_path / "repository"
+    category_model = shutil.copytree(category_model, tmp_path / "model")
+    index = json.loads((category_model / "model_index.json").read_text())
+    index["postprocess"] = {"mask_threshold": 0.0, "count_threshold": 1, "overlap_threshold": 0.0}  # random weights
+    (category_model / "model_index.json").write_text(json.dumps(index))
+    assert to_onnx.main([str(category_model), "--out", str(graphs), "--no-parity"]) == 0
+    assert to_triton.main([str(graphs), "--out", str(repository), "--steps", "2", "--device", "cpu"]) == 0
+    pixels = [generate_scene(64, 0, index)[0][: 64 - 8 * index] for index in range(2)]
+    server = stand_in(category_model, graphs, monkeypatch)
+    pipe = LDMSegPipeline.from_pretrained(category_model, device="cpu")
+    for index, (found, picture) in enumerate(zip(ask(repository, model_config, server, pixels), pixels)):
+        expected = pipe([picture], 2, seed=index, image_ids=[0])[0]
+        assert (found["segmentation"][0] == expected.segmentation).mean() > 0.999
+        segments = json.loads(found["segments_info"][0, 0])
+        keys = ("id", "name", "category_id", "isthing", "was_fused")
+        assert segments and [[s[k] for k in keys] for s in segments] == [
+            [s[k] for k in keys] for s in expected.segments_info
+        ]
 
 
 def test_a_bad_request_fails_alone(repository, model_config, triton):
@@ -247,8 +277,6 @@ def test_what_cannot_be_served(graphs, engines, tmp_path, capsys):
     assert "no export.json in it" in capsys.readouterr().err
     assert to_triton.main([str(graphs), "--out", str(tmp_path / "r"), "--max-batch", "0"]) == 2
     assert "--max-batch and --instances: from 1 on" in capsys.readouterr().err
-    import shutil
-
     shutil.copytree(engines, tmp_path / "e")
     path = tmp_path / "e" / "denoiser.passport.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"flavour": "rtx"}))
