@@ -1,7 +1,7 @@
 """Scores trained models over steps, solvers and noise seeds, beside baselines, as one result file.
 
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [--split S] [--steps 1 4 10] [--solvers ddim heun]
-    [--seeds 3] [--classical TRAIN_SPLIT] [--picture FILE] [--journal FILE]
+    [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT_WITH_CATEGORIES]] [--picture FILE] [--journal FILE]
 
 Rows are measured one after the other; with --journal a stopped campaign goes on with the first that is missing. With
 several annotators per image the values are means over them.
@@ -30,8 +30,11 @@ from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+from ldmseg_fast.evaluation.semantic import SemanticIoU
 from ldmseg_fast.files import read_lines
 from ldmseg_fast.metrics import classical
+from ldmseg_fast.metrics.nearest_category import NearestCategory
+from ldmseg_fast.metrics.pq import PanopticQuality
 from ldmseg_fast.training.provenance import ancestors, cpu_minutes
 
 Row = dict[str, Any]
@@ -84,7 +87,7 @@ def fingerprint(model_dir: Path) -> str:
 
 
 def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions) -> list[Row]:
-    """Returns the model's row, then one for each trivial baseline on the same images."""
+    """Returns the model's row, of one with categories also its class-aware one, and one for each trivial baseline."""
     report = evaluate(model_dir, data, options)
     case = {"data": report["data"], "split": options.split, "images": report["images"], "mode": report["mode"]}
     facts = training_facts(model_dir)
@@ -99,10 +102,15 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
     facts |= {"ms_per_image": 1000 * report["seconds_per_image"], "weights": fingerprint(model_dir)[:16]}
     rows = [(name, own_case, report["class_agnostic"], facts)]
     rows += [(baseline, case, values, {}) for baseline, values in report["baselines"].items()]
-    return [
+    found = [
         {"variant": variant, "case": where, "value": values["pq"], **{key: values[key] for key in DETAILS}, **more}
         for variant, where, values, more in rows
     ]
+    if "miou" in (aware := report.get("class_aware", {})):
+        values = {key: aware["All"][key] for key in ("sq", "rq")} | {"miou": aware["miou"], "weights": facts["weights"]}
+        case = own_case | {"mode": "class-aware"}
+        found.insert(1, {"variant": name, "case": case, "value": aware["All"]["pq"], **values})
+    return found
 
 
 def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions) -> list[Row]:
@@ -165,6 +173,32 @@ def classical_rows(tuned: Tuned, data: str, split: str, limit: int) -> list[Row]
     ]
 
 
+def named_rows(tuned: Tuned, data: str, train_split: str, split: str, limit: int) -> list[Row]:
+    """Returns the row of a classical method whose segments are named by their nearest neighbours in a training split.
+
+    Both splits must have categories; every image of the training split is looked at.
+    """
+    training, test = CocoPanoptic(data, train_split, 64), CocoPanoptic(data, split, 64, limit=limit)
+    nearest = NearestCategory(classical.load_items(training), training.categories)
+    quality, iou = PanopticQuality(test.categories), SemanticIoU(test.categories)
+    for index, (image, truth) in enumerate(classical.load_items(test)):
+        found = nearest.name(image, tuned.method(image))
+        quality.add(*truth, *found, image_id=index)
+        iou.add(*truth, *found)
+    values = quality.compute()["All"]
+    return [
+        {
+            "variant": f"{tuned.method.method} + nearest neighbour",
+            "case": {"data": Path(data).name, "split": split, "images": len(test), "mode": "class-aware"},
+            "value": 100 * values["pq"],
+            **{key: 100 * values[key] for key in ("sq", "rq")},
+            "miou": 100 * iou.result()["miou"],
+            "setting": str(tuned.method),
+            "tuned_on": f"{tuned.tuned_on}; names from {train_split}, {len(nearest.numbers)} segments",
+        }
+    ]
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="NAME=MODEL_DIR; the name stands in the table")
@@ -175,6 +209,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=1, help="noise seeds; rows are means, with the deviation beside")
     parser.add_argument("--classical", metavar="SPLIT", help="also Felzenszwalb and SLIC, tuned on this training split")
     parser.add_argument("--tuning-images", type=int, default=100, help="of that split")
+    parser.add_argument(
+        "--names", metavar="SPLIT", help="with --classical: also class-aware, by the nearest segments of this split"
+    )
     parser.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction")
     parser.add_argument("--size", type=int, help="side in pixels of an auto-encoder's reconstruction")
     parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
@@ -237,6 +274,14 @@ def measure(args: argparse.Namespace, run: Run) -> None:
                 return mean_over_annotators(data, args.split, rows_of)
 
             add(journal.rows_of(key, rows_of_method))
+            if args.names:
+
+                def rows_of_names(method: str = method) -> list[Row]:
+                    return named_rows(
+                        Tuned.on(data, args.classical, tuning, method), data, args.names, args.split, limit
+                    )
+
+                add(journal.rows_of(key | {"names": args.names}, rows_of_names))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -244,6 +289,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.models and not args.classical:
         parser.error("give NAME=MODEL_DIR, or --classical SPLIT")
+    if args.names and not args.classical:
+        parser.error("--names names the segments of --classical SPLIT: give both")
     run = Run("quality", quick=args.quick, folder=args.out)
     measure(args, run)
     if args.picture:
