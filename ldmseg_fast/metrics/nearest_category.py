@@ -45,7 +45,7 @@ def describe_segments(image: np.ndarray, ids: np.ndarray, listed: Sequence[int])
         ids = np.asarray(Image.fromarray(ids.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
     lab = color.rgb2lab(image)
     lightness = np.round(lab[..., 0] * 2.55).astype(np.uint8)
-    patterns = np.asarray(feature.local_binary_pattern(lightness, 8, 1, "uniform"), np.int64)
+    patterns: np.ndarray = feature.local_binary_pattern(lightness, 8, 1, "uniform").astype(np.int64)
     rows, columns = np.indices(ids.shape)
     found = np.zeros((len(listed), 6 + PATTERNS + 3))
     for place, number in enumerate(listed):
