@@ -31,7 +31,14 @@ from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.exported import exported_step, note_exported
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
-from ldmseg_fast.training.inputs import check_batch, check_output_dir, make_batches, make_dataset, use_categories
+from ldmseg_fast.training.inputs import (
+    check_batch,
+    check_output_dir,
+    make_batches,
+    make_dataset,
+    pin_hub_names,
+    use_categories,
+)
 from ldmseg_fast.training.machine import resolve_settings
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
@@ -316,6 +323,7 @@ def train(
         Stopped: SIGTERM or SIGINT came; the run has saved.
     """
     folder = Path(config.output_dir)
+    config = pin_hub_names(config, folder if resume else None)
     check_output_dir(config)
     with (
         Interrupt() as interrupt,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
-from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.checkpoints.shipped import recorded, resolve_model_dir
 from ldmseg_fast.config import Config, validate
 from ldmseg_fast.diffusion.sampler import unet_input
 from ldmseg_fast.errors import CheckpointError, ConfigError
@@ -126,7 +126,7 @@ def started_from_model(config: Config) -> Config:
             diffusion=replace(
                 config.diffusion, latent_scale=1.0, self_condition=float(index.get("self_condition", True))
             ),
-            model=replace(config.model, mask_vae=str(folder)),
+            model=replace(config.model, mask_vae=recorded(config.model.init_from, folder)),
             num_inference_steps=steps,
         )
     )
