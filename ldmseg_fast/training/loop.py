@@ -125,7 +125,8 @@ class Run:
             record_start(logs, stage_name, self.progress.step)
             with replacing(self.folder / "settings.txt") as temporary:
                 temporary.write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
-        self.log = RunLog(logs, self.progress.step, settings.wandb, to_dict(config))
+        trackers = {"wandb": settings.wandb, "mlflow": settings.mlflow, "trackio": settings.trackio}
+        self.log = RunLog(logs, self.progress.step, settings=to_dict(config), **trackers)
         self.say(precision)
         self.agreement, self.window = Agreement(), Window()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
