@@ -126,7 +126,7 @@ def files_of(name: HubName, names: Sequence[str], kinds: Sequence[str]) -> list[
         CheckpointError: a repository of another kind, or one whose weights are pickles only.
     """
     kind = kind_of(names)
-    if kind == DIFFUSERS and DIFFUSERS not in kinds and "vae/config.json" in names:
+    if kind == DIFFUSERS and DIFFUSERS not in kinds and VAE in kinds and "vae/config.json" in names:
         kind = VAE  # of the whole model the VAE alone is asked for
     if kind not in kinds:
         found = f"it is {_TOLD[kind]}" if kind else f"its files are {', '.join(sorted(names)[:5]) or 'none'}"
@@ -169,12 +169,15 @@ def missing_in(folder: Path, kinds: Sequence[str]) -> list[str]:
     """
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     kind = kind_of(names)
-    if kind == DIFFUSERS and DIFFUSERS not in kinds:
+    index = read_settings(folder / "model_index.json") if "model_index.json" in names else {}
+    if MODEL in kinds and "format_version" in index:
+        kind = MODEL
+    elif kind == DIFFUSERS and DIFFUSERS not in kinds:
         kind = VAE
     if kind not in kinds:
         return ["export.json" if GRAPHS in kinds else "model_index.json" if MODEL in kinds else "config.json"]
     if kind == MODEL:
-        found = read_settings(folder / "model_index.json").get("components")
+        found = index.get("components")
         parts = [part for part in found if part in COMPONENTS] if isinstance(found, list) else []
         needed = [f"{part}/config.json" for part in parts]
         needed += [f"{part}/{WEIGHTS}" for part in parts if part != "scheduler"]
