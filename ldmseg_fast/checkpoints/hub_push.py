@@ -61,7 +61,7 @@ def push(
 
     Raises:
         CheckpointError: a folder that is no model, or a damaged one.
-        ArgumentError: a name or a branch that cannot be.
+        ArgumentError: a name or a branch that cannot be, or `private` for a repository that is public.
         HubError: no token, no access, no connection, or a repository that changes meanwhile; nothing is half sent.
     """
     settings = settings or PushSettings()
@@ -74,6 +74,10 @@ def push(
         raise HubError(f"{name}: no token of the Hub here; {LOG_IN}, with a token that may write")
     with told(name, "write"):
         info, branch_is_new = _present(hub, name)
+        if settings.private and info is not None and info.private is False:
+            raise ArgumentError(
+                f"{name}: the repository is public already; make it private on its page, or leave private out"
+            )
         existing = None if info is None or settings.new_card else _card_there(hub, name, info)
     card = card_of(folder, name.repository, settings.facts, existing).encode()
     contents: dict[str, Path | bytes] = {**files, CARD: card}

@@ -169,7 +169,9 @@ class _Handler(BaseHTTPRequestHandler):
                 {"rfilename": each, "size": len(data), "blobId": _git_oid(each, data)} | _lfs(each, data, "sha256")
                 for each, data in files.items()
             ]
-            return self._json({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []})
+            return self._json(
+                {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "private": repository.private}
+            )
         if verb == "tree":
             listed = [
                 {"type": "file", "path": each, "size": len(data), "oid": _git_oid(each, data)} | _lfs(each, data, "oid")

@@ -13,12 +13,11 @@ from huggingface_hub import constants, file_download
 from ldmseg_fast import LDMSegPipeline, cli
 from ldmseg_fast.checkpoints import hub as hub_module
 from ldmseg_fast.checkpoints import hub_errors
-from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, GRAPHS, MODEL, VAE
+from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL, VAE
 from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import load_config
 from ldmseg_fast.errors import CheckpointError, HubError
-from ldmseg_fast.export import to_onnx
 from tests.checkpoints.hub_server import HubServer, Repository
 from tests.checkpoints.test_init_from import SD15, write_stable_diffusion
 
@@ -227,7 +226,7 @@ class TestFromAServer:
         line = say_one_line(capsys, "predict", "me/model", "x.png", "--out", str(tmp_path / "out"))
         assert "pip install 'ldmseg_fast[hub]'" in line
 
-    def test_commands_and_scripts_take_names(self, hub, repository, scenes, tmp_path, capsys):
+    def test_commands_take_names(self, hub, repository, scenes, tmp_path, capsys):
         picture = str(next((scenes / "val2017").glob("*.png")))
         assert cli.main(["predict", "me/model", picture, "--out", "results", "--steps", "1"]) == 0
         old = repository.branches["main"]
@@ -245,14 +244,6 @@ class TestFromAServer:
         ]
         assert cli.main([*arguments, "--steps", "1", "--no-baselines"]) == 0
         assert f'"model": "me/model@{old}"' in Path("r.json").read_text()
-        assert to_onnx.main(["me/model", "--out", "graphs", "--no-parity"]) == 0
-        exported = hub.repositories["me/graphs"] = Repository()
-        exported.commit(content_of(Path("graphs")) | {"denoiser.py": b"x"})
-        run = ["predict", "me/model", picture, "--out", "by-graphs", "--steps", "1", "--backend", "onnxruntime"]
-        assert cli.main([*run, "--engine-dir", "me/graphs"]) == 0
-        assert "denoiser.py" not in hub.downloads() and "denoiser.onnx" in hub.downloads()
-        with pytest.raises(CheckpointError, match="exported ONNX graphs"):
-            resolve_model_dir("me/model", kinds=(GRAPHS,))
 
 
 class TestStableDiffusion:
