@@ -114,13 +114,25 @@ class LDMSegPipeline:
         """
         copy_model(self.info.folder, Path(folder))
 
-    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str = "main",
+        message: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+    ) -> str:
         """Sends the model to the Hugging Face Hub, with a model card; see `checkpoints.hub_push.push`.
 
         Args:
             repo_id: "owner/name"; it is made where it is missing.
-            settings: `private`, `revision`, `message`, `create_pr`, `new_card`, `dry_run` and `facts` of
-                `checkpoints.hub_push.PushSettings`.
+            private: whether a repository that is made now is private; None: as the account has it.
+            revision: the branch; one that is missing is made from main.
+            message: of the commit; None: composed.
+            create_pr: open a pull request against main instead.
+            license: identifier of the weights' licence, for the card; None: what the model's card says.
 
         Returns:
             The address of the commit or the pull request.
@@ -130,9 +142,12 @@ class LDMSegPipeline:
             CheckpointError: a damaged folder.
             HubError: no token, no access, or no connection.
         """
+        from ldmseg_fast.checkpoints.hub_card import CardFacts
         from ldmseg_fast.checkpoints.hub_push import PushSettings, push
 
-        return push(self.info.folder, repo_id, PushSettings(**settings))
+        facts = CardFacts(license=license)
+        settings = PushSettings(private, revision, message, create_pr, facts=facts)
+        return push(self.info.folder, repo_id, settings)
 
     @torch.inference_mode()
     def __call__(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings, save_component, save_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import PRESETS, Config
@@ -54,7 +55,7 @@ def find_model(model: str | None, preset: str, scratch: Path) -> tuple[Path, str
     folder = resolve_model_dir(model)
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder}: no model_index.json; give a MODEL_DIR, or --preset {preset}")
-    return folder, folder.name
+    return folder, shown_name(folder)
 
 
 def main(argv: list[str] | None = None) -> int:

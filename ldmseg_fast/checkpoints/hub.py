@@ -50,8 +50,8 @@ def fetch(name: HubName, kinds: Sequence[str]) -> Path:
     if hub.constants.HF_HUB_OFFLINE:
         has = f"has it without {', '.join(lacking[:3])}" if cached is not None else "does not have it"
         raise HubError(
-            f"{name}: HF_HUB_OFFLINE is set, and the cache {hub.constants.HF_HUB_CACHE} {has}; unset it once with a "
-            f"connection, check the name, or give a local folder"
+            f"{name}: no such folder here, HF_HUB_OFFLINE is set, and the cache {hub.constants.HF_HUB_CACHE} {has}; "
+            f"unset it once with a connection, check the name, or give a local folder"
         )
     try:
         with told(name):

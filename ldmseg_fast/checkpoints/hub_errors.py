@@ -81,10 +81,11 @@ def told(name: object, action: str = "read") -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise HubError(f"{name}: the repository has no such branch, tag or commit; check what follows the @") from None
     except errors.RepositoryNotFoundError:
+        here = "no such folder here, and " if action == "read" else ""
         cure = "check the name" if action == "read" else "check the name and that your account may write there"
         raise HubError(
-            f"{name}: {hub.constants.ENDPOINT} has no model of this name, or it is private; {cure}; for a private one "
-            f"{LOG_IN}"
+            f"{name}: {here}{hub.constants.ENDPOINT} has no model of this name, or it is private; {cure}; for a "
+            f"private one {LOG_IN}"
         ) from None
     except errors.OfflineModeIsEnabled:
         raise UnreachableError(f"{name}: HF_HUB_OFFLINE is set; unset it to reach the Hub") from None

@@ -74,7 +74,9 @@ class TestFromTheCache:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
         line = say_one_line(capsys, "predict", "me/modle", "x.png", "--out", str(tmp_path / "out"))
-        assert "me/modle: HF_HUB_OFFLINE is set, and the cache" in line and "check the name" in line
+        assert (
+            "me/modle: no such folder here, HF_HUB_OFFLINE is set, and the cache" in line and "check the name" in line
+        )
 
     def test_part_of_a_model_is_none(self, cache, model_dir, monkeypatch):
         files = content_of(model_dir)
@@ -190,7 +192,10 @@ class TestFromAServer:
     @pytest.mark.parametrize("name", ["me/modle", "nobody/model"])
     def test_a_wrong_name(self, hub, repository, name, capsys, tmp_path):
         line = say_one_line(capsys, "evaluate", name, "--data", str(tmp_path))
-        assert f"{name}: {hub.url} has no model of this name, or it is private; check the name" in line
+        assert (
+            f"{name}: no such folder here, and {hub.url} has no model of this name, or it is private; check the name"
+            in line
+        )
 
     def test_private_repositories_ask_for_a_token(self, hub, repository, monkeypatch):
         repository.private = True

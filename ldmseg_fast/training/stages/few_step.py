@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmseg_fast.checkpoints.hub_names import PREFIX
 from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
@@ -75,7 +76,8 @@ class FewStepStage(LatentStage):
     def save(self, folder: Path) -> None:
         """Writes the model folder; see `Stage.save`."""
         self.save_networks(folder)
-        facts = {"stage": self.name, "started from": Path(self.config.model.init_from).name}
+        start = self.config.model.init_from
+        facts = {"stage": self.name, "started from": start if start.startswith(PREFIX) else Path(start).name}
         write_model_card(folder, facts | {"data": self.config.data.root, "config": self.config})
 
 
