@@ -105,6 +105,9 @@ def _download(hub: Any, name: HubName, info: Any, kinds: Sequence[str]) -> Path:
         )
     )
     snapshot = Path(folder)
+    if absent := [file for file in files if not (snapshot / file).is_file()]:
+        # where the Hub falls silent at the wrong moment, huggingface_hub takes a part for the whole
+        raise UnreachableError(f"{name}: {', '.join(absent[:3])} did not come; run it again")
     if not name.is_commit:  # so that the branch is found without a connection
         reference = snapshot.parents[1] / "refs" / name.revision
         reference.parent.mkdir(parents=True, exist_ok=True)

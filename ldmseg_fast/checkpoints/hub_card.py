@@ -16,7 +16,7 @@ import yaml
 from ldmseg_fast.checkpoints.hub_names import PREFIX
 from ldmseg_fast.checkpoints.model_card import training_facts
 from ldmseg_fast.errors import HubError
-from ldmseg_fast.files import read_json
+from ldmseg_fast.files import read_file, read_json
 
 TAGS = ["ldmseg_fast", "panoptic-segmentation", "latent-diffusion", "arxiv:2401.10227"]
 TASK = {"type": "image-segmentation", "name": "Panoptic segmentation"}
@@ -75,7 +75,8 @@ def card_of(folder: Path, repository: str, facts: CardFacts, existing: str | Non
         HubError: front matter that is no YAML mapping.
     """
     path = folder / "README.md"
-    own, own_text = split_card(path.read_text(encoding="utf-8") if path.is_file() else "", str(path))
+    content = read_file(path, HubError, "model card").decode("utf-8", "replace") if path.is_file() else ""
+    own, own_text = split_card(content, str(path))
     theirs, their_text = split_card(existing or "", f"README.md of {repository}")
     text = their_text if existing is not None else _without_paths(own_text).replace("MODEL_DIR", f'"{repository}"')
     given = {key: value for key, value in _given(facts).items() if value}
@@ -97,8 +98,9 @@ def front_matter(folder: Path, repository: str, text: str) -> dict[str, Any]:
     """
     path = folder / "config.json"
     run = read_json(path) if path.is_file() else {}
-    data = _last_part(run.get("data", {}).get("root") or (_numbered(text, "data") or [""])[-1])
-    start = str(run.get("model", {}).get("init_from", ""))
+    data = _last_part(_setting(run, "data", "root") or (_numbered(text, "data") or [""])[-1])
+    start = _setting(run, "model", "init_from")
+    split = _setting(run, "data", "val_split") or "validation"
     return {
         "license": _license(folder, text),
         "library_name": "ldmseg_fast",
@@ -108,8 +110,15 @@ def front_matter(folder: Path, repository: str, text: str) -> dict[str, Any]:
         "datasets": [data] if data else [],
         "metrics": ["pq"] if _values(folder, text) else [],
         "widget": COCO_WIDGET if "coco" in data.lower() else [],
-        "model-index": _index(repository, data, run.get("data", {}).get("val_split", "validation"), folder, text),
+        "model-index": _index(repository, data, split, folder, text),
     }
+
+
+def _setting(run: Any, group: str, key: str) -> str:
+    """A setting of a run's config.json; "" where it has none."""
+    values = run.get(group) if isinstance(run, dict) else None
+    value = values.get(key) if isinstance(values, dict) else None
+    return value if isinstance(value, str) else ""
 
 
 def split_card(content: str, source: str) -> tuple[dict[str, Any], str]:
@@ -189,20 +198,25 @@ def _merged_index(theirs: Any, found: list[dict[str, Any]]) -> Any:
     if not found or not isinstance(theirs, list) or not all(isinstance(model, dict) for model in theirs) or not theirs:
         return theirs if theirs and not found else found
     new = found[0]["results"][0]
-    results = [result for result in theirs[0].get("results") or [] if isinstance(result, dict)]
+    results = _mappings(theirs[0].get("results"))
     same = next((result for result in results if _measured_on(result) == _measured_on(new)), None)
     if same is None:
         results = [*results, new]
     else:
         renewed = {metric["type"] for metric in new["metrics"]}
-        kept = [metric for metric in same.get("metrics") or [] if metric.get("type") not in renewed]
+        kept = [metric for metric in _mappings(same.get("metrics")) if metric.get("type") not in renewed]
         results = [result | {"metrics": [*new["metrics"], *kept]} if result is same else result for result in results]
     return [theirs[0] | {"results": results}, *theirs[1:]]
 
 
 def _measured_on(result: dict[str, Any]) -> tuple[Any, ...]:
-    task, data = result.get("task") or {}, result.get("dataset") or {}
+    task, data = ((_mappings([result.get(key)]) or [{}])[0] for key in ("task", "dataset"))
     return task.get("type"), data.get("type"), data.get("split")
+
+
+def _mappings(values: Any) -> list[dict[str, Any]]:
+    """Those of somebody's values that are mappings; none where there is no list."""
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def _without_paths(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -109,6 +110,9 @@ def told(name: object, action: str = "read") -> Iterator[None]:
             raise
         raise HubError(f"{name}: {' '.join(str(error).split())[:300]}; mend the front matter of README.md") from None
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            cache = hub.constants.HF_HUB_CACHE
+            raise HubError(f"{name}: no space left in {cache}; free some, or set HF_HOME to another disk") from None
         if "Consistency check failed" not in str(error):
             raise
         raise UnreachableError(_lost(hub, name, error)) from None

@@ -1,5 +1,6 @@
 """Models come from the Hub: from its cache laid out by hand, and from a server that speaks its API."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -188,6 +189,21 @@ class TestFromAServer:
     def test_a_file_that_fails_is_asked_for_again(self, hub, repository):
         hub.failures = [("GET /me/model/resolve/.*/model_index.json", 503, {})]
         assert resolve_model_dir("me/model").name == repository.branches["main"]
+
+    def test_a_part_is_not_taken_for_the_whole(self, hub, repository, cache, model_dir):
+        commit = repository.branches["main"]
+        lay_out(cache, "me/model", {"model_index.json": content_of(model_dir)["model_index.json"]}, commit)
+        hub.failures = [("GET /api/models/me/model/tree", 503, {})] * 9
+        with pytest.raises(HubError, match=r"did not come; run it again"):
+            resolve_model_dir("me/model")
+
+    def test_a_full_disk_is_one_line(self, hub, repository, monkeypatch, cache):
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(file_download, "http_get", full)
+        with pytest.raises(HubError, match=rf"me/model: no space left in {cache}; free some, or set HF_HOME"):
+            resolve_model_dir("me/model")
 
     @pytest.mark.parametrize("name", ["me/modle", "nobody/model"])
     def test_a_wrong_name(self, hub, repository, name, capsys, tmp_path):

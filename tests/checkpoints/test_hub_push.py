@@ -249,6 +249,20 @@ class TestTheCard:
         given = card_of(run_dir, "me/model", CardFacts(license="apache-2.0"), existing)
         assert split_card(given, "card")[0]["license"] == "apache-2.0"
 
+    @pytest.mark.parametrize(
+        "index", [3, [], [1], [{}], [{"results": 5}], [{"results": [{"task": 1, "metrics": [2]}]}]]
+    )
+    def test_any_model_index_is_taken(self, run_dir, index):
+        card = card_of(run_dir, "me/model", CardFacts(), f"---\n{yaml.safe_dump({'model-index': index})}---\ntext")
+        metrics = split_card(card, "card")[0]["model-index"][0]["results"][-1]["metrics"]
+        assert {metric["type"] for metric in metrics} == {"pq", "sq", "rq"}
+
+    @pytest.mark.parametrize("config", ["[]", '{"data": 3, "model": null}', '{"data": {"root": 5}}'])
+    def test_any_config_is_taken(self, run_dir, config):
+        (run_dir / "config.json").write_text(config)
+        (run_dir / "README.md").write_bytes(b"\xff")
+        assert split_card(card_of(run_dir, "me/model", CardFacts()), "card")[0]["library_name"] == "ldmseg_fast"
+
     @pytest.mark.parametrize("front", ["a: [", "- a\n- b", "a: b: c", "\t- x"])
     def test_with_damaged_front_matter_is_one_line(self, run_dir, front):
         with pytest.raises(HubError, match=r"README\.md of me/model: its front matter") as caught:
