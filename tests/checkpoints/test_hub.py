@@ -17,6 +17,7 @@ from ldmseg_fast.checkpoints import hub_errors
 from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL, VAE
 from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.commands.data_cache import load_encoder
 from ldmseg_fast.config import load_config
 from ldmseg_fast.errors import CheckpointError, HubError
 from tests.checkpoints.hub_server import HubServer, Repository
@@ -303,6 +304,20 @@ class TestStableDiffusion:
         hub.requests.clear()
         assert resolve_model_dir("me/sd", kinds=(MODEL, DIFFUSERS)) == folder  # and then the rest of the commit
         assert "unet/diffusion_pytorch_model.safetensors" in hub.downloads()
+
+    def test_a_repository_of_a_vae_and_the_vae_of_a_model(self, hub, files):
+        hub.repositories = {"me/sd": Repository(), "me/vae": Repository()}
+        hub.repositories["me/sd"].commit(files)
+        own = {name.removeprefix("vae/"): data for name, data in files.items() if name.startswith("vae/")}
+        hub.repositories["me/vae"].commit(own | {"diffusion_pytorch_model.bin": b"pickle"})
+        for name in ("me/vae", "me/sd"):
+            start = resolve_start(
+                load_config("coco", ["image_encoder.kind=autoencoder_kl", f"image_encoder.path={name}"])
+            )
+            assert start.config.image_encoder.scaling_factor == 0.25
+            encoder, settings = load_encoder(name, 64)  # of `ldmseg data cache`
+            assert settings.scaling_factor == 0.25 and not encoder.training
+        assert not any(name.startswith("unet/") or name.endswith(".bin") for name in hub.downloads())
 
     def test_pickles_alone_are_refused(self, hub, files):
         made = hub.repositories["me/sd"] = Repository()
