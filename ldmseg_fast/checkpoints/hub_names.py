@@ -25,8 +25,8 @@ REVISION = re.compile(r"(?!.*\.\.)[\w.+=-]+(/[\w.+=-]+)*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # first parts that people's own folders have: a slip in such a path is no question to the network
 FOLDERS = (
-    *("checkpoints", "data", "demo", "engines", "graphs", "models", "outputs", "releases", "results", "runs", "scenes"),
-    *("tmp", "weights"),
+    *("checkpoints", "ckpts", "data", "demo", "engines", "experiments", "graphs", "logs", "model", "models", "out"),
+    *("output", "outputs", "releases", "results", "runs", "scenes", "tmp", "weights"),
 )
 FILES = (".bin", ".ckpt", ".json", ".onnx", ".pt", ".pth", ".safetensors", ".tar", ".yaml", ".yml", ".zip")
 RULE = (

@@ -1,11 +1,13 @@
 """Which words are names of the Hub, and which files of a repository are fetched."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from ldmseg_fast.checkpoints.hub_names import (
     DIFFUSERS,
+    FOLDERS,
     GRAPHS,
     MODEL,
     VAE,
@@ -55,6 +57,12 @@ def test_names_that_cannot_be(word):
     with pytest.raises(ArgumentError) as caught:
         hub_name(word)
     assert "\n" not in str(caught.value)
+
+
+def test_the_guide_lists_the_names_of_folders():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "hub.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| `runs/x`"))
+    assert set(FOLDERS) == {word.removesuffix("/x") for word in re.findall(r"`([^`]+)`", row)}
 
 
 def test_a_folder_of_the_owners_name_makes_it_a_path(tmp_path, monkeypatch):
