@@ -7,6 +7,7 @@ HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and tokens mean what they mea
 from __future__ import annotations
 
 import glob
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.hub_errors import UnreachableError, library, retried, told
-from ldmseg_fast.checkpoints.hub_names import PREFIX, HubName, files_of, hub_name, missing_in
+from ldmseg_fast.checkpoints.hub_names import COMMIT, PREFIX, HubName, files_of, hub_name, missing_in
 from ldmseg_fast.errors import HubError
 from ldmseg_fast.files import replacing
 
@@ -117,10 +118,22 @@ def _download(hub: Any, name: HubName, info: Any, kinds: Sequence[str]) -> Path:
 
 
 def listing(hub: Any, name: HubName) -> Any:
-    """Asks the Hub about a revision: `sha`, its commit, and `siblings`, its files with their sizes."""
-    return retried(
-        lambda: hub.HfApi().model_info(name.repository, revision=name.revision, files_metadata=True, timeout=TIMEOUT)
-    )
+    """Asks the Hub about a revision: `sha`, its commit, and `siblings`, its files with their sizes.
+
+    Raises:
+        HubError: an answer that is none of a Hub's. Errors of huggingface_hub are left to `told`.
+    """
+
+    def ask() -> Any:
+        return hub.HfApi().model_info(name.repository, revision=name.revision, files_metadata=True, timeout=TIMEOUT)
+
+    try:
+        info = retried(ask)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        info = None
+    if info is None or not COMMIT.fullmatch(str(info.sha)):
+        raise HubError(f"{name}: {hub.constants.ENDPOINT} does not answer as a Hub does; check HF_ENDPOINT")
+    return info
 
 
 def _agreed(hub: Any, name: HubName, info: Any) -> Any:

@@ -39,7 +39,9 @@ LICENSES = (
     (r"\bMIT License", "mit"),
 )
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n?^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-_LOCATIONS = r"data\.root|data\.latent_cache|image_encoder\.path|model\.init_from|model\.mask_vae|output_dir"
+_LOCATIONS = (
+    r"conditioning\.path|data\.root|data\.latent_cache|image_encoder\.path|model\.init_from|model\.mask_vae|output_dir"
+)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", metavar="owner/name", help="that training started from")
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME", help="for the card; may be repeated")
     parser.add_argument("--widget", action="append", default=[], metavar="URL", help="picture to try the model on")
-    parser.add_argument(
-        "--new-card", action="store_true", help="replace the text of the model card that the repository has"
-    )
+    parser.add_argument("--new-card", action="store_true", help="replace the model card that the repository has")
     parser.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
 
 

@@ -46,6 +46,7 @@ class HubServer:
         failures: (pattern of "METHOD PATH", status, headers, error code), each used once, in order.
         cuts: file name -> how often its download ends after half of its bytes.
         requests: "METHOD PATH" of all, in order.
+        raw: what every question is answered with, of a server that is no Hub.
         moves: called before the request whose "METHOD PATH" matches, once.
     """
 
@@ -59,6 +60,7 @@ class HubServer:
         self.uploads: dict[str, bytes] = {}
         self.messages: list[dict[str, Any]] = []
         self.moves: list[tuple[str, Any]] = []
+        self.raw = b""
         handler = type("Handler", (_Handler,), {"hub": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
@@ -109,6 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
                 del hub.moves[place]
                 move()
                 break
+        if hub.raw:
+            return self._send(hub.raw, 200, {})
         if path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
         if path == "/api/repos/create":
@@ -270,9 +274,11 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(value).encode()
+        self._send(json.dumps(value).encode(), status, headers or {})
+
+    def _send(self, body: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, text in (headers or {}).items():
+        for key, text in headers.items():
             self.send_header(key, text)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

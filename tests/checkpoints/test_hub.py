@@ -187,6 +187,13 @@ class TestFromAServer:
         line = say_one_line(capsys, "predict", "me/model", "x.png", "--out", str(tmp_path / "out"))
         assert "is busy or out of order (503); try again later" in line
 
+    def test_what_is_no_hub_is_one_line(self, hub, monkeypatch, capsys, tmp_path):
+        for answer in (b"<html>", b"\xff", b"[]", b"{}", b'{"id": "me/model", "sha": null}'):
+            hub.repositories["me/model"] = Repository(branches={"main": COMMIT}, commits={COMMIT: {}})
+            hub.raw = answer
+            line = say_one_line(capsys, "predict", "me/model", "x.png", "--out", str(tmp_path / "out"))
+            assert f"me/model: {hub.url} does not answer as a Hub does; check HF_ENDPOINT" in line
+
     def test_a_file_that_fails_is_asked_for_again(self, hub, repository):
         hub.failures = [("GET /me/model/resolve/.*/model_index.json", 503, {})]
         assert resolve_model_dir("me/model").name == repository.branches["main"]
