@@ -45,6 +45,7 @@ EXTRAS = {
         "scikit-image>=0.24",
         "scipy>=1.11",
         "datasets>=4.0",
+        "huggingface_hub>=2.0",
         "gradio>=6.31,<7",
         "prometheus-client>=0.22",
         "playwright>=1.50",

@@ -25,6 +25,7 @@ if __package__ in (None, ""):
 from benchmarks.harness import RESULTS, Run
 from benchmarks.peers.annotators import mean_over_annotators
 from benchmarks.reporting.quality_curve import draw_curve
+from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
@@ -241,7 +242,7 @@ def measure(args: argparse.Namespace, run: Run) -> None:
     for entry in args.models:
         name, _, folder = entry.rpartition("=")
         model_dir = resolve_model_dir(folder)
-        name = name or model_dir.name
+        name = name or shown_name(model_dir)
         reconstruction = load_index(model_dir).get("components") == ["mask_vae"]
         for steps in [None] if reconstruction or not args.steps else args.steps:
             # with one step all solvers are the same

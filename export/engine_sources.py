@@ -8,6 +8,7 @@ from pathlib import Path
 from ldmseg_fast.backends.graphs.manifest import FILE_NAME, read_manifest
 from ldmseg_fast.backends.trt.api import BuildSettings
 from ldmseg_fast.backends.trt.passport import Range
+from ldmseg_fast.checkpoints.hub_names import GRAPHS, MODEL
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError, CheckpointError
 from ldmseg_fast.export.engine_build import BuildJob, Ranges
@@ -67,7 +68,7 @@ def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityRep
         CheckpointError: a folder that is neither an export nor a model.
         BackendError: an export in another precision than the one asked for.
     """
-    source = resolve_model_dir(args.source)
+    source = resolve_model_dir(args.source, kinds=(MODEL, GRAPHS))
     if (source / FILE_NAME).is_file():
         manifest = read_manifest(source)
         _refuse_settled(source, args)

@@ -20,7 +20,7 @@ from ldmseg_fast.distributed.ending import run_command
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="to_onnx.py", description="Export a model folder as ONNX graphs.")
-    parser.add_argument("model_dir")
+    parser.add_argument("model_dir", help="a folder, a shipped model, or owner/name[@revision] of the Hub")
     parser.add_argument("--out", required=True, type=Path, help="folder for the graphs; an older export is replaced")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16"])
     parser.add_argument("--opset", type=int, help="opset of ONNX, 18 to 23; default 21, for bf16 22")
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Exports as parsed arguments say; `command` is what the manifest names as its maker."""
+    from ldmseg_fast.checkpoints.shipped import resolve_model_dir
     from ldmseg_fast.export.model_export import ExportSettings, export_model
 
     settings = ExportSettings(
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         split=args.split,
         command=command,
     )
-    report = export_model(args.model_dir, args.out, settings, print)
+    report = export_model(resolve_model_dir(args.model_dir), args.out, settings, print)
     if report is not None:
         print(report.table())
         if not report.ok:

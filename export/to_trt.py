@@ -21,7 +21,7 @@ from ldmseg_fast.distributed.ending import run_command
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="to_trt.py", description="Build TensorRT engines.")
-    parser.add_argument("source", metavar="MODEL_DIR|ONNX_DIR")
+    parser.add_argument("source", metavar="MODEL_DIR|ONNX_DIR", help="a folder, or owner/name[@revision] of the Hub")
     parser.add_argument("--out", required=True, type=Path, help="folder for the engines and their passports")
     parser.add_argument("--flavour", default="tensorrt", choices=["tensorrt", "rtx"])
     parser.add_argument(

@@ -30,6 +30,7 @@ COMMANDS = {
     "runs": ("ldmseg_fast.commands.runs", "list the training runs below a folder and their best PQ"),
     "report": ("ldmseg_fast.commands.report", "write curves and pictures of one training run as an HTML page"),
     "ship": ("ldmseg_fast.commands.ship", "turn a training run into small weights with a model card"),
+    "push": ("ldmseg_fast.commands.push", "send a model to the Hugging Face Hub, with a model card"),
     "doctor": ("ldmseg_fast.commands.doctor", "tell what this machine can run, and what is missing"),
     "demo": ("ldmseg_fast.commands.demo", "run the whole path in minutes, from generated scenes to a report"),
 }

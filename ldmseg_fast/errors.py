@@ -24,6 +24,10 @@ class CheckpointError(UserError, ValueError):
     """Reports a folder that is no model, of another architecture, or damaged."""
 
 
+class HubError(CheckpointError):
+    """Reports what the Hugging Face Hub does not give or take; the message names the repository and the cure."""
+
+
 class DataError(UserError, ValueError):
     """Reports a data set that cannot be read; the message names the file and the cure."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldmseg_fast.backends.backend import Backend
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.checkpoints.model_folder import copy_model
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.pictures import MAX_PIXELS, Picture
 from ldmseg_fast.diffusion.sampler import Callback
@@ -73,11 +74,13 @@ class LDMSegPipeline:
         attention: str = "auto",
         *,
         cuda_graph: bool | None = None,
+        revision: str | None = None,
     ) -> LDMSegPipeline:
-        """Loads the model in a folder.
+        """Loads the model in a folder, or of the Hugging Face Hub.
 
         Args:
-            model_dir: a MODEL_DIR that training or `ldmseg convert` wrote.
+            model_dir: a MODEL_DIR that training or `ldmseg convert` wrote, the name of a shipped model ("tiny"), or
+                "owner/name" or "owner/name@revision" of a model of the Hub. A folder that is there goes first.
             backend: "torch", "compile", "onnxruntime" or "tensorrt".
             engine_dir: exported graphs or engines, for the last two.
             device, dtype: of the torch backends; default the first GPU in bfloat16, or the CPU in float32.
@@ -87,17 +90,20 @@ class LDMSegPipeline:
                 on GPUs of sm_89 and newer; see `models.attention.attention`.
             cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
                 cannot be captured runs without, with a warning.
+            revision: branch, tag or commit of a model of the Hub; default its main branch.
 
         Raises:
-            ArgumentError: an unknown `attention`, an image_size out of range.
+            ArgumentError: an unknown `attention`, an image_size out of range, a revision of a local folder.
             CheckpointError: no model folder, or a damaged one.
+            HubError: a wrong name, no access, or no connection and nothing in the cache.
             BackendError: a backend or an `attention` that cannot run here, a size that the model or its graphs do not
                 take, or cuda_graph=True without a GPU.
         """
         if image_size is not None:
             check_count("image_size", image_size, 1, MAX_SIZE)
+        folder = resolve_model_dir(model_dir, revision)
         return cls(
-            load_backend(model_dir, backend, engine_dir, device, dtype, image_size, attention, cuda_graph=cuda_graph)
+            load_backend(folder, backend, engine_dir, device, dtype, image_size, attention, cuda_graph=cuda_graph)
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -107,6 +113,41 @@ class LDMSegPipeline:
             FileExistsError: `folder` already holds something.
         """
         copy_model(self.info.folder, Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str = "main",
+        message: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+    ) -> str:
+        """Sends the model to the Hugging Face Hub, with a model card; see `checkpoints.hub_push.push`.
+
+        Args:
+            repo_id: "owner/name"; it is made where it is missing.
+            private: whether a repository that is made now is private; None: as the account has it.
+            revision: the branch; one that is missing is made from main.
+            message: of the commit; None: composed.
+            create_pr: open a pull request against main instead.
+            license: identifier of the weights' licence, for the card; None: what the model's card says.
+
+        Returns:
+            The address of the commit or the pull request.
+
+        Raises:
+            ArgumentError: a name or a branch that cannot be.
+            CheckpointError: a damaged folder.
+            HubError: no token, no access, or no connection.
+        """
+        from ldmseg_fast.checkpoints.hub_card import CardFacts
+        from ldmseg_fast.checkpoints.hub_push import PushSettings, push
+
+        facts = CardFacts(license=license)
+        settings = PushSettings(private, revision, message, create_pr, facts=facts)
+        return push(self.info.folder, repo_id, settings)
 
     @torch.inference_mode()
     def __call__(

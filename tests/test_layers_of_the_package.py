@@ -36,10 +36,12 @@ LATE = {
     ("ldmseg_fast.panoptic.results", "ldmseg_fast.formats.conversions"),
 }
 THIRD_PARTY = {
-    "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "fiftyone", "hotcoco", "hypothesis", "kernels",
-    "matplotlib", "modelopt",
+    "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "fiftyone", "hotcoco", "huggingface_hub",
+    "hypothesis", "kernels",
+    "matplotlib", "mlflow", "modelopt",
     "numpy", "onnx", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "safetensors",
-    "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "transformers", "triton", "wandb",
+    "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "trackio",
+    "transformers", "triton", "wandb",
     "xformers", "yaml",
 }  # fmt: skip
 

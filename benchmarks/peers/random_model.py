@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings, save_component, save_index
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import PRESETS, Config
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.models.image_vae import build_image_encoder
@@ -46,13 +48,14 @@ def find_model(model: str | None, preset: str, scratch: Path) -> tuple[Path, str
 
     Raises:
         FileNotFoundError: a MODEL_DIR that is not there.
+        CheckpointError: a name that is neither a shipped model's nor one of the Hub.
     """
     if model is None:
         return save_random_model(scratch / f"random-{preset}", PRESETS[preset]), f"{preset}, random weights"
-    folder = Path(model)
+    folder = resolve_model_dir(model)
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder}: no model_index.json; give a MODEL_DIR, or --preset {preset}")
-    return folder, folder.name
+    return folder, shown_name(folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from ldmseg_fast.backends.backend import Backend
 from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.checkpoints.shipped import resolve_engine_dir
 from ldmseg_fast.errors import BackendError
 
 BACKENDS = ("torch", "compile", "onnxruntime", "tensorrt")
@@ -28,7 +29,7 @@ def load_backend(
 
     Args:
         model_dir, name: which model, and one of BACKENDS.
-        engine_dir: exported graphs or engines, for the last two.
+        engine_dir: exported graphs or engines, for the last two; ONNX graphs may be the Hub's.
         device, dtype: default the first GPU in bfloat16, or the CPU in float32; graphs have a dtype of their own.
         image_size: side in pixels of what the networks see; default the model's own. Graphs must have been exported
             for it, or for any size.
@@ -62,6 +63,7 @@ def load_backend(
         raise BackendError(
             f"backend={name} needs engine_dir; make it with `python export/{script} {model_dir} --out DIR`"
         )
+    engine_dir = resolve_engine_dir(engine_dir, name)
     if dtype is not None:
         raise BackendError(f"dtype={dtype}: fixed when the graphs were exported; export again with --precision")
     if name == "onnxruntime":

@@ -77,7 +77,7 @@ def read_model_info(model_dir: str | Path) -> ModelInfo:
     """Reads a model folder's configuration.
 
     Args:
-        model_dir: MODEL_DIR, or the name of a model that comes with the package.
+        model_dir: MODEL_DIR, or the name of a model that comes with the package or of the Hub.
 
     Raises:
         CheckpointError: a folder that is no model, that is damaged, or that holds a mask auto-encoder only.

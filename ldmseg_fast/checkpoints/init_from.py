@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ldmseg_fast.checkpoints.diffusers_folder import read_config, scheduler_settings, unet_settings
+from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL, VAE
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.schema import read_settings
-from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.checkpoints.shipped import recorded, resolve_model_dir
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, load_state, load_weights
 from ldmseg_fast.checkpoints.weight_files import read_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig, SchedulerConfig, UNetConfig, update, validate
@@ -38,9 +39,8 @@ UNET_STRUCTURE = (
     "out_channels",
 )
 HOW_TO_GET_ONE = (
-    "a Stable Diffusion 1.4, 1.5 or 2.1 folder in diffusers' layout; on a machine with network, `huggingface-cli "
-    "download` fetches one with --local-dir FOLDER (of unet/, vae/ and scheduler/ the JSON and .safetensors files are "
-    "enough)"
+    "a Stable Diffusion 1.4, 1.5 or 2.1 folder in diffusers' layout, or its name on the Hub, such as "
+    "CompVis/stable-diffusion-v1-4 (of unet/, vae/ and scheduler/ the JSON and .safetensors files are enough)"
 )
 
 
@@ -74,7 +74,7 @@ def resolve_start(config: Config) -> Start:
     """
     if not config.model.init_from:
         return _with_image_vae(Start(config))
-    folder = resolve_model_dir(config.model.init_from)
+    folder = resolve_model_dir(config.model.init_from, kinds=(MODEL, DIFFUSERS))
     if not folder.is_dir():
         found = "a file, and not the folder of a model" if folder.exists() else "no such folder"
         raise CheckpointError(f"model.init_from={folder}: {found}; give {HOW_TO_GET_ONE}, or a model folder")
@@ -156,7 +156,7 @@ def _ours(config: Config, folder: Path) -> Start:
         scheduler=_adopt_defaults(config.scheduler, SchedulerConfig(), asdict(found["scheduler"][0])),
     )
     if not config.model.mask_vae:
-        config = replace(config, model=replace(config.model, mask_vae=str(folder)))
+        config = replace(config, model=replace(config.model, mask_vae=recorded(config.model.init_from, folder)))
     vae_config = found["image_vae"][1].get("_vae_config")
     return Start(config, folder / "unet", folder / "image_vae", vae_config, ours=True)
 
@@ -166,7 +166,7 @@ def _with_image_vae(start: Start) -> Start:
     encoder = start.config.image_encoder
     if start.image_vae is not None or encoder.kind == "conv":
         return start
-    path = Path(encoder.path) if encoder.path else None
+    path = _image_vae_path(encoder) if encoder.path else None
     if encoder.kind == "taesd":
         if path is None or not path.is_file():
             raise ConfigError(f"image_encoder.path={encoder.path}: TAESD's encoder as a .safetensors file expected")
@@ -188,6 +188,12 @@ def _with_image_vae(start: Start) -> Start:
     }
     encoder = _adopt(encoder, ImageEncoderConfig(), found, "image_encoder.", str(folder))
     return replace(start, config=replace(start.config, image_encoder=encoder), image_vae=folder, vae_config=values)
+
+
+def _image_vae_path(encoder: ImageEncoderConfig) -> Path:
+    """`image_encoder.path`; an AutoencoderKL may be the Hub's."""
+    taesd = encoder.kind == "taesd"
+    return Path(encoder.path) if taesd or "/" not in encoder.path else resolve_model_dir(encoder.path, kinds=(VAE,))
 
 
 T = TypeVar("T")

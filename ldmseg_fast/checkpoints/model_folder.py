@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldmseg_fast import __version__
 from ldmseg_fast.checkpoints.categories_file import CATEGORIES
+from ldmseg_fast.checkpoints.hub_names import RULE
 from ldmseg_fast.checkpoints.schema import COMPONENTS, REQUIRED, ModelIndex, check_component, checked, read_settings
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, check_state, load_state, load_weights, save_weights
 from ldmseg_fast.config import PostprocessConfig, from_dict, to_dict
@@ -90,11 +91,7 @@ def copy_model(folder: Path, target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         kind = "not empty" if target.is_dir() else "a file"
         raise FileExistsError(f"{target}: {kind}; choose another folder, or remove it first")
-    index = load_index(folder)
-    known = [folder / name for name in (*CARDS, CATEGORIES) if (folder / name).is_file()]
-    if "id_assignment" not in index and (folder / "config.json").is_file():
-        known.append(folder / "config.json")  # of the run, which says it
-    known += [path for name in index["components"] for path in sorted((folder / name).rglob("*")) if not path.is_dir()]
+    known = known_files(folder)
     target.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target) as temporary:
         for path in known:
@@ -104,6 +101,21 @@ def copy_model(folder: Path, target: Path) -> None:
         for path in sorted(temporary.iterdir()):
             path.rename(target / path.name)
         shutil.copy2(inside(folder, folder / "model_index.json"), target)
+
+
+def known_files(folder: Path) -> list[Path]:
+    """Lists what belongs to a model, its index apart: cards, licence, and the components that the index lists.
+
+    Raises:
+        CheckpointError: no model folder.
+    """
+    index = load_index(folder)
+    known = [folder / name for name in (*CARDS, CATEGORIES) if (folder / name).is_file()]
+    if "id_assignment" not in index and (folder / "config.json").is_file():
+        known.append(folder / "config.json")  # of the run, which says it
+    return known + [
+        path for name in index["components"] for path in sorted((folder / name).rglob("*")) if not path.is_dir()
+    ]
 
 
 CARDS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
@@ -123,7 +135,7 @@ def load_index(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such model folder")
+        raise CheckpointError(f"{folder}: no such model folder; {RULE}")
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(
             f"{folder}: no model_index.json in it, so it is no model folder; train or convert one first"

@@ -1,11 +1,13 @@
-"""Finds model folders by name: weights that come with the package."""
+"""Finds model folders by name: weights that come with the package, and models of the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.checkpoints.hub_names import GRAPHS, MODEL, PREFIX, RULE, hub_name
+from ldmseg_fast.errors import ArgumentError, CheckpointError
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # a model folder each, made by `ldmseg ship`
 
@@ -15,17 +17,33 @@ def shipped_models() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/model_index.json"))}
 
 
-def resolve_model_dir(name_or_path: str | Path) -> Path:
-    """Finds the model folder that a command or a setting means.
+def resolve_model_dir(name_or_path: str | Path, revision: str | None = None, kinds: Sequence[str] = (MODEL,)) -> Path:
+    """Finds the model folder that a command or a setting means, and fetches it where it is the Hub's.
 
-    What exists is a path, and so is what is written as one (`./tiny`, `runs/diffusion`); a bare word is the name of a
-    shipped model.
+    What exists is a path, and so is what is written as one (`./tiny`, `runs/diffusion`, a `Path` with a folder in it).
+    A bare word is the name of a shipped model, `owner/name` of a model of the Hub (see `hub_names.RULE`).
+
+    Args:
+        name_or_path: of the model; a name of the Hub may end in `@REVISION`.
+        revision: branch, tag or commit of a model of the Hub; default its main branch.
+        kinds: of repositories that the caller can use, of `hub_names`.
 
     Raises:
-        CheckpointError: a word that is neither a folder nor a shipped model.
+        CheckpointError: a word that is neither a folder nor a shipped model, or a repository without a model.
+        HubError: see `hub.fetch`.
+        ArgumentError: a revision of something that has none, or no name behind `hf://`.
     """
     path = Path(name_or_path)
     word = str(name_or_path)
+    found = None
+    if not path.exists() and (word.startswith(PREFIX) or not isinstance(name_or_path, Path)):
+        found = hub_name(word, revision)
+    if found is not None:
+        from ldmseg_fast.checkpoints.hub import fetch
+
+        return fetch(found, kinds)
+    if revision is not None:
+        raise ArgumentError(f"{word}: revision={revision}, and it is no name of the Hub; leave it out: {RULE}")
     if path.exists() or os.sep in word or (os.altsep or os.sep) in word or word in ("", ".", ".."):
         return path
     known = shipped_models()
@@ -33,6 +51,29 @@ def resolve_model_dir(name_or_path: str | Path) -> Path:
         raise CheckpointError(
             f"{word}: no such model folder, and no shipped model of that name (shipped: {', '.join(known) or 'none'}); "
             f"a model folder is what training or `ldmseg convert` writes: model_index.json beside unet/, mask_vae/, "
-            f"image_vae/ and scheduler/"
+            f"image_vae/ and scheduler/; {RULE}"
         )
     return known[word]
+
+
+def recorded(word: str, folder: Path) -> str:
+    """Writes what a run's settings name the folder by that `word` was resolved to: a model of the Hub by its name."""
+    return word if word.startswith(PREFIX) else str(folder)
+
+
+def resolve_engine_dir(name_or_path: str | Path, backend: str) -> Path:
+    """Finds the folder of exported graphs or engines that is meant; ONNX graphs may be the Hub's.
+
+    Raises:
+        ArgumentError: TensorRT engines by a name of the Hub. They fit one kind of GPU and are code that it runs.
+        CheckpointError: as `resolve_model_dir`.
+    """
+    path, word = Path(name_or_path), str(name_or_path)
+    if path.exists() or isinstance(name_or_path, Path) or hub_name(word) is None:
+        return path
+    if backend != "onnxruntime":
+        raise ArgumentError(
+            f"{word}: no such folder, and engines are not taken from the Hub: build them here, with `python "
+            f"export/to_trt.py {word} --out DIR`"
+        )
+    return resolve_model_dir(word, kinds=(GRAPHS,))

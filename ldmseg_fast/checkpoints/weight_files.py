@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -33,24 +34,44 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: none there, a shard that is missing, pickles only, damaged, or links out of the folder.
     """
-    files: dict[str, dict[str, Path]] = defaultdict(dict)
-    indices: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if match := FILE.fullmatch(path.name):
-            files[match["variant"] or match["late"] or ""][path.name] = path
-        elif match := INDEX.fullmatch(path.name):
-            indices[match["variant"] or match["early"] or ""] = path
-    variants = [variant for variant in ORDER if variant in files or variant in indices]
-    variants = variants or sorted(files.keys() | indices.keys())
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    files, indices, variants = _variants(names)
     if len(variants) > 1 and variants[0] not in ORDER:
         raise CheckpointError(f"{folder}: weights of several variants ({', '.join(variants)}); leave one of them there")
     if variants:
-        found, index = files.get(variants[0], {}), indices.get(variants[0])
+        found = {name: folder / name for name in files.get(variants[0], [])}
+        index = indices.get(variants[0])
         whole = [path for name, path in found.items() if "-of-" not in name]
         if whole:
             return load_weights(inside(folder, whole[0]))
-        return _read_shards(folder, found, index)
+        return _read_shards(folder, found, None if index is None else folder / index)
     raise CheckpointError(_why_none(folder))
+
+
+def choose_files(names: Iterable[str]) -> list[str]:
+    """Lists those of a component's files that `read_weights` reads: of one variant, the whole file or the shards.
+
+    Where nothing says which of several unknown variants is meant, it is the first.
+    """
+    files, indices, variants = _variants(sorted(names))
+    if not variants:
+        return []
+    found = files.get(variants[0], [])
+    whole = [name for name in found if "-of-" not in name]
+    return whole[:1] or [*found, *([indices[variants[0]]] if variants[0] in indices else [])]
+
+
+def _variants(names: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
+    """Groups the names of weight files and indices by variant, and lists the variants, the best first."""
+    files: dict[str, list[str]] = defaultdict(list)
+    indices: dict[str, str] = {}
+    for name in names:
+        if match := FILE.fullmatch(name):
+            files[match["variant"] or match["late"] or ""].append(name)
+        elif match := INDEX.fullmatch(name):
+            indices[match["variant"] or match["early"] or ""] = name
+    variants = [variant for variant in ORDER if variant in files or variant in indices]
+    return files, indices, variants or sorted(files.keys() | indices.keys())
 
 
 def _read_shards(folder: Path, found: dict[str, Path], index: Path | None) -> dict[str, Tensor]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ldmseg_fast.checkpoints.hub_names import MODEL, VAE
 from ldmseg_fast.checkpoints.init_from import check_start, load_image_encoder, resolve_start
 from ldmseg_fast.checkpoints.model_folder import load_component
+from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig
 from ldmseg_fast.data import latent_cache
@@ -182,7 +184,7 @@ def load_encoder(source: str | Path, size: int) -> tuple[nn.Module, ImageEncoder
         CheckpointError: nothing of the kind is there.
         ConfigError: an encoder that is trained with the UNet, or a size that it cannot take.
     """
-    source = Path(source)
+    source = resolve_model_dir(source, kinds=(MODEL, VAE))
     if (source / "image_vae" / "config.json").is_file():
         encoder: Any = load_component(source, "image_vae")
         settings = encoder.config
@@ -207,7 +209,9 @@ def load_encoder(source: str | Path, size: int) -> tuple[nn.Module, ImageEncoder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", help="COCO-panoptic folder")
     parser.add_argument(
-        "--image-vae", required=True, help="model folder, Stable Diffusion or VAE folder, or TAESD file"
+        "--image-vae",
+        required=True,
+        help="model, Stable Diffusion or VAE: a folder or a name of the Hub; or a TAESD file",
     )
     parser.add_argument("--split", default="train2017")
     parser.add_argument("--size", type=int, default=512, help="data.image_size of the training to come")

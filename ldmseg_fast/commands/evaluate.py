@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from ldmseg_fast.commands.options import add_backend_arguments, model_folders
+from ldmseg_fast.commands.options import add_backend_arguments, add_model_argument, model_folders, take_model
 from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.outputs import report_stream, same_place
 
@@ -16,7 +17,7 @@ OWN_RESULTS = re.compile(r"\.?(panoptic|inpainting).*\.jsonl?$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", help="a diffusion model, or a mask auto-encoder, which reconstructs the split")
+    add_model_argument(parser, "a diffusion model, or a mask auto-encoder, which reconstructs the split")
     parser.add_argument("--data", required=True, help="COCO-panoptic folder")
     parser.add_argument("--split", default="val2017")
     parser.add_argument("--mask-th", type=float, help="least softmax probability of a pixel")
@@ -95,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     )
     files = (args.json, args.instances, args.page)
     with joined_ranks():
+        take_model(args)
+        options = replace(options, engine_dir=args.engine_dir)
         _check_meant_for_model(args)
         _check_outputs(args)
         for path in files if distributed.is_main() else ():
@@ -138,10 +141,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _check_meant_for_model(args: argparse.Namespace) -> None:
     """Raises ArgumentError for options that this kind of model has no use for."""
-    from ldmseg_fast.checkpoints.shipped import resolve_model_dir
     from ldmseg_fast.evaluation.predictors import is_autoencoder
 
-    if is_autoencoder(resolve_model_dir(args.model_dir)):
+    if is_autoencoder(args.model_dir):
         kind, given = (
             "a mask auto-encoder does not sample",
             {

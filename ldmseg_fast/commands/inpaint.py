@@ -7,12 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
+from ldmseg_fast.commands.options import (
+    add_backend_arguments,
+    add_model_argument,
+    add_picture_arguments,
+    model_folders,
+    take_model,
+)
 from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir")
+    add_model_argument(parser)
     parser.add_argument("--image", required=True, type=Path, help="the picture")
     parser.add_argument("--map", required=True, type=Path, help="panoptic PNG of the picture's size")
     known = parser.add_mutually_exclusive_group(required=True)
@@ -62,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from ldmseg_fast.panoptic.format import read_panoptic_png
     from ldmseg_fast.pipeline import LDMSegPipeline
 
+    take_model(args)
     found = FoundPicture(args.image)
     check_outputs({}, {"--out": args.out}, roots=[*model_folders(args.model_dir), args.engine_dir])
     check_results([found], args.out, keep=[args.map, *filter(None, [args.known, args.segments])])

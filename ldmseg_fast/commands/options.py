@@ -8,6 +8,26 @@ from pathlib import Path
 from ldmseg_fast.errors import CheckpointError
 
 
+def add_model_argument(parser: argparse.ArgumentParser, kinds: str = "") -> None:
+    """Adds MODEL_DIR and --revision; `kinds` says more of which models it takes."""
+    text = "model folder, name of a shipped model (tiny), or owner/name[@revision] of the Hugging Face Hub"
+    parser.add_argument("model_dir", help=f"{text}; {kinds}" if kinds else text)
+    parser.add_argument("--revision", help="branch, tag or commit of a model of the Hub; default its main branch")
+
+
+def take_model(args: argparse.Namespace) -> None:
+    """Puts the folders that --model_dir and --engine-dir mean into `args`, so that every later step sees one commit.
+
+    Raises:
+        CheckpointError, ArgumentError: as `resolve_model_dir` and `resolve_engine_dir`.
+    """
+    from ldmseg_fast.checkpoints.shipped import resolve_engine_dir, resolve_model_dir
+
+    args.model_dir = str(resolve_model_dir(args.model_dir, args.revision))
+    if args.engine_dir is not None:
+        args.engine_dir = str(resolve_engine_dir(args.engine_dir, args.backend))
+
+
 def model_folders(model_dir: str | Path) -> list[Path]:
     """Lists a model folder and those of its components, which no command may write into; none where it is not there."""
     from ldmseg_fast.checkpoints.model_folder import COMPONENTS

@@ -16,7 +16,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldmseg_fast.commands.options import add_backend_arguments, add_picture_arguments, model_folders
+from ldmseg_fast.commands.options import (
+    add_backend_arguments,
+    add_model_argument,
+    add_picture_arguments,
+    model_folders,
+    take_model,
+)
 from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
 from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.picture_folders import FoundPicture, described, find_pictures
@@ -247,7 +253,7 @@ def _read_batches(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir")
+    add_model_argument(parser)
     parser.add_argument("images", nargs="+", help="files or folders")
     parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
     add_format_argument(parser)
@@ -269,6 +275,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: the files that were named, if none of them could be read.
     """
+    take_model(args)
     check_outputs({}, {"--out": args.out}, roots=[*model_folders(args.model_dir), args.engine_dir])
     found = find_pictures(args.images, recursive=args.recursive, out=args.out)
     check_results(found.pictures, args.out)

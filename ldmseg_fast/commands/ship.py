@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.checkpoints.categories_file import CATEGORIES, load_categories, save_categories
+from ldmseg_fast.checkpoints.hub_names import PREFIX
 from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.schema import COMPONENTS
@@ -197,7 +198,7 @@ def _text(value: Any) -> str:
 
 
 def _last_part(path: str) -> str:
-    return Path(path).name if re.search(r"[/\\]", path) else path
+    return Path(path).name if re.search(r"[/\\]", path) and not path.startswith(PREFIX) else path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

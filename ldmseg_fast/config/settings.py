@@ -253,6 +253,8 @@ class TrainConfig:
     max_skipped: Number = 10  # steps in a row without finite loss and gradients before training ends; 0: never
     peer_timeout: Seconds = 30.0  # seconds of silence after which a rank counts as dead
     wandb: Project = ""  # of Weights & Biases; "": off
+    mlflow: Project = ""  # experiment of MLflow, alike
+    trackio: Project = ""  # project of trackio, alike
     max_minutes: Annotated[float, Range(0, 10_000_000)] = 0.0  # wall time of the run, all starts together; 0: no limit
     threads: Annotated[int, Range(0, 1024)] = 0  # CPU threads per rank; 0: cores / ranks
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.categories_file import CATEGORIES
+from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import PostprocessConfig
@@ -146,12 +147,12 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
         if instances is not None and options.instances:
             _write_instances(Path(options.instances), instances)
         if gallery is not None and options.page:
-            title = f"{model_dir.resolve().name} on {options.split}"
+            title = f"{shown_name(model_dir.resolve())} on {options.split}"
             gallery.write(Path(options.page), title, class_aware=source is not None)
     store.finish()
     report = {
         "mode": mode,
-        "model": model_dir.name,
+        "model": shown_name(model_dir),
         "data": Path(data).name,
         "split": options.split,
         "thresholds": asdict(thresholds),

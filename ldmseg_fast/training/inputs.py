@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.categories_file import CATEGORIES, load_categories
+from ldmseg_fast.checkpoints.hub import pinned
+from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL, PREFIX, VAE, hub_name
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import Config
 from ldmseg_fast.config.categories import CategoryTable
@@ -15,6 +19,7 @@ from ldmseg_fast.data.folders import find_split
 from ldmseg_fast.data.loader import TrainingBatches
 from ldmseg_fast.data.transforms import Augmentation
 from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
+from ldmseg_fast.files import read_json
 from ldmseg_fast.outputs import check_outputs
 from ldmseg_fast.training.stages import Stage
 
@@ -79,6 +84,42 @@ def use_categories(stage: Stage, train_set: CocoPanoptic, val_set: CocoPanoptic,
         dataset.use_categories(stage.categories)
 
 
+# settings that may be names of the Hub, and the kinds of repositories that each takes
+STARTS = (
+    ("model", "init_from", (MODEL, DIFFUSERS)),
+    ("model", "mask_vae", (MODEL,)),
+    ("image_encoder", "path", (VAE,)),
+)
+
+
+def pin_hub_names(config: Config, resumed: Path | None) -> Config:
+    """Fetches the models of the Hub that a run starts from, and writes their commits in the place of their branches.
+
+    So every rank, every later step and a resumed run see one commit, and the run's records name it.
+
+    Args:
+        config: the run's.
+        resumed: the folder of a run that goes on, whose commits stay.
+
+    Raises:
+        CheckpointError, ArgumentError: as `resolve_model_dir`.
+    """
+    before: dict[str, Any] = {}
+    if resumed is not None and (resumed / "config.json").is_file():
+        before = read_json(resumed / "config.json")
+    for group, key, kinds in STARTS:
+        word = getattr(getattr(config, group), key)
+        name = hub_name(word) if word and not Path(word).exists() else None
+        if name is None:
+            continue
+        old = str(before.get(group, {}).get(key, ""))
+        if not name.is_commit and old.startswith(f"{PREFIX}{name.repository}@"):
+            word = old
+        value = pinned(word, resolve_model_dir(word, kinds=kinds))
+        config = replace(config, **{group: replace(getattr(config, group), **{key: value})})
+    return config
+
+
 def check_output_dir(config: Config) -> None:
     """Checks that a run writes to no folder that it reads from.
 
@@ -93,7 +134,7 @@ def check_output_dir(config: Config) -> None:
     roots: list[str | Path] = [data.root, config.image_encoder.path, *(path.parent for path in read if path.is_file())]
     for name in filter(None, (model.init_from, model.mask_vae)):
         with contextlib.suppress(CheckpointError):
-            roots.append(resolve_model_dir(name))
+            roots.append(resolve_model_dir(name, kinds=(MODEL, DIFFUSERS)))
     folder = Path(config.output_dir)
     outputs = {"output_dir": folder, "the best model's folder": folder / "best"}
     check_outputs({}, outputs, inputs=read, roots=filter(None, roots))

@@ -31,7 +31,14 @@ from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.exported import exported_step, note_exported
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
-from ldmseg_fast.training.inputs import check_batch, check_output_dir, make_batches, make_dataset, use_categories
+from ldmseg_fast.training.inputs import (
+    check_batch,
+    check_output_dir,
+    make_batches,
+    make_dataset,
+    pin_hub_names,
+    use_categories,
+)
 from ldmseg_fast.training.machine import resolve_settings
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
@@ -118,7 +125,8 @@ class Run:
             record_start(logs, stage_name, self.progress.step)
             with replacing(self.folder / "settings.txt") as temporary:
                 temporary.write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
-        self.log = RunLog(logs, self.progress.step, settings.wandb, to_dict(config))
+        trackers = {"wandb": settings.wandb, "mlflow": settings.mlflow, "trackio": settings.trackio}
+        self.log = RunLog(logs, self.progress.step, settings=to_dict(config), **trackers)
         self.say(precision)
         self.agreement, self.window = Agreement(), Window()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
@@ -316,6 +324,7 @@ def train(
         Stopped: SIGTERM or SIGINT came; the run has saved.
     """
     folder = Path(config.output_dir)
+    config = pin_hub_names(config, folder if resume else None)
     check_output_dir(config)
     with (
         Interrupt() as interrupt,

@@ -1,4 +1,4 @@
-"""Writes scalars and pictures of a run: log.jsonl, TensorBoard and, where asked for, Weights & Biases."""
+"""Writes scalars and pictures of a run: log.jsonl, TensorBoard and the trackers that are asked for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast import distributed
-from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.files import read_lines, replacing
+from ldmseg_fast.training.trackers import Tracker, start_trackers
 
 
 class Window:
@@ -45,14 +45,31 @@ class RunLog:
 
     A resumed run drops the lines after the checkpoint it starts from, then appends.
 
+    Args:
+        folder: logs/ of the run.
+        start_step: of the checkpoint that a resumed run starts from; 0: a new run.
+        wandb: project of Weights & Biases; "": off.
+        settings: of the run, for the trackers.
+        mlflow: experiment of MLflow, alike.
+        trackio: project of trackio, alike.
+
     Raises:
-        ConfigError: Weights & Biases is asked for and not installed.
+        ConfigError: a tracker that is asked for is not installed, or cannot start.
     """
 
-    def __init__(self, folder: Path, start_step: int, wandb_project: str = "", settings: dict | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        start_step: int,
+        wandb: str = "",
+        settings: dict[str, Any] | None = None,
+        *,
+        mlflow: str = "",
+        trackio: str = "",
+    ) -> None:
         self.path = folder / "log.jsonl"
         self.tensorboard: Any = None
-        self.wandb: Any = None
+        self.trackers: list[Tracker] = []
         if not distributed.is_main():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +81,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-        if wandb_project:
-            self.wandb = _start_wandb(wandb_project, folder, settings or {})
+        projects = {"wandb": wandb, "mlflow": mlflow, "trackio": trackio}
+        self.trackers = start_trackers(projects, folder, start_step > 0, settings or {})
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the numbers of a step.
@@ -85,12 +102,12 @@ class RunLog:
         if self.tensorboard is not None:
             for key, value in values.items():
                 self.tensorboard.add_scalar(key, value, step)
-        if self.wandb is not None:
-            self.wandb.log(values, step=step)
+        for tracker in self.trackers:
+            tracker.write(step, values)
 
     def picture(self, step: int, path: Path) -> None:
         """Shows a picture file of this step in the viewers."""
-        if self.tensorboard is None and self.wandb is None:
+        if self.tensorboard is None and not self.trackers:
             return
         import numpy as np
         from PIL import Image
@@ -99,23 +116,12 @@ class RunLog:
             pixels = np.array(image.convert("RGB"))
         if self.tensorboard is not None:
             self.tensorboard.add_image("validation", pixels, step, dataformats="HWC")
-        if self.wandb is not None:
-            import wandb
-
-            self.wandb.log({"validation": wandb.Image(pixels)}, step=step)
+        for tracker in self.trackers:
+            tracker.picture(step, pixels)
 
     def close(self) -> None:
         """Ends what the viewers' writers have begun."""
         if self.tensorboard is not None:
             self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-
-
-def _start_wandb(project: str, folder: Path, settings: dict) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(f"train.wandb={project}: `pip install wandb`, or leave train.wandb out") from None
-    name = folder.parent.name
-    return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(folder), config=settings)
+        for tracker in self.trackers:
+            tracker.close()

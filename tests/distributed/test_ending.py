@@ -29,6 +29,7 @@ ARGUMENTS = {
     "runs": ["folder"],
     "report": ["folder"],
     "ship": ["run", "out"],
+    "push": ["tiny", "owner/name"],
     "doctor": [],
     "demo": ["--out", "out"],
 }

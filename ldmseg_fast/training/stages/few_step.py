@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmseg_fast.checkpoints.hub_names import PREFIX
 from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
-from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.checkpoints.shipped import recorded, resolve_model_dir
 from ldmseg_fast.config import Config, validate
 from ldmseg_fast.diffusion.sampler import unet_input
 from ldmseg_fast.errors import CheckpointError, ConfigError
@@ -75,7 +76,8 @@ class FewStepStage(LatentStage):
     def save(self, folder: Path) -> None:
         """Writes the model folder; see `Stage.save`."""
         self.save_networks(folder)
-        facts = {"stage": self.name, "started from": Path(self.config.model.init_from).name}
+        start = self.config.model.init_from
+        facts = {"stage": self.name, "started from": start if start.startswith(PREFIX) else Path(start).name}
         write_model_card(folder, facts | {"data": self.config.data.root, "config": self.config})
 
 
@@ -126,7 +128,7 @@ def started_from_model(config: Config) -> Config:
             diffusion=replace(
                 config.diffusion, latent_scale=1.0, self_condition=float(index.get("self_condition", True))
             ),
-            model=replace(config.model, mask_vae=str(folder)),
+            model=replace(config.model, mask_vae=recorded(config.model.init_from, folder)),
             num_inference_steps=steps,
         )
     )
