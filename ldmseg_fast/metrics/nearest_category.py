@@ -46,7 +46,7 @@ def describe_segments(image: np.ndarray, ids: np.ndarray, listed: Sequence[int])
     lab = color.rgb2lab(image)
     lightness = np.round(lab[..., 0] * 2.55).astype(np.uint8)
     patterns: np.ndarray = feature.local_binary_pattern(lightness, 8, 1, "uniform").astype(np.int64)
-    rows, columns = np.indices(ids.shape)
+    rows, columns = np.mgrid[: ids.shape[0], : ids.shape[1]]
     found = np.zeros((len(listed), 6 + PATTERNS + 3))
     for place, number in enumerate(listed):
         inside = ids == number
