@@ -371,7 +371,7 @@ class LDMSegPipeline:
         if not isinstance(exif, bool):
             raise ArgumentError(f"exif={exif!r}: True or False expected")
         places = range(len(inputs))[batch]
-        size, bound = self.info.image_size, self.max_pixels
+        size, bound = self.info.picture_size, self.max_pixels
         return [scaled_picture(inputs[place], place, size, exif=exif, max_pixels=bound) for place in places]
 
     def _check_captions(self, captions: Sequence[str] | None, count: int) -> None:

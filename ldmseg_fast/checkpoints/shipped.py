@@ -5,14 +5,31 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.config import ImageEncoderConfig
+from ldmseg_fast.errors import CheckpointError, ConfigError
 
-SHIPPED = Path(__file__).parents[1] / "weights"  # a model folder each, made by `ldmseg ship`
+SHIPPED = Path(__file__).parents[1] / "weights"  # model folders made by `ldmseg ship`, and image encoders' features
+RANDOM = "random"  # in the place of a path: no weights
 
 
 def shipped_models() -> dict[str, Path]:
     """Lists name and folder of the models that this installation brought along."""
     return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/model_index.json"))}
+
+
+def pretrained_weights(encoder: ImageEncoderConfig) -> Path:
+    """Finds the weights of a pre-trained image encoder that come with the package.
+
+    Raises:
+        ConfigError: there are none of this one.
+    """
+    file = SHIPPED / f"{encoder.kind}{encoder.variant}" / "model.safetensors"
+    if not file.is_file():
+        raise ConfigError(
+            f"image_encoder.path is missing: no weights of {encoder.kind} {encoder.variant} come with the package; "
+            f"give their .safetensors file, or image_encoder.path={RANDOM} for an encoder that is not pre-trained"
+        )
+    return file
 
 
 def resolve_model_dir(name_or_path: str | Path) -> Path:

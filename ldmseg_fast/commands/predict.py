@@ -239,7 +239,7 @@ def _read_batches(
             yield batch
             batch, pixels = [], 0
         pixels += height * width
-        scaled = scaled_picture(picture, 0, pipe.info.image_size, exif=exif, max_pixels=pipe.max_pixels)
+        scaled = scaled_picture(picture, 0, pipe.info.picture_size, exif=exif, max_pixels=pipe.max_pixels)
         batch.append((found, scaled, preview_of(picture)))
         del picture  # or it would wait in memory while its batch is segmented
     if batch:

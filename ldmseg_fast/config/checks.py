@@ -58,6 +58,12 @@ def validate(config: Config) -> Config:
             f"{vae.downsampling * 2 ** (len(unet.block_out_channels) - 1)} for these models",
         ),
         (
+            config.data.image_size * encoder.picture_scale % encoder.stride == 0,
+            f"data.image_size={config.data.image_size} * image_encoder.picture_scale={encoder.picture_scale} makes "
+            f"pictures of {config.data.image_size * encoder.picture_scale} pixels, no multiple of {encoder.stride}, "
+            f"which image_encoder.kind={encoder.kind} divides by; choose another of the two",
+        ),
+        (
             config.num_inference_steps <= config.scheduler.num_train_timesteps,
             f"num_inference_steps={config.num_inference_steps}: scheduler.num_train_timesteps has "
             f"{config.scheduler.num_train_timesteps}",
@@ -102,7 +108,11 @@ def part_checks(part: Any, prefix: str = "") -> list[tuple[bool, str]]:
         ]
     if isinstance(part, ImageEncoderConfig):
         fits = part.kind != "conv" or len(part.blocks) == len(part.widths)
-        return [(fits, f"{prefix}widths and {prefix}blocks must be equally long")]
+        scale = part.picture_scale
+        return [
+            (fits, f"{prefix}widths and {prefix}blocks must be equally long"),
+            (scale & (scale - 1) == 0, f"{prefix}picture_scale={scale}: 1, 2, 4, 8 or 16 expected"),
+        ]
     if isinstance(part, UNetConfig):
         fits = len(part.block_out_channels) == len(part.attention) == len(part.num_heads)
         names = [f"{prefix}{name}" for name in ("block_out_channels", "attention", "num_heads")]

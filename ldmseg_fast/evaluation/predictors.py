@@ -108,7 +108,8 @@ class DiffusionModel:
             model_dir, backend, engine_dir, image_size=image_size, cuda_graph=cuda_graph
         )
         info = self.pipe.info
-        self.dataset = CocoPanoptic(data, split, info.image_size, num_slots=info.mask_vae.num_slots, limit=limit)
+        slots, pictures = info.mask_vae.num_slots, info.picture_size
+        self.dataset = CocoPanoptic(data, split, info.image_size, num_slots=slots, limit=limit, picture_size=pictures)
         self.categories = info.categories
         steps = info.num_inference_steps if steps is None else steps
         self.pipe.scheduler.timesteps(steps)  # refuses a number of steps that cannot be

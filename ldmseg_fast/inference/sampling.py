@@ -104,8 +104,11 @@ class MaskSampler:
         return image_noise(seed_of(seed, purpose, step), image_ids, self.info.latent_shape)
 
     def resize(self, pictures: Sequence[np.ndarray | Image.Image]) -> Tensor:
-        """Resizes pictures, uint8 [H, W, 3] or Pillow's in RGB, to uint8 [B, 3, S, S] on the backend's device."""
-        pixels = np.stack([resize_image(picture, self.info.image_size) for picture in pictures])  # uint8 [B, S, S, 3]
+        """Resizes pictures, uint8 [H, W, 3] or Pillow's in RGB, to uint8 [B, 3, P, P] on the backend's device.
+
+        P is the side of the pictures that the image encoder sees: `ModelInfo.picture_size`.
+        """
+        pixels = np.stack([resize_image(picture, self.info.picture_size) for picture in pictures])  # [B, P, P, 3]
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.backend.device)
 
     def network(self, pixels: Tensor, sampling: Sampling, captions: Sequence[str] | None = None) -> Denoise:

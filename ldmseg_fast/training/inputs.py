@@ -39,6 +39,7 @@ def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> Coc
         cache=data.cache,
         resize=data.resize if train else "pillow",
         limit=data.limit if train else data.val_limit,
+        picture_size=data.image_size * config.image_encoder.picture_scale,
     )
 
 
