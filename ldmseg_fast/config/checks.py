@@ -21,6 +21,10 @@ def validate(config: Config) -> Config:
     condition = vae.latent_channels if config.diffusion.self_condition > 0 else 0
     needed = vae.latent_channels + encoder.latent_channels + condition
     checks = [
+        (
+            not config.data.weights or sum(config.data.weights) > 0,
+            f"data.weights={','.join(f'{w:g}' for w in config.data.weights)} sum to 0: one above 0 expected",
+        ),
         *part_checks(vae, "mask_vae."),
         *part_checks(encoder, "image_encoder."),
         *part_checks(unet, "unet."),

@@ -167,7 +167,8 @@ class PostprocessConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    root: Location = ""
+    root: Location = ""  # a COCO-panoptic folder, or several: ROOT,ROOT:TRAIN,ROOT:TRAIN:VAL with splits of their own
+    weights: Annotated[tuple[Weight, ...], Length(0, 1000)] = ()  # how often each root is drawn from; none: by its size
     train_split: Split = "train2017"
     val_split: Split = "val2017"
     image_size: Pixels = 512

@@ -169,6 +169,7 @@ def why_not(config: Config) -> str:
     """Returns the reason why a run must encode its images in every step, "" where a cache would do."""
     data = config.data
     reasons = [
+        ("," in data.root and not Path(data.root).exists(), f"data.root={data.root} lists several sets"),
         (config.image_encoder.is_trained, f"image_encoder.kind={config.image_encoder.kind} is trained"),
         (data.scale_min < 1, f"data.scale_min={data.scale_min} crops at random"),
         (data.color_jitter > 0, f"data.color_jitter={data.color_jitter} changes colours at random"),
@@ -200,7 +201,7 @@ def attach_cache(
     files = picture_files(dataset)
     size = config.data.image_size * config.image_encoder.picture_scale
     key = cache_key(encoder, config.image_encoder, size, files)
-    folder = default_folder(config.data.root) if wanted == "auto" else Path(wanted)
+    folder = default_folder(dataset.root) if wanted == "auto" else Path(wanted)
     try:
         cache = LatentCache.open(folder, key, files, config.image_encoder.scaling_factor, _rows(dataset, files))
     except CheckpointError as error:

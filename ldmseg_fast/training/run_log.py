@@ -88,8 +88,8 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
-    def picture(self, step: int, path: Path) -> None:
-        """Shows a picture file of this step in the viewers."""
+    def picture(self, step: int, path: Path, name: str = "validation") -> None:
+        """Shows a picture file of this step in the viewers, under `name`."""
         if self.tensorboard is None and self.wandb is None:
             return
         import numpy as np
@@ -98,11 +98,11 @@ class RunLog:
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))
         if self.tensorboard is not None:
-            self.tensorboard.add_image("validation", pixels, step, dataformats="HWC")
+            self.tensorboard.add_image(name, pixels, step, dataformats="HWC")
         if self.wandb is not None:
             import wandb
 
-            self.wandb.log({"validation": wandb.Image(pixels)}, step=step)
+            self.wandb.log({name: wandb.Image(pixels)}, step=step)
 
     def close(self) -> None:
         """Ends what the viewers' writers have begun."""

@@ -118,8 +118,8 @@ def started_from_model(config: Config) -> Config:
     """
     if not config.model.init_from:
         raise ConfigError(
-            "model.init_from is missing: few-step training starts from the MODEL_DIR of a trained model; stage one_step "
-            "can start from model.mask_vae, a trained mask auto-encoder, instead"
+            "model.init_from is missing: few-step training starts from the MODEL_DIR of a trained model; stage "
+            "one_step can start from model.mask_vae, a trained mask auto-encoder, instead"
         )
     folder = resolve_model_dir(config.model.init_from)
     index = load_index(folder)
