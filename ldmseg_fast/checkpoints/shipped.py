@@ -9,6 +9,8 @@ from ldmseg_fast.config import ImageEncoderConfig
 from ldmseg_fast.errors import CheckpointError, ConfigError
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # model folders made by `ldmseg ship`, and image encoders' features
+RELEASES = Path(__file__).parents[2] / "releases"  # of a source checkout: models that are no part of the package
+RELEASED = ("photographs",)
 RANDOM = "random"  # in the place of a path: no weights
 
 
@@ -36,16 +38,23 @@ def resolve_model_dir(name_or_path: str | Path) -> Path:
     """Finds the model folder that a command or a setting means.
 
     What exists is a path, and so is what is written as one (`./tiny`, `runs/diffusion`); a bare word is the name of a
-    shipped model.
+    shipped model, or of a release in the source checkout that the package runs from.
 
     Raises:
-        CheckpointError: a word that is neither a folder nor a shipped model.
+        CheckpointError: a word that is neither a folder nor the name of a model.
     """
     path = Path(name_or_path)
     word = str(name_or_path)
     if path.exists() or os.sep in word or (os.altsep or os.sep) in word or word in ("", ".", ".."):
         return path
     known = shipped_models()
+    if word not in known and (RELEASES / word / "model_index.json").is_file():
+        return RELEASES / word
+    if word in RELEASED and word not in known:
+        raise CheckpointError(
+            f"{word}: this release is no part of the package, and {RELEASES / word} is not there; get the source "
+            f"checkout with releases/{word} and give that folder"
+        )
     if word not in known:
         raise CheckpointError(
             f"{word}: no such model folder, and no shipped model of that name (shipped: {', '.join(known) or 'none'}); "

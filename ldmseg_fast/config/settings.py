@@ -176,6 +176,7 @@ class DataConfig:
     cache: bool = False  # decoded images stay in memory
     flip: Share = 0.5
     scale_min: Annotated[float, Range(0.05, 1)] = 1.0  # random scale/crop, off at 1
+    aspect_jitter: Annotated[float, Range(0, 0.9)] = 0.0  # largest relative change of a random crop's width to height
     color_jitter: Share = 0.0
     min_area: Number = 10  # smaller segments are void in training
     id_assignment: IdAssignment = "random"

@@ -111,9 +111,10 @@ class CocoPanoptic(Dataset):
         self.num_slots, self.id_assignment, self.min_area, self.seed = num_slots, id_assignment, min_area, seed
         self.resize = resize
         self.augmentation = augmentation if augmentation is not None else Augmentation()
-        if cache and train and self.augmentation.scale_min < 1:
+        if cache and train and self.augmentation.crops:
             raise ArgumentError(
-                "the cache keeps resized pictures, which cannot be cropped: set cache=false or scale_min=1"
+                "the cache keeps resized pictures, which cannot be cropped: set cache=false, or scale_min=1 and "
+                "aspect_jitter=0"
             )
         self.folders = find_split(root, split)
         self._images, self._maps = str(self.folders.images), str(self.folders.maps)
@@ -278,8 +279,9 @@ class CocoPanoptic(Dataset):
         if picture is not None:
             found = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
             self._check_sizes(entry, (height, width), found)
-        cropped = self.train and self.augmentation.scale_min < 1
-        box = crop_box(height, width, self.augmentation.scale_min, rng) if cropped else None
+        box, augmentation = None, self.augmentation
+        if self.train and augmentation.crops:
+            box = crop_box(height, width, augmentation.scale_min, rng, augmentation.aspect_jitter)
         if picture is None:
             rgb = np.zeros((0, 0, 3), np.uint8)
         elif self.resize == "torch":
