@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -63,6 +64,19 @@ class MaskSampler:
         self.backend = backend
         self.info = backend.info
         self.scheduler = Scheduler(self.info.scheduler).to(backend.device)
+
+    def at_scale(self, scale: float) -> MaskSampler:
+        """Returns a sampler of the same networks for pictures whose side is about `scale` times the model's own.
+
+        Raises:
+            ArgumentError: a backend of graphs, which have one size.
+        """
+        if not self.backend.cache_branches:
+            raise ArgumentError(f"scales: {scale} besides 1, and graphs have one size; use backend=torch")
+        multiple = self.info.size_multiple
+        backend: Any = copy.copy(self.backend)
+        backend.info = self.info.at_size(max(1, round(self.info.image_size * scale / multiple)) * multiple)
+        return MaskSampler(backend)
 
     def settings(self, num_inference_steps: int | None, **settings: Any) -> Sampling:
         """Makes a Sampling and checks it before any work; steps default to the model's own.
