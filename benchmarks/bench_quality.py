@@ -1,10 +1,11 @@
 """Scores trained models over steps, solvers and noise seeds, beside baselines, as one result file.
 
-python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [--split S] [--steps 1 4 10] [--solvers ddim heun]
-    [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT_WITH_CATEGORIES]] [--picture FILE] [--journal FILE]
+python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [...] [--split S] [--steps 1 4 10]
+    [--solvers ddim heun] [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT]] [--picture FILE] [--journal FILE]
 
-Rows are measured one after the other; with --journal a stopped campaign goes on with the first that is missing. With
-several annotators per image the values are means over them.
+A ROOT may name splits of its own, ROOT:TRAIN:TEST; each set has rows of its own. Rows are measured one after the other;
+with --journal a stopped campaign goes on with the first that is missing. With several annotators per image the values
+are means over them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,12 +30,15 @@ from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.config import DataConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.data.joined_sets import SetPlace, set_places
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.evaluation.semantic import SemanticIoU
 from ldmseg_fast.files import read_lines
 from ldmseg_fast.metrics import classical
+from ldmseg_fast.metrics.baselines import BASELINES
 from ldmseg_fast.metrics.nearest_category import NearestCategory
 from ldmseg_fast.metrics.pq import PanopticQuality
 from ldmseg_fast.training.provenance import ancestors, cpu_minutes
@@ -146,9 +151,14 @@ class Tuned:
 
     @classmethod
     def on(cls, data: str, split: str, images: int, method: str) -> Tuned:
-        training = CocoPanoptic(data, split, 64, limit=images)
-        best, quality = classical.tune(method, list(classical.load_items(training)))
-        return cls(best, f"{split}, {len(training)} maps, PQ {quality:.2f}")
+        """Tunes on every map of the first `images` pictures."""
+        training = CocoPanoptic(data, split, 64)
+        pictures = list(dict.fromkeys(training.paths(index)[0] for index in range(len(training))))[:images]
+        last = max(index for index in range(len(training)) if training.paths(index)[0] in set(pictures))
+        items = classical.load_items(CocoPanoptic(data, split, 64, limit=last + 1))
+        chosen = [item for index, item in enumerate(items) if training.paths(index)[0] in set(pictures)]
+        best, quality = classical.tune(method, chosen)
+        return cls(best, f"{split}, {len(chosen)} maps of {len(pictures)} pictures, PQ {quality:.2f}")
 
 
 def classical_rows(tuned: Tuned, data: str, split: str, limit: int) -> list[Row]:
@@ -200,16 +210,34 @@ def named_rows(tuned: Tuned, data: str, train_split: str, split: str, limit: int
     ]
 
 
+def trivial_rows(data: str, split: str, limit: int) -> list[Row]:
+    """Returns the rows of what looks at no picture: one segment, halves, a grid."""
+    items = list(classical.load_items(CocoPanoptic(data, split, 64, limit=limit)))
+    rows = []
+    for name, make in BASELINES.items():
+        result = classical.score(lambda image, make=make: make(*image.shape[:2]), items).compute()
+        values = result["class_agnostic"]
+        case = {"data": Path(data).name, "split": split, "images": len(items), "mode": "class-agnostic"}
+        numbers = {key: 100 * values[key] for key in ("sq", "rq")} | {key: values[key] for key in ("tp", "fp", "fn")}
+        crowds = {"pq_crowd_correct": 100 * result["pq_crowd_correct"]}
+        rows.append({"variant": name, "case": case, "value": 100 * values["pq"]} | numbers | crowds)
+    return rows
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="NAME=MODEL_DIR; the name stands in the table")
-    parser.add_argument("--data", required=True)
+    parser.add_argument(
+        "--data", required=True, nargs="+", help="sets: ROOT, or ROOT:TRAIN:TEST with splits of its own"
+    )
     parser.add_argument("--split", default="val2017")
     parser.add_argument("--steps", type=int, nargs="+", default=[], help="denoising steps; default the model's own")
     parser.add_argument("--solvers", nargs="+", default=["ddim"], help="ddim, dpmpp_2m, heun; one step knows ddim only")
     parser.add_argument("--seeds", type=int, default=1, help="noise seeds; rows are means, with the deviation beside")
-    parser.add_argument("--classical", metavar="SPLIT", help="also Felzenszwalb and SLIC, tuned on this training split")
-    parser.add_argument("--tuning-images", type=int, default=100, help="of that split")
+    parser.add_argument(
+        "--classical", metavar="SPLIT", help="also Felzenszwalb, SLIC and merged SLIC, tuned on this training split"
+    )
+    parser.add_argument("--tuning-images", type=int, default=100, help="pictures of that split")
     parser.add_argument(
         "--names", metavar="SPLIT", help="with --classical: also class-aware, by the nearest segments of this split"
     )
@@ -228,8 +256,6 @@ def build_parser() -> argparse.ArgumentParser:
 def measure(args: argparse.Namespace, run: Run) -> None:
     """Adds every row of the campaign to `run`."""
     journal = Journal(None if args.quick else args.journal)
-    limit = 16 if args.quick else args.limit
-    data = str(Path(args.data).resolve())
     seen: set[str] = set()
 
     def add(rows: list[Row]) -> None:
@@ -239,6 +265,15 @@ def measure(args: argparse.Namespace, run: Run) -> None:
                 seen.add(where)
                 run.add_value("PQ", unit="%", **row)
 
+    for root in args.data:
+        (place,) = set_places(DataConfig(root=root, train_split=args.classical or "train2017", val_split=args.split))
+        measure_set(args, journal, place, add)
+
+
+def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add: Callable[[list[Row]], None]) -> None:
+    """Measures every row on one set, and hands them to `add`."""
+    limit = 16 if args.quick else args.limit
+    data, split = str(Path(place.root).resolve()), place.val_split
     for entry in args.models:
         name, _, folder = entry.rpartition("=")
         model_dir = resolve_model_dir(folder)
@@ -248,7 +283,7 @@ def measure(args: argparse.Namespace, run: Run) -> None:
             # with one step all solvers are the same
             for solver in ["ddim"] if reconstruction or steps == 1 else args.solvers:
                 options = EvaluationOptions(
-                    split=args.split,
+                    split=split,
                     steps=steps,
                     solver=solver,
                     seeds=1 if reconstruction else args.seeds,
@@ -260,29 +295,30 @@ def measure(args: argparse.Namespace, run: Run) -> None:
                 )
                 key = {"name": name, "model": fingerprint(model_dir), "data": data, "options": asdict(options)}
                 rows_of = partial(inpainting_rows if args.inpainting else model_rows, name, model_dir, options=options)
-                add(journal.rows_of(key, partial(mean_over_annotators, data, args.split, rows_of)))
+                add(journal.rows_of(key, partial(mean_over_annotators, data, split, rows_of)))
     if args.classical:
         classical.require_skimage()
         tuning = 8 if args.quick else args.tuning_images
         for method in classical.METHODS:
-            key = {"classical": method, "data": data, "split": args.split, "limit": limit}
-            key |= {"tuned_on": args.classical, "tuning": tuning, "grid": classical.GRIDS[method]}
+            key = {"classical": method, "data": data, "split": split, "limit": limit}
+            key |= {"tuned_on": place.train_split, "tuning": tuning, "grid": classical.GRIDS[method]}
 
             def rows_of_method(method: str = method) -> list[Row]:
-                rows_of = partial(
-                    classical_rows, Tuned.on(data, args.classical, tuning, method), split=args.split, limit=limit
-                )
-                return mean_over_annotators(data, args.split, rows_of)
+                tuned = Tuned.on(data, place.train_split, tuning, method)
+                rows_of = partial(classical_rows, tuned, split=split, limit=limit)
+                return mean_over_annotators(data, split, rows_of)
 
             add(journal.rows_of(key, rows_of_method))
             if args.names:
 
                 def rows_of_names(method: str = method) -> list[Row]:
-                    return named_rows(
-                        Tuned.on(data, args.classical, tuning, method), data, args.names, args.split, limit
-                    )
+                    tuned = Tuned.on(data, place.train_split, tuning, method)
+                    return named_rows(tuned, data, args.names, split, limit)
 
                 add(journal.rows_of(key | {"names": args.names}, rows_of_names))
+        key = {"trivial": sorted(BASELINES), "data": data, "split": split, "limit": limit}
+        rows_of = partial(trivial_rows, split=split, limit=limit)
+        add(journal.rows_of(key, partial(mean_over_annotators, data, split, rows_of)))
 
 
 def main(argv: list[str] | None = None) -> int:

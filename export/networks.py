@@ -24,6 +24,7 @@ from ldmseg_fast.checkpoints.tensors import (
 )
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import inside
+from ldmseg_fast.models.pyramids import fold_norms
 from ldmseg_fast.models.unet import UNet
 
 
@@ -57,7 +58,7 @@ def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
         network: Any = load_component(info.folder, name)
         if dtype != torch.float32:  # loading has looked at the values in that range
             check_finite(network.state_dict(), str(info.folder / name / WEIGHTS), dtype)
-        return network.to(dtype)
+        return fold_norms(network).to(dtype)
     path = inside(info.folder, info.folder / "unet" / WEIGHTS)
     converted = expand_int8(plain_names(read_converted(path, dtype), str(path)), str(path))
     state = {name: value.to(dtype) for name, value in converted.items()}

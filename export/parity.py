@@ -148,7 +148,8 @@ def comparison_data(info: ModelInfo, data: str | None, split: str, images: int) 
             side = max(info.image_size, 32)
             data = str(write_scenes(Path(scratch) / "scenes", 10 * images, side, 0, workers=1, version=1))
             split = "val2017"
-        yield CocoPanoptic(data, split, info.image_size, num_slots=info.mask_vae.num_slots, limit=images)
+        slots = info.mask_vae.num_slots
+        yield CocoPanoptic(data, split, info.image_size, num_slots=slots, limit=images, picture_size=info.picture_size)
 
 
 @torch.inference_mode()

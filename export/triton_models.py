@@ -99,7 +99,7 @@ class Preprocess(_RequestByRequest):
     """
 
     def run(self, request: Any) -> list[Any]:
-        utils, side = server(), self.facts["image_size"]
+        utils, side = server(), self.facts.get("picture_size", self.facts["image_size"])
         pictures = []
         for content in array(request, "image").reshape(-1):
             pictures.append(decode_picture(bytes(content), f"picture {len(pictures)} of the request"))

@@ -134,6 +134,7 @@ def model_configs(
     post = manifest.model["postprocess"]
     facts = {
         "image_size": manifest.image_size,
+        "picture_size": images.shape[-1],  # of what the image encoder sees
         "latent_shape": list(latents.shape[1:]),
         "steps": steps,
         "scheduler": manifest.scheduler,

@@ -279,25 +279,33 @@ class LDMSegPipeline:
         batch_size: int = 16,
         captions: Sequence[str] | None = None,
         exif: bool = True,
+        flip: bool = False,
+        scales: Sequence[float] = (1.0,),
+        fusion: str = "medoid",
         **settings: Any,
     ) -> list[EnsembleResult]:
         """Segments images `num_samples` times, from noise of the seeds seed, seed + 1, ..., and compares the results.
+
+        With `flip` or several `scales` each view of a picture has `num_samples` of its own.
 
         Args:
             images: as in `__call__`.
             num_samples: k, 1 to 1000.
             num_inference_steps, seed, image_ids, thresholds, batch_size, captions, exif: as in `__call__`.
+            flip, scales, fusion: what the samples see and how they are joined; see `inference.ensemble.Views`.
             settings: `solver`, `eta`, `timesteps`, `callback`, `cache_interval` and `cache_branch` of `__call__`.
 
         Returns:
-            An EnsembleResult per image: the sample that agrees best with the others, with a map of agreement.
+            An EnsembleResult per image: the sample that agrees best with the others, or what they vote for, with a map
+            of agreement.
 
         Raises:
             ArgumentError: a num_samples out of range; what `__call__` refuses.
             ConfigError, DataError: as in `__call__`.
         """
-        from ldmseg_fast.inference.ensemble import sample_ensemble
+        from ldmseg_fast.inference.ensemble import Views, sample_ensemble
 
+        views = Views(flip, tuple(scales), fusion)
         check_count("num_samples", num_samples, 1, MAX_SAMPLES)
         refused = settings.keys() & {"generator", "latents", "output_type"}
         if refused:
@@ -314,12 +322,13 @@ class LDMSegPipeline:
         for batch in batches_of(len(inputs), batch_size):
             results += sample_ensemble(
                 self.sampler,
-                self._pictures(inputs, batch, exif),
+                self._pictures(inputs, batch, exif, views.largest),
                 ids[batch],
                 sampling,
                 num_samples=num_samples,
                 thresholds=thresholds,
                 captions=captions and captions[batch],
+                views=views,
             )
         return results
 
@@ -407,12 +416,12 @@ class LDMSegPipeline:
             )
         return results
 
-    def _pictures(self, inputs: Sequence[Any], batch: slice, exif: bool) -> list[Picture]:
+    def _pictures(self, inputs: Sequence[Any], batch: slice, exif: bool, scale: float = 1.0) -> list[Picture]:
         """Decodes and resizes a batch, one picture after the other, so that one alone is in memory at its own size."""
         if not isinstance(exif, bool):
             raise ArgumentError(f"exif={exif!r}: True or False expected")
         places = range(len(inputs))[batch]
-        size, bound = self.info.image_size, self.max_pixels
+        size, bound = round(self.info.picture_size * scale), self.max_pixels
         return [scaled_picture(inputs[place], place, size, exif=exif, max_pixels=bound) for place in places]
 
     def _check_captions(self, captions: Sequence[str] | None, count: int) -> None:

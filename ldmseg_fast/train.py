@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run as a script: this folder must not hide othe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ldmseg_fast import distributed
-from ldmseg_fast.config import Config, load_config
+from ldmseg_fast.config import PRESETS, Config, load_config
 from ldmseg_fast.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """
     parser = Parser(prog="train.py", description="Train a stage; settings are written key=value.")
     parser.add_argument("stage", choices=["autoencoder", "diffusion", "one_step", "distillation"])
-    parser.add_argument("--config", default="tiny", help="a preset (tiny, coco) or a YAML/JSON file; default tiny")
+    parser.add_argument("--config", default="tiny", help=f"a preset ({', '.join(PRESETS)}) or a YAML/JSON file")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
     parser.add_argument("--trust", action="store_true", help="with --resume: also read pickles that DeepSpeed wrote")
     parser.add_argument("--dry-run", action="store_true", help="print settings, parameters and memory, and stop")

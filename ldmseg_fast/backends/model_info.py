@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ class ModelInfo:
         num_inference_steps: the model's own.
         self_condition: whether the UNet's input ends in the last estimate of x_0.
         image_latent_channels: C_image.
+        picture_scale: side of the pictures that the image encoder sees, as a multiple of S.
+        picture_stride: what that side must be a multiple of, in pixels.
         unet_levels: of the UNet; each but the last halves the sides.
         conditioning: "none", "learned", "clip_image" or "clip_text".
         mask_vae, scheduler, postprocess: the components' own settings.
@@ -44,14 +47,22 @@ class ModelInfo:
     mask_vae: MaskVAEConfig
     scheduler: SchedulerConfig
     postprocess: PostprocessConfig
+    picture_scale: int = 1
+    picture_stride: int = 1
     categories: CategoryTable | None = None
     context_shape: tuple[int, int] | None = None
     index: dict[str, Any] = field(repr=False, default_factory=dict)
 
     @property
     def size_multiple(self) -> int:
-        """What pictures' sides must be multiples of, for both auto-encoders and every level of the UNet, in pixels."""
-        return self.mask_vae.downsampling * 2 ** (self.unet_levels - 1)
+        """What S must be a multiple of, for both auto-encoders and every level of the UNet, in pixels."""
+        levels = self.mask_vae.downsampling * 2 ** (self.unet_levels - 1)
+        return math.lcm(levels, self.picture_stride // math.gcd(self.picture_stride, self.picture_scale))
+
+    @property
+    def picture_size(self) -> int:
+        """The side in pixels of the pictures that the image encoder sees."""
+        return self.image_size * self.picture_scale
 
     def at_size(self, image_size: int) -> ModelInfo:
         """Describes the same model for pictures of another size.
@@ -107,6 +118,8 @@ def read_model_info(model_dir: str | Path) -> ModelInfo:
         num_inference_steps=index["num_inference_steps"],
         self_condition=index["self_condition"],
         image_latent_channels=components["image_vae"].latent_channels,
+        picture_scale=components["image_vae"].picture_scale,
+        picture_stride=components["image_vae"].stride,
         unet_levels=len(unet.block_out_channels),
         conditioning=unet.conditioning,
         mask_vae=components["mask_vae"],

@@ -21,6 +21,7 @@ from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import warn_if_emulated
 from ldmseg_fast.models.attention import check_backend
+from ldmseg_fast.models.pyramids import fold_norms
 from ldmseg_fast.models.unet import FeatureCache
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, resize_logits
 
@@ -85,6 +86,7 @@ class TorchBackend(DdimBackend):
         module = load_component(self.info.folder, name, attention)
         if self.dtype == torch.float16:
             check_finite(module.state_dict(), str(self.info.folder / name), self.dtype)
+        module = fold_norms(module)
         return module.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()

@@ -16,13 +16,15 @@ from ldmseg_fast.checkpoints.diffusers_folder import read_config, scheduler_sett
 from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL, VAE
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.schema import read_settings
-from ldmseg_fast.checkpoints.shipped import recorded, resolve_model_dir
+from ldmseg_fast.checkpoints.shipped import RANDOM, pretrained_weights, recorded, resolve_model_dir
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, load_state, load_weights
 from ldmseg_fast.checkpoints.weight_files import read_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig, SchedulerConfig, UNetConfig, update, validate
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.files import inside
+from ldmseg_fast.models.efficientnet_lite import efficientnet_lite_names
 from ldmseg_fast.models.image_vae import TaesdEncoder, build_image_encoder, modern_attention_names
+from ldmseg_fast.models.pyramids import PYRAMIDS
 from ldmseg_fast.models.unet import UNet, input_parts
 
 # what weights fix; the rest of a UNet's configuration is the run's own choice
@@ -53,6 +55,7 @@ class Start:
         unet, image_vae: weights to load, None: train from scratch. `image_vae` is a folder, or TAESD's file.
         vae_config: diffusers' configuration of the image VAE; None: Stable Diffusion's.
         ours: whether `unet` and `image_vae` lie in a model folder of ours.
+        features: the file of a pyramid's pre-trained network, where it is not in `image_vae`.
     """
 
     config: Config
@@ -60,6 +63,7 @@ class Start:
     image_vae: Path | None = None
     vae_config: dict[str, Any] | None = None
     ours: bool = False
+    features: Path | None = None
 
 
 def resolve_start(config: Config) -> Start:
@@ -147,16 +151,25 @@ def _ours(config: Config, folder: Path) -> Start:
     found = {name: load_component_config(folder, name) for name in ("unet", "image_vae", "scheduler")}
     structure = {key: getattr(found["unet"][0], key) for key in UNET_STRUCTURE}
     image_encoder = replace(found["image_vae"][0], path="")
+    own_encoder = config.image_encoder.is_pyramid and not image_encoder.is_pyramid
+    if own_encoder:  # a pre-trained one takes the place of the folder's
+        image_encoder = config.image_encoder
     config = replace(
         config,
         unet=_adopt(config.unet, UNetConfig(), structure, "unet.", source),
         image_encoder=_adopt(
-            config.image_encoder, ImageEncoderConfig(), asdict(image_encoder), "image_encoder.", source
+            replace(config.image_encoder, path=image_encoder.path),
+            ImageEncoderConfig(),
+            asdict(image_encoder),
+            "image_encoder.",
+            source,
         ),
         scheduler=_adopt_defaults(config.scheduler, SchedulerConfig(), asdict(found["scheduler"][0])),
     )
     if not config.model.mask_vae:
         config = replace(config, model=replace(config.model, mask_vae=recorded(config.model.init_from, folder)))
+    if own_encoder:
+        return Start(config, folder / "unet", ours=True)
     vae_config = found["image_vae"][1].get("_vae_config")
     return Start(config, folder / "unet", folder / "image_vae", vae_config, ours=True)
 
@@ -166,6 +179,10 @@ def _with_image_vae(start: Start) -> Start:
     encoder = start.config.image_encoder
     if start.image_vae is not None or encoder.kind == "conv":
         return start
+    if encoder.is_pyramid:
+        if encoder.path == RANDOM:
+            return start
+        return replace(start, features=Path(encoder.path) if encoder.path else pretrained_weights(encoder))
     path = _image_vae_path(encoder) if encoder.path else None
     if encoder.kind == "taesd":
         if path is None or not path.is_file():
@@ -307,14 +324,17 @@ def initial(base: Tensor, mode: str, fresh: Tensor) -> Tensor:
 
 
 def load_image_encoder(encoder: nn.Module, start: Start) -> None:
-    """Loads the weights of `start.image_vae` into `encoder`; without `start.image_vae` it keeps its own.
+    """Loads the weights of `start.image_vae` into `encoder`, or those of `start.features` into its network.
+
+    Without either it keeps its own.
 
     Raises:
         CheckpointError: weights that are missing, damaged, or do not fit.
     """
-    if start.image_vae is None:
-        return
-    load_state(encoder, _image_vae_state(start, isinstance(encoder, TaesdEncoder)), str(start.image_vae))
+    if start.features is not None:
+        load_state(encoder.get_submodule("network"), _features(start.features), str(start.features))
+    if start.image_vae is not None:
+        load_state(encoder, _image_vae_state(start, isinstance(encoder, TaesdEncoder)), str(start.image_vae))
 
 
 def check_start(start: Start) -> None:
@@ -333,6 +353,9 @@ def check_start(start: Start) -> None:
             _image_vae_state(start, encoder.kind == "taesd"),
             start.image_vae,
         )
+    if start.features is not None:
+        pyramid = PYRAMIDS[config.image_encoder.kind]
+        _check_sizes(lambda: pyramid(config.image_encoder), _features(start.features), start.features)
 
 
 def _check_sizes(build: Callable[[], nn.Module], state: dict[str, Tensor], source: Path) -> None:
@@ -362,3 +385,8 @@ def _image_vae_state(start: Start, taesd: bool) -> dict[str, Tensor]:
         return {f"layers.{key}": value for key, value in load_weights(start.image_vae).items()}
     state = modern_attention_names(read_weights(start.image_vae))
     return {key: value for key, value in state.items() if not key.startswith(("decoder.", "post_quant_conv."))}
+
+
+def _features(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pyramid's network under our names."""
+    return efficientnet_lite_names(load_weights(path))

@@ -164,8 +164,10 @@ def check_component(name: str, config: Any, extra: dict[str, Any], source: str) 
             levels = len(vae.get("block_out_channels", [64]))
             if vae.get("latent_channels", 4) != config.latent_channels:
                 wrong.append(f"latent_channels={config.latent_channels}, its _vae_config makes another number")
-        if config.downsampling != 2 ** (levels - 1):
-            wrong.append(f"downsampling={config.downsampling}, its {levels} levels make {2 ** (levels - 1)}")
+        reduction = config.downsampling * config.picture_scale
+        if not config.is_pyramid and reduction != 2 ** (levels - 1):
+            scaled = f" * picture_scale={config.picture_scale}" if config.picture_scale > 1 else ""
+            wrong.append(f"downsampling={config.downsampling}{scaled}, its {levels} levels make {2 ** (levels - 1)}")
     elif name == "scheduler":
         if config.beta_end == 0:
             wrong.append("beta_end=0: no noise would be added, so it must be above 0")

@@ -197,7 +197,7 @@ def load_encoder(source: str | Path, size: int) -> tuple[nn.Module, ImageEncoder
         check_start(start)
         encoder = build_image_encoder(settings, start.vae_config)
         load_image_encoder(encoder, start)
-    if settings.kind == "conv":
+    if settings.is_trained:
         raise ConfigError(
             f"--image-vae {source}: its encoder is trained with the UNet, so its latents change in every step"
         )
@@ -229,13 +229,14 @@ def run(args: argparse.Namespace) -> int:
     check_outputs({}, {"--out": folder}, inputs=[split.images, split.maps], roots=[args.root, args.image_vae])
     encoder, settings = load_encoder(args.image_vae, args.size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = args.size * settings.picture_scale
     files = picture_files(CocoPanoptic(args.root, args.split, args.size, train=True, limit=args.limit))
     encoder = encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     path = build_cache(
         encoder,
         settings,
         files,
-        args.size,
+        size,
         folder,
         batch_size=args.batch_size,
         num_workers=args.workers,

@@ -8,7 +8,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ldmseg_fast.commands.options import add_backend_arguments, add_model_argument, model_folders, take_model
+from ldmseg_fast.commands.options import (
+    add_backend_arguments,
+    add_model_argument,
+    add_view_arguments,
+    model_folders,
+    take_model,
+    views_of,
+)
 from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.outputs import report_stream, same_place
 
@@ -27,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, metavar="K", help="mean and deviation over K noise seeds")
+    parser.add_argument("--samples", type=int, default=1, help="seeds of an ensemble per picture, joined to one map")
+    add_view_arguments(parser)
     parser.add_argument("--limit", type=int, default=0, help="first N images only")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
     parser.add_argument(
@@ -73,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         overlap_threshold=args.overlap_th,
         seed=args.seed,
         seeds=args.seeds,
+        samples=args.samples,
+        **views_of(args),
         limit=args.limit,
         batch_size=args.batch_size,
         id_assignment=args.ids,

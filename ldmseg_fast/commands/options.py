@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ldmseg_fast.errors import CheckpointError
 
@@ -54,6 +56,37 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--solver", default="ddim", help="ddim, dpmpp_2m or heun")
+
+
+def add_view_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --flip, --scales and --fusion, which `views_of` reads."""
+    parser.add_argument("--flip", action="store_true", help="an ensemble with the mirror image of each picture")
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        metavar="X",
+        default=[1.0],
+        help="an ensemble over sides of what the networks see, in shares of the model's own",
+    )
+    parser.add_argument(
+        "--fusion",
+        choices=["medoid", "vote"],
+        default="medoid",
+        help="of an ensemble: the map that agrees best with the others, or its segments as all of them see them",
+    )
+
+
+def views_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Gives `flip`, `scales` and `fusion` as `LDMSegPipeline.ensemble` takes them; nothing where all are the defaults.
+
+    Raises:
+        ArgumentError: scales that are none.
+    """
+    from ldmseg_fast.inference.ensemble import Views
+
+    views = Views(args.flip, tuple(args.scales), args.fusion)
+    return {} if views == Views() else asdict(views)
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,10 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from ldmseg_fast.commands.options import (
     add_backend_arguments,
     add_model_argument,
     add_picture_arguments,
+    add_view_arguments,
     model_folders,
     take_model,
+    views_of,
 )
 from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
 from ldmseg_fast.config.categories import CategoryTable
@@ -192,6 +195,7 @@ def predict_files(
     batch_size: int,
     samples: int = 1,
     *,
+    views: Mapping[str, Any] = MappingProxyType({}),
     exif: bool = True,
     **sampling: Any,
 ) -> Predicted:
@@ -199,7 +203,8 @@ def predict_files(
 
     The overlay is scaled down to OVERLAY_SIDE pixels where the picture is larger.
 
-    With several `samples` the map is an ensemble's (`LDMSegPipeline.ensemble`), and OUT/NAME_agreement.png shows how
+    With several `samples`, or with `views` (its `flip`, `scales` and `fusion`), the map is an ensemble's
+    (`LDMSegPipeline.ensemble`), and OUT/NAME_agreement.png shows how
     far they agree on each pixel, 255 where all do. `sampling` goes to the pipeline.
 
     Raises:
@@ -210,13 +215,13 @@ def predict_files(
     out.mkdir(parents=True, exist_ok=True)
     done = Predicted()
     with tqdm(total=len(pictures), desc="predict", unit="image", disable=None) as progress:
-        for batch in _read_batches(pipe, pictures, batch_size, exif, done, progress):
+        for batch in _read_batches(pipe, pictures, batch_size, exif, done, progress, views):
             ids = [image_id(found.file) for found, _, _ in batch]
             settings: dict[str, Any] = {"seed": seed, "image_ids": ids, "batch_size": batch_size, **sampling}
             images = [picture for _, picture, _ in batch]
             results: list[Any]
-            if samples != 1:
-                results = pipe.ensemble(images, samples, num_inference_steps=num_inference_steps, **settings)
+            if samples != 1 or views:
+                results = pipe.ensemble(images, samples, num_inference_steps=num_inference_steps, **settings, **views)
             else:
                 results = list(pipe(images, num_inference_steps, **settings))
             for (found, _, preview), result in zip(batch, results):
@@ -226,11 +231,18 @@ def predict_files(
 
 
 def _read_batches(
-    pipe: LDMSegPipeline, pictures: Sequence[FoundPicture], batch_size: int, exif: bool, done: Predicted, progress: Any
+    pipe: LDMSegPipeline,
+    pictures: Sequence[FoundPicture],
+    batch_size: int,
+    exif: bool,
+    done: Predicted,
+    progress: Any,
+    views: Mapping[str, Any],
 ) -> Iterator[list[tuple[FoundPicture, Picture, np.ndarray]]]:
     """Yields batches of pictures at the network's size, with their previews, whose maps fit the memory together."""
     batch: list[tuple[FoundPicture, Picture, np.ndarray]] = []
     pixels = 0
+    largest = max((1.0, *views.get("scales", ())))
     for found in pictures:
         try:
             picture = read_picture(found.file, exif=exif, max_pixels=pipe.max_pixels)
@@ -245,7 +257,8 @@ def _read_batches(
             yield batch
             batch, pixels = [], 0
         pixels += height * width
-        scaled = scaled_picture(picture, 0, pipe.info.image_size, exif=exif, max_pixels=pipe.max_pixels)
+        side = round(pipe.info.picture_size * largest)
+        scaled = scaled_picture(picture, 0, side, exif=exif, max_pixels=pipe.max_pixels)
         batch.append((found, scaled, preview_of(picture)))
         del picture  # or it would wait in memory while its batch is segmented
     if batch:
@@ -260,6 +273,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recursive", action="store_true", help="take the pictures of sub-folders too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1, help="seeds per picture; above 1 with a map of agreement")
+    add_view_arguments(parser)
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
     parser.add_argument(
@@ -287,7 +301,15 @@ def run(args: argparse.Namespace) -> int:
     pipe.max_pixels = args.max_pixels
     sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval, "exif": args.exif}
     done = predict_files(
-        pipe, found.pictures, args.out, args.steps, args.seed, args.batch_size, args.samples, **sampling
+        pipe,
+        found.pictures,
+        args.out,
+        args.steps,
+        args.seed,
+        args.batch_size,
+        args.samples,
+        views=views_of(args),
+        **sampling,
     )
     if not done.written and not found.from_folders:
         raise DataError("\n".join(done.bad))

@@ -71,6 +71,36 @@ class CategoryTable:
             )
         )
 
+    @classmethod
+    def of_data_sets(cls, sets: Sequence[tuple[Sequence[Mapping[str, Any]], str]]) -> CategoryTable:
+        """Joins the tables of several data sets by name; of one it is `of_data_set`'s.
+
+        An id that another set's category has already becomes the next free one.
+
+        Args:
+            sets: the categories of each, and its JSON for errors.
+
+        Raises:
+            DataError: as `of_data_set`; a category that is a thing in one set and stuff in another.
+        """
+        joined: dict[str, tuple[dict[str, Any], str]] = {}
+        for categories, source in sets:
+            _check(categories, source)
+            for entry in categories:
+                name = name_of(entry)
+                before, other = joined.get(name, (entry, source))
+                if bool(before["isthing"]) != bool(entry["isthing"]):
+                    here, there = ("thing", "stuff") if entry["isthing"] else ("stuff", "thing")
+                    raise DataError(
+                        f"{source}: category {name!r} is a {here} here and {there} in {other}; correct one isthing, or "
+                        f"rename one"
+                    )
+                if name not in joined:
+                    taken = {known["id"] for known, _ in joined.values()}
+                    number = entry["id"] if entry["id"] not in taken else max(taken) + 1
+                    joined[name] = (dict(entry) | {"id": number, "name": name}, source)
+        return cls.of_data_set([entry for entry, _ in joined.values()], ", ".join(source for _, source in sets))
+
     def numbers_of(self, categories: Sequence[Mapping[str, Any]], source: str) -> dict[int, int]:
         """Tells the number of each category of a data set.
 

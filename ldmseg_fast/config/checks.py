@@ -21,6 +21,10 @@ def validate(config: Config) -> Config:
     condition = vae.latent_channels if config.diffusion.self_condition > 0 else 0
     needed = vae.latent_channels + encoder.latent_channels + condition
     checks = [
+        (
+            not config.data.weights or sum(config.data.weights) > 0,
+            f"data.weights={','.join(f'{w:g}' for w in config.data.weights)} sum to 0: one above 0 expected",
+        ),
         *part_checks(vae, "mask_vae."),
         *part_checks(encoder, "image_encoder."),
         *part_checks(unet, "unet."),
@@ -56,6 +60,12 @@ def validate(config: Config) -> Config:
             config.data.image_size % (vae.downsampling * 2 ** (len(unet.block_out_channels) - 1)) == 0,
             f"data.image_size={config.data.image_size} must be a multiple of "
             f"{vae.downsampling * 2 ** (len(unet.block_out_channels) - 1)} for these models",
+        ),
+        (
+            config.data.image_size * encoder.picture_scale % encoder.stride == 0,
+            f"data.image_size={config.data.image_size} * image_encoder.picture_scale={encoder.picture_scale} makes "
+            f"pictures of {config.data.image_size * encoder.picture_scale} pixels, no multiple of {encoder.stride}, "
+            f"which image_encoder.kind={encoder.kind} divides by; choose another of the two",
         ),
         (
             config.num_inference_steps <= config.scheduler.num_train_timesteps,
@@ -102,7 +112,11 @@ def part_checks(part: Any, prefix: str = "") -> list[tuple[bool, str]]:
         ]
     if isinstance(part, ImageEncoderConfig):
         fits = part.kind != "conv" or len(part.blocks) == len(part.widths)
-        return [(fits, f"{prefix}widths and {prefix}blocks must be equally long")]
+        scale = part.picture_scale
+        return [
+            (fits, f"{prefix}widths and {prefix}blocks must be equally long"),
+            (scale & (scale - 1) == 0, f"{prefix}picture_scale={scale}: 1, 2, 4, 8 or 16 expected"),
+        ]
     if isinstance(part, UNetConfig):
         fits = len(part.block_out_channels) == len(part.attention) == len(part.num_heads)
         names = [f"{prefix}{name}" for name in ("block_out_channels", "attention", "num_heads")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ldmseg_fast.config.settings import (
     Config,
     DataConfig,
     DiffusionConfig,
+    FewStepConfig,
     ImageEncoderConfig,
     LossConfig,
     MaskVAEConfig,
@@ -67,17 +69,62 @@ TINY = Config(
     num_inference_steps=10,
 )
 
+# Photographs on a CPU, hours: 128x128 masks, pictures of 256x256 through a pre-trained encoder. First `autoencoder`,
+# then `one_step` with model.mask_vae. Slots are for nine pictures of ten of BSDS500, which has most segments.
+PHOTOGRAPHS = replace(
+    TINY,
+    data=DataConfig(
+        image_size=128,
+        num_workers=2,
+        scale_min=0.5,
+        aspect_jitter=0.25,
+        color_jitter=0.3,
+        id_assignment="position_cell",
+    ),
+    mask_vae=replace(TINY.mask_vae, num_bits=6, num_slots=64),
+    image_encoder=ImageEncoderConfig(
+        kind="efficientnet_lite", latent_channels=32, downsampling=4, scaling_factor=1.0, picture_scale=2
+    ),
+    unet=replace(TINY.unet, sample_size=32),
+    loss=replace(TINY.loss, num_points=2048),
+    diffusion=replace(TINY.diffusion, latent_scale=1.0),
+    few_step=FewStepConfig(train_decoder=True),
+    train=replace(TINY.train, steps=6000, batch_size=16, image_encoder_lr=0.1),
+    postprocess=PostprocessConfig(count_threshold=16),
+)
+
+# The same on a GPU, half an hour: 256x256 masks, pictures of 512x512, 36 M parameters.
+PHOTOGRAPHS_256 = replace(
+    PHOTOGRAPHS,
+    data=replace(PHOTOGRAPHS.data, image_size=256, num_workers=14, resize="torch"),
+    mask_vae=replace(
+        PHOTOGRAPHS.mask_vae, num_bits=7, num_slots=128, widths=(32, 64, 128, 256), decoder_width=128, num_upscalers=2
+    ),
+    image_encoder=replace(PHOTOGRAPHS.image_encoder, latent_channels=64, downsampling=8),
+    unet=replace(
+        PHOTOGRAPHS.unet, in_channels=72, block_out_channels=(128, 256, 352), num_heads=(4, 8, 8), norm_groups=32
+    ),
+    loss=replace(PHOTOGRAPHS.loss, num_points=4096),
+    train=replace(PHOTOGRAPHS.train, steps=20000, batch_size=128, compile="blocks", precision="auto"),
+    postprocess=PostprocessConfig(count_threshold=64),
+)
+
 # The paper's run: COCO, Stable Diffusion 1.4, 8 GPUs.
 COCO = Config(
     data=DataConfig(num_workers=8),
     train=TrainConfig(checkpointing="blocks", compile="blocks"),
 )
 
-PRESETS: dict[str, Config] = {"tiny": TINY, "coco": COCO}
+PRESETS: dict[str, Config] = {
+    "tiny": TINY,
+    "coco": COCO,
+    "photographs": PHOTOGRAPHS,
+    "photographs_256": PHOTOGRAPHS_256,
+}
 
 
 def load_config(name_or_file: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """A preset (`tiny`, `coco`) or a YAML/JSON file, with `key=value` overrides.
+    """A preset (a name of PRESETS) or a YAML/JSON file, with `key=value` overrides.
 
     Raises:
         ConfigError: no such preset or file, an unknown key, a wrong type, values that contradict each other.

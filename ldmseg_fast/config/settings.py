@@ -98,18 +98,38 @@ class UNetConfig:
     image_channels: Width = 4  # of in_channels; read where one of the two above is set
 
 
+PYRAMID_STRIDES = {"efficientnet_lite": 32}  # kinds of image encoders with features at several strides: the largest
+
+
 @dataclass(frozen=True)
 class ImageEncoderConfig:
     """What turns the image into `image_latents`."""
 
-    kind: Literal["conv", "taesd", "autoencoder_kl"] = "autoencoder_kl"
+    kind: Literal["conv", "taesd", "autoencoder_kl", "efficientnet_lite"] = "autoencoder_kl"
     latent_channels: Width = 4
     widths: Widths = (32, 64, 128)  # "conv" only
     blocks: Blocks = (0, 1, 1)  # "conv" only: residual blocks per level
     norm_groups: Width = 8
     downsampling: Pixels = 8
     scaling_factor: Factor = 0.18215
-    path: Location = ""  # weights: a diffusers folder (autoencoder_kl) or a .safetensors file (taesd)
+    path: Location = ""  # weights: a diffusers folder (autoencoder_kl) or a .safetensors file (the others); see below
+    picture_scale: Annotated[int, Range(1, 16)] = 1  # side of the pictures it sees, as a multiple of data.image_size
+    variant: Annotated[int, Range(0, 4)] = 0  # "efficientnet_lite" only: Lite0 to Lite4
+
+    # "efficientnet_lite" without a path takes the ImageNet weights that come with the package; path "random": none
+
+    @property
+    def is_pyramid(self) -> bool:
+        return self.kind in PYRAMID_STRIDES
+
+    @property
+    def is_trained(self) -> bool:
+        return self.kind == "conv" or self.is_pyramid  # with the UNet
+
+    @property
+    def stride(self) -> int:
+        """What the sides of the pictures that it sees must be multiples of."""
+        return max(PYRAMID_STRIDES.get(self.kind, 1), self.downsampling * self.picture_scale)
 
 
 @dataclass(frozen=True)
@@ -147,7 +167,8 @@ class PostprocessConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    root: Location = ""
+    root: Location = ""  # a COCO-panoptic folder, or several: ROOT,ROOT:TRAIN,ROOT:TRAIN:VAL with splits of their own
+    weights: Annotated[tuple[Weight, ...], Length(0, 1000)] = ()  # how often each root is drawn from; none: by its size
     train_split: Split = "train2017"
     val_split: Split = "val2017"
     image_size: Pixels = 512
@@ -155,6 +176,7 @@ class DataConfig:
     cache: bool = False  # decoded images stay in memory
     flip: Share = 0.5
     scale_min: Annotated[float, Range(0.05, 1)] = 1.0  # random scale/crop, off at 1
+    aspect_jitter: Annotated[float, Range(0, 0.9)] = 0.0  # largest relative change of a random crop's width to height
     color_jitter: Share = 0.0
     min_area: Number = 10  # smaller segments are void in training
     id_assignment: IdAssignment = "random"
@@ -226,7 +248,7 @@ class TrainConfig:
     batch_size: Batch = 256  # over all ranks and accumulation steps
     accumulation: Batch = 1
     learning_rate: Weight = 1e-4
-    image_encoder_lr: Weight = 1.0  # factor on learning_rate
+    image_encoder_lr: Weight = 1.0  # factor on learning_rate; of a pre-trained encoder 0 freezes it
     lr_factors: PrefixFactors = ()  # more such factors, by parameter-name prefix: unet.conv_in:10,unet.time:0.1
     weight_decay: Weight = 0.05
     no_decay: tuple[Kind, ...] = ("norm", "bias")  # kinds of parameters without weight decay

@@ -32,7 +32,7 @@ from ldmseg_fast.panoptic.format import read_panoptic_png
 
 __all__ = ["CocoPanoptic", "DataError", "collate"]
 
-# rgb [S, S, 3], ids [S, S], categories [S, S] where there are any, number of segments, original H and W
+# rgb [P, P, 3], ids [S, S], categories [S, S] where there are any, number of segments, original H and W
 _Item = tuple[np.ndarray, np.ndarray, np.ndarray | None, int, tuple[int, int]]
 
 
@@ -60,7 +60,8 @@ class CocoPanoptic(Dataset):
 
     `dataset[i]` is a dict:
 
-    - image: uint8 [3, S, S], channels last in memory, resized by Pillow's bicubic without keeping the aspect
+    - image: uint8 [3, P, P], channels last in memory, resized by Pillow's bicubic without keeping the aspect; P is
+      `picture_size`, by default S
     - segment_ids: uint8 [S, S], 0 is void and the segments that are there have the numbers 1..num_segments
     - table: uint8 [256], dense id -> slot in 1..num_slots-1 (see `make_remap_table`), 0 elsewhere
     - category_ids: uint8 [S, S], or int16 above 255 categories, after `use_categories`: what each pixel is, 0 void
@@ -73,8 +74,8 @@ class CocoPanoptic(Dataset):
     Random numbers are drawn from (seed, epoch, index), so items do not depend on workers or order. The epoch is the one
     of `set_epoch`, or the first of an (epoch, index) pair as `EpochSampler` gives. Without `train` it is always 0.
 
-    `cache` keeps resized pictures and maps in memory: 4 S^2 bytes an item, in each process that reads. It works best
-    without worker processes, and it excludes random crops.
+    `cache` keeps resized pictures and maps in memory: 3 P^2 + S^2 bytes an item, in each process that reads. It works
+    best without worker processes, and it excludes random crops.
 
     `resize="torch"` is several times faster than Pillow's resize and differs from it by a grey level or two here and
     there.
@@ -100,17 +101,20 @@ class CocoPanoptic(Dataset):
         cache: bool = False,
         limit: int = 0,
         resize: str = "pillow",
+        picture_size: int | None = None,
     ) -> None:
-        if size < 1 or seed < 0:
+        self.picture_size = size if picture_size is None else picture_size
+        if min(size, self.picture_size) < 1 or seed < 0:
             raise ArgumentError(f"size={size} must be positive and seed={seed} not negative")
         make_remap_table(np.zeros((1, 1), np.uint8), 0, num_slots, id_assignment, np.random.default_rng(0))
         self.root, self.split, self.size, self.train = Path(root), split, size, train
         self.num_slots, self.id_assignment, self.min_area, self.seed = num_slots, id_assignment, min_area, seed
         self.resize = resize
         self.augmentation = augmentation if augmentation is not None else Augmentation()
-        if cache and train and self.augmentation.scale_min < 1:
+        if cache and train and self.augmentation.crops:
             raise ArgumentError(
-                "the cache keeps resized pictures, which cannot be cropped: set cache=false or scale_min=1"
+                "the cache keeps resized pictures, which cannot be cropped: set cache=false, or scale_min=1 and "
+                "aspect_jitter=0"
             )
         self.folders = find_split(root, split)
         self._images, self._maps = str(self.folders.images), str(self.folders.maps)
@@ -124,7 +128,7 @@ class CocoPanoptic(Dataset):
         cached = len(self) if cache else 0  # zeros cost no memory until they are written
         self._latents: Any = None
         self._cached = np.zeros((cached, 4), np.int32)  # 1 once there, number of segments, H, W
-        self._cached_rgb = np.zeros((cached, size, size, 3), np.uint8)
+        self._cached_rgb = np.zeros((cached, self.picture_size, self.picture_size, 3), np.uint8)
         self._cached_ids = np.zeros((cached, size, size), np.uint8)
         self._numbers: dict[int, int] | None = None  # category id -> number
         self._category_dtype: Any = np.uint8
@@ -275,14 +279,15 @@ class CocoPanoptic(Dataset):
         if picture is not None:
             found = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
             self._check_sizes(entry, (height, width), found)
-        cropped = self.train and self.augmentation.scale_min < 1
-        box = crop_box(height, width, self.augmentation.scale_min, rng) if cropped else None
+        box, augmentation = None, self.augmentation
+        if self.train and augmentation.crops:
+            box = crop_box(height, width, augmentation.scale_min, rng, augmentation.aspect_jitter)
         if picture is None:
             rgb = np.zeros((0, 0, 3), np.uint8)
         elif self.resize == "torch":
-            rgb = _resize_fast(picture, self.size, box)
+            rgb = _resize_fast(picture, self.picture_size, box)
         else:
-            rgb = resize_image(picture, self.size, box)
+            rgb = resize_image(picture, self.picture_size, box)
         small = resize_ids(dense, self.size, box)
         segment_ids, num_segments = compact_ids(small, self.num_slots - 1)
         return rgb, segment_ids, self._category_ids(entry, small, segment_ids), num_segments, (height, width)
@@ -333,7 +338,7 @@ def _resize_fast(picture: np.ndarray | Image.Image, size: int, box: tuple[int, i
 
 
 def _picture(rgb: np.ndarray, flipped: bool, copied: bool) -> torch.Tensor:
-    """Turns uint8 [S, S, 3] into [3, S, S], channels last in memory, which torch mirrors faster than numpy."""
+    """Turns uint8 [P, P, 3] into [3, P, P], channels last in memory, which torch mirrors faster than numpy."""
     picture = torch.from_numpy(rgb).permute(2, 0, 1)[None]
     return (picture.flip(-1) if flipped else picture.clone() if copied else picture)[0]
 
@@ -342,7 +347,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks items into a batch.
 
     Returns:
-        image uint8 [B, 3, S, S] in channels_last, segment_ids uint8 [B, S, S], table uint8 [B, 256], num_segments
+        image uint8 [B, 3, P, P] in channels_last, segment_ids uint8 [B, S, S], table uint8 [B, 256], num_segments
         int64 [B], and where items have them category_ids [B, S, S] and image_latents float16 [B, C, h, w]. image_id and
         original_size stay lists.
     """

@@ -169,8 +169,10 @@ def why_not(config: Config) -> str:
     """Returns the reason why a run must encode its images in every step, "" where a cache would do."""
     data = config.data
     reasons = [
-        (config.image_encoder.kind == "conv", "image_encoder.kind=conv is trained"),
+        ("," in data.root and not Path(data.root).exists(), f"data.root={data.root} lists several sets"),
+        (config.image_encoder.is_trained, f"image_encoder.kind={config.image_encoder.kind} is trained"),
         (data.scale_min < 1, f"data.scale_min={data.scale_min} crops at random"),
+        (data.aspect_jitter > 0, f"data.aspect_jitter={data.aspect_jitter} crops at random"),
         (data.color_jitter > 0, f"data.color_jitter={data.color_jitter} changes colours at random"),
         (data.resize != "pillow", f"data.resize={data.resize} differs from the cache's, which is Pillow's"),
         (config.diffusion.sample_posterior, "diffusion.sample_posterior draws other latents each time"),
@@ -198,8 +200,9 @@ def attach_cache(
         say(f"latent cache not used: {reason}")
         return None
     files = picture_files(dataset)
-    key = cache_key(encoder, config.image_encoder, config.data.image_size, files)
-    folder = default_folder(config.data.root) if wanted == "auto" else Path(wanted)
+    size = config.data.image_size * config.image_encoder.picture_scale
+    key = cache_key(encoder, config.image_encoder, size, files)
+    folder = default_folder(dataset.root) if wanted == "auto" else Path(wanted)
     try:
         cache = LatentCache.open(folder, key, files, config.image_encoder.scaling_factor, _rows(dataset, files))
     except CheckpointError as error:

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
+from ldmseg_fast.data.joined_sets import JoinedSets
 from ldmseg_fast.data.reader import PatientReader, hang_error, without_traceback
-from ldmseg_fast.data.sampler import EpochSampler
 from ldmseg_fast.errors import DataError
 
 ATTEMPTS = 20  # replacements tried for one item before the data set as a whole counts as unreadable
@@ -30,7 +30,7 @@ class _Items(Dataset):
     `reading`, int64 [workers, at least 1], tells the main process which item each worker is at, plus one.
     """
 
-    def __init__(self, dataset: CocoPanoptic, reading: Tensor) -> None:
+    def __init__(self, dataset: CocoPanoptic | JoinedSets, reading: Tensor) -> None:
         self.dataset, self.reading = dataset, reading
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class TrainingBatches:
     - segments: int64 [M, 2], all of them as (place in the batch, number in `segment_ids`).
 
     Args:
-        dataset: the training split.
+        dataset: the training split, or several.
         batch_size: of one rank and micro-batch.
         first_item: how many items all ranks together have seen already.
         num_workers: processes; 0 loads in this one.
@@ -94,7 +94,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        dataset: CocoPanoptic,
+        dataset: CocoPanoptic | JoinedSets,
         batch_size: int,
         *,
         rank: int = 0,
@@ -106,7 +106,8 @@ class TrainingBatches:
     ) -> None:
         self.dataset, self.timeout = dataset, timeout
         self.reading = torch.zeros(max(num_workers, 1), dtype=torch.int64).share_memory_()
-        self._sampler = EpochSampler(len(dataset), batch_size, rank, world_size, seed, first_item=first_item)
+        joined = dataset if isinstance(dataset, JoinedSets) else JoinedSets([dataset], [""])
+        self._sampler = joined.sampler(batch_size, rank, world_size, seed, first_item)
         loader = DataLoader(
             _Items(dataset, self.reading),
             batch_sampler=self._sampler,

@@ -8,7 +8,7 @@ from torch.utils.data import Sampler
 
 from ldmseg_fast.errors import ArgumentError
 
-__all__ = ["EpochSampler"]
+__all__ = ["EpochSampler", "permutation"]
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -55,9 +55,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         """Returns this rank's (epoch, index) pairs of one step."""
         first = self.first_item + (step * self.world_size + self.rank) * self.batch_size
         places = (divmod(place, self.num_items) for place in range(first, first + self.batch_size))
-        return [(epoch, int(_permutation(self.num_items, self.seed, epoch)[place])) for epoch, place in places]
+        return [(epoch, int(permutation(self.num_items, self.seed, epoch)[place])) for epoch, place in places]
 
 
-@lru_cache(maxsize=4)  # a batch may straddle epochs
-def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
+@lru_cache(maxsize=64)  # a batch may straddle epochs, and several sets have their own
+def permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
+    """Draws the order of an epoch, int64 [num_items]."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_items)

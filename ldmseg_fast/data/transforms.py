@@ -40,6 +40,7 @@ class Augmentation:
         flip: the probability of mirroring.
         scale_min: the smallest side of a random crop as a share of the picture's (1: no crop).
         color_jitter: the largest relative change of brightness, contrast and saturation (0: none).
+        aspect_jitter: the largest relative change of a random crop's width to height (0: none).
 
     Raises:
         ArgumentError: a number that is out of range.
@@ -48,11 +49,18 @@ class Augmentation:
     flip: float = 0.5
     scale_min: float = 1.0
     color_jitter: float = 0.0
+    aspect_jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("flip", 0, 1), ("scale_min", 0.05, 1), ("color_jitter", 0, 1)):
+        limits = (("flip", 0, 1), ("scale_min", 0.05, 1), ("color_jitter", 0, 1), ("aspect_jitter", 0, 0.9))
+        for name, low, high in limits:
             if not low <= getattr(self, name) <= high:
                 raise ArgumentError(f"{name}={getattr(self, name)}: a number from {low} to {high} expected")
+
+    @property
+    def crops(self) -> bool:
+        """Whether pictures are cropped at random."""
+        return self.scale_min < 1 or self.aspect_jitter > 0
 
 
 def _runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,10 +129,19 @@ def compact_ids(dense: np.ndarray, max_segments: int) -> tuple[np.ndarray, int]:
     return np.repeat(numbers[values], lengths).reshape(dense.shape), len(kept)
 
 
-def crop_box(height: int, width: int, scale_min: float, rng: np.random.Generator) -> Box:
-    """Draws a random box of the picture's own aspect, with sides of `scale_min`..1 of the picture's."""
+def crop_box(height: int, width: int, scale_min: float, rng: np.random.Generator, aspect_jitter: float = 0.0) -> Box:
+    """Draws a random box with sides of `scale_min`..1 of the picture's.
+
+    Its aspect is the picture's own, changed by a factor of 1 - `aspect_jitter`..1 / (1 - `aspect_jitter`) (Szegedy et
+    al. 2015, section 6): one of its sides is shorter by so much.
+    """
     scale = rng.uniform(scale_min, 1)
-    box_height, box_width = max(1, round(height * scale)), max(1, round(width * scale))
+    narrow = low = scale
+    if aspect_jitter:
+        longest = -np.log(1 - aspect_jitter)
+        change = rng.uniform(-longest, longest)
+        narrow, low = scale * np.exp(min(change, 0)), scale * np.exp(min(-change, 0))
+    box_height, box_width = max(1, round(height * low)), max(1, round(width * narrow))
     top, left = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
     return left, top, left + box_width, top + box_height
 

@@ -26,6 +26,10 @@ class EvaluationOptions:
     overlap_threshold: float | None = None
     seed: int = 0
     seeds: int = 1  # how many noise seeds: seed, seed + 1, ...
+    samples: int = 1  # of an ensemble per picture; see `LDMSegPipeline.ensemble`
+    flip: bool = False  # it and the two below: what the ensemble sees, and how it is joined
+    scales: tuple[float, ...] = (1.0,)
+    fusion: str = "medoid"
     limit: int = 0
     batch_size: int = 16
     id_assignment: str | None = None  # of an auto-encoder's reconstruction
@@ -51,6 +55,11 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         checks = [
             (self.seeds >= 1, f"--seeds {self.seeds}: at least 1"),
+            (1 <= self.samples <= 1000, f"--samples {self.samples}: from 1 to 1000"),
+            (
+                not (self.is_ensemble and self.inpainting),
+                "--inpainting completes one map per picture: leave --samples, --flip and --scales out",
+            ),
             (self.seed >= 0, f"--seed {self.seed}: not negative"),
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: at least 1"),
             (self.limit >= 0, f"--limit {self.limit}: not negative; 0 means all images"),
@@ -87,6 +96,11 @@ class EvaluationOptions:
         for ok, message in checks:
             if not ok:
                 raise ArgumentError(message)
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether a picture is segmented more than once."""
+        return self.samples > 1 or self.flip or self.scales != (1.0,)
 
     def sparsities(self) -> list[tuple[int, float]]:
         """Lists (block, probability) of an inpainting evaluation, each once, ascending."""

@@ -79,6 +79,7 @@ class DiffusionModel:
         image_size: side in pixels of what the networks see; None: the model's own.
         steps: of sampling; None: the model's own.
         solver, eta, backend, engine_dir, cuda_graph: as `LDMSegPipeline` has them.
+        ensemble: `num_samples`, `flip`, `scales` and `fusion` of `LDMSegPipeline.ensemble`; None: one sample a picture.
 
     Raises:
         CheckpointError, BackendError, DataError: a folder that is not what it should be.
@@ -103,22 +104,29 @@ class DiffusionModel:
         backend: str,
         engine_dir: str | None,
         cuda_graph: bool | None,
+        ensemble: dict[str, Any] | None = None,
     ) -> None:
+        self.ensemble = ensemble
         self.pipe = LDMSegPipeline.from_pretrained(
             model_dir, backend, engine_dir, image_size=image_size, cuda_graph=cuda_graph
         )
         info = self.pipe.info
-        self.dataset = CocoPanoptic(data, split, info.image_size, num_slots=info.mask_vae.num_slots, limit=limit)
+        slots, pictures = info.mask_vae.num_slots, info.picture_size
+        self.dataset = CocoPanoptic(data, split, info.image_size, num_slots=slots, limit=limit, picture_size=pictures)
         self.categories = info.categories
         steps = info.num_inference_steps if steps is None else steps
         self.pipe.scheduler.timesteps(steps)  # refuses a number of steps that cannot be
         self.thresholds = thresholds
         self.sampling = {"num_inference_steps": steps, "solver": solver, "eta": eta}
         self.facts = {"backend": backend, **self.sampling, "image_size": info.image_size, "seed": seed}
+        if ensemble is not None:
+            self.facts["ensemble"] = ensemble | {"scales": list(ensemble["scales"])}
 
     def segment(self, indices: Sequence[int], seed: int) -> list[PanopticResult]:
         """See `Predictor.segment`."""
         images = [self.dataset.load_image(index) for index in indices]
+        if self.ensemble is not None:
+            return list(self.pipe.ensemble(images, **self.ensemble, **self._settings(indices, seed)))
         return list(self.pipe(images, **self._settings(indices, seed)))
 
     def inpaint(

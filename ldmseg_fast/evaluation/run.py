@@ -206,7 +206,13 @@ def load_predictor(
         backend=options.backend,
         engine_dir=options.engine_dir,
         cuda_graph=options.cuda_graph,
+        ensemble=_ensemble(options) if options.is_ensemble else None,
     )
+
+
+def _ensemble(options: EvaluationOptions) -> dict[str, Any]:
+    names = ("flip", "scales", "fusion")
+    return {"num_samples": options.samples} | {name: getattr(options, name) for name in names}
 
 
 def _what_results_depend_on(

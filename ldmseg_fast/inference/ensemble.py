@@ -1,4 +1,8 @@
-"""Joins several samples of one image: the sample that agrees best with the others, and how far they agree."""
+"""Joins several samples of one image: the sample that agrees best with the others, and how far they agree.
+
+Samples differ in their noise, and where it is asked for in what the model sees: the picture or its mirror image, at
+several sizes (test-time augmentation, Krizhevsky et al. 2012, section 4.1).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,12 @@ from ldmseg_fast.data.pictures import Picture
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.inference.sampling import MaskSampler, Sampling
 from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.panoptic.shapes import segment_shapes
 
 
 @dataclass(frozen=True)
 class EnsembleResult(PanopticResult):
-    """Holds the medoid of k samples.
+    """Holds the medoid of k samples, or with votes the medoid's segments as all samples see them.
 
     Entries of `segments_info` have "agreement" too: the mean IoU with the segment's matches in the other samples, 0 for
     those that have none.
@@ -31,6 +36,49 @@ class EnsembleResult(PanopticResult):
     reference: int
 
 
+FUSIONS = ("medoid", "vote")
+MAX_SCALES = 16
+
+
+@dataclass(frozen=True)
+class Views:
+    """Says what the samples of an ensemble see, and how they are joined.
+
+    Attributes:
+        flip: the mirror image too.
+        scales: sides of what the networks see, in shares of the model's own, rounded to what they divide by.
+        fusion: "medoid": the sample that agrees best with the others, as it is. "vote": its segments, each pixel to
+            the one whose matches cover it in most samples.
+
+    Raises:
+        ArgumentError: values that are none of these.
+    """
+
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    fusion: str = "medoid"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.flip, bool):
+            raise ArgumentError(f"flip={self.flip!r}: True or False expected")
+        if not 1 <= len(self.scales) <= MAX_SCALES or not all(
+            isinstance(scale, (int, float)) and 0.25 <= scale <= 4 for scale in self.scales
+        ):
+            raise ArgumentError(f"scales={self.scales!r}: 1 to {MAX_SCALES} numbers from 0.25 to 4 expected")
+        if self.fusion not in FUSIONS:
+            raise ArgumentError(f"fusion={self.fusion!r}: one of {', '.join(FUSIONS)} expected")
+
+    @property
+    def count(self) -> int:
+        """How many views there are of each noise."""
+        return len(self.scales) * (2 if self.flip else 1)
+
+    @property
+    def largest(self) -> float:
+        """The largest of the scales, at least 1."""
+        return max(1.0, *self.scales)
+
+
 def sample_ensemble(
     sampler: MaskSampler,
     pictures: Sequence[Picture],
@@ -40,31 +88,51 @@ def sample_ensemble(
     num_samples: int,
     thresholds: PostprocessConfig | None,
     captions: Sequence[str] | None,
+    views: Views = Views(),
 ) -> list[EnsembleResult]:
-    """Does `LDMSegPipeline.ensemble` for one batch, whose arguments have been checked; pictures are encoded once.
+    """Does `LDMSegPipeline.ensemble` for one batch, whose arguments have been checked; a view is encoded once.
 
     Args:
         sampler: of the model.
-        pictures: uint8 [S, S, 3], with the sizes (H, W) of their maps.
+        pictures: uint8 [P, P, 3], with the sizes (H, W) of their maps.
         image_ids: from which, with each sample's seed, all noise comes.
         sampling: of the first sample; those that follow have the seeds after its own.
         num_samples: k.
         thresholds, captions: as in `LDMSegPipeline.__call__`.
+        views: what the samples see; each view has `num_samples`.
+
+    Raises:
+        ArgumentError: several scales of graphs, which have one size.
     """
-    pixels = sampler.resize([picture.pixels for picture in pictures])  # uint8 [B, 3, S, S]
-    image_latents = sampler.backend.encode_image(pixels)  # [B, C_image, h, w]
     sizes = [picture.size for picture in pictures]
     samples = []
-    for each in (replace(sampling, seed=sampling.seed + number) for number in range(num_samples)):
-        noise = sampler.noise(each.seed, image_ids)  # float32 [B, C, h, w]
-        network = sampler.network(pixels, each, captions)
-        mask_latents = sampler.denoise(network, noise, image_latents, image_ids, each)  # float32 [B, C, h, w]
-        samples.append(sampler.decode(mask_latents, sizes, thresholds))
-    return [combine(of_one_image) for of_one_image in zip(*samples)]
+    for scale in views.scales:
+        own = sampler if scale == 1 else sampler.at_scale(scale)
+        pixels = own.resize([picture.pixels for picture in pictures])  # uint8 [B, 3, P, P]
+        for mirrored in (False, True)[: 2 if views.flip else 1]:
+            seen = pixels.flip(-1) if mirrored else pixels
+            image_latents = own.backend.encode_image(seen)  # [B, C_image, h, w]
+            for each in (replace(sampling, seed=sampling.seed + number) for number in range(num_samples)):
+                noise = own.noise(each.seed, image_ids)  # float32 [B, C, h, w]
+                network = own.network(seen, each, captions)
+                mask_latents = own.denoise(network, noise, image_latents, image_ids, each)  # float32 [B, C, h, w]
+                decoded = own.decode(mask_latents, sizes, thresholds)
+                samples.append([mirror(result) for result in decoded] if mirrored else decoded)
+    return [combine(of_one_image, views.fusion) for of_one_image in zip(*samples)]
 
 
-def combine(samples: Sequence[PanopticResult]) -> EnsembleResult:
-    """Makes one result of k >= 1 samples of an image.
+def mirror(result: PanopticResult) -> PanopticResult:
+    """Mirrors a result, left for right."""
+    width = result.segmentation.shape[1]
+    segments = [
+        segment | {"bbox": [width - segment["bbox"][0] - segment["bbox"][2], *segment["bbox"][1:]]}
+        for segment in result.segments_info
+    ]
+    return PanopticResult(np.ascontiguousarray(result.segmentation[:, ::-1]), segments)
+
+
+def combine(samples: Sequence[PanopticResult], fusion: str = "medoid") -> EnsembleResult:
+    """Makes one result of k >= 1 samples of an image, joined as `Views.fusion` says.
 
     Segments of two samples match when their IoU is above 0.5, which pairs them uniquely (Kirillov et al., "Panoptic
     Segmentation", CVPR 2019, section 4.1). The sample with the highest mean PQ against all others is the result.
@@ -90,6 +158,9 @@ def combine(samples: Sequence[PanopticResult]) -> EnsembleResult:
     reference = int(np.argmax(quality.sum(1)))
 
     agreeing = np.ones(maps[0].size, np.float32)
+    votes = np.zeros((len(ids[reference]), maps[0].size if fusion == "vote" else 0), np.float32)
+    if fusion == "vote":  # its own vote breaks ties
+        np.put_along_axis(votes, places[reference][None], 1.5, axis=0)
     scores = np.zeros(len(ids[reference]))
     for other in range(count):
         if other == reference:
@@ -99,15 +170,28 @@ def combine(samples: Sequence[PanopticResult]) -> EnsembleResult:
         match[ids[reference] == 0] = ids[other] == 0  # void is void whatever its IoU
         agreeing += match[places[reference], places[other]] > 0
         scores += match.max(axis=1, initial=0.0)
+        if fusion == "vote":
+            for row, column in zip(*np.nonzero(match)):
+                votes[row] += places[other] == column
     scores = scores / (count - 1) if count > 1 else np.ones_like(scores)
     score = dict(zip(ids[reference].tolist(), scores.tolist()))
     chosen = samples[reference]
+    if fusion == "vote":
+        chosen = _redrawn(chosen, ids[reference][votes.argmax(axis=0)].reshape(maps[0].shape).astype(np.int32))
+        agreeing = votes.max(axis=0) - (votes.argmax(axis=0) == places[reference]) * 0.5
     return EnsembleResult(
         chosen.segmentation,
         [{**segment, "agreement": score[segment["id"]]} for segment in chosen.segments_info],
-        (agreeing / count).reshape(maps[0].shape),
+        (agreeing / count).astype(np.float32).reshape(maps[0].shape),
         reference,
     )
+
+
+def _redrawn(result: PanopticResult, segmentation: np.ndarray) -> PanopticResult:
+    """Returns `result` with another map, int32 [H, W], of its segments; those that have no pixel left fall away."""
+    shapes = {shape["id"]: shape for shape in segment_shapes(segmentation)}
+    segments = [segment | shapes[segment["id"]] for segment in result.segments_info if segment["id"] in shapes]
+    return PanopticResult(segmentation, segments)
 
 
 def iou_matrix(ids: np.ndarray, places: np.ndarray, other_ids: np.ndarray, other_places: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,6 +65,19 @@ class MaskSampler:
         self.info = backend.info
         self.scheduler = Scheduler(self.info.scheduler).to(backend.device)
 
+    def at_scale(self, scale: float) -> MaskSampler:
+        """Returns a sampler of the same networks for pictures whose side is about `scale` times the model's own.
+
+        Raises:
+            ArgumentError: a backend of graphs, which have one size.
+        """
+        if not self.backend.cache_branches:
+            raise ArgumentError(f"scales: {scale} besides 1, and graphs have one size; use backend=torch")
+        multiple = self.info.size_multiple
+        backend: Any = copy.copy(self.backend)
+        backend.info = self.info.at_size(max(1, round(self.info.image_size * scale / multiple)) * multiple)
+        return MaskSampler(backend)
+
     def settings(self, num_inference_steps: int | None, **settings: Any) -> Sampling:
         """Makes a Sampling and checks it before any work; steps default to the model's own.
 
@@ -104,8 +118,11 @@ class MaskSampler:
         return image_noise(seed_of(seed, purpose, step), image_ids, self.info.latent_shape)
 
     def resize(self, pictures: Sequence[np.ndarray | Image.Image]) -> Tensor:
-        """Resizes pictures, uint8 [H, W, 3] or Pillow's in RGB, to uint8 [B, 3, S, S] on the backend's device."""
-        pixels = np.stack([resize_image(picture, self.info.image_size) for picture in pictures])  # uint8 [B, S, S, 3]
+        """Resizes pictures, uint8 [H, W, 3] or Pillow's in RGB, to uint8 [B, 3, P, P] on the backend's device.
+
+        P is the side of the pictures that the image encoder sees: `ModelInfo.picture_size`.
+        """
+        pixels = np.stack([resize_image(picture, self.info.picture_size) for picture in pictures])  # [B, P, P, 3]
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.backend.device)
 
     def network(self, pixels: Tensor, sampling: Sampling, captions: Sequence[str] | None = None) -> Denoise:

@@ -15,6 +15,7 @@ from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.models.attention import attention
 from ldmseg_fast.models.layers import GroupNorm, GroupNormSiLU, ResnetBlock, numbered_tensors
+from ldmseg_fast.models.pyramids import PyramidEncoder
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -232,6 +233,8 @@ def build_image_encoder(config: ImageEncoderConfig, vae_config: dict | None = No
         return ConvEncoder(config)
     if config.kind == "taesd":
         return TaesdEncoder(config)
+    if config.is_pyramid:
+        return PyramidEncoder(config)
     return KLEncoder(config, vae_config)
 
 

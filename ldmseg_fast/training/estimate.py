@@ -47,7 +47,7 @@ def count_parameters(stage_name: str, config: Config) -> Counts:
         return Counts(counts, counts["mask_vae"])
     frozen = config.model.freeze
     trainable = sum(p.numel() for name, p in parts["unet"].named_parameters() if not name.startswith(frozen))
-    trainable += counts["image_vae"] if config.image_encoder.kind == "conv" else 0
+    trainable += counts["image_vae"] if config.image_encoder.is_trained else 0
     return Counts(counts, trainable)
 
 

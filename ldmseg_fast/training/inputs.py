@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ldmseg_fast.config import Config
 from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.folders import find_split
+from ldmseg_fast.data.joined_sets import JoinedSets, SetPlace, set_places
 from ldmseg_fast.data.loader import TrainingBatches
 from ldmseg_fast.data.transforms import Augmentation
 from ldmseg_fast.errors import CheckpointError, ConfigError, DataError
@@ -24,37 +26,86 @@ from ldmseg_fast.outputs import check_outputs
 from ldmseg_fast.training.stages import Stage
 
 
-def make_dataset(config: Config, split: str, num_slots: int, train: bool) -> CocoPanoptic:
+def training_set(config: Config, num_slots: int) -> CocoPanoptic | JoinedSets:
+    """Opens the training split of `data.root`, or those of all its roots.
+
+    Raises:
+        ConfigError: a list of roots or of weights that cannot be.
+        DataError: a split that cannot be read.
+    """
+    places = set_places(config.data)
+    sets = [
+        make_dataset(config, place, place.train_split, num_slots, train=True, number=number)
+        for number, place in enumerate(places)
+    ]
+    if len(sets) == 1:
+        return sets[0]
+    return JoinedSets(sets, [place.name for place in places], config.data.weights)
+
+
+def validation_sets(config: Config, num_slots: int) -> dict[str, CocoPanoptic]:
+    """Opens the validation split of each root, by its name; a split that two roots share once.
+
+    Raises:
+        ConfigError, DataError: as `training_set`.
+    """
+    places = {(place.root, place.val_split): place for place in reversed(set_places(config.data)) if place.val_split}
+    return {
+        place.name: make_dataset(config, place, place.val_split, num_slots, train=False)
+        for place in reversed(places.values())
+    }
+
+
+def sets_of(dataset: CocoPanoptic | JoinedSets) -> list[CocoPanoptic]:
+    """Lists the sets that a training set is made of."""
+    return dataset.sets if isinstance(dataset, JoinedSets) else [dataset]
+
+
+def make_dataset(
+    config: Config, place: SetPlace, split: str, num_slots: int, train: bool, number: int = 0
+) -> CocoPanoptic:
     """Opens a split. Training augments and uses `data.limit`; validation does neither, and uses `data.val_limit`.
+
+    Args:
+        config: the run's.
+        place: of the set.
+        split: of it.
+        num_slots: of the model.
+        train: whether it is for training.
+        number: of the set in the run, so that sets differ in their random numbers.
 
     Raises:
         DataError: a split that cannot be read.
     """
     data = config.data
     return CocoPanoptic(
-        data.root,
+        place.root,
         split,
         data.image_size,
         train=train,
         num_slots=num_slots,
         id_assignment=data.id_assignment,
         min_area=data.min_area,
-        augmentation=Augmentation(data.flip, data.scale_min, data.color_jitter),
-        seed=config.train.seed,
+        augmentation=Augmentation(data.flip, data.scale_min, data.color_jitter, data.aspect_jitter),
+        seed=config.train.seed + number,
         cache=data.cache,
         resize=data.resize if train else "pillow",
         limit=data.limit if train else data.val_limit,
+        picture_size=data.image_size * config.image_encoder.picture_scale,
     )
 
 
-def use_categories(stage: Stage, train_set: CocoPanoptic, val_set: CocoPanoptic, resumed: Path | None) -> None:
-    """Makes both splits carry categories where the stage's model has them.
+def use_categories(
+    stage: Stage, train_sets: Sequence[CocoPanoptic], val_sets: Iterable[CocoPanoptic], resumed: Path | None
+) -> None:
+    """Makes all splits carry categories where the stage's model has them.
 
-    A stage that starts without a table takes the training split's, or the one that the run has had so far.
+    A stage that starts without a table takes the training splits', joined by name, or the one that the run has had so
+    far.
 
     Args:
         stage: gets the table.
-        train_set, val_set: the splits.
+        train_sets, val_sets: the splits.
         resumed: the folder of a run that goes on.
 
     Raises:
@@ -73,14 +124,16 @@ def use_categories(stage: Stage, train_set: CocoPanoptic, val_set: CocoPanoptic,
     if stage.categories is None and resumed is not None and (resumed / CATEGORIES).exists():
         stage.categories = load_categories(resumed, stage.mask_vae.config)
     if stage.categories is None:
-        source = str(train_set.folders.annotations)
-        stage.categories = CategoryTable.of_data_set(train_set.categories, source)
+        sources = [str(dataset.folders.annotations) for dataset in train_sets]
+        found = list(zip([dataset.categories for dataset in train_sets], sources))
+        stage.categories = CategoryTable.of_data_sets(found)
         if len(stage.categories) != expected:
+            source = f"{sources[0]} has" if len(sources) == 1 else f"{', '.join(sources)} together have"
             raise ConfigError(
-                f"mask_vae.num_categories={expected}: {source} has {len(stage.categories)} categories; set "
+                f"mask_vae.num_categories={expected}: {source} {len(stage.categories)} categories; set "
                 f"mask_vae.num_categories={len(stage.categories)}, or 0 for segments without categories"
             )
-    for dataset in (train_set, val_set):
+    for dataset in (*train_sets, *val_sets):
         dataset.use_categories(stage.categories)
 
 
@@ -128,10 +181,17 @@ def check_output_dir(config: Config) -> None:
     """
     data, model = config.data, config.model
     read: list[Path] = []
-    for split in (data.train_split, data.val_split):
-        with contextlib.suppress(DataError):  # the data set says so later
-            read += vars(find_split(data.root, split)).values()
-    roots: list[str | Path] = [data.root, config.image_encoder.path, *(path.parent for path in read if path.is_file())]
+    places = set_places(data)
+    for place in places:
+        for split in filter(None, (place.train_split, place.val_split)):
+            with contextlib.suppress(DataError):  # the data set says so later
+                read += vars(find_split(place.root, split)).values()
+    data_roots = [place.root for place in places]
+    roots: list[str | Path] = [
+        *data_roots,
+        config.image_encoder.path,
+        *(path.parent for path in read if path.is_file()),
+    ]
     for name in filter(None, (model.init_from, model.mask_vae)):
         with contextlib.suppress(CheckpointError):
             roots.append(resolve_model_dir(name, kinds=(MODEL, DIFFUSERS)))
@@ -156,7 +216,7 @@ def check_batch(config: Config) -> None:
         )
 
 
-def make_batches(dataset: CocoPanoptic, config: Config, first_item: int = 0) -> TrainingBatches:
+def make_batches(dataset: CocoPanoptic | JoinedSets, config: Config, first_item: int = 0) -> TrainingBatches:
     """Makes this rank's micro-batches, from what all ranks together have not seen yet."""
     world = distributed.world_size()
     return TrainingBatches(

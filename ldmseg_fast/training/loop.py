@@ -35,16 +35,18 @@ from ldmseg_fast.training.inputs import (
     check_batch,
     check_output_dir,
     make_batches,
-    make_dataset,
     pin_hub_names,
+    sets_of,
+    training_set,
     use_categories,
+    validation_sets,
 )
 from ldmseg_fast.training.machine import resolve_settings
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
 from ldmseg_fast.training.stages import STAGES
-from ldmseg_fast.training.validation import validate
+from ldmseg_fast.training.validation import mean_of_sets, validate
 
 
 def learning_rate(step: int, config: TrainConfig, time_used: float = 0.0) -> float:
@@ -97,12 +99,13 @@ class Run:
         if settings.channels_last and not distributed.launched():
             self.stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         num_slots = self.stage.mask_vae.config.num_slots
-        self.train_set = make_dataset(config, config.data.train_split, num_slots, train=True)
-        self.val_set = make_dataset(config, config.data.val_split, num_slots, train=False)
-        use_categories(self.stage, self.train_set, self.val_set, self.folder if resume else None)
+        self.train_set = training_set(config, num_slots)
+        self.val_sets = validation_sets(config, num_slots)
+        train_sets = sets_of(self.train_set)
+        use_categories(self.stage, train_sets, self.val_sets.values(), self.folder if resume else None)
         self.shard_check: ShardCheck | None = None
         if stage_name != "autoencoder":
-            cache = attach_cache(self.train_set, config, self.stage.get_submodule("image_vae"), self.say)
+            cache = attach_cache(train_sets[0], config, self.stage.get_submodule("image_vae"), self.say)
             self.shard_check = None if cache is None else ShardCheck(cache)
         check_batch(config)
         compile_stage(self.stage, settings.compile, settings.compile_backend)
@@ -225,27 +228,39 @@ class Run:
     def validate(self) -> bool:
         """Validates, and tells whether the averaged weights are the best so far.
 
-        A stop request ends it without a result; it is due then.
+        Of several sets each has numbers of its own in the log, val/NAME/pq and so on; val/pq is their mean. A stop
+        request ends it without a result; it is due then.
         """
         step = self.progress.step
-        pictures = self.folder / "pictures" / f"step-{step:08d}.png"
-        with self.optimizer.averaged_weights():
-            metrics = validate(
-                self.stage,
-                self.val_set,
-                self.device,
-                pictures,
-                timeout=self.config.data.timeout,
-                stop=lambda: self.interrupt.requested,
-            )
+        several, pictures = len(self.val_sets) > 1, {}
+        found: dict[str, dict[str, float]] = {}
+        metrics: dict[str, float] | None = None
+        for name, dataset in self.val_sets.items():
+            tail = f"-{name}" if several else ""
+            pictures[name] = self.folder / "pictures" / f"step-{step:08d}{tail}.png"
+            with self.optimizer.averaged_weights():
+                metrics = validate(
+                    self.stage,
+                    dataset,
+                    self.device,
+                    pictures[name],
+                    timeout=self.config.data.timeout,
+                    stop=lambda: self.interrupt.requested,
+                )
+            if metrics is None:
+                break
+            found[name] = metrics
+        if metrics is not None and several:
+            metrics = mean_of_sets(found)
         self.progress.validation_due = metrics is None
         if metrics is None:
             self.say(f"step {step}: validation interrupted; --resume begins with it")
             return False
         self.log.write(step, metrics)
         if distributed.is_main():
-            if pictures.is_file():
-                self.log.picture(step, pictures)
+            for name, path in pictures.items():
+                if path.is_file():
+                    self.log.picture(step, path, f"validation/{name}" if several else "validation")
             if not self.bar.disable:
                 self.say(f"step {step}: " + "  ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
         score = metrics[f"val/{self.config.train.best}"]

@@ -105,8 +105,8 @@ class RunLog:
         for tracker in self.trackers:
             tracker.write(step, values)
 
-    def picture(self, step: int, path: Path) -> None:
-        """Shows a picture file of this step in the viewers."""
+    def picture(self, step: int, path: Path, name: str = "validation") -> None:
+        """Shows a picture file of this step in the viewers, under `name`."""
         if self.tensorboard is None and not self.trackers:
             return
         import numpy as np
@@ -115,9 +115,9 @@ class RunLog:
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))
         if self.tensorboard is not None:
-            self.tensorboard.add_image("validation", pixels, step, dataformats="HWC")
+            self.tensorboard.add_image(name, pixels, step, dataformats="HWC")
         for tracker in self.trackers:
-            tracker.picture(step, pixels)
+            tracker.picture(step, pixels, name)
 
     def close(self) -> None:
         """Ends what the viewers' writers have begun."""

@@ -37,8 +37,8 @@ class Tracker(Protocol):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the numbers of a step."""
 
-    def picture(self, step: int, pixels: np.ndarray) -> None:
-        """Shows a picture, uint8 [H, W, 3], of a step."""
+    def picture(self, step: int, pixels: np.ndarray, name: str = "validation") -> None:
+        """Shows a picture, uint8 [H, W, 3], of a step, under `name`."""
 
     def close(self) -> None:
         """Says that the process has ended its work on the run."""
@@ -91,9 +91,9 @@ class WandbTracker:
         """Shows the numbers of a step."""
         self.run.log({**values, "step": step})
 
-    def picture(self, step: int, pixels: np.ndarray) -> None:
-        """Shows a picture, uint8 [H, W, 3], of a step."""
-        self.run.log({"validation": self.wandb.Image(pixels), "step": step})
+    def picture(self, step: int, pixels: np.ndarray, name: str = "validation") -> None:
+        """Shows a picture, uint8 [H, W, 3], of a step, under `name`."""
+        self.run.log({name: self.wandb.Image(pixels), "step": step})
 
     def close(self) -> None:
         """Ends the process's part of the run."""
@@ -144,9 +144,9 @@ class MlflowTracker:
         metrics = [self.mlflow.entities.Metric(key, value, now, step) for key, value in values.items()]
         self._tell(lambda: self.client.log_batch(self.id, metrics=metrics))
 
-    def picture(self, step: int, pixels: np.ndarray) -> None:
-        """Shows a picture, uint8 [H, W, 3], of a step."""
-        self._tell(lambda: self.client.log_image(self.id, pixels, key="validation", step=step, synchronous=True))
+    def picture(self, step: int, pixels: np.ndarray, name: str = "validation") -> None:
+        """Shows a picture, uint8 [H, W, 3], of a step, under `name`."""
+        self._tell(lambda: self.client.log_image(self.id, pixels, key=name, step=step, synchronous=True))
 
     def close(self) -> None:
         """Ends the process's part of the run."""
@@ -180,9 +180,9 @@ class TrackioTracker:
         """Shows the numbers of a step."""
         self.run.log(dict(values), step=step)
 
-    def picture(self, step: int, pixels: np.ndarray) -> None:
-        """Shows a picture, uint8 [H, W, 3], of a step."""
-        self.run.log({"validation": self.trackio.Image(pixels)}, step=step)
+    def picture(self, step: int, pixels: np.ndarray, name: str = "validation") -> None:
+        """Shows a picture, uint8 [H, W, 3], of a step, under `name`."""
+        self.run.log({name: self.trackio.Image(pixels)}, step=step)
 
     def close(self) -> None:
         """Ends the process's part of the run."""

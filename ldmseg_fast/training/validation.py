@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,24 @@ class _Stats:
             groups = {"class_pq": "All", "class_pq_things": "Things", "class_pq_stuff": "Stuff"}
             found |= {f"val/{name}": 100.0 * result[group]["pq"] for name, group in groups.items()}
         return found
+
+
+def mean_of_sets(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Joins the numbers of several sets.
+
+    Args:
+        found: what `validate` returns, by the set's name.
+
+    Returns:
+        The means over the sets under `validate`'s names, and each set's own as val/NAME/pq and so on.
+    """
+    keys = next(iter(found.values()))
+    values = {key: sum(of_set[key] for of_set in found.values()) / len(found) for key in keys}
+    return values | {
+        f"val/{name}/{key.removeprefix('val/')}": value
+        for name, of_set in found.items()
+        for key, value in of_set.items()
+    }
 
 
 @torch.no_grad()

@@ -124,12 +124,28 @@ def test_classical_methods_are_tuned_on_the_training_split(campaign, monkeypatch
         classical.GRIDS, "felzenszwalb", {"scale": (100.0, 800.0), "sigma": (0.0,), "min_share": (0.01,)}
     )
     monkeypatch.setitem(classical.GRIDS, "slic", {"n_segments": (4, 10), "compactness": (10.0,), "sigma": (0.0,)})
+    monkeypatch.delitem(classical.METHODS, "merged slic")
     rows = campaign("--steps", "1", "--classical", "train2017", "--tuning-images", "6")
     found = {row["variant"]: row for row in rows}
     for method in ("felzenszwalb", "slic"):
         row = found[method]
         assert row["tuned_on"].startswith("train2017, 6 maps") and row["case"]["images"] == 4
         assert 0 <= row["value"] <= 100 and row["ms_per_image"] > 0 and row["setting"].startswith(method)
+
+
+def test_each_set_has_its_own_rows(scenes, monkeypatch):
+    pytest.importorskip("skimage")
+    for method in ("slic", "merged slic"):
+        monkeypatch.delitem(classical.METHODS, method)
+    monkeypatch.setitem(classical.GRIDS, "felzenszwalb", {"scale": (800.0,), "sigma": (0.0,), "min_share": (0.1,)})
+    run = Run("quality", quick=True)
+    sets = [f"{scenes}:val2017:val2017", f"{scenes}:val2017:train2017"]
+    arguments = ["--data", *sets, "--limit", "2", "--classical", "train2017", "--tuning-images", "2"]
+    measure(bench_quality.build_parser().parse_args(arguments), run)
+    found = {(row["case"]["split"], row["variant"]) for row in run.results}
+    names = ("felzenszwalb", "one segment", "halves", "grid 3x3")
+    assert found == {(split, name) for split in ("val2017", "train2017") for name in names}
+    assert "val2017, 2 maps of 2 pictures" in next(row["tuned_on"] for row in run.results if "tuned_on" in row)
 
 
 def test_the_front_has_what_nothing_beats():

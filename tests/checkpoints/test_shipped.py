@@ -41,6 +41,16 @@ def test_a_word_is_a_name_and_everything_else_a_path(weights, tmp_path, monkeypa
         pretrained.resolve_model_dir("large")
 
 
+def test_releases_of_a_checkout_go_by_name(weights, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "RELEASES", tmp_path / "releases")
+    message = rf"photographs: this release is no part of the package, and {tmp_path}/releases/photographs is not there"
+    with pytest.raises(CheckpointError, match=message):
+        pretrained.resolve_model_dir("photographs")
+    shutil.copytree(model_dir, tmp_path / "releases" / "photographs")
+    assert pretrained.resolve_model_dir("photographs") == tmp_path / "releases" / "photographs"
+    assert "photographs" not in pretrained.shipped_models()
+
+
 def test_half_weights_load_into_float32_and_predict_alike(weights, model_dir, scenes):
     halves = load_weights(weights / "small" / "unet" / "model.safetensors")
     assert {value.dtype for value in halves.values()} == {torch.float16}

@@ -176,3 +176,14 @@ def test_neither_preset_nor_file(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ConfigError, match="not readable"):
         load_config(str(tmp_path / "binary.yaml"))
+
+
+@pytest.mark.parametrize(("name", "side", "pictures"), [("photographs", 128, 256), ("photographs_256", 256, 512)])
+def test_the_presets_for_photographs(name, side, pictures):
+    config = load_config(name)
+    assert config.data.image_size == side and side * config.image_encoder.picture_scale == pictures
+    assert config.data.scale_min < 1 and config.data.color_jitter > 0 and config.data.aspect_jitter > 0
+    assert 2**config.mask_vae.num_bits == config.mask_vae.num_slots
+    for other in ("tiny", "coco"):
+        data = load_config(other).data
+        assert (data.scale_min, data.color_jitter, data.aspect_jitter) == (1, 0, 0)

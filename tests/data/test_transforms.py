@@ -19,6 +19,7 @@ from ldmseg_fast.data.transforms import (
     resize_ids,
     resize_image,
 )
+from ldmseg_fast.errors import ArgumentError
 
 
 @pytest.fixture(params=["as built", "numpy"])
@@ -183,3 +184,26 @@ def test_color_jitter() -> None:
 def test_bad_augmentation(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Augmentation(**wrong)
+
+
+def test_crops_of_another_aspect():
+    def boxes(jitter):
+        rng = np.random.default_rng(0)
+        return [crop_box(100, 200, 0.5, rng, jitter) for _ in range(300)]
+
+    plain = boxes(0.0)
+    rng = np.random.default_rng(0)
+    assert plain == [crop_box(100, 200, 0.5, rng) for _ in range(300)]
+    aspects = []
+    for left, top, right, bottom in boxes(0.25):
+        assert 0 <= left < right <= 200 and 0 <= top < bottom <= 100
+        aspects.append((right - left) / (bottom - top) / 2)
+    assert 0.72 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.38
+    for left, top, right, bottom in plain:
+        assert abs((right - left) - 2 * (bottom - top)) <= 1
+
+
+def test_augmentation_says_what_it_is_given():
+    assert not Augmentation().crops and Augmentation(aspect_jitter=0.1).crops
+    with pytest.raises(ArgumentError, match=r"aspect_jitter=0\.95"):
+        Augmentation(aspect_jitter=0.95)

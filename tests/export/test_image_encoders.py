@@ -1,4 +1,4 @@
-"""Graphs of Stable Diffusion's image encoder and of TAESD, against PyTorch."""
+"""Graphs of Stable Diffusion's image encoder, of TAESD and of EfficientNet-Lite, against PyTorch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from ldmseg_fast.backends.graphs.modules import build_graph
 from ldmseg_fast.backends.graphs.specs import GraphOptions, image_encoder, sample_inputs
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
-from ldmseg_fast.checkpoints.init_from import Start, load_image_encoder
+from ldmseg_fast.checkpoints.init_from import Start, load_image_encoder, resolve_start
 from ldmseg_fast.checkpoints.model_folder import save_component
 from ldmseg_fast.config import ImageEncoderConfig, load_config
 from ldmseg_fast.export.graph_export import export_graph
@@ -25,7 +25,7 @@ STABLE_DIFFUSION = {
 }
 
 
-@pytest.fixture(params=["autoencoder_kl", "taesd"])
+@pytest.fixture(params=["autoencoder_kl", "taesd", "efficientnet_lite"])
 def info(request, model_dir: Path, tmp_path: Path) -> ModelInfo:
     """Of a model folder with such an encoder, which reduces eightfold to 4 channels."""
     if request.param == "taesd":
@@ -33,6 +33,11 @@ def info(request, model_dir: Path, tmp_path: Path) -> ModelInfo:
         encoder, extra = build_image_encoder(config), {}
         weights = request.getfixturevalue("shared") / "weights" / "taesd_encoder.safetensors"
         load_image_encoder(encoder, Start(load_config("coco"), image_vae=weights))
+    elif request.param == "efficientnet_lite":
+        start = resolve_start(load_config("tiny", ["image_encoder.kind=efficientnet_lite"]))
+        config = ImageEncoderConfig("efficientnet_lite", scaling_factor=0.1, picture_scale=2)
+        encoder, extra = build_image_encoder(config), {}
+        load_image_encoder(encoder, replace(start, config=replace(start.config, image_encoder=config)))
     else:
         torch.manual_seed(0)
         config, extra = ImageEncoderConfig(), {"_vae_config": STABLE_DIFFUSION}
@@ -40,7 +45,8 @@ def info(request, model_dir: Path, tmp_path: Path) -> ModelInfo:
     save_component(tmp_path / "model", "image_vae", config, encoder.state_dict(), extra)
     info = read_model_info(model_dir)
     mask_vae = replace(info.mask_vae, widths=(8, 16, 16, 32))
-    return replace(info, folder=tmp_path / "model", image_latent_channels=4, mask_vae=mask_vae)
+    info = replace(info, folder=tmp_path / "model", image_latent_channels=4, mask_vae=mask_vae)
+    return replace(info, picture_scale=config.picture_scale, picture_stride=config.stride)
 
 
 def export(info: ModelInfo, folder: Path, options: GraphOptions):

@@ -9,7 +9,8 @@ from PIL import Image
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.inference.ensemble import combine
+from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.ensemble import combine, mirror
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.panoptic.shapes import segment_shapes
 
@@ -139,3 +140,80 @@ def test_the_command_writes_agreement(model_dir, tmp_path, capsys):
     assert all("agreement" in segment for segment in record["segments_info"])
     assert main([*command, "--samples", "0"]) == 2
     assert "num_samples=0" in capsys.readouterr().err
+
+
+def test_votes_by_hand():
+    samples = [
+        result([[1, 1, 1, 2, 2, 2, 0, 0]]),
+        result([[5, 5, 6, 6, 6, 6, 0, 0]]),
+        result([[7, 7, 8, 8, 8, 0, 0, 0]]),
+    ]
+    assert combine(samples).reference == 1
+    combined = combine(samples, "vote")
+    assert combined.segmentation.tolist() == [[5, 5, 6, 6, 6, 6, 0, 0]]
+    np.testing.assert_allclose(combined.agreement, [[1, 1, 2 / 3, 1, 1, 2 / 3, 1, 1]])
+    others = [result([[1, 1, 1, 1, 1, 2]]), result([[3, 3, 3, 3, 4, 4]]), result([[5, 5, 5, 5, 6, 6]])]
+    voted = combine([others[0], *others[1:]], "vote")
+    assert voted.segmentation.tolist() == [[3, 3, 3, 3, 4, 4]]
+    assert [s["area"] for s in voted.segments_info] == [4, 2]
+
+
+def test_votes_move_an_edge():
+    samples = [result([[1] * (8 - k) + [2] * (2 + k)]) for k in (0, 2, 2)]
+    reference = combine([samples[0]] * 2 + samples[1:], "vote")  # a tie: the medoid's own
+    assert reference.segmentation.tolist() == samples[0].segmentation.tolist()
+    moved = combine([samples[0], *samples[1:]], "vote")
+    assert moved.segmentation.tolist() == samples[1].segmentation.tolist()
+    assert moved.segments_info[1]["bbox"] == [6, 0, 4, 1]
+
+
+def test_mirrored_results():
+    back = mirror(result([[1, 1, 2, 0], [1, 2, 2, 0]]))
+    assert back.segmentation.tolist() == [[0, 2, 1, 1], [0, 2, 2, 1]]
+    for segment, shape in zip(back.segments_info, segment_shapes(back.segmentation)):
+        assert segment["bbox"] == shape["bbox"] and segment["area"] == shape["area"]
+
+
+@pytest.mark.parametrize("fusion", ["medoid", "vote"])
+def test_views_of_a_picture(model_dir, fusion):
+    pipe = LDMSegPipeline.from_pretrained(model_dir)
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    settings = {"num_inference_steps": 1, "thresholds": ANYTHING_GOES}
+    (plain,) = pipe(picture, **settings)
+    (alone,) = pipe.ensemble(picture, 1, fusion=fusion, **settings)
+    assert (alone.segmentation == plain.segmentation).all()
+    (both,) = pipe.ensemble(picture, 2, flip=True, scales=(1.0, 1.5), fusion=fusion, **settings)
+    assert both.segmentation.shape == (40, 60) and pipe.info.image_size == 64
+    shapes = {shape["id"]: shape for shape in segment_shapes(both.segmentation)}
+    for segment in both.segments_info:
+        assert segment["area"] == shapes[segment["id"]]["area"] and segment["bbox"] == shapes[segment["id"]]["bbox"]
+    assert 0 < both.agreement.min() <= both.agreement.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ({"scales": ()}, r"scales=\(\)"),
+        ({"scales": (9.0,)}, r"scales=\(9\.0,\)"),
+        ({"fusion": "mean"}, r"fusion='mean'"),
+        ({"flip": 1}, "flip=1"),
+    ],
+)
+def test_views_that_cannot_be(model_dir, views, message):
+    with pytest.raises(ArgumentError, match=message):
+        LDMSegPipeline.from_pretrained(model_dir).ensemble(np.zeros((8, 8, 3), np.uint8), 1, **views)
+
+
+def test_the_commands_take_views(model_dir, scenes, tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(picture)
+    views = ["--flip", "--scales", "1", "1.25", "--fusion", "vote", "--steps", "1"]
+    assert main(["predict", str(model_dir), str(picture), "--out", str(tmp_path / "out"), *views]) == 0
+    assert (tmp_path / "out" / "a_agreement.png").is_file()
+    report = tmp_path / "report.json"
+    command = ["evaluate", str(model_dir), "--data", str(scenes), "--limit", "2", "--samples", "2", *views]
+    assert main([*command, "--json", str(report)]) == 0
+    ensemble = json.loads(report.read_text())["ensemble"]
+    assert ensemble == {"num_samples": 2, "flip": True, "scales": [1.0, 1.25], "fusion": "vote"}
+    assert main([*command, "--inpainting"]) == 2
+    assert "--inpainting completes one map per picture" in capsys.readouterr().err

@@ -162,7 +162,7 @@ def graph_specs(info: ModelInfo, options: GraphOptions) -> dict[str, GraphSpec]:
 def image_encoder(info: ModelInfo, options: GraphOptions) -> GraphSpec:
     """Describes the graph uint8 [B, 3, H, W] pictures -> image latents [B, C_image, h, w]."""
     batch, height, width = _axes(info, options)
-    factor = info.mask_vae.downsampling
+    factor = info.mask_vae.downsampling * info.picture_scale
     pixels = (batch, 3, _times(height, factor), _times(width, factor))
     latents = (batch, info.image_latent_channels, height, width)
     return GraphSpec(

@@ -27,10 +27,10 @@ T = TypeVar("T")
 class Stage(nn.Module, abc.ABC):
     """Holds the networks of one stage of training. Its `forward` is the loss, so that DeepSpeed can wrap it.
 
-    A batch holds image uint8 [B, 3, S, S], segment_ids uint8 [B, S, S] numbered 1..n with 0 for void, table [B, 256]
-    from those numbers to slots, and a list of B: image_id; of models with categories also category_ids, uint8 or int16
-    [B, S, S]. In training also sample, a list of B numbers that no other draw of the run has, and what `segments_of`
-    takes.
+    A batch holds image uint8 [B, 3, P, P], P being S times `image_encoder.picture_scale`, segment_ids uint8 [B, S, S]
+    numbered 1..n with 0 for void, table [B, 256] from those numbers to slots, and a list of B: image_id; of models with
+    categories also category_ids, uint8 or int16 [B, S, S]. In training also sample, a list of B numbers that no other
+    draw of the run has, and what `segments_of` takes.
     """
 
     mask_vae: Any  # a MaskVAE, trained or frozen
@@ -176,10 +176,12 @@ class Stage(nn.Module, abc.ABC):
             ConfigError: a factor that is no number, or for a prefix that no trained parameter has.
         """
         train = self.config.train
-        factors = {"image_vae.": train.image_encoder_lr} if train.image_encoder_lr != 1.0 else {}
+        # of a pre-trained encoder the factor is for what is pre-trained
+        encoder = "image_vae.network." if self.config.image_encoder.is_pyramid else "image_vae."
+        factors = {encoder: train.image_encoder_lr} if train.image_encoder_lr != 1.0 else {}
         factors |= _parse_factors(train.lr_factors)
         kinds = parameter_kinds(self)
-        unused = set(factors) - {"image_vae."}
+        unused = set(factors) - {encoder}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:

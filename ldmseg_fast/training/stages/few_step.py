@@ -24,8 +24,9 @@ class FewStepStage(LatentStage):
     """Trains a model of many steps on for `few_step.steps` of them.
 
     Networks, noise schedule, picture size and, where the folder tells it, id assignment are those of
-    `model.init_from`, whatever the run's settings say: there is nothing to choose. It saves a MODEL_DIR whose number of
-    sampling steps is `few_step.steps`.
+    `model.init_from`, whatever the run's settings say: there is nothing to choose. One thing is: a pre-trained image
+    encoder (`image_encoder.kind=efficientnet_lite`) takes the place of another one that the folder has. It saves a
+    MODEL_DIR whose number of sampling steps is `few_step.steps`.
 
     Args:
         config: the run's.
@@ -36,9 +37,13 @@ class FewStepStage(LatentStage):
     """
 
     name = "few_step"
+    starts_fresh = False  # whether it can do without `model.init_from`
 
     def __init__(self, config: Config) -> None:
-        super().__init__(resolve_start(started_from_model(config)))
+        if self.starts_fresh and not config.model.init_from and config.model.mask_vae:
+            super().__init__(resolve_start(started_fresh(config)))
+        else:
+            super().__init__(resolve_start(started_from_model(config)))
 
     def step_times(self) -> tuple[list[int], list[int]]:
         """Lists the sampler's timesteps, and the one after each."""
@@ -76,7 +81,7 @@ class FewStepStage(LatentStage):
     def save(self, folder: Path) -> None:
         """Writes the model folder; see `Stage.save`."""
         self.save_networks(folder)
-        start = self.config.model.init_from
+        start = self.config.model.init_from or self.config.model.mask_vae
         facts = {"stage": self.name, "started from": start if start.startswith(PREFIX) else Path(start).name}
         write_model_card(folder, facts | {"data": self.config.data.root, "config": self.config})
 
@@ -90,6 +95,21 @@ def ddim_update(noisy_latents: Tensor, estimate: Tensor, alpha: Tensor, next_alp
     return next_alpha.sqrt() * estimate + (1.0 - next_alpha).sqrt() * noise
 
 
+def started_fresh(config: Config) -> Config:
+    """Returns the settings of a run that starts from a mask auto-encoder alone, `model.mask_vae`.
+
+    Its number of sampling steps is `few_step.steps`.
+
+    Raises:
+        ConfigError: cross-attention, or settings that contradict each other.
+    """
+    if config.unet.conditioning != "none":
+        raise ConfigError(
+            f"unet.conditioning={config.unet.conditioning}: few-step training takes models without cross-attention"
+        )
+    return validate(replace(config, num_inference_steps=config.few_step.steps))
+
+
 def started_from_model(config: Config) -> Config:
     """Puts everything into `config` that the model in `model.init_from` fixes.
 
@@ -98,7 +118,10 @@ def started_from_model(config: Config) -> Config:
         CheckpointError: no model folder, or one without all its components.
     """
     if not config.model.init_from:
-        raise ConfigError("model.init_from is missing: few-step training starts from the MODEL_DIR of a trained model")
+        raise ConfigError(
+            "model.init_from is missing: few-step training starts from the MODEL_DIR of a trained model; stage "
+            "one_step can start from model.mask_vae, a trained mask auto-encoder, instead"
+        )
     folder = resolve_model_dir(config.model.init_from)
     index = load_index(folder)
     missing = sorted({"unet", "mask_vae", "image_vae", "scheduler"} - set(index.get("components", [])))
@@ -113,6 +136,9 @@ def started_from_model(config: Config) -> Config:
     steps = config.few_step.steps
     if not 1 <= steps <= found["scheduler"].num_train_timesteps:
         raise ConfigError(f"few_step.steps={steps}: from 1 to {found['scheduler'].num_train_timesteps}")
+    encoder = replace(load_component_config(folder, "image_vae")[0], path="")
+    if config.image_encoder.is_pyramid and not encoder.is_pyramid:
+        encoder = config.image_encoder
     data = replace(
         config.data,
         image_size=index.get("image_size", config.data.image_size),
@@ -122,7 +148,7 @@ def started_from_model(config: Config) -> Config:
         replace(
             config,
             **found,
-            image_encoder=replace(load_component_config(folder, "image_vae")[0], path=""),
+            image_encoder=encoder,
             data=data,
             # the folder's auto-encoder has the run's latent scale in its scaling factor already
             diffusion=replace(

@@ -63,9 +63,11 @@ class LatentStage(Stage):
         check_start(start)
         self.image_vae: Any = build_image_encoder(config.image_encoder, start.vae_config)
         load_image_encoder(self.image_vae, start)
-        self.trains_image_vae = config.image_encoder.kind == "conv"
+        self.trains_image_vae = config.image_encoder.is_trained
         if not self.trains_image_vae:
             self.image_vae.eval().requires_grad_(False)
+        elif config.image_encoder.is_pyramid and config.train.image_encoder_lr == 0:
+            self.image_vae.network.requires_grad_(False)
         self.unet = UNet(config.unet, config.model.attention)
         load_unet(self.unet, start)
         self.unet.checkpointing = config.train.checkpointing != "none"
@@ -141,8 +143,8 @@ class LatentStage(Stage):
     def sample(self, batch: dict[str, Any], num_inference_steps: int, seed: int = 0) -> Tensor:
         """Samples scaled mask latents [B, C, h, w] for the batch's `image`, uint8 [B, 3, H, W], and `image_id`."""
         images = batch["image"]
-        size = [side // self.mask_vae.config.downsampling for side in images.shape[-2:]]
-        shape = [self.mask_vae.config.latent_channels, *size]
+        reduction = self.config.image_encoder.downsampling * self.config.image_encoder.picture_scale
+        shape = [self.mask_vae.config.latent_channels, *(side // reduction for side in images.shape[-2:])]
         noise = image_noise(seed, batch["image_id"], shape).to(images.device)
         with self.autocast():
             image_latents = self.encode_images(images)
@@ -155,7 +157,7 @@ class LatentStage(Stage):
         latents = self.sample(batch, self.config.num_inference_steps)
         with self.autocast():
             logits = self.mask_vae.decode_latents_both(latents)
-        height, width = batch["image"].shape[-2:]
+        height, width = (side // self.config.image_encoder.picture_scale for side in batch["image"].shape[-2:])
         return self.panoptic(logits, (height, width), target_sizes)
 
     def save_networks(self, folder: Path, others: Sequence[str] = ()) -> None:

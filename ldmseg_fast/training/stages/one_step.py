@@ -41,9 +41,13 @@ from ldmseg_fast.training.stages.few_step import FewStepStage, ddim_update
 
 
 class OneStepStage(FewStepStage):
-    """Trains the sampler's map; see the module's docstring. Arguments and errors as `FewStepStage`'s."""
+    """Trains the sampler's map; see the module's docstring. Arguments and errors as `FewStepStage`'s.
+
+    Without `model.init_from` it starts from a mask auto-encoder, `model.mask_vae`, and a UNet of its own.
+    """
 
     name = "one_step"
+    starts_fresh = True
 
     def __init__(self, config: Config) -> None:
         matches = config.few_step.matching == "hungarian"

@@ -1,0 +1,102 @@
+"""A pre-trained image encoder in training: what is trained at which rate, from where, and what the folder then does."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.checkpoints.model_folder import load_component_config
+from ldmseg_fast.config import load_config
+from ldmseg_fast.errors import BackendError, ConfigError
+from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+from ldmseg_fast.training.loop import train
+from ldmseg_fast.training.stages import DiffusionStage, DistillationStage, OneStepStage
+from tests.conftest import NARROW
+
+ENCODER = ["image_encoder.kind=efficientnet_lite", "image_encoder.picture_scale=2"]
+SMALL = [*NARROW, *ENCODER, "few_step.matching=none", "train.ema=0", "train.warmup=1", "data.val_limit=2"]
+SMALL += ["train.validate_every=1000", "train.batch_size=2", "train.steps=2", "train.log_every=1"]
+
+
+@pytest.fixture
+def autoencoder(model_dir):
+    return model_dir.with_name(model_dir.name + "-autoencoder")
+
+
+def config(*overrides):
+    return load_config("tiny", [*SMALL, *overrides])
+
+
+def test_the_factor_is_for_what_is_pretrained(autoencoder):
+    stage = OneStepStage(config(f"model.mask_vae={autoencoder}", "train.image_encoder_lr=0.1"))
+    factors = {id(p): group["lr_factor"] for group in stage.parameter_groups() for p in group["params"]}
+    trained = {name: factors[id(p)] for name, p in stage.named_parameters() if p.requires_grad}
+    assert {factor for name, factor in trained.items() if "image_vae.network." in name} == {0.1}
+    assert {factor for name, factor in trained.items() if "image_vae.network." not in name} == {1.0}
+    assert "image_vae.projections.0.weight" in trained
+
+
+def test_a_factor_of_zero_freezes_it(autoencoder):
+    stage = DiffusionStage(config(f"model.mask_vae={autoencoder}", "train.image_encoder_lr=0"))
+    names = [name for name, p in stage.named_parameters() if p.requires_grad and name.startswith("image_vae.")]
+    assert names and all(name.startswith("image_vae.projections.") for name in names)
+    stage.parameter_groups()
+
+
+@pytest.mark.parametrize("start", ["model.init_from", "model.mask_vae"])
+def test_it_takes_the_place_of_another_encoder(model_dir, autoencoder, start):
+    folder = model_dir if start == "model.init_from" else autoencoder
+    stage = OneStepStage(config(f"{start}={folder}"))
+    assert stage.config.image_encoder.kind == "efficientnet_lite"
+    own = DiffusionStage(config(f"model.mask_vae={autoencoder}")).image_vae.network.state_dict()
+    for name, value in stage.image_vae.network.state_dict().items():
+        assert torch.equal(value, own[name])
+
+
+@pytest.mark.parametrize("stage", ["diffusion", "one_step"])
+def test_training_goes_on_and_its_model_predicts(autoencoder, scenes, tmp_path, stage):
+    settings = [f"model.mask_vae={autoencoder}", f"data.root={scenes}"]
+    whole = train(stage, config(*settings, f"output_dir={tmp_path / 'whole'}"))
+    parts = tmp_path / "parts"
+    train(stage, config(*settings, f"output_dir={parts}", "train.steps=1", "train.schedule=constant"))
+    train(stage, config(*settings, f"output_dir={parts}", "train.schedule=constant"), resume=True)
+    lines = (whole / "logs" / "log.jsonl").read_text().splitlines()
+    assert len([line for line in map(json.loads, lines) if "loss" in line]) == 2
+    saved, _ = load_component_config(whole, "image_vae")
+    assert saved.kind == "efficientnet_lite" and saved.picture_scale == 2
+
+    pipe = LDMSegPipeline.from_pretrained(whole)
+    assert pipe.info.picture_size == 128 and pipe.info.size_multiple == 16
+    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    (result,) = pipe(Image.fromarray(picture), 1)
+    assert result.segmentation.shape == (50, 70)
+    assert pipe(picture, 1, output_type="logits").shape[-2:] == (64, 64)
+    report = evaluate(whole, scenes, EvaluationOptions(limit=2, baselines=False))
+    assert report["image_size"] == 64
+
+
+def test_a_size_that_it_does_not_divide_by(autoencoder, tmp_path):
+    DiffusionStage(config(f"model.mask_vae={autoencoder}", "image_encoder.picture_scale=1")).save(tmp_path / "model")
+    pipe = LDMSegPipeline.from_pretrained(tmp_path / "model")
+    assert pipe.info.size_multiple == 32
+    with pytest.raises(BackendError, match="image_size=48: this model takes multiples of 32 pixels"):
+        LDMSegPipeline.from_pretrained(tmp_path / "model", image_size=48)
+
+
+def test_distillation_needs_a_model(autoencoder):
+    with pytest.raises(ConfigError, match=r"model\.init_from is missing"):
+        DistillationStage(config(f"model.mask_vae={autoencoder}"))
+
+
+def test_training_on_the_model_keeps_its_encoder(autoencoder, tmp_path):
+    stage = DiffusionStage(config(f"model.mask_vae={autoencoder}"))
+    with torch.no_grad():
+        stage.image_vae.network.stem.conv.weight += 1
+    stage.save(tmp_path / "model")
+    again = OneStepStage(replace(config(f"model.init_from={tmp_path / 'model'}")))
+    assert torch.equal(again.image_vae.network.stem.conv.weight, stage.image_vae.network.stem.conv.weight)
+    assert torch.equal(again.image_vae.projections[0].weight, stage.image_vae.projections[0].weight)
