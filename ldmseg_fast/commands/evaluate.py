@@ -7,12 +7,19 @@ import contextlib
 import re
 from pathlib import Path
 
-from ldmseg_fast.commands.options import add_backend_arguments, model_folders
+from ldmseg_fast.commands.options import add_backend_arguments, add_report_argument, model_folders
 from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.outputs import report_stream, same_place
 
 MODEL_FILES = ("model_index.json", "README.md", "config.json", "settings.txt")  # beside the components
 OWN_RESULTS = re.compile(r"\.?(panoptic|inpainting).*\.jsonl?$")
+
+
+EXAMPLES = (
+    "ldmseg evaluate tiny --data scenes",
+    "ldmseg evaluate MODEL_DIR --data COCO --steps 50 --page errors.html",
+    "ldmseg evaluate tiny --data scenes --json > report.json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--worst", type=int, default=8, metavar="K", help="worst images on the page (default 8)")
     parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")
     parser.add_argument("--no-baselines", action="store_true", help="leave the rows of trivial baselines out")
-    parser.add_argument("--json", type=Path, help="report file")
+    add_report_argument(parser)
     add_backend_arguments(parser)
 
 

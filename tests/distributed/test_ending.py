@@ -30,6 +30,7 @@ ARGUMENTS = {
     "report": ["folder"],
     "ship": ["run", "out"],
     "doctor": [],
+    "completion": ["bash"],
     "demo": ["--out", "out"],
 }
 SCRIPTS = {
