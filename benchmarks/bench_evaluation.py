@@ -162,7 +162,7 @@ def entries(run: Run, folder: Path, images: int) -> None:
 
 
 def start(run: Run, rounds: int) -> None:
-    """Measures the start of the package, of `ldmseg --help`, of `ldmseg pq` up to its first file, and of interpreters."""
+    """Measures the start of the package, `ldmseg --help`, `ldmseg pq` up to its first file, and bare interpreters."""
     pq = "import ldmseg_fast.cli as c, ldmseg_fast.metrics.pq_files; c.build_parser().parse_args(['pq', 'x', 'y'])"
     bodies = {"pq": pq, "metrics": "from ldmseg_fast.metrics import PanopticQuality", "numpy": "import numpy"}
     text = "import contextlib, io, sys, ldmseg_fast.cli as c\nsys.argv = ['ldmseg', '--help']\n"
