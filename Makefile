@@ -1,11 +1,12 @@
 # make setup | demo [MINUTES=8] | test | docs | soak | clean: each sets up .venv by itself.
+# Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
 PYTHON  ?= python3
 MINUTES ?= 8
-VENV    := .venv
+VENV    ?= .venv
 BIN     := $(VENV)/bin
-# `onnxruntime` and `onnxruntime-gpu` exclude each other: the GPU extra only where an NVIDIA driver answers.
-EXTRA   := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+# `onnxruntime` and `onnxruntime-gpu` exclude each other: [onnx-gpu] only where an NVIDIA driver answers.
+EXTRA   := $(shell nvidia-smi -L >/dev/null 2>&1 && echo onnx-gpu || echo onnx)
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup demo test lint docs soak clean
@@ -15,8 +16,8 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	echo "environment: $(VENV)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	echo "packages: ldmseg_fast[$(EXTRA),demo,dev] with constraints.txt; the first time they are downloaded"
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[$(EXTRA),demo,dev]'
+	echo "packages: ldmseg_fast[$(EXTRA),dev] with constraints.txt; the first time they are downloaded"
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[$(EXTRA),dev]'
 	conflicts=$$($(BIN)/python -m pip check) || { echo "$$conflicts" >&2; exit 1; }
 	touch $@
 	echo "ready: $(BIN)/ldmseg"

@@ -18,39 +18,46 @@ PACKAGE_DIR = {
 }
 
 EXTRAS = {
+    "train": [
+        "deepspeed>=0.19; platform_system=='Linux'",  # several ranks
+        "diffusers>=0.36",
+        "transformers>=5.0",
+        "tensorboard>=2.18",
+        "matplotlib>=3.8",
+        "scipy>=1.11",
+    ],
     # onnxruntime and onnxruntime-gpu overwrite each other: never both
-    "cpu": ["onnx>=1.20,<2", "onnxscript>=0.6", "onnxruntime>=1.25"],
-    "gpu": ["onnx>=1.20,<2", "onnxscript>=0.6", "onnxruntime-gpu>=1.25"],
+    "onnx": ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.25"],
+    "onnx-gpu": ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime-gpu>=1.25"],
     "trt": ["tensorrt-cu13>=11.4"],
-    "rtx": ["tensorrt-rtx-cu13>=1.7,<2"],
+    "rtx": ["tensorrt-rtx-cu13>=1.7"],
     "quantize": ["nvidia-modelopt>=0.47"],
     "xformers": ["xformers>=0.0.35"],
-    "demo": ["matplotlib>=3.8"],
-    "matching": ["scipy>=1.11"],
+    "app": ["gradio>=6.31,<7", "prometheus-client>=0.22"],  # a major of Gradio renames arguments and events
+    "hub": ["huggingface_hub>=2.0"],
     "data": ["scipy>=1.11", "datasets>=4.0"],
     # for `to_supervision` and `to_fiftyone` of results alone
     "supervision": ["supervision>=0.25"],
     "fiftyone": ["fiftyone>=1.0"],
-    "app": ["gradio>=6.31,<7", "prometheus-client>=0.22"],
-    "hub": ["huggingface_hub>=2.0"],
-    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"],
+    # what installs everywhere; the others want a GPU, a vendor's index or a database
+    "all": ["ldmseg_fast[train,onnx,app,hub,data]"],
+    # MkDocs 2 has no plugins
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     "dev": [
+        "ldmseg_fast[train,app,hub,data]",  # with [onnx] or [onnx-gpu], which exclude each other
+        "build>=1.2",
+        "twine>=6.1",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.9",
         "mypy>=1.13",
-        "pybind11>=3.0,<4",
+        "pybind11>=3.0",
         "pycocotools>=2.0.8",
         "scikit-image>=0.24",
-        "scipy>=1.11",
-        "datasets>=4.0",
-        "huggingface_hub>=2.0",
-        "gradio>=6.31,<7",
-        "prometheus-client>=0.22",
         "playwright>=1.50",
         "hotcoco>=1.3; platform_system=='Linux'",
-        "tensorrt-rtx-cu13>=1.7,<2; platform_system=='Linux' and platform_machine=='x86_64'",
+        "tensorrt-rtx-cu13>=1.7; platform_system=='Linux' and platform_machine=='x86_64'",
         # the Python layer without its libraries: names to compare with
         "tensorrt-cu13-bindings>=11.4,<12; platform_system=='Linux' and platform_machine=='x86_64'",
         "nvidia-modelopt>=0.47",
@@ -85,23 +92,21 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],  # that were tried
     package_dir=PACKAGE_DIR,
     packages=find_mapped_packages(),
     package_data={"ldmseg_fast": ["weights/*/*", "weights/*/*/*"]},
-    install_requires=[
-        "torch>=2.11,<2.14",
-        "triton>=3.6,<3.9; platform_system=='Linux'",
+    install_requires=[  # what predicts and scores
+        "torch>=2.11",
+        "triton>=3.6; platform_system=='Linux'",  # CPU builds of torch come without
         "numpy>=2.0",
         "pillow>=11",
         "safetensors>=0.5",
         "tqdm>=4.66",
         "PyYAML>=6",
         "deflate>=0.8",
-        "diffusers>=0.36",
-        "transformers>=5.0",
-        "deepspeed>=0.19",
-        "tensorboard>=2.18",
+        "shtab>=1.13",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ldmseg = ldmseg_fast.cli:main"]},

@@ -170,15 +170,21 @@ def entries(run: Run, folder: Path, images: int) -> None:
 
 
 def start(run: Run, rounds: int) -> None:
-    """Measures the start of `ldmseg pq` up to its first file, and of a bare interpreter with numpy."""
+    """Measures the start of the package, `ldmseg --help`, `ldmseg pq` up to its first file, and bare interpreters."""
     pq = "import ldmseg_fast.cli as c, ldmseg_fast.metrics.pq_files; c.build_parser().parse_args(['pq', 'x', 'y'])"
     bodies = {"pq": pq, "metrics": "from ldmseg_fast.metrics import PanopticQuality", "numpy": "import numpy"}
+    text = "import contextlib, io, sys, ldmseg_fast.cli as c\nsys.argv = ['ldmseg', '--help']\n"
+    text += "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): c.main()"
+    bodies |= {"python": "pass", "import": "import ldmseg_fast", "help": text}
     samples: dict[str, list[float]] = {name: [] for name in bodies}
     for _ in range(rounds):
         for name, body in bodies.items():
             command = [sys.executable, "-c", body]
             samples[name].append(seconds_of(lambda command=command: subprocess.run(command, check=True)))
     seconds = {name: float(np.median(values)) for name, values in samples.items()}
+    run.add_value("start, Python alone", seconds["python"], "s")
+    for name, title in (("import", "import ldmseg_fast"), ("help", "ldmseg --help")):
+        run.add_value(f"start, {title} above Python", seconds[name] - seconds["python"], "s", target=0.3)
     run.add_value("start, numpy alone", seconds["numpy"], "s")
     run.add_value("start, ldmseg pq above numpy", seconds["pq"] - seconds["numpy"], "s", target=0.25)
     run.add_value("start, ldmseg_fast.metrics above numpy", seconds["metrics"] - seconds["numpy"], "s", target=0.25)

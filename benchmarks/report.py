@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in stale:
         path.write_text(new[path], encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
-        print(f"{args.html.name}: not written, the plots need matplotlib: pip install -e '.[demo]'", file=sys.stderr)
+        print(f"{args.html.name}: not written, the plots need matplotlib: pip install -e '.[train]'", file=sys.stderr)
         return 0
     from benchmarks.reporting.page import write_page
 

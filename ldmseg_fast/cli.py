@@ -20,7 +20,6 @@ COMMANDS = {
     "inpaint": ("ldmseg_fast.commands.inpaint", "complete a panoptic map of which a part is given"),
     "evaluate": ("ldmseg_fast.commands.evaluate", "measure the panoptic quality of a model on a COCO-panoptic folder"),
     "pq": ("ldmseg_fast.commands.pq", "measure the panoptic quality of result files, as panopticapi does"),
-    "convert": ("ldmseg_fast.commands.convert", "turn a published LDMSeg checkpoint into a model folder"),
     "data import": ("ldmseg_fast.commands.data_import", "make a COCO-panoptic folder of another data set"),
     "data export": ("ldmseg_fast.commands.data_export", "write a data set or results in another format"),
     "data check": ("ldmseg_fast.commands.data_check", "look for damaged or inconsistent files"),
@@ -29,12 +28,32 @@ COMMANDS = {
     "data cache": ("ldmseg_fast.commands.data_cache", "encode every picture once, for training"),
     "runs": ("ldmseg_fast.commands.runs", "list the training runs below a folder and their best PQ"),
     "report": ("ldmseg_fast.commands.report", "write curves and pictures of one training run as an HTML page"),
+    "demo": ("ldmseg_fast.commands.demo", "run the whole path in minutes, from generated scenes to a report"),
+    "convert": ("ldmseg_fast.commands.convert", "turn a published LDMSeg checkpoint into a model folder"),
     "ship": ("ldmseg_fast.commands.ship", "turn a training run into small weights with a model card"),
     "push": ("ldmseg_fast.commands.push", "send a model to the Hugging Face Hub, with a model card"),
-    "doctor": ("ldmseg_fast.commands.doctor", "tell what this machine can run, and what is missing"),
-    "demo": ("ldmseg_fast.commands.demo", "run the whole path in minutes, from generated scenes to a report"),
+    "doctor": ("ldmseg_fast.commands.doctor", "tell what this machine can run, and what would make it faster"),
+    "completion": ("ldmseg_fast.commands.completion", "print a script that completes commands in bash, zsh or fish"),
 }
 GROUPS = {"data": "import, export, check, generate, merge or encode data sets"}
+# the headings of `ldmseg --help`; a command that none lists stands below the last
+SECTIONS = {
+    "segment": ("predict", "inpaint", "app"),
+    "measure": ("evaluate", "pq"),
+    "data": ("data",),
+    "train": ("runs", "report", "demo"),
+    "models": ("convert", "ship", "push"),
+    "tools": ("doctor", "completion"),
+}
+EXAMPLES = """\
+examples:
+  ldmseg predict tiny photo.png --out results     a map, an overlay and a JSON of the picture
+  ldmseg evaluate tiny --data scenes              panoptic quality of the shipped model
+  ldmseg pq GT.json PRED.json --json              that of any method's result files, as JSON
+  python -m ldmseg_fast.train --help              training, on any number of ranks
+
+exit codes: 0 done, 1 done in part or the answer is no, 2 wrong input, 74 another rank has gone,
+  130 and 143 interrupted, 141 nobody reads the output"""
 
 
 class LateParser(argparse.ArgumentParser):
@@ -43,25 +62,49 @@ class LateParser(argparse.ArgumentParser):
     fill: Callable[[], None] | None = None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.add_late()
+        return super().parse_known_args(args, namespace)
+
+    def add_late(self) -> None:
+        """Adds the arguments, once."""
         if self.fill is not None:
             self.fill()
             self.fill = None
-        return super().parse_known_args(args, namespace)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all commands; `args.run(args)` carries out the one that was chosen."""
-    parser = argparse.ArgumentParser(prog="ldmseg", description="Latent-diffusion panoptic segmentation.")
+    parser = argparse.ArgumentParser(
+        prog="ldmseg",
+        usage="ldmseg [--version] COMMAND [--help] ...",
+        description=f"Latent-diffusion panoptic segmentation.\n\n{_overview()}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands: Any = parser.add_subparsers(dest="command", required=True, parser_class=LateParser)
+    commands: Any = parser.add_subparsers(
+        dest="command", required=True, parser_class=LateParser, prog="ldmseg", help=argparse.SUPPRESS
+    )
     groups: dict[str, Any] = {}
     for name, (module, text) in COMMANDS.items():
         group, _, own_name = name.rpartition(" ")
         if group and group not in groups:
             groups[group] = commands.add_parser(group, help=GROUPS[group]).add_subparsers(required=True)
-        command = (groups[group] if group else commands).add_parser(own_name, help=text)
+        described = {"help": text, "description": f"{text[0].upper()}{text[1:]}."}
+        command = (groups[group] if group else commands).add_parser(own_name, **described)
         command.fill = _filler(command, module)
     return parser
+
+
+def _overview() -> str:
+    """Lists the commands below their headings."""
+    texts = GROUPS | {name: text for name, (_, text) in COMMANDS.items() if " " not in name}
+    headings = {name: heading for heading, names in SECTIONS.items() for name in names}
+    last = list(SECTIONS)[-1]
+    return "\n".join(
+        "\n".join([f"{heading}:", *(f"  {n:<11} {t}" for n, t in texts.items() if headings.get(n, last) == heading)])
+        for heading in SECTIONS
+    )
 
 
 def _filler(parser: argparse.ArgumentParser, module: str) -> Callable[[], None]:
@@ -69,6 +112,9 @@ def _filler(parser: argparse.ArgumentParser, module: str) -> Callable[[], None]:
         command = importlib.import_module(module)
         command.add_arguments(parser)
         parser.set_defaults(run=command.run)
+        examples = "\n".join(["examples:", *(f"  {line}" for line in command.EXAMPLES)])
+        parser.epilog = f"{parser.epilog}\n\n{examples}" if parser.epilog else examples
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     return fill
 
@@ -76,7 +122,7 @@ def _filler(parser: argparse.ArgumentParser, module: str) -> Callable[[], None]:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
-    0: done, 1: the answer is no, 2: wrong input, 130: interrupted, 141: nobody reads the output any more.
+    `ldmseg --help` lists the codes.
     """
     limit_threads()
     args = build_parser().parse_args(argv)

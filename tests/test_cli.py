@@ -1,6 +1,8 @@
 """Commands as a user types them: exit codes, one clear line for wrong input."""
 
+import importlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldmseg_fast.cli import main
+from ldmseg_fast.cli import COMMANDS, SECTIONS, build_parser, main
 from ldmseg_fast.panoptic.format import read_panoptic_png
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,3 +186,67 @@ def test_commands_wait_for_no_imports_of_others():
 def test_the_installed_command_runs():
     command = [sys.executable, "-m", "ldmseg_fast.cli", "--help"]
     assert "predict" in subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_help_groups_every_command_and_shows_examples(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    places = [text.index(f"\n{heading}:\n") for heading in SECTIONS]
+    assert places == sorted(places)
+    assert all(f"\n  {name.partition(' ')[0]} " in text for name in COMMANDS)
+    assert "examples:" in text and "exit codes:" in text
+    grouped = [name for names in SECTIONS.values() for name in names]
+    assert {name.partition(" ")[0] for name in COMMANDS} <= set(grouped) and len(grouped) == len(set(grouped))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples_that_parse(name, capsys):
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    text = capsys.readouterr().out
+    examples = importlib.import_module(COMMANDS[name][0]).EXAMPLES
+    assert examples and all(example in text for example in examples)
+    for example in examples:
+        words = shlex.split(example.partition(" > ")[0].partition("    #")[0])
+        if words[0] == "ldmseg":
+            assert build_parser().parse_args(words[1:]).run
+
+
+def test_a_table_as_json_is_all_of_stdout(model_dir, scenes, tmp_path, capfd):
+    """`--json` of every command that prints a table."""
+    truth = scenes / "annotations" / "panoptic_val2017.json"
+    picture = next((scenes / "val2017").iterdir())
+    given = scenes / "panoptic_val2017" / f"{picture.stem}.png"
+    unknown = str(read_panoptic_png(given).max())
+    run = tmp_path / "run" / "logs"
+    run.mkdir(parents=True)
+    (run / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    commands = {
+        "predict": [model_dir, picture, "--out", tmp_path / "p", "--steps", "1", "--format", "labelme"],
+        "inpaint": [model_dir, "--image", picture, "--map", given, "--unknown-id", unknown, "--out", tmp_path / "i"],
+        "evaluate": [model_dir, "--data", scenes, "--steps", "1"],
+        "pq": [truth, truth],
+        "data check": [scenes],
+        "data export": ["labelme", scenes, tmp_path / "labelme", "--split", "val2017"],
+        "data import": ["labelme", tmp_path / "labelme", tmp_path / "imported"],
+        "runs": [tmp_path],
+    }
+    for name, arguments in commands.items():
+        assert main([*name.split(), *map(str, arguments), "--json"]) == 0, name
+        assert json.loads(capfd.readouterr().out), name
+
+
+def test_a_start_is_quick():
+    """Importing the package and `ldmseg --help`, in CPU seconds above Python's own start."""
+
+    def seconds(*arguments: str) -> float:
+        code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
+        code += "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
+        command = [sys.executable, "-c", code, sys.executable, *arguments]
+        return min(float(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout) for _ in range(3))
+
+    bare = seconds("-c", "pass")
+    assert seconds("-c", "import ldmseg_fast") - bare < 0.3
+    assert seconds("-m", "ldmseg_fast.cli", "--help") - bare < 0.3

@@ -30,9 +30,11 @@ LAYERS = (
     ("errors", "native", "threads"),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
-# imports inside a function that point upwards on purpose: a name on first use, and what an export checks itself with
+# imports inside a function that point upwards on purpose: a name on first use, what an export checks itself with, and
+# the parser of all commands, which is written out as a script
 LATE = {
     ("ldmseg_fast", "ldmseg_fast.pipeline"),
+    ("ldmseg_fast.commands.completion", "ldmseg_fast.cli"),
     ("ldmseg_fast.panoptic.results", "ldmseg_fast.formats.conversions"),
 }
 THIRD_PARTY = {
@@ -40,9 +42,8 @@ THIRD_PARTY = {
     "hypothesis", "kernels",
     "matplotlib", "mlflow", "modelopt",
     "numpy", "onnx", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "safetensors",
-    "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "trackio",
-    "transformers", "triton", "wandb",
-    "xformers", "yaml",
+    "shtab", "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "trackio", "transformers", "triton",
+    "wandb", "xformers", "yaml",
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def load_onnx_backend(
         import onnxruntime as ort
     except ImportError:
         raise BackendError(
-            "backend=onnxruntime: not installed; pip install 'ldmseg_fast[cpu]', or [gpu] on a machine with a GPU"
+            "backend=onnxruntime: not installed; pip install 'ldmseg_fast[onnx]', or [onnx-gpu] on a machine with a GPU"
         ) from None
     folder = Path(engine_dir)
     manifest = read_manifest(folder)

@@ -220,7 +220,12 @@ def _one_conv_in(state: State, source: str) -> State:
 
 
 def _decoder_tensors(vae_config: dict[str, Any]) -> State:
-    from diffusers import AutoencoderKL
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise CheckpointError(
+            f"an image VAE is converted with diffusers ({error}): pip install 'ldmseg_fast[train]'"
+        ) from None
 
     with torch.device("meta"):
         state = AutoencoderKL.from_config(vae_config).state_dict()

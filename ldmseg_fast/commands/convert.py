@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+EXAMPLES = ("ldmseg convert CHECKPOINT.pt --out MODEL_DIR",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="the .pt file: an auto-encoder, or a whole model")

@@ -206,6 +206,9 @@ def load_encoder(source: str | Path, size: int) -> tuple[nn.Module, ImageEncoder
     return encoder.eval().requires_grad_(False), settings
 
 
+EXAMPLES = ("ldmseg data cache COCO --image-vae stable-diffusion-v1-4",)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", help="COCO-panoptic folder")
     parser.add_argument(

@@ -5,13 +5,14 @@ import multiprocessing
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ldmseg_fast.commands.options import add_json_argument, print_json
 from ldmseg_fast.config.categories import name_of
 from ldmseg_fast.data.folders import SplitFolders, find_split, list_splits
 from ldmseg_fast.data.pictures import open_checked, read_content, read_picture
@@ -262,12 +263,22 @@ def _map_kind(path: Path) -> str:
         return "unreadable map"
 
 
+EXAMPLES = (
+    "ldmseg data check scenes",
+    "ldmseg data check COCO --json > problems.json",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root")
+    parser.add_argument("root", help="COCO-panoptic folder")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report and returns 1 where something is wrong with the folder."""
     report = check_folder(args.root)
-    print(report.table())
+    if args.json:
+        print_json(asdict(report) | {"ok": report.ok, "counts": report.counts()})
+    else:
+        print(report.table())
     return 0 if report.ok else 1

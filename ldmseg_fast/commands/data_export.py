@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
+from ldmseg_fast.commands.options import add_json_argument, print_json
 from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.formats.kinds import KINDS
 
@@ -28,6 +30,12 @@ def check_shape(kinds: list[str], shape: str | None) -> None:
         raise ArgumentError(f"--shape: {', '.join(kinds)} has no choice of shapes; {', '.join(SHAPED)} have")
 
 
+EXAMPLES = (
+    "ldmseg data export coco-instances scenes scenes-instances --split val2017",
+    "ldmseg data export label-studio results.json tasks --pictures pictures",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     written = ", ".join(kind for kind, each in KINDS.items() if each.writes)
     parser.add_argument("kind", metavar="KIND", help=written)
@@ -38,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--copy", action="store_true", help="copy pictures; default links to them")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures whose map cannot be read")
     add_shape_argument(parser)
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,5 +77,8 @@ def run(args: argparse.Namespace) -> int:
         data_set = read(args.root, ReadOptions(splits=splits))
     options = WriteOptions(copy=args.copy, shape=args.shape or "rle", skip_bad=args.skip_bad)
     summary = export(data_set, args.kind, args.out, options)
-    print(summary.text())
+    if args.json:
+        print_json(asdict(summary))
+    else:
+        print(summary.text())
     return 1 if summary.faults else 0

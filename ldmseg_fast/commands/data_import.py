@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from ldmseg_fast.commands.options import add_json_argument, print_json
 from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.formats.data_set import DataSet
 from ldmseg_fast.formats.kinds import KINDS
@@ -51,6 +52,12 @@ def _chosen(data_set: DataSet, options: ReadOptions, source: Path) -> DataSet:
     )
 
 
+EXAMPLES = (
+    "ldmseg data import cityscapes CITYSCAPES cityscapes-panoptic --split val",
+    "ldmseg data import voc VOC2012 voc-panoptic --json > summary.json",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     titles = "\n".join(f"  {name:<16} {kind.title}" for name, kind in KINDS.items() if kind.reads)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -71,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--version", default="", help="of the format, where SRC has several")
     parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be read instead of ending")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,5 +87,8 @@ def run(args: argparse.Namespace) -> int:
     summary = import_data(
         args.kind, args.source, args.out, options, WriteOptions(copy=args.copy, skip_bad=args.skip_bad)
     )
-    print(summary.text())
+    if args.json:
+        print_json(asdict(summary))
+    else:
+        print(summary.text())
     return 1 if summary.faults else 0

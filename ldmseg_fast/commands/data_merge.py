@@ -119,6 +119,9 @@ def _link(link: Path, target: Path) -> None:
         link.symlink_to(target.resolve())
 
 
+EXAMPLES = ("ldmseg data merge merged coco:train2017 scenes:train2017:1000",)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder of links and one JSON; the sources stay as they are")
     parser.add_argument("sources", nargs="+", metavar="ROOT:SPLIT[:N]", help="a split, or its first N annotated maps")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ldmseg_fast.errors import ArgumentError
 
+EXAMPLES = ("ldmseg data scenes scenes --images 4000 --size 64 --version 1",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path)

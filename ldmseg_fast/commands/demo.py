@@ -25,6 +25,7 @@ from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.files import read_text, replacing, write_json
 from ldmseg_fast.locks import only_writer
 from ldmseg_fast.reports.demo_page import newest_losses, write_demo_page
+from ldmseg_fast.reports.run_page import require_matplotlib
 from ldmseg_fast.training.launch import launch_training
 
 SHIPPED = "tiny"
@@ -230,6 +231,9 @@ def interruptible(again: str):
         signal.signal(signal.SIGTERM, before)
 
 
+EXAMPLES = ("ldmseg demo --out demo --minutes 8",)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--minutes", type=float, default=8.0, help="of work, all parts together")
@@ -256,6 +260,7 @@ def run(args: argparse.Namespace) -> int:
             raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     if not (args.out / PROGRESS).is_file() and args.out.is_dir() and any(args.out.iterdir()):
         raise ArgumentError(f"--out {args.out}: holds something that no demo has written; choose another folder")
+    require_matplotlib()  # the last part needs it
     torch.set_num_threads(1)  # beside other work, threads that wait for each other cost more than they give
     with only_writer(args.out, "a demo", "or choose another --out"), interruptible("the same command"):
         demo = Demo(args)

@@ -1,34 +1,27 @@
-"""`ldmseg doctor` tells what this machine has, what each backend will use, and the cure for what is missing."""
+"""`ldmseg doctor` tells what this machine has, what each backend will use, and the cure for what is missing or slow."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from ldmseg_fast.backends.trt.api import FLAVOURS, MIN_DRIVER, Machine, driver_major, this_machine
+from ldmseg_fast.commands.doctor_finding import Finding, format_table, version_of
+from ldmseg_fast.commands.doctor_speed import examine_speed
+from ldmseg_fast.commands.options import add_json_argument, print_json
 
+ONNX = "pip install 'ldmseg_fast[onnx]', or [onnx-gpu] with an NVIDIA GPU"
 DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Holds one line of the table. `cure` says what to do where `ok` is false."""
-
-    subject: str
-    ok: bool
-    value: str
-    cure: str = ""
 
 
 def examine() -> list[Finding]:
@@ -39,15 +32,12 @@ def examine() -> list[Finding]:
         _driver(this_machine()),
         _gpus(),
         _cudnn(),
-        _package("Triton", ("triton",), "pip install triton (Linux only); without it the plain PyTorch operations run"),
-        _native(),
         _onnxruntime(),
-        _package("ONNX export", ("onnx", "onnxscript"), "pip install 'ldmseg_fast[cpu]' (or [gpu])", all_of_them=True),
+        _package("ONNX export", ("onnx", "onnxscript"), ONNX, all_of_them=True),
         _tensorrt("TensorRT", "tensorrt"),
         _tensorrt("TensorRT-RTX", "rtx"),
         _package("modelopt", ("nvidia-modelopt",), "for fp8 and int8 engines: pip install 'ldmseg_fast[quantize]'"),
-        _package("DeepSpeed", ("deepspeed",), "pip install deepspeed; needed for training on several ranks"),
-        _package("xformers", ("xformers",), "optional: pip install 'ldmseg_fast[xformers]'"),
+        _package("DeepSpeed", ("deepspeed",), "for several ranks: pip install 'ldmseg_fast[train]'"),
         _compilers(),
         _memory(),
         _disk(),
@@ -66,14 +56,6 @@ def backends() -> list[Finding]:
         _onnxruntime_backend(cuda),
         _tensorrt_backend(),
     ]
-
-
-def version_of(distribution: str) -> str | None:
-    """Returns the version of an installed distribution; None where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _package(subject: str, names: tuple[str, ...], cure: str, all_of_them: bool = False) -> Finding:
@@ -110,13 +92,6 @@ def _cudnn() -> Finding:
     return Finding("cuDNN", version is not None, str(version or "none"), "comes with a CUDA build of PyTorch")
 
 
-def _native() -> Finding:
-    from ldmseg_fast.native import _C
-
-    cure = "install a C++17 compiler and reinstall ldmseg_fast; numpy serves meanwhile, more slowly"
-    return Finding("C++ extension", _C is not None, "built" if _C is not None else "not built", cure)
-
-
 def onnxruntime_providers() -> list[str] | None:
     """Lists ONNX Runtime's execution providers; None where it is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
@@ -129,7 +104,7 @@ def onnxruntime_providers() -> list[str] | None:
 def _onnxruntime() -> Finding:
     providers = onnxruntime_providers()
     if providers is None:
-        return Finding("onnxruntime", False, "not installed", "pip install 'ldmseg_fast[cpu]' (or [gpu])")
+        return Finding("onnxruntime", False, "not installed", ONNX)
     if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
         cure = "they overwrite each other: uninstall both, then install one"
         return Finding("onnxruntime", False, "both onnxruntime and onnxruntime-gpu", cure)
@@ -140,10 +115,10 @@ def _onnxruntime() -> Finding:
 def _onnxruntime_backend(cuda: bool) -> Finding:
     subject, providers = "backend onnxruntime", onnxruntime_providers()
     if providers is None:
-        return Finding(subject, False, "onnxruntime is not installed", "pip install 'ldmseg_fast[cpu]' (or [gpu])")
+        return Finding(subject, False, "onnxruntime is not installed", ONNX)
     if not cuda:
         return Finding(subject, True, "CPU")
-    cure = "pip uninstall onnxruntime, then pip install 'ldmseg_fast[gpu]'"
+    cure = "pip uninstall onnxruntime, then pip install 'ldmseg_fast[onnx-gpu]'"
     if "CUDAExecutionProvider" in providers:
         return Finding(subject, True, "CUDA")
     return Finding(subject, False, "CPU: this onnxruntime has no CUDA provider", cure)
@@ -203,21 +178,22 @@ def _disk() -> Finding:
     return Finding("disk", free > 10, f"{free:.0f} GiB free here", "a full-size model with its engines takes 10 GiB")
 
 
-def format_table(findings: list[Finding]) -> str:
-    """Formats one line a finding, with the cure below each that is not ok."""
-    width = max(len(finding.subject) for finding in findings)
-    lines = []
-    for finding in findings:
-        lines.append(f"{'ok ' if finding.ok else '-- '} {finding.subject:<{width}}  {finding.value}")
-        if not finding.ok:
-            lines.append(f"    {'':<{width}}  -> {finding.cure}")
-    return "\n".join(lines)
+EXAMPLES = (
+    "ldmseg doctor",
+    "ldmseg doctor --json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds nothing: the command takes no arguments."""
+    """Adds --json."""
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    print(format_table(examine()))
+    """Prints what can run and what would make it faster; nothing found wrong is an error, so it returns 0."""
+    can_run, speed = examine(), examine_speed()
+    if args.json:
+        print_json({"can_run": [asdict(each) for each in can_run], "speed": [asdict(each) for each in speed]})
+        return 0
+    print(f"what can run here:\n{format_table(can_run)}\n\nwhat makes it fast here:\n{format_table(speed)}")
     return 0

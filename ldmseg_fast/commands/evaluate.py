@@ -11,6 +11,7 @@ from pathlib import Path
 from ldmseg_fast.commands.options import (
     add_backend_arguments,
     add_model_argument,
+    add_report_argument,
     add_view_arguments,
     model_folders,
     take_model,
@@ -21,6 +22,13 @@ from ldmseg_fast.outputs import report_stream, same_place
 
 MODEL_FILES = ("model_index.json", "README.md", "config.json", "settings.txt")  # beside the components
 OWN_RESULTS = re.compile(r"\.?(panoptic|inpainting).*\.jsonl?$")
+
+
+EXAMPLES = (
+    "ldmseg evaluate tiny --data scenes",
+    "ldmseg evaluate MODEL_DIR --data COCO --steps 50 --page errors.html",
+    "ldmseg evaluate tiny --data scenes --json > report.json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--worst", type=int, default=8, metavar="K", help="worst images on the page (default 8)")
     parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")
     parser.add_argument("--no-baselines", action="store_true", help="leave the rows of trivial baselines out")
-    parser.add_argument("--json", type=Path, help="report file")
+    add_report_argument(parser)
     add_backend_arguments(parser)
 
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.commands.options import (
     add_backend_arguments,
+    add_json_argument,
     add_model_argument,
     add_picture_arguments,
     model_folders,
+    print_json,
     take_model,
 )
 from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
+
+EXAMPLES = (
+    "ldmseg inpaint tiny --image photo.png --map results/photo.png --unknown-id 0 --out completed",
+    "ldmseg inpaint tiny --image photo.png --map results/photo.png --known mask.png --out completed",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
     add_format_argument(parser)
+    add_json_argument(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
     add_picture_arguments(parser)
@@ -113,8 +122,11 @@ def run(args: argparse.Namespace) -> int:
     record = write_result(args.out, found, preview_of(picture), result, pipe.info.categories)
     new = sum(not segment["given"] for segment in result.segments_info)
     share = 100.0 * (1.0 - known.mean())
-    print(f"{share:.1f} % of the map completed, {new} new segments: {record}")
-    write_formats(args.formats, [found], args.out, exif=args.exif)
+    stream = sys.stderr if args.json else sys.stdout
+    print(f"{share:.1f} % of the map completed, {new} new segments: {record}", file=stream)
+    write_formats(args.formats, [found], args.out, exif=args.exif, stream=stream)
     if picture.turned:
-        print("turned as its EXIF orientation says (--keep-orientation keeps the stored pixels)")
+        print("turned as its EXIF orientation says (--keep-orientation keeps the stored pixels)", file=stream)
+    if args.json:
+        print_json({"written": record, "completed": share / 100.0, "new_segments": new, "turned": picture.turned})
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,28 @@ def model_folders(model_dir: str | Path) -> list[Path]:
     except CheckpointError:  # it is told when the model is loaded
         return []
     return [model, *(model / name for name in COMPONENTS)]
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --json, for commands whose answer is text."""
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON, and nothing else, on stdout")
+
+
+def add_report_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --json [FILE], for commands that also write their answer as a file."""
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=Path("/dev/stdout"),
+        metavar="FILE",
+        help="write the whole report as JSON; without FILE to stdout, and the table to stderr",
+    )
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON value on stdout; paths in it as text."""
+    print(json.dumps(value, indent=1, allow_nan=False, default=str))
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,17 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from ldmseg_fast.commands.options import add_report_argument
 from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 
 KINDS = "COCO panoptic JSON with PNGs, COCO instances or results with RLE or polygons, or a folder of panoptic PNGs"
+
+
+EXAMPLES = (
+    "ldmseg pq GT.json PRED.json",
+    "ldmseg pq GT.json PRED.json --against OTHER.json --page changes.html",
+    "ldmseg pq GT.json PRED.json --json > report.json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--boundary", action="store_true", help="add a column with boundary-aware PQ")
     parser.add_argument("--csv", type=Path, help="write one line per category")
     parser.add_argument("--per-image", type=Path, metavar="FILE", help="write one line per image, as CSV")
-    parser.add_argument("--json", type=Path, help="write the whole report, as fractions")
+    add_report_argument(parser)
     parser.add_argument("--by", metavar="COLUMN", help="PQ of the images of each value, such as weather")
     parser.add_argument(
         "--table",

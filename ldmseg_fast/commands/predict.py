@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,10 +19,12 @@ from tqdm import tqdm
 
 from ldmseg_fast.commands.options import (
     add_backend_arguments,
+    add_json_argument,
     add_model_argument,
     add_picture_arguments,
     add_view_arguments,
     model_folders,
+    print_json,
     take_model,
     views_of,
 )
@@ -265,11 +267,19 @@ def _read_batches(
         yield batch
 
 
+EXAMPLES = (
+    "ldmseg predict tiny photo.png --out results",
+    "ldmseg predict tiny pictures --recursive --out results --steps 4 --format coco-panoptic",
+    "ldmseg predict MODEL_DIR pictures --out results --backend onnxruntime --engine-dir graphs",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     parser.add_argument("images", nargs="+", help="files or folders")
     parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
     add_format_argument(parser)
+    add_json_argument(parser)
     parser.add_argument("--recursive", action="store_true", help="take the pictures of sub-folders too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1, help="seeds per picture; above 1 with a map of agreement")
@@ -313,16 +323,20 @@ def run(args: argparse.Namespace) -> int:
     )
     if not done.written and not found.from_folders:
         raise DataError("\n".join(done.bad))
-    print(f"{len(done.written)} images segmented: {args.out}")
+    stream = sys.stderr if args.json else sys.stdout
+    print(f"{len(done.written)} images segmented: {args.out}", file=stream)
     written = set(done.written)
     results = [each for each in found.pictures if args.out / each.folder / f"{each.file.stem}.json" in written]
-    write_formats(args.formats, results, args.out, exif=args.exif)
+    write_formats(args.formats, results, args.out, exif=args.exif, stream=stream)
     if done.turned:
-        print(f"{done.turned} turned as their EXIF orientation says (--keep-orientation keeps the stored pixels)")
+        turned = f"{done.turned} turned as their EXIF orientation says (--keep-orientation keeps the stored pixels)"
+        print(turned, file=stream)
     if done.frames:
-        print(f"{done.frames} have more than one frame, of which the first is segmented")
+        print(f"{done.frames} have more than one frame, of which the first is segmented", file=stream)
     if found.left_out:
-        print(f"left out: {described(found.left_out)}")
+        print(f"left out: {described(found.left_out)}", file=stream)
     if done.bad:
         print(f"{len(done.bad)} could not be segmented:", *done.bad, sep="\n  ", file=sys.stderr)
+    if args.json:
+        print_json(asdict(done) | {"left_out": found.left_out})
     return 1 if done.bad else 0

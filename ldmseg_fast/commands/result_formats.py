@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from ldmseg_fast.errors import ArgumentError
 
@@ -65,7 +65,9 @@ def check_categories(kinds: Sequence[str], pipe: LDMSegPipeline) -> None:
         )
 
 
-def write_formats(kinds: Sequence[str], pictures: Sequence[FoundPicture], out: Path, *, exif: bool) -> None:
+def write_formats(
+    kinds: Sequence[str], pictures: Sequence[FoundPicture], out: Path, *, exif: bool, stream: IO[str]
+) -> None:
     """Writes results of `ldmseg predict` in other formats, and prints what each holds.
 
     Args:
@@ -73,6 +75,7 @@ def write_formats(kinds: Sequence[str], pictures: Sequence[FoundPicture], out: P
         pictures: that have results.
         out: the folder of the results.
         exif: whether pictures were turned as their EXIF orientation says.
+        stream: what is printed goes there.
 
     Raises:
         DataError: results that have gone, or that the format cannot hold.
@@ -86,4 +89,4 @@ def write_formats(kinds: Sequence[str], pictures: Sequence[FoundPicture], out: P
 
     data_set = read_predictions(out, pictures, exif=exif)
     for kind in kinds:
-        print(f"{kind}: {export(data_set, kind, out / kind, WriteOptions()).text()}")
+        print(f"{kind}: {export(data_set, kind, out / kind, WriteOptions()).text()}", file=stream)

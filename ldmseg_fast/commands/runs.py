@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ldmseg_fast.commands.options import add_json_argument, print_json
 from ldmseg_fast.files import read_text
 from ldmseg_fast.reports.run_page import LOG, read_log
 
@@ -104,16 +105,22 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
+EXAMPLES = (
+    "ldmseg runs runs",
+    "ldmseg runs runs --json",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="holds output_dirs of trainings, at any depth")
-    parser.add_argument("--json", action="store_true", help="one JSON list instead of the table")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the runs and returns 1 where there is none."""
     runs = find_runs(args.folder)
     if args.json:
-        print(json.dumps([asdict(run) | {"state": run.state} for run in runs], indent=2))
+        print_json([asdict(run) | {"state": run.state} for run in runs])
     else:
         print(format_table(runs) if runs else f"no run in {args.folder}")
     return 0 if runs else 1

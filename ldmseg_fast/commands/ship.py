@@ -201,6 +201,9 @@ def _last_part(path: str) -> str:
     return Path(path).name if re.search(r"[/\\]", path) and not path.startswith(PREFIX) else path
 
 
+EXAMPLES = ("ldmseg ship runs/one_step models/mine --dtype fp16",)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, help="folder of a finished training run")
     parser.add_argument("out", type=Path, help="model folder to write, such as ldmseg_fast/weights/tiny")

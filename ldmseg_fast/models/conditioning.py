@@ -134,13 +134,18 @@ def build_conditioning(
         clip_config, tokenizer_folder: of a saved component, whose weights are loaded by the caller.
 
     Raises:
-        ConfigError: no CLIP folder where one is needed.
+        ConfigError: no CLIP folder where one is needed, or no transformers.
     """
     if unet.conditioning == "none":
         return None
     if unet.conditioning == "learned":
         return LearnedQueries(config, unet.cross_attention_dim)
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
+    try:
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
+    except ImportError as error:
+        raise ConfigError(
+            f"unet.conditioning={unet.conditioning} needs transformers ({error}): pip install 'ldmseg_fast[train]'"
+        ) from None
 
     is_text = unet.conditioning == "clip_text"
     model_kind: Any = CLIPTextModel if is_text else CLIPVisionModel

@@ -19,16 +19,22 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return read_lines(run / LOG)
 
 
+def require_matplotlib() -> None:
+    """Raises ArgumentError where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ArgumentError("the curves of a run need matplotlib: pip install 'ldmseg_fast[train]'") from None
+
+
 def curves(run: Path) -> bytes:
     """Draws the loss (log axis) and the validation PQ of a run against the step, as a PNG.
 
     Raises:
         ArgumentError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ArgumentError("the curves of a run need matplotlib: pip install 'ldmseg_fast[demo]'") from None
+    require_matplotlib()
+    import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -45,7 +45,8 @@ def _check_attention(backend: str, device: torch.device) -> None:
     if backend == "triton" and device.type != "cuda":
         raise ConfigError("model.attention=triton needs a GPU and there is none here; use model.attention=auto or sdpa")
     if backend == "xformers" and importlib.util.find_spec("xformers") is None:
-        raise ConfigError("model.attention=xformers: `pip install xformers`, or use model.attention=auto or sdpa")
+        cure = "pip install 'ldmseg_fast[xformers]', or use model.attention=auto or sdpa"
+        raise ConfigError(f"model.attention=xformers: {cure}")
 
 
 def _recorded_precision(folder: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldmseg_fast import distributed
 from ldmseg_fast.config import Config
-from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.training.deepspeed_settings import deepspeed_config, merge_user_config
 from ldmseg_fast.training.shards import Averages, Shard, flat_shards, parameter_shards, whole_shards
 from ldmseg_fast.training.stages import Stage
@@ -213,7 +213,12 @@ class DeepSpeedOptimizer(Optimizer):
     """Trains on several ranks: DeepSpeed ZeRO 0-3 (Rajbhandari et al. 2020) around the same AdamW."""
 
     def __init__(self, stage: Stage, config: Config, user_config: dict[str, Any]) -> None:
-        import deepspeed
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ConfigError(
+                f"training on several ranks needs DeepSpeed ({error}): pip install 'ldmseg_fast[train]', or one rank"
+            ) from None
 
         super().__init__(stage, config)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # dozens of lines per rank otherwise

@@ -29,7 +29,7 @@ def require_assignment_solver() -> None:
         import scipy.optimize  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "few_step.matching=hungarian needs SciPy: pip install 'ldmseg_fast[matching]', or few_step.matching=none"
+            "few_step.matching=hungarian needs SciPy: pip install 'ldmseg_fast[train]', or few_step.matching=none"
         ) from None
 
 

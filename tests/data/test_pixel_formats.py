@@ -191,7 +191,13 @@ def test_every_mode_of_8_bits(mode: str, kind: str, tmp_path: Path) -> None:
     image.convert(mode).save(buffer, kind)
     (tmp_path / "picture").write_bytes(buffer.getvalue())
     with Image.open(buffer) as opened:
-        np.testing.assert_array_equal(read_image(tmp_path / "picture"), np.array(opened.convert("RGB")))
+        try:
+            expected = np.array(opened.convert("RGB"))
+        except OSError:  # Pillow 12 cannot read the YCbCr that it writes
+            with pytest.raises(DataError, match="not a readable picture"):
+                read_image(tmp_path / "picture")
+            return
+    np.testing.assert_array_equal(read_image(tmp_path / "picture"), expected)
 
 
 def test_transparency_is_dropped(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ ARGUMENTS = {
     "ship": ["run", "out"],
     "push": ["tiny", "owner/name"],
     "doctor": [],
+    "completion": ["bash"],
     "demo": ["--out", "out"],
 }
 SCRIPTS = {

@@ -244,5 +244,5 @@ def test_a_provider_that_falls_back(model_dir, graphs, monkeypatch):
 
 def test_no_onnxruntime(model_dir, graphs, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r"not installed; pip install 'ldmseg_fast\[cpu\]'"):
+    with pytest.raises(BackendError, match=r"not installed; pip install 'ldmseg_fast\[onnx\]'"):
         load_backend(model_dir, "onnxruntime", graphs)

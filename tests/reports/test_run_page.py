@@ -37,5 +37,5 @@ def test_report_of_a_run(tmp_path, monkeypatch):
         log.write('{"step": 3, "lo')  # a run that is writing
     assert write_run_report(tmp_path, page) == page
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"need matplotlib: pip install 'ldmseg_fast\[demo\]'"):
+    with pytest.raises(ValueError, match=r"need matplotlib: pip install 'ldmseg_fast\[train\]'"):
         write_run_report(tmp_path, page)

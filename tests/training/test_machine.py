@@ -108,5 +108,5 @@ def test_attention_that_needs_a_gpu_is_refused_when_training_starts(settings: Se
 
 def test_attention_that_is_not_installed_is_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"model\.attention=xformers: `pip install xformers`"):
+    with pytest.raises(ConfigError, match=r"model\.attention=xformers: pip install 'ldmseg_fast\[xformers\]'"):
         resolve_settings(settings("run", "model.attention=xformers"), CPU, None)
