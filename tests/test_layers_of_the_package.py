@@ -13,6 +13,7 @@ LAYERS = (
     ("benchmarks",),
     ("cli",),
     ("commands",),
+    ("app",),
     ("export",),
     ("train", "evaluation"),
     ("training", "pipeline"),
@@ -36,7 +37,8 @@ LATE = {
     ("ldmseg_fast.panoptic.results", "ldmseg_fast.formats.conversions"),
 }
 THIRD_PARTY = {
-    "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "fiftyone", "hotcoco", "hypothesis", "kernels",
+    "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "fastapi", "fiftyone", "gradio", "gradio_client",
+    "hotcoco", "hypothesis", "kernels",
     "matplotlib", "modelopt",
     "numpy", "onnx", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "safetensors",
     "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "transformers", "triton", "wandb",
