@@ -121,26 +121,48 @@ def write_zip(
     check_kind(kind, cityscapes=True)
     if not items:
         raise ArgumentError("no results to download: segment a picture first")
-    path = Path(path)
     names = different_names(item.name for item in items)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="export-") as folder:
+    if kind != MAPS:
+        entries = [_entry(name, item) for name, item in zip(names, items)]
+        return zip_data_set(DataSet([dict(each) for each in categories], {_SPLIT: entries}), kind, path, reports)
+    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix="export-") as folder:
+        for name, item in zip(names, items):
+            write_maps(Path(folder), name, item)
+        return zip_folder(Path(folder), path, reports)
+
+
+def zip_data_set(data_set: DataSet, kind: str, path: str | Path, reports: str = "") -> Path:
+    """Writes a data set as one zip in a format of `formats.kinds`.
+
+    Raises:
+        ArgumentError, DataError, OSError: see `formats.export.export`.
+    """
+    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix="export-") as folder:
         out = Path(folder) / "results"
-        if kind == MAPS:
-            out.mkdir()
-            for name, item in zip(names, items):
-                _write_maps(out, name, item)
-        else:
-            entries = [_entry(name, item) for name, item in zip(names, items)]
-            export(DataSet([dict(each) for each in categories], {_SPLIT: entries}), kind, out, WriteOptions(copy=True))
-        with (
-            replacing(path) as temporary,
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as zipped,
-        ):
-            for file in sorted(each for each in out.rglob("*") if each.is_file()):
-                zipped.write(file, file.relative_to(out).as_posix())
-            if reports:
-                zipped.writestr("left-out.txt", reports)
-    return path
+        export(data_set, kind, out, WriteOptions(copy=True))
+        return zip_folder(out, path, reports)
+
+
+def zip_folder(folder: Path, path: str | Path, reports: str = "") -> Path:
+    """Packs a folder's files as one zip, which appears when all of it is there.
+
+    Args:
+        folder: whose files are packed.
+        path: of the zip.
+        reports: text of a file left-out.txt beside them; "": no such file.
+
+    Raises:
+        OSError: a file that cannot be written.
+    """
+    with (
+        replacing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as zipped,
+    ):
+        for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+            zipped.write(file, file.relative_to(folder).as_posix())
+        if reports:
+            zipped.writestr("left-out.txt", reports)
+    return Path(path)
 
 
 def _entry(name: str, item: Exported) -> Entry:
@@ -156,7 +178,17 @@ def _entry(name: str, item: Exported) -> Entry:
     return Entry(name, item.picture, read)
 
 
-def _write_maps(out: Path, name: str, item: Exported) -> None:
+def write_maps(out: Path, name: str, item: Exported) -> None:
+    """Writes NAME.png, NAME.json and NAME_overlay.png into a folder, as `ldmseg predict` does.
+
+    Args:
+        out: the folder.
+        name: of the picture, safe.
+        item: its result.
+
+    Raises:
+        OSError: a file that cannot be written.
+    """
     stem = name.rpartition(".")[0] or name
     write_panoptic_png(out / f"{stem}.png", item.result.segmentation)
     if item.overlay is not None:
