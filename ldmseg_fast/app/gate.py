@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import json
 import re
@@ -98,6 +99,11 @@ class Gate:
             self.limits.arrive(visitor)
         try:
             await self.app(scope, receive, watch)
+        except RuntimeError as error:
+            if "response already started" not in str(error):
+                raise
+            with contextlib.suppress(RuntimeError):  # gradio's answer to an id that is not known
+                await send({"type": "http.response.body", "body": b""})
         finally:
             if visitor is not None:
                 self.limits.leave(visitor, finished)

@@ -138,6 +138,8 @@ def make_app(worker: Worker, limits: Limits, folder: Path, auth: str | None, bui
 
     started = time.time()
     page = build(worker, limits)
+    for function in page.fns.values():
+        function.api_name = f"page-{function._id}"  # or the API's own names would be taken
     with page:
         api.add(worker, limits)
     page.queue(max_size=limits.queue, default_concurrency_limit=1, api_open=False)
