@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -241,6 +242,10 @@ def serve(app: Any, bound: socket.socket, ready: Callable[[], None] | None = Non
             await super().startup(sockets)
             if ready is not None and self.started:
                 ready()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # connections that are cut are no faults
+            await super().shutdown(sockets)
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=LEAVE)
     Server(config).run(sockets=[bound])
