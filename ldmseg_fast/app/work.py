@@ -16,6 +16,7 @@ from PIL import Image
 
 from ldmseg_fast.app.scoring import Score, read_truth, score
 from ldmseg_fast.backends.load import BACKENDS
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.pictures import MAX_PIXELS, Picture, read_picture, rgb_of_image
@@ -123,6 +124,10 @@ class Worker:
         engine_dir: exported graphs or engines, for "onnxruntime" and "tensorrt".
         max_pixels: of a picture; larger ones are refused before they are decoded.
 
+    Attributes:
+        info: of the model.
+        keep: is given the work's name, picture and result of everything that is done; see `keep.Keeper`.
+
     Raises:
         BackendError: an unknown backend, or one that cannot run here.
         CheckpointError: no model.
@@ -141,9 +146,10 @@ class Worker:
         if not self.backends or (unknown := [name for name in self.backends if name not in BACKENDS]):
             name = unknown[0] if self.backends else ""
             raise BackendError(f"backend={name!r}: one of {', '.join(BACKENDS)} expected")
+        self.keep: Callable[[str, Any, Segmented], None] | None = None
         self._loaded: dict[str, _Loaded] = {}
         self._loading = threading.Lock()
-        self.info = self._backend(self.backends[0]).own.info
+        self.info = self._load_info()
 
     @property
     def categories(self) -> list[dict[str, Any]]:
@@ -235,7 +241,9 @@ class Worker:
                 )
             )
             seconds = time.perf_counter() - start
-        return Segmented(results[0], view_of(read), seconds, settings, read.orientation)
+        done = Segmented(results[0], view_of(read), seconds, settings, read.orientation)
+        self._keep("segment", picture, done)
+        return done
 
     def complete(
         self,
@@ -294,7 +302,9 @@ class Worker:
                 segments_info=numbers,
             )[0]
             seconds = time.perf_counter() - start
-        return Segmented(result, view_of(read), seconds, settings, read.orientation)
+        done = Segmented(result, view_of(read), seconds, settings, read.orientation)
+        self._keep("complete", picture, done)
+        return done
 
     def compare(
         self, picture: Any, first: Settings | None, second: Settings | None, stop: Stop | None = None
@@ -332,6 +342,13 @@ class Worker:
             if close is not None:
                 close()
         self._loaded.clear()
+
+    def _load_info(self) -> ModelInfo:
+        return self._backend(self.backends[0]).own.info
+
+    def _keep(self, work: str, picture: Any, done: Segmented) -> None:
+        if self.keep is not None:
+            self.keep(work, picture, done)
 
     def _backend(self, name: str) -> _Loaded:
         with self._loading:
