@@ -8,7 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from ldmseg_fast.app.tabs import compare, complete, score, segment
+from ldmseg_fast.app.limits import Limits
+from ldmseg_fast.app.tabs import api, batch, compare, complete, score, segment
 from ldmseg_fast.app.tabs.examples import write_examples
 from ldmseg_fast.app.tabs.parts import Site
 from ldmseg_fast.app.work import Worker
@@ -37,7 +38,7 @@ def look() -> dict[str, Any]:
     return {"theme": theme, "css_paths": [_FOLDER / "page.css"], "footer_links": [], "run_history": False}
 
 
-def build(worker: Worker, limits: Any = None, keep_state: float = 1800) -> gr.Blocks:
+def build(worker: Worker, limits: Limits | None = None, keep_state: float = 1800) -> gr.Blocks:
     """Builds the page.
 
     Args:
@@ -45,7 +46,7 @@ def build(worker: Worker, limits: Any = None, keep_state: float = 1800) -> gr.Bl
         limits: of a request.
         keep_state: seconds after which a visitor's last result is dropped.
     """
-    site = Site(worker, limits)
+    site = Site(worker, limits or Limits(), keep_state)
     folder = tempfile.TemporaryDirectory(prefix="ldmseg-examples-")
     examples = write_examples(Path(folder.name))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -55,10 +56,13 @@ def build(worker: Worker, limits: Any = None, keep_state: float = 1800) -> gr.Bl
             with gr.Tab("Segment", id="segment"):
                 segment.add(site, current, examples)
             with gr.Tab("Complete", id="complete"):
-                complete.add(site, current, examples, keep_state)
+                complete.add(site, current, examples)
             with gr.Tab("Compare", id="compare"):
                 compare.add(site, examples)
+            with gr.Tab("Batch", id="batch"):
+                batch.add(site)
             with gr.Tab("Score", id="score"):
                 score.add(site, current, examples)
+        api.add(site)
     page.examples_folder = folder  # lives as long as the page
     return page

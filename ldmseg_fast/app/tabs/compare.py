@@ -36,7 +36,9 @@ def add(site: Site, examples: list[Example]) -> None:
                 first = SettingsInputs(site.worker, "compare-first", site.max_size)
             with gr.Accordion("Second settings", open=True, elem_id="compare-second"):
                 second = SettingsInputs(site.worker, "compare-second", site.max_size, seed=1)
-            start = gr.Button("Compare", variant="primary", elem_id="compare-start")
+            with gr.Row():
+                start = gr.Button("Compare", variant="primary", elem_id="compare-start", scale=3, min_width=120)
+                site.stop_button("compare-stop")
         with gr.Column(scale=3, min_width=300):
             both = gr.ImageSlider(
                 label="First (left) and second (right)", buttons=[], max_height=560, elem_id="compare-slider"
@@ -54,11 +56,12 @@ def add(site: Site, examples: list[Example]) -> None:
             )
 
     @told
-    def compare(path: str | None, *values: Any) -> tuple[Any, ...]:
+    def compare(path: str | None, request: gr.Request, *values: Any) -> tuple[Any, ...]:
         if path is None:
             raise ArgumentError("Give a picture first: drop, paste or take one, or choose an example.")
         half = len(values) // 2
-        found = site.worker.compare(path, settings_of(*values[:half]), settings_of(*values[half:]), site.stop())
+        with site.limits.work("compare", request.session_hash) as stop:
+            found = site.worker.compare(path, settings_of(*values[:half]), settings_of(*values[half:]), stop)
         pictures, numbers = zip(*(_drawn(each, site.worker.categories) for each in (found.first, found.second)))
         line = (
             f"The maps agree on **{found.share:.1%}** of the pixels; panoptic quality of one against the other "

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from ldmseg_fast.app.exports import Exported, write_zip
+from ldmseg_fast.app.exports import MAPS, Exported, write_zip
 from ldmseg_fast.app.scoring import read_truth
 from ldmseg_fast.app.segments import Segments
 from ldmseg_fast.app.tabs.brush import FORGET, KEEP, Brush, brushes_of, canvas_of, legend, painted
@@ -54,9 +54,9 @@ class Work:
     brushes: list[Brush] = field(default_factory=list)
 
 
-def add(site: Site, current: gr.State, examples: list[Example], keep_state: float) -> None:
+def add(site: Site, current: gr.State, examples: list[Example]) -> None:
     """Adds the tab; `current` is the visitor's result of the tab Segment, a `Shown`."""
-    work = gr.State(None, time_to_live=keep_state)
+    work = gr.State(None, time_to_live=site.keep_state)
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             take = gr.Button("Take over the result of Segment", elem_id="complete-take")
@@ -97,15 +97,20 @@ def add(site: Site, current: gr.State, examples: list[Example], keep_state: floa
                 settings = SettingsInputs(site.worker, "complete", site.max_size)
             with gr.Row():
                 start = gr.Button("Complete", variant="primary", elem_id="complete-start", min_width=120)
-                undo = gr.Button("Undo", elem_id="complete-undo", min_width=120)
+                undo = gr.Button("Undo", elem_id="complete-undo", min_width=80)
+                site.stop_button("complete-stop")
             said = gr.Markdown(
                 "Brush away what the model shall find anew, then press Complete.", elem_id="complete-said"
             )
             view = viewer("Completed map", "complete-view")
             with gr.Row(elem_classes="in-line"):
-                kind = gr.Dropdown(site.kinds, value="maps", label="Format", elem_id="complete-format")
+                kind = gr.Dropdown(site.kinds, value=MAPS, label="Format", elem_id="complete-format")
                 make = gr.Button("Make download", elem_id="complete-make", min_width=120)
             download = gr.File(label="Download", visible=False, elem_id="complete-download")
+
+    blank: dict[str, Any] = {"iscrowd": 0}  # of segments of which nothing but the pixels is known
+    if site.worker.info.categories is None:
+        blank |= {"category_id": 1, "label_id": 1, "isthing": True, "was_fused": False}
 
     def shown(doing: Work, line: str) -> tuple[Any, ...]:
         segments = doing.maps[-1]
@@ -149,16 +154,15 @@ def add(site: Site, current: gr.State, examples: list[Example], keep_state: floa
                 f"the map has {ids.shape[1]} x {ids.shape[0]} pixels, the picture {found.size[1]} x {found.size[0]}: "
                 "give a map of the picture's size"
             )
-        entry = {"category_id": 1, "label_id": 1, "isthing": True, "iscrowd": 0, "was_fused": False}
-        if site.worker.info.categories is not None:
-            entry = {"iscrowd": 0}
-        result = PanopticResult(ids, [entry | shape for shape in segment_shapes(ids)])
+        result = PanopticResult(ids, [blank | shape for shape in segment_shapes(ids)])
         segments = Segments(result, site.worker.categories)
         doing = Work(path, picture_view(found), found.orientation, [segments])
         return shown(doing, f"The map has {len(segments)} segments. Paint over it, then press Complete.")
 
     @told
-    def complete(doing: Work | None, edited: dict[str, Any] | None, forgotten: list[int], *values: Any) -> Any:
+    def complete(
+        doing: Work | None, edited: dict[str, Any] | None, forgotten: list[int], request: gr.Request, *values: Any
+    ) -> tuple[Any, ...]:
         if doing is None:
             raise ArgumentError(GONE)
         before = doing.maps[-1]
@@ -169,17 +173,22 @@ def add(site: Site, current: gr.State, examples: list[Example], keep_state: floa
             known &= ~(np.isin(ids, forgotten) & (codes == KEEP))
         ids[codes > 0] = codes[codes > 0]
         given = before.result(hidden=True)
-        done = site.worker.complete(
-            doing.picture, ids, known, settings_of(*values), site.stop(), segments_info=given.segments_info
-        )
         names = {entry["id"]: entry for entry in given.segments_info}
-        for entry in done.result.segments_info:
-            entry |= {key: names[entry["id"]][key] for key in ("name",) if key in names.get(entry["id"], {})}
-        doing.maps = [*doing.maps[-_UNDO:], Segments(done.result, before.categories())]
-        line = facts(done, len(doing.maps[-1]))
-        return shown(
-            doing, f"{line}\n\n{(~known).mean():.1%} of the pixels were completed; the others are as they were."
-        )
+        if known.all() and (codes > 0).any():  # all is painted, so nothing is left for the model
+            result = PanopticResult(ids, [names.get(shape["id"], blank) | shape for shape in segment_shapes(ids)])
+            line = "The strokes are in the map. Nothing was brushed away, so the model had nothing to find."
+        else:
+            with site.limits.work("complete", request.session_hash) as stop:
+                done = site.worker.complete(
+                    doing.picture, ids, known, settings_of(*values), stop, segments_info=given.segments_info
+                )
+            result = done.result
+            for entry in result.segments_info:
+                entry |= {key: value for key, value in names.get(entry["id"], {}).items() if key in ("name", "color")}
+            line = f"{facts(done, len(result.segments_info))}\n\n{(~known).mean():.1%} of the pixels were completed; "
+            line += "the others are as they were."
+        doing.maps = [*doing.maps[-_UNDO:], Segments(result, before.categories())]
+        return shown(doing, line)
 
     @told
     def take_back(doing: Work | None) -> tuple[Any, ...]:

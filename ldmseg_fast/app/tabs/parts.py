@@ -15,13 +15,16 @@ from typing import Any, TypeVar
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from ldmseg_fast.app.exports import CITYSCAPES, EXPORTS, safe_name
+from ldmseg_fast.app.exports import CITYSCAPES, EXPORTS, MAPS, safe_name
+from ldmseg_fast.app.limits import Cancelled, Limits
 from ldmseg_fast.app.segments import Segments
 from ldmseg_fast.app.work import Segmented, Settings, Worker
 from ldmseg_fast.diffusion.solvers import SOLVERS
 from ldmseg_fast.errors import UserError
+from ldmseg_fast.formats.kinds import KINDS
 
 FAULT = "The app met a fault of its own, which its log holds. Try again, or with another picture."
+_TITLES = {MAPS: "Maps: PNG, overlay and JSON each"}
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -44,23 +47,33 @@ class Shown:
 
 
 class Site:
-    """Holds what every tab needs: the worker, and how its events run.
+    """Holds what every tab needs: the worker, the bounds of a request, and how events run.
 
     Args:
         worker: of all visitors.
         limits: of a request.
+        keep_state: seconds after which what a visitor has made is dropped.
     """
 
-    def __init__(self, worker: Worker, limits: Any) -> None:
-        self.worker, self.limits = worker, limits
+    def __init__(self, worker: Worker, limits: Limits, keep_state: float) -> None:
+        self.worker, self.limits, self.keep_state = worker, limits, keep_state
         self.max_size = 4 * worker.info.image_size
-        self.kinds = list(EXPORTS) + ([] if worker.info.categories is None else [CITYSCAPES])
+        names = [*EXPORTS, *([] if worker.info.categories is None else [CITYSCAPES])]
+        self.kinds = [(_TITLES.get(name) or KINDS[name].title, name) for name in names]
+        # a worker does one piece of work at a time on each backend; the others wait at its door, where they can be
+        # stopped
+        self.heavy: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 8}
         self.light: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None}
-        self.heavy: dict[str, Any] = {"api_visibility": "private"}
 
-    def stop(self) -> Callable[[], None] | None:
-        """Returns what ends one request's work when its time is over."""
-        return None
+    def stop_button(self, elem_id: str) -> gr.Button:
+        """Makes the button that ends the visitor's work."""
+        button = gr.Button("Stop", variant="stop", elem_id=elem_id, min_width=80)
+        button.click(self._cancel, None, None, queue=False, **self.light)
+        return button
+
+    def _cancel(self, request: gr.Request) -> None:
+        if not self.limits.cancel(request.session_hash or ""):
+            gr.Info("Nothing is running.")
 
 
 def path_of(file: Any) -> str:
@@ -90,6 +103,8 @@ def told(function: _Function) -> _Function:
             return function(*args, **kwargs)
         except gr.Error:
             raise
+        except Cancelled as error:
+            raise gr.Error(one_line(error), duration=10, title="Stopped", print_exception=False) from None
         except UserError as error:
             raise gr.Error(one_line(error), duration=30, print_exception=False) from None
         except OSError as error:
@@ -109,11 +124,11 @@ def picture_input(label: str, elem_id: str, sources: tuple[str, ...] = ("upload"
     """
     picture = gr.Image(
         label=label,
-        sources=list(sources),
+        sources=list(sources),  # type: ignore[arg-type]
         type="filepath",
         buttons=[],
         height=300,
-        elem_id=elem_id,  # type: ignore[arg-type]
+        elem_id=elem_id,
     )
     picture.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return picture

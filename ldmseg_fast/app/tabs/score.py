@@ -59,7 +59,14 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
         return gr.Column(visible=source == UPLOADED), gr.Column(visible=source == PICTURE)
 
     @told
-    def run(source: str, truth_path: str | None, map_path: str | None, path: str | None, last: Shown | None) -> Any:
+    def run(
+        source: str,
+        truth_path: str | None,
+        map_path: str | None,
+        path: str | None,
+        last: Shown | None,
+        request: gr.Request,
+    ) -> tuple[Any, ...]:
         if truth_path is None:
             raise ArgumentError("Give the truth first: a PNG with the ids of its segments, or choose an example.")
         view, limit = None, site.worker.max_pixels
@@ -75,7 +82,8 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
         else:
             if path is None:
                 raise ArgumentError("Give the picture that is to be segmented and scored.")
-            done = site.worker.segment(path, None, site.stop())
+            with site.limits.work("score", request.session_hash) as stop:
+                done = site.worker.segment(path, None, stop)
             predicted, view = done.result, done.view
         found = score(predicted, read_truth(path_of(truth_path), max_pixels=limit), view)
         pictures = [enlarge(scaled(each, SIDE), SIDE) for each in (found.errors, found.truth, found.prediction)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from ldmseg_fast.app.exports import Exported, write_zip
+from ldmseg_fast.app.exports import MAPS, Exported, write_zip
 from ldmseg_fast.app.segments import Segments
 from ldmseg_fast.app.tabs.examples import Example
 from ldmseg_fast.app.tabs.parts import (
@@ -41,20 +41,23 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
             )
             with gr.Accordion("Settings: steps, size, seed, thresholds", open=False, elem_id="segment-settings"):
                 settings = SettingsInputs(site.worker, "segment", site.max_size)
-            start = gr.Button("Segment", variant="primary", elem_id="segment-start")
+            with gr.Row():
+                start = gr.Button("Segment", variant="primary", elem_id="segment-start", scale=3, min_width=120)
+                site.stop_button("segment-stop")
         with gr.Column(scale=3, min_width=300):
             view = viewer("Segments", "segment-view")
             said = gr.Markdown(elem_id="segment-facts")
             with gr.Row(elem_classes="in-line"):
-                kind = gr.Dropdown(site.kinds, value=site.kinds[0], label="Format", elem_id="segment-format")
+                kind = gr.Dropdown(site.kinds, value=MAPS, label="Format", elem_id="segment-format")
                 make = gr.Button("Make download", elem_id="segment-make", min_width=120)
             download = gr.File(label="Download", visible=False, elem_id="segment-download")
 
     @told
-    def segment(path: str | None, *values: Any) -> tuple[Any, ...]:
+    def segment(path: str | None, request: gr.Request, *values: Any) -> tuple[Any, ...]:
         if path is None:
             raise ArgumentError("Give a picture first: drop, paste or take one, or choose an example.")
-        done = site.worker.segment(path, settings_of(*values))
+        with site.limits.work("segment", request.session_hash) as stop:
+            done = site.worker.segment(path, settings_of(*values), stop)
         segments = Segments(done.result, site.worker.categories)
         shown = Shown(path, done, segments, uuid.uuid4().hex)
         return shown, view_of(segments, done.view, shown.name), facts(done, len(segments)), gr.File(visible=False)

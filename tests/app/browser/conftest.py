@@ -1,0 +1,83 @@
+"""A server of the app and a browser for its tests: Debian's Chromium through Playwright, and no other network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+sync_api = pytest.importorskip("playwright.sync_api", reason="the extra `dev` brings playwright: make setup")
+pytest.importorskip("gradio", reason="the extra `app` brings gradio: pip install 'ldmseg_fast[app]'")
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = [
+    "--no-sandbox",  # root in a container has none
+    "--enable-unsafe-swiftshader",  # the editor draws by WebGL
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]
+WAIT = 30_000  # milliseconds
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.serial)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed; `make browser` installs Debian's chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def worker() -> Any:
+    from ldmseg_fast.app.work import Worker
+
+    return Worker("tiny")
+
+
+@pytest.fixture(scope="session")
+def url(worker: Any, browser: Any) -> Iterator[str]:
+    from ldmseg_fast.app.page import build, look
+
+    page = build(worker)
+    page.queue(max_size=32)
+    _, address, _ = page.launch(
+        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False, max_file_size="20mb", **look()
+    )
+    yield address
+    page.close(verbose=False)
+
+
+@pytest.fixture
+def visitor(browser: Any, url: str) -> Iterator[Any]:
+    """Makes visitors: each call opens the page in a context of its own. A fault of the page's scripts fails the test."""
+    contexts, faults = [], []
+
+    def visit(**settings: Any) -> Any:
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | settings))
+        context.set_default_timeout(WAIT)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.goto(url)
+        page.wait_for_selector("#segment-start")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert not faults, faults
