@@ -36,7 +36,13 @@ def add(worker: Worker, limits: Limits) -> None:
     """Adds the functions to the `gr.Blocks` in whose `with` block this is called."""
     api = _Api(worker, limits)
     for name in NAMES:
-        gr.api(getattr(api, name), api_name=name, concurrency_id="work", concurrency_limit=1)
+        # a batch goes on beside single pictures, which have their turn between two of its own
+        gr.api(
+            getattr(api, name),
+            api_name=name,
+            concurrency_id="batch" if name == "batch" else "work",
+            concurrency_limit=2 if name == "batch" else 1,
+        )
 
 
 class _Api:
@@ -61,16 +67,21 @@ class _Api:
         self,
         picture: gr.FileData,
         map: gr.FileData,
-        known: gr.FileData,
+        known: gr.FileData | None = None,
         settings: dict | None = None,
+        unknown_id: int | None = None,
         request: gr.Request = NOBODY,
     ) -> tuple[dict, gr.FileData, gr.FileData]:
-        """Completes a map. `known` is a mask, white where the map is given. Returns as `segment` does."""
+        """Completes a map, given where the mask `known` is white or where it lacks an id. Returns as `segment` does."""
         path, map_path = upload_of(picture, "picture"), upload_of(map, "map")
-        mask = upload_of(known, "known")
+        if (known is None) == (unknown_id is None):
+            raise ArgumentError("give one of known, a mask, and unknown_id, a number")
         with self._work("complete", request) as stop:
-            given = read_mask(mask, max_pixels=self.worker.max_pixels)
-            done = self.worker.complete(path, map_path, given, _settings(settings), stop)
+            ids = self.worker.read_map(map_path)
+            given = ids != unknown_id
+            if known is not None:
+                given = read_mask(upload_of(known, "known"), max_pixels=self.worker.max_pixels)
+            done = self.worker.complete(path, ids, given, _settings(settings), stop)
             self.limits.metrics.segments(len(done.result.segments_info))
             return self._files(done, path)
 

@@ -363,12 +363,8 @@ class Worker:
     def _pipeline(self, settings: Settings, stop: Stop | None) -> Iterator[LDMSegPipeline]:
         """Lends the pipeline of a backend and size to one caller; waits while another has it, or `stop` raises."""
         loaded = self._backend(settings.backend)
-        while not loaded.lock.acquire(timeout=_TAKE):
-            if stop is not None:
-                stop()
+        take_turn(loaded.lock, stop)
         try:
-            if stop is not None:
-                stop()
             yield self._at_size(loaded, settings)
             if stop is not None:
                 stop()
@@ -391,6 +387,25 @@ class Worker:
             loaded.other = LDMSegPipeline(other)
             loaded.other.max_pixels = self.max_pixels
         return loaded.other
+
+
+def take_turn(lock: threading.Lock, stop: Stop | None) -> None:
+    """Takes a lock that others' work may hold, unless `stop` raises; the time of a request starts when it is taken."""
+    restart = getattr(stop, "restart", lambda: None)
+    taken = lock.acquire(blocking=False)
+    try:
+        while not taken:
+            restart()
+            if stop is not None:
+                stop()
+            taken = lock.acquire(timeout=_TAKE)
+        restart()
+        if stop is not None:
+            stop()
+    except BaseException:
+        if taken:
+            lock.release()
+        raise
 
 
 def view_of(picture: Picture) -> np.ndarray:

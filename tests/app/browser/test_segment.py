@@ -22,7 +22,9 @@ def click_segment(page, place: int) -> str:
             x, y = box["x"] + box["width"] * column / 64, box["y"] + box["height"] * row / 64
             page.mouse.move(x, y)
             under = page.locator("#segment-view .viewer-segments button.is-under")
-            if under.count() and under.get_attribute("data-id") == segments_of(page).nth(place).get_attribute("data-id"):
+            if under.count() and under.get_attribute("data-id") == segments_of(page).nth(place).get_attribute(
+                "data-id"
+            ):
                 name = page.locator("#segment-view .viewer-tip").inner_text()
                 page.mouse.click(x, y)
                 return name
@@ -126,7 +128,9 @@ def test_a_bad_upload_is_one_line_and_the_app_goes_on(visitor, tmp_path, kind):
     assert f"{kind}.png" in error and "\n" not in error.strip() and "Traceback" not in error and "/tmp" not in error
     if kind == "huge":
         assert "40000" in error
-    page.locator("#segment-picture button[aria-label='Remove Image'], #segment-picture button[aria-label=Clear]").click()
+    page.locator(
+        "#segment-picture button[aria-label='Remove Image'], #segment-picture button[aria-label=Clear]"
+    ).click()
     segment(page)
     assert segments_of(page).count()
 
