@@ -69,7 +69,7 @@ class Gate:
             return
         if scope["method"] == "POST" and not path.startswith("/gradio_api/upload"):
             body = await _body(receive)
-            refusal = (413, f"over {MAX_BODY} bytes were sent") if body is None else _file_refusal(body)
+            refusal = (413, f"over {MAX_BODY} bytes were sent") if body is None else _file_refusal(body, self.folder)
             if body is None or refusal:
                 await _answer(send, *(refusal or (400, "no body")))
                 return
@@ -154,8 +154,8 @@ def _visitor_of(scope: Scope) -> str | None:
     return found[1] or next(iter(parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [])), None)
 
 
-def _file_refusal(body: bytes) -> tuple[int, str] | None:
-    """Refuses files that lie elsewhere: gradio would fetch them from the network."""
+def _file_refusal(body: bytes, folder: Path) -> tuple[int, str] | None:
+    """Refuses files that lie elsewhere: gradio would fetch them from the network, or copy them from this machine."""
     if b"gradio.FileData" not in body and b'"path"' not in body:
         return None
     try:
@@ -168,10 +168,19 @@ def _file_refusal(body: bytes) -> tuple[int, str] | None:
             path = value.get("path")
             if isinstance(path, str) and re.match(r"\s*[a-zA-Z][a-zA-Z0-9+.-]*:/", path):
                 return 400, "upload the file itself: this app fetches nothing from the network"
+            if isinstance(path, str) and "meta" in value and not _is_upload(path, folder):
+                return 400, "no such upload, or it was dropped after some time: upload the file again"
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
     return None
+
+
+def _is_upload(path: str, folder: Path) -> bool:
+    try:
+        return Path(path).resolve().is_relative_to(folder.resolve())
+    except (ValueError, OSError):  # a null character, a name that is too long
+        return False
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -106,6 +106,7 @@ class ProcessWorker(Worker):
         take_turn(self._turn, stop)
         try:
             child, _ = self._living()
+            getattr(stop, "restart", lambda: None)()  # the model's start is no part of the request
             try:
                 child.stopped.value = 0
                 child.connection.send((name, arguments, named))

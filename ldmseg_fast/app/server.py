@@ -178,6 +178,7 @@ def make_app(worker: Worker, limits: Limits, folder: Path, auth: str | None, bui
         mcp_server=False,
         **{"footer_links": [], "run_history": False, **look},
     )
+    page.has_launched = True  # or gradio takes any file of this machine for an upload
     return Gate(outer, limits, folder, auth)
 
 
