@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -245,6 +246,19 @@ def test_gradio_client(server, scene):
     client = Client(server.url, verbose=False)
     described, file, overlay = client.predict(handle_file(scene[0]), {}, api_name="/segment")
     assert described["segments_info"] and read_panoptic_png(file).shape == (64, 64) and Path(overlay).is_file()
+
+
+def test_the_documented_calls_work(server, scene, tmp_path):
+    (tmp_path / "picture.png").write_bytes(scene[0].read_bytes())
+    text = (ROOT / "docs" / "app.md").read_text(encoding="utf-8").replace("http://127.0.0.1:7860", server.url)
+    python = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", python[0]], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert re.match(r"\d+ segments .*picture\.png", done.stdout)
+    shell = [code for code in re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if "curl" in code]
+    done = subprocess.run(["bash", "-eu", "-c", shell[0]], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "event: complete" in done.stdout and '"segments_info"' in done.stdout
 
 
 def test_nothing_is_left_at_the_end(places, server):
