@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ldmseg_fast.app.limits import Limits
-from ldmseg_fast.app.tabs import api, batch, compare, complete, score, segment
+from ldmseg_fast.app.tabs import batch, compare, complete, score, segment
 from ldmseg_fast.app.tabs.examples import write_examples
 from ldmseg_fast.app.tabs.parts import Site
 from ldmseg_fast.app.work import Worker
@@ -49,7 +49,7 @@ def build(worker: Worker, limits: Limits | None = None, keep_state: float = 1800
     site = Site(worker, limits or Limits(), keep_state)
     folder = tempfile.TemporaryDirectory(prefix="ldmseg-examples-")
     examples = write_examples(Path(folder.name))
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(f"# Panoptic segmentation\nModel **{Path(str(worker.model)).name}**, on this machine.")
         current = gr.State(None, time_to_live=keep_state)
         with gr.Tabs():
@@ -63,6 +63,5 @@ def build(worker: Worker, limits: Limits | None = None, keep_state: float = 1800
                 batch.add(site)
             with gr.Tab("Score", id="score"):
                 score.add(site, current, examples)
-        api.add(site)
     page.examples_folder = folder  # lives as long as the page
     return page
