@@ -49,7 +49,7 @@ def build(worker: Worker, limits: Limits | None = None, keep_state: float = 1800
     site = Site(worker, limits or Limits(), keep_state)
     folder = tempfile.TemporaryDirectory(prefix="ldmseg-examples-")
     examples = write_examples(Path(folder.name))
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(f"# Panoptic segmentation\nModel **{Path(str(worker.model)).name}**, on this machine.")
         current = gr.State(None, time_to_live=keep_state)
         with gr.Tabs():

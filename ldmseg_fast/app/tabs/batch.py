@@ -11,7 +11,7 @@ import gradio as gr
 
 from ldmseg_fast.app.batch import BatchResult, run_batch, unpack
 from ldmseg_fast.app.exports import MAPS
-from ldmseg_fast.app.tabs.parts import SettingsInputs, Site, file_for_download, path_of, settings_of, told
+from ldmseg_fast.app.tabs.parts import SettingsInputs, Site, file_for_download, path_of, settings_of, stop_button, told
 from ldmseg_fast.data.picture_folders import picture_suffixes
 from ldmseg_fast.errors import ArgumentError
 
@@ -38,7 +38,7 @@ def add(site: Site) -> None:
                 settings = SettingsInputs(site.worker, "batch", site.max_size)
             with gr.Row():
                 start = gr.Button("Segment all", variant="primary", elem_id="batch-start", scale=3, min_width=120)
-                site.stop_button("batch-stop")
+                stop = stop_button("batch-stop")
         with gr.Column(scale=3, min_width=300):
             said = gr.Markdown(
                 "Progress appears here. Stop keeps what is done.", elem_id="batch-said", min_height=120, container=True
@@ -76,7 +76,8 @@ def add(site: Site) -> None:
         return gr.File(str(result.write(kind, file_for_download(f"results-{kind}.zip"))), visible=True)
 
     folder.upload(gather, [files, folder], files, **site.light)
-    start.click(run, [files, found, *settings.inputs], [found, said, download], show_progress_on=said, **site.heavy)
+    start.click(run, [files, found, *settings.inputs], [found, said, download], show_progress_on=said, **site.batch)
+    site.ends(stop)
     make.click(write, [found, kind], download, **site.light)
 
 

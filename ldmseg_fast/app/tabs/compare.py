@@ -9,7 +9,7 @@ import numpy as np
 
 from ldmseg_fast.app.segments import Segments
 from ldmseg_fast.app.tabs.examples import Example
-from ldmseg_fast.app.tabs.parts import SettingsInputs, Site, facts, picture_input, settings_of, told
+from ldmseg_fast.app.tabs.parts import SettingsInputs, Site, facts, picture_input, settings_of, stop_button, told
 from ldmseg_fast.app.tabs.viewer import scaled
 from ldmseg_fast.app.work import Segmented
 from ldmseg_fast.errors import ArgumentError
@@ -38,7 +38,7 @@ def add(site: Site, examples: list[Example]) -> None:
                 second = SettingsInputs(site.worker, "compare-second", site.max_size, seed=1)
             with gr.Row():
                 start = gr.Button("Compare", variant="primary", elem_id="compare-start", scale=3, min_width=120)
-                site.stop_button("compare-stop")
+                stop = stop_button("compare-stop")
         with gr.Column(scale=3, min_width=300):
             both = gr.ImageSlider(
                 label="First (left) and second (right)", buttons=[], max_height=560, elem_id="compare-slider"
@@ -46,7 +46,7 @@ def add(site: Site, examples: list[Example]) -> None:
             divider = gr.Slider(
                 0, 100, 50, step=1, label="Divider, in percent from the left", elem_id="compare-divider"
             )
-            said = gr.Markdown(elem_id="compare-said")
+            said = gr.Markdown(elem_id="compare-said", min_height=48)
             agreement = gr.Image(
                 label="Agreement: blue where both maps have the same segment, orange where not",
                 buttons=[],
@@ -70,7 +70,8 @@ def add(site: Site, examples: list[Example]) -> None:
         )
         return pictures, line, _agreement(found.agreement, found.first.view)
 
-    start.click(compare, [picture, *first.inputs, *second.inputs], [both, said, agreement], **site.heavy)
+    inputs = [picture, *first.inputs, *second.inputs]
+    site.ends(stop, start.click(compare, inputs, [both, said, agreement], show_progress_on=said, **site.heavy))
     divider.input(
         lambda place: gr.ImageSlider(slider_position=place), divider, both, show_progress="hidden", queue=False,
         api_visibility="private",

@@ -23,6 +23,7 @@ from ldmseg_fast.app.tabs.parts import (
     path_of,
     picture_input,
     settings_of,
+    stop_button,
     told,
 )
 from ldmseg_fast.app.tabs.viewer import labels, view_of, viewer
@@ -98,7 +99,7 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
             with gr.Row():
                 start = gr.Button("Complete", variant="primary", elem_id="complete-start", min_width=120)
                 undo = gr.Button("Undo", elem_id="complete-undo", min_width=80)
-                site.stop_button("complete-stop")
+                stop = stop_button("complete-stop")
             said = gr.Markdown(
                 "Brush away what the model shall find anew, then press Complete.", elem_id="complete-said"
             )
@@ -210,8 +211,9 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
         return gr.File(str(write_zip([item], kind, segments.categories(), out)), visible=True)
 
     outputs = [work, editor, colors, forget, view, said, box, download]
-    take.click(take_over, [current], outputs, **site.light)
-    load.click(read, [picture, truth], outputs, **site.light)
-    start.click(complete, [work, editor, forget, *settings.inputs], outputs, **site.heavy)
-    undo.click(take_back, [work], outputs, **site.light)
+    take.click(take_over, [current], outputs, show_progress_on=said, **site.light)
+    load.click(read, [picture, truth], outputs, show_progress_on=said, **site.light)
+    inputs = [work, editor, forget, *settings.inputs]
+    site.ends(stop, start.click(complete, inputs, outputs, show_progress_on=said, **site.heavy))
+    undo.click(take_back, [work], outputs, show_progress_on=said, **site.light)
     make.click(write, [work, kind], download, **site.light)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import html
 import logging
-import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import gradio as gr
 from gradio.utils import get_upload_folder
 
+from ldmseg_fast.app.api import FAULT, one_line
 from ldmseg_fast.app.exports import CITYSCAPES, EXPORTS, MAPS, safe_name
 from ldmseg_fast.app.limits import Cancelled, Limits
 from ldmseg_fast.app.segments import Segments
@@ -23,7 +23,6 @@ from ldmseg_fast.diffusion.solvers import SOLVERS
 from ldmseg_fast.errors import UserError
 from ldmseg_fast.formats.kinds import KINDS
 
-FAULT = "The app met a fault of its own, which its log holds. Try again, or with another picture."
 _TITLES = {MAPS: "Maps: PNG, overlay and JSON each"}
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -60,20 +59,31 @@ class Site:
         self.max_size = 4 * worker.info.image_size
         names = [*EXPORTS, *([] if worker.info.categories is None else [CITYSCAPES])]
         self.kinds = [(_TITLES.get(name) or KINDS[name].title, name) for name in names]
-        # a worker does one piece of work at a time on each backend; the others wait at its door, where they can be
-        # stopped
-        self.heavy: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 8}
+        # one piece of work at a time, in the order of the queue; a batch takes turns with it
+        self.heavy: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "work", "concurrency_limit": 1}
+        self.batch: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "batch", "concurrency_limit": 2}
         self.light: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None}
 
-    def stop_button(self, elem_id: str) -> gr.Button:
-        """Makes the button that ends the visitor's work."""
-        button = gr.Button("Stop", variant="stop", elem_id=elem_id, min_width=80)
-        button.click(self._cancel, None, None, queue=False, **self.light)
-        return button
+    def ends(self, button: gr.Button, event: Any = None) -> None:
+        """Makes a button end the visitor's work.
 
-    def _cancel(self, request: gr.Request) -> None:
-        if not self.limits.cancel(request.session_hash or ""):
-            gr.Info("Nothing is running.")
+        Args:
+            button: that the visitor presses.
+            event: one that leaves the queue too, and whose result is dropped.
+        """
+
+        def end(request: gr.Request) -> None:
+            ended = self.limits.cancel(request.session_hash or "")
+            if event is None and not ended:
+                gr.Info("Nothing is running.")
+
+        cancels = None if event is None else [event]
+        button.click(end, None, None, cancels=cancels, queue=False, api_visibility="private")
+
+
+def stop_button(elem_id: str) -> gr.Button:
+    """Makes the button for `Site.ends`."""
+    return gr.Button("Stop", variant="stop", elem_id=elem_id, min_width=80)
 
 
 def path_of(file: Any) -> str:
@@ -88,12 +98,6 @@ def file_for_download(name: str) -> Path:
     return folder / safe_name(name)
 
 
-def one_line(error: BaseException) -> str:
-    """Writes an error as one line of HTML; of an uploaded file only its own name is shown."""
-    text = re.sub(re.escape(get_upload_folder()) + r"/(?:[^/\s]+/)?", "", str(error))
-    return html.escape(" ".join(text.split()))
-
-
 def told(function: _Function) -> _Function:
     """Shows the errors of an event on the page, each as one line; the traceback of a fault goes to the log."""
 
@@ -104,12 +108,12 @@ def told(function: _Function) -> _Function:
         except gr.Error:
             raise
         except Cancelled as error:
-            raise gr.Error(one_line(error), duration=10, title="Stopped", print_exception=False) from None
+            raise gr.Error(html.escape(one_line(error)), duration=10, title="Stopped", print_exception=False) from None
         except UserError as error:
-            raise gr.Error(one_line(error), duration=30, print_exception=False) from None
+            raise gr.Error(html.escape(one_line(error)), duration=30, print_exception=False) from None
         except OSError as error:
             _log.exception("an event of the page")
-            raise gr.Error(one_line(error), duration=30, print_exception=False) from None
+            raise gr.Error(html.escape(one_line(error)), duration=30, print_exception=False) from None
         except Exception:
             _log.exception("an event of the page")
             raise gr.Error(FAULT, duration=30, print_exception=False) from None

@@ -40,7 +40,7 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
             )
             start = gr.Button("Score", variant="primary", elem_id="score-start")
         with gr.Column(scale=3, min_width=300):
-            said = gr.Markdown("The score appears here.", elem_id="score-said")
+            said = gr.Markdown("The score appears here.", elem_id="score-said", min_height=48)
             errors = gr.Image(label="Errors", height=400, buttons=[], interactive=False, elem_id="score-errors")
             gr.HTML(LEGEND)
             with gr.Row():

@@ -19,6 +19,7 @@ from ldmseg_fast.app.tabs.parts import (
     file_for_download,
     picture_input,
     settings_of,
+    stop_button,
     told,
 )
 from ldmseg_fast.app.tabs.viewer import edit, view_of, viewer
@@ -43,10 +44,10 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
                 settings = SettingsInputs(site.worker, "segment", site.max_size)
             with gr.Row():
                 start = gr.Button("Segment", variant="primary", elem_id="segment-start", scale=3, min_width=120)
-                site.stop_button("segment-stop")
+                stop = stop_button("segment-stop")
         with gr.Column(scale=3, min_width=300):
+            said = gr.Markdown("Time and segments appear here.", elem_id="segment-facts", min_height=48)
             view = viewer("Segments", "segment-view")
-            said = gr.Markdown(elem_id="segment-facts")
             with gr.Row(elem_classes="in-line"):
                 kind = gr.Dropdown(site.kinds, value=MAPS, label="Format", elem_id="segment-format")
                 make = gr.Button("Make download", elem_id="segment-make", min_width=120)
@@ -84,6 +85,6 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
         return gr.File(str(write_zip([item], kind, shown.segments.categories(), out)), visible=True)
 
     outputs = [current, view, said, download]
-    gr.on([start.click], segment, [picture, *settings.inputs], outputs, **site.heavy)
+    site.ends(stop, start.click(segment, [picture, *settings.inputs], outputs, show_progress_on=said, **site.heavy))
     view.edit(change, [current], outputs, show_progress="hidden", **site.light)
     make.click(write, [current, kind], download, **site.light)

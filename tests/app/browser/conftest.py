@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,29 +41,29 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
-def worker() -> Any:
-    from ldmseg_fast.app.work import Worker
+@pytest.fixture(scope="package")
+def url(worker: Any, browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of the whole app; uploads have at most 2 MB."""
+    import uvicorn
 
-    return Worker("tiny")
+    from ldmseg_fast.app import page, server
+    from ldmseg_fast.app.limits import Limits
 
-
-@pytest.fixture(scope="session")
-def url(worker: Any, browser: Any) -> Iterator[str]:
-    from ldmseg_fast.app.page import build, look
-
-    page = build(worker)
-    page.queue(max_size=32)
-    _, address, _ = page.launch(
-        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False, max_file_size="20mb", **look()
-    )
-    yield address
-    page.close(verbose=False)
+    tmp_path_factory.getbasetemp()  # before the server has a folder of its own for temporary files
+    bound = server.listen("127.0.0.1", 0)
+    with bound, server.visitors_folder() as folder:
+        app = server.make_app(worker, Limits(max_upload=2 * 2**20), folder, None, page.build)
+        running = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        running.should_exit = True
+        thread.join(10)
 
 
 @pytest.fixture
 def visitor(browser: Any, url: str) -> Iterator[Any]:
-    """Makes visitors: each call opens the page in a context of its own. A fault of the page's scripts fails the test."""
+    """Makes visitors, each in a context of its own. A fault of the page's scripts fails the test."""
     contexts, faults = [], []
 
     def visit(**settings: Any) -> Any:

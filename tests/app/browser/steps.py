@@ -49,12 +49,14 @@ def upload(page: Any, tab: str, path: Path) -> None:
 
 def error_of(page: Any) -> str:
     """Waits for an error on the page, closes it and returns its text."""
-    toast = page.get_by_test_id("toast-body").first
-    toast.wait_for()
-    text = page.locator(".toast-text").first.inner_text()
-    page.locator(".toast-close").first.click()
-    toast.wait_for(state="detached")
+    text = page.get_by_test_id("toast-text").first.inner_text()
+    page.get_by_test_id("toast-close").first.click()
+    page.get_by_test_id("toast-body").first.wait_for(state="detached")
     return str(text)
+
+
+def remove_picture(page: Any, tab: str) -> None:
+    page.click(f"#{tab}-picture button[aria-label='Remove Image']")
 
 
 def segments_of(page: Any, tab: str = "segment") -> Any:
@@ -83,3 +85,9 @@ def huge_png(path: Path, side: int = 40_000) -> Path:
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
     path.write_bytes(content + chunk(b"IEND", b""))
     return path
+
+
+def wait_for_text(page: Any, selector: str, text: str) -> None:
+    page.wait_for_function(
+        "([selector, text]) => document.querySelector(selector).innerText.includes(text)", arg=[selector, text]
+    )
