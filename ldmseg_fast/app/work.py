@@ -314,8 +314,7 @@ class Worker:
         Raises:
             ArgumentError, ConfigError, BackendError, DataError: as in `segment`.
         """
-        read = self.read(picture)
-        one, other = self.segment(read, first, stop), self.segment(read, second, stop)
+        one, other = self.segment(picture, first, stop), self.segment(picture, second, stop)
         agreement = combine([one.result, other.result]).agreement == 1
         ids, places = zip(*(np.unique(each.result.segmentation, return_inverse=True) for each in (one, other)))
         iou = iou_matrix(ids[0], places[0].ravel(), ids[1], places[1].ravel())

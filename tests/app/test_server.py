@@ -219,7 +219,7 @@ def test_a_full_queue_turns_visitors_away(server, scene):
         events = []
         with pytest.raises(AppError, match=r"503: .*Queue is full"):
             for _ in range(40):
-                events.append(visitor.start("segment", file, {"steps": 40}))
+                events.append(visitor.start("segment", file, {"steps": 12}))
         assert 16 <= len(events) <= 30
         for event in events:
             assert visitor.result("segment", event)[0]["segments_info"] is not None
