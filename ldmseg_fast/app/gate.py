@@ -46,10 +46,18 @@ class Gate:
         limits: hear of visitors who come and leave, and count what is turned away.
         folder: of the uploads.
         auth: "USER:PASSWORD" that HTTP's Basic authentication asks for; None: everybody may come in.
+        forget: is told the id of a request of the API whose connection has closed.
     """
 
-    def __init__(self, app: Any, limits: Limits, folder: Path, auth: str | None = None) -> None:
-        self.app, self.limits, self.folder = app, limits, folder
+    def __init__(
+        self,
+        app: Any,
+        limits: Limits,
+        folder: Path,
+        auth: str | None = None,
+        forget: Callable[[str], None] = lambda event: None,
+    ) -> None:
+        self.app, self.limits, self.folder, self.forget = app, limits, folder, forget
         self._auth = None if auth is None else auth.encode("utf-8")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,6 +115,8 @@ class Gate:
         finally:
             if visitor is not None:
                 self.limits.leave(visitor, finished)
+                if _STREAM.fullmatch(scope["path"])[1] and finished:  # type: ignore[index]
+                    self.forget(visitor)
 
     def _may_enter(self, scope: Scope) -> bool:
         if self._auth is None:

@@ -25,6 +25,7 @@ from ldmseg_fast.temporary import clear_leftovers, temporary_folder
 
 AGE = 3600.0  # seconds after which a visitor's files are deleted
 SWEEP = 60.0  # seconds between two looks at them
+SESSIONS = 500  # visitors whose settings and results are held in memory; of more, the oldest are dropped
 LEAVE = 3  # seconds that open connections have when the server ends
 LOCAL = ("127.0.0.1", "::1", "localhost")
 MISSING = "gradio is not installed, which the app needs: pip install 'ldmseg_fast[app]'"
@@ -59,9 +60,12 @@ def visitors_folder() -> Iterator[Path]:
     clear_leftovers(root)
     before = tempfile.tempdir
     with temporary_folder(root) as folder:
-        for name, value in (("GRADIO_TEMP_DIR", str(folder)), ("GRADIO_ANALYTICS_ENABLED", "False")):
-            os.environ[name] = value
-        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        os.environ |= {
+            "GRADIO_TEMP_DIR": str(folder),
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "GRADIO_ANALYTICS_MAX_EVENTS": "100",  # over all of them its queue makes a table after each request
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
         tempfile.tempdir = str(folder)  # uploads are written there while they arrive
         try:
             yield folder
@@ -178,8 +182,17 @@ def make_app(worker: Worker, limits: Limits, folder: Path, auth: str | None, bui
         mcp_server=False,
         **{"footer_links": [], "run_history": False, **look},
     )
+    page.state_session_capacity = page.state_holder.capacity = SESSIONS
+
+    def forget(event: str) -> None:
+        """Drops what gradio holds of a request of the API, for whose like it would keep a page's session."""
+        with page.state_holder.lock:
+            page.state_holder.session_data.pop(event, None)
+            page.state_holder.time_last_used.pop(event, None)
+        page._queue.pending_event_ids_session.pop(event, None)
+
     page.has_launched = True  # or gradio takes any file of this machine for an upload
-    return Gate(outer, limits, folder, auth)
+    return Gate(outer, limits, folder, auth, forget)
 
 
 class Sweeper:

@@ -132,6 +132,16 @@ def test_a_gate_hears_who_leaves(limits, tmp_path):
         assert ask(gate, "/gradio_api/cancel", "POST", body)[0] == 200
 
 
+def test_a_request_of_the_api_is_forgotten_when_its_result_is_sent(limits, tmp_path):
+    forgotten = []
+    gate = Gate(inner, limits, tmp_path, forget=forgotten.append)
+    ask(gate, "/gradio_api/call/segment/0123")
+    ask(gate, "/gradio_api/call/v2/segment/4567")
+    ask(gate, "/gradio_api/call/segment", "POST")
+    ask(gate, "/gradio_api/queue/data", query=b"session_hash=abc")
+    assert forgotten == ["0123", "4567"]
+
+
 def test_a_free_port_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -160,8 +170,9 @@ def test_a_password_of_another_form(text):
 
 def test_the_folder_of_visitors_goes_away(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY"):
-        monkeypatch.setenv(name, "before")
+    for name in ("TEMP_DIR", "ANALYTICS_ENABLED", "ANALYTICS_MAX_EVENTS"):
+        monkeypatch.setenv(f"GRADIO_{name}", "before")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "before")
     code = (
         "import os, tempfile\nfrom ldmseg_fast.app.server import visitors_folder\n"
         "with visitors_folder() as folder:\n    (folder / 'a.png').touch()\n    os.kill(os.getpid(), 9)"
