@@ -87,7 +87,7 @@ setup(
     python_requires=">=3.11,<3.13",
     package_dir=PACKAGE_DIR,
     packages=find_mapped_packages(),
-    package_data={"ldmseg_fast": ["weights/*/*", "weights/*/*/*", "app/*.css", "app/*.html", "app/*.js"]},
+    package_data={"ldmseg_fast": ["weights/*/*", "weights/*/*/*", "app/*.css", "app/*.js", "app/*.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.9; platform_system=='Linux'",

@@ -1,7 +1,5 @@
 """Adds the HTTP API: functions with fixed names and JSON, for `gradio_client` and curl. docs/app.md documents them."""
 
-from __future__ import annotations
-
 import functools
 import json
 import logging
@@ -10,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 import numpy as np
@@ -28,6 +27,7 @@ from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.results import PanopticResult
 
 NAMES = ("segment", "complete", "compare", "score", "batch")
+NOBODY = gr.Request()  # gradio gives the request itself in its place
 FAULT = "the app met a fault of its own, which its log holds: try again, or with another picture"
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,13 @@ def add(worker: Worker, limits: Limits) -> None:
     """Adds the functions to the `gr.Blocks` in whose `with` block this is called."""
     api = _Api(worker, limits)
     for name in NAMES:
-        gr.api(getattr(api, name), api_name=name, concurrency_id="work", concurrency_limit=1)
+        # a batch goes on beside single pictures, which have their turn between two of its own
+        gr.api(
+            getattr(api, name),
+            api_name=name,
+            concurrency_id="batch" if name == "batch" else "work",
+            concurrency_limit=2 if name == "batch" else 1,
+        )
 
 
 class _Api:
@@ -47,7 +53,9 @@ class _Api:
         for name in NAMES:
             setattr(self, name, _told(getattr(self, name)))
 
-    def segment(self, picture: dict, settings: dict, request: gr.Request) -> tuple[dict, dict, dict]:
+    def segment(
+        self, picture: gr.FileData, settings: dict | None = None, request: gr.Request = NOBODY
+    ) -> tuple[dict, gr.FileData, gr.FileData]:
         """Segments a picture. Returns what was found (JSON), the map (PNG of ids) and an overlay (PNG)."""
         path = upload_of(picture, "picture")
         with self._work("segment", request) as stop:
@@ -56,18 +64,30 @@ class _Api:
             return self._files(done, path)
 
     def complete(
-        self, picture: dict, map: dict, known: dict, settings: dict, request: gr.Request
-    ) -> tuple[dict, dict, dict]:
-        """Completes a map. `known` is a mask, white where the map is given. Returns as `segment` does."""
+        self,
+        picture: gr.FileData,
+        map: gr.FileData,
+        known: gr.FileData | None = None,
+        settings: dict | None = None,
+        unknown_id: int | None = None,
+        request: gr.Request = NOBODY,
+    ) -> tuple[dict, gr.FileData, gr.FileData]:
+        """Completes a map, given where the mask `known` is white or where it lacks an id. Returns as `segment` does."""
         path, map_path = upload_of(picture, "picture"), upload_of(map, "map")
-        mask = upload_of(known, "known")
+        if (known is None) == (unknown_id is None):
+            raise ArgumentError("give one of known, a mask, and unknown_id, a number")
         with self._work("complete", request) as stop:
-            given = read_mask(mask, max_pixels=self.worker.max_pixels)
-            done = self.worker.complete(path, map_path, given, _settings(settings), stop)
+            ids = self.worker.read_map(map_path)
+            given = ids != unknown_id
+            if known is not None:
+                given = read_mask(upload_of(known, "known"), max_pixels=self.worker.max_pixels)
+            done = self.worker.complete(path, ids, given, _settings(settings), stop)
             self.limits.metrics.segments(len(done.result.segments_info))
             return self._files(done, path)
 
-    def compare(self, picture: dict, first: dict, second: dict, request: gr.Request) -> tuple[dict, dict, dict, dict]:
+    def compare(
+        self, picture: gr.FileData, first: dict, second: dict, request: gr.Request = NOBODY
+    ) -> tuple[dict, gr.FileData, gr.FileData, gr.FileData]:
         """Compares two settings. Returns JSON, both maps (PNG) and the agreement (PNG, white where they agree)."""
         path = upload_of(picture, "picture")
         with self._work("compare", request) as stop:
@@ -86,7 +106,7 @@ class _Api:
             }
             return described, *(_file(each) for each in (*maps, folder / f"{stem}-agreement.png"))  # type: ignore[return-value]
 
-    def score(self, map: dict, truth: dict, request: gr.Request) -> tuple[dict, dict]:
+    def score(self, map: gr.FileData, truth: gr.FileData, request: gr.Request = NOBODY) -> tuple[dict, gr.FileData]:
         """Scores a map against the truth, both PNG. Returns PQ, SQ, RQ and counts (JSON), and the errors (PNG)."""
         map_path, truth_path = upload_of(map, "map"), upload_of(truth, "truth")
         with self._work("score", request):
@@ -95,7 +115,9 @@ class _Api:
             Image.fromarray(found.errors).save(path)
             return found.numbers(), _file(path)
 
-    def batch(self, files: list[dict], settings: dict, format: str, request: gr.Request) -> tuple[dict, dict]:
+    def batch(
+        self, files: list[gr.FileData], settings: dict | None = None, format: str = MAPS, request: gr.Request = NOBODY
+    ) -> tuple[dict, gr.FileData]:
         """Segments pictures and zips of them. Returns counts and what was left out (JSON), and the results (zip)."""
         paths = [upload_of(each, f"files[{place}]") for place, each in enumerate(files or [])]
         check_kind(format or MAPS, cityscapes=self.worker.info.categories is not None)
@@ -116,7 +138,7 @@ class _Api:
     def _work(self, kind: str, request: gr.Request) -> Any:
         return self.limits.work(kind, request.session_hash, LocalContext.event_id.get())
 
-    def _files(self, done: Segmented, picture: Path) -> tuple[dict, dict, dict]:
+    def _files(self, done: Segmented, picture: Path) -> tuple[dict, Any, Any]:
         folder, stem = _folder(), Path(safe_name(picture.name)).stem
         write_panoptic_png(folder / f"{stem}.png", done.result.segmentation)
         drawn = Segments(done.result, self.worker.categories).overlay(done.view)
@@ -194,8 +216,10 @@ def _folder() -> Path:
     return folder
 
 
-def _file(path: Path) -> dict[str, Any]:
-    return {"path": str(path), "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
+def _file(path: Path) -> Any:
+    """Describes a file as `gr.FileData` does; gradio puts the server's address before the path of `url`."""
+    meta = {"_type": "gradio.FileData"}
+    return {"path": str(path), "url": f"/gradio_api/file={quote(str(path))}", "orig_name": path.name, "meta": meta}
 
 
 def _plain(result: PanopticResult) -> list[dict[str, Any]]:

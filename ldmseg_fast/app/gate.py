@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import json
 import re
@@ -68,7 +69,7 @@ class Gate:
             return
         if scope["method"] == "POST" and not path.startswith("/gradio_api/upload"):
             body = await _body(receive)
-            refusal = (413, f"over {MAX_BODY} bytes were sent") if body is None else _file_refusal(body)
+            refusal = (413, f"over {MAX_BODY} bytes were sent") if body is None else _file_refusal(body, self.folder)
             if body is None or refusal:
                 await _answer(send, *(refusal or (400, "no body")))
                 return
@@ -98,6 +99,11 @@ class Gate:
             self.limits.arrive(visitor)
         try:
             await self.app(scope, receive, watch)
+        except RuntimeError as error:
+            if "response already started" not in str(error):
+                raise
+            with contextlib.suppress(RuntimeError):  # gradio's answer to an id that is not known
+                await send({"type": "http.response.body", "body": b""})
         finally:
             if visitor is not None:
                 self.limits.leave(visitor, finished)
@@ -148,8 +154,8 @@ def _visitor_of(scope: Scope) -> str | None:
     return found[1] or next(iter(parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [])), None)
 
 
-def _file_refusal(body: bytes) -> tuple[int, str] | None:
-    """Refuses files that lie elsewhere: gradio would fetch them from the network."""
+def _file_refusal(body: bytes, folder: Path) -> tuple[int, str] | None:
+    """Refuses files that lie elsewhere: gradio would fetch them from the network, or copy them from this machine."""
     if b"gradio.FileData" not in body and b'"path"' not in body:
         return None
     try:
@@ -162,10 +168,19 @@ def _file_refusal(body: bytes) -> tuple[int, str] | None:
             path = value.get("path")
             if isinstance(path, str) and re.match(r"\s*[a-zA-Z][a-zA-Z0-9+.-]*:/", path):
                 return 400, "upload the file itself: this app fetches nothing from the network"
+            if isinstance(path, str) and "meta" in value and not _is_upload(path, folder):
+                return 400, "no such upload, or it was dropped after some time: upload the file again"
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
     return None
+
+
+def _is_upload(path: str, folder: Path) -> bool:
+    try:
+        return Path(path).resolve().is_relative_to(folder.resolve())
+    except (ValueError, OSError):  # a null character, a name that is too long
+        return False
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -61,6 +61,8 @@ def build(worker: Worker, limits: Limits | None = None, keep_state: float = 1800
     examples = write_examples(Path(folder.name))
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(f"# Panoptic segmentation\nModel **{Path(str(worker.model)).name}**, on this machine.")
+        if worker.keep is not None:
+            gr.Markdown("Who runs this app keeps the pictures and maps of its visitors.", elem_id="kept")
         current = gr.State(None, time_to_live=keep_state)
         with gr.Tabs():
             with gr.Tab("Segment", id="segment"):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ldmseg_fast.app.limits import Refused
-from ldmseg_fast.app.work import Segmented, Settings, Stop, Worker
+from ldmseg_fast.app.work import Segmented, Settings, Stop, Worker, take_turn
 from ldmseg_fast.data.pictures import MAX_PIXELS
 
 _TAKE = 0.05  # seconds between two looks at `stop`
@@ -103,13 +103,10 @@ class ProcessWorker(Worker):
             return self._living()[1]
 
     def _call(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any], stop: Stop | None) -> Any:
-        while not self._turn.acquire(timeout=_TAKE):
-            if stop is not None:
-                stop()
+        take_turn(self._turn, stop)
         try:
-            if stop is not None:
-                stop()
             child, _ = self._living()
+            getattr(stop, "restart", lambda: None)()  # the model's start is no part of the request
             try:
                 child.stopped.value = 0
                 child.connection.send((name, arguments, named))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -138,6 +139,8 @@ def make_app(worker: Worker, limits: Limits, folder: Path, auth: str | None, bui
 
     started = time.time()
     page = build(worker, limits)
+    for function in page.fns.values():
+        function.api_name = f"page-{function._id}"  # or the API's own names would be taken
     with page:
         api.add(worker, limits)
     page.queue(max_size=limits.queue, default_concurrency_limit=1, api_open=False)
@@ -175,6 +178,7 @@ def make_app(worker: Worker, limits: Limits, folder: Path, auth: str | None, bui
         mcp_server=False,
         **{"footer_links": [], "run_history": False, **look},
     )
+    page.has_launched = True  # or gradio takes any file of this machine for an upload
     return Gate(outer, limits, folder, auth)
 
 
@@ -239,6 +243,10 @@ def serve(app: Any, bound: socket.socket, ready: Callable[[], None] | None = Non
             await super().startup(sockets)
             if ready is not None and self.started:
                 ready()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # connections that are cut are no faults
+            await super().shutdown(sockets)
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=LEAVE)
     Server(config).run(sockets=[bound])

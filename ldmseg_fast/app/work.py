@@ -314,8 +314,7 @@ class Worker:
         Raises:
             ArgumentError, ConfigError, BackendError, DataError: as in `segment`.
         """
-        read = self.read(picture)
-        one, other = self.segment(read, first, stop), self.segment(read, second, stop)
+        one, other = self.segment(picture, first, stop), self.segment(picture, second, stop)
         agreement = combine([one.result, other.result]).agreement == 1
         ids, places = zip(*(np.unique(each.result.segmentation, return_inverse=True) for each in (one, other)))
         iou = iou_matrix(ids[0], places[0].ravel(), ids[1], places[1].ravel())
@@ -363,12 +362,8 @@ class Worker:
     def _pipeline(self, settings: Settings, stop: Stop | None) -> Iterator[LDMSegPipeline]:
         """Lends the pipeline of a backend and size to one caller; waits while another has it, or `stop` raises."""
         loaded = self._backend(settings.backend)
-        while not loaded.lock.acquire(timeout=_TAKE):
-            if stop is not None:
-                stop()
+        take_turn(loaded.lock, stop)
         try:
-            if stop is not None:
-                stop()
             yield self._at_size(loaded, settings)
             if stop is not None:
                 stop()
@@ -391,6 +386,25 @@ class Worker:
             loaded.other = LDMSegPipeline(other)
             loaded.other.max_pixels = self.max_pixels
         return loaded.other
+
+
+def take_turn(lock: threading.Lock, stop: Stop | None) -> None:
+    """Takes a lock that others' work may hold, unless `stop` raises; the time of a request starts when it is taken."""
+    restart = getattr(stop, "restart", lambda: None)
+    taken = lock.acquire(blocking=False)
+    try:
+        while not taken:
+            restart()
+            if stop is not None:
+                stop()
+            taken = lock.acquire(timeout=_TAKE)
+        restart()
+        if stop is not None:
+            stop()
+    except BaseException:
+        if taken:
+            lock.release()
+        raise
 
 
 def view_of(picture: Picture) -> np.ndarray:

@@ -78,10 +78,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, folder: Path) -> int:
-    from ldmseg_fast.app import page, server
+    from ldmseg_fast.app import server
     from ldmseg_fast.app.keep import Keeper
     from ldmseg_fast.app.limits import Limits
     from ldmseg_fast.app.metrics import PrometheusMetrics
+    from ldmseg_fast.app.page import build
     from ldmseg_fast.app.process import ProcessWorker
 
     limits = Limits(
@@ -95,7 +96,7 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
     worker = ProcessWorker(args.model, backends, args.engine_dir, max_pixels=args.max_pixels, threads=args.threads)
     try:
         worker.keep = None if args.keep is None else Keeper(args.keep)
-        app = server.make_app(worker, limits, folder, address.auth, page.build)
+        app = server.make_app(worker, limits, folder, address.auth, build)
         host, port = bound.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -29,6 +29,7 @@ ARGUMENTS = {
     "runs": ["folder"],
     "report": ["folder"],
     "ship": ["run", "out"],
+    "app": [],
     "doctor": [],
     "demo": ["--out", "out"],
 }
