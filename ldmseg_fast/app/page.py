@@ -64,7 +64,7 @@ def build(worker: Worker, limits: Limits | None = None, keep_state: float = 1800
         if worker.keep is not None:
             gr.Markdown("Who runs this app keeps the pictures and maps of its visitors.", elem_id="kept")
         current = gr.State(None, time_to_live=keep_state)
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Segment", id="segment"):
                 segment.add(site, current, examples)
             with gr.Tab("Complete", id="complete"):

@@ -23,10 +23,10 @@ from tests.app.browser.steps import (
 def stroke(page, start: tuple[float, float], end: tuple[float, float]) -> float:
     """Paints a line with the mouse, in fractions of the picture; returns the picture's side on the screen."""
     canvas = page.locator("#complete-editor canvas").first
+    wait_for_text(page, "#complete-editor", "72%")  # at which 640 pixels fit the editor: the map is loaded
     canvas.scroll_into_view_if_needed()
-    page.wait_for_timeout(500)
-    box = canvas.bounding_box()
-    side = 640 * float(page.locator("#complete-editor").inner_text().split("%")[0].split()[-1]) / 100
+    page.wait_for_timeout(1000)
+    box, side = canvas.bounding_box(), 640 * 0.72
     left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
     points = [(left + side * x, top + side * y) for x, y in np.linspace(start, end, 5).tolist()]
     page.mouse.move(*points[0])
