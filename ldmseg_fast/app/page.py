@@ -30,12 +30,22 @@ def look() -> dict[str, Any]:
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover_dark="*primary_600",
+        button_cancel_background_fill=gr.themes.colors.red.c700,
+        button_cancel_background_fill_hover=gr.themes.colors.red.c800,
+        button_cancel_background_fill_dark=gr.themes.colors.red.c700,
+        button_cancel_background_fill_hover_dark=gr.themes.colors.red.c800,
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
     )
-    return {"theme": theme, "css_paths": [_FOLDER / "page.css"], "footer_links": [], "run_history": False}
+    return {
+        "theme": theme,
+        "css_paths": [_FOLDER / "page.css"],
+        "js": (_FOLDER / "page.js").read_text(encoding="utf-8"),
+        "footer_links": [],
+        "run_history": False,
+    }
 
 
 def build(worker: Worker, limits: Limits | None = None, keep_state: float = 1800) -> gr.Blocks:
@@ -54,7 +64,7 @@ def build(worker: Worker, limits: Limits | None = None, keep_state: float = 1800
         if worker.keep is not None:
             gr.Markdown("Who runs this app keeps the pictures and maps of its visitors.", elem_id="kept")
         current = gr.State(None, time_to_live=keep_state)
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Segment", id="segment"):
                 segment.add(site, current, examples)
             with gr.Tab("Complete", id="complete"):

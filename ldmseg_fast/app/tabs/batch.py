@@ -44,7 +44,7 @@ def add(site: Site) -> None:
                 "Progress appears here. Stop keeps what is done.", elem_id="batch-said", min_height=120, container=True
             )
             with gr.Row(elem_classes="in-line"):
-                kind = gr.Dropdown(site.kinds, value=MAPS, label="Format", elem_id="batch-format")
+                kind = gr.Dropdown(site.kinds, value=MAPS, label="Format", elem_id="batch-format", min_width=240)
                 make = gr.Button("Make download", elem_id="batch-make", min_width=120)
             download = gr.File(label="Download", visible=False, elem_id="batch-download")
 

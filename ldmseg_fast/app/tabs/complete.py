@@ -105,7 +105,7 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
             )
             view = viewer("Completed map", "complete-view")
             with gr.Row(elem_classes="in-line"):
-                kind = gr.Dropdown(site.kinds, value=MAPS, label="Format", elem_id="complete-format")
+                kind = gr.Dropdown(site.kinds, value=MAPS, label="Format", elem_id="complete-format", min_width=240)
                 make = gr.Button("Make download", elem_id="complete-make", min_width=120)
             download = gr.File(label="Download", visible=False, elem_id="complete-download")
 

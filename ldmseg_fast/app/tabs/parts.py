@@ -23,7 +23,7 @@ from ldmseg_fast.diffusion.solvers import SOLVERS
 from ldmseg_fast.errors import UserError
 from ldmseg_fast.formats.kinds import KINDS
 
-_TITLES = {MAPS: "Maps: PNG, overlay and JSON each"}
+_TITLES = {MAPS: "Maps: PNG and JSON"}
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -49,7 +49,7 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
             said = gr.Markdown("Time and segments appear here.", elem_id="segment-facts", min_height=48)
             view = viewer("Segments", "segment-view")
             with gr.Row(elem_classes="in-line"):
-                kind = gr.Dropdown(site.kinds, value=MAPS, label="Format", elem_id="segment-format")
+                kind = gr.Dropdown(site.kinds, value=MAPS, label="Format", elem_id="segment-format", min_width=240)
                 make = gr.Button("Make download", elem_id="segment-make", min_width=120)
             download = gr.File(label="Download", visible=False, elem_id="segment-download")
 

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ldmseg_fast.app.segments import Segments
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.reports.error_entry import nearest
 
 SIDE = 1024  # pixels of the longer side that the browser gets
@@ -107,7 +108,7 @@ def edit(segments: Segments, action: str, ids: list[int], name: str = "", color:
     """Does what the viewer's event asks for.
 
     Raises:
-        ArgumentError: what `Segments` refuses.
+        ArgumentError: an unknown action; what `Segments` refuses.
     """
     if action == "hide":
         segments.hide(ids, not all(segments[each].hidden for each in ids))
@@ -121,6 +122,8 @@ def edit(segments: Segments, action: str, ids: list[int], name: str = "", color:
             segments.rename(each, name)
     elif action == "undo":
         segments.undo()
+    else:
+        raise ArgumentError(f"action={action!r:.80}: hide, merge, recolour, rename or undo expected")
 
 
 def _data_url(view: np.ndarray) -> str:

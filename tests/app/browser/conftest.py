@@ -18,7 +18,7 @@ pytest.importorskip("gradio", reason="the extra `app` brings gradio: pip install
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
     "--no-sandbox",  # root in a container has none
-    "--enable-unsafe-swiftshader",  # the editor draws by WebGL
+    "--disable-gpu",  # the editor's WebGL is drawn by the processor
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
 WAIT = 30_000  # milliseconds

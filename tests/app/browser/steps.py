@@ -30,11 +30,11 @@ def segment(page: Any, number: int = 0) -> None:
     press(page, "segment")
 
 
-def press(page: Any, tab: str) -> None:
-    """Presses the tab's main button and waits for another result in its viewer."""
+def press(page: Any, tab: str, button: str = "start") -> None:
+    """Presses a button of the tab and waits for another result in its viewer."""
     viewer = page.locator(f"#{tab}-view .viewer")
     before = viewer.get_attribute("data-result")
-    page.click(f"#{tab}-start")
+    page.click(f"#{tab}-{button}")
     page.wait_for_function(
         "([tab, before]) => { const now = document.querySelector(`#${tab}-view .viewer`).dataset.result;"
         " return now && now !== before; }",
