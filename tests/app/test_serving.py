@@ -24,7 +24,7 @@ from ldmseg_fast.app.process import ProcessWorker
 from ldmseg_fast.app.server import Address, Sweeper, check_auth, exposed, listen, visitors_folder
 from ldmseg_fast.app.work import Settings, Worker
 from ldmseg_fast.cli import main
-from ldmseg_fast.errors import ArgumentError, CheckpointError
+from ldmseg_fast.errors import ArgumentError, BackendError, CheckpointError
 from ldmseg_fast.panoptic.format import read_panoptic_png
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,3 +300,15 @@ def test_a_process_that_does_not_stop_is_killed(apart, scene, monkeypatch):
 def test_a_model_that_is_none_is_told_at_once():
     with pytest.raises(CheckpointError, match="no such model folder"):
         ProcessWorker("nothing")
+
+
+def test_a_tunnel_that_fails_is_one_line(monkeypatch):
+    networking = pytest.importorskip("gradio.networking", reason="the extra `app` brings gradio")
+
+    def fail(*_):
+        raise RuntimeError("Could not get share link\nfrom Gradio API Server.")
+
+    monkeypatch.setattr(networking, "setup_tunnel", fail)
+    with listen("127.0.0.1", 0) as bound, pytest.raises(BackendError, match="leave --share out") as caught:
+        server.public_address(bound)
+    assert "\n" not in str(caught.value)
