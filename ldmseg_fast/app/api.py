@@ -60,7 +60,6 @@ class _Api:
         path = upload_of(picture, "picture")
         with self._work("segment", request) as stop:
             done = self.worker.segment(path, _settings(settings), stop)
-            self.limits.metrics.segments(len(done.result.segments_info))
             return self._files(done, path)
 
     def complete(
@@ -82,7 +81,6 @@ class _Api:
             if known is not None:
                 given = read_mask(upload_of(known, "known"), max_pixels=self.worker.max_pixels)
             done = self.worker.complete(path, ids, given, _settings(settings), stop)
-            self.limits.metrics.segments(len(done.result.segments_info))
             return self._files(done, path)
 
     def compare(
@@ -126,7 +124,6 @@ class _Api:
             pictures.mkdir()
             out.mkdir()
             done = run_batch(self.worker, unpack(paths, pictures, self.limits), out, _settings(settings), stop)
-            self.limits.metrics.segments(done.segments)
             described = {
                 "pictures": len(done.pictures),
                 "segments": done.segments,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         BackendError: gradio is not installed, or a backend that cannot run here.
     """
     from ldmseg_fast.app import server
+    from ldmseg_fast.app.visitors import visitors_folder
     from ldmseg_fast.errors import DataError
     from ldmseg_fast.files import read_text
     from ldmseg_fast.outputs import check_outputs
@@ -69,12 +72,18 @@ def run(args: argparse.Namespace) -> int:
         auth = server.check_auth(auth, where)
     address = server.Address(args.host, args.port, auth, args.share)
     bound = server.listen(address.host, address.port)
+    before = signal.signal(signal.SIGTERM, _end)  # until the server has its own
     try:
-        with server.visitors_folder() as folder:
+        with visitors_folder() as folder:
             server.require_gradio()
             return _serve(args, address, bound, folder)
     finally:
+        signal.signal(signal.SIGTERM, before)
         bound.close()
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(0)
 
 
 def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, folder: Path) -> int:
@@ -84,6 +93,7 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
     from ldmseg_fast.app.metrics import PrometheusMetrics
     from ldmseg_fast.app.page import build
     from ldmseg_fast.app.process import ProcessWorker
+    from ldmseg_fast.app.visitors import Sweeper
 
     limits = Limits(
         max_upload=args.max_upload * 2**20,
@@ -107,7 +117,7 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
                 lines.append(f"--keep: pictures and maps of visitors are kept in {args.keep}")
             print(*lines, sep="\n", flush=True)
 
-        with server.Sweeper(folder):
+        with Sweeper(folder):
             server.serve(app, bound, ready)
     finally:
         worker.close()

@@ -21,7 +21,8 @@ from ldmseg_fast.app.keep import Keeper
 from ldmseg_fast.app.limits import Cancelled, Limits, TimeOver
 from ldmseg_fast.app.metrics import PrometheusMetrics
 from ldmseg_fast.app.process import ProcessWorker
-from ldmseg_fast.app.server import Address, Sweeper, check_auth, exposed, listen, visitors_folder
+from ldmseg_fast.app.server import Address, check_auth, exposed, listen
+from ldmseg_fast.app.visitors import Sweeper, visitors_folder
 from ldmseg_fast.app.work import Settings, Worker
 from ldmseg_fast.cli import main
 from ldmseg_fast.errors import ArgumentError, BackendError, CheckpointError
@@ -174,7 +175,7 @@ def test_the_folder_of_visitors_goes_away(tmp_path, monkeypatch):
         monkeypatch.setenv(f"GRADIO_{name}", "before")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "before")
     code = (
-        "import os, tempfile\nfrom ldmseg_fast.app.server import visitors_folder\n"
+        "import os, tempfile\nfrom ldmseg_fast.app.visitors import visitors_folder\n"
         "with visitors_folder() as folder:\n    (folder / 'a.png').touch()\n    os.kill(os.getpid(), 9)"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
