@@ -1,4 +1,4 @@
-# make setup | demo [MINUTES=8] | test | docs | soak | clean: each sets up .venv by itself.
+# make setup | demo [MINUTES=8] | test | docs | soak | clean: each sets up .venv by itself. make browser: see there.
 # Another Python beside it: make test PYTHON=python3.12 VENV=.venv312
 PYTHON  ?= python3
 MINUTES ?= 8
@@ -9,7 +9,7 @@ EXTRA   := $(shell nvidia-smi -L >/dev/null 2>&1 && echo onnx-gpu || echo onnx)
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint docs soak clean
+.PHONY: setup demo test lint docs soak clean browser
 .SILENT:
 setup: $(VENV)/.ready
 
@@ -37,6 +37,19 @@ test: lint
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not soak and not serial'
 	echo "tests: one at a time, those that measure or start ranks"
 	$(BIN)/python -m pytest -q -m 'serial and not soak'
+
+# Debian's Chromium, which the tests of the app's page look for; without it `make test` skips them and says so.
+browser:
+	if command -v chromium chromium-browser google-chrome >/dev/null; then \
+		echo "browser: $$(command -v chromium chromium-browser google-chrome | head -n 1)"; \
+	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "browser: none found; as root under Debian this installs chromium, elsewhere install one by hand" >&2; \
+	else \
+		echo "browser: apt-get install chromium"; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+			|| echo "browser: chromium could not be installed; the tests of the page will be skipped" >&2; \
+	fi
 
 docs: setup
 	echo "docs: site/"

@@ -96,7 +96,7 @@ setup(
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],  # that were tried
     package_dir=PACKAGE_DIR,
     packages=find_mapped_packages(),
-    package_data={"ldmseg_fast": ["weights/*/*", "weights/*/*/*"]},
+    package_data={"ldmseg_fast": ["weights/*/*", "weights/*/*/*", "app/*.css", "app/*.js", "app/*.html"]},
     install_requires=[  # what predicts and scores
         "torch>=2.11",
         "triton>=3.6; platform_system=='Linux'",  # CPU builds of torch come without

@@ -18,6 +18,7 @@ from ldmseg_fast.threads import limit_threads
 COMMANDS = {
     "predict": ("ldmseg_fast.commands.predict", "segment pictures"),
     "inpaint": ("ldmseg_fast.commands.inpaint", "complete a panoptic map of which a part is given"),
+    "app": ("ldmseg_fast.commands.app", "serve a model as a web page and an HTTP API on this machine"),
     "evaluate": ("ldmseg_fast.commands.evaluate", "measure the panoptic quality of a model on a COCO-panoptic folder"),
     "pq": ("ldmseg_fast.commands.pq", "measure the panoptic quality of result files, as panopticapi does"),
     "data import": ("ldmseg_fast.commands.data_import", "make a COCO-panoptic folder of another data set"),

@@ -13,6 +13,7 @@ LAYERS = (
     ("benchmarks",),
     ("cli",),
     ("commands",),
+    ("app",),
     ("export",),
     ("train", "evaluation"),
     ("training", "pipeline"),
@@ -38,12 +39,11 @@ LATE = {
     ("ldmseg_fast.panoptic.results", "ldmseg_fast.formats.conversions"),
 }
 THIRD_PARTY = {
-    "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "fiftyone", "hotcoco", "huggingface_hub",
-    "hypothesis", "kernels",
-    "matplotlib", "mlflow", "modelopt",
+    "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "fastapi", "fiftyone", "gradio",
+    "gradio_client", "hotcoco", "huggingface_hub", "hypothesis", "kernels", "matplotlib", "mlflow", "modelopt",
     "numpy", "onnx", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "safetensors",
-    "shtab", "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "trackio", "transformers", "triton",
-    "wandb", "xformers", "yaml",
+    "shtab", "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "trackio",
+    "transformers", "triton", "wandb", "xformers", "yaml",
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def named_overlay(
         colors[segment["id"]] = np.clip(np.array(category.color) * factor, 0, 255).astype(np.uint8)
     picture = Image.fromarray(overlay(image, segmentation, colors=colors[segmentation]))
     size = max(12, min(picture.size) // 28)
-    _write_names(picture, segmentation, known, {key: _short(category.name) for key, category in of_id.items()}, size)
+    write_names(picture, segmentation, known, {each["id"]: of_id[each["category_id"]].name for each in known}, size)
     entries = [
         (_short(of_id[key].name) + (f" ({count})" if count > 1 else ""), of_id[key].color)
         for key, count in shade.items()
@@ -58,14 +58,22 @@ def _short(name: str) -> str:
     return name if len(name) <= 32 else name[:31] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _write_names(
+def write_names(
     picture: Image.Image,
     segmentation: np.ndarray,
     segments: Sequence[Mapping[str, Any]],
     names: Mapping[int, str],
     size: int,
 ) -> None:
-    """Writes the larger segments' names first; none covers another."""
+    """Writes names on a picture, those of larger segments first; none covers another.
+
+    Args:
+        picture: that is written on.
+        segmentation: integer [H, W] of its size.
+        segments: entries with `id` and `area`.
+        names: of the segments, by id.
+        size: of the letters, in pixels.
+    """
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
     step = max(1, -(-max(segmentation.shape) // COARSE))
     coarse = segmentation[step // 2 :: step, step // 2 :: step]
@@ -75,7 +83,7 @@ def _write_names(
         if place is None:
             continue
         row, column, inside = place
-        name = names[segment["category_id"]]
+        name = _short(names[segment["id"]])
         width, height = draw.textlength(name, font=font), size
         if 2 * inside * step < height:
             continue

@@ -30,6 +30,7 @@ ARGUMENTS = {
     "report": ["folder"],
     "ship": ["run", "out"],
     "push": ["tiny", "owner/name"],
+    "app": [],
     "doctor": [],
     "completion": ["bash"],
     "demo": ["--out", "out"],
