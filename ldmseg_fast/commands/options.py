@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.errors import ArgumentError, CheckpointError, DataError
+from ldmseg_fast.files import read_text
 
 
 def model_folders(model_dir: str | Path) -> list[Path]:
@@ -21,7 +23,7 @@ def model_folders(model_dir: str | Path) -> list[Path]:
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --backend, --engine-dir, --no-cuda-graph, --steps, --batch-size and --solver."""
+    """Adds --backend, --engine-dir, --no-cuda-graph, --steps, --batch-size, --solver and --threads."""
     parser.add_argument("--backend", default="torch", help="torch, compile, onnxruntime or tensorrt")
     parser.add_argument("--engine-dir", help="exported graphs or engines")
     parser.add_argument(
@@ -34,6 +36,41 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--solver", default="ddim", help="ddim, dpmpp_2m or heun")
+    parser.add_argument("--threads", type=int, help="of this process; default its share of the machine's cores")
+
+
+def add_share_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --list, --recursive and --share, of commands over many pictures."""
+    parser.add_argument(
+        "--list", action="append", default=[], type=Path, metavar="FILE", help="text file with one path a line"
+    )
+    parser.add_argument("--recursive", action="store_true", help="take the pictures of sub-folders too")
+    parser.add_argument(
+        "--share",
+        type=Path,
+        metavar="DIR",
+        help="folder that all ranks see, where --out is on each machine's own disk; default --out",
+    )
+
+
+def listed(paths: Sequence[str], lists: Sequence[Path]) -> list[str]:
+    """Returns the paths that a command line names, then those that its --list files name.
+
+    Raises:
+        DataError: a list that is no text.
+        ArgumentError: nothing is named.
+        OSError: a list that cannot be read.
+    """
+    named = list(paths)
+    for file in lists:
+        try:
+            lines = read_text(file, DataError, "list of paths").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: no text in UTF-8 ({error}); write one path a line") from None
+        named += [line for line in lines if line.strip()]
+    if not named:
+        raise ArgumentError("no pictures: name files or folders, or give --list FILE with a path in it")
+    return named
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
