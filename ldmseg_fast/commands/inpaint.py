@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         maps.check(found.pictures)
         read = {path: None for picture in found.pictures for path in maps.files(picture)}
         check_results(found.pictures, args.out, [*read, *args.list])
-        check_formats(args.formats, found.pictures, args.out)
+        check_formats(args.formats, found.pictures, args.out, local=args.share is not None)
         return found
 
     def settings() -> dict[str, Any]:

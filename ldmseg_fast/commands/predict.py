@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     def find() -> FoundPictures:
         found = find_inputs(listed(args.images, args.list), recursive=args.recursive, out=args.out)
         check_results(found.pictures, args.out, args.list)
-        check_formats(args.formats, found.pictures, args.out)
+        check_formats(args.formats, found.pictures, args.out, local=args.share is not None)
         return found
 
     def settings() -> dict[str, Any]:
