@@ -181,7 +181,7 @@ def _read_tar(tar: Path, found: FoundPictures) -> None:
             )
         elif pictures:
             place = PurePosixPath(key)
-            ordered = (pictures[0], *(each for each in members if each is not pictures[0]))
+            ordered = (pictures[0], *(each for each in members if each[1] is not pictures[0][1]))
             kind = pictures[0][0]
             found.pictures.append(ShardPicture(tar / f"{key}.{kind}", Path(place.parent), members=ordered))
     if len(found.pictures) == before and not any(line.startswith(str(tar)) for line in found.broken[-1:]):
@@ -216,11 +216,9 @@ def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
 
 def _key_of(name: str) -> tuple[str, str]:
     """Splits a member's name into key and kind; no key where the file's name begins with a dot or has none."""
-    folder, _, base = name.removeprefix("./").rpartition("/")
-    stem, dot, kind = base.partition(".")
-    if not (stem and dot and kind):
-        return "", ""
-    return (f"{folder}/{stem}" if folder else stem), kind
+    name = name.removeprefix("./")
+    stem, _, kind = name.rpartition("/")[2].partition(".")
+    return (name.removesuffix(f".{kind}"), kind) if stem and kind else ("", "")
 
 
 def _unsafe(key: str) -> str | None:

@@ -349,7 +349,7 @@ class SharedRun:
         if code in (INTERRUPTED, TERMINATED) and (lost := self._lost()) is not None:
             text = self._death_of(lost)  # the launcher stops the others where one has died
         if self._is_first():
-            if not self.is_main and "rank" not in text:
+            if not self.is_main and not text.startswith("error: rank "):
                 text = text.replace("error: ", f"error: rank {self.ranks.rank}: ", 1)
             print(text, file=sys.stderr, flush=True)
         if code == 1:
