@@ -38,7 +38,7 @@ LATE = {
 THIRD_PARTY = {
     "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "fiftyone", "hotcoco", "hypothesis", "kernels",
     "matplotlib", "modelopt",
-    "numpy", "onnx", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "safetensors",
+    "numpy", "onnx", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "ray", "safetensors",
     "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "transformers", "triton", "wandb",
     "xformers", "yaml",
 }  # fmt: skip

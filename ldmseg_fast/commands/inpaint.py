@@ -12,6 +12,7 @@ from ldmseg_fast.commands.options import (
     add_picture_arguments,
     add_share_arguments,
     listed,
+    lists_among,
     model_folders,
 )
 from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
@@ -20,7 +21,11 @@ from ldmseg_fast.commands.result_formats import add_format_argument, check_categ
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir")
     parser.add_argument(
-        "--image", nargs="+", default=[], metavar="PATH", help="the picture; or several, folders, or tar files"
+        "--image",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="the picture; or several, folders, tar files as webdataset writes them, or @FILE with a path a line",
     )
     parser.add_argument(
         "--map",
@@ -72,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
     )
 
     def find() -> FoundPictures:
-        found = find_inputs(listed(args.image, args.list), recursive=args.recursive, out=args.out)
+        found = find_inputs(listed(args.image), recursive=args.recursive, out=args.out)
         maps.check(found.pictures)
         read = {path: None for picture in found.pictures for path in maps.files(picture)}
-        check_results(found.pictures, args.out, [*read, *args.list])
+        check_results(found.pictures, args.out, [*read, *lists_among(args.image)])
         check_formats(args.formats, found.pictures, args.out, local=args.share is not None)
         return found
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldmseg_fast.errors import ArgumentError, CheckpointError, DataError
+from ldmseg_fast.errors import CheckpointError, DataError
 from ldmseg_fast.files import read_text
 
 
@@ -40,10 +40,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_share_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --list, --recursive and --share, of commands over many pictures."""
-    parser.add_argument(
-        "--list", action="append", default=[], type=Path, metavar="FILE", help="text file with one path a line"
-    )
+    """Adds --recursive and --share, of commands over many pictures."""
     parser.add_argument("--recursive", action="store_true", help="take the pictures of sub-folders too")
     parser.add_argument(
         "--share",
@@ -53,23 +50,30 @@ def add_share_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def listed(paths: Sequence[str], lists: Sequence[Path]) -> list[str]:
-    """Returns the paths that a command line names, then those that its --list files name.
+def lists_among(paths: Sequence[str]) -> list[Path]:
+    """Returns the text files among paths: FILE of each @FILE, unless a file is called so."""
+    return [Path(path[1:]) for path in paths if path.startswith("@") and not Path(path).exists()]
+
+
+def listed(paths: Sequence[str]) -> list[str]:
+    """Returns paths with those that a text file names, one a line, in the place of its @FILE.
 
     Raises:
-        DataError: a list that is no text.
-        ArgumentError: nothing is named.
+        DataError: a list that is no text, or names nothing.
         OSError: a list that cannot be read.
     """
-    named = list(paths)
-    for file in lists:
+    named: list[str] = []
+    for path in paths:
+        if not lists_among([path]):
+            named.append(path)
+            continue
         try:
-            lines = read_text(file, DataError, "list of paths").splitlines()
+            lines = [line for line in read_text(path[1:], DataError, "list of paths").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
-            raise DataError(f"{file}: no text in UTF-8 ({error}); write one path a line") from None
-        named += [line for line in lines if line.strip()]
-    if not named:
-        raise ArgumentError("no pictures: name files or folders, or give --list FILE with a path in it")
+            raise DataError(f"{path[1:]}: no text in UTF-8 ({error}); write one path a line") from None
+        if not lines:
+            raise DataError(f"{path[1:]}: names no picture; write one path a line")
+        named += lines
     return named
 
 

@@ -14,6 +14,7 @@ from ldmseg_fast.commands.options import (
     add_picture_arguments,
     add_share_arguments,
     listed,
+    lists_among,
     model_folders,
 )
 from ldmseg_fast.commands.picture_results import check_results, image_id, preview_of, write_result
@@ -95,7 +96,9 @@ def _read_batches(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir")
-    parser.add_argument("images", nargs="*", help="files, folders, or tar files as webdataset writes them")
+    parser.add_argument(
+        "images", nargs="+", help="files, folders, tar files as webdataset writes them, or @FILE with a path a line"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder for map PNG, overlay PNG and JSON")
     add_format_argument(parser)
     add_share_arguments(parser)
@@ -122,8 +125,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval, "exif": args.exif}
 
     def find() -> FoundPictures:
-        found = find_inputs(listed(args.images, args.list), recursive=args.recursive, out=args.out)
-        check_results(found.pictures, args.out, args.list)
+        found = find_inputs(listed(args.images), recursive=args.recursive, out=args.out)
+        check_results(found.pictures, args.out, lists_among(args.images))
         check_formats(args.formats, found.pictures, args.out, local=args.share is not None)
         return found
 

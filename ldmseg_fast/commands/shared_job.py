@@ -85,9 +85,9 @@ class Summary:
         """Prints what is to be known beside the number of results, and returns the exit code."""
         if self.before:
             print(f"{self.before} of the pictures were complete from an earlier start")
-        if self.ranks > 1:
-            rate = self.done / max(self.seconds, 1e-9)
-            print(f"{self.done} pictures in {self.seconds:.1f} s on {self.ranks} ranks: {rate:.2f} pictures/s")
+        if self.done > 1:
+            rate, where = self.done / max(self.seconds, 1e-9), f" on {self.ranks} ranks" if self.ranks > 1 else ""
+            print(f"{self.done} pictures in {self.seconds:.1f} s{where}: {rate:.2f} pictures/s")
         if self.outcome.turned:
             turned = "turned as their EXIF orientation says (--keep-orientation keeps the stored pixels)"
             print(f"{self.outcome.turned} {turned}")

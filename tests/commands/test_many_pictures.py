@@ -214,13 +214,14 @@ def test_tar_files_give_what_their_pictures_give(pictures, whole, model_dir, tmp
 
 def test_a_list_of_paths(pictures, model_dir, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{pictures}/in/p1.png\n\n{pictures}/in/p0.png\n")
-    assert run("predict", model_dir, "--list", tmp_path / "list.txt", "--out", tmp_path / "out") == 0
+    assert run("predict", model_dir, f"@{tmp_path}/list.txt", "--out", tmp_path / "out") == 0
     assert "2 images segmented" in capsys.readouterr().out
-    assert run("predict", model_dir, "--out", tmp_path / "out") == 2
-    assert "no pictures: name files or folders" in capsys.readouterr().err
-    (tmp_path / "list.txt").write_bytes("x.png".encode("utf-16"))
-    assert run("predict", model_dir, "--list", tmp_path / "list.txt", "--out", tmp_path / "out") == 2
-    assert "no text in UTF-8" in capsys.readouterr().err
+    for content, words in (("x.png".encode("utf-16"), "no text in UTF-8"), (b"\n", "names no picture")):
+        (tmp_path / "list.txt").write_bytes(content)
+        assert run("predict", model_dir, f"@{tmp_path}/list.txt", "--out", tmp_path / "out") == 2
+        assert words in capsys.readouterr().err
+    assert run("predict", model_dir, "@none.txt", "--out", tmp_path / "out") == 2
+    assert "none.txt" in capsys.readouterr().err
 
 
 def test_inpaint_takes_folders_and_tars(pictures, model_dir, tmp_path, capsys):
