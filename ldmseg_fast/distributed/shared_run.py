@@ -148,6 +148,7 @@ class SharedRun:
         """Waits for rank 0 of the same start."""
         begun, said = time.monotonic(), False
         while True:
+            appeared(self.path / "launch.json")
             entry = rank_file.read(self.path / "launch.json") or {}
             self._name = str(entry.get("launch", ""))
             if self._name and self._lives.lives(self._rank_path(0)):
@@ -173,7 +174,7 @@ class SharedRun:
 
     def _failed_since(self, start: float) -> bool:
         with contextlib.suppress(OSError):
-            return (self._launch / "failed").stat().st_mtime > start - 1.0
+            return (self._launch / "failed").stat().st_mtime > start
         return False
 
     # the work
@@ -253,7 +254,7 @@ class SharedRun:
 
     def _wait_for_units(self) -> None:
         path = self._launch / "work.jsonl"
-        while not path.exists():  # rank 0 lists and checks; the watch ends this rank where it fails
+        while not appeared(path):  # rank 0 lists and checks; the watch ends this rank where it fails
             time.sleep(PERIOD / 5)
         with path.open(encoding="ascii") as file:
             self._units = dict(map(json.loads, file))
@@ -372,7 +373,7 @@ class SharedRun:
         while not self._done.wait(PERIOD):
             with contextlib.suppress(OSError):
                 self._own.write(**self._facts)
-            if (self._launch / "failed").exists():
+            if appeared(self._launch / "failed"):
                 time.sleep(PERIOD)  # the main thread may be about to say the same by itself
                 self._leave(None)
             if (lost := self._lost()) is not None:
@@ -400,6 +401,14 @@ class SharedRun:
         if text is not None and self._is_first():
             print(text, file=sys.stderr, flush=True)
         os._exit(LOST_RANK)  # the main thread may be anywhere
+
+
+def appeared(path: Path) -> bool:
+    """Tells whether a file that another machine makes is there: NFS remembers for a minute what was not, but lists."""
+    try:
+        return path.name in os.listdir(path.parent)  # noqa: PTH208 (names are wanted)
+    except OSError:
+        return False
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
