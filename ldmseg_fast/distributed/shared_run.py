@@ -14,7 +14,6 @@ Rank 0 holds the lock of the folder. A rank takes every W-th unit first, and the
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -33,8 +32,9 @@ from ldmseg_fast.distributed.ending import INTERRUPTED, TERMINATED, reason_of
 from ldmseg_fast.distributed.launcher import QUIET
 from ldmseg_fast.distributed.liveness import LOST_RANK
 from ldmseg_fast.distributed.ranks import Ranks
-from ldmseg_fast.errors import ArgumentError, DataError, InUseError, LaunchError, UserError
-from ldmseg_fast.files import read_lines, replacing, write_json
+from ldmseg_fast.distributed.run_journal import Record, journal, keep_settings, key_of, read_records
+from ldmseg_fast.errors import DataError, InUseError, LaunchError, UserError
+from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.locks import only_writer
 
 RUN = ".ldmseg-run"
@@ -45,8 +45,6 @@ STALE = 15.0  # seconds in which ranks of a start whose rank 0 was killed have e
 TOLD = 2.0  # seconds that a rank leaves to rank 0 to say what is wrong for all
 _AGAIN = "run the command again: what is complete stays"
 _STARTED = time.time()
-
-Record = dict[str, Any]
 
 
 class _Terminated(BaseException):
@@ -89,7 +87,6 @@ class SharedRun:
         self._units: dict[int, str] = {}
         self._keys: list[str] = []
         self._records: dict[str, Record] = {}
-        self._journal: int | None = None
         self._name = ""
 
     # the start
@@ -112,6 +109,8 @@ class SharedRun:
             raise SystemExit(2) from None
         self._own = self._stack.enter_context(rank_file.held(self._rank_path(self.ranks.rank)))
         self._own.write(**self._facts)
+        own_lines = self.path / f"done-{self._name}-{self.ranks.rank}"
+        self._journal = self._stack.enter_context(journal(own_lines))
         if self.is_main:
             entry = {"launch": self._name, "start": self.ranks.launch, "world": self.ranks.world}
             write_json(self.path / "launch.json", entry)
@@ -195,14 +194,9 @@ class SharedRun:
         Raises:
             ArgumentError: an earlier start with other settings was interrupted here.
         """
-        known = json.loads(json.dumps(dict(settings)))
-        journals = sorted(self.path.glob("done-*"))
-        records = {line["key"]: line["record"] for path in journals for line in read_lines(path) if "record" in line}
-        if records:
-            self._check_settings(known)
-        else:
-            write_json(self.path / "settings.json", known)
-        self._keys = [hashlib.sha256(unit.encode()).hexdigest()[:32] for unit in units]
+        records = read_records(self.path)
+        keep_settings(self.path, settings, bool(records), self.cure)
+        self._keys = [key_of(unit) for unit in units]
         todo = {}
         for number, (key, unit) in enumerate(zip(self._keys, units)):
             if key in records and is_there(unit, records[key]):
@@ -213,20 +207,6 @@ class SharedRun:
         if self._several:
             with replacing(self._launch / "work.jsonl") as temporary, temporary.open("w", encoding="ascii") as file:
                 file.writelines(json.dumps([number, unit]) + "\n" for number, unit in todo.items())
-
-    def _check_settings(self, known: dict[str, Any]) -> None:
-        try:
-            old = json.loads((self.path / "settings.json").read_bytes())
-        except (OSError, ValueError):
-            old = {}
-        changed = [name for name in {**old, **known} if old.get(name) != known.get(name)]
-        if changed:
-            told = (name for name in changed if not isinstance(known.get(name), dict | list))
-            listed = "; ".join([f"{name} {old.get(name)}, now {known.get(name)}" for name in told] or changed)
-            raise ArgumentError(
-                f"{self.folder}: an earlier start with other settings was interrupted here ({listed}); finish it with "
-                f"those, {self.cure}, or delete {self.path} to do everything anew"
-            )
 
     def todo(self) -> list[str]:
         """Lists the units of `open` that are not complete yet."""
@@ -278,18 +258,8 @@ class SharedRun:
         Raises:
             OSError: names the file that cannot be written.
         """
-        path = self.path / f"done-{self._name}-{self.ranks.rank}"
-        key = hashlib.sha256(self._units[number].encode()).hexdigest()[:32]
-        line = (json.dumps({"key": key, "record": record}) + "\n").encode()
-        try:
-            if self._journal is None:
-                self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-                self._stack.callback(os.close, self._journal)
-            if os.write(self._journal, line) < len(line):
-                raise OSError(28, os.strerror(28), str(path))
-        except OSError as error:
-            error.filename = str(path)  # a full disk gives none
-            raise
+        key = key_of(self._units[number])
+        self._journal.add(key, record)
         self._records[key] = record
         self._facts["count"] += count
 
@@ -325,8 +295,8 @@ class SharedRun:
                 print(f"rank 0: all is done or taken; rank {names} has not come yet", file=sys.stderr, flush=True)
             time.sleep(PERIOD / 5)
         self._done.set()
-        for path in self.path.glob(f"done-{self._name}-*") if self._several else ():
-            self._records |= {line["key"]: line["record"] for line in read_lines(path) if "record" in line}
+        if self._several:
+            self._records |= read_records(self.path, f"done-{self._name}-*")
         if lost := sum(key not in self._records for key in self._keys):
             raise DataError(f"{self.path}: {lost} units are not in the journals; {_AGAIN}")
         return [self._records[key] for key in self._keys]
