@@ -2,11 +2,13 @@
 
 python benchmarks/bench_throughput.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--batch 1 4 8]
     [--images N] [--steps N] [--workers 0 1 2] [--variants NAME ...] [--minutes M]
+python benchmarks/bench_throughput.py --processes 1 2 4 [--images N] [--steps N] [--batch B]
 
 The plain loop reads, segments and writes one picture after the other. Ours reads and resizes in `workers` threads,
 samples in batches, and decodes and writes the batch before in one more thread; 0 workers: everything in turn.
 `gain of overlap` is the time without threads over the time with them. Ends within --minutes;
-what does not fit is named.
+what does not fit is named. With --processes only `ldmseg predict` is measured, in so many processes that share the
+cores and a folder of pictures, and how two share uneven pictures beside halves that were dealt before.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, Run, Timing, measure
+from benchmarks.measuring.processes import measure_processes
 from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.peers.random_model import find_model
 from ldmseg_fast.backends.model_info import read_model_info
@@ -227,6 +230,14 @@ def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
     return run
 
 
+def benchmark_processes(args: argparse.Namespace, scratch: Path) -> Run:
+    run = Run("throughput", quick=args.quick, folder=args.out)
+    folder, model = find_model(args.model, args.preset, scratch)
+    case = {"model": model, "steps": args.steps, "batch": args.batch[0]}
+    measure_processes(run, folder, case, scratch, args.processes, args.images, rounds=1 if args.quick else 5)
+    return run
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="MODEL_DIR", help="trained weights; default random ones of --preset")
@@ -240,17 +251,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", help="backends of ours, by the names of bench_latency")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
+    parser.add_argument("--processes", type=int, nargs="+", help="measure `ldmseg predict` in so many processes alone")
     parser.add_argument("--minutes", type=float, default=3.0, help="time budget of everything")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args(argv)
-    args.images = args.images or (6 if args.quick else 16)
+    args.images = args.images or (6 if args.quick else 64 if args.processes else 16)
     args.steps = args.steps or (4 if args.quick else 10)
     args.batch = args.batch or ([3] if args.quick else [1, 4, 8])
     if args.quick and not args.variants:
         args.variants = list(DEFAULT_VARIANTS[args.device][:1])
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        benchmark(args, Path(scratch)).save(args.out)
+        (benchmark_processes if args.processes else benchmark)(args, Path(scratch)).save(args.out)
     return 0
 
 

@@ -2,8 +2,9 @@
 
 COMMAND is one of COMMANDS below. Each start is a fork of this process, which has paid for the imports. After each kill
 every file is looked at, and what an earlier start had completed must still be there. A start that goes through must
-leave, bit for bit, what a run without kills left; then all begins anew. The last line of the output is JSON: kills,
-starts that went through, files lost, half files, leftovers and differences.
+leave, bit for bit, what a run without kills left; then all begins anew. Of several ranks every second time one alone is
+killed, and the others must end by themselves. The last line of the output is JSON: kills, starts that went through,
+files lost, half files, leftovers, differences, and ranks that did not end.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from tests.conftest import make_model
 TINY = Path(__file__).parent / "training" / "tiny.yaml"
 TEMPORARY = (".ldmseg", ".import-", ".new-", ".old-")
 MANIFEST = "manifest.json"
+PATIENCE = 15.0  # seconds; the machine may be busy
 Main = Callable[[list[str]], int]
 
 
@@ -54,6 +56,7 @@ class Campaign:
         half: files that cannot be read, but for temporary ones.
         left: temporary files after the last start.
         different: files that are not those of a run without kills.
+        stuck: ranks that did not end within PATIENCE seconds after another was killed.
     """
 
     kills: int = 0
@@ -62,6 +65,7 @@ class Campaign:
     half: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
+    stuck: int = 0
 
     def look_at_kill(self, folder: Path, complete: set[str]) -> set[str]:
         """Looks for half and lost files; `complete` were there before. Returns which are there now."""
@@ -133,6 +137,26 @@ def kill(processes: list[int], rng: random.Random) -> bool:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
     return at_work
+
+
+def kill_one(processes: list[int], rng: random.Random) -> tuple[bool, int]:
+    """Kills one rank and waits for the others; tells whether it was at work, and how many did not end by themselves."""
+    rng.shuffle(processes)
+    ended, _ = os.waitpid(processes[0], os.WNOHANG)
+    if ended:  # it has come to its end, and so do the others
+        for process in processes[1:]:
+            os.waitpid(process, 0)
+        return False, 0
+    os.kill(processes[0], signal.SIGKILL)
+    os.waitpid(processes[0], 0)
+    end, left = time.monotonic() + PATIENCE, processes[1:]
+    while left and time.monotonic() < end:
+        left = [process for process in left if not os.waitpid(process, os.WNOHANG)[0]]
+        time.sleep(0.05)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    return True, len(left)
 
 
 def files(folder: Path) -> dict[str, Path]:
@@ -276,7 +300,7 @@ class Commands:
 
 
 # name -> method of `Commands`, ranks
-COMMANDS = {"train": ("train", 1), "train-2-ranks": ("train", 2)} | {
+COMMANDS = {"train": ("train", 1), "train-2-ranks": ("train", 2), "predict-2-ranks": ("predict", 2)} | {
     name: (name, 1) for name in ("evaluate", "predict", "cache", "merge", "imports", "exports", "pq")
 }
 
@@ -291,7 +315,12 @@ def campaign(name: str, kills: int, folder: Path) -> Campaign:
     while found.kills < kills:
         processes = start(main, arguments(killed), log, ranks)
         time.sleep(rng.uniform(0.0, seconds))
-        if not kill(processes, rng):  # it had come to its end, which is looked at; then all begins anew
+        if name == "predict-2-ranks" and rng.random() < 0.5:
+            at_work, stuck = kill_one(processes, rng)
+            found.stuck += stuck
+        else:
+            at_work = kill(processes, rng)
+        if not at_work:  # it had come to its end, which is looked at; then all begins anew
             found.look_at_end(whole, killed, skipped)
             shutil.rmtree(killed)
             complete, seconds = set(), 0.9 * seconds
@@ -311,7 +340,7 @@ def main() -> int:
     found = campaign(name, kills, folder)
     print(found)
     print(json.dumps(found.counts()))
-    return int(bool(found.lost or found.half or found.left or found.different))
+    return int(bool(found.lost or found.half or found.left or found.different or found.stuck))
 
 
 if __name__ == "__main__":

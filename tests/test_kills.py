@@ -44,5 +44,17 @@ def test_sixty_kills(command: str, tmp_path: Path, record_property: Callable[[st
     assert found["lost"] == found["half"] == found["left"] == found["different"] == 0
 
 
+@pytest.mark.soak
+def test_twenty_kills_of_ranks_that_share_pictures(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Every second time one rank alone is killed, and the other ends by itself."""
+    found = killed("predict-2-ranks", 20, tmp_path / "campaign")
+    for name, value in found.items():
+        record_property(name, value)
+    assert found.pop("kills") == 20 and found.pop("ends") >= 1
+    assert not any(found.values())
+
+
 def test_they_are_sixty() -> None:
     assert sum(KILLS.values()) == 60

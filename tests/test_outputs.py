@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from ldmseg_fast import cli, outputs
-from ldmseg_fast.commands import predict
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.outputs import check_outputs, check_replaced, is_inside, report_stream, same_place
 
@@ -100,7 +99,7 @@ def test_a_result_that_is_a_link_to_a_picture(there: Path) -> None:
     (there / "out").mkdir()
     (there / "out" / "b.png").symlink_to(there / "pictures" / "a.png")
     with pytest.raises(ArgumentError, match=r"b\.png: a link to .*a\.png"):
-        predict.check_replaced([there / "out" / "b.png", there / "out" / "none"], [there / "pictures" / "a.png"])
+        check_replaced([there / "out" / "b.png", there / "out" / "none"], [there / "pictures" / "a.png"])
     check_replaced([there / "out" / "c.png"], [there / "pictures" / "a.png"])
 
 

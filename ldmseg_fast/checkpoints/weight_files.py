@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -126,3 +126,13 @@ def _why_none(folder: Path) -> str:
             f"{folder}: no diffusion_pytorch_model.safetensors in it; rename {others[0]} if that is the network's file"
         )
     return f"{folder}: no diffusion_pytorch_model.safetensors in it"
+
+
+def states_of(folder: Path, patterns: Sequence[str]) -> dict[str, list[int]]:
+    """Reads size and time of the last change (nanoseconds) of the files that match `patterns`, by name.
+
+    Results of other contents are other results, whatever the folder is called.
+    """
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    states = {path.relative_to(folder).as_posix(): path.stat() for path in files}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, prints and writes what was asked for, and returns 0."""
     from ldmseg_fast import distributed
     from ldmseg_fast.distributed.ending import joined_ranks
+    from ldmseg_fast.distributed.ranks import ranks_of, use_own_device, use_slurm
     from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report
     from ldmseg_fast.files import check_output, write_json
 
@@ -114,6 +117,9 @@ def run(args: argparse.Namespace) -> int:
         random=args.random,
     )
     files = (args.json, args.instances, args.page)
+    use_slurm(os.environ)
+    use_own_device(ranks_of(os.environ), args.threads)
+    begun = time.monotonic()
     with joined_ranks():
         take_model(args)
         options = replace(options, engine_dir=args.engine_dir)
@@ -123,11 +129,17 @@ def run(args: argparse.Namespace) -> int:
             if path:
                 check_output(path)
         report = evaluate(args.model_dir, args.data, options)
+        ranks, seconds = distributed.world_size(), time.monotonic() - begun
     if distributed.is_main():
         if args.json:
             write_json(args.json, report)
         stream = report_stream(files)
         print(format_report(report), file=stream)
+        if ranks > 1:
+            rate = report["images"] / seconds
+            print(
+                f"{report['images']} pictures in {seconds:.1f} s on {ranks} ranks: {rate:.2f} pictures/s", file=stream
+            )
         for name, path in zip(("report", "instances", "page", "results"), (*files, args.out)):
             if path:
                 print(f"{name}: {path}", file=stream)

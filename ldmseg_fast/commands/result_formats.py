@@ -28,8 +28,10 @@ def add_format_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_formats(kinds: Sequence[str], pictures: Sequence[FoundPicture], out: Path) -> None:
+def check_formats(kinds: Sequence[str], pictures: Sequence[FoundPicture], out: Path, *, local: bool = False) -> None:
     """Checks before anything is predicted that the results can be written in these formats.
+
+    local: the results are on the disks of several machines.
 
     Raises:
         ArgumentError: no such format, one that is not written, one that is named twice, or a folder of results that is
@@ -38,8 +40,15 @@ def check_formats(kinds: Sequence[str], pictures: Sequence[FoundPicture], out: P
     """
     if not kinds:
         return
+    from ldmseg_fast.data.shards import ShardPicture
     from ldmseg_fast.formats.export import check_free, writer_of  # late: few ask for it
 
+    if local:
+        raise ArgumentError(f"--format {kinds[0]}: needs all results in one folder; leave --share out")
+    if shard := next((picture for picture in pictures if isinstance(picture, ShardPicture)), None):
+        raise ArgumentError(
+            f"--format {kinds[0]}: other formats name pictures that are files; unpack {shard.source()}, or leave it out"
+        )
     for place, kind in enumerate(kinds):
         writer_of(kind)
         if kind in kinds[:place]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
+from ldmseg_fast.data.pictures import Picture, read_picture
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import require_file
 
@@ -29,6 +30,18 @@ class FoundPicture:
     file: Path
     folder: Path = Path()
 
+    def read(self, *, exif: bool = True, max_pixels: int) -> Picture:
+        """Reads the picture, as `data.pictures.read_picture` does.
+
+        Raises:
+            DataError: a file that is missing or no readable picture; it is named.
+        """
+        return read_picture(self.file, exif=exif, max_pixels=max_pixels)
+
+    def source(self) -> Path:
+        """Returns the file on disk that holds the picture."""
+        return self.file
+
 
 @dataclass
 class FoundPictures:
@@ -38,11 +51,13 @@ class FoundPictures:
         pictures: in the order of the paths, those of a folder by name.
         left_out: what was left out, as a message says it, and how many.
         from_folders: whether a folder was among the paths.
+        broken: a line for each part of a tar file that cannot be read.
     """
 
     pictures: list[FoundPicture] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     from_folders: bool = False
+    broken: list[str] = field(default_factory=list)
 
 
 @lru_cache(maxsize=1)
@@ -86,9 +101,14 @@ def find_pictures(paths: Sequence[str | Path], *, recursive: bool = False, out: 
             except FileNotFoundError:
                 raise FileNotFoundError(f"{path}: no such file or folder") from None
             found.pictures.append(FoundPicture(path))
-    once = {os.path.abspath(picture.file): picture for picture in reversed(found.pictures)}  # noqa: PTH100 (keeps links)
-    found.pictures = list(reversed(once.values()))
+    found.pictures = once(found.pictures)
     return found
+
+
+def once(pictures: Sequence[FoundPicture]) -> list[FoundPicture]:
+    """Leaves out pictures that are there already."""
+    found = {os.path.abspath(picture.file): picture for picture in reversed(pictures)}  # noqa: PTH100 (keeps links)
+    return list(reversed(found.values()))
 
 
 def described(left_out: Counter[str]) -> str:
@@ -98,6 +118,8 @@ def described(left_out: Counter[str]) -> str:
 
 def _search(folder: Path, below: Path, recursive: bool, out: Path | None, found: FoundPictures) -> None:
     for path in sorted(folder.iterdir()):
+        if path.name.startswith(".ldmseg"):  # ours, of a start at work
+            continue
         if path.name.startswith("."):
             found.left_out["hidden"] += 1
         elif path.is_dir():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ldmseg_fast import distributed
@@ -63,7 +65,7 @@ def joined_ranks() -> Iterator[None]:
         yield
     else:
         before = signal.signal(signal.SIGTERM, _terminate)
-        with _RankWatch() as watch:
+        with _RankWatch(places=distributed.gather_objects((socket.gethostname(), os.getpid()))) as watch:
             try:
                 yield
             except BaseException as error:
@@ -77,10 +79,14 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 
 class _RankWatch(Heartbeat):
-    """Ends this process also when another rank says that it has failed."""
+    """Ends this process also when another rank says that it has failed.
 
-    def __init__(self, timeout: float = 30.0) -> None:
+    places: machine and process of each rank.
+    """
+
+    def __init__(self, timeout: float = 30.0, places: Sequence[tuple[str, int]] = ()) -> None:
         super().__init__(timeout, lambda: self._leave("the launcher has gone"), period=1.0)
+        self._places = places
         self._threads.append(threading.Thread(target=self._listen, daemon=True))
 
     def __enter__(self) -> _RankWatch:
@@ -91,9 +97,11 @@ class _RankWatch(Heartbeat):
         """Says why, once for all ranks that meet the same error, and ends the process."""
         if isinstance(error, Exception) and is_lost_connection(error):
             time.sleep(2 * self.period)  # lets the other rank say why, which ends this one
-            self._leave("another rank has gone")
+            self._leave(self._gone() or "another rank has gone")
         self._done.set()  # from here on this thread alone ends the process
         text, code = reason_of(error) or (traceback.format_exc().rstrip(), 1)
+        if code == TERMINATED and (gone := self._gone()):  # the launcher stops the others where one has died
+            text = f"error: {gone}; run the command again"
         said = ""
         with suppress(RuntimeError):  # the store has gone with the rank that holds it
             said = self._store.compare_set(_FAILED, "", f"{distributed.rank()}:{code}:{text}").decode()
@@ -105,6 +113,13 @@ class _RankWatch(Heartbeat):
             print(f"rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code)  # leaving the process group would wait for ranks that are stuck in a collective
+
+    def _gone(self) -> str:
+        """Names a rank of this machine whose process has ended; empty where all of them run."""
+        for rank, (host, process) in enumerate(self._places):
+            if host == socket.gethostname() and rank != distributed.rank() and not is_running(process):
+                return f"rank {rank} (process {process} on {host}) has gone"
+        return ""
 
     def _listen(self) -> None:
         while self._store is not None and not self._done.wait(self.period):
@@ -124,6 +139,17 @@ class _RankWatch(Heartbeat):
         if not self._done.is_set():
             print(f"rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
             os._exit(code)  # the main thread sits in a collective that nothing can interrupt
+
+
+def is_running(process: int) -> bool:
+    """Tells whether a process of this machine runs; one that has ended and is not waited for yet does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()  # without /proc nobody can tell
+    except (OSError, IndexError):
+        return True
+    return state not in ("Z", "X")
 
 
 def exit_code_of(error: Exception) -> int | None:

@@ -18,6 +18,7 @@ from ldmseg_fast.checkpoints.categories_file import CATEGORIES
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.checkpoints.weight_files import states_of
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.evaluation import spread
 from ldmseg_fast.evaluation.agreement import TorchAgreement
@@ -41,7 +42,7 @@ from ldmseg_fast.evaluation.scores import (
     rank_batches,
     without_crowds,
 )
-from ldmseg_fast.evaluation.store import Store, states_of
+from ldmseg_fast.evaluation.store import Store
 from ldmseg_fast.metrics.inpainting import drop_blocks
 from ldmseg_fast.panoptic.results import PanopticResult, instances_of, write_json_list
 

@@ -14,16 +14,6 @@ from ldmseg_fast.files import sha256
 from ldmseg_fast.panoptic.results import PanopticResult, ResultsWriter
 
 
-def states_of(folder: Path, patterns: Sequence[str]) -> dict[str, list[int]]:
-    """Reads size and time of the last change (nanoseconds) of the files that match `patterns`, by name.
-
-    Results of other contents are other results, whatever the folder is called.
-    """
-    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
-    states = {path.relative_to(folder).as_posix(): path.stat() for path in files}
-    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
-
-
 class Clock:
     """Counts seconds spent predicting, and images predicted."""
 

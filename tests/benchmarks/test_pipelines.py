@@ -168,3 +168,14 @@ def test_an_error_in_a_thread_comes_out(info, tmp_path):
     pipeline = OurPipeline(TorchBackend(info, "cpu", torch.float32))
     with pytest.raises(ValueError, match=r"missing\.jpg"):
         bench_throughput.Overlapped(pipeline, 2, 1)([tmp_path / "missing.jpg"], tmp_path, 1)
+
+
+@pytest.mark.serial
+def test_processes_share_a_folder(model_dir, tmp_path):
+    assert run_quick(bench_throughput.main, model_dir, tmp_path, "--processes", "1", "2", "--batch", "2") == 0
+    record = json.loads(next(tmp_path.glob("throughput-*.json")).read_text())
+    validate(record)
+    assert record["checks"]["2 processes write the files of 1"]
+    rows = {(row["name"], row["variant"]): row["value"] for row in record["results"]}
+    assert {variant for _, variant in rows} == {"1 processes", "2 processes", "static", "dynamic"}
+    assert all(value > 0 for value in rows.values())

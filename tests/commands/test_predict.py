@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from ldmseg_fast.cli import main
-from ldmseg_fast.commands import predict
 from ldmseg_fast.data.picture_folders import find_pictures, picture_suffixes
+from ldmseg_fast.data.pictures import read_picture
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
 
 
@@ -153,9 +153,9 @@ def test_pictures_beyond_the_default_bound_are_read_smaller(model_dir, tmp_path,
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     for name in ("a.jpg", "b.png", "c.tif"):
         picture(400, 300).save(tmp_path / name)
-    read = predict.read_picture(tmp_path / "a.jpg", max_pixels=200_000)
+    read = read_picture(tmp_path / "a.jpg", max_pixels=200_000)
     assert read.size == (400, 300) and 1_000 < read.pixels.width * read.pixels.height <= 10_000
-    read = predict.read_picture(tmp_path / "b.png", max_pixels=200_000)
+    read = read_picture(tmp_path / "b.png", max_pixels=200_000)
     assert read.size == (400, 300) and read.pixels.size == (75, 100)
     assert run(model_dir, *tmp_path.glob("?.*"), "--out", tmp_path / "out", "--max-pixels", 200_000) == 0
     for name in "abc":

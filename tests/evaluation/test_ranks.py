@@ -139,7 +139,7 @@ def test_a_rank_that_fails_ends_the_other(model_dir, scenes, rank, how, code, me
     assert own_code == code and own_error.endswith(message), ended
     assert "Traceback" not in own_error or how == "KeyError"
     assert other_code == (143 if how == "stopped" else LOST_RANK) and "Traceback" not in other_error, ended
-    words = {"killed": "another rank has gone", "stopped": f"rank {rank} was stopped"}.get(
+    words = {"killed": f"rank {rank} (process", "stopped": f"rank {rank} was stopped"}.get(
         how, f"rank {rank} has failed"
     )
     assert f"rank {1 - rank}: " in other_error and words in other_error

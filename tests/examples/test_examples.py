@@ -131,3 +131,28 @@ def test_own_data(scenes, tmp_path):
         else:
             run(sys.executable, ROOT / words[1], *words[2:], *NARROW, *SHORT, cwd=tmp_path)
     assert (tmp_path / "errors.html").is_file() and len(list((tmp_path / "results").glob("*.json"))) == 24
+
+
+@pytest.mark.soak
+def test_ray_predict(scenes, model_dir, tmp_path):
+    """Two actors of a local Ray, with a picture that is broken; a second start does what is missing."""
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'ray[data]')")
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    pictures.mkdir()
+    for path in sorted((scenes / "train2017").iterdir())[:6]:
+        (pictures / path.name).symlink_to(path)
+    asked = [sys.executable, EXAMPLES / "ray_predict.py", pictures, "--out", out, "--model", model_dir]
+    asked += ["--steps", "1", "--batch-size", "2", "--actors", "2", "--cpus", "0.5"]
+    assert "6 images segmented" in run(*asked, OMP_NUM_THREADS="1")
+    one = tmp_path / "one"
+    run(sys.executable, "-m", "ldmseg_fast.cli", "predict", model_dir, pictures, "--out", one, *asked[7:11])
+    assert len(list(one.iterdir())) == 18
+    for path in one.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    sorted(out.glob("*.json"))[0].unlink()
+    (pictures / "bad.png").write_bytes(b"no picture")
+    asked = list(map(str, asked))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "5 of 7 pictures are there already" in done.stdout, done.stderr[-3000:]
+    assert "1 images segmented" in done.stdout and "bad.png: not a readable picture" in done.stderr

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.cli import main
-from ldmseg_fast.commands.inpaint import read_segments
+from ldmseg_fast.commands.partial_maps import read_segments
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.categories import Category, CategoryTable
 from ldmseg_fast.errors import ArgumentError
