@@ -21,16 +21,15 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ldmseg_fast.distributed import rank_file
-from ldmseg_fast.distributed.ending import INTERRUPTED, TERMINATED, reason_of
 from ldmseg_fast.distributed.launcher import QUIET
 from ldmseg_fast.distributed.liveness import LOST_RANK
+from ldmseg_fast.distributed.rank_watch import AGAIN, PERIOD, RankWatch, appeared, rank_path, terminate
 from ldmseg_fast.distributed.ranks import Ranks
 from ldmseg_fast.distributed.run_journal import Record, journal, keep_settings, key_of, read_records
 from ldmseg_fast.errors import DataError, InUseError, LaunchError, UserError
@@ -38,17 +37,11 @@ from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.locks import only_writer
 
 RUN = ".ldmseg-run"
-PERIOD = 0.5  # seconds between two looks at the other ranks
 COMING = 60.0  # seconds that rank 0 waits, when all is done, for ranks that have not come
 MEETING = 600.0  # seconds that a rank waits for rank 0
 STALE = 15.0  # seconds in which ranks of a start whose rank 0 was killed have ended
 TOLD = 2.0  # seconds that a rank leaves to rank 0 to say what is wrong for all
-_AGAIN = "run the command again: what is complete stays"
 _STARTED = time.time()
-
-
-class _Terminated(BaseException):
-    """Is raised by SIGTERM while ranks work together."""
 
 
 class SharedRun:
@@ -93,7 +86,7 @@ class SharedRun:
 
     def __enter__(self) -> SharedRun:
         if self._several:
-            self._stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminate))
+            self._stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, terminate))
         try:
             if self.is_main:
                 self._stack.enter_context(only_writer(self.folder, self.what, self.cure))
@@ -111,11 +104,12 @@ class SharedRun:
         self._own.write(**self._facts)
         own_lines = self.path / f"done-{self._name}-{self.ranks.rank}"
         self._journal = self._stack.enter_context(journal(own_lines))
+        self._watch = RankWatch(self._launch, self.ranks, self._own, self._facts, self._done)
         if self.is_main:
             entry = {"launch": self._name, "start": self.ranks.launch, "world": self.ranks.world}
             write_json(self.path / "launch.json", entry)
         if self._several:
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._watch.start()
         return self
 
     @property
@@ -123,7 +117,7 @@ class SharedRun:
         return self.path / f"launch-{self._name}"
 
     def _rank_path(self, rank: int) -> Path:
-        return self._launch / f"rank-{rank}"
+        return rank_path(self._launch, rank)
 
     def _begin(self) -> None:
         """Clears what an earlier start has left beside its results, once its ranks have ended."""
@@ -298,91 +292,18 @@ class SharedRun:
         if self._several:
             self._records |= read_records(self.path, f"done-{self._name}-*")
         if lost := sum(key not in self._records for key in self._keys):
-            raise DataError(f"{self.path}: {lost} units are not in the journals; {_AGAIN}")
+            raise DataError(f"{self.path}: {lost} units are not in the journals; {AGAIN}")
         return [self._records[key] for key in self._keys]
 
     # the end
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and self._several:
-            self._fail(error)
+            self._watch.fail(error, self._stack.close)
         self._done.set()
         if self.is_main and (error is None or not any(self.path.glob("done-*"))):
             shutil.rmtree(self.path, ignore_errors=True)
         self._stack.close()
-
-    def _fail(self, error: BaseException) -> NoReturn:
-        """Ends this rank and tells the others, with one line for all."""
-        self._done.set()
-        text, code = f"stopped by SIGTERM; {_AGAIN}", TERMINATED
-        if not isinstance(error, _Terminated):
-            text, code = reason_of(error) or (f"error: rank {self.ranks.rank} has failed", 1)
-        if code in (INTERRUPTED, TERMINATED) and (lost := self._lost()) is not None:
-            text = self._death_of(lost)  # the launcher stops the others where one has died
-        if self._is_first():
-            if not self.is_main and not text.startswith("error: rank "):
-                text = text.replace("error: ", f"error: rank {self.ranks.rank}: ", 1)
-            print(text, file=sys.stderr, flush=True)
-        if code == 1:
-            traceback.print_exception(error)
-        sys.stdout.flush()
-        self._stack.close()
-        os._exit(code)
-
-    def _is_first(self) -> bool:
-        """Whether no other rank has failed before. One that cannot write says what it has to say."""
-        try:
-            os.close(os.open(self._launch / "failed", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        except FileExistsError:
-            return False
-        except OSError:
-            return True
-        return True
-
-    def _watch(self) -> None:
-        while not self._done.wait(PERIOD):
-            with contextlib.suppress(OSError):
-                self._own.write(**self._facts)
-            if appeared(self._launch / "failed"):
-                time.sleep(PERIOD)  # the main thread may be about to say the same by itself
-                self._leave(None)
-            if (lost := self._lost()) is not None:
-                self._leave(self._death_of(lost))
-
-    def _lost(self) -> int | None:
-        """Finds a rank that has come and died: rank 0 looks at all, the others look at rank 0."""
-        for rank in range(1, self.ranks.world) if self.is_main else (0,):
-            path = self._rank_path(rank)
-            if self._lives.lives(path):
-                continue
-            state = rank_file.read(path)
-            if (state is not None and not state.get("final")) or (rank == 0 and not self._done.is_set()):
-                return rank
-        return None
-
-    def _death_of(self, rank: int) -> str:
-        state = rank_file.read(self._rank_path(rank)) or {}
-        place = f" (process {state['pid']} on {state['host']})" if "pid" in state else ""
-        return f"error: rank {rank}{place} has died; {_AGAIN}"
-
-    def _leave(self, text: str | None) -> None:
-        if self._done.is_set():
-            return
-        if text is not None and self._is_first():
-            print(text, file=sys.stderr, flush=True)
-        os._exit(LOST_RANK)  # the main thread may be anywhere
-
-
-def appeared(path: Path) -> bool:
-    """Tells whether a file that another machine makes is there: NFS remembers for a minute what was not, but lists."""
-    try:
-        return path.name in os.listdir(path.parent)  # noqa: PTH208 (names are wanted)
-    except OSError:
-        return False
-
-
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise _Terminated
 
 
 def _own_start() -> float:
