@@ -18,7 +18,9 @@ from ldmseg_fast.distributed.ending import run_command
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="to_triton.py", description="Write a Triton model repository.")
-    parser.add_argument("source", metavar="ENGINE_DIR|ONNX_DIR")
+    parser.add_argument(
+        "source", metavar="ENGINE_DIR|ONNX_DIR", help="a folder; ONNX graphs also owner/name of the Hub"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder for the repository")
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
     parser.add_argument("--max-batch", type=int, default=8, help="largest batch of ONNX graphs; engines have their own")
@@ -37,10 +39,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the repository as parsed arguments say."""
+    from ldmseg_fast.checkpoints.shipped import resolve_engine_dir
     from ldmseg_fast.export.triton_repository import RepositorySettings, write_repository
 
     settings = RepositorySettings(args.steps, args.max_batch, args.queue_delay, args.instances, args.device)
-    names = write_repository(Path(args.source), args.out, settings)
+    names = write_repository(resolve_engine_dir(args.source, "onnxruntime"), args.out, settings)
     print(f"repository: {args.out} ({', '.join(names)})")
     return 0
 

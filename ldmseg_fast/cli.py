@@ -140,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the rest is written again at exit
         return 128 + signal.SIGPIPE
-    except (Exception, KeyboardInterrupt) as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
         from ldmseg_fast.distributed.ending import reason_of  # late: a command that ends well needs no torch
 
         reason = reason_of(error)

@@ -13,6 +13,7 @@ from ldmseg_fast.app.tabs import batch, compare, complete, score, segment
 from ldmseg_fast.app.tabs.examples import write_examples
 from ldmseg_fast.app.tabs.parts import Site
 from ldmseg_fast.app.work import Worker
+from ldmseg_fast.checkpoints.hub_names import shown_name
 
 TITLE = "ldmseg_fast: panoptic segmentation"
 _FOLDER = Path(__file__).parent
@@ -60,7 +61,7 @@ def build(worker: Worker, limits: Limits | None = None, keep_state: float = 1800
     folder = tempfile.TemporaryDirectory(prefix="ldmseg-examples-")
     examples = write_examples(Path(folder.name))
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
-        gr.Markdown(f"# Panoptic segmentation\nModel **{Path(str(worker.model)).name}**, on this machine.")
+        gr.Markdown(f"# Panoptic segmentation\nModel **{shown_name(worker.info.folder)}**, on this machine.")
         if worker.keep is not None:
             gr.Markdown("Who runs this app keeps the pictures and maps of its visitors.", elem_id="kept")
         current = gr.State(None, time_to_live=keep_state)

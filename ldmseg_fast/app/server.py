@@ -17,6 +17,7 @@ from ldmseg_fast import __version__
 from ldmseg_fast.app.limits import Limits
 from ldmseg_fast.app.metrics import PrometheusMetrics
 from ldmseg_fast.app.work import Segmented, Worker
+from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.errors import ArgumentError, BackendError
 
 SESSIONS = 500  # visitors whose settings and results are held in memory; of more, the oldest are dropped
@@ -126,7 +127,7 @@ def make_app(worker: Worker, limits: Limits, folder: Path, auth: str | None, bui
         return {
             "status": "ok",
             "version": __version__,
-            "model": worker.info.folder.name,
+            "model": shown_name(worker.info.folder),
             "backends": list(worker.backends),
             "seconds": round(time.time() - started, 1),
             "running": limits.running(),

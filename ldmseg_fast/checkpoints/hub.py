@@ -9,7 +9,9 @@ from __future__ import annotations
 import glob
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,23 @@ from tqdm import tqdm
 
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.hub_errors import UnreachableError, library, retried, told
-from ldmseg_fast.checkpoints.hub_names import COMMIT, PREFIX, HubName, files_of, hub_name, missing_in
+from ldmseg_fast.checkpoints.hub_names import COMMIT, PREFIX, WEIGHT_FILES, HubName, files_of, hub_name, missing_in
 from ldmseg_fast.errors import HubError
 from ldmseg_fast.files import replacing
 
 TIMEOUT = 15.0  # seconds that the Hub may take to answer
+
+_WITH_WEIGHTS = ContextVar("with_weights", default=True)
+
+
+@contextmanager
+def settings_alone() -> Iterator[None]:
+    """Fetches no weights inside a `with` block, for what only looks at a model's settings."""
+    before = _WITH_WEIGHTS.set(False)
+    try:
+        yield
+    finally:
+        _WITH_WEIGHTS.reset(before)
 
 
 def fetch(name: HubName, kinds: Sequence[str]) -> Path:
@@ -43,7 +57,7 @@ def fetch(name: HubName, kinds: Sequence[str]) -> Path:
     """
     hub = library(name)
     cached = _cached(hub, name)
-    lacking = missing_in(cached, kinds) if cached is not None else []
+    lacking = missing_in(cached, kinds, _WITH_WEIGHTS.get()) if cached is not None else []
     whole = cached is not None and not lacking
     if cached is not None and whole and (name.is_commit or hub.constants.HF_HUB_OFFLINE):
         _say(f"{name}: commit {cached.name}, from the cache")
@@ -83,6 +97,8 @@ def _download(hub: Any, name: HubName, info: Any, kinds: Sequence[str]) -> Path:
     commit: str = info.sha
     sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
     files = files_of(name, list(sizes), kinds)
+    if not _WITH_WEIGHTS.get():
+        files = [file for file in files if not file.endswith(WEIGHT_FILES)]
     waiting = [
         file
         for file in files

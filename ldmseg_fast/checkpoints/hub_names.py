@@ -29,6 +29,7 @@ FOLDERS = (
     *("output", "outputs", "releases", "results", "runs", "scenes", "tmp", "weights"),
 )
 FILES = (".bin", ".ckpt", ".json", ".onnx", ".pt", ".pth", ".safetensors", ".tar", ".yaml", ".yml", ".zip")
+WEIGHT_FILES = (".safetensors", ".onnx", ".onnx.data")
 RULE = (
     "a model of the Hub is written owner/name or owner/name@revision; where a folder `owner` is here, or its name is a "
     f"usual one such as runs or models, it is a path, and {PREFIX}owner/name the model of the Hub"
@@ -158,7 +159,7 @@ def is_models(name: str) -> bool:
     return _OURS.fullmatch(name) is not None
 
 
-def missing_in(folder: Path, kinds: Sequence[str]) -> list[str]:
+def missing_in(folder: Path, kinds: Sequence[str], weights: bool = True) -> list[str]:
     """Lists files that a snapshot in the cache lacks; a link that leads nowhere counts as lacking.
 
     Of shards `weight_files.read_weights` tells.
@@ -166,9 +167,10 @@ def missing_in(folder: Path, kinds: Sequence[str]) -> list[str]:
     Args:
         folder: of the snapshot.
         kinds: that the caller can use.
+        weights: whether they have to be there too.
     """
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    kind = kind_of(names)
+    kind = kind_of(names) or (VAE if "config.json" in names else None)
     index = read_settings(folder / "model_index.json") if "model_index.json" in names else {}
     if MODEL in kinds and "format_version" in index:
         kind = MODEL
@@ -180,9 +182,14 @@ def missing_in(folder: Path, kinds: Sequence[str]) -> list[str]:
         found = index.get("components")
         parts = [part for part in found if part in COMPONENTS] if isinstance(found, list) else []
         needed = [f"{part}/config.json" for part in parts]
-        needed += [f"{part}/{WEIGHTS}" for part in parts if part != "scheduler"]
+        needed += [f"{part}/{WEIGHTS}" for part in parts if part != "scheduler" and weights]
         return [name for name in needed if name not in names]
-    return []
+    if kind == GRAPHS or not weights:
+        return []
+    parts = ["vae"] if kind == VAE else ["unet", "vae"]
+    starts = [f"{part}/" for part in parts if f"{part}/config.json" in names] or [""]
+    inside = {start: [name.removeprefix(start) for name in names if name.startswith(start)] for start in starts}
+    return [f"{start}diffusion_pytorch_model.safetensors" for start in starts if not choose_files(inside[start])]
 
 
 def _is_vae_weights(name: str) -> bool:

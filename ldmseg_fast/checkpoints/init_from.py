@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ldmseg_fast.checkpoints.diffusers_folder import read_config, scheduler_settings, unet_settings
-from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL, VAE
+from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.schema import read_settings
-from ldmseg_fast.checkpoints.shipped import RANDOM, pretrained_weights, recorded, resolve_model_dir
+from ldmseg_fast.checkpoints.shipped import RANDOM, pretrained_weights, recorded, resolve_image_vae, resolve_model_dir
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, load_state, load_weights
 from ldmseg_fast.checkpoints.weight_files import read_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig, SchedulerConfig, UNetConfig, update, validate
@@ -209,8 +209,7 @@ def _with_image_vae(start: Start) -> Start:
 
 def _image_vae_path(encoder: ImageEncoderConfig) -> Path:
     """`image_encoder.path`; an AutoencoderKL may be the Hub's."""
-    taesd = encoder.kind == "taesd"
-    return Path(encoder.path) if taesd or "/" not in encoder.path else resolve_model_dir(encoder.path, kinds=(VAE,))
+    return Path(encoder.path) if encoder.kind == "taesd" else resolve_image_vae(encoder.path)
 
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldmseg_fast.checkpoints.hub_names import GRAPHS, MODEL, PREFIX, RULE, hub_name
+from ldmseg_fast.checkpoints.hub_names import GRAPHS, MODEL, PREFIX, RULE, VAE, hub_name
 from ldmseg_fast.config import ImageEncoderConfig
 from ldmseg_fast.errors import ArgumentError, CheckpointError, ConfigError
 
@@ -81,6 +81,18 @@ def resolve_model_dir(name_or_path: str | Path, revision: str | None = None, kin
             f"image_vae/ and scheduler/; {RULE}"
         )
     return known[word]
+
+
+def resolve_image_vae(name_or_path: str | Path) -> Path:
+    """Finds the folder or the file of an image VAE; what is no name of the Hub is a path.
+
+    Raises:
+        CheckpointError, HubError, ArgumentError: as `resolve_model_dir`.
+    """
+    path, word = Path(name_or_path), str(name_or_path)
+    if path.exists() or isinstance(name_or_path, Path) or hub_name(word) is None:
+        return path
+    return resolve_model_dir(word, kinds=(VAE,))
 
 
 def recorded(word: str, folder: Path) -> str:

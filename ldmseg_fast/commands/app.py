@@ -10,18 +10,31 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldmseg_fast.commands.options import model_folders
+from ldmseg_fast.commands.options import model_folders, take_model
 
 if TYPE_CHECKING:
     from ldmseg_fast.app.server import Address
 
 AUTH = "LDMSEG_APP_AUTH"  # the variable that --auth is read from where the option is left out
 
+EXAMPLES = (
+    "ldmseg app",
+    "ldmseg app --model MODEL_DIR --port 0 --keep visitors",
+    "ldmseg app --host 0.0.0.0 --auth @password.txt",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", help="MODEL_DIR or a model's name (default tiny, which is shipped)")
+    parser.add_argument(
+        "--model",
+        dest="model_dir",
+        metavar="MODEL",
+        default="tiny",
+        help="MODEL_DIR, name of a shipped model (default tiny), or owner/name[@revision] of the Hugging Face Hub",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a model of the Hub; default its main branch")
     parser.add_argument("--backend", default="torch", help="torch, compile, onnxruntime or tensorrt")
-    parser.add_argument("--engine-dir", type=Path, help="exported graphs or engines")
+    parser.add_argument("--engine-dir", help="exported graphs or engines")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)"
     )
@@ -59,8 +72,9 @@ def run(args: argparse.Namespace) -> int:
     from ldmseg_fast.files import read_text
     from ldmseg_fast.outputs import check_outputs
 
+    take_model(args)
     if args.keep is not None:
-        check_outputs({}, {"--keep": args.keep}, roots=[*model_folders(args.model), args.engine_dir])
+        check_outputs({}, {"--keep": args.keep}, roots=[*model_folders(args.model_dir), args.engine_dir])
         args.keep.mkdir(parents=True, exist_ok=True)
     auth, where = args.auth, "--auth"
     if auth is None and AUTH in os.environ:
@@ -94,6 +108,7 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
     from ldmseg_fast.app.page import build
     from ldmseg_fast.app.process import ProcessWorker
     from ldmseg_fast.app.visitors import Sweeper
+    from ldmseg_fast.checkpoints.hub_names import shown_name
 
     limits = Limits(
         max_upload=args.max_upload * 2**20,
@@ -103,7 +118,7 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
         metrics=PrometheusMetrics(),
     )
     backends = (args.backend, "torch") if args.backend != "torch" else ("torch",)
-    worker = ProcessWorker(args.model, backends, args.engine_dir, max_pixels=args.max_pixels, threads=args.threads)
+    worker = ProcessWorker(args.model_dir, backends, args.engine_dir, max_pixels=args.max_pixels, threads=args.threads)
     try:
         worker.keep = None if args.keep is None else Keeper(args.keep)
         app = server.make_app(worker, limits, folder, address.auth, build)
@@ -112,7 +127,7 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
 
         def ready() -> None:
             public = server.public_address(bound) if address.share else ""
-            lines = [f"{worker.info.folder.name} at {url} (Ctrl-C ends it)", *server.exposed(address, public)]
+            lines = [f"{shown_name(worker.info.folder)} at {url} (Ctrl-C ends it)", *server.exposed(address, public)]
             if args.keep is not None:
                 lines.append(f"--keep: pictures and maps of visitors are kept in {args.keep}")
             print(*lines, sep="\n", flush=True)

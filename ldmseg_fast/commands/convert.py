@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="the .pt file: an auto-encoder, or a whole model")
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--unet-config", type=Path, help="diffusers' config.json of the UNet before it was changed")
-    parser.add_argument("--image-vae", type=Path, help="diffusers' AutoencoderKL: its folder or its config.json")
+    parser.add_argument(
+        "--image-vae", help="diffusers' AutoencoderKL: its folder, its config.json, or owner/name[@revision] of the Hub"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,8 +38,8 @@ def convert_checkpoint(
         out: must not exist, or be an empty folder.
         unet_config: diffusers' configuration of the UNet before its input was widened; default Stable Diffusion 1.4's,
             where the widths are its own.
-        image_vae: diffusers' configuration of the image VAE; default what the tensors say. A folder gives the weights
-            too where the checkpoint has none.
+        image_vae: diffusers' configuration of the image VAE, or its name on the Hub; default what the tensors say. A
+            folder gives the weights too where the checkpoint has none.
 
     Returns:
         `out`.
@@ -51,6 +53,7 @@ def convert_checkpoint(
     from ldmseg_fast.checkpoints.model_folder import save_component, save_index
     from ldmseg_fast.checkpoints.original import read_parts
     from ldmseg_fast.checkpoints.safe_pickle import load_torch_file
+    from ldmseg_fast.checkpoints.shipped import resolve_image_vae
     from ldmseg_fast.files import replacing_folder
 
     source, target = Path(checkpoint), Path(out)
@@ -61,7 +64,7 @@ def convert_checkpoint(
         load_torch_file(source),
         str(source),
         None if unet_config is None else Path(unet_config),
-        None if image_vae is None else Path(image_vae),
+        None if image_vae is None else resolve_image_vae(image_vae),
     )
 
     # 2. A folder beside `out`, each tensor from the checkpoint straight into its file, then a rename

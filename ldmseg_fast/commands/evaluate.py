@@ -15,8 +15,10 @@ from ldmseg_fast.commands.options import (
     add_model_argument,
     add_report_argument,
     add_view_arguments,
+    from_hub,
     model_folders,
     take_model,
+    take_model_pinned,
     views_of,
 )
 from ldmseg_fast.errors import ArgumentError, DataError
@@ -121,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
     use_own_device(ranks_of(os.environ), args.threads)
     begun = time.monotonic()
     with joined_ranks():
+        if distributed.world_size() > 1 and from_hub(args):  # a branch may move between two ranks' questions
+            vars(args).update(distributed.from_main(lambda: take_model_pinned(args)))
         take_model(args)
         options = replace(options, engine_dir=args.engine_dir)
         _check_meant_for_model(args)

@@ -18,7 +18,6 @@ from ldmseg_fast.commands.options import (
     lists_among,
     model_folders,
     print_json,
-    take_model,
 )
 from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
 
@@ -81,13 +80,14 @@ def run(args: argparse.Namespace) -> int:
     from ldmseg_fast.outputs import check_outputs
     from ldmseg_fast.pipeline import LDMSegPipeline
 
-    take_model(args)
     stream = sys.stderr if args.json else sys.stdout
-    roots = [*model_folders(args.model_dir), args.engine_dir]
-    check_outputs({}, {"--out": args.out, "--share": args.share}, roots=roots)
     maps = PartialMaps(
         args.map, args.known, args.unknown_id, args.segments, args.exif, args.max_pixels, args.out, args.batch_size
     )
+
+    def check() -> None:
+        roots = [*model_folders(args.model_dir), args.engine_dir]
+        check_outputs({}, {"--out": args.out, "--share": args.share}, roots=roots)
 
     def find() -> FoundPictures:
         found = find_inputs(listed(args.image), recursive=args.recursive, out=args.out)
@@ -133,4 +133,4 @@ def run(args: argparse.Namespace) -> int:
             outcome.turned = 0
         return summary.tell(found, "completed", stream)
 
-    return run_job(args, "inpaint", find, settings, load, finish, maps.files)
+    return run_job(args, "inpaint", check, find, settings, load, finish, maps.files)

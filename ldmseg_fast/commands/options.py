@@ -33,6 +33,30 @@ def take_model(args: argparse.Namespace) -> None:
         args.engine_dir = str(resolve_engine_dir(args.engine_dir, args.backend))
 
 
+def from_hub(args: argparse.Namespace) -> bool:
+    """Tells whether MODEL_DIR or --engine-dir is a name of the Hub.
+
+    Raises:
+        ArgumentError: a name or a revision that cannot be.
+    """
+    from ldmseg_fast.checkpoints.hub_names import hub_name
+
+    if not Path(args.model_dir).exists() and hub_name(args.model_dir, args.revision) is not None:
+        return True
+    engines = args.engine_dir
+    return engines is not None and not Path(engines).exists() and hub_name(engines) is not None
+
+
+def take_model_pinned(args: argparse.Namespace) -> dict[str, Any]:
+    """Does what `take_model` does, and returns the entries of `args` that give another rank the same commits."""
+    from ldmseg_fast.checkpoints.hub import pinned
+
+    words = {"model_dir": args.model_dir, "engine_dir": args.engine_dir}
+    take_model(args)
+    same = {key: word and pinned(word, Path(getattr(args, key))) for key, word in words.items()}
+    return {**same, "revision": None}
+
+
 def model_folders(model_dir: str | Path) -> list[Path]:
     """Lists a model folder and those of its components, which no command may write into; none where it is not there."""
     from ldmseg_fast.checkpoints.model_folder import COMPONENTS

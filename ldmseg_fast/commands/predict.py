@@ -22,7 +22,6 @@ from ldmseg_fast.commands.options import (
     lists_among,
     model_folders,
     print_json,
-    take_model,
     views_of,
 )
 from ldmseg_fast.commands.picture_results import check_results, image_id, preview_of, write_result
@@ -145,13 +144,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: the files that were named, if none of them could be read.
     """
-    take_model(args)
-    check_outputs(
-        {}, {"--out": args.out, "--share": args.share}, roots=[*model_folders(args.model_dir), args.engine_dir]
-    )
     sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval, "exif": args.exif}
     views = views_of(args)
     stream = sys.stderr if args.json else sys.stdout
+
+    def check() -> None:
+        roots = [*model_folders(args.model_dir), args.engine_dir]
+        check_outputs({}, {"--out": args.out, "--share": args.share}, roots=roots)
 
     def find() -> FoundPictures:
         found = find_inputs(listed(args.images), recursive=args.recursive, out=args.out)
@@ -186,4 +185,4 @@ def run(args: argparse.Namespace) -> int:
             print_json(summary.facts(found, args.out))
         return summary.tell(found, "segmented", stream)
 
-    return run_job(args, "predict", find, settings, load, finish)
+    return run_job(args, "predict", check, find, settings, load, finish)

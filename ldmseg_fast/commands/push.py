@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+EXAMPLES = (
+    "ldmseg push MODEL_DIR owner/name --dry-run",
+    "ldmseg push MODEL_DIR owner/name --private --license apache-2.0 --dataset coco",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", help="model folder, or name of a shipped model")
+    parser.add_argument("model_dir", help="model folder, name of a shipped model, or owner/name[@revision] of the Hub")
     parser.add_argument("repository", metavar="owner/name", help="on the Hub; it is made where it is missing")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument(

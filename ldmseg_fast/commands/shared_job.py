@@ -21,6 +21,7 @@ from ldmseg_fast.checkpoints.categories_file import CATEGORIES
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.checkpoints.weight_files import states_of
+from ldmseg_fast.commands.options import from_hub, take_model, take_model_pinned
 from ldmseg_fast.commands.picture_results import ENDINGS
 from ldmseg_fast.data.picture_folders import FoundPicture, FoundPictures, described
 from ldmseg_fast.data.shards import Member, ShardPicture
@@ -114,6 +115,7 @@ Work = Callable[[Sequence[FoundPicture]], Outcome]
 def run_job(
     args: argparse.Namespace,
     what: str,
+    check: Callable[[], object],
     find: Callable[[], FoundPictures],
     settings: Callable[[], dict[str, Any]],
     load: Callable[[], Work],
@@ -126,8 +128,9 @@ def run_job(
     a picture can depend, in the last digits, on the pictures beside it.
 
     Args:
-        args: with `out`, `share`, `threads` and `batch_size`.
+        args: with `out`, `share`, `threads`, `batch_size` and what `take_model` reads.
         what: of the progress.
+        check: refuses outputs that cannot be, once the model's folder is known.
         find: lists the pictures and checks them; rank 0 calls it.
         settings: what the results depend on; rank 0 calls it.
         load: loads the model and gives what does a batch.
@@ -138,8 +141,16 @@ def run_job(
         DataError: no picture that was named could be read, and none is of a folder.
     """
     ranks = ranks_of(os.environ)
+    together = ranks.world > 1 and from_hub(args)
+    if not together:
+        take_model(args)
+        check()
     use_own_device(ranks, args.threads)
     with SharedRun(args.share or args.out, ranks, f"ldmseg {what}", "choose another --out") as run:
+        if together:  # rank 0 fetches, and the others take its commit
+            vars(args).update(run.agree(lambda: take_model_pinned(args)))
+            take_model(args)
+            check()
         found = FoundPictures()
         if run.is_main:
             found = find()

@@ -7,15 +7,17 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ldmseg_fast.distributed.launcher import check_variables, meeting
-from ldmseg_fast.errors import InUseError, LaunchError
+from ldmseg_fast.errors import InUseError, LaunchError, UserError
 from ldmseg_fast.locks import only_writer
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -145,6 +147,25 @@ def run_on_main(function: Callable[[], None]) -> None:
     problem = broadcast_object(problem)
     if problem:
         raise OSError(problem)
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """Calls `function` on rank 0 while the others wait, and returns its value on every rank; all ranks call it.
+
+    Raises:
+        UserError, OSError: on every rank where `function` raised one.
+    """
+    value: T | None = None
+    error: UserError | OSError | None = None
+    if is_main():
+        try:
+            value = function()
+        except (UserError, OSError) as failure:
+            error = failure
+    value, error = broadcast_object((value, error))
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ PATIENCE = 8.0  # seconds that other ranks wait for rank 0's word
 _FAILED = "ldmseg/failed"  # in the launcher's store: "RANK:EXIT_CODE:why"
 
 
-class _Terminated(BaseException):
+class Terminated(BaseException):
     """Is raised by SIGTERM while ranks work together."""
 
 
@@ -31,7 +31,7 @@ def reason_of(error: BaseException) -> tuple[str, int] | None:
     """Returns the line and the exit code of an error that the user can mend; None for a fault in this package."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
-    if isinstance(error, _Terminated):
+    if isinstance(error, Terminated):
         return "stopped by SIGTERM", TERMINATED
     if isinstance(error, Stopped):
         return str(error), error.exit_code
@@ -64,7 +64,7 @@ def joined_ranks() -> Iterator[None]:
     if distributed.world_size() == 1:
         yield
     else:
-        before = signal.signal(signal.SIGTERM, _terminate)
+        before = signal.signal(signal.SIGTERM, terminate)
         with _RankWatch(places=distributed.gather_objects((socket.gethostname(), os.getpid()))) as watch:
             try:
                 yield
@@ -74,8 +74,9 @@ def joined_ranks() -> Iterator[None]:
     distributed.stop()
 
 
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise _Terminated
+def terminate(number: int, frame: Any) -> NoReturn:
+    """Raises `Terminated`; a signal handler."""
+    raise Terminated
 
 
 class _RankWatch(Heartbeat):
@@ -98,6 +99,7 @@ class _RankWatch(Heartbeat):
         if isinstance(error, Exception) and is_lost_connection(error):
             time.sleep(2 * self.period)  # lets the other rank say why, which ends this one
             self._leave(self._gone() or "another rank has gone")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher stops the others where one has ended
         self._done.set()  # from here on this thread alone ends the process
         text, code = reason_of(error) or (traceback.format_exc().rstrip(), 1)
         if code == TERMINATED and (gone := self._gone()):  # the launcher stops the others where one has died

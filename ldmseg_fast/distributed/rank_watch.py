@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -13,21 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldmseg_fast.distributed import rank_file
-from ldmseg_fast.distributed.ending import INTERRUPTED, TERMINATED, reason_of
+from ldmseg_fast.distributed.ending import INTERRUPTED, TERMINATED, Terminated, reason_of
 from ldmseg_fast.distributed.liveness import LOST_RANK
 from ldmseg_fast.distributed.ranks import Ranks
 
 PERIOD = 0.5  # seconds between two looks at the other ranks
 AGAIN = "run the command again: what is complete stays"
-
-
-class _Terminated(BaseException):
-    """Is raised by SIGTERM while ranks work together."""
-
-
-def terminate(number: int, frame: Any) -> NoReturn:
-    """Raises what `RankWatch.fail` knows for SIGTERM; a signal handler."""
-    raise _Terminated
 
 
 def rank_path(launch: Path, rank: int) -> Path:
@@ -69,9 +61,10 @@ class RankWatch:
 
         close: gives free what this rank holds.
         """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher stops the others where one has ended
         self._done.set()
         text, code = f"stopped by SIGTERM; {AGAIN}", TERMINATED
-        if not isinstance(error, _Terminated):
+        if not isinstance(error, Terminated):
             text, code = reason_of(error) or (f"error: rank {self.ranks.rank} has failed", 1)
         if code in (INTERRUPTED, TERMINATED) and (lost := self._lost()) is not None:
             text = self._death_of(lost)  # the launcher stops the others where one has died

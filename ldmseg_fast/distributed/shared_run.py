@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.distributed import rank_file
+from ldmseg_fast.distributed.ending import TERMINATED, Terminated, terminate
 from ldmseg_fast.distributed.launcher import QUIET
 from ldmseg_fast.distributed.liveness import LOST_RANK
-from ldmseg_fast.distributed.rank_watch import AGAIN, PERIOD, RankWatch, appeared, rank_path, terminate
+from ldmseg_fast.distributed.rank_watch import AGAIN, PERIOD, RankWatch, appeared, rank_path
 from ldmseg_fast.distributed.ranks import Ranks
 from ldmseg_fast.distributed.run_journal import Record, journal, keep_settings, key_of, read_records
 from ldmseg_fast.errors import DataError, InUseError, LaunchError, UserError
@@ -95,6 +96,8 @@ class SharedRun:
                 self._join()
         except BaseException as error:
             self._stack.close()
+            if isinstance(error, Terminated) and not self.is_main:
+                raise SystemExit(TERMINATED) from None  # rank 0 has said why, or its launcher does
             if self.is_main or not isinstance(error, UserError | OSError):
                 raise
             time.sleep(TOLD)  # a launcher ends this rank meanwhile where rank 0 has said the same
@@ -171,6 +174,18 @@ class SharedRun:
         return False
 
     # the work
+
+    def agree(self, value: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Returns rank 0's value (JSON) on every rank, once in a start; rank 0 alone calls `value`."""
+        path = self._launch / "agreed.json"
+        if self.is_main:
+            found = value()
+            write_json(path, found)
+            return found
+        while not appeared(path):  # the watch ends this rank where rank 0 fails
+            time.sleep(PERIOD / 5)
+        found = json.loads(path.read_bytes())
+        return found
 
     def open(
         self,

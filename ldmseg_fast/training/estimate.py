@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmseg_fast import distributed
+from ldmseg_fast.checkpoints.hub import settings_alone
 from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.config import Config, describe
 from ldmseg_fast.config.precision import resolve_precision
@@ -249,10 +250,11 @@ def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None)
         ConfigError: settings that contradict a pre-trained folder or the user's DeepSpeed configuration.
         CheckpointError: a pre-trained folder that is missing or damaged.
     """
-    if stage_name in ("one_step", "distillation"):
-        config = started_from_model(config)
-    if stage_name != "autoencoder" and config.model.init_from:
-        config = resolve_start(config).config
+    with settings_alone():
+        if stage_name in ("one_step", "distillation"):
+            config = started_from_model(config)
+        if stage_name != "autoencoder" and config.model.init_from:
+            config = resolve_start(config).config
     precision, reason = resolve_precision(config.train.precision, distributed.device())
     config = replace(config, train=replace(config.train, precision=precision))
     ranks = distributed.world_size()

@@ -168,7 +168,12 @@ def pin_hub_names(config: Config, resumed: Path | None) -> Config:
         old = str(before.get(group, {}).get(key, ""))
         if not name.is_commit and old.startswith(f"{PREFIX}{name.repository}@"):
             word = old
-        value = pinned(word, resolve_model_dir(word, kinds=kinds))
+
+        def pin(word: str = word, kinds: Sequence[str] = kinds) -> str:
+            return pinned(word, resolve_model_dir(word, kinds=kinds))
+
+        value = distributed.from_main(pin)
+        resolve_model_dir(value, kinds=kinds)  # on another machine it is still to be fetched
         config = replace(config, **{group: replace(getattr(config, group), **{key: value})})
     return config
 

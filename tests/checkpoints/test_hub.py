@@ -344,3 +344,44 @@ def test_ranks_agree_on_the_first_ranks_commit(hub, repository, model_dir, monke
     assert resolve_model_dir("me/model").name == old
     repository.commit(content_of(model_dir) | {"README.md": b"moved"})
     assert resolve_model_dir("me/model").name == old
+
+
+def test_a_dry_run_fetches_no_weights_and_the_run_after_it_does(hub, model_dir):
+    from ldmseg_fast import train
+
+    files = content_of(write_stable_diffusion(Path("sd").absolute(), SD15))
+    hub.repositories["me/sd"] = Repository()
+    commit = hub.repositories["me/sd"].commit(files)
+    hub.repositories["me/model"] = Repository()
+    hub.repositories["me/model"].commit(content_of(model_dir))
+    settings = ["mask_vae.latent_channels=4", "image_encoder.kind=autoencoder_kl", f"model.init_from=me/sd@{commit}"]
+    assert train.main(["diffusion", "--config", "coco", "--dry-run", *settings]) == 0
+    assert train.main(["one_step", "--dry-run", "model.init_from=me/model"]) == 0
+    assert hub.downloads() and not any(name.endswith(".safetensors") for name in hub.downloads())
+    for name, kinds in ((f"me/sd@{commit}", (MODEL, DIFFUSERS)), (f"me/sd@{commit}", (VAE,)), ("me/model", (MODEL,))):
+        folder = resolve_model_dir(name, kinds=kinds)
+        found = folder / ("vae" if kinds == (VAE,) else "unet")
+        assert list(found.glob("*.safetensors"))
+
+
+def test_graphs_for_triton_and_the_image_vae_of_a_checkpoint(hub, tmp_path, monkeypatch):
+    from export import to_triton
+    from ldmseg_fast.checkpoints import original
+    from ldmseg_fast.checkpoints.shipped import resolve_image_vae
+    from ldmseg_fast.export import triton_repository
+
+    hub.repositories["me/graphs"] = Repository()
+    hub.repositories["me/graphs"].commit({"export.json": b"{}", "unet.onnx": b"graph", "unet.plan": b"code"})
+    taken = []
+    monkeypatch.setattr(triton_repository, "write_repository", lambda source, *rest: taken.append(source) or [])
+    assert to_triton.main(["me/graphs", "--out", "repository"]) == 0
+    assert sorted(path.name for path in taken[0].iterdir()) == ["export.json", "unet.onnx"]
+    files = content_of(write_stable_diffusion(Path("sd").absolute(), SD15))
+    hub.repositories["me/sd"] = Repository()
+    hub.repositories["me/sd"].commit(files)
+    assert resolve_image_vae("vae.json") == Path("vae.json") and resolve_image_vae("./me/sd") == Path("me/sd")
+    seen = []
+    monkeypatch.setattr("ldmseg_fast.checkpoints.safe_pickle.load_torch_file", lambda _: {})
+    monkeypatch.setattr(original, "read_parts", lambda *words: seen.append(words[3]) or ([], {}))
+    assert cli.main(["convert", "x.pt", "--out", str(tmp_path / "made"), "--image-vae", "me/sd"]) == 0
+    assert (seen[0] / "vae" / "config.json").is_file() and not (seen[0] / "unet").exists()

@@ -264,3 +264,28 @@ def test_formats_need_all_results_in_one_folder(pictures, model_dir, tmp_path, c
     assert "leave --share out" in capsys.readouterr().err
     assert run("predict", model_dir, *asked) == 1
     assert len(content(tmp_path / "out")) == 30 and not (tmp_path / "share").exists()
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("told", ["torchrun's", "Slurm's"])
+def test_ranks_take_the_commit_that_the_first_one_finds(pictures, model_dir, tmp_path, told):
+    from tests.checkpoints.hub_server import HubServer, Repository
+
+    files, asked = content(model_dir), []
+
+    def move() -> None:
+        asked.append(1)
+        hub.repositories["me/model"].commit({"README.md": b"another model"})
+
+    with HubServer() as hub:
+        hub.repositories["me/model"] = Repository()
+        hub.repositories["me/model"].commit(files)
+        hub.moves.append((r"GET /me/model/resolve", move))
+        own = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        words = [["me/model", pictures / "in", "--out", tmp_path / "out", *OPTIONS]] * 2
+        names = [own if told == "torchrun's" else own | SLURM | {"SLURM_PROCID": str(rank)} for rank in (0, 1)]
+        found = [ends(each) for each in [start(rank, "predict", *words[rank], **names[rank]) for rank in (1, 0)]]
+        assert asked and [code for code, _, _ in found] == [0, 1], found
+        questions = [line for line in hub.requests if "/api/models/me/model" in line]
+        assert len([line for line in questions if line.endswith("/revision/main")]) <= 1, questions
+    assert len(list((tmp_path / "out").glob("p*.json"))) == 10

@@ -1,14 +1,18 @@
 """How commands end: what the user can mend in one line, a fault of ours with its traceback."""
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed import HashStore
 
 from ldmseg_fast import cli, errors
+from ldmseg_fast.distributed import ending
 from ldmseg_fast.distributed.ending import reason_of, run_command
 from ldmseg_fast.export import to_onnx, to_triton, to_trt
 
@@ -131,3 +135,33 @@ def test_a_benchmark_ends_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr and str(tmp_path / "x") in done.stderr
+
+
+class _Left(Exception):
+    """Takes the place of the process's end."""
+
+
+def test_a_launcher_that_stops_a_rank_that_says_why_changes_nothing(monkeypatch, capsys):
+    def leave(code):
+        raise _Left(code, signal.getsignal(signal.SIGTERM))
+
+    before = signal.signal(signal.SIGTERM, ending.terminate)
+    try:
+        monkeypatch.setattr(os, "_exit", leave)
+        monkeypatch.setattr(ending.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        watch = ending._RankWatch()
+        watch._store = HashStore()
+        with pytest.raises(_Left) as left:
+            watch.fail(errors.DataError("x: no picture"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.args == (2, signal.SIG_IGN) and capsys.readouterr().err == "error: x: no picture\n"
+
+
+def test_a_rank_that_is_stopped_before_the_work_says_so_in_one_line(monkeypatch, capsys):
+    def stopped(args):
+        raise ending.Terminated
+
+    monkeypatch.setattr("ldmseg_fast.commands.doctor.run", stopped)
+    assert cli.main(["doctor"]) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"

@@ -179,3 +179,20 @@ def test_sigterm_is_said_once(tmp_path):
         "".join(error for _, _, error in found) == "stopped by SIGTERM; run the command again: what is complete stays\n"
     )
     assert json.loads((tmp_path / RUN / "settings.json").read_text()) == {"steps": 1}
+
+
+@pytest.mark.serial
+def test_a_rank_that_is_stopped_while_it_waits_for_the_first_leaves_the_word_to_it(tmp_path):
+    rank = start(tmp_path, 0, 1, rank=1)
+    time.sleep(1.0)
+    while rank.poll() is None and b"SIGTERM" not in _caught(rank.pid):
+        time.sleep(0.1)
+    rank.terminate()
+    assert ends(rank) == (143, "", "")
+
+
+def _caught(process: int) -> bytes:
+    """b"SIGTERM" where the process has a handler of it."""
+    status = Path(f"/proc/{process}/status").read_text()
+    mask = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return b"SIGTERM" if mask >> (signal.SIGTERM - 1) & 1 else b""
