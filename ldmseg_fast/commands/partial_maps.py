@@ -111,7 +111,7 @@ class PartialMaps:
                 self._write(pipe, batch, done, sampling)
                 batch, pixels = [], 0
             pixels += known.size
-            scaled = scaled_picture(picture, 0, pipe.info.image_size, exif=self.exif, max_pixels=self.max_pixels)
+            scaled = scaled_picture(picture, 0, pipe.info.picture_size, exif=self.exif, max_pixels=self.max_pixels)
             batch.append((found, scaled, preview_of(picture), segmentation, known, segments))
         if batch:
             self._write(pipe, batch, done, sampling)
