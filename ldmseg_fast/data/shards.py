@@ -162,8 +162,10 @@ def _read_tar(tar: Path, found: FoundPictures) -> None:
     try:
         for info in _members(tar):
             key, kind = _key_of(info.name)
-            if info.isdir() or not key:
-                found.left_out["members without a key"] += not info.isdir()
+            if info.isdir():
+                continue
+            if not key:
+                found.left_out["members without a key"] += 1
             elif not info.isreg() or info.issparse():
                 found.broken.append(f"{tar / info.name}: a link or no regular file; store the file itself")
             elif (why := _unsafe(key)) is not None:

@@ -185,6 +185,9 @@ def test_one_process_goes_on_after_a_kill(pictures, whole, model_dir, tmp_path, 
     assert run("predict", model_dir, *asked) == 130
     assert run("predict", model_dir, *asked, "--seed", 3) == 2
     assert "other settings was interrupted here (seed 0, now 3)" in capsys.readouterr().err
+    assert run("predict", model_dir, *asked, "--flip", "--scales", 0.5, 1) == 2
+    error = capsys.readouterr().err
+    assert "(flip False, now True; scales 1.0, now 0.5 1.0)" in error and error.count("\n") == 1
     monkeypatch.setattr(
         predict, "write_result", lambda *given: written.append(given[1].file.name) or write_result(*given)
     )

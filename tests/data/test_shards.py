@@ -87,6 +87,16 @@ def test_a_key_that_leads_elsewhere_is_no_result(tmp_path, name):
     assert len(found.broken) == 1 and "rename the member" in found.broken[0] and "\n" not in found.broken[0]
 
 
+def test_folders_in_a_tar_are_nothing_that_is_left_out(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        (tmp_path / "in" / "b").mkdir(parents=True)
+        (tmp_path / "in" / "b" / "a.png").write_bytes(png())
+        tar.add(tmp_path / "in", ".")
+    found = find_inputs([tmp_path / "s.tar"])
+    assert [(each.folder, each.file.name) for each in found.pictures] == [(Path("b"), "a.png")]
+    assert not found.left_out and not found.broken
+
+
 def test_keys_without_a_picture_are_counted(tmp_path):
     """Such as of names with a dot too many, which are no pictures in webdataset either."""
     found = find_inputs([write(tmp_path / "s.tar", {"a.png": png(), "b.2024.png": png(), "c.json": b"{}"})])
