@@ -141,13 +141,12 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the rest is written again at exit
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
-        from ldmseg_fast.distributed.ending import reason_of  # late: a command that ends well needs no torch
+        from ldmseg_fast.distributed.ending import end_alone, reason_of  # late: a command that ends well needs no torch
 
         reason = reason_of(error)
         if reason is None:
             raise
-        print(reason[0], file=sys.stderr)
-        return reason[1]
+        return end_alone(*reason)
 
 
 if __name__ == "__main__":

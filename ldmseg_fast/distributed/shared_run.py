@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.distributed import rank_file
+from ldmseg_fast.distributed.ending import end_alone
 from ldmseg_fast.distributed.launcher import QUIET
 from ldmseg_fast.distributed.liveness import LOST_RANK
 from ldmseg_fast.distributed.rank_watch import AGAIN, PERIOD, RankWatch, appeared, rank_path, terminate
@@ -40,7 +41,6 @@ RUN = ".ldmseg-run"
 COMING = 60.0  # seconds that rank 0 waits, when all is done, for ranks that have not come
 MEETING = 600.0  # seconds that a rank waits for rank 0
 STALE = 15.0  # seconds in which ranks of a start whose rank 0 was killed have ended
-TOLD = 2.0  # seconds that a rank leaves to rank 0 to say what is wrong for all
 _STARTED = time.time()
 
 
@@ -97,9 +97,7 @@ class SharedRun:
             self._stack.close()
             if self.is_main or not isinstance(error, UserError | OSError):
                 raise
-            time.sleep(TOLD)  # a launcher ends this rank meanwhile where rank 0 has said the same
-            print(f"error: rank {self.ranks.rank}: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            raise SystemExit(end_alone(f"error: {error}", 2)) from None
         self._own = self._stack.enter_context(rank_file.held(self._rank_path(self.ranks.rank)))
         self._own.write(**self._facts)
         own_lines = self.path / f"done-{self._name}-{self.ranks.rank}"

@@ -150,6 +150,25 @@ def test_what_is_wrong_for_all_ranks_is_said_once(pictures, model_dir, tmp_path)
 
 
 @pytest.mark.serial
+def test_what_is_wrong_before_ranks_meet_is_said_once(tmp_path):
+    asked = ["predict", "nosuch", tmp_path, "--out", tmp_path / "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [*TORCHRUN, sys.executable, "-m", "ldmseg_fast.cli", *map(str, asked)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.count("nosuch: no such model folder") == 1, done.stderr
+
+
+@pytest.mark.serial
+def test_json_of_ranks_is_that_of_rank_0(pictures, model_dir, tmp_path):
+    asked = ["predict", model_dir, pictures / "in", "--out", tmp_path, *OPTIONS[:4], "--flip", "--json"]
+    (code, out, error), other = map(ends, [start(rank, *asked) for rank in (0, 1)])
+    assert (code, other) == (1, (0, "", "")), error
+    answer = json.loads(out)
+    assert sorted(answer["written"]) == [str(tmp_path / f"p{number}.json") for number in range(10)]
+    assert len(answer["bad"]) == 1 and len(list(tmp_path.glob("*_agreement.png"))) == 10
+
+
+@pytest.mark.serial
 def test_evaluate_under_srun(model_dir, scenes, tmp_path):
     reports = []
     for world in (1, 2):
