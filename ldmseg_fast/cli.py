@@ -143,13 +143,12 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit:
         raise
     except BaseException as error:
-        from ldmseg_fast.distributed.ending import reason_of  # late: a command that ends well needs no torch
+        from ldmseg_fast.distributed.ending import end_alone, reason_of  # late: a command that ends well needs no torch
 
         reason = reason_of(error)
         if reason is None:
             raise
-        print(reason[0], file=sys.stderr)
-        return reason[1]
+        return end_alone(*reason)
 
 
 if __name__ == "__main__":

@@ -303,7 +303,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         named = Path(os.fsdecode(error.filename or ""))  # a full disk gives none
         if named in (Path(), path.parent) or TEMPORARY.fullmatch(named.name):
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
+            del error.filename2  # None would be printed
         raise
 
 

@@ -296,6 +296,7 @@ def test_an_error_leaves_the_old_one(tmp_path: Path) -> None:
         unfinished.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.filename == str(tmp_path / "x") and (tmp_path / "x").read_text() == "old"
+    assert str(caught.value) == f"[Errno 28] No space left on device: '{tmp_path}/x'"
     with pytest.raises(FileNotFoundError) as missing:
         write_json(tmp_path / "none" / "x", 1)
     assert missing.value.filename == str(tmp_path / "none" / "x")

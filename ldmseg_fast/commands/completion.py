@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SHELLS = ("bash", "zsh", "fish")
-PATHS = ("model_dir", "images", "root", "data", "engine_dir", "image_vae")  # arguments that name files as text
+PATHS = ("model_dir", "model", "images", "root", "data", "engine_dir", "image_vae")  # arguments that name files as text
 
 EXAMPLES = (
     'eval "$(ldmseg completion bash)"    # in this shell; for all, append it to ~/.bashrc',

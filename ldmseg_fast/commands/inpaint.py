@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     def finish(found: FoundPictures, summary: Summary) -> int:
         outcome, written = summary.outcome, summary.outcome.names()
         results = [each for each in found.pictures if (each.folder / f"{each.file.stem}.json").as_posix() in written]
-        if len(found.pictures) == 1:
+        if len(found.pictures) == len(results) == 1:
             record = args.out / results[0].folder / f"{results[0].file.stem}.json"
             print(f"{outcome.share:.1f} % of the map completed, {outcome.new} new segments: {record}", file=stream)
         else:

@@ -101,9 +101,13 @@ class PartialMaps:
         for found in pictures:
             try:
                 picture, segmentation, known, segments = self._read(found)
-                given_categories(None if segments is None else [segments], 1, pipe.info.categories)
-            except (DataError, PanopticFormatError, ArgumentError) as error:
+            except (DataError, PanopticFormatError) as error:
                 done.bad.append(str(error))
+                continue
+            try:
+                given_categories(None if segments is None else [segments], 1, pipe.info.categories)
+            except ArgumentError as error:
+                done.bad.append(f"{_name(self._places(found)[2])}: {error}")
                 continue
             done.turned += picture.turned
             done.frames += picture.frames
@@ -111,7 +115,7 @@ class PartialMaps:
                 self._write(pipe, batch, done, sampling)
                 batch, pixels = [], 0
             pixels += known.size
-            scaled = scaled_picture(picture, 0, pipe.info.image_size, exif=self.exif, max_pixels=self.max_pixels)
+            scaled = scaled_picture(picture, 0, pipe.info.picture_size, exif=self.exif, max_pixels=self.max_pixels)
             batch.append((found, scaled, preview_of(picture), segmentation, known, segments))
         if batch:
             self._write(pipe, batch, done, sampling)

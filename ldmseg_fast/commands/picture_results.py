@@ -58,6 +58,13 @@ def check_results(pictures: Sequence[FoundPicture], out: Path, keep: Sequence[Pa
                 raise ArgumentError(
                     f"{inputs[folder / name]} would be replaced by the result of {picture.file}; choose another --out"
                 )
+    for picture in pictures:
+        for folder_name in (picture.folder, *picture.folder.parents):
+            if folder_name in names:
+                raise ArgumentError(
+                    f"{picture.file} has its results in a folder {folder_name}, which the result of "
+                    f"{names[folder_name]} is called; segment them into two folders"
+                )
     check_replaced(map(out.joinpath, names), read)
 
 

@@ -161,7 +161,8 @@ def run(args: argparse.Namespace) -> int:
     def settings() -> dict[str, Any]:
         names = ("backend", "steps", "seed", "samples", "size", "max_pixels", "batch_size")
         own = {name: getattr(args, name) for name in names}
-        return {"command": "predict", **model_state(args.model_dir, args.engine_dir), **own, **sampling, **views}
+        own |= {"flip": args.flip, "scales": " ".join(map(str, args.scales)), "fusion": args.fusion}
+        return {"command": "predict", **model_state(args.model_dir, args.engine_dir), **own, **sampling}
 
     def load() -> Any:
         pipe = LDMSegPipeline.from_pretrained(

@@ -132,7 +132,7 @@ def run_job(
         what: of the progress.
         check: refuses outputs that cannot be, once the model's folder is known.
         find: lists the pictures and checks them; rank 0 calls it.
-        settings: what the results depend on; rank 0 calls it.
+        settings: what the results depend on.
         load: loads the model and gives what does a batch.
         finish: tells what became of all, on rank 0, and returns the exit code.
         also: lists files that a picture's results depend on beside it.
@@ -160,6 +160,8 @@ def run_job(
             units = [_encoded(batch, also) for batch in batches]
             run.open(settings(), units, partial(_is_there, args.out, args.share is not None))
         work = load()
+        if not run.is_main:
+            run.follow(settings())
         begun = time.monotonic()
         total = len(found.pictures)
         with tqdm(total=total, desc=what, unit="image", disable=None if run.is_main else True) as progress:

@@ -15,6 +15,7 @@ from ldmseg_fast.data.pictures import Picture, read_picture
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import require_file
 
+OWN = ".ldmseg"  # how our own folders and files begin, of a start at work
 _NO_PICTURES = ("IPTC", "MPEG")  # formats that Pillow recognises and cannot decode
 
 
@@ -118,7 +119,7 @@ def described(left_out: Counter[str]) -> str:
 
 def _search(folder: Path, below: Path, recursive: bool, out: Path | None, found: FoundPictures) -> None:
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".ldmseg"):  # ours, of a start at work
+        if path.name.startswith(OWN):
             continue
         if path.name.startswith("."):
             found.left_out["hidden"] += 1

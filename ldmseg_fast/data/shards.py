@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ldmseg_fast.data.picture_folders import FoundPicture, FoundPictures, find_pictures, once, picture_suffixes
+from ldmseg_fast.data.picture_folders import OWN, FoundPicture, FoundPictures, find_pictures, once, picture_suffixes
 from ldmseg_fast.data.pictures import Picture, decode_picture
 from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.files import MAX_BYTES, open_file
 
 MAX_SHARDS = 10**6  # that one name with braces may stand for
+LONGEST_NAME, LONGEST_KEY = 255, 2048  # bytes; results have longer names, and lie in a folder
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -161,8 +162,10 @@ def _read_tar(tar: Path, found: FoundPictures) -> None:
     try:
         for info in _members(tar):
             key, kind = _key_of(info.name)
-            if info.isdir() or not key:
-                found.left_out["members without a key"] += not info.isdir()
+            if info.isdir():
+                continue
+            if not key:
+                found.left_out["members without a key"] += 1
             elif not info.isreg() or info.issparse():
                 found.broken.append(f"{tar / info.name}: a link or no regular file; store the file itself")
             elif (why := _unsafe(key)) is not None:
@@ -171,7 +174,7 @@ def _read_tar(tar: Path, found: FoundPictures) -> None:
                 keys.setdefault(key, []).append((kind, Member(tar, info.name, info.offset_data, info.size)))
     except DataError as error:
         found.broken.append(str(error))
-    before = len(found.pictures)
+    before, without = len(found.pictures), 0
     for key, members in keys.items():
         pictures = [(kind, member) for kind, member in members if f".{kind}".lower() in picture_suffixes()]
         if len(pictures) > 1:
@@ -184,8 +187,12 @@ def _read_tar(tar: Path, found: FoundPictures) -> None:
             ordered = (pictures[0], *(each for each in members if each[1] is not pictures[0][1]))
             kind = pictures[0][0]
             found.pictures.append(ShardPicture(tar / f"{key}.{kind}", Path(place.parent), members=ordered))
+        else:
+            without += 1
     if len(found.pictures) == before and not any(line.startswith(str(tar)) for line in found.broken[-1:]):
         found.broken.append(f"{tar}: no pictures in this tar file")
+    elif without:
+        found.left_out["keys without a picture"] += without
 
 
 def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
@@ -195,13 +202,16 @@ def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
         DataError: no tar file, or one that is cut or damaged behind what was yielded.
         FileNotFoundError: nothing is there.
     """
-    count = 0
+    count = end = 0
     with open_file(tar, DataError, "tar file") as file:
         size = os.fstat(file.fileno()).st_size
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (info := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # or all would stay in memory
+                    if info.size < 0 or archive.offset <= end:  # a header that leads back would be read for ever
+                        raise tarfile.ReadError("a damaged header")
+                    end = archive.offset
                     if info.isreg() and info.offset_data + info.size > size:
                         raise tarfile.ReadError(f"it ends in the middle of {info.name}")
                     count += 1
@@ -227,4 +237,8 @@ def _unsafe(key: str) -> str | None:
         return "leads out of the folder of results"
     if any(ord(character) < 32 for character in key) or "\\" in key:
         return "has control characters or backslashes"
+    if any(part.startswith(OWN) for part in key.split("/")):
+        return f"has a folder of a name that begins with {OWN}, as ours do"
+    if len(os.fsencode(key)) > LONGEST_KEY or any(len(os.fsencode(part)) > LONGEST_NAME for part in key.split("/")):
+        return "has a name that file systems do not take"
     return None

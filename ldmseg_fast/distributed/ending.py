@@ -16,10 +16,12 @@ from typing import Any, NoReturn
 
 from ldmseg_fast import distributed
 from ldmseg_fast.distributed.liveness import LOST_RANK, Heartbeat
-from ldmseg_fast.errors import Stopped, UserError
+from ldmseg_fast.distributed.ranks import ranks_of
+from ldmseg_fast.errors import LaunchError, Stopped, UserError
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 + SIGINT, 128 + SIGTERM
 PATIENCE = 8.0  # seconds that other ranks wait for rank 0's word
+TOLD = 2.0  # seconds that a rank leaves to rank 0 to say what is wrong for all
 _FAILED = "ldmseg/failed"  # in the launcher's store: "RANK:EXIT_CODE:why"
 
 
@@ -36,6 +38,21 @@ def reason_of(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, Stopped):
         return str(error), error.exit_code
     return (f"error: {error}", 2) if isinstance(error, UserError | OSError) else None
+
+
+def end_alone(text: str, code: int) -> int:
+    """Prints why a command ends before its ranks have met, and returns the exit code.
+
+    All of them may meet the same error. A launcher ends the others soon after rank 0 has said it.
+    """
+    rank = 0
+    with suppress(LaunchError):
+        rank = ranks_of(os.environ).rank
+    if rank > 0:
+        time.sleep(TOLD)
+        text = text.replace("error: ", f"error: rank {rank}: ", 1)
+    print(text, file=sys.stderr, flush=True)
+    return code
 
 
 def run_command(run: Callable[[], int | None]) -> int:

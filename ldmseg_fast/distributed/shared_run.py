@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.distributed import rank_file
-from ldmseg_fast.distributed.ending import TERMINATED, Terminated, terminate
+from ldmseg_fast.distributed.ending import TERMINATED, Terminated, end_alone, terminate
 from ldmseg_fast.distributed.launcher import QUIET
 from ldmseg_fast.distributed.liveness import LOST_RANK
 from ldmseg_fast.distributed.rank_watch import AGAIN, PERIOD, RankWatch, appeared, rank_path
@@ -41,7 +41,6 @@ RUN = ".ldmseg-run"
 COMING = 60.0  # seconds that rank 0 waits, when all is done, for ranks that have not come
 MEETING = 600.0  # seconds that a rank waits for rank 0
 STALE = 15.0  # seconds in which ranks of a start whose rank 0 was killed have ended
-TOLD = 2.0  # seconds that a rank leaves to rank 0 to say what is wrong for all
 _STARTED = time.time()
 
 
@@ -51,6 +50,8 @@ class SharedRun:
         with SharedRun(folder, ranks, "a prediction", "choose another --out") as run:
             if run.is_main:
                 run.open(settings, units, is_there)
+            else:
+                run.follow(settings)
             for number, unit in run.claims():
                 run.done(number, {"files": ...}, count=1)
             records = run.finish()
@@ -100,9 +101,7 @@ class SharedRun:
                 raise SystemExit(TERMINATED) from None  # rank 0 has said why, or its launcher does
             if self.is_main or not isinstance(error, UserError | OSError):
                 raise
-            time.sleep(TOLD)  # a launcher ends this rank meanwhile where rank 0 has said the same
-            print(f"error: rank {self.ranks.rank}: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            raise SystemExit(end_alone(f"error: {error}", 2)) from None
         self._own = self._stack.enter_context(rank_file.held(self._rank_path(self.ranks.rank)))
         self._own.write(**self._facts)
         own_lines = self.path / f"done-{self._name}-{self.ranks.rank}"
@@ -217,17 +216,36 @@ class SharedRun:
             with replacing(self._launch / "work.jsonl") as temporary, temporary.open("w", encoding="ascii") as file:
                 file.writelines(json.dumps([number, unit]) + "\n" for number, unit in todo.items())
 
+    def follow(self, settings: Mapping[str, Any]) -> None:
+        """Waits for the units of rank 0 and compares its settings with those of this rank, which calls it.
+
+        What is a list or a dict in them may differ, such as the times of files on each machine's own disk.
+
+        Raises:
+            LaunchError: they are others, such as another commit of a model of the Hub.
+        """
+        path = self._launch / "work.jsonl"
+        while not appeared(path):  # rank 0 lists and checks; the watch ends this rank where it fails
+            time.sleep(PERIOD / 5)
+        with path.open(encoding="ascii") as file:
+            self._units = dict(map(json.loads, file))
+        first = rank_file.read(self.path / "settings.json") or {}
+        for name, value in settings.items():
+            if not isinstance(value, dict | list) and first.get(name, value) != value:
+                raise LaunchError(
+                    f"{name} is {value}, of rank 0 {first[name]}; start all ranks with one command, one model and one "
+                    "version of ldmseg_fast"
+                )
+
     def todo(self) -> list[str]:
         """Lists the units of `open` that are not complete yet."""
         return list(self._units.values())
 
     def claims(self) -> Iterator[tuple[int, str]]:
-        """Yields number and text of each unit that this rank is to do."""
+        """Yields number and text of each unit that this rank is to do, after `open` or `follow`."""
         if not self._several:
             yield from self._units.items()
             return
-        if not self.is_main:
-            self._wait_for_units()
         numbers, rank, world = list(self._units), self.ranks.rank, self.ranks.world
         for number in numbers[rank::world]:
             if self._claim(number):
@@ -240,13 +258,6 @@ class SharedRun:
             number = left[-1 - rank % len(left)]  # from the end, where their own rank comes last
             if self._claim(number):
                 yield number, self._units[number]
-
-    def _wait_for_units(self) -> None:
-        path = self._launch / "work.jsonl"
-        while not appeared(path):  # rank 0 lists and checks; the watch ends this rank where it fails
-            time.sleep(PERIOD / 5)
-        with path.open(encoding="ascii") as file:
-            self._units = dict(map(json.loads, file))
 
     def _claim(self, number: int) -> bool:
         path = self._launch / "claims" / str(number)

@@ -18,6 +18,8 @@ from ldmseg_fast.commands import predict
 from ldmseg_fast.distributed.liveness import LOST_RANK
 from ldmseg_fast.distributed.shared_run import RUN
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
+from ldmseg_fast.pipeline import LDMSegPipeline
+from tests.conftest import make_model
 from tests.data.test_shards import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +94,7 @@ def whole(pictures, model_dir) -> Path:
 
 
 OPTIONS = ["--steps", "1", "--batch-size", "2", "--format", "coco-panoptic"]
+LARGER = ("data.image_size=32", "image_encoder.picture_scale=2")
 SLURM = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
 
 
@@ -147,6 +150,25 @@ def test_what_is_wrong_for_all_ranks_is_said_once(pictures, model_dir, tmp_path)
 
 
 @pytest.mark.serial
+def test_what_is_wrong_before_ranks_meet_is_said_once(tmp_path):
+    asked = ["predict", "nosuch", tmp_path, "--out", tmp_path / "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [*TORCHRUN, sys.executable, "-m", "ldmseg_fast.cli", *map(str, asked)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.count("nosuch: no such model folder") == 1, done.stderr
+
+
+@pytest.mark.serial
+def test_json_of_ranks_is_that_of_rank_0(pictures, model_dir, tmp_path):
+    asked = ["predict", model_dir, pictures / "in", "--out", tmp_path, *OPTIONS[:4], "--flip", "--json"]
+    (code, out, error), other = map(ends, [start(rank, *asked) for rank in (0, 1)])
+    assert (code, other) == (1, (0, "", "")), error
+    answer = json.loads(out)
+    assert sorted(answer["written"]) == [str(tmp_path / f"p{number}.json") for number in range(10)]
+    assert len(answer["bad"]) == 1 and len(list(tmp_path.glob("*_agreement.png"))) == 10
+
+
+@pytest.mark.serial
 def test_evaluate_under_srun(model_dir, scenes, tmp_path):
     reports = []
     for world in (1, 2):
@@ -182,6 +204,9 @@ def test_one_process_goes_on_after_a_kill(pictures, whole, model_dir, tmp_path, 
     assert run("predict", model_dir, *asked) == 130
     assert run("predict", model_dir, *asked, "--seed", 3) == 2
     assert "other settings was interrupted here (seed 0, now 3)" in capsys.readouterr().err
+    assert run("predict", model_dir, *asked, "--flip", "--scales", 0.5, 1) == 2
+    error = capsys.readouterr().err
+    assert "(flip False, now True; scales 1.0, now 0.5 1.0)" in error and error.count("\n") == 1
     monkeypatch.setattr(
         predict, "write_result", lambda *given: written.append(given[1].file.name) or write_result(*given)
     )
@@ -245,6 +270,44 @@ def test_inpaint_takes_folders_and_tars(pictures, model_dir, tmp_path, capsys):
     assert "9 maps completed" in said.out and "s.tar/p3.png: no p3.known.png in the tar" in said.err
     assert run("inpaint", model_dir, "--image", shard, "--unknown-id", 0, "--out", tmp_path / "c") == 0
     assert len(content(tmp_path / "c")) == 30
+
+
+def test_inpaint_of_a_folder_with_one_picture_that_is_broken(pictures, model_dir, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    shutil.copy(pictures / "in" / "bad.jpg", tmp_path / "in")
+    asked = ["--image", tmp_path / "in", "--map", pictures / "maps", "--unknown-id", 0, "--out", tmp_path / "out"]
+    assert run("inpaint", model_dir, *asked, "--json") == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["written"] == [] and "bad.jpg: not a readable picture" in said.err
+
+
+def test_inpaint_gives_the_model_its_own_size_of_pictures(tmp_path, monkeypatch):
+    """The image encoder of some models sees more than the networks behind it."""
+    sizes, whole = [], LDMSegPipeline.inpaint
+
+    def seen(pipe, images, *rest, **more):
+        sizes.extend((pipe.info.picture_size, np.shape(image.pixels)) for image in images)
+        return whole(pipe, images, *rest, **more)
+
+    monkeypatch.setattr(LDMSegPipeline, "inpaint", seen)
+    model = make_model(
+        tmp_path / "model", ("image_encoder.kind=efficientnet_lite", "image_encoder.path=random", *LARGER)
+    )
+    Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
+    ids = np.zeros((300, 300), np.int32)
+    ids[:150] = 7
+    write_panoptic_png(tmp_path / "map.png", ids)
+    asked = ["--image", tmp_path / "a.png", "--map", tmp_path / "map.png", "--unknown-id", 0, "--out", tmp_path / "out"]
+    assert run("inpaint", model, *asked) == 0
+    assert sizes == [(64, (64, 64, 3))]
+
+
+def test_a_result_and_a_folder_of_one_name(pictures, model_dir, tmp_path, capsys):
+    one = next((pictures / "in").glob("p*.png")).read_bytes()
+    shard = write(tmp_path / "s.tar", {"a.jpg": one, "a.png/b.jpg": one})
+    assert run("predict", model_dir, shard, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "s.tar/a.png/b.jpg has its results in a folder a.png" in error and error.count("\n") == 1
 
 
 def test_inpaint_refuses_one_map_for_many(pictures, model_dir, tmp_path, capsys):

@@ -42,7 +42,7 @@ def test_members_are_grouped_by_key(tmp_path, format):
     for picture, content in zip(found.pictures, (png(1), png(2), png(4))):
         expected = np.asarray(Image.open(io.BytesIO(content)))
         np.testing.assert_array_equal(np.asarray(picture.read(max_pixels=1000).pixels), expected)
-    assert found.left_out["members without a key"] == 2
+    assert found.left_out == {"members without a key": 2}
     with pytest.raises(DataError, match=r"s\.tar/b/0001\.jpg: 11x9 is over 50 pixels"):
         first.read(max_pixels=50)
 
@@ -74,11 +74,48 @@ def test_a_folder_of_tars(tmp_path):
     assert found.left_out["with other endings than pictures"] == 4
 
 
-@pytest.mark.parametrize("name", ["../up.png", "a/../../up.png", "/abs.png", "a\\b.png", "a\x01.png"])
+ELSEWHERE = [
+    "../up.png", "a/../../up.png", "/abs.png", "a\\b.png", "a\x01.png", ".ldmseg-run/a.png", f"{'x' * 256}/a.png",
+    f"{'x/' * 1025}a.png",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE, ids=lambda name: name[:20])
 def test_a_key_that_leads_elsewhere_is_no_result(tmp_path, name):
     found = find_inputs([write(tmp_path / "s.tar", {"a.png": png(), name: png(), "b.png": png()})])
     assert [picture.file.name for picture in found.pictures] == ["a.png", "b.png"]
     assert len(found.broken) == 1 and "rename the member" in found.broken[0] and "\n" not in found.broken[0]
+
+
+def test_folders_in_a_tar_are_nothing_that_is_left_out(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        (tmp_path / "in" / "b").mkdir(parents=True)
+        (tmp_path / "in" / "b" / "a.png").write_bytes(png())
+        tar.add(tmp_path / "in", ".")
+    found = find_inputs([tmp_path / "s.tar"])
+    assert [(each.folder, each.file.name) for each in found.pictures] == [(Path("b"), "a.png")]
+    assert not found.left_out and not found.broken
+
+
+def test_keys_without_a_picture_are_counted(tmp_path):
+    """Such as of names with a dot too many, which are no pictures in webdataset either."""
+    found = find_inputs([write(tmp_path / "s.tar", {"a.png": png(), "b.2024.png": png(), "c.json": b"{}"})])
+    assert [picture.file.name for picture in found.pictures] == ["a.png"] and not found.broken
+    assert found.left_out == {"keys without a picture": 2}
+
+
+@pytest.mark.parametrize("size", [-512, -1024, -1536])
+def test_a_header_that_leads_back(tmp_path, size):
+    """Python's `tarfile` reads such a tar for ever."""
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        content = io.BytesIO(png())
+        first, second = tarfile.TarInfo("a.png"), tarfile.TarInfo("b.png")
+        first.size, second.pax_headers = len(content.getvalue()), {"size": str(size)}
+        tar.addfile(first, content)
+        tar.addfile(second)
+    found = find_inputs([tmp_path / "s.tar"])
+    assert [picture.file.name for picture in found.pictures] == ["a.png"]
+    assert len(found.broken) == 1 and "after 1 members (a damaged header)" in found.broken[0]
 
 
 def test_links_and_devices(tmp_path):

@@ -28,6 +28,8 @@ def work():
     with SharedRun(folder, ranks_of(os.environ), "a test", "choose another folder") as run:
         if run.is_main:
             run.open({"steps": 1}, [f"unit {number}" for number in range(units)])
+        else:
+            run.follow({"steps": int(os.environ.get("STEPS", 1)), "weights": ["of this machine"]})
         mine = []
         for number, unit in run.claims():
             time.sleep(seconds * (1 if run.is_main else 4))
@@ -131,6 +133,15 @@ def test_a_fast_rank_takes_over_from_a_slow_one(tmp_path):
     assert sorted(done[0] + done[1]) == list(range(24)) and "records 24" in found[0][1]
     assert [error for _, _, error in found] == ["", ""]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.serial
+def test_a_rank_of_other_settings_is_refused(tmp_path):
+    """Such as another commit of a model that each rank has asked the Hub for."""
+    found = [ends(start) for start in [start(tmp_path, 0.2, 40, rank=rank, STEPS="2") for rank in (0, 1)]]
+    assert [code for code, _, _ in found] == [LOST_RANK, 2] and found[0][2] == "", found
+    assert found[1][2].startswith("error: rank 1: steps is 2, of rank 0 1; start all ranks with one command")
+    assert found[1][2].count("\n") == 1
 
 
 @pytest.mark.serial

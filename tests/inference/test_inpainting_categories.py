@@ -139,6 +139,9 @@ def test_command_takes_the_categories_of_a_result(category_model, tmp_path, caps
     assert main([*command, "--segments", str(tmp_path / "map.json")]) == 0
     record = json.loads((tmp_path / "out" / "a.json").read_text())
     assert {s["id"]: s.get("name") for s in record["segments_info"]}[900] == "sky"
+    (tmp_path / "map.json").write_text(json.dumps({"segments_info": [{"id": 900, "category_id": 99}]}))
+    assert main([*command, "--segments", str(tmp_path / "map.json")]) == 2
+    assert f"error: {tmp_path}/map.json: segments_info[0]: " in capsys.readouterr().err
     (tmp_path / "map.json").write_text("[]")
     assert main([*command, "--segments", str(tmp_path / "map.json")]) == 2
     assert "segments_info" in capsys.readouterr().err
