@@ -208,6 +208,7 @@ class LossConfig:
     bce: Weight = 1.0
     dice: Weight = 1.0
     category: Weight = 1.0  # cross-entropy over categories, of models that have them
+    category_balance: Share = 0.0  # their weights in it: (share of the labelled pixels)^-this, of mean 1; 0: all 1
     kl: Weight = 0.0
     num_points: Annotated[int, Range(1, 2**24)] = 12544
     oversample: Annotated[float, Range(1, 1000)] = 3.0

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.categories_file import CATEGORIES, load_categories
 from ldmseg_fast.checkpoints.hub import pinned
@@ -15,6 +17,7 @@ from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL, PREFIX, VAE, hub
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import Config
 from ldmseg_fast.config.categories import CategoryTable
+from ldmseg_fast.data.category_balance import category_weights
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.folders import find_split
 from ldmseg_fast.data.joined_sets import JoinedSets, SetPlace, set_places
@@ -98,7 +101,7 @@ def make_dataset(
 def use_categories(
     stage: Stage, train_sets: Sequence[CocoPanoptic], val_sets: Iterable[CocoPanoptic], resumed: Path | None
 ) -> None:
-    """Makes all splits carry categories where the stage's model has them.
+    """Makes all splits carry categories where the stage's model has them, and weighs them by `loss.category_balance`.
 
     A stage that starts without a table takes the training splits', joined by name, or the one that the run has had so
     far.
@@ -119,6 +122,12 @@ def use_categories(
         raise ConfigError(
             "train.best=class_pq: the model has no categories (mask_vae.num_categories=0); set train.best=pq"
         )
+    balance = stage.config.loss.category_balance
+    if not expected and balance > 0:
+        raise ConfigError(
+            f"loss.category_balance={balance:g}: the model has no categories (mask_vae.num_categories=0); set "
+            f"loss.category_balance=0"
+        )
     if not expected:
         return
     if stage.categories is None and resumed is not None and (resumed / CATEGORIES).exists():
@@ -135,6 +144,9 @@ def use_categories(
             )
     for dataset in (*train_sets, *val_sets):
         dataset.use_categories(stage.categories)
+    if balance > 0:
+        weights = category_weights(train_sets, stage.categories, balance, stage.config.data.weights)
+        stage.category_weights = torch.from_numpy(weights).to(next(stage.parameters()).device)
 
 
 # settings that may be names of the Hub, and the kinds of repositories that each takes
