@@ -38,10 +38,8 @@ def category_weights(
         pixels = _pixels(dataset, table)
         shares += often * pixels / max(pixels.sum(), 1.0)
     if not shares.any():
-        raise DataError(
-            f"{', '.join(str(each.folders.annotations) for each in sets)}: no labelled pixels to balance categories by; "
-            f"set loss.category_balance=0"
-        )
+        sources = ", ".join(str(each.folders.annotations) for each in sets)
+        raise DataError(f"{sources}: no labelled pixels to balance categories by; set loss.category_balance=0")
     shares /= shares.sum()
     there = shares > 0
     weights = np.ones(len(shares))

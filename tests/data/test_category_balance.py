@@ -15,7 +15,7 @@ NAMES = ("sky", "car", "sheep")
 
 
 def make_set(root, maps, names=NAMES, **changes):
-    """A data set of 4x8 maps, each a list of (category, pixels, further keys) whose rows of pixels follow each other."""
+    """A data set of 4x8 maps, each a list of (category, pixels, further keys) one after the other."""
     from PIL import Image
 
     (root / "train").mkdir(parents=True)

@@ -1,6 +1,7 @@
 """Training with categories: the loss, every stage, the log, and what does not fit."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_balanced_categories_survive_accumulation_and_a_resume(settings):
         (["mask_vae.num_categories=18"], ConfigError, "has 19 categories; set mask_vae.num_categories=19"),
         (["mask_vae.num_categories=20"], ConfigError, "has 19 categories; set mask_vae.num_categories=19"),
         (["mask_vae.num_categories=4096"], ConfigError, "mask_vae.num_categories"),
-        (["mask_vae.num_categories=0", "loss.category_balance=0.5"], ConfigError, "loss.category_balance=0.5: the model"),
+        (["mask_vae.num_categories=0", "loss.category_balance=0.5"], ConfigError, "loss.category_balance=0.5"),
         (["loss.category_balance=1.5"], ConfigError, "loss.category_balance"),
         (["mask_vae.num_categories=0", "train.best=class_pq"], ConfigError, "train.best=class_pq"),
     ],
@@ -194,3 +195,45 @@ def test_another_data_set_is_refused_by_name(settings, scenes, tmp_path):
     other = write_scenes(tmp_path / "other", 8, 32, workers=1, version=1)
     with pytest.raises(DataError, match="no category 'ellipse'"):
         train("diffusion", settings("second", f"model.mask_vae={autoencoder}", f"data.root={other}"))
+
+
+def test_categories_that_contradict_the_start_are_refused(settings, tmp_path):
+    """Another number in the settings, and another table in one of two folders; 0 takes what the folders have."""
+    quick = ["train.steps=1", "train.validate_every=1000"]
+    autoencoder = train("autoencoder", settings("autoencoder", *quick))
+    own = [*quick, f"model.mask_vae={autoencoder}"]
+    for number in (1, 18):
+        with pytest.raises(ConfigError, match=rf"num_categories={number}: model.mask_vae=.* has 19 categories"):
+            train("diffusion", settings("wrong", *own, f"mask_vae.num_categories={number}"))
+    diffusion = train("diffusion", settings("diffusion", *own, "mask_vae.num_categories=0"))
+    start = [*quick, f"model.init_from={diffusion}"]
+    for stage in ("diffusion", "one_step", "distillation"):
+        with pytest.raises(ConfigError, match=r"num_categories=18: model\.\w+=.* has 19 categories; leave"):
+            train(stage, settings("wrong", *start, "mask_vae.num_categories=18"))
+    plain = train("autoencoder", settings("plain", *quick, "mask_vae.num_categories=0"))
+    with pytest.raises(ConfigError, match=r"num_categories=19: model.mask_vae=.* has no categories"):
+        train("diffusion", settings("wrong", *quick, f"model.mask_vae={plain}"))
+
+    other = tmp_path / "other"
+    shutil.copytree(autoencoder, other)
+    table = json.loads((other / "categories.json").read_text())
+    table[0]["name"], table[1]["name"] = table[1]["name"], table[0]["name"]
+    (other / "categories.json").write_text(json.dumps(table))
+    for stage in ("diffusion", "one_step"):
+        with pytest.raises(ConfigError, match=r"model\.\w+=.* and model\.\w+=.* have other categories: number 1 is"):
+            train(stage, settings("wrong", *start, f"model.mask_vae={other}"))
+    assert not (tmp_path / "wrong" / "model_index.json").exists()
+
+
+def test_an_auto_encoder_of_another_reduction_is_refused(settings):
+    coarse = [
+        "mask_vae.widths=8,16,16,16",
+        "image_encoder.downsampling=8",
+        "train.steps=1",
+        "train.validate_every=1000",
+    ]
+    fine = load_config(str(TINY)).mask_vae.downsampling
+    assert fine != 8
+    autoencoder = train("autoencoder", settings("coarse", *coarse))
+    with pytest.raises(ConfigError, match=r"latents of 1/8 of the side, image_encoder.downsampling is"):
+        train("diffusion", settings("wrong", "train.steps=1", f"model.mask_vae={autoencoder}"))
