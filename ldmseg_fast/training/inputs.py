@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,29 @@ def validation_sets(config: Config, num_slots: int) -> dict[str, CocoPanoptic]:
 def sets_of(dataset: CocoPanoptic | JoinedSets) -> list[CocoPanoptic]:
     """Lists the sets that a training set is made of."""
     return dataset.sets if isinstance(dataset, JoinedSets) else [dataset]
+
+
+def not_held_out(config: Config) -> list[str]:
+    """Warns of validations whose numbers do not tell how good the model is on pictures that it has not seen.
+
+    Training on a split whose name says test, choosing `best` by one, and validating on what is trained on are allowed,
+    but not in silence.
+    """
+    warnings = []
+    for place in set_places(config.data):
+        train, val = place.train_split, place.val_split
+        if _is_test(train):
+            warnings.append(f"{place.name}: trains on the split {train}; no result on it is one of unseen pictures")
+        if val == train:
+            warnings.append(f"{place.name}: validates on {val}, the split that it trains on; name another after ROOT:")
+        elif _is_test(val):
+            cure = "validate on a part of the training data, and test once with `ldmseg evaluate`"
+            warnings.append(f"{place.name}: {val} chooses `best`, which makes its numbers there too good; {cure}")
+    return warnings
+
+
+def _is_test(split: str) -> bool:
+    return re.search(r"(?<![a-z])test", split.lower()) is not None
 
 
 def make_dataset(
