@@ -127,6 +127,12 @@ class ImageEncoderConfig:
         return self.kind == "conv" or self.is_pyramid  # with the UNet
 
     @property
+    def reduction(self) -> int:
+        """By what the network divides the sides of the pictures that it sees."""
+        fixed = {"conv": 2 ** (len(self.widths) - 1), "taesd": 8, "autoencoder_kl": self.downsampling}
+        return fixed.get(self.kind, self.downsampling * self.picture_scale)
+
+    @property
     def stride(self) -> int:
         """What the sides of the pictures that it sees must be multiples of."""
         return max(PYRAMID_STRIDES.get(self.kind, 1), self.downsampling * self.picture_scale)

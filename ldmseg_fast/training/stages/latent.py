@@ -71,13 +71,21 @@ class LatentStage(Stage):
                 f"model.mask_vae={config.model.mask_vae}: latents of 1/{vae_config.downsampling} of the side, "
                 f"image_encoder.downsampling is {config.image_encoder.downsampling}"
             )
+        encoder = config.image_encoder
+        if encoder.reduction != (needed := encoder.downsampling * encoder.picture_scale):
+            cure = "another number of image_encoder.widths" if encoder.kind == "conv" else "another of the two"
+            raise ConfigError(
+                f"image_encoder.downsampling={encoder.downsampling} * image_encoder.picture_scale="
+                f"{encoder.picture_scale} make {needed}, but image_encoder.kind={encoder.kind} divides the picture's "
+                f"side by {encoder.reduction}; choose {cure}"
+            )
         check_start(start)
-        self.image_vae: Any = build_image_encoder(config.image_encoder, start.vae_config)
+        self.image_vae: Any = build_image_encoder(encoder, start.vae_config)
         load_image_encoder(self.image_vae, start)
-        self.trains_image_vae = config.image_encoder.is_trained
+        self.trains_image_vae = encoder.is_trained
         if not self.trains_image_vae:
             self.image_vae.eval().requires_grad_(False)
-        elif config.image_encoder.is_pyramid and config.train.image_encoder_lr == 0:
+        elif encoder.is_pyramid and config.train.image_encoder_lr == 0:
             self.image_vae.network.requires_grad_(False)
         self.unet = UNet(config.unet, config.model.attention)
         load_unet(self.unet, start)
