@@ -266,8 +266,9 @@ def measure(args: argparse.Namespace, run: Run) -> None:
                 run.add_value("PQ", unit="%", **row)
 
     for root in args.data:
-        (place,) = set_places(DataConfig(root=root, train_split=args.classical or "train2017", val_split=args.split))
-        measure_set(args, journal, place, add)
+        data = DataConfig(root=root, train_split=args.classical or "train2017", val_split=args.split)
+        for place in filter(lambda place: place.val_split, set_places(data)):
+            measure_set(args, journal, place, add)
 
 
 def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add: Callable[[list[Row]], None]) -> None:
@@ -299,6 +300,8 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
     if args.classical:
         classical.require_skimage()
         tuning = 8 if args.quick else args.tuning_images
+        # a set with splits of its own has no other to learn names from
+        names = place.train_split if args.names and place.train_split != args.classical else args.names
         for method in classical.METHODS:
             key = {"classical": method, "data": data, "split": split, "limit": limit}
             key |= {"tuned_on": place.train_split, "tuning": tuning, "grid": classical.GRIDS[method]}
@@ -309,13 +312,13 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                 return mean_over_annotators(data, split, rows_of)
 
             add(journal.rows_of(key, rows_of_method))
-            if args.names:
+            if names:
 
                 def rows_of_names(method: str = method) -> list[Row]:
                     tuned = Tuned.on(data, place.train_split, tuning, method)
-                    return named_rows(tuned, data, args.names, split, limit)
+                    return named_rows(tuned, data, names, split, limit)
 
-                add(journal.rows_of(key | {"names": args.names}, rows_of_names))
+                add(journal.rows_of(key | {"names": names}, rows_of_names))
         key = {"trivial": sorted(BASELINES), "data": data, "split": split, "limit": limit}
         rows_of = partial(trivial_rows, split=split, limit=limit)
         add(journal.rows_of(key, partial(mean_over_annotators, data, split, rows_of)))

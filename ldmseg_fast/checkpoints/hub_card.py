@@ -15,6 +15,7 @@ import yaml
 
 from ldmseg_fast.checkpoints.hub_names import PREFIX
 from ldmseg_fast.checkpoints.model_card import training_facts
+from ldmseg_fast.config.roots import set_names
 from ldmseg_fast.errors import HubError
 from ldmseg_fast.files import read_file, read_json
 
@@ -39,9 +40,7 @@ LICENSES = (
     (r"\bMIT License", "mit"),
 )
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n?^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-_LOCATIONS = (
-    r"conditioning\.path|data\.root|data\.latent_cache|image_encoder\.path|model\.init_from|model\.mask_vae|output_dir"
-)
+_LOCATIONS = r"conditioning\.path|data\.latent_cache|image_encoder\.path|model\.init_from|model\.mask_vae|output_dir"
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,9 @@ def front_matter(folder: Path, repository: str, text: str) -> dict[str, Any]:
     """
     path = folder / "config.json"
     run = read_json(path) if path.is_file() else {}
-    data = _last_part(_setting(run, "data", "root") or (_numbered(text, "data") or [""])[-1])
+    names = set_names(_setting(run, "data", "root") or (_numbered(text, "data") or [""])[-1])
+    names = list(dict.fromkeys(name.partition(":")[0] for name in names))
+    data = ", ".join(names)
     start = _setting(run, "model", "init_from")
     split = _setting(run, "data", "val_split") or "validation"
     return {
@@ -109,7 +110,7 @@ def front_matter(folder: Path, repository: str, text: str) -> dict[str, Any]:
         "pipeline_tag": "image-segmentation",
         "tags": TAGS,
         "base_model": start.removeprefix(PREFIX).partition("@")[0] if start.startswith(PREFIX) else None,
-        "datasets": [data] if data else [],
+        "datasets": names,
         "metrics": ["pq"] if _values(folder, text) else [],
         "widget": COCO_WIDGET if "coco" in data.lower() else [],
         "model-index": _index(repository, data, split, folder, text),
@@ -222,12 +223,9 @@ def _mappings(values: Any) -> list[dict[str, Any]]:
 
 
 def _without_paths(text: str) -> str:
-    text = re.sub(rf"^((?:{_LOCATIONS})=)(?!{PREFIX}).*[/\\]([^/\\\n]+)[/\\]?$", r"\1\2", text, flags=re.MULTILINE)
-    return re.sub(r"^(\| data \| ).*[/\\]([^/\\\n]+?)[/\\]? \|$", r"\1\2 |", text, flags=re.MULTILINE)
-
-
-def _last_part(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    for pattern in (r"^(data\.root=)(.+)()$", r"^(\| data \| )(.+?)( \|)$"):
+        text = re.sub(pattern, lambda m: f"{m[1]}{','.join(set_names(m[2]))}{m[3]}", text, flags=re.MULTILINE)
+    return re.sub(rf"^((?:{_LOCATIONS})=)(?!{PREFIX}).*[/\\]([^/\\\n]+)[/\\]?$", r"\1\2", text, flags=re.MULTILINE)
 
 
 def default_message(folder: Path) -> str:

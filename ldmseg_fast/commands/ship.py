@@ -24,12 +24,14 @@ from ldmseg_fast.checkpoints.model_folder import load_component_config, load_ind
 from ldmseg_fast.checkpoints.schema import COMPONENTS
 from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, load_weights, save_weights
 from ldmseg_fast.config import PRESETS, to_dict
+from ldmseg_fast.config.roots import set_names
 from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.files import read_json, read_lines, replacing_folder
 from ldmseg_fast.outputs import check_outputs, is_inside
 from ldmseg_fast.training.provenance import STARTS, ancestors, cpu_minutes
 
-LIMIT = 20 * 10**6  # bytes that a wheel may carry: OUT and all model folders beside it
+LIMIT = 20 * 10**6  # bytes that a wheel may carry: OUT in weights/ and all model folders beside it
+RELEASE_LIMIT = 25 * 2**20  # bytes of one model in releases/ of the source tree; elsewhere there is no limit
 PRECISIONS = ("fp16", "bf16", "int8")
 LARGE = 4096  # fewest elements at which a matrix or a convolution is worth int8
 
@@ -77,8 +79,8 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
         machine: where the run was trained, for runs whose log does not say so.
 
     Raises:
-        CheckpointError: no model folder, weights that half precision does not hold, more than `LIMIT` bytes, or
-            something else than a shipped model in `out`.
+        CheckpointError: no model folder, weights that half precision does not hold, more bytes than `out`
+            may have, or something else than a shipped model in it.
         ArgumentError: `out` is the run or a run that it was built on, or holds one.
     """
     index = load_index(run_dir)
@@ -109,17 +111,31 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
                 state = half(to_int8(state) if dtype == "int8" else state, floats, str(weights))
                 save_weights(state, temporary / component / WEIGHTS)
         write_model_card(temporary, {"weights": dtype, **history(run_dir, machine)})
-        total = folder_size(temporary) + sum(
-            folder_size(folder)
-            for folder in out.parent.iterdir()
-            if (folder / "model_index.json").is_file() and folder != out
-        )
-        if total > LIMIT:
-            raise CheckpointError(
-                f"{run_dir}: {folder_size(temporary) / 1e6:.1f} MB, {total / 1e6:.1f} MB with the other models in "
-                f"{out.parent}; {LIMIT / 1e6:.0f} MB may be shipped: use --dtype int8, or train a smaller model"
-            )
+        check_size(run_dir, folder_size(temporary), out, dtype)
     return out
+
+
+def check_size(run_dir: Path, size: int, out: Path, dtype: str) -> None:
+    """Checks that a model is small enough for where it goes; the folder's name, weights or releases, says what that is.
+
+    Raises:
+        CheckpointError: names `run_dir`, its `size` in bytes, the limit and what helps.
+    """
+    limit, what, total = LIMIT, "the package's weights", size
+    if out.parent.name == "weights":
+        beside = [folder for folder in out.parent.iterdir() if (folder / "model_index.json").is_file()]
+        total += sum(folder_size(folder) for folder in beside if folder != out)
+    elif out.parent.name == "releases":
+        limit, what = RELEASE_LIMIT, "one release"
+    else:
+        return
+    if total > limit:
+        others = f", {total / 1e6:.1f} MB with the other models in {out.parent}" if total > size else ""
+        smaller = "" if dtype == "int8" else "use --dtype int8, "
+        raise CheckpointError(
+            f"{run_dir}: {size / 1e6:.1f} MB in {dtype}{others}; {limit / 1e6:.1f} MB are the limit of {what}: "
+            f"{smaller}take an OUT outside {out.parent}, or train a smaller model"
+        )
 
 
 def folder_size(folder: Path) -> int:
@@ -138,7 +154,7 @@ def history(run_dir: Path, machine: str = "") -> dict[str, Any]:
         validated = [record for record in records if "val/pq" in record]
         training = {
             "command": command(settings),
-            "data": _last_part(settings["data"]["root"]),
+            "data": ",".join(set_names(settings["data"]["root"])),
             "seed": settings["train"]["seed"],
             "steps": records[-1]["step"] if records else "not recorded",
             "ranks": max((start["ranks"] for start in starts), default="not recorded"),
@@ -153,7 +169,7 @@ def history(run_dir: Path, machine: str = "") -> dict[str, Any]:
     return facts
 
 
-FOLDERS = {"data.root", "output_dir", "model.mask_vae", "model.init_from", "data.latent_cache", "image_encoder.path"}
+FOLDERS = {"output_dir", "model.mask_vae", "model.init_from", "data.latent_cache", "image_encoder.path"}
 FEW_STEP = ("one_step", "distillation")
 # what these stages take from the model they start from
 FOUND = (
@@ -175,9 +191,7 @@ def command(settings: dict[str, Any]) -> str:
     for name, preset in PRESETS.items():
         usual = _flat(to_dict(preset))
         candidates[name] = [
-            f"{key}={_last_part(value) if key in FOLDERS else value}"
-            for key, value in given.items()
-            if key in usual and usual[key] != value
+            f"{key}={_shown(key, value)}" for key, value in given.items() if key in usual and usual[key] != value
         ]
     preset_name = min(candidates, key=lambda name: len(candidates[name]))
     return " ".join(["python ldmseg_fast/train.py", stage, "--config", preset_name, *candidates[preset_name]])
@@ -195,6 +209,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _shown(key: str, value: str) -> str:
+    if key == "data.root":
+        return ",".join(set_names(value))
+    return _last_part(value) if key in FOLDERS else value
 
 
 def _last_part(path: str) -> str:

@@ -127,6 +127,12 @@ class ImageEncoderConfig:
         return self.kind == "conv" or self.is_pyramid  # with the UNet
 
     @property
+    def reduction(self) -> int:
+        """By what the network divides the sides of the pictures that it sees."""
+        fixed = {"conv": 2 ** (len(self.widths) - 1), "taesd": 8, "autoencoder_kl": self.downsampling}
+        return fixed.get(self.kind, self.downsampling * self.picture_scale)
+
+    @property
     def stride(self) -> int:
         """What the sides of the pictures that it sees must be multiples of."""
         return max(PYRAMID_STRIDES.get(self.kind, 1), self.downsampling * self.picture_scale)
@@ -208,6 +214,7 @@ class LossConfig:
     bce: Weight = 1.0
     dice: Weight = 1.0
     category: Weight = 1.0  # cross-entropy over categories, of models that have them
+    category_balance: Share = 0.0  # their weights in it: (share of the labelled pixels)^-this, of mean 1; 0: all 1
     kl: Weight = 0.0
     num_points: Annotated[int, Range(1, 2**24)] = 12544
     oversample: Annotated[float, Range(1, 1000)] = 3.0

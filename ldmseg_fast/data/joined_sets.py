@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from ldmseg_fast.config import DataConfig
+from ldmseg_fast.config.roots import entries_of
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.sampler import EpochSampler, permutation
 from ldmseg_fast.errors import ConfigError
@@ -45,9 +46,8 @@ def set_places(data: DataConfig) -> list[SetPlace]:
     Raises:
         ConfigError: an empty entry, no set to validate on, or `data.weights` of another number.
     """
-    single = "," not in data.root or Path(data.root).exists()
-    entries = [data.root] if single else [entry.strip() for entry in data.root.split(",")]
-    if not single and not all(entries):
+    entries = entries_of(data.root)
+    if len(entries) > 1 and not all(entries):
         raise ConfigError(f"data.root={data.root}: an entry of the list is empty; write ROOT,ROOT,...")
     places: list[SetPlace] = []
     for entry in entries:
@@ -68,9 +68,9 @@ def set_places(data: DataConfig) -> list[SetPlace]:
 
 def _place(entry: str, data: DataConfig) -> SetPlace:
     root, splits = entry, [data.train_split, data.val_split]
-    for colons in (1, 2) if not Path(entry).exists() else ():
+    for colons in (1, 2) if not os.path.exists(entry) else ():  # noqa: PTH110 (False where the name is too long)
         parts = entry.rsplit(":", colons)
-        if len(parts) == colons + 1 and Path(parts[0]).is_dir():
+        if len(parts) == colons + 1 and os.path.isdir(parts[0]):  # noqa: PTH112
             root, splits = parts[0], [*parts[1:], *splits[colons:]]
             if not parts[1]:
                 raise ConfigError(f"data.root: {entry}: no training split after the colon; write ROOT:TRAIN:VAL")

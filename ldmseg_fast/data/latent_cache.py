@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ldmseg_fast import distributed
 from ldmseg_fast.config import Config, ImageEncoderConfig
+from ldmseg_fast.config.roots import entries_of
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import read_json, require_file, sha256
@@ -169,7 +170,7 @@ def why_not(config: Config) -> str:
     """Returns the reason why a run must encode its images in every step, "" where a cache would do."""
     data = config.data
     reasons = [
-        ("," in data.root and not Path(data.root).exists(), f"data.root={data.root} lists several sets"),
+        (len(entries_of(data.root)) > 1, f"data.root={data.root} lists several sets"),
         (config.image_encoder.is_trained, f"image_encoder.kind={config.image_encoder.kind} is trained"),
         (data.scale_min < 1, f"data.scale_min={data.scale_min} crops at random"),
         (data.aspect_jitter > 0, f"data.aspect_jitter={data.aspect_jitter} crops at random"),

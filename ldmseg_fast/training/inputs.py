@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.categories_file import CATEGORIES, load_categories
@@ -15,6 +18,7 @@ from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL, PREFIX, VAE, hub
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import Config
 from ldmseg_fast.config.categories import CategoryTable
+from ldmseg_fast.data.category_balance import category_weights
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.folders import find_split
 from ldmseg_fast.data.joined_sets import JoinedSets, SetPlace, set_places
@@ -61,6 +65,29 @@ def sets_of(dataset: CocoPanoptic | JoinedSets) -> list[CocoPanoptic]:
     return dataset.sets if isinstance(dataset, JoinedSets) else [dataset]
 
 
+def not_held_out(config: Config) -> list[str]:
+    """Warns of validations whose numbers do not tell how good the model is on pictures that it has not seen.
+
+    Training on a split whose name says test, choosing `best` by one, and validating on what is trained on are allowed,
+    but not in silence.
+    """
+    warnings = []
+    for place in set_places(config.data):
+        train, val = place.train_split, place.val_split
+        if _is_test(train):
+            warnings.append(f"{place.name}: trains on the split {train}; no result on it is one of unseen pictures")
+        if val == train:
+            warnings.append(f"{place.name}: validates on {val}, the split that it trains on; name another after ROOT:")
+        elif _is_test(val):
+            cure = "validate on a part of the training data, and test once with `ldmseg evaluate`"
+            warnings.append(f"{place.name}: {val} chooses `best`, which makes its numbers there too good; {cure}")
+    return warnings
+
+
+def _is_test(split: str) -> bool:
+    return re.search(r"(?<![a-z])test", split.lower()) is not None
+
+
 def make_dataset(
     config: Config, place: SetPlace, split: str, num_slots: int, train: bool, number: int = 0
 ) -> CocoPanoptic:
@@ -98,7 +125,7 @@ def make_dataset(
 def use_categories(
     stage: Stage, train_sets: Sequence[CocoPanoptic], val_sets: Iterable[CocoPanoptic], resumed: Path | None
 ) -> None:
-    """Makes all splits carry categories where the stage's model has them.
+    """Makes all splits carry categories where the stage's model has them, and weighs them by `loss.category_balance`.
 
     A stage that starts without a table takes the training splits', joined by name, or the one that the run has had so
     far.
@@ -119,6 +146,12 @@ def use_categories(
         raise ConfigError(
             "train.best=class_pq: the model has no categories (mask_vae.num_categories=0); set train.best=pq"
         )
+    balance = stage.config.loss.category_balance
+    if not expected and balance > 0:
+        raise ConfigError(
+            f"loss.category_balance={balance:g}: the model has no categories (mask_vae.num_categories=0); set "
+            f"loss.category_balance=0"
+        )
     if not expected:
         return
     if stage.categories is None and resumed is not None and (resumed / CATEGORIES).exists():
@@ -135,6 +168,9 @@ def use_categories(
             )
     for dataset in (*train_sets, *val_sets):
         dataset.use_categories(stage.categories)
+    if balance > 0:
+        weights = category_weights(train_sets, stage.categories, balance, stage.config.data.weights)
+        stage.category_weights = torch.from_numpy(weights).to(next(stage.parameters()).device)
 
 
 # settings that may be names of the Hub, and the kinds of repositories that each takes

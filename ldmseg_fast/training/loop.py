@@ -35,6 +35,7 @@ from ldmseg_fast.training.inputs import (
     check_batch,
     check_output_dir,
     make_batches,
+    not_held_out,
     pin_hub_names,
     sets_of,
     training_set,
@@ -131,6 +132,8 @@ class Run:
         trackers = {"wandb": settings.wandb, "mlflow": settings.mlflow, "trackio": settings.trackio}
         self.log = RunLog(logs, self.progress.step, settings=to_dict(config), **trackers)
         self.say(precision)
+        for warning in not_held_out(config):
+            self.say(f"warning: {warning}")
         self.agreement, self.window = Agreement(), Window()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
         self.seconds_before, self.rate = self.progress.seconds, 0.0

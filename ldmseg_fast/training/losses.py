@@ -165,6 +165,7 @@ def mask_losses(
     num_labelled: Tensor | None = None,
     category_logits: Tensor | None = None,
     category_ids: Tensor | None = None,
+    category_weights: Tensor | None = None,
 ) -> MaskLosses:
     """Scores slot logits against a segment map.
 
@@ -182,6 +183,7 @@ def mask_losses(
         num_labelled: divisor of CE, from `share_num_labelled`; None: likewise.
         category_logits: [B, C + 1, h, w], of models with categories.
         category_ids: integer [B, H, W], 0 where `segment_ids` is void and nowhere else, at most C.
+        category_weights: float32 [C + 1], by which a point's cross-entropy over categories is multiplied; None: 1.
 
     Returns:
         CE, of slots and of categories, averaged over points that are not void; BCE and Dice (+1 smoothing) averaged
@@ -200,7 +202,7 @@ def mask_losses(
     category_sum = None
     if category_logits is not None and category_ids is not None:
         category_logits = category_logits if device.type == "cuda" else category_logits.float()
-        category_sum, _ = sample_ce(category_logits, category_ids, points)
+        category_sum, _ = sample_ce(category_logits, category_ids, points, category_weights)
 
     image, slot = segments.image, segments.slot
     points = _uncertain_points(

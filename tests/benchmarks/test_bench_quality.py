@@ -148,6 +148,21 @@ def test_each_set_has_its_own_rows(scenes, monkeypatch):
     assert "val2017, 2 maps of 2 pictures" in next(row["tuned_on"] for row in run.results if "tuned_on" in row)
 
 
+def test_a_set_with_splits_of_its_own_gives_the_names_too(category_scenes, monkeypatch):
+    """A list with commas is as good as several entries; what is not validated on has no rows."""
+    pytest.importorskip("skimage")
+    for method in ("slic", "merged slic"):
+        monkeypatch.delitem(classical.METHODS, method)
+    monkeypatch.setitem(classical.GRIDS, "felzenszwalb", {"scale": (800.0,), "sigma": (0.0,), "min_share": (0.1,)})
+    run = Run("quality", quick=True)
+    sets = f"{category_scenes}:val2017:val2017,{category_scenes}:train2017:"
+    arguments = ["--data", sets, "--limit", "2", "--classical", "train2017", "--names", "train2017"]
+    measure(bench_quality.build_parser().parse_args([*arguments, "--tuning-images", "2"]), run)
+    (named,) = [row for row in run.results if "nearest neighbour" in row["variant"]]
+    assert named["case"]["split"] == "val2017" and "names from val2017, " in named["tuned_on"]
+    assert {row["case"]["split"] for row in run.results} == {"val2017"}
+
+
 def test_the_front_has_what_nothing_beats():
     points = [(5.0, 10.0), (1.0, 4.0), (2.0, 3.0), (2.0, 6.0), (9.0, 10.0), (7.0, 12.0)]
     assert pareto_front(points) == [(1.0, 4.0), (2.0, 6.0), (5.0, 10.0), (7.0, 12.0)]

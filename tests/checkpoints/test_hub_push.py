@@ -257,6 +257,16 @@ class TestTheCard:
         metrics = split_card(card, "card")[0]["model-index"][0]["results"][-1]["metrics"]
         assert {metric["type"] for metric in metrics} == {"pq", "sq", "rq"}
 
+    def test_several_sets_are_all_named(self, tmp_path):
+        root = "/home/me/msrc,/home/me/camvid:train:test"
+        (tmp_path / "config.json").write_text(json.dumps({"data": {"root": root}}))
+        text = f"| | |\n|---|---|\n| data | {root} |\n\n```\ndata.root={root}\n```\n"
+        (tmp_path / "README.md").write_text(text)
+        card = card_of(tmp_path, "me/x", CardFacts())
+        assert ModelCard(card).data.datasets == ["msrc", "camvid"]
+        assert "| data | msrc,camvid:train:test |" in card and "data.root=msrc,camvid:train:test\n" in card
+        assert "/home/me" not in card
+
     @pytest.mark.parametrize("config", ["[]", '{"data": 3, "model": null}', '{"data": {"root": 5}}'])
     def test_any_config_is_taken(self, run_dir, config):
         (run_dir / "config.json").write_text(config)

@@ -12,7 +12,7 @@ from ldmseg_fast.checkpoints import shipped as pretrained
 from ldmseg_fast.checkpoints.model_folder import load_component, load_index
 from ldmseg_fast.checkpoints.tensors import load_weights
 from ldmseg_fast.commands import ship
-from ldmseg_fast.config import load_config
+from ldmseg_fast.config import load_config, to_dict
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
@@ -123,6 +123,31 @@ def test_what_is_too_big_or_too_wide_for_half_precision_is_refused(model_dir, tm
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["one"]
     with pytest.raises(CheckpointError, match=r"conv not finite in torch.float16; use --dtype bf16"):
         ship.half({"conv": torch.tensor([1e6])}, torch.float16, "x")
+
+
+def test_the_limit_is_that_of_the_place(model_dir, tmp_path, monkeypatch, capsys):
+    """A release counts alone and has a limit of its own; a folder elsewhere has none."""
+    size = ship.folder_size(ship.ship(model_dir, tmp_path / "releases" / "one"))
+    monkeypatch.setattr(ship, "LIMIT", 1)
+    monkeypatch.setattr(ship, "RELEASE_LIMIT", int(1.5 * size))
+    ship.ship(model_dir, tmp_path / "releases" / "two")
+    ship.ship(model_dir, tmp_path / "elsewhere" / "two")
+    monkeypatch.setattr(ship, "RELEASE_LIMIT", size // 2)
+    message = r"MB in fp16; .* are the limit of one release: use --dtype int8, take an OUT outside .*releases, or train"
+    with pytest.raises(CheckpointError, match=message):
+        ship.ship(model_dir, tmp_path / "releases" / "three")
+    assert not (tmp_path / "releases" / "three").exists()
+    with pytest.raises(CheckpointError, match=r"in int8; .* one release: take an OUT outside"):
+        ship.ship(model_dir, tmp_path / "releases" / "three", "int8")
+
+
+def test_the_card_names_all_sets(model_dir, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(model_dir, run)
+    settings = to_dict(load_config("tiny", [f"data.root={tmp_path}/one,{tmp_path}/two:train:val/"]))
+    (run / "config.json").write_text(json.dumps({"stage": "diffusion"} | settings))
+    card = (ship.ship(run, tmp_path / "shipped") / "README.md").read_text()
+    assert "data=one,two:train:val\n" in card and "data.root=one,two:train:val" in card and str(tmp_path) not in card
 
 
 def test_only_a_shipped_model_is_replaced(model_dir, tmp_path):

@@ -1,6 +1,7 @@
 """Training with categories: the loss, every stage, the log, and what does not fit."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ldmseg_fast.data.scenes import CATEGORIES, write_scenes
 from ldmseg_fast.errors import ConfigError, DataError
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.training.loop import train
-from ldmseg_fast.training.losses import mask_losses
+from ldmseg_fast.training.losses import mask_losses, share_num_labelled
 from tests.training.helpers import TINY, losses, metrics
 
 PARTS = {"ce", "bce", "dice", "category"}
@@ -54,6 +55,36 @@ def test_category_loss_is_the_cross_entropy_where_something_is_labelled():
     found.category.backward()
     assert logits.grad[0, 300].sum() < 0 and logits.grad[0, 5].sum() > 0
     assert logits.grad[..., :3].abs().sum() == 0, "void has no gradient"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weighted_parts_of_a_batch_add_up_to_it(size):
+    numbers = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 5, (4, 16, 16), generator=numbers).to(torch.uint8)
+    ids[1, 3:] = 0  # parts differ in their share of void
+    slots, logits = torch.randn(4, 6, 8, 8, generator=numbers), torch.randn(4, 5, 8, 8, generator=numbers)
+    weights, config = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0]), LossConfig(num_points=64)
+
+    def total(size, weights):
+        given, found = logits.clone().requires_grad_(), 0.0
+        places = [range(at, at + size) for at in range(0, 4, size)]
+        batches = [{"images": place, "segment_ids": ids[list(place)]} for place in places]
+        share_num_labelled(batches, config, generators)
+        for batch in batches:
+            part, own = list(batch["images"]), {"category_logits": given[list(batch["images"])]}
+            own |= {"category_ids": ids[part], "category_weights": weights, "num_labelled": batch["num_labelled"]}
+            loss = mask_losses(slots[part], ids[part], config, generators(batch), **own).category / len(batches)
+            loss.backward()
+            found += loss.item()
+        return found, given.grad
+
+    def generators(batch):
+        return [torch.Generator().manual_seed(image) for image in batch["images"]]
+
+    whole, parts = total(4, weights), total(size, weights)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    assert torch.allclose(parts[1], whole[1], rtol=1e-5, atol=1e-9)
+    assert total(4, torch.ones(5))[0] == pytest.approx(total(4, None)[0], rel=1e-6) != whole[0]
 
 
 def test_void_only_has_no_loss():
@@ -111,12 +142,30 @@ def test_losses_do_not_depend_on_accumulation(settings):
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
 
 
+def test_balanced_categories_survive_accumulation_and_a_resume(settings):
+    """0 leaves every bit as it was; another balance is the same for parts of a batch and of a run."""
+    balanced = ["train.validate_every=1000", "loss.category_balance=0.5"]
+    whole = losses(train("autoencoder", settings("whole", *balanced)))
+    plain = losses(train("autoencoder", settings("plain", "train.validate_every=1000")))
+    off = losses(train("autoencoder", settings("off", "train.validate_every=1000", "loss.category_balance=0")))
+    assert plain == off != whole
+    assert losses(train("autoencoder", settings("parts", *balanced, "train.accumulation=2"))) == pytest.approx(
+        whole, rel=1e-5
+    )
+    steady = [*balanced, "train.schedule=constant"]
+    train("autoencoder", settings("resumed", *steady, "train.steps=2"))
+    resumed = losses(train("autoencoder", settings("resumed", *steady), resume=True))
+    assert resumed == losses(train("autoencoder", settings("steady", *steady)))
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
         (["mask_vae.num_categories=18"], ConfigError, "has 19 categories; set mask_vae.num_categories=19"),
         (["mask_vae.num_categories=20"], ConfigError, "has 19 categories; set mask_vae.num_categories=19"),
         (["mask_vae.num_categories=4096"], ConfigError, "mask_vae.num_categories"),
+        (["mask_vae.num_categories=0", "loss.category_balance=0.5"], ConfigError, "loss.category_balance=0.5"),
+        (["loss.category_balance=1.5"], ConfigError, "loss.category_balance"),
         (["mask_vae.num_categories=0", "train.best=class_pq"], ConfigError, "train.best=class_pq"),
     ],
 )
@@ -146,3 +195,45 @@ def test_another_data_set_is_refused_by_name(settings, scenes, tmp_path):
     other = write_scenes(tmp_path / "other", 8, 32, workers=1, version=1)
     with pytest.raises(DataError, match="no category 'ellipse'"):
         train("diffusion", settings("second", f"model.mask_vae={autoencoder}", f"data.root={other}"))
+
+
+def test_categories_that_contradict_the_start_are_refused(settings, tmp_path):
+    """Another number in the settings, and another table in one of two folders; 0 takes what the folders have."""
+    quick = ["train.steps=1", "train.validate_every=1000"]
+    autoencoder = train("autoencoder", settings("autoencoder", *quick))
+    own = [*quick, f"model.mask_vae={autoencoder}"]
+    for number in (1, 18):
+        with pytest.raises(ConfigError, match=rf"num_categories={number}: model.mask_vae=.* has 19 categories"):
+            train("diffusion", settings("wrong", *own, f"mask_vae.num_categories={number}"))
+    diffusion = train("diffusion", settings("diffusion", *own, "mask_vae.num_categories=0"))
+    start = [*quick, f"model.init_from={diffusion}"]
+    for stage in ("diffusion", "one_step", "distillation"):
+        with pytest.raises(ConfigError, match=r"num_categories=18: model\.\w+=.* has 19 categories; leave"):
+            train(stage, settings("wrong", *start, "mask_vae.num_categories=18"))
+    plain = train("autoencoder", settings("plain", *quick, "mask_vae.num_categories=0"))
+    with pytest.raises(ConfigError, match=r"num_categories=19: model.mask_vae=.* has no categories"):
+        train("diffusion", settings("wrong", *quick, f"model.mask_vae={plain}"))
+
+    other = tmp_path / "other"
+    shutil.copytree(autoencoder, other)
+    table = json.loads((other / "categories.json").read_text())
+    table[0]["name"], table[1]["name"] = table[1]["name"], table[0]["name"]
+    (other / "categories.json").write_text(json.dumps(table))
+    for stage in ("diffusion", "one_step"):
+        with pytest.raises(ConfigError, match=r"model\.\w+=.* and model\.\w+=.* have other categories: number 1 is"):
+            train(stage, settings("wrong", *start, f"model.mask_vae={other}"))
+    assert not (tmp_path / "wrong" / "model_index.json").exists()
+
+
+def test_an_auto_encoder_of_another_reduction_is_refused(settings):
+    coarse = [
+        "mask_vae.widths=8,16,16,16",
+        "image_encoder.downsampling=8",
+        "train.steps=1",
+        "train.validate_every=1000",
+    ]
+    fine = load_config(str(TINY)).mask_vae.downsampling
+    assert fine != 8
+    autoencoder = train("autoencoder", settings("coarse", *coarse))
+    with pytest.raises(ConfigError, match=r"latents of 1/8 of the side, image_encoder.downsampling is"):
+        train("diffusion", settings("wrong", "train.steps=1", f"model.mask_vae={autoencoder}"))

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from ldmseg_fast.config import load_config
+from ldmseg_fast.config import DataConfig, load_config
+from ldmseg_fast.data.joined_sets import set_places
 from ldmseg_fast.data.scenes import write_scenes
+from ldmseg_fast.training.inputs import not_held_out
 from ldmseg_fast.training.loop import train
 from ldmseg_fast.training.validation import mean_of_sets
 from tests.conftest import NARROW
@@ -37,6 +39,21 @@ def test_a_run_over_two_sets(roots, tmp_path):
         assert record["val/pq"] == pytest.approx((record["val/few/pq"] + record["val/many/pq"]) / 2)
     pictures = {path.name for path in (tmp_path / "whole" / "pictures").iterdir()}
     assert {"step-00000004-few.png", "step-00000004-many.png"} <= pictures
+
+
+def test_numbers_of_seen_pictures_are_said_to_be_that(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+    root = ",".join(str(tmp_path / entry) for entry in ("a:test2017:val", "b:train:test", "c:train:train", "d:latest:"))
+    found = not_held_out(load_config("tiny", [f"data.root={root}"]))
+    assert [warning.partition(":")[0] for warning in found] == ["a", "b", "c"]
+    assert "trains on the split test2017" in found[0] and "chooses `best`" in found[1] and "validates on" in found[2]
+
+
+@pytest.mark.parametrize("entries", [40, 1])
+def test_a_long_list_is_no_file_name(entries):
+    names = [f"scenes{number:0{300 // entries}d}" for number in range(entries)]
+    assert [place.name for place in set_places(DataConfig(root=",".join(names)))] == names
 
 
 def test_the_mean_of_sets():

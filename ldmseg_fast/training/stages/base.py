@@ -35,6 +35,7 @@ class Stage(nn.Module, abc.ABC):
 
     mask_vae: Any  # a MaskVAE, trained or frozen
     categories: CategoryTable | None = None  # of models with categories
+    category_weights: Tensor | None = None  # float32 [C + 1], of `loss.category_balance`
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -167,6 +168,7 @@ class Stage(nn.Module, abc.ABC):
             batch.get("num_labelled"),
             category_logits,
             batch.get("category_ids"),
+            self.category_weights,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmseg_fast.checkpoints.category_fit import check_categories
 from ldmseg_fast.checkpoints.hub_names import PREFIX
 from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.checkpoints.model_card import write_model_card
@@ -114,7 +115,8 @@ def started_from_model(config: Config) -> Config:
     """Puts everything into `config` that the model in `model.init_from` fixes.
 
     Raises:
-        ConfigError: no `model.init_from`, a model with cross-attention, or settings that contradict each other.
+        ConfigError: no `model.init_from`, a model with cross-attention, settings that contradict each other, or
+            categories that do.
         CheckpointError: no model folder, or one without all its components.
     """
     if not config.model.init_from:
@@ -127,6 +129,10 @@ def started_from_model(config: Config) -> Config:
     missing = sorted({"unet", "mask_vae", "image_vae", "scheduler"} - set(index.get("components", [])))
     if missing:
         raise CheckpointError(f"model.init_from={folder}: a model folder without {', '.join(missing)}; train it first")
+    folders = {"model.init_from": folder}
+    if config.model.mask_vae:
+        folders["model.mask_vae"] = resolve_model_dir(config.model.mask_vae)
+    check_categories(config.mask_vae.num_categories, folders)
     found: dict[str, Any] = {name: load_component_config(folder, name)[0] for name in ("unet", "mask_vae", "scheduler")}
     if found["unet"].conditioning != "none":
         raise ConfigError(

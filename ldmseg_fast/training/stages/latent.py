@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.checkpoints.categories_file import load_categories, save_categories
+from ldmseg_fast.checkpoints.category_fit import check_categories
 from ldmseg_fast.checkpoints.init_from import Start, check_start, load_image_encoder, load_unet
 from ldmseg_fast.checkpoints.model_folder import (
     load_component,
@@ -38,7 +39,8 @@ class LatentStage(Stage):
         start: the run's settings with what the folders of its weights say, and where these weights are.
 
     Raises:
-        ConfigError: no `model.mask_vae`, or one whose latents the UNet does not take.
+        ConfigError: no `model.mask_vae`, one whose latents the UNet or the image encoder does not fit, or categories
+            that contradict each other.
         CheckpointError: a folder that is missing or damaged, or weights that do not fit.
     """
 
@@ -49,6 +51,10 @@ class LatentStage(Stage):
             raise ConfigError("model.mask_vae: the diffusion stage needs the MODEL_DIR of a trained mask auto-encoder")
         autoencoder = resolve_model_dir(config.model.mask_vae)
         load_index(autoencoder)
+        folders = {"model.mask_vae": autoencoder}
+        if start.ours and start.unet is not None and start.unet.parent != autoencoder:
+            folders["model.init_from"] = start.unet.parent
+        check_categories(config.mask_vae.num_categories, folders)
         self.mask_vae: Any = load_component(autoencoder, "mask_vae")
         vae_config = self.mask_vae.config
         self.categories = load_categories(autoencoder, vae_config)
@@ -60,13 +66,26 @@ class LatentStage(Stage):
                 f"model.mask_vae={config.model.mask_vae}: {self.mask_vae.config.latent_channels} latent channels, "
                 f"unet.out_channels is {config.unet.out_channels}"
             )
+        if vae_config.downsampling != config.image_encoder.downsampling:
+            raise ConfigError(
+                f"model.mask_vae={config.model.mask_vae}: latents of 1/{vae_config.downsampling} of the side, "
+                f"image_encoder.downsampling is {config.image_encoder.downsampling}"
+            )
+        encoder = config.image_encoder
+        if encoder.reduction != (needed := encoder.downsampling * encoder.picture_scale):
+            cure = "another number of image_encoder.widths" if encoder.kind == "conv" else "another of the two"
+            raise ConfigError(
+                f"image_encoder.downsampling={encoder.downsampling} * image_encoder.picture_scale="
+                f"{encoder.picture_scale} make {needed}, but image_encoder.kind={encoder.kind} divides the picture's "
+                f"side by {encoder.reduction}; choose {cure}"
+            )
         check_start(start)
-        self.image_vae: Any = build_image_encoder(config.image_encoder, start.vae_config)
+        self.image_vae: Any = build_image_encoder(encoder, start.vae_config)
         load_image_encoder(self.image_vae, start)
-        self.trains_image_vae = config.image_encoder.is_trained
+        self.trains_image_vae = encoder.is_trained
         if not self.trains_image_vae:
             self.image_vae.eval().requires_grad_(False)
-        elif config.image_encoder.is_pyramid and config.train.image_encoder_lr == 0:
+        elif encoder.is_pyramid and config.train.image_encoder_lr == 0:
             self.image_vae.network.requires_grad_(False)
         self.unet = UNet(config.unet, config.model.attention)
         load_unet(self.unet, start)

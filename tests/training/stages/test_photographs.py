@@ -87,6 +87,26 @@ def test_a_size_that_it_does_not_divide_by(autoencoder, tmp_path):
         LDMSegPipeline.from_pretrained(tmp_path / "model", image_size=48)
 
 
+@pytest.mark.parametrize("kind", ["conv", "taesd"])
+def test_another_encoder_at_a_scale_that_it_does_not_reduce(autoencoder, kind, tmp_path):
+    """Without the check its latents would be twice as large as the masks'."""
+    (tmp_path / "x.safetensors").touch()
+    settings = [f"model.mask_vae={autoencoder}", f"image_encoder.kind={kind}", "image_encoder.picture_scale=4"]
+    settings.append(f"image_encoder.path={tmp_path / 'x.safetensors'}")
+    with pytest.raises(
+        ConfigError, match=rf"picture_scale=4 make 16, but image_encoder.kind={kind} divides .* by [48]; "
+    ):
+        DiffusionStage(config(*settings))
+
+
+def test_an_encoder_of_ones_own_sees_pictures_of_the_same_size(autoencoder, scenes, tmp_path):
+    """It is the control of what pre-training gives."""
+    settings = ["image_encoder.kind=conv", "image_encoder.widths=8,8,16,16", "image_encoder.blocks=0,0,1,1"]
+    settings += [f"model.mask_vae={autoencoder}", f"data.root={scenes}", f"output_dir={tmp_path / 'run'}"]
+    folder = train("one_step", config(*settings))
+    assert LDMSegPipeline.from_pretrained(folder).info.picture_size == 128
+
+
 def test_distillation_needs_a_model(autoencoder):
     with pytest.raises(ConfigError, match=r"model\.init_from is missing"):
         DistillationStage(config(f"model.mask_vae={autoencoder}"))
