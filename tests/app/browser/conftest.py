@@ -48,10 +48,11 @@ def url(worker: Any, browser: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
     from ldmseg_fast.app import page, server
     from ldmseg_fast.app.limits import Limits
+    from ldmseg_fast.app.visitors import visitors_folder
 
     tmp_path_factory.getbasetemp()  # before the server has a folder of its own for temporary files
     bound = server.listen("127.0.0.1", 0)
-    with bound, server.visitors_folder() as folder:
+    with bound, visitors_folder() as folder:
         app = server.make_app(worker, Limits(max_upload=2 * 2**20), folder, None, page.build)
         running = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
