@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 AUTH = "LDMSEG_APP_AUTH"  # the variable that --auth is read from where the option is left out
 
+EXAMPLES = (
+    "ldmseg app",
+    "ldmseg app --model MODEL_DIR --port 0 --keep visitors",
+    "ldmseg app --host 0.0.0.0 --auth @password.txt",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="MODEL_DIR or a model's name (default tiny, which is shipped)")

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+EXAMPLES = (
+    "ldmseg push MODEL_DIR owner/name --dry-run",
+    "ldmseg push MODEL_DIR owner/name --private --license apache-2.0 --dataset coco",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir", help="model folder, or name of a shipped model")
