@@ -21,7 +21,12 @@ ARGUMENTS = [
     "--disable-gpu",  # the editor's WebGL is drawn by the processor
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
-WAIT = 30_000  # milliseconds
+WAIT = 60_000  # milliseconds
+# the processor draws the editor's WebGL: at 60 pictures a second it does nothing else
+FEW_FRAMES = """
+window.requestAnimationFrame = (draw) => setTimeout(() => draw(performance.now()), 80);
+window.cancelAnimationFrame = clearTimeout;
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,6 +75,7 @@ def visitor(browser: Any, url: str) -> Iterator[Any]:
     def visit(**settings: Any) -> Any:
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | settings))
         context.set_default_timeout(WAIT)
+        context.add_init_script(FEW_FRAMES)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))
