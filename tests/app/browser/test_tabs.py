@@ -86,7 +86,7 @@ def test_a_brushed_map_is_completed_and_given_pixels_stay(visitor, tmp_path):
 
 
 def test_a_result_is_taken_over_and_a_segment_forgotten_by_its_name(visitor):
-    page = visitor()
+    page = visitor(device_scale_factor=0.5)
     open_tab(page, "Complete")
     page.click("#complete-take")
     assert "no result yet" in error_of(page)
