@@ -40,8 +40,9 @@ test: lint
 
 # Debian's Chromium, which the tests of the app's page look for; without it `make test` skips them and says so.
 browser:
-	if command -v chromium chromium-browser google-chrome >/dev/null; then \
-		echo "browser: $$(command -v chromium chromium-browser google-chrome | head -n 1)"; \
+	for name in chromium chromium-browser google-chrome; do found=$$(command -v $$name) && break; done; \
+	if [ -n "$$found" ]; then \
+		echo "browser: $$found"; \
 	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
 		echo "browser: none found; as root under Debian this installs chromium, elsewhere install one by hand" >&2; \
 	else \

@@ -33,6 +33,8 @@ _SPLIT = "predicted"
 _UNSAFE = re.compile(r"[^\w.+=@ ()-]+")
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)")  # no file's name under Windows
 LONGEST = 100  # characters of a file's name without its ending
+_BYTES = 180  # of it in UTF-8: file systems take 255, and endings and numbers follow
+_OVERLAY = "_overlay"  # NAME_overlay.png stands beside NAME.png
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def safe_name(name: str, usual: str = "picture") -> str:
     stem, dot, ending = last.rpartition(".")
     if not dot or not ending.isalnum() or len(ending) > 8:
         stem, ending = last, ""
-    stem = _UNSAFE.sub("_", stem).strip(" .")[:LONGEST].rstrip(" .")
+    stem = _UNSAFE.sub("_", stem).strip(" .")[:LONGEST]
+    stem = stem.encode("utf-8", "replace")[:_BYTES].decode("utf-8", "ignore").rstrip(" .")
     if not stem.strip("_"):
         stem = usual
     if _RESERVED.fullmatch(stem):
@@ -76,16 +79,19 @@ def safe_name(name: str, usual: str = "picture") -> str:
 
 
 def different_names(names: Iterable[str]) -> list[str]:
-    """Makes safe names (see `safe_name`) whose stems all differ, in upper and lower case too: picture-2.png, ..."""
+    """Makes safe names (see `safe_name`) whose stems all differ, in upper and lower case too: picture-2.png, ...
+
+    No stem is that of another's overlay either.
+    """
     taken: set[str] = set()
     found = []
     for name in map(safe_name, names):
         stem, dot, ending = name.rpartition(".") if "." in name else (name, "", "")
         number, chosen = 1, stem
-        while chosen.casefold() in taken:
+        while taken & (files := {chosen.casefold(), f"{chosen}{_OVERLAY}".casefold()}):
             number += 1
             chosen = f"{stem}-{number}"
-        taken.add(chosen.casefold())
+        taken |= files
         found.append(f"{chosen}{dot}{ending}")
     return found
 
@@ -194,7 +200,7 @@ def write_maps(out: Path, name: str, item: Exported) -> None:
     if item.overlay is not None:
         buffer = io.BytesIO()
         Image.fromarray(item.overlay()).save(buffer, "PNG")
-        (out / f"{stem}_overlay.png").write_bytes(buffer.getbuffer())
+        (out / f"{stem}{_OVERLAY}.png").write_bytes(buffer.getbuffer())
     height, width = item.result.segmentation.shape
     record = {"image": name, "file_name": f"{stem}.png", "height": height, "width": width}
     content = json.dumps(record | {"segments_info": item.result.segments_info}, indent=2)

@@ -132,8 +132,10 @@ class Gate:
         if scope["method"] != "POST":
             return None
         length = _header(scope, b"content-length")
-        size = int(length) if length.isdigit() else 0
-        most = UPLOADS * self.limits.max_upload if scope["path"].startswith("/gradio_api/upload") else MAX_BODY
+        size, upload = int(length) if length.isdigit() else 0, scope["path"].startswith("/gradio_api/upload")
+        if upload and not length.isdigit():  # or one upload without a length could fill the disk
+            return 411, "an upload says its length in Content-Length"
+        most = UPLOADS * self.limits.max_upload if upload else MAX_BODY
         if size > most:
             self.limits.metrics.rejected("upload")
             return 413, f"{size} bytes: this app takes {most} in one request"
@@ -166,12 +168,10 @@ def _visitor_of(scope: Scope) -> str | None:
 
 def _file_refusal(body: bytes, folder: Path) -> tuple[int, str] | None:
     """Refuses files that lie elsewhere: gradio would fetch them from the network, or copy them from this machine."""
-    if b"gradio.FileData" not in body and b'"path"' not in body:
-        return None
     try:
-        waiting = [json.loads(body)]
+        waiting = [json.loads(body)]  # always: JSON may write "path" with escapes, and in UTF-16
     except (ValueError, RecursionError):
-        return 400, "no JSON"
+        return (400, "no JSON") if body.strip() else None
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):

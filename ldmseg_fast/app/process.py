@@ -17,6 +17,7 @@ import numpy as np
 from ldmseg_fast.app.limits import Refused
 from ldmseg_fast.app.work import Segmented, Settings, Stop, Worker, take_turn
 from ldmseg_fast.data.pictures import MAX_PIXELS
+from ldmseg_fast.errors import UserError
 
 _TAKE = 0.05  # seconds between two looks at `stop`
 PATIENCE = 5.0  # seconds that work which is to end may take to its next sampling step; then its process is killed
@@ -56,6 +57,7 @@ class ProcessWorker(Worker):
         self.threads = threads
         self._turn = threading.Lock()
         self._child: _Child | None = None
+        self._closed = False
         super().__init__(model, backends, engine_dir, max_pixels=max_pixels)
 
     @property
@@ -93,8 +95,18 @@ class ProcessWorker(Worker):
         self._keep("complete", picture, done)
         return done
 
+    def warm_up(self) -> None:
+        """Segments a grey picture in one step, so that no visitor waits for what the first run of a process sets up."""
+        side = self.info.image_size
+        with suppress(UserError):
+            grey = np.full((side, side, 3), 128, np.uint8)
+            self._call("segment", (grey, self.filled(Settings(steps=1))), {}, None)
+
     def close(self) -> None:
-        """Ends the model's process."""
+        """Ends the model's process, and the work in it; no other is started."""
+        self._closed = True
+        if (child := self._child) is not None:
+            child.process.kill()  # whoever waits for its answer hears of its end
         with self._turn:
             self._end()
 
@@ -136,6 +148,8 @@ class ProcessWorker(Worker):
 
     def _living(self) -> tuple[_Child, Any]:
         """Returns the process, started where none runs, and the model's description."""
+        if self._closed:
+            raise Refused("the app is ending: nothing more is done")
         if self._child is not None and self._child.process.is_alive():
             return self._child, self.info
         self._end()

@@ -14,12 +14,13 @@ from ldmseg_fast.data.pictures import read_content
 from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.formats.label_maps import labels_of
 from ldmseg_fast.metrics.pq import PanopticQuality
-from ldmseg_fast.panoptic.format import MAX_PIXELS, check_ids, read_panoptic_png
+from ldmseg_fast.panoptic.format import MAX_ID, MAX_PIXELS, check_ids, read_panoptic_png
 from ldmseg_fast.panoptic.results import PanopticResult
 from ldmseg_fast.panoptic.shapes import segment_shapes
 from ldmseg_fast.reports.error_entry import PageEntry, descriptions
 from ldmseg_fast.reports.error_pictures import pictures
 
+MAX_SEGMENTS = 5000  # of an uploaded map: a photograph taken for a map has a million "segments"
 _PNG, _RGB = b"\x89PNG\r\n\x1a\n", 2  # what a PNG begins with; its colour type of RGB
 
 
@@ -63,17 +64,36 @@ def read_truth(truth: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         max_pixels: of a map; larger ones are refused before they are decoded.
 
     Raises:
-        DataError, PanopticFormatError: no such map; the file is named.
+        DataError, PanopticFormatError: no such map, or one of over MAX_SEGMENTS segments; the file is named.
     """
     if not isinstance(truth, str | Path):
         return np.ascontiguousarray(check_ids(np.asarray(truth)), np.int32)
     content = read_content(truth)
     if content.startswith(_PNG) and len(content) > 25 and content[25] == _RGB:
-        return read_panoptic_png(truth, max_pixels=max_pixels)
+        return of_few_segments(read_panoptic_png(truth, max_pixels=max_pixels), truth)
     labels = labels_of(content, truth)
     if labels.size > max_pixels:
         raise DataError(f"{truth}: {labels.shape[1]}x{labels.shape[0]} is over {max_pixels} pixels: scale it down")
-    return labels
+    return of_few_segments(labels, truth)
+
+
+def of_few_segments(ids: np.ndarray, name: Any) -> np.ndarray:
+    """Returns a map, int32 [H, W], whose segments are few enough to be listed.
+
+    Args:
+        ids: the map.
+        name: of it, for the error.
+
+    Raises:
+        DataError: over MAX_SEGMENTS segments.
+    """
+    seen = np.zeros(MAX_ID + 1, bool)
+    seen[check_ids(ids)] = True
+    if (count := int(seen[1:].sum())) > MAX_SEGMENTS:
+        raise DataError(
+            f"{name}: {count} segments, this app takes {MAX_SEGMENTS}: give a map, whose colours are ids, not a picture"
+        )
+    return ids
 
 
 def score(predicted: PanopticResult | np.ndarray, truth: np.ndarray, view: np.ndarray | None = None) -> Score:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ldmseg_fast.app.results import VIEW_SIDE, Comparison, Segmented, Settings, Stop
-from ldmseg_fast.app.scoring import Score, read_truth, score
+from ldmseg_fast.app.scoring import Score, of_few_segments, read_truth, score
 from ldmseg_fast.backends.load import BACKENDS
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.torch_backend import TorchBackend
@@ -133,9 +133,10 @@ class Worker:
 
         Raises:
             PanopticFormatError: no such map.
+            DataError: a file of over `scoring.MAX_SEGMENTS` segments.
         """
         if isinstance(segmentation, str | Path):
-            return read_panoptic_png(segmentation, max_pixels=self.max_pixels)
+            return of_few_segments(read_panoptic_png(segmentation, max_pixels=self.max_pixels), segmentation)
         return np.ascontiguousarray(check_ids(np.asarray(segmentation)), np.int32)
 
     def segment(self, picture: Any, settings: Settings | None = None, stop: Stop | None = None) -> Segmented:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,6 +132,7 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
             if args.keep is not None:
                 lines.append(f"--keep: pictures and maps of visitors are kept in {args.keep}")
             print(*lines, sep="\n", flush=True)
+            threading.Thread(target=worker.warm_up, daemon=True).start()
 
         with Sweeper(folder):
             server.serve(app, bound, ready)

@@ -217,6 +217,7 @@ def test_a_turned_picture_is_exported_as_it_is_stored(tmp_path):
         ("x" * 300 + ".png", "x" * 100 + ".png"),
         ("<script>.png", "_script_.png"),
         ("weird.tar gz", "weird.tar gz"),
+        ("\u6f22" * 90 + ".png", "\u6f22" * 60 + ".png"),  # 3 bytes each; a file system takes 255
     ],
     ids=lambda value: None,
 )
@@ -226,3 +227,9 @@ def test_safe_names(name, safe):
 
 def test_names_that_repeat():
     assert different_names(["a/x.png", "b/X.jpg", "x.png", "x-2.png"]) == ["x.png", "X-2.jpg", "x-3.png", "x-2-2.png"]
+
+
+@pytest.mark.parametrize("names", [["a.png", "a_overlay.png"], ["A_overlay.png", "a.jpg"]], ids=["after", "before"])
+def test_no_name_is_that_of_anothers_overlay(names):
+    stems = [each.rpartition(".")[0].casefold() for each in different_names(names)]
+    assert len({*stems, *(f"{stem}_overlay" for stem in stems)}) == 4

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -18,7 +19,7 @@ from ldmseg_fast.app import gate as gate_module
 from ldmseg_fast.app import process, server
 from ldmseg_fast.app.gate import Gate
 from ldmseg_fast.app.keep import Keeper
-from ldmseg_fast.app.limits import Cancelled, Limits, TimeOver
+from ldmseg_fast.app.limits import Cancelled, Limits, Refused, TimeOver
 from ldmseg_fast.app.metrics import PrometheusMetrics
 from ldmseg_fast.app.process import ProcessWorker
 from ldmseg_fast.app.server import Address, check_auth, exposed, listen
@@ -96,7 +97,7 @@ def test_what_is_too_long_is_refused(limits, tmp_path, monkeypatch):
 def test_a_full_disk_is_told(limits, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(gate_module.shutil, "disk_usage", lambda folder: usage(1000))
-    status, body = ask(Gate(inner, limits, tmp_path), "/gradio_api/upload", "POST")
+    status, body = ask(Gate(inner, limits, tmp_path), "/gradio_api/upload", "POST", headers=[(b"content-length", b"9")])
     assert status == 507 and "disk of this machine is full" in json.loads(body)["detail"] and rejected(limits, "disk")
     assert ask(Gate(inner, limits, tmp_path), "/")[0] == 200
 
@@ -106,6 +107,21 @@ def test_nothing_is_fetched(limits, tmp_path, path):
     for body in ({"data": [{"path": path}]}, {"data": [[{"a": {"path": path, "meta": {"_type": "gradio.FileData"}}}]]}):
         status, answer = ask(Gate(inner, limits, tmp_path), "/gradio_api/queue/join", "POST", json.dumps(body).encode())
         assert status == 400 and b"fetches nothing" in answer
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_files_are_found_however_json_writes_them(limits, tmp_path, encoding):
+    for path in ("http://10.0.0.1/x", "/etc/passwd"):
+        text = json.dumps({"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]})
+        text = text.replace('"path"', '"\\u0070ath"').replace("gradio.F", "gradio.\\u0046")
+        body = text.encode(encoding)
+        assert ask(Gate(inner, limits, tmp_path), "/gradio_api/queue/join", "POST", body)[0] == 400
+
+
+def test_an_upload_says_its_length(limits, tmp_path):
+    gate = Gate(inner, limits, tmp_path)
+    assert ask(gate, "/gradio_api/upload", "POST", b"chunks")[0] == 411
+    assert ask(gate, "/gradio_api/upload", "POST", b"known", [(b"content-length", b"5")])[0] == 200
 
 
 def test_only_uploads_are_files(limits, tmp_path):
@@ -129,8 +145,9 @@ def test_a_gate_hears_who_leaves(limits, tmp_path):
         ask(gate, "/gradio_api/cancel", "POST", b'{"event_id": "0123"}')
         with pytest.raises(Cancelled, match="stopped"):
             stop()
-    for body in (b"", b"[]", b"{}", b'{"event_id": 3}', b"no"):
+    for body in (b"", b"[]", b"{}", b'{"event_id": 3}'):
         assert ask(gate, "/gradio_api/cancel", "POST", body)[0] == 200
+    assert ask(gate, "/gradio_api/cancel", "POST", b"no JSON")[0] == 400
 
 
 def test_a_request_of_the_api_is_forgotten_when_its_result_is_sent(limits, tmp_path):
@@ -298,6 +315,30 @@ def test_a_process_that_does_not_stop_is_killed(apart, scene, monkeypatch):
 
 
 @pytest.mark.serial
+def test_the_end_does_not_wait_for_work(scene):
+    worker = ProcessWorker(threads=1)
+    worker.warm_up()
+    errors = []
+
+    def work():
+        with pytest.raises(Refused) as caught:
+            worker.segment(scene[0], Settings(steps=100, size=256))
+        errors.append(str(caught.value))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.5)
+    start = time.perf_counter()
+    worker.close()
+    assert time.perf_counter() - start < 5
+    thread.join()
+    assert len(errors) == 1
+    with pytest.raises(Refused, match="the app is ending"):
+        worker.segment(scene[0])
+    worker.warm_up()
+    assert worker.process_id is None
+
+
 def test_a_model_that_is_none_is_told_at_once():
     with pytest.raises(CheckpointError, match="no such model folder"):
         ProcessWorker("nothing")

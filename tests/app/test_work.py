@@ -210,3 +210,11 @@ def test_a_model_with_categories(category_model, scene):
     names = {category["name"] for category in worker.categories}
     assert all(segment["name"] in names for segment in done.result.segments_info)
     worker.close()
+
+
+def test_a_photograph_in_the_place_of_a_map_is_refused(worker, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (100, 100, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    for read in (worker.read_map, read_truth):
+        with pytest.raises(DataError, match=r"photo.png: \d+ segments, this app takes 5000"):
+            read(tmp_path / "photo.png")

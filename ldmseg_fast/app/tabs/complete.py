@@ -20,6 +20,7 @@ from ldmseg_fast.app.tabs.parts import (
     Site,
     facts,
     file_for_download,
+    keep_upload,
     path_of,
     picture_input,
     settings_of,
@@ -33,7 +34,7 @@ from ldmseg_fast.panoptic.results import PanopticResult
 from ldmseg_fast.panoptic.shapes import segment_shapes
 
 GONE = "There is no map, or it was dropped after some time: take one over, or load one."
-_UNDO = 20  # maps that are remembered
+_UNDO, _BYTES = 20, 2**28  # maps that are remembered at most, and their bytes
 
 
 @dataclass
@@ -114,6 +115,7 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
         blank |= {"category_id": 1, "label_id": 1, "isthing": True, "was_fused": False}
 
     def shown(doing: Work, line: str) -> tuple[Any, ...]:
+        keep_upload(doing.picture)
         segments = doing.maps[-1]
         doing.brushes = brushes_of(segments)
         canvas = canvas_of(segments, doing.view)
@@ -188,7 +190,8 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
                 entry |= {key: value for key, value in names.get(entry["id"], {}).items() if key in ("name", "color")}
             line = f"{facts(done, len(result.segments_info))}\n\n{(~known).mean():.1%} of the pixels were completed; "
             line += "the others are as they were."
-        doing.maps = [*doing.maps[-_UNDO:], Segments(result, before.categories())]
+        remembered = max(1, min(_UNDO, _BYTES // ids.nbytes))
+        doing.maps = [*doing.maps[-remembered:], Segments(result, before.categories())]
         return shown(doing, line)
 
     @told

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import logging
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +91,12 @@ def stop_button(elem_id: str) -> gr.Button:
 def path_of(file: Any) -> str:
     """Returns the path of an upload as `gr.File` gives it."""
     return str(getattr(file, "name", file))
+
+
+def keep_upload(path: str) -> None:
+    """Lets an upload that is worked with become as old as a new one, before the server deletes it."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 def file_for_download(name: str) -> Path:

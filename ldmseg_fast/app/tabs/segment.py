@@ -17,6 +17,7 @@ from ldmseg_fast.app.tabs.parts import (
     Site,
     facts,
     file_for_download,
+    keep_upload,
     picture_input,
     settings_of,
     stop_button,
@@ -67,6 +68,7 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
     def change(shown: Shown | None, event: gr.EventData) -> tuple[Any, ...]:
         if shown is None:
             raise ArgumentError(GONE)
+        keep_upload(shown.picture)
         edit(shown.segments, event.action, event.ids, event.name, event.color)
         return (
             shown,

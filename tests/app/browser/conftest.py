@@ -21,7 +21,12 @@ ARGUMENTS = [
     "--disable-gpu",  # the editor's WebGL is drawn by the processor
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
-WAIT = 30_000  # milliseconds
+WAIT = 60_000  # milliseconds
+# the processor draws the editor's WebGL: at 60 pictures a second it does nothing else
+FEW_FRAMES = """
+window.requestAnimationFrame = (draw) => setTimeout(() => draw(performance.now()), 80);
+window.cancelAnimationFrame = clearTimeout;
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,10 +53,11 @@ def url(worker: Any, browser: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
     from ldmseg_fast.app import page, server
     from ldmseg_fast.app.limits import Limits
+    from ldmseg_fast.app.visitors import visitors_folder
 
     tmp_path_factory.getbasetemp()  # before the server has a folder of its own for temporary files
     bound = server.listen("127.0.0.1", 0)
-    with bound, server.visitors_folder() as folder:
+    with bound, visitors_folder() as folder:
         app = server.make_app(worker, Limits(max_upload=2 * 2**20), folder, None, page.build)
         running = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
@@ -69,6 +75,7 @@ def visitor(browser: Any, url: str) -> Iterator[Any]:
     def visit(**settings: Any) -> Any:
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | settings))
         context.set_default_timeout(WAIT)
+        context.add_init_script(FEW_FRAMES)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))

@@ -97,7 +97,10 @@ def test_opacity_and_outlines_are_drawn_at_once(visitor):
 def test_settings_are_used_and_every_format_is_offered(visitor):
     page = visitor()
     page.get_by_role("button", name=re.compile("^Settings")).first.click()
+    page.locator("#segment-steps input[type=number]").wait_for()
+    page.wait_for_timeout(500)  # the controls take their values once more when they appear
     page.locator("#segment-steps input[type=number]").fill("2")
+    page.locator("#segment-steps input[type=number]").press("Tab")
     page.locator("#segment-seed input").fill("7")
     page.locator("#segment-seed input").press("Tab")
     segment(page)
