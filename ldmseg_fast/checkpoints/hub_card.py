@@ -100,7 +100,9 @@ def front_matter(folder: Path, repository: str, text: str) -> dict[str, Any]:
     """
     path = folder / "config.json"
     run = read_json(path) if path.is_file() else {}
-    data = _last_part(_setting(run, "data", "root") or (_numbered(text, "data") or [""])[-1])
+    root = _setting(run, "data", "root") or (_numbered(text, "data") or [""])[-1]
+    sets = [name for entry in root.split(",") if (name := _last_part(entry.strip()).partition(":")[0])]
+    data = ", ".join(sets)  # of several sets the numbers are the means
     start = _setting(run, "model", "init_from")
     split = _setting(run, "data", "val_split") or "validation"
     return {
@@ -109,7 +111,7 @@ def front_matter(folder: Path, repository: str, text: str) -> dict[str, Any]:
         "pipeline_tag": "image-segmentation",
         "tags": TAGS,
         "base_model": start.removeprefix(PREFIX).partition("@")[0] if start.startswith(PREFIX) else None,
-        "datasets": [data] if data else [],
+        "datasets": sets,
         "metrics": ["pq"] if _values(folder, text) else [],
         "widget": COCO_WIDGET if "coco" in data.lower() else [],
         "model-index": _index(repository, data, split, folder, text),
