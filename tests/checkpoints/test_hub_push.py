@@ -285,3 +285,12 @@ class TestTheCard:
     def test_any_card_is_split(self, content):
         values, text = split_card(content, "card")
         assert values in ({}, {"a": 1}) and "---\n---" not in text
+
+
+def test_a_run_on_several_sets_names_them_all(tmp_path):
+    from ldmseg_fast.checkpoints.hub_card import front_matter
+
+    (tmp_path / "config.json").write_text('{"data": {"root": "/home/me/first, /home/me/second:train:"}}')
+    found = front_matter(tmp_path, "me/model", "| SQ | 70.0 |")
+    assert found["datasets"] == ["first", "second"]
+    assert found["model-index"][0]["results"][0]["dataset"]["name"] == "first, second"
