@@ -38,7 +38,8 @@ from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
 from ldmseg_fast.training.estimate import count_parameters
-from ldmseg_fast.training.loop import Run, learning_rate, make_dataset
+from ldmseg_fast.training.inputs import training_set
+from ldmseg_fast.training.loop import Run, learning_rate
 
 
 def synchronize(device: torch.device) -> None:
@@ -93,7 +94,7 @@ def bench_engine(record: Record, args: argparse.Namespace, folder: Path) -> None
     write_scenes(folder / "scenes", 64, max(64, min(config.data.image_size, 256)), 0, version=1)
     plain = PlainLoop(validate(replace(config, train=replace(config.train, channels_last=False))), device)
 
-    dataset = make_dataset(config, "train2017", config.mask_vae.num_slots, train=True)
+    dataset = training_set(config, config.mask_vae.num_slots)
     encoder, encoder_settings = load_encoder(folder / "taesd.safetensors", config.data.image_size)
     cache = default_folder(config.data.root)
     build_cache(encoder.to(device), encoder_settings, picture_files(dataset), config.data.image_size, cache)

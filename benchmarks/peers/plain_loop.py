@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.peers.plain_item import plain_item
 from ldmseg_fast.config import Config
-from ldmseg_fast.training.loop import make_dataset
+from ldmseg_fast.training.inputs import training_set
 from ldmseg_fast.training.stages import DiffusionStage
 
 
@@ -22,7 +22,7 @@ class PlainLoop:
         torch.manual_seed(config.train.seed)
         self.config, self.device = config, device
         self.stage = DiffusionStage(config).to(device).train()
-        self.dataset = make_dataset(config, "train2017", config.mask_vae.num_slots, train=True)
+        self.dataset = training_set(config, config.mask_vae.num_slots)
         self.parameters = [p for p in self.stage.parameters() if p.requires_grad]
         rate, decay = config.train.learning_rate, config.train.weight_decay
         self.adamw = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay, foreach=False, fused=False)
