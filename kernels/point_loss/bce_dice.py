@@ -44,7 +44,7 @@ def bce_dice_forward_kernel(
     sum_t = tl.zeros([BLOCK_P], tl.float32)
     for first in range(0, points, BLOCK_P):
         point = first + tl.arange(0, BLOCK_P)
-        inside = (point < points) & present
+        inside = point < tl.where(present, points, 0)  # Triton 3.9's interpreter spreads no bool
         x, y = load_points(points_ptr, point, inside)
         logit = sample_plane(plane_ptr, x, y, inside, height, width, row_stride, column_stride)
         t = sample_mask(ids_ptr, slot, x, y, inside, ids_height, ids_width)
@@ -98,7 +98,7 @@ def bce_dice_backward_kernel(
     image, known = load_image(image_ptr + mask_row, images)
     slot = tl.load(slot_ptr + mask_row)
     point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = (point < points) & known & (slot > 0) & (slot < slots)
+    inside = point < tl.where(known & (slot > 0) & (slot < slots), points, 0)
     x, y = load_points(points_ptr + mask_row * points * 2, point, inside)
     plane_ptr = logits_ptr + image * image_stride + slot * slot_stride
     logit = sample_plane(plane_ptr, x, y, inside, height, width, row_stride, column_stride)

@@ -72,5 +72,6 @@ def slot_logits_kernel(
     slot = tl.maximum(tl.load(slot_ptr + mask_row), 0)
     plane_ptr = logits_ptr + image * image_stride + slot * slot_stride
     x, y = load_points(points_ptr + mask_row * points * 2, point, inside)
-    value = sample_plane(plane_ptr, x, y, inside & known & (slot < slots), height, width, row_stride, column_stride)
+    wanted = point < tl.where(known & (slot < slots), points, 0)  # Triton 3.9's interpreter spreads no bool
+    value = sample_plane(plane_ptr, x, y, wanted, height, width, row_stride, column_stride)
     tl.store(out_ptr + mask_row * points + point, value, mask=inside)
