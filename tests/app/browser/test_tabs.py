@@ -46,7 +46,7 @@ def map_of(page, folder) -> np.ndarray:
 
 def test_a_brushed_map_is_completed_and_given_pixels_stay(visitor, tmp_path):
     truth = read_panoptic_png(write_examples(tmp_path)[1].truth)
-    page = visitor(device_scale_factor=0.5)  # a quarter of the pixels for WebGL to draw
+    page = visitor()
     open_tab(page, "Complete")
     page.click("#complete-start")
     assert "no map" in error_of(page)
