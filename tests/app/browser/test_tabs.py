@@ -79,10 +79,6 @@ def test_a_brushed_map_is_completed_and_given_pixels_stay(visitor, tmp_path):
 
     press(page, "complete", "undo")
     assert (map_of(page, tmp_path) == completed).all()
-    press(page, "complete", "undo")
-    assert (map_of(page, tmp_path) == truth).all()
-    press(page, "complete", "undo")
-    assert "no completion to take back" in page.inner_text("#complete-said")
 
 
 def test_a_result_is_taken_over_and_a_segment_forgotten_by_its_name(visitor):
