@@ -218,5 +218,5 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
     load.click(read, [picture, truth], outputs, show_progress_on=said, **site.light)
     inputs = [work, editor, forget, *settings.inputs]
     site.ends(stop, start.click(complete, inputs, outputs, show_progress_on=said, **site.heavy))
-    undo.click(take_back, [work], outputs, show_progress_on=said, **site.light)
-    make.click(write, [work, kind], download, **site.light)
+    undo.click(take_back, [work], outputs, show_progress_on=said, **site.every_press)
+    make.click(write, [work, kind], download, trigger_mode="always_last", **site.light)

@@ -65,6 +65,9 @@ class Site:
         self.heavy: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "work", "concurrency_limit": 1}
         self.batch: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "batch", "concurrency_limit": 2}
         self.light: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None}
+        # A press while the event still runs is dropped by Gradio's default. An event runs until all its outputs are
+        # shown, and the editor takes a second for a map: presses that change a map count each, in their order.
+        self.every_press = self.light | {"concurrency_limit": 1, "trigger_mode": "multiple"}
 
     def ends(self, button: gr.Button, event: Any = None) -> None:
         """Makes a button end the visitor's work.

@@ -88,5 +88,5 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
 
     outputs = [current, view, said, download]
     site.ends(stop, start.click(segment, [picture, *settings.inputs], outputs, show_progress_on=said, **site.heavy))
-    view.edit(change, [current], outputs, show_progress="hidden", **site.light)
-    make.click(write, [current, kind], download, **site.light)
+    view.edit(change, [current], outputs, show_progress="hidden", **site.every_press)
+    make.click(write, [current, kind], download, trigger_mode="always_last", **site.light)

@@ -79,7 +79,6 @@ def test_a_brushed_map_is_completed_and_given_pixels_stay(visitor, tmp_path):
 
     press(page, "complete", "undo")
     assert (map_of(page, tmp_path) == completed).all()
-    page.wait_for_timeout(2500)  # a press within a moment of a download is lost; why is not known
     press(page, "complete", "undo")
     assert (map_of(page, tmp_path) == truth).all()
     press(page, "complete", "undo")
