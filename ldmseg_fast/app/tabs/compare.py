@@ -9,7 +9,7 @@ import numpy as np
 
 from ldmseg_fast.app.segments import Segments
 from ldmseg_fast.app.tabs.examples import Example
-from ldmseg_fast.app.tabs.parts import SettingsInputs, Site, facts, picture_input, settings_of, stop_button, told
+from ldmseg_fast.app.tabs.parts import SettingsInputs, Site, facts, picture_or_example, settings_of, stop_button, told
 from ldmseg_fast.app.tabs.viewer import scaled
 from ldmseg_fast.app.work import Segmented
 from ldmseg_fast.errors import ArgumentError
@@ -24,14 +24,7 @@ def add(site: Site, examples: list[Example]) -> None:
     """Adds the tab."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            picture = picture_input("Picture: drop, paste or take one", "compare-picture")
-            gr.Examples(
-                [[each.picture] for each in examples],
-                picture,
-                label="Examples: generated scenes",
-                api_visibility="private",
-                elem_id="compare-examples",
-            )
+            picture = picture_or_example("compare", examples)
             with gr.Accordion("First settings", open=False, elem_id="compare-first"):
                 first = SettingsInputs(site.worker, "compare-first", site.max_size)
             with gr.Accordion("Second settings", open=True, elem_id="compare-second"):

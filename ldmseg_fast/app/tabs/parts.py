@@ -8,7 +8,7 @@ import html
 import logging
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from ldmseg_fast.app.api import FAULT, one_line
 from ldmseg_fast.app.exports import CITYSCAPES, EXPORTS, MAPS, safe_name
 from ldmseg_fast.app.limits import Cancelled, Limits
 from ldmseg_fast.app.segments import Segments
+from ldmseg_fast.app.tabs.examples import Example
 from ldmseg_fast.app.work import Segmented, Settings, Worker
 from ldmseg_fast.diffusion.solvers import SOLVERS
 from ldmseg_fast.errors import UserError
@@ -146,6 +147,19 @@ def picture_input(label: str, elem_id: str, sources: tuple[str, ...] = ("upload"
         elem_id=elem_id,
     )
     picture.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+    return picture
+
+
+def picture_or_example(tab: str, examples: Sequence[Example]) -> gr.Image:
+    """Makes a tab's `picture_input` above the examples that can stand in for a picture."""
+    picture = picture_input("Picture: drop, paste or take one", f"{tab}-picture")
+    gr.Examples(
+        [[each.picture] for each in examples],
+        picture,
+        label="Examples: generated scenes",
+        api_visibility="private",
+        elem_id=f"{tab}-examples",
+    )
     return picture
 
 

@@ -18,7 +18,7 @@ from ldmseg_fast.app.tabs.parts import (
     facts,
     file_for_download,
     keep_upload,
-    picture_input,
+    picture_or_example,
     settings_of,
     stop_button,
     told,
@@ -33,14 +33,7 @@ def add(site: Site, current: gr.State, examples: list[Example]) -> None:
     """Adds the tab; `current` gets the visitor's result, a `Shown`."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            picture = picture_input("Picture: drop, paste or take one", "segment-picture")
-            gr.Examples(
-                [[each.picture] for each in examples],
-                picture,
-                label="Examples: generated scenes",
-                api_visibility="private",
-                elem_id="segment-examples",
-            )
+            picture = picture_or_example("segment", examples)
             with gr.Accordion("Settings: steps, size, seed, thresholds", open=False, elem_id="segment-settings"):
                 settings = SettingsInputs(site.worker, "segment", site.max_size)
             with gr.Row():
