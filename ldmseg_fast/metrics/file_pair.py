@@ -16,7 +16,7 @@ import numpy as np
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.metrics.mask_maps import MaskMap
 from ldmseg_fast.metrics.matching import boundary_distance, match_segments
-from ldmseg_fast.metrics.pq import OBJECT_CATEGORY
+from ldmseg_fast.metrics.qualities import OBJECT_CATEGORY
 from ldmseg_fast.metrics.sources import Source, lost_png, on_its_side, open_source
 from ldmseg_fast.native import _C
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png, read_run_map
