@@ -25,6 +25,7 @@ from ldmseg_fast.checkpoints.schema import COMPONENTS
 from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, load_weights, save_weights
 from ldmseg_fast.config import PRESETS, to_dict
 from ldmseg_fast.config.roots import set_names
+from ldmseg_fast.config.settings import PYRAMID_STRIDES
 from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.files import read_json, read_lines, replacing_folder
 from ldmseg_fast.outputs import check_outputs, is_inside
@@ -171,9 +172,9 @@ def history(run_dir: Path, machine: str = "") -> dict[str, Any]:
 
 FOLDERS = {"output_dir", "model.mask_vae", "model.init_from", "data.latent_cache", "image_encoder.path"}
 FEW_STEP = ("one_step", "distillation")
-# what these stages take from the model they start from
+# what these stages take from the model they start from, `model.init_from`
 FOUND = (
-    *("mask_vae.", "image_encoder.", "unet.", "scheduler.", "model.mask_vae", "num_inference_steps"),
+    *("mask_vae.", "unet.", "scheduler.", "model.mask_vae", "num_inference_steps"),
     *("diffusion.latent_scale", "diffusion.self_condition"),
 )
 
@@ -185,7 +186,10 @@ def command(settings: dict[str, Any]) -> str:
     """
     stage = settings["stage"]
     given = _flat({key: value for key, value in settings.items() if key != "stage"})
-    unused = FOUND if stage in FEW_STEP else ("few_step.",)
+    unused: tuple[str, ...] = () if stage in FEW_STEP else ("few_step.",)
+    if stage in FEW_STEP and settings["model"].get("init_from"):
+        replaced = given["image_encoder.kind"] in PYRAMID_STRIDES  # takes the place of another model's encoder
+        unused = FOUND if replaced else (*FOUND, "image_encoder.")
     given = {key: value for key, value in given.items() if not key.startswith(unused)}
     candidates = {}
     for name, preset in PRESETS.items():

@@ -207,6 +207,25 @@ def test_categories_ship_too(category_model, tmp_path):
     assert (out / "categories.json").stat().st_size > 2
 
 
+def test_the_command_of_a_start_without_a_model_names_its_networks():
+    encoder = ["image_encoder.kind=efficientnet_lite", "image_encoder.picture_scale=4"]
+    changed = [
+        "model.mask_vae=runs/ae",
+        "mask_vae.num_slots=24",
+        "unet.in_channels=72",
+        "image_encoder.latent_channels=64",
+        *encoder,
+    ]
+    line = ship.command({"stage": "one_step"} | to_dict(load_config("tiny", changed))).split()
+    assert {"model.mask_vae=ae", *changed[1:]} <= set(line)
+    line = ship.command(
+        {"stage": "one_step"} | to_dict(load_config("tiny", ["model.init_from=tiny", *encoder]))
+    ).split()
+    assert {"model.init_from=tiny", *encoder} <= set(line)
+    line = ship.command({"stage": "one_step"} | to_dict(load_config("tiny", ["model.init_from=tiny"])))
+    assert line == "python ldmseg_fast/train.py one_step --config tiny model.init_from=tiny"
+
+
 def test_what_ships_is_small_runs_and_says_where_it_comes_from(scenes):
     folders = pretrained.shipped_models()
     assert sum(ship.folder_size(folder) for folder in folders.values()) <= ship.LIMIT
