@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import colorsys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.reports.draw import overlay
 
-SHADES = (1.0, 0.78, 1.18)  # of neighbouring things of one category
+GOLDEN = 0.6180339887  # steps of the hue by it stay apart however many there are
+STRIPES = 4  # of colours in a square of the legend, at most
 COARSE = 96  # pixels of the longer side on which places for names are looked for
+RGB = tuple[int, int, int]
 INK, PAPER = (255, 255, 255), (30, 32, 36)
 
 
@@ -22,7 +25,8 @@ def named_overlay(
 ) -> np.ndarray:
     """Tints a picture by what its segments are, writes their names on them, and adds a legend.
 
-    A name that has no room in its segment is in the legend alone.
+    The first thing of a category has the category's colour, each further one another hue. A name that has no room in
+    its segment is in the legend alone.
 
     Args:
         image: uint8 [H, W, 3].
@@ -36,20 +40,30 @@ def named_overlay(
     of_id = {category.id: category for category in table.categories}
     known = [segment for segment in segments if segment["category_id"] in of_id]
     colors = np.full((int(segmentation.max(initial=0)) + 1, 3), 128, np.uint8)
-    shade: Counter[int] = Counter()
+    used: defaultdict[int, list[RGB]] = defaultdict(list)
     for segment in known:
         category = of_id[segment["category_id"]]
-        factor = SHADES[shade[category.id] % len(SHADES)]
-        shade[category.id] += 1
-        colors[segment["id"]] = np.clip(np.array(category.color) * factor, 0, 255).astype(np.uint8)
+        color = hue_turned(category.color, len(used[category.id]))
+        used[category.id].append(color)
+        colors[segment["id"]] = color
     picture = Image.fromarray(overlay(image, segmentation, colors=colors[segmentation]))
     size = max(12, min(picture.size) // 28)
     write_names(picture, segmentation, known, {each["id"]: of_id[each["category_id"]].name for each in known}, size)
     entries = [
-        (_short(of_id[key].name) + (f" ({count})" if count > 1 else ""), of_id[key].color)
-        for key, count in shade.items()
+        (_short(of_id[key].name) + (f" ({len(own)})" if len(own) > 1 else ""), own[:STRIPES])
+        for key, own in used.items()
     ]
     return np.asarray(_with_legend(picture, entries, size))
+
+
+def hue_turned(color: RGB, steps: int) -> RGB:
+    """Turns a colour's hue by so many steps of the golden ratio; greys become colours."""
+    if steps == 0:
+        return color
+    hue, saturation, value = colorsys.rgb_to_hsv(*(part / 255 for part in color))
+    turned = colorsys.hsv_to_rgb((hue + steps * GOLDEN) % 1, max(saturation, 0.5), max(value, 0.5))
+    red, green, blue = (round(255 * part) for part in turned)
+    return red, green, blue
 
 
 def _short(name: str) -> str:
@@ -114,24 +128,26 @@ def _innermost(mask: np.ndarray) -> tuple[int, int, int] | None:
     return int(rows[middle]), int(columns[middle]), depth
 
 
-def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]], size: int) -> Image.Image:
+def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, Sequence[RGB]]], size: int) -> Image.Image:
     """Adds rows of coloured squares with names below a picture."""
     if not entries:
         return picture
     font, gap = ImageFont.load_default(size), size // 2
     line = size + gap
     places, x, y = [], gap, gap
-    for name, color in entries:
+    for name, colors in entries:
         width = size + gap + int(font.getlength(name)) + 2 * gap
         if x > gap and x + width > picture.width:
             x, y = gap, y + line
-        places.append((x, y, name, color))
+        places.append((x, y, name, colors))
         x += width
     sheet = Image.new("RGB", (picture.width, picture.height + y + line), PAPER)
     sheet.paste(picture)
     draw = ImageDraw.Draw(sheet)
-    for x, top, name, color in places:
+    for x, top, name, colors in places:
         y = picture.height + top
-        draw.rectangle((x, y, x + size - 1, y + size - 1), fill=color)
+        for stripe, color in enumerate(colors):
+            start, end = (x + size * k // len(colors) for k in (stripe, stripe + 1))
+            draw.rectangle((start, y, end - 1, y + size - 1), fill=color)
         draw.text((x + size + gap, y + size / 2), name, fill=INK, font=font, anchor="lm")
     return sheet

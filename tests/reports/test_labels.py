@@ -8,7 +8,7 @@ from ldmseg_fast.cli import main
 from ldmseg_fast.config.categories import Category, CategoryTable
 from ldmseg_fast.panoptic.shapes import segment_shapes
 from ldmseg_fast.reports import labels
-from ldmseg_fast.reports.labels import named_overlay
+from ldmseg_fast.reports.labels import hue_turned, named_overlay
 
 TABLE = CategoryTable((Category(30, "sky", False, (90, 160, 250)), Category(10, "zebra", True, (250, 200, 40))))
 
@@ -80,3 +80,11 @@ def test_predict_writes_names(category_model, category_scenes, tmp_path):
     assert ImageFont.load_default(14) is not None
     with Image.open(tmp_path / f"{picture.stem}_overlay.png") as overlay:
         assert overlay.width == 512
+
+
+def test_things_of_one_category_are_told_apart_by_hue():
+    assert hue_turned((220, 20, 60), 0) == (220, 20, 60)
+    for color in ((220, 20, 60), (128, 128, 128), (0, 0, 0), (255, 255, 255)):
+        shown = np.array([hue_turned(color, step) for step in range(6)], int)
+        apart = np.abs(shown[:, None] - shown[None]).sum(-1) + 999 * np.eye(6, dtype=int)
+        assert apart.min() > 20, color
