@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.commands.options import add_view_arguments, views_of
 from ldmseg_fast.config import DataConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.joined_sets import SetPlace, set_places
@@ -44,7 +45,8 @@ from ldmseg_fast.metrics.pq import PanopticQuality
 from ldmseg_fast.training.provenance import ancestors, cpu_minutes
 
 Row = dict[str, Any]
-DETAILS = ("sq", "rq", "pq_crowd_correct", "tp", "fp", "fn")
+QUALITIES = ("sq", "rq", "boundary_pq")
+DETAILS = (*QUALITIES, "pq_crowd_correct", "tp", "fp", "fn")
 
 
 class Journal:
@@ -102,6 +104,10 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
     else:
         own_case = case | {"steps": report["num_inference_steps"], "solver": report["solver"]}
         facts["prediction_type"] = load_component_config(model_dir, "scheduler")[0].prediction_type
+    if options.is_ensemble:
+        own_case["views"] = " ".join(
+            ["flip"] * options.flip + [f"scales {' '.join(f'{scale:g}' for scale in options.scales)}", options.fusion]
+        )
     if options.seeds > 1:
         facts["deviation"] = report["seeds"]["deviation"]["class_agnostic"]["pq"]
         facts["seeds"] = options.seeds
@@ -113,7 +119,7 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
         for variant, where, values, more in rows
     ]
     if "miou" in (aware := report.get("class_aware", {})):
-        values = {key: aware["All"][key] for key in ("sq", "rq")} | {"miou": aware["miou"], "weights": facts["weights"]}
+        values = {key: aware["All"][key] for key in QUALITIES} | {"miou": aware["miou"], "weights": facts["weights"]}
         case = own_case | {"mode": "class-aware"}
         found.insert(1, {"variant": name, "case": case, "value": aware["All"]["pq"], **values})
     return found
@@ -165,7 +171,7 @@ def classical_rows(tuned: Tuned, data: str, split: str, limit: int) -> list[Row]
     """Returns the row of a classical method on a split."""
     items = list(classical.load_items(CocoPanoptic(data, split, 64, limit=limit)))
     start = time.perf_counter()
-    result = classical.score(tuned.method, items).compute()
+    result = classical.score(tuned.method, items, boundary=True).compute()
     seconds = time.perf_counter() - start
     values = result["class_agnostic"]
     pictures = len({id(image) for image, _ in items})
@@ -174,7 +180,7 @@ def classical_rows(tuned: Tuned, data: str, split: str, limit: int) -> list[Row]
             "variant": tuned.method.method,
             "case": {"data": Path(data).name, "split": split, "images": len(items), "mode": "class-agnostic"},
             "value": 100 * values["pq"],
-            **{key: 100 * values[key] for key in ("sq", "rq")},
+            **{key: 100 * values[key] for key in QUALITIES},
             "pq_crowd_correct": 100 * result["pq_crowd_correct"],
             **{key: values[key] for key in ("tp", "fp", "fn")},
             "setting": str(tuned.method),
@@ -191,7 +197,7 @@ def named_rows(tuned: Tuned, data: str, train_split: str, split: str, limit: int
     """
     training, test = CocoPanoptic(data, train_split, 64), CocoPanoptic(data, split, 64, limit=limit)
     nearest = NearestCategory(classical.load_items(training), training.categories)
-    quality, iou = PanopticQuality(test.categories), SemanticIoU(test.categories)
+    quality, iou = PanopticQuality(test.categories, boundary=True), SemanticIoU(test.categories)
     for index, (image, truth) in enumerate(classical.load_items(test)):
         found = nearest.name(image, tuned.method(image))
         quality.add(*truth, *found, image_id=index)
@@ -202,7 +208,7 @@ def named_rows(tuned: Tuned, data: str, train_split: str, split: str, limit: int
             "variant": f"{tuned.method.method} + nearest neighbour",
             "case": {"data": Path(data).name, "split": split, "images": len(test), "mode": "class-aware"},
             "value": 100 * values["pq"],
-            **{key: 100 * values[key] for key in ("sq", "rq")},
+            **{key: 100 * values[key] for key in QUALITIES},
             "miou": 100 * iou.result()["miou"],
             "setting": str(tuned.method),
             "tuned_on": f"{tuned.tuned_on}; names from {train_split}, {len(nearest.numbers)} segments",
@@ -215,10 +221,10 @@ def trivial_rows(data: str, split: str, limit: int) -> list[Row]:
     items = list(classical.load_items(CocoPanoptic(data, split, 64, limit=limit)))
     rows = []
     for name, make in BASELINES.items():
-        result = classical.score(lambda image, make=make: make(*image.shape[:2]), items).compute()
+        result = classical.score(lambda image, make=make: make(*image.shape[:2]), items, boundary=True).compute()
         values = result["class_agnostic"]
         case = {"data": Path(data).name, "split": split, "images": len(items), "mode": "class-agnostic"}
-        numbers = {key: 100 * values[key] for key in ("sq", "rq")} | {key: values[key] for key in ("tp", "fp", "fn")}
+        numbers = {key: 100 * values[key] for key in QUALITIES} | {key: values[key] for key in ("tp", "fp", "fn")}
         crowds = {"pq_crowd_correct": 100 * result["pq_crowd_correct"]}
         rows.append({"variant": name, "case": case, "value": 100 * values["pq"]} | numbers | crowds)
     return rows
@@ -245,6 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, help="side in pixels of an auto-encoder's reconstruction")
     parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
     parser.add_argument("--limit", type=int, default=0, help="first N images, of each annotator")
+    add_view_arguments(parser)
     parser.add_argument("--inpainting", action="store_true", help="completing maps with dropped blocks, in their place")
     parser.add_argument("--picture", type=Path, help="PNG or SVG: quality against time, with the Pareto front")
     parser.add_argument("--journal", type=Path, help="file of finished rows, by which a stopped campaign goes on")
@@ -293,6 +300,8 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                     image_size=args.size,
                     count_threshold=args.count_th,
                     inpainting=args.inpainting,
+                    boundary=not args.inpainting,
+                    **views_of(args),
                 )
                 key = {"name": name, "model": fingerprint(model_dir), "data": data, "options": asdict(options)}
                 rows_of = partial(inpainting_rows if args.inpainting else model_rows, name, model_dir, options=options)
@@ -306,17 +315,17 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
             key = {"classical": method, "data": data, "split": split, "limit": limit}
             key |= {"tuned_on": place.train_split, "tuning": tuning, "grid": classical.GRIDS[method]}
 
-            def rows_of_method(method: str = method) -> list[Row]:
-                tuned = Tuned.on(data, place.train_split, tuning, method)
-                rows_of = partial(classical_rows, tuned, split=split, limit=limit)
+            tuned = cache(partial(Tuned.on, data, place.train_split, tuning, method))
+
+            def rows_of_method(tuned: Callable[[], Tuned] = tuned) -> list[Row]:
+                rows_of = partial(classical_rows, tuned(), split=split, limit=limit)
                 return mean_over_annotators(data, split, rows_of)
 
             add(journal.rows_of(key, rows_of_method))
             if names:
 
-                def rows_of_names(method: str = method) -> list[Row]:
-                    tuned = Tuned.on(data, place.train_split, tuning, method)
-                    return named_rows(tuned, data, names, split, limit)
+                def rows_of_names(tuned: Callable[[], Tuned] = tuned) -> list[Row]:
+                    return named_rows(tuned(), data, names, split, limit)
 
                 add(journal.rows_of(key | {"names": names}, rows_of_names))
         key = {"trivial": sorted(BASELINES), "data": data, "split": split, "limit": limit}

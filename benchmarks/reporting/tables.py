@@ -38,31 +38,54 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def quality(rows: Sequence[Row]) -> str:
-    """Returns a line per trained model and way of running it, then a line per baseline and data set."""
+    """Returns a line per trained model and way of running it, then a line per baseline and data set.
+
+    What has been scored with categories follows in a table of its own.
+    """
     models, completed, baselines = [], [], {}
+    aware = [row for row in rows if row["case"].get("mode") == "class-aware"]
     for row in rows:
-        case = row["case"]
-        data = f"{case['data']} {case['split']}, {case['images']}"
-        data += f", mean of {case['annotators']} annotators" if "annotators" in case else ""
+        if row in aware:
+            continue
+        case, data = row["case"], _images(row["case"])
         pq = f"{row['value']:.1f}" + (f" ± {row['deviation']:.1f}" if "deviation" in row else "")
         if case.get("mode") == "inpainting":
-            completed.append([row["variant"], data, f"inpainting, blocks of {case['block']} px", pq, "", "", ""])
+            how = f"inpainting, blocks of {case['block']} px"
+            completed.append([row["variant"], data, how, pq, "", "", "", ""])
             continue
-        numbers = [pq, f"{row['sq']:.1f}", f"{row['rq']:.1f}"]
+        edges = f"{row['boundary_pq']:.1f}" if "boundary_pq" in row else ""
+        numbers = [pq, f"{row['sq']:.1f}", f"{row['rq']:.1f}", edges]
         if "ms_per_image" in row and ("steps" in case or "ids" in case):  # the baselines of older files share the case
             minutes = row.get("cpu_minutes_in_all", row.get("cpu_minutes"))
             models.append([row["variant"], data, _how(case), *numbers, "" if minutes is None else f"{minutes:g}"])
         else:
             baselines[row["variant"], data] = [row["variant"], data, "", *numbers, ""]
-    header = ["class-agnostic, %", "data, images", "sampling", "PQ", "SQ", "RQ", "training, CPU minutes"]
-    return table(header, [*models, *completed, *baselines.values()])
+    header = ["class-agnostic, %", "data, images", "sampling", "PQ", "SQ", "RQ", "boundary PQ", "training, CPU minutes"]
+    text = table(header, [*models, *completed, *baselines.values()])
+    if not aware:
+        return text
+    lines = [
+        [
+            *(row["variant"], _images(row["case"]), _how(row["case"]) if "steps" in row["case"] else ""),
+            *(f"{row[key]:.1f}" if key in row else "" for key in ("value", "sq", "rq", "boundary_pq", "miou")),
+        ]
+        for row in aware
+    ]
+    header = ["class-aware, %", "data, images", "sampling", "PQ", "SQ", "RQ", "boundary PQ", "mIoU"]
+    return text + "\n" + table(header, lines)
+
+
+def _images(case: dict[str, Any]) -> str:
+    annotators = f", mean of {case['annotators']} annotators" if "annotators" in case else ""
+    return f"{case['data']} {case['split']}, {case['images']}{annotators}"
 
 
 def _how(case: dict[str, Any]) -> str:
     if "steps" not in case:
         return f"{case['ids']} ids, {case['size']} px"
     solver = case.get("solver", "ddim")
-    return f"{case['steps']} steps" + ("" if solver == "ddim" else f", {solver}")
+    others = [text for text in ("" if solver == "ddim" else solver, case.get("views", "")) if text]
+    return ", ".join([f"{case['steps']} steps", *others])
 
 
 def timings(rows: Sequence[Row]) -> str:

@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--worst", type=int, default=8, metavar="K", help="worst images on the page (default 8)")
     parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")
     parser.add_argument("--no-baselines", action="store_true", help="leave the rows of trivial baselines out")
+    parser.add_argument("--boundary", action="store_true", help="also boundary PQ, which asks for exact edges")
     add_report_argument(parser)
     add_backend_arguments(parser)
 
@@ -107,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         engine_dir=args.engine_dir,
         cuda_graph=args.cuda_graph,
         baselines=not args.no_baselines,
+        boundary=args.boundary,
         class_agnostic=args.class_agnostic,
         class_aware=args.class_aware,
         inpainting=args.inpainting,

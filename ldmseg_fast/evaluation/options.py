@@ -41,6 +41,7 @@ class EvaluationOptions:
     cuda_graph: bool | None = None  # see `LDMSegPipeline.from_pretrained`; of torch in the agreement too
     agreement_images: int = 64  # of a backend other than torch, compared with torch; per rank
     baselines: bool = True
+    boundary: bool = False  # also count boundary PQ
     class_agnostic: bool = False  # of a model with categories: leave them out
     class_aware: str | None = None  # "GT", a folder of semantic PNGs, or a COCO panoptic result JSON
     inpainting: bool = False
@@ -91,6 +92,7 @@ class EvaluationOptions:
                 not (self.instances and (self.inpainting or self.seeds > 1)),
                 "--instances holds one result per image: leave --inpainting and --seeds out",
             ),
+            (not (self.boundary and self.inpainting), "--inpainting has no boundary PQ: leave --boundary out"),
             (not (self.page and self.inpainting), "--page shows one result per image: leave --inpainting out"),
         ]
         for ok, message in checks:

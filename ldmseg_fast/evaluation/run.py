@@ -138,7 +138,7 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
         instances: Instances | None = [] if options.instances else None
         qualities = []
         for one in passes:
-            scores = SegmentationScores(source, predictor.reconstructs, baselines)
+            scores = SegmentationScores(source, predictor.reconstructs, baselines, options.boundary)
             shown, compared = (gallery, agreement) if one is passes[0] else (None, None)
             qualities.append(
                 segment_split(

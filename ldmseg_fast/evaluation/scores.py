@@ -19,6 +19,8 @@ from ldmseg_fast.panoptic.results import PanopticResult
 
 OBJECT = [{"id": 1, "name": "object", "supercategory": "object", "isthing": 1}]
 
+QUALITIES = ("pq", "sq", "rq", "boundary_pq")
+
 MODEL, VOID, NEAREST, PLAIN = "model", "dropped pixels void", "nearest known pixel", "without given pixels"
 
 
@@ -29,16 +31,22 @@ class SegmentationScores:
         categories: where the categories of class-aware quality come from; None: it is not counted.
         mean_iou: whether results have the truth's own ids, so that mean IoU can be counted.
         baselines: whether to count the trivial predictions of `metrics.baselines`.
+        boundary: whether to count boundary PQ beside PQ.
     """
 
-    def __init__(self, categories: CategorySource | None, mean_iou: bool, baselines: bool) -> None:
+    def __init__(
+        self, categories: CategorySource | None, mean_iou: bool, baselines: bool, boundary: bool = False
+    ) -> None:
         self.categories = categories
-        self.agnostic = PanopticQuality(OBJECT, class_agnostic=True)
-        self.aware = PanopticQuality(categories.dataset.categories) if categories else None
+        self.agnostic = PanopticQuality(OBJECT, class_agnostic=True, boundary=boundary)
+        self.aware = PanopticQuality(categories.dataset.categories, boundary=boundary) if categories else None
         own = isinstance(categories, ModelCategories)
         self.semantic = SemanticIoU(categories.dataset.categories) if categories and own else None
         self.mean_iou = MeanIoU() if mean_iou else None
-        self.baselines = {name: PanopticQuality(OBJECT, class_agnostic=True) for name in BASELINES} if baselines else {}
+        self.baselines = {
+            name: PanopticQuality(OBJECT, class_agnostic=True, boundary=boundary)
+            for name in (BASELINES if baselines else ())
+        }
 
     def add(
         self, index: int, name: str, truth: tuple[np.ndarray, Sequence[dict[str, Any]]], result: PanopticResult
@@ -170,9 +178,9 @@ def without_crowds(ids: np.ndarray, segments: Sequence[dict[str, Any]]) -> np.nd
 
 
 def in_percent(result: dict[str, Any]) -> dict[str, Any]:
-    """Takes pq, sq, rq and pq_crowd_correct of `PanopticQuality.compute` in percent, and the counts tp, fp, fn."""
+    """Takes what `PanopticQuality.compute` counts class-agnostically: qualities in percent, and tp, fp, fn."""
     values = result["class_agnostic"]
-    report = {key: 100.0 * values[key] for key in ("pq", "sq", "rq")}
+    report = {key: 100.0 * values[key] for key in QUALITIES if key in values}
     report["pq_crowd_correct"] = 100.0 * result["pq_crowd_correct"]
     return report | {key: values[key] for key in ("tp", "fp", "fn")}
 
@@ -181,7 +189,7 @@ def by_category_in_percent(result: dict[str, Any]) -> dict[str, Any]:
     """Takes `All`, `Things`, `Stuff` and `per_category` of `PanopticQuality.compute`, with qualities in percent."""
 
     def scaled(entry: dict[str, Any]) -> dict[str, Any]:
-        return entry | {key: 100.0 * entry[key] for key in ("pq", "sq", "rq")}
+        return entry | {key: 100.0 * entry[key] for key in QUALITIES if key in entry}
 
     groups = {group: scaled(result[group]) for group in ("All", "Things", "Stuff")}
     return groups | {"per_category": {key: scaled(entry) for key, entry in result["per_category"].items()}}

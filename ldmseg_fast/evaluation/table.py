@@ -58,6 +58,8 @@ def _class_agnostic(report: dict[str, Any], deviation: dict[str, Any]) -> list[s
     for name, row in ({"model": report["class_agnostic"]} | report["baselines"]).items():
         numbers = " ".join(_cell(row, spreads.get(name, {}), key) for key in ("pq", "sq", "rq"))
         lines.append(f"{name:14s} {numbers} " + " ".join(f"{row[key]:7g}" for key in ("tp", "fp", "fn")))
+    if "boundary_pq" in report["class_agnostic"]:
+        lines.append(f"boundary PQ: {_cell(report['class_agnostic'], spreads['model'], 'boundary_pq').strip()}")
     lines.append(f"PQ, every crowd region excusing false positives: {report['class_agnostic']['pq_crowd_correct']:.2f}")
     return lines
 

@@ -147,7 +147,9 @@ GRIDS: dict[str, dict[str, tuple]] = {
 }
 
 
-def score(segment: Callable[[np.ndarray], np.ndarray], items: Iterable[tuple[np.ndarray, Truth]]) -> PanopticQuality:
+def score(
+    segment: Callable[[np.ndarray], np.ndarray], items: Iterable[tuple[np.ndarray, Truth]], boundary: bool = False
+) -> PanopticQuality:
     """Measures the class-agnostic panoptic quality of `segment`.
 
     A picture that comes several times in a row, as one object, is segmented once: it has several annotations.
@@ -155,8 +157,9 @@ def score(segment: Callable[[np.ndarray], np.ndarray], items: Iterable[tuple[np.
     Args:
         segment: maps a picture, uint8 [H, W, 3], to ids int32 [H, W].
         items: pictures with their annotations, ids int32 [H, W] and `segments_info`.
+        boundary: whether to count boundary PQ too.
     """
-    stat = PanopticQuality([{"id": 1, "name": "object", "isthing": 1}], class_agnostic=True)
+    stat = PanopticQuality(class_agnostic=True, boundary=boundary)
     before, guess = None, np.empty(0)
     for index, (image, (ids, segments)) in enumerate(items):
         if image is not before:

@@ -40,6 +40,13 @@ def test_steps_solvers_and_seeds(campaign):
     assert "one segment" in names and len(names) == len(set(names))
 
 
+def test_views_and_boundaries(campaign):
+    one, both = (campaign("--steps", "1", *more)[0] for more in ([], ["--flip", "--scales", "1", "2"]))
+    assert "views" not in one["case"] and both["case"]["views"] == "flip scales 1 2 medoid"
+    for row in (one, both):
+        assert 0 <= row["boundary_pq"] <= row["value"] + 1e-9
+
+
 def test_inpainting(campaign):
     rows = campaign("--steps", "1", "--inpainting")
     assert rows[0]["variant"] == "small" and len(rows) == 4

@@ -245,11 +245,22 @@ def test_quality_rows_of_every_kind():
         own | {"variant": "auto-encoder", "case": where | {"ids": "random", "size": 64}},
         values | {"variant": "halves", "case": where},
         values | {"variant": "halves", "case": where | {"steps": 4}},
+        own | {"variant": "model", "case": where | {"steps": 4, "views": "flip scales 1 medoid"}, "boundary_pq": 31.0},
     ]
     lines = report_tables.quality(rows).splitlines()[2:]
     assert lines == [
-        "| model | scenes64 val2017, 8 | 4 steps | 50.0 | 70.0 | 71.5 | 3 |",
-        "| model | scenes64 val2017, 8 | 4 steps, heun | 50.0 ± 0.3 | 70.0 | 71.5 | 15.5 |",
-        "| auto-encoder | scenes64 val2017, 8 | random ids, 64 px | 50.0 | 70.0 | 71.5 |  |",
-        "| halves | scenes64 val2017, 8 |  | 50.0 | 70.0 | 71.5 |  |",
+        "| model | scenes64 val2017, 8 | 4 steps | 50.0 | 70.0 | 71.5 |  | 3 |",
+        "| model | scenes64 val2017, 8 | 4 steps, heun | 50.0 ± 0.3 | 70.0 | 71.5 |  | 15.5 |",
+        "| auto-encoder | scenes64 val2017, 8 | random ids, 64 px | 50.0 | 70.0 | 71.5 |  |  |",
+        "| model | scenes64 val2017, 8 | 4 steps, flip scales 1 medoid | 50.0 | 70.0 | 71.5 | 31.0 |  |",
+        "| halves | scenes64 val2017, 8 |  | 50.0 | 70.0 | 71.5 |  |  |",
+    ]
+    aware = where | {"mode": "class-aware"}
+    rows = [
+        values | {"variant": "model", "case": aware | {"steps": 4}, "miou": 40.0},
+        values | {"variant": "halves + nearest neighbour", "case": aware, "miou": 20.0},
+    ]
+    assert report_tables.quality(rows).splitlines()[-2:] == [
+        "| model | scenes64 val2017, 8 | 4 steps | 50.0 | 70.0 | 71.5 |  | 40.0 |",
+        "| halves + nearest neighbour | scenes64 val2017, 8 |  | 50.0 | 70.0 | 71.5 |  | 20.0 |",
     ]

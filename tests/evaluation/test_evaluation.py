@@ -265,3 +265,18 @@ def test_instances_for_pycocotools(model_dir, scenes, tmp_path):
 def test_options_that_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):
         EvaluationOptions(**wrong)
+
+
+def test_boundary_quality_is_counted_on_request(model_dir, scenes):
+    options = EvaluationOptions(steps=1, limit=4, mask_threshold=0.0)
+    plain = evaluate(model_dir, scenes, options)
+    report = evaluate(model_dir, scenes, replace(options, boundary=True))
+    assert "boundary_pq" not in plain["class_agnostic"] and "boundary PQ" not in format_report(plain)
+    for row in (report["class_agnostic"], *report["baselines"].values()):
+        assert 0 <= row["boundary_pq"] <= row["pq"] + 1e-9
+    assert f"boundary PQ: {report['class_agnostic']['boundary_pq']:.2f}" in format_report(report)
+    assert {key: value for key, value in report["class_agnostic"].items() if key != "boundary_pq"} == plain[
+        "class_agnostic"
+    ]
+    with pytest.raises(ValueError, match="leave --boundary out"):
+        replace(options, boundary=True, inpainting=True)
