@@ -3,12 +3,13 @@
 import json
 
 import pytest
+from PIL import Image
 
 from benchmarks import bench_quality
 from benchmarks.bench_quality import Journal, Tuned, classical_rows, fingerprint, measure
 from benchmarks.harness import BenchmarkError, Run
 from benchmarks.peers.annotators import annotator_roots, mean_over_annotators
-from benchmarks.reporting import quality_curve
+from benchmarks.reporting import photographs_picture, quality_curve
 from benchmarks.reporting.quality_curve import curves, draw_curve, pareto_front
 from ldmseg_fast.metrics import classical
 from ldmseg_fast.metrics.classical import Classical
@@ -215,3 +216,11 @@ def test_quick_saves_nothing(model_dir, scenes, capsys):
     arguments = [f"x={model_dir}", "--data", str(scenes), "--quick", "--steps", "1"]
     assert bench_quality.main(arguments) == 0
     assert "saved" not in capsys.readouterr().out
+
+
+def test_the_picture_of_photographs(model_dir, tmp_path, capsys):
+    pytest.importorskip("skimage")
+    assert photographs_picture.main([str(model_dir), str(tmp_path / "photographs.png")]) == 0
+    with Image.open(tmp_path / "photographs.png") as picture:
+        assert picture.width > 4 * 300 and picture.height > 2 * 200
+    assert photographs_picture.main([]) == 2 and "MODEL FILE" in capsys.readouterr().err
