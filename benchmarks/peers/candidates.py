@@ -85,6 +85,7 @@ def our_candidates(
         add(f"torch {name}", dtype, cuda_graph=False)
         if device == "cuda":
             add(f"torch {name}, graph", dtype)
+            add(f"torch {name}, graph, fused", dtype, fused=True)
             if not why_not_fp8(torch.device(device), dtype):
                 add(f"torch {name}, graph, fp8 attention", dtype, attention="fp8")
         if slow:

@@ -78,7 +78,7 @@ def test_every_variant_of_a_gpu_runs(info, picture, monkeypatch, tmp_path):
     load = candidates.load_backend
 
     def load_on_cpu(folder, name, device, dtype, **options):
-        backend = load(folder, name, device="cpu", dtype=dtype)
+        backend = load(folder, name, device="cpu", dtype=dtype, fused=options.get("fused", False))
         for module in backend.unet.modules():
             if isinstance(module, Attention):
                 module.backend = options.get("attention", "auto")
