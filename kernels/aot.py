@@ -194,12 +194,12 @@ def build(sm: int, index: int, sass: bool = False) -> Build:
 
 
 def count_sass(text: str) -> tuple[int, int]:
-    """Counts machine instructions, and waits for wgmma among them, in a disassembly; no-operations do not count.
+    r"""Counts machine instructions, and waits for wgmma among them, in Triton's disassembly; NOP does not count.
 
-    >>> count_sass("\t.headerflags @X\n[B------:R-:W-:-:S04] WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n\t/*10*/ NOP;\n")
-    (1, 1)
+    >>> count_sass("--:-:-:Y:1\t@!P0 BRA 0x10;\n01:-:0:-:4\tWARPGROUP.DEPBAR.LE gsb0, 0x0;\n--:-:-:Y:0\tNOP;")
+    (2, 1)
     """
-    names = re.findall(r"^(?:.*?[\]/])?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)\b.*;", text, re.MULTILINE)
+    names = re.findall(r"^[\w:-]+\t(?:@\S+ )?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
     kept = [name for name in names if name != "NOP"]
     return len(kept), sum(name.startswith("WARPGROUP.DEPBAR") for name in kept)
 

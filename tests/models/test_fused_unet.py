@@ -9,6 +9,7 @@ from ldmseg_fast.config import UNetConfig
 from ldmseg_fast.models.fused_unet import FusedUNet, why_not_fused
 from ldmseg_fast.models.unet import FeatureCache, UNet
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = UNetConfig(
     block_out_channels=(16, 32, 32), layers_per_block=2, num_heads=(2, 4, 4), attention=(True, True, False),
     norm_groups=4, sample_size=16,
@@ -22,7 +23,7 @@ CONFIGS = {
 }
 
 
-def make_unet(config: UNetConfig, dtype: torch.dtype = torch.float32) -> UNet:
+def make_unet(config: UNetConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> UNet:
     """With random biases, and norms that are no identity."""
     torch.manual_seed(0)
     unet = UNet(config).eval().requires_grad_(False)
@@ -31,7 +32,7 @@ def make_unet(config: UNetConfig, dtype: torch.dtype = torch.float32) -> UNet:
             parameter.normal_()
         elif "norm" in name:
             parameter.add_(0.3 * torch.randn_like(parameter))
-    unet = unet.to(dtype).to(memory_format=torch.channels_last)
+    unet = unet.to(device, dtype).to(memory_format=torch.channels_last)
     unet.fuse_qkv()
     unet.fuse_time()
     return unet
@@ -62,14 +63,15 @@ def test_it_is_the_same_function(name):
 
 def test_it_is_no_worse_than_the_plain_one_in_half_precision():
     config = CONFIGS["as Stable Diffusion's"]
-    exact_unet, half_unet = make_unet(config), make_unet(config, torch.bfloat16)
+    exact_unet, half_unet = make_unet(config), make_unet(config, torch.bfloat16, DEVICE)
     exact_unet.load_state_dict({key: value.float() for key, value in half_unet.state_dict().items()})
     exact_unet.fuse_qkv()
     exact_unet.fuse_time()
     sample, times = make_inputs(config)
     half = sample.bfloat16()
     exact = exact_unet(half.float(), times)
-    plain, fused = ((unet(half, times).float() - exact).norm() for unet in (half_unet, FusedUNet(half_unet)))
+    networks, args = (half_unet, FusedUNet(half_unet)), (half.to(DEVICE), times.to(DEVICE))
+    plain, fused = ((network(*args).float().cpu() - exact).norm() for network in networks)
     assert fused < 1.2 * plain
 
 
