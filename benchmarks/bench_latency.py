@@ -1,11 +1,12 @@
 """Times one picture, whole and stage by stage, beside the plain loop with diffusers' parts.
 
-python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole]
+python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole eomt]
     [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M] [--engine-dir DIR]
 
 Every backend's latents and maps are compared with the baseline's first. One that disagrees, or cannot run here, is a
 red row with its reason, and is not timed. `whole image` is from the array to map and segments, `file to file` adds
-reading the picture and writing PNG and JSON. Exit code 1 where a row is red.
+reading the picture and writing PNG and JSON. `eomt` times EoMT-S with random weights, forward alone and from array to
+map. Exit code 1 where a row is red.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if __package__ in (None, ""):
 
 from benchmarks.harness import RESULTS, Run, Timing, measure, reason_of
 from benchmarks.peers.candidates import our_candidates, plain_candidates
+from benchmarks.peers.eomt import Eomt
 from benchmarks.peers.random_model import find_model
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
@@ -41,7 +43,7 @@ from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels.roofline import find_gpu
 from ldmseg_fast.models.unet import UNet
 
-PARTS = ("step", "stages", "whole")
+PARTS = ("step", "stages", "whole")  # by default; "eomt" is a rival's
 TARGETS = {"cpu": 2.0, "cuda": 5.0}  # whole image, times the plain loop
 LOOP = 10  # steps of the loop that `step` is a share of
 SECONDS_TO_COMPILE = 60  # with less time left nothing is compiled
@@ -207,6 +209,30 @@ def bench_whole(bench: Bench, picture: np.ndarray, batch: int, steps: int, names
     bench.compare("whole image", lambda p, _: p.whole(pictures, noise, steps), names, case, items=batch, target=target)
 
 
+def bench_eomt(bench: Bench, picture: np.ndarray, batch: int, quick: bool) -> None:
+    """Times the rival by itself: eager, and compiled on a GPU; one that cannot run here is a red row."""
+    height, width = picture.shape[:2]
+    case = {"batch": batch, "size": f"{height}x{width}", "threads": torch.get_num_threads()}
+    dtype = torch.bfloat16 if bench.device == "cuda" else torch.float32
+    options = {"image_size": 64, "hidden_size": 48, "num_hidden_layers": 4, "num_blocks": 1} if quick else {}
+    for name, compiled in (("EoMT-S", False), ("EoMT-S, compile", True)):
+        if compiled and (quick or bench.device == "cpu" or bench.seconds_left() < SECONDS_TO_COMPILE):
+            print(f"{name}: not measured ({'quick' if quick else bench.device})")
+            continue
+        try:
+            rival = Eomt(bench.device, dtype, compiled, **options)
+            inputs = rival.preprocess([picture] * batch)
+            for row, call in (
+                ("EoMT forward", partial(rival.forward, inputs)),
+                ("EoMT whole image", partial(rival.whole, [picture] * batch)),
+            ):
+                call()
+                timing = measure({name: call}, device=bench.device, rounds=bench.rounds, warmup=1, flush_l2=False)
+                bench.run.add(row, timing, baseline=None, case=case, items=batch)
+        except Exception as error:  # no transformers, or one that does not know it: a row and not the end
+            bench.run.add_red("EoMT forward", name, reason_of(error), case=case)
+
+
 def make_picture(size: str) -> np.ndarray:
     """Returns a generated scene, uint8 [H, W, 3]."""
     height, width = (int(side) for side in size.split("x"))
@@ -241,6 +267,9 @@ def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
         for batch in args.batch:
             if batch > 1:
                 bench_whole(bench, pictures[0], batch, LOOP, light)
+    if "eomt" in args.parts:
+        for batch in args.batch:
+            bench_eomt(bench, pictures[0], batch, args.quick)
     if "stages" in args.parts:
         for picture in pictures:
             bench_stages(bench, picture, everyone, scratch)
@@ -253,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=["tiny", "coco"], default="tiny")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="batch 1, 10 steps, one size, nothing compiled")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "eomt"], default=PARTS)
     parser.add_argument("--variants", nargs="+", help="beside the baseline, these only")
     parser.add_argument("--steps", type=int, nargs="+")
     parser.add_argument("--batch", type=int, nargs="+")

@@ -46,6 +46,7 @@ CLOSING_SECONDS = 5.0  # for the table and the file
 LEAST_SECONDS = 10.0  # under that a part is not begun
 TAIL = 1500  # characters of a part's output that are kept
 FINAL = ("passed", "failed", "late", "left out")  # what `--resume` does not measure again
+PRINTED = ("profile", "ncu")  # parts whose result is what they print
 STATE = "state.jsonl"
 
 
@@ -89,7 +90,7 @@ def run_stage(parts: Sequence[Part], left: float, work: Path) -> list[Outcome]:
             status = "failed" if process is None else _wait(process, started, part.limit, left)
             log.seek(0)
             output = log.read().replace(str(ROOT), ".").replace(str(work), "WORK")
-            kept = output if part.name == "profile" else output[-TAIL:]
+            kept = output if part.name in PRINTED else output[-TAIL:]
             outcomes.append(_collect(Outcome(status, time.monotonic() - started, kept), out))
     finally:  # also where the suite itself is ended, and for what a finished part has left behind
         for _, _, process, log in running:
@@ -182,7 +183,7 @@ class Suite:
             f"== {name}: {outcome.status} after {outcome.seconds:.1f} s, {len(outcome.results)} rows, {red} red",
             flush=True,
         )
-        if outcome.status in ("failed", "late") or name == "profile":
+        if outcome.status in ("failed", "late") or name in PRINTED:
             print(outcome.output, flush=True)
 
     def fill(self, run: Run) -> None:

@@ -1,9 +1,10 @@
 """Compile every kernel and shipped configuration ahead of time, with no GPU, and print what ptxas says.
 
-    python -m ldmseg_fast.kernels.aot --sm 80 90 [--only attention] [--details] [--json FILE]
+    python -m ldmseg_fast.kernels.aot --sm 80 90 [--only attention] [--details] [--sass] [--json FILE]
 
 One row per kernel (its folder) and architecture: the largest register count and shared memory of its builds, the sum of
-spilled bytes, and how many matrix instructions were emitted. Exits with 1 on a spill, on more shared memory than a
+spilled bytes, and how many matrix instructions were emitted; with --sass also the machine instructions and the waits
+for wgmma among them. Exits with 1 on a spill, on more shared memory than a
 program may have, on a kernel that does not build, and on an entry of the configuration table that no case reaches.
 """
 
@@ -52,6 +53,8 @@ class Build:
     spill_bytes: int = 0
     wgmma: int = 0
     mma: int = 0
+    instructions: int = 0  # of the machine, and waits for wgmma among them; counted where asked for
+    waits: int = 0
     seconds: float = 0.0
     error: str = ""
 
@@ -146,8 +149,8 @@ def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
     return list(distinct.values()), unreached
 
 
-def build(sm: int, index: int) -> Build:
-    """Compiles the `index`-th build of `sm`."""
+def build(sm: int, index: int, sass: bool = False) -> Build:
+    """Compiles the `index`-th build of `sm`, and counts its machine instructions if asked."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -176,6 +179,7 @@ def build(sm: int, index: int) -> Build:
     if not spills or not registers:
         return Build(**about, error=f"ptxas printed no resource usage: {report[:200]!r}")
     ptx = compiled.asm["ptx"]
+    lines = count_sass(compiled.asm["sass"]) if sass else (0, 0)
     return Build(
         **about,
         registers=max(map(int, registers)),
@@ -183,8 +187,21 @@ def build(sm: int, index: int) -> Build:
         spill_bytes=sum(int(number) for pair in spills for number in pair),
         wgmma=ptx.count("wgmma.mma_async"),
         mma=ptx.count("mma.sync"),
+        instructions=lines[0],
+        waits=lines[1],
         seconds=time.perf_counter() - started,
     )
+
+
+def count_sass(text: str) -> tuple[int, int]:
+    r"""Counts machine instructions, and waits for wgmma among them, in Triton's disassembly; NOP does not count.
+
+    >>> count_sass("--:-:-:Y:1\t@!P0 BRA 0x10;\n01:-:0:-:4\tWARPGROUP.DEPBAR.LE gsb0, 0x0;\n--:-:-:Y:0\tNOP;")
+    (2, 1)
+    """
+    names = re.findall(r"^[\w:-]+\t(?:@\S+ )?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
+    kept = [name for name in names if name != "NOP"]
+    return len(kept), sum(name.startswith("WARPGROUP.DEPBAR") for name in kept)
 
 
 _cache: dict[int, list[tuple[str, Any, int]]] = {}
@@ -208,19 +225,23 @@ def format_table(builds: Sequence[Build], details: bool) -> str:
     for each in builds:
         groups.setdefault((each.kernel, each.sm), []).append(each)
     header = f"{'kernel':<28}{'sm':>4}{'builds':>8}{'registers':>11}{'shared':>9}{'spill':>7}{'wgmma':>7}{'mma':>6}"
+    sass = any(each.instructions for each in builds)
+    header += f"{'instr.':>8}{'waits':>7}" if sass else ""
     lines = [header]
     for (kernel, sm), group in groups.items():
         lines.append(
             f"{kernel:<28}{sm:>4}{len(group):>8}{max(b.registers for b in group):>11}"
             f"{max(b.shared_memory for b in group):>9}{sum(b.spill_bytes for b in group):>7}"
             f"{sum(b.wgmma for b in group):>7}{sum(b.mma for b in group):>6}"
+            + (f"{sum(b.instructions for b in group):>8}{sum(b.waits for b in group):>7}" if sass else "")
         )
         if details:
             for b in group:
                 constants = " ".join(f"{name}={int(value)}" for name, value in b.constants.items())
                 lines.append(
                     f"  {b.function:<30}{b.registers:>19}{b.shared_memory:>9}{b.spill_bytes:>7}{b.wgmma:>7}{b.mma:>6}"
-                    f"  {b.seconds:4.1f}s warps={b.num_warps} stages={b.num_stages} {constants}"
+                    + (f"{b.instructions:>8}{b.waits:>7}" if sass else "")
+                    + f"  {b.seconds:4.1f}s warps={b.num_warps} stages={b.num_stages} {constants}"
                 )
     return "\n".join(lines)
 
@@ -231,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="compute capabilities, as 80 for 8.0")
     parser.add_argument("--only", nargs="+", help="kernels (folders) to compile")
     parser.add_argument("--details", action="store_true", help="one line per build as well")
+    parser.add_argument("--sass", action="store_true", help="count machine instructions too")
     parser.add_argument("--json", type=Path, help="write every build to this file")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
@@ -241,7 +263,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sm in options.sm:
         launches, unreached = collect(sm)
         faults += [f"{entry}: no case reaches this configuration" for entry in unreached]
-        jobs += [(sm, i) for i, (kernel, *_) in enumerate(launches) if not options.only or kernel in options.only]
+        jobs += [
+            (sm, i, options.sass)
+            for i, (kernel, *_) in enumerate(launches)
+            if not options.only or kernel in options.only
+        ]
     with tempfile.TemporaryDirectory() as cache:  # a cached build would leave ptxas nothing to say
         os.environ["TRITON_CACHE_DIR"] = cache
         context = multiprocessing.get_context("spawn")

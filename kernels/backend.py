@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 # the folders of `kernels/`; a new kernel is entered here and nowhere else
-KERNELS = ("mask_bits", "attention", "panoptic_head", "group_norm_silu", "ddim_step", "point_loss")
+KERNELS = (
+    *("mask_bits", "attention", "panoptic_head", "group_norm_silu", "added_norm", "geglu"),
+    *("ddim_step", "point_loss"),
+)
 BACKENDS = ("auto", "torch")
 _backends = dict.fromkeys(KERNELS, "auto")
 

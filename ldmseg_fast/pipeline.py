@@ -74,6 +74,7 @@ class LDMSegPipeline:
         attention: str = "auto",
         *,
         cuda_graph: bool | None = None,
+        fused: bool = False,
         revision: str | None = None,
     ) -> LDMSegPipeline:
         """Loads the model in a folder, or of the Hugging Face Hub.
@@ -90,6 +91,8 @@ class LDMSegPipeline:
                 on GPUs of sm_89 and newer; see `models.attention.attention`.
             cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
                 cannot be captured runs without, with a warning.
+            fused: of the torch backend: run the UNet with few launches, for a GPU. The results are the same within
+                rounding. No GPU has timed it yet, so it is off by default.
             revision: branch, tag or commit of a model of the Hub; default its main branch.
 
         Raises:
@@ -97,13 +100,15 @@ class LDMSegPipeline:
             CheckpointError: no model folder, or a damaged one.
             HubError: a wrong name, no access, or no connection and nothing in the cache.
             BackendError: a backend or an `attention` that cannot run here, a size that the model or its graphs do not
-                take, or cuda_graph=True without a GPU.
+                take, cuda_graph=True without a GPU, or `fused` where the network has no such form.
         """
         if image_size is not None:
             check_count("image_size", image_size, 1, MAX_SIZE)
         folder = resolve_model_dir(model_dir, revision)
         return cls(
-            load_backend(folder, backend, engine_dir, device, dtype, image_size, attention, cuda_graph=cuda_graph)
+            load_backend(
+                folder, backend, engine_dir, device, dtype, image_size, attention, cuda_graph=cuda_graph, fused=fused
+            )
         )
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -42,7 +42,7 @@ THIRD_PARTY = {
     "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "fastapi", "fiftyone", "gradio",
     "gradio_client", "hotcoco", "huggingface_hub", "hypothesis", "kernels", "matplotlib", "mlflow", "modelopt",
     "numpy", "onnx", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "ray", "safetensors",
-    "shtab", "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "trackio",
+    "shtab", "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "torchao", "tqdm", "trackio",
     "transformers", "triton", "wandb", "xformers", "yaml",
 }  # fmt: skip
 

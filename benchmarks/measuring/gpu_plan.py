@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,11 @@ from pathlib import Path
 from benchmarks.measuring.environment import ROOT
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.backend import KERNELS
+
+OURS_ON_A_GPU = tuple(f"torch bfloat16, graph{more}" for more in ("", ", fused", ", fp8 attention"))
+COMPILED_PEERS = tuple(
+    f"{name}, compile{more}" for name in ("plain torch", "diffusers") for more in ("", ", float8")
+)  # whichever of them this machine can run
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,9 @@ def make_plan(plan: str, device: str, quick: bool, work: Path, tune: Path | None
         for kernel in KERNELS
     ]
     common = ("--model", model, "--device", device, *bounded, "--sizes", "480x640", *(("--quick",) if quick else ()))
-    ours = ["torch float32"] if device == "cpu" else ["torch bfloat16", "torch bfloat16, graph"]
-    slow = [] if device == "cpu" else ["compile bfloat16", "plain torch, compile", "diffusers, compile"]
+    on_cpu = device == "cpu"
+    ours = ["torch float32"] if on_cpu else ["torch bfloat16", *OURS_ON_A_GPU]
+    slow = [] if on_cpu else ["compile bfloat16", *COMPILED_PEERS]
     steps, batches = ((2,), (1,)) if quick else ((50, 4, 1), (1, 16))
     step = ("--parts", "step", "--batch", *batches)
     whole = ("--parts", "whole", "stages", "--batch", 1, "--steps", *steps)
@@ -82,7 +89,23 @@ def make_plan(plan: str, device: str, quick: bool, work: Path, tune: Path | None
         script("bench_training", "--config", preset, "--no-zero", "--quick", *bounded),
         80.0 * scale,
     )
-    alone = [*kernels, *latency, profile, *(compiled if slow else []), training, *_engines(device, model, work, common)]
+    runtime = Part(
+        "ONNX Runtime",
+        script("bench_latency", *common, *step, "--variants", "onnxruntime"),
+        60.0 * scale,
+        needs,
+    )  # by itself: the export alone takes most of a minute
+    rival = Part(
+        "EoMT-S",
+        script("bench_latency", *common, "--parts", "eomt", "--batch", *batches, "--variants", "none"),
+        50.0 * scale,
+        needs,
+    )
+    alone = [*kernels, *latency, profile, *_counters(device, model), *(compiled if slow else [])]
+    alone += [rival] if importlib.util.find_spec("transformers") else []
+    exports = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
+    alone += [runtime] if exports and plan == "long" else []
+    alone += [training, *_engines(device, model, work, common)]
     if tune is not None:
         tuning = script("bench_kernels", "--tune", tune.absolute(), "--minutes", "{minutes}")
         alone.append(Part("tuning", tuning, 300.0, tuple(test.name for test in tests)))
@@ -91,6 +114,16 @@ def make_plan(plan: str, device: str, quick: bool, work: Path, tune: Path | None
 
 def _test_files(kernel: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "kernels").glob(f"test_{kernel}*.py"))]
+
+
+def _counters(device: str, model: Path) -> list[Part]:
+    """One call of Nsight Compute, where it is installed: names of the kernels, issue rates, bandwidths."""
+    if device == "cpu" or shutil.which("ncu") is None:
+        return []
+    kernels = "regex:attention_forward|panoptic_tile|apply_kernel|conv|gemm"
+    counted = ("ncu", "--clock-control", "none", "--set", "basic", "-k", kernels, "-c", "40")
+    loop = script("profile_loop", "--model", model, "--device", device, "--steps", 1)
+    return [Part("ncu", (*counted, *loop), 80.0, ("random weights",))]
 
 
 def _engines(device: str, model: Path, work: Path, common: Sequence[object]) -> list[Part]:

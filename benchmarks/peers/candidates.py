@@ -18,6 +18,7 @@ from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.config.precision import has_units
 from ldmseg_fast.data.folders import read_image
+from ldmseg_fast.kernels.attention import why_not_fp8
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
@@ -75,17 +76,18 @@ def our_candidates(
     dtypes = tuple(dtype for dtype in dtypes if has_units(device, dtype))
     makers: dict[str, Maker] = {}
 
-    def add(name: str, dtype: torch.dtype, backend: str = "torch", cuda_graph: bool | None = None) -> None:
-        """`cuda_graph` None is what users get."""
-        makers[name] = lambda: OurPipeline(
-            load_backend(info.folder, backend, device=device, dtype=dtype, cuda_graph=cuda_graph)
-        )
+    def add(name: str, dtype: torch.dtype, backend: str = "torch", **options: Any) -> None:
+        """Without `options` it is what users get."""
+        makers[name] = lambda: OurPipeline(load_backend(info.folder, backend, device=device, dtype=dtype, **options))
 
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         add(f"torch {name}", dtype, cuda_graph=False)
         if device == "cuda":
             add(f"torch {name}, graph", dtype)
+            add(f"torch {name}, graph, fused", dtype, fused=True)
+            if not why_not_fp8(torch.device(device), dtype):
+                add(f"torch {name}, graph, fp8 attention", dtype, attention="fp8")
         if slow:
             add(f"compile {name}", dtype, "compile")
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
@@ -122,4 +124,11 @@ def plain_candidates(info: ModelInfo, device: str, slow: bool = True) -> dict[st
         makers[f"{name}, xformers"] = lambda: PlainPipeline(info, device, dtype, "xformers")
     if slow:
         makers[f"{name}, compile"] = lambda: PlainPipeline(info, device, dtype, compiled=True)
+    if (
+        slow
+        and device == "cuda"
+        and importlib.util.find_spec("torchao")
+        and not why_not_fp8(torch.device(device), dtype)
+    ):
+        makers[f"{name}, compile, float8"] = lambda: PlainPipeline(info, device, dtype, compiled=True, float8=True)
     return makers

@@ -134,17 +134,29 @@ class PlainPipeline:
         info: of the model folder.
         device, dtype: of the networks.
         attention: "sdpa" or "xformers".
-        compiled: torch.compile of the UNet, as diffusers' documentation has it.
+        compiled: torch.compile of the UNet, on a GPU with mode="max-autotune", as diffusers' documentation has it.
+        float8: the UNet's linear layers in e4m3 with dynamic scales, by torchao.
     """
 
     def __init__(
-        self, info: ModelInfo, device: str, dtype: torch.dtype, attention: str = "sdpa", compiled: bool = False
+        self,
+        info: ModelInfo,
+        device: str,
+        dtype: torch.dtype,
+        attention: str = "sdpa",
+        compiled: bool = False,
+        float8: bool = False,
     ) -> None:
         self.info, self.device, self.dtype = info, torch.device(device), dtype
         unet = self._unet().to(self.device, dtype)
         if attention == "xformers":
             unet.enable_xformers_memory_efficient_attention()
-        self.unet = torch.compile(unet) if compiled else unet
+        if float8:
+            from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+
+            quantize_(unet, Float8DynamicActivationFloat8WeightConfig())
+        mode = "max-autotune" if self.device.type == "cuda" else None
+        self.unet = torch.compile(unet, mode=mode) if compiled else unet
         self.scheduler = diffusers_scheduler(info) if HAS_DIFFUSERS else TorchScheduler(info)
         self.encoder: Any = self._encoder().to(self.device, dtype)
         self.image_scale = load_component_config(info.folder, "image_vae")[0].scaling_factor

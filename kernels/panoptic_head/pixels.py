@@ -85,6 +85,7 @@ def panoptic_tile_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
+    BY_EQUALITY: tl.constexpr,  # label: the lowest slot whose logit equals the best, in the place of a ranking of pairs
 ):
     """Labels one tile of target pixels, and counts its pixels above the sigmoid threshold of each slot.
 
@@ -146,7 +147,11 @@ def panoptic_tile_kernel(
         ranked = logits
         if INTERPRETED:  # numpy refuses to rank NaNs alone; a GPU gives any label, and the tile is done again
             ranked = tl.where(logits == logits, logits, float("-inf"))
-        best, label = tl.max(ranked, 1, return_indices=True)
+        if BY_EQUALITY:
+            best = tl.max(ranked, 1)
+            label = tl.min(tl.where(ranked == best[:, None], slot[None, :], BLOCK_Q - 1), 1)
+        else:
+            best, label = tl.max(ranked, 1, return_indices=True)
         probability = 1.0 / tl.sum(tl.math.exp2((logits - best[:, None]) * LOG2_E), 1)
         counted = in_row
         if CAREFUL:

@@ -24,6 +24,7 @@ def load_backend(
     attention: str = "auto",
     *,
     cuda_graph: bool | None = None,
+    fused: bool = False,
 ) -> Backend:
     """Loads the backend called `name` for a model folder.
 
@@ -36,12 +37,13 @@ def load_backend(
         attention: of the first two, see `models.attention.attention`; graphs have theirs from the export.
         cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
             cannot be captured runs without, with a warning.
+        fused: of "torch", run the UNet with few launches; see `models.fused_unet`.
 
     Raises:
         ArgumentError: an unknown `attention`.
         BackendError: an unknown name, a missing package, an `engine_dir` that is missing or not meant for it, a size
-            that the model or its graphs do not take, an `attention` that cannot run on the device, or cuda_graph=True
-            without a GPU.
+            that the model or its graphs do not take, an `attention` that cannot run on the device, cuda_graph=True
+            without a GPU, or `fused` where the network has no such form.
         CheckpointError: a folder that is no model.
     """
     if name not in BACKENDS:
@@ -53,9 +55,10 @@ def load_backend(
         from ldmseg_fast.backends.torch_backend import TorchBackend
 
         info = info if image_size is None else info.at_size(image_size)
-        return TorchBackend(
-            info, device, dtype, compile_networks=name == "compile", attention=attention, cuda_graph=cuda_graph
-        )
+        compiles = name == "compile"
+        return TorchBackend(info, device, dtype, compiles, attention, cuda_graph=cuda_graph, fused=fused)
+    if fused:
+        raise BackendError(f"fused=True: of backend=torch only; backend={name} runs exported graphs; leave fused out")
     if attention != "auto":
         raise BackendError(f"attention={attention}: fixed at export; backend={name} takes auto only")
     if engine_dir is None:

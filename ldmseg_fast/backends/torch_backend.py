@@ -11,19 +11,24 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import DdimBackend
+from ldmseg_fast.backends.compiled import compile_network, tuned_convolutions
 from ldmseg_fast.backends.finite import all_finite, require_finite
 from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
 from ldmseg_fast.backends.graphs.loop import UNetSteps, use_cuda_graph
 from ldmseg_fast.backends.model_info import ModelInfo
-from ldmseg_fast.backends.packed_weights import can_pack, compile_frozen, pack_weights
+from ldmseg_fast.backends.packed_weights import can_pack, pack_weights
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import warn_if_emulated
+from ldmseg_fast.errors import BackendError
 from ldmseg_fast.models.attention import check_backend
+from ldmseg_fast.models.fused_unet import FusedUNet, why_not_fused
 from ldmseg_fast.models.pyramids import fold_norms
-from ldmseg_fast.models.unet import FeatureCache
+from ldmseg_fast.models.unet import FeatureCache, UNet
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, resize_logits
+
+CAPTURED_BATCH = 4  # pictures; encoder and decoder of more are busy, and their graphs would keep gigabytes
 
 
 class TorchBackend(DdimBackend):
@@ -34,14 +39,17 @@ class TorchBackend(DdimBackend):
         device: default the first GPU, or the CPU.
         dtype: default bfloat16 on a GPU and float32 on a CPU. One that the device emulates is slower than float32 and
             gives a warning that says how much.
-        compile_networks: `torch.compile` for the denoiser and the encoder; the first call takes a minute or more.
+        compile_networks: `torch.compile` for the denoiser and the encoder, see `compiled.compile_network`; the first
+            call with a batch or size takes a minute or more, and says on stderr how long it took.
         attention: of the UNet, see `models.attention.attention`.
-        cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps; None: on a GPU. A loop
-            that cannot be captured runs without, with a warning.
+        cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps, and encoder and decoder
+            of a few pictures as one each; None: on a GPU. What cannot be captured runs without, with a warning.
+        fused: run the UNet with few launches, see `models.fused_unet`.
 
     Raises:
         ArgumentError: an unknown `attention`.
-        BackendError: an `attention` that cannot run on the device, or a CUDA graph on another device than a GPU.
+        BackendError: an `attention` that cannot run on the device, a CUDA graph on another device than a GPU, or
+            `fused` for a network that is compiled or has what the fused one has not.
         CheckpointError: a damaged model folder.
     """
 
@@ -53,6 +61,7 @@ class TorchBackend(DdimBackend):
         compile_networks: bool = False,
         attention: str = "auto",
         cuda_graph: bool | None = None,
+        fused: bool = False,
     ) -> None:
         self.info = info
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -67,19 +76,29 @@ class TorchBackend(DdimBackend):
         self.conditioning = None if info.conditioning == "none" else self._load("conditioning")
         self.unet.fuse_qkv()
         self.unet.fuse_time()
-        self._denoise, self._encode = self.unet, self.image_vae
+        self._network: UNet | FusedUNet = self._fuse(compile_networks) if fused else self.unet
+        self._denoise: Callable[..., Tensor] = self._network
+        self._encode: Callable[..., Tensor] = self.image_vae
         self._compiles = compile_networks
         if compile_networks:
-            compiler: Any = compile_frozen if self.device.type == "cpu" else torch.compile
-            self._denoise, self._encode = compiler(self.unet), compiler(self.image_vae)
+            self._denoise = compile_network(self.unet, "unet", self.device)
+            self._encode = compile_network(self.image_vae, "image_vae", self.device)
         if can_pack(self.device, self.dtype):
             for network in (self.mask_vae,) if compile_networks else (self.unet, self.image_vae, self.mask_vae):
                 pack_weights(network)
         self._lanes = LanePool(self._make_lane, 1)
 
+    def _fuse(self, compiles: bool) -> FusedUNet:
+        reason = "backend=compile makes its own kernels" if compiles else why_not_fused(self.unet.config)
+        if reason:
+            raise BackendError(f"fused=True: {reason}; leave fused out")
+        return FusedUNet(self.unet)
+
     def _make_lane(self) -> Lane:
-        denoise = torch.compile(self.unet.denoise) if self._compiles else self.unet.denoise
-        make_steps = partial(UNetSteps, self.unet, denoise)
+        denoise: Any = self._network.denoise
+        if self._compiles:
+            denoise = compile_network(denoise, "unet", self.device)
+        make_steps = partial(UNetSteps, self._network, denoise)
         return Lane({}, torch.cuda.Stream(self.device), capture=True, make_steps=make_steps)
 
     def _load(self, name: str, attention: str = "auto") -> Any:
@@ -93,12 +112,28 @@ class TorchBackend(DdimBackend):
     def encode_image(self, images: Tensor) -> Tensor:
         """See `Backend.encode_image`."""
         images = images.to(self.device).contiguous(memory_format=torch.channels_last)
-        return self._encode(images).to(self.dtype)
+        return self._call("image_vae", self._encode_images, images)[0]
+
+    def _encode_images(self, images: Tensor) -> tuple[Tensor]:
+        return (self._encode(images).to(self.dtype),)
+
+    def _decode_latents(self, latents: Tensor) -> tuple[Tensor, ...]:
+        logits, categories = self.mask_vae.decode_latents_both(latents)
+        return (logits,) if categories is None else (logits, categories)
+
+    def _call(self, name: str, function: Callable[[Tensor], tuple[Tensor, ...]], value: Tensor) -> tuple[Tensor, ...]:
+        """Calls a network of `value` [B, ...]; as a CUDA graph where launches are what takes the time."""
+        with tuned_convolutions(self.device):
+            if not self.cuda_graph or not 0 < len(value) <= CAPTURED_BATCH:
+                return function(value)
+            with self._lanes.lane() as lane:
+                return lane.call(name, function, value)
 
     @torch.inference_mode()
     def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """See `Backend.denoise`."""
-        return self._denoise(unet_input.to(self.dtype), timesteps, context)
+        with tuned_convolutions(self.device):
+            return self._denoise(unet_input.to(self.dtype), timesteps, context)
 
     def caching(self, interval: int, branch: int) -> Callable[..., Tensor]:
         """See `Backend.caching`. It is eager where the backend compiles."""
@@ -108,14 +143,15 @@ class TorchBackend(DdimBackend):
         def denoise(unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
             if next(calls) % interval == 0:
                 cache.features = None
-            return self.unet(unet_input.to(self.dtype), timesteps, context, cache)
+            with tuned_convolutions(self.device):
+                return self.unet(unet_input.to(self.dtype), timesteps, context, cache)
 
         return denoise
 
     def _own_loop(self, noise: Tensor, image_latents: Tensor, num_inference_steps: int) -> Tensor | None:
         if not self.cuda_graph or self.conditioning is not None:
             return None
-        with self._lanes.lane() as lane:
+        with self._lanes.lane() as lane, tuned_convolutions(self.device):
             return lane.sample(self.info, noise, image_latents, num_inference_steps)
 
     @torch.inference_mode()
@@ -130,7 +166,8 @@ class TorchBackend(DdimBackend):
     ) -> list[PanopticResult] | Tensor:
         """See `Backend.decode_mask`."""
         # [B, Q, h 2^u, w 2^u], and [B, categories + 1, h 2^u, w 2^u] or None
-        logits, categories = self.mask_vae.decode_latents_both(latents.to(self.device, self.dtype))
+        logits, *rest = self._call("mask_vae", self._decode_latents, latents.to(self.device, self.dtype))
+        categories = rest[0] if rest else None
         finite = (
             all_finite(logits) if categories is None else all_finite(logits) & all_finite(categories)
         )  # read below, after what waits for the device anyway

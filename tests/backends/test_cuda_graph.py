@@ -5,14 +5,16 @@ Without a GPU, a fake capture stands in for CUDA's: it holds the loop's steps, a
 
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.backends.graphs import lanes, loop
-from ldmseg_fast.backends.graphs.loop import SampleLoop, use_cuda_graph
+from ldmseg_fast.backends.graphs import captured, lanes, loop
+from ldmseg_fast.backends.graphs.captured import Captured
+from ldmseg_fast.backends.graphs.loop import use_cuda_graph
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
@@ -20,6 +22,7 @@ from ldmseg_fast.cli import main
 from ldmseg_fast.diffusion.sampler import ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError
+from ldmseg_fast.models.fused_unet import FusedUNet
 from ldmseg_fast.panoptic.format import read_panoptic_png
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -46,7 +49,6 @@ class FakeCuda:
     def __init__(self) -> None:
         self.captures = self.replays = 0
         self.error: Exception | None = None
-        self.steps = None
 
     def make_graph(self):
         return self
@@ -58,25 +60,25 @@ class FakeCuda:
             raise self.error
         return nullcontext()
 
-    def replay(self) -> None:
+    def replay(self, run) -> None:
         self.replays += 1
-        self.steps()
+        run()
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     fake = FakeCuda()
-    original = SampleLoop._captured
+    original = Captured._captured
 
-    def captured(self):
-        fake.steps = self.steps.run
-        return original(self)
+    def capture(self):
+        graph = original(self)
+        return SimpleNamespace(replay=partial(fake.replay, self.run)) if graph is fake else graph
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.make_graph)
     monkeypatch.setattr(torch.cuda, "graph", fake.capture)
-    monkeypatch.setattr(SampleLoop, "_captured", captured)
-    for module in (loop, lanes):
+    monkeypatch.setattr(Captured, "_captured", capture)
+    for module in (captured, loop, lanes):
         monkeypatch.setattr(module, "on_stream", lambda stream: nullcontext())
     return fake
 
@@ -134,6 +136,27 @@ def test_a_failed_capture_is_one_warning_and_right_results(backend, cuda, error)
     assert (cuda.captures, cuda.replays) == (1, 0)
 
 
+@pytest.mark.parametrize("error", [None, RuntimeError("CUDA error: operation not permitted")], ids=["", "refused"])
+def test_encoder_and_decoder_are_graphs_of_their_own(model_dir, backend, cuda, error):
+    """One step of a picture is three replays and the head, and right where a capture is refused."""
+    plain = TorchBackend(backend.info, "cpu", torch.float32)
+    cuda.error = error
+    size = backend.info.picture_size
+    pictures = torch.randint(0, 256, (4, 1, 3, size, size), dtype=torch.uint8)
+    latents, kept = make_inputs(1)[0], []
+    with pytest.warns(UserWarning, match="cannot be captured") if error else nullcontext():
+        for picture in pictures:
+            kept.append((backend.encode_image(picture), backend.decode_mask(latents, (8, 8), "logits")))
+    for picture, (encoded, logits) in zip(pictures, kept):  # later calls changed nothing of earlier ones
+        torch.testing.assert_close(encoded, plain.encode_image(picture), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, plain.decode_mask(latents, (8, 8), "logits"), rtol=1e-5, atol=1e-5)
+    assert (cuda.captures, cuda.replays) == ((1, 0) if error else (2, 6))
+    before = cuda.captures
+    for _ in range(3):
+        backend.encode_image(pictures[0].expand(5, -1, -1, -1))  # a batch that keeps the GPU busy by itself
+    assert cuda.captures == before
+
+
 def test_a_fault_of_ours_is_no_failed_capture(backend, cuda):
     cuda.error = TypeError("a bug")
     check_sample(backend, 2, 3)
@@ -164,6 +187,28 @@ def test_a_compiled_network_is_captured_as_compiled(model_dir, cuda, monkeypatch
     backend.cuda_graph = True
     check_sample(backend, 1, 2)
     assert compiled[-1] == backend.unet.denoise
+
+
+def test_the_fused_network_is_captured_as_fused(model_dir, cuda):
+    backend = TorchBackend(read_model_info(model_dir), "cpu", torch.float32, fused=True)
+    plain = TorchBackend(backend.info, "cpu", torch.float32)
+    backend.cuda_graph = True
+    noise, image_latents = make_inputs(2)
+    scheduler = Scheduler(backend.info.scheduler)
+    for _ in range(3):
+        found = backend.sample(noise, image_latents, scheduler, 3)
+        expected = ddim(plain.denoise, noise, image_latents, scheduler, 3, backend.info.self_condition)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert cuda.captures == 1 and isinstance(backend._denoise, FusedUNet)
+
+
+def test_where_nothing_can_be_fused_it_says_so(model_dir, tmp_path):
+    for backend, engine_dir, reason in (
+        ("compile", None, "backend=compile makes its own kernels"),
+        ("onnxruntime", tmp_path, "of backend=torch only"),
+    ):
+        with pytest.raises(BackendError, match=f"^fused=True: {reason}.*; leave fused out$"):
+            LDMSegPipeline.from_pretrained(model_dir, backend, engine_dir, device="cpu", fused=True)
 
 
 def test_a_closed_backend_takes_no_calls(backend):

@@ -111,7 +111,7 @@ def test_compiled_weights_are_packed():
 
 def test_the_compiled_backend_freezes_its_weights(info, monkeypatch):
     frozen = []
-    monkeypatch.setattr("ldmseg_fast.backends.torch_backend.compile_frozen", lambda network: frozen.append(network))
+    monkeypatch.setattr("ldmseg_fast.backends.compiled.compile_frozen", lambda network: frozen.append(network))
     backend = TorchBackend(info, "cpu", BFLOAT16, compile_networks=True)
     assert frozen == [backend.unet, backend.image_vae]
     assert "forward" not in vars(backend.unet.conv_in)  # packed layers are nothing that a compiler sees through

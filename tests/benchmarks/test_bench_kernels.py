@@ -58,6 +58,20 @@ def test_a_red_case_is_a_row_and_the_others_are_measured(on_a_gpu, tmp_path):
     assert {row["name"] for row in results if "p50" in row} == {"mask_bits right"}
 
 
+def test_a_case_without_time_is_a_row_too(on_a_gpu, tmp_path):
+    options = argparse.Namespace(minutes=0.0, quick=True, no_tests=True, out=tmp_path)
+    assert bench_kernels.benchmark([make_case("right", torch.exp)], options) == 1
+    [path] = tmp_path.iterdir()
+    [row] = json.loads(path.read_text())["results"]
+    assert (row["name"], row["red"]) == ("mask_bits right", "not measured (time budget)")
+
+
+def test_the_tests_take_no_time_from_the_cases(on_a_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "run_tests", lambda kernels: time.sleep(7))
+    options = argparse.Namespace(minutes=0.1, quick=True, no_tests=False, out=tmp_path)
+    assert bench_kernels.benchmark([make_case("right", torch.exp)], options) == 0
+
+
 def launching(kernel, shape_class, launched):
     """A kernel that looks its configuration up, notes it, and refuses some."""
 

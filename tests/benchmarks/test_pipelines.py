@@ -1,6 +1,10 @@
 """The baseline is the same method as ours, and no number is recorded where the two disagree."""
 
+import importlib.util
 import json
+import sys
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +12,8 @@ import torch
 
 from benchmarks import bench_latency, bench_throughput
 from benchmarks.harness import validate
-from benchmarks.peers import plain_pipeline
+from benchmarks.measuring.gpu_plan import OURS_ON_A_GPU
+from benchmarks.peers import candidates, plain_pipeline
 from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.peers.plain_pipeline import PlainPipeline, plain_postprocess
 from ldmseg_fast.backends.model_info import read_model_info
@@ -17,6 +22,7 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import has_units
 from ldmseg_fast.diffusion.sampler import image_noise
 from ldmseg_fast.kernels.panoptic_head import reference
+from ldmseg_fast.models.layers import Attention
 from ldmseg_fast.panoptic.postprocess import make_segments_info
 
 
@@ -64,6 +70,49 @@ def test_candidates_have_names_for_the_report(info, tmp_path):
     assert {"diffusers", "diffusers, compile", "torch float32", "onnxruntime"} <= set(names)
     assert ("torch bfloat16" in names) == has_units("cpu", torch.bfloat16)  # where it is emulated, nobody runs it
     assert not any("compile" in name for name in our_candidates(info, "cpu", tmp_path, slow=False))
+
+
+@pytest.mark.filterwarnings("ignore:.*bfloat16")
+def test_every_variant_of_a_gpu_runs(info, picture, monkeypatch, tmp_path):
+    """Each maker of the GPU's variants, with graphs and the compiler replaced by eager, on a CPU."""
+    load = candidates.load_backend
+
+    def load_on_cpu(folder, name, device, dtype, **options):
+        backend = load(folder, name, device="cpu", dtype=dtype, fused=options.get("fused", False))
+        for module in backend.unet.modules():
+            if isinstance(module, Attention):
+                module.backend = options.get("attention", "auto")
+        return backend
+
+    float8 = []
+    quantization = SimpleNamespace(
+        Float8DynamicActivationFloat8WeightConfig=lambda: "float8", quantize_=lambda *args: float8.append(args[1])
+    )
+    find = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, "torchao.quantization", quantization)
+    monkeypatch.setattr(candidates, "load_backend", load_on_cpu)
+    monkeypatch.setattr(candidates, "why_not_fp8", lambda *_: "")
+    monkeypatch.setattr(candidates, "has_units", lambda *_: True)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    plain = partial(PlainPipeline, info, "cpu", torch.float32)
+    monkeypatch.setattr(candidates, "PlainPipeline", lambda info, device, dtype, *args, **more: plain(*args, **more))
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: name == "torchao" or find(name))
+        makers = plain_candidates(info, "cuda") | our_candidates(info, "cuda", tmp_path)
+    wanted = {"torch bfloat16", *OURS_ON_A_GPU, "compile bfloat16", "diffusers, compile", "diffusers, compile, float8"}
+    assert wanted | {"onnxruntime"} <= makers.keys()
+    noise = image_noise(0, [0], info.latent_shape)
+    maps = {name: makers[name]().whole([picture], noise, 1)[0].segmentation for name in sorted(wanted)}
+    assert all(found.shape == picture.shape[:2] for found in maps.values())
+    assert float8 == ["float8"]
+
+
+def test_the_rival_is_timed(model_dir, tmp_path):
+    arguments = ["--variants", "none", "--sizes", "48x64", "--parts", "eomt"]
+    assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == 0
+    record = json.loads(next(tmp_path.glob("latency-*.json")).read_text())
+    rows = {row["name"]: row for row in record["results"]}
+    assert rows["EoMT whole image"]["p50"] > rows["EoMT forward"]["p50"] > 0
 
 
 def run_quick(main, model_dir, out, *arguments):

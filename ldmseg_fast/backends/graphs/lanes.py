@@ -7,15 +7,18 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ldmseg_fast.backends.graphs.loop import CaptureError, Runner, RunnerSteps, SampleLoop, Steps, on_stream
+from ldmseg_fast.backends.graphs.captured import CapturedCall, CaptureError, on_stream
+from ldmseg_fast.backends.graphs.loop import Runner, RunnerSteps, SampleLoop, Steps
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.errors import ArgumentError, BackendError
 
-MAX_LOOPS = 4  # (batch, steps) pairs that keep their buffers and CUDA graph
+MAX_LOOPS = 4  # (batch, steps) pairs that keep their buffers and CUDA graph, and calls that do
+Result = TypeVar("Result")
 
 
 class Lane:
@@ -41,6 +44,7 @@ class Lane:
         self.stream = stream
         self.capture = capture
         self._loops: OrderedDict[tuple, SampleLoop] = OrderedDict()
+        self._calls: OrderedDict[tuple, CapturedCall] = OrderedDict()
 
     def run(self, graph: str, inputs: Mapping[str, Tensor], output_sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """Runs a graph once.
@@ -73,17 +77,46 @@ class Lane:
 
         Where a loop cannot be captured as a CUDA graph, a warning says so, and this lane goes on without graphs.
         """
+        return self._captured(
+            "the sampling loop", lambda: self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
+        )
+
+    def call(self, name: str, function: Callable[[Tensor], tuple[Tensor, ...]], value: Tensor) -> tuple[Tensor, ...]:
+        """Calls a function of a tensor, of any shape and dtype, as a CUDA graph for each shape of `value`.
+
+        Where it cannot be captured, a warning says so as in `sample`. The least recently used call makes room for a
+        fifth.
+
+        Args:
+            name: of the function, which is always the same one under it.
+            function: gives tensors of any shape and dtype.
+            value: its argument.
+        """
+
+        def run() -> tuple[Tensor, ...]:
+            key = (name, tuple(value.shape), value.dtype)
+            if key not in self._calls:
+                while len(self._calls) >= MAX_LOOPS:
+                    self._calls.popitem(last=False)
+                self._calls[key] = CapturedCall(function, self.stream, self.capture)
+            self._calls.move_to_end(key)
+            return self._calls[key](value)
+
+        return self._captured(name, run)
+
+    def _captured(self, name: str, run: Callable[[], Result]) -> Result:
         try:
-            return self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
+            return run()
         except CaptureError as error:
             warnings.warn(
-                f"cuda_graph: the sampling loop cannot be captured ({error}); it runs step by step from here on, with "
+                f"cuda_graph: {name} cannot be captured ({error}); it runs step by step from here on, with "
                 f"the same results; cuda_graph=False or --no-cuda-graph does so from the start",
-                stacklevel=2,
+                stacklevel=3,
             )
         self.capture = False
         self._loops.clear()  # with the memory of their graphs
-        return self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
+        self._calls.clear()
+        return run()
 
     def loop(self, info: ModelInfo, image_latents: Tensor, num_inference_steps: int) -> SampleLoop:
         """Returns the loop for image latents of this shape, float [B, C_image, h, w], and this number of steps.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ldmseg_fast.backends.graphs.captured import Captured, on_stream
 from ldmseg_fast.backends.graphs.specs import GraphSpec, schedule
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.diffusion.sampler import Denoise, ddim_steps
 from ldmseg_fast.errors import BackendError
+from ldmseg_fast.models.fused_unet import FusedUNet
 from ldmseg_fast.models.unet import UNet
 
 
@@ -33,10 +34,6 @@ class Runner(Protocol):
             repeated: whether the call will be made many times, so that a runtime may record it.
         """
         ...
-
-
-class CaptureError(Exception):
-    """Reports that a loop could not be captured as a CUDA graph. `Lane.sample` goes on without one."""
 
 
 def use_cuda_graph(cuda_graph: bool | None, device: torch.device) -> bool:
@@ -121,7 +118,7 @@ class UNetSteps:
 
     Args:
         unet: whose `embed_time` makes the table of times.
-        denoise: `unet.denoise`, as it is or compiled.
+        denoise: its `denoise`, as it is or compiled.
         info: of the model.
         image_latents: their shape [B, C, h, w], dtype and layout are the loop's.
         num_inference_steps: N.
@@ -131,7 +128,7 @@ class UNetSteps:
 
     @torch.no_grad()
     def __init__(
-        self, unet: UNet, denoise: Denoise, info: ModelInfo, image_latents: Tensor, num_inference_steps: int
+        self, unet: UNet | FusedUNet, denoise: Denoise, info: ModelInfo, image_latents: Tensor, num_inference_steps: int
     ) -> None:
         self.denoise = denoise
         self.info = info
@@ -168,17 +165,13 @@ class SampleLoop:
     Args:
         steps: what it runs.
         stream: where the loop runs; None on a CPU.
-        capture: make the whole loop one CUDA graph. Needs a stream. The first call runs the steps one by one, as lazy
-            initialisation must not fall into a capture; the second call captures, so a loop that runs once costs
-            nothing more.
+        capture: make the whole loop one CUDA graph, see `Captured`.
     """
 
     def __init__(self, steps: Steps, stream: torch.cuda.Stream | None = None, capture: bool = False) -> None:
         self.steps = steps
         self.stream = stream
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._capture = capture and stream is not None
-        self._has_run = False
+        self._run = Captured(steps.run, stream, capture)
 
     @torch.inference_mode()
     def __call__(self, noise: Tensor, image_latents: Tensor) -> Tensor:
@@ -196,37 +189,7 @@ class SampleLoop:
         """
         result = torch.empty(noise.shape, device=image_latents.device)
         with on_stream(self.stream):
-            if self._capture and self._has_run and self._graph is None:
-                self._graph = self._captured()
             self.steps.fill(noise, image_latents)
-            if self._graph is not None:
-                self._graph.replay()
-            else:
-                self.steps.run()
-            self._has_run = True
+            self._run()
             result.copy_(self.steps.result)
         return result
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.steps.run()
-        except RuntimeError as error:  # whatever CUDA refuses
-            raise CaptureError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-        return graph
-
-
-@contextmanager
-def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Puts work on a stream: it follows what the current stream has queued, and the current stream waits for it.
-
-    Results are to be allocated outside: then the allocator never hands memory to one stream that the other still uses.
-    """
-    if stream is None:
-        yield
-        return
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(stream.device).wait_stream(stream)
