@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ class Run:
         resume: bool = False,
         user_config: dict[str, Any] | None = None,
         trust: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
         self.folder, self.device, self.interrupt = Path(config.output_dir), distributed.device(), interrupt
         settings = config.train
@@ -131,7 +133,8 @@ class Run:
                 temporary.write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         trackers = {"wandb": settings.wandb, "mlflow": settings.mlflow, "trackio": settings.trackio}
         self.log = RunLog(logs, self.progress.step, settings=to_dict(config), **trackers)
-        self.say(precision)
+        for line in (*notes, precision):
+            self.say(line)
         for warning in not_held_out(config):
             self.say(f"warning: {warning}")
         self.agreement, self.window = Agreement(), Window()
@@ -318,6 +321,7 @@ def train(
     resume: bool = False,
     deepspeed_config: dict[str, Any] | None = None,
     trust: bool = False,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Trains one stage.
 
@@ -327,6 +331,7 @@ def train(
         resume: continue from the newest whole checkpoint in `output_dir`.
         deepspeed_config: a user's DeepSpeed settings, merged with ours.
         trust: a checkpoint that DeepSpeed itself pickled may be resumed from.
+        notes: lines that the run says at its start.
 
     Returns:
         The model folder.
@@ -351,7 +356,7 @@ def train(
     ):
         run = None
         try:
-            run = Run(stage_name, config, interrupt, resume, deepspeed_config, trust)
+            run = Run(stage_name, config, interrupt, resume, deepspeed_config, trust, notes)
             run.loop()
         except Exception as error:
             if is_out_of_memory(error):
