@@ -79,6 +79,11 @@ def validate(config: Config) -> Config:
             f"set train.compile=none or train.zero_stage=2",
         ),
         (
+            config.scheduler.fixed_weight == 1.0 or config.scheduler.loss_weighting == "constant",
+            f"scheduler.fixed_weight={config.scheduler.fixed_weight:g} goes with scheduler.loss_weighting=constant, "
+            f"not with {config.scheduler.loss_weighting}; set one of the two",
+        ),
+        (
             not train.offload or train.zero_stage > 0,
             "train.offload moves what ZeRO has cut to the CPU; set train.zero_stage=1, 2 or 3",
         ),

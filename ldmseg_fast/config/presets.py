@@ -153,6 +153,7 @@ def load_config(
     else:
         values = _read_file(Path(name_or_file))
         meant = values.pop("stage", stage)
+        values.pop("settings_version", None)
         if stage and meant != stage:
             raise ConfigError(
                 f"{name_or_file}: stage={meant}: settings of another stage than {stage}; take those of {stage}, or "

@@ -157,9 +157,11 @@ class SchedulerConfig:
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     rescale_zero_snr: bool = False
     timestep_spacing: Literal["trailing", "leading"] = "trailing"
-    loss_weighting: Literal["none", "max_clamp_snr", "fixed", "linear", "inverse_log_snr"] = "max_clamp_snr"
-    max_snr: Factor = 2.0
-    fixed_weight: Weight = 1.0
+    loss_weighting: Literal[
+        "none", "max_clamp_snr", "fixed", "linear", "inverse_log_snr", "constant", "inverse_log1p_snr"
+    ] = "max_clamp_snr"  # the first five are the original's; of the diffusion stage
+    max_snr: Factor = 2.0  # "max_clamp_snr"
+    fixed_weight: Weight = 1.0  # "constant"
 
 
 @dataclass(frozen=True)

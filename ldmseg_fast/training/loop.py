@@ -43,7 +43,7 @@ from ldmseg_fast.training.inputs import (
     use_categories,
     validation_sets,
 )
-from ldmseg_fast.training.machine import resolve_settings
+from ldmseg_fast.training.machine import SETTINGS_VERSION, resolve_settings
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
@@ -127,7 +127,8 @@ class Run:
         self.guard = NonFiniteGuard(logs / f"nonfinite-{distributed.rank()}.jsonl", settings.max_skipped)
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", {"stage": stage_name} | to_dict(config))
+            about = {"stage": stage_name, "settings_version": SETTINGS_VERSION}
+            write_json(self.folder / "config.json", about | to_dict(config))
             record_start(logs, stage_name, self.progress.step)
             with replacing(self.folder / "settings.txt") as temporary:
                 temporary.write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
