@@ -43,7 +43,7 @@ from ldmseg_fast.training.inputs import (
     use_categories,
     validation_sets,
 )
-from ldmseg_fast.training.machine import SETTINGS_VERSION, resolve_settings
+from ldmseg_fast.training.machine import SETTINGS_VERSION, peak_memory, resolve_settings
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
@@ -226,6 +226,7 @@ class Run:
             values["skipped"] = self.progress.skipped
         if self.optimizer.scale.enabled:
             values["loss_scale"] = self.optimizer.scale.value
+        values["memory_gib"] = peak_memory() / 2**30
         if self.device.type == "cuda":
             values["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_s']:.0f}")

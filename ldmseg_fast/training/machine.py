@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,15 @@ def resolve_settings(config: Config, device: torch.device, resumed: Path | None)
     precision, reason = next((answer for answer in answers if answer[0] == "fp32"), answers[0])
     kept = reason.replace(f"train.precision={before}", "as the run began", 1) if before else reason
     return replace(config, train=replace(config.train, precision=precision)), f"precision: {precision} ({kept})"
+
+
+def peak_memory() -> int:
+    """Reads the most main memory, in bytes, that this process has held; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return 0
 
 
 def _check_attention(backend: str, device: torch.device) -> None:

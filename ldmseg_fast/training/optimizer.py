@@ -7,6 +7,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ldmseg_fast import distributed
 from ldmseg_fast.config import Config
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.training.deepspeed_settings import deepspeed_config, merge_user_config
+from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
 from ldmseg_fast.training.shards import Averages, Shard, flat_shards, parameter_shards, whole_shards
 from ldmseg_fast.training.stages import Stage
 
@@ -237,6 +238,8 @@ class DeepSpeedOptimizer(Optimizer):
         self.zero_stage = train.zero_stage
         if self.zero_stage == 0:
             self.parameters = [p for p in stage.parameters() if p.requires_grad]
+            # DeepSpeed would flatten the gradients of 500 million parameters at a time: as much memory again
+            self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=BUCKET)
             if train.channels_last:  # ZeRO's flat buffers hold contiguous weights only
                 stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._start(self._cut(stage))
