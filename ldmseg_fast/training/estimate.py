@@ -22,6 +22,7 @@ from ldmseg_fast.models.layers import ResnetBlock
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
+from ldmseg_fast.training.disk import describe_disk, disk_need
 from ldmseg_fast.training.stages.few_step import started_from_model
 
 GIB = 2**30
@@ -184,6 +185,7 @@ def report(stage_name: str, config: Config, ranks: int) -> list[str]:
             f"activations of the UNet at {images} images a rank, about, GiB: {plain:.2f}; "
             f"with train.checkpointing=blocks {recomputed:.2f}"
         )
+    lines.append(describe_disk(disk_need(counts.trainable, counts.total, config.train)))
     lines.append("device: " + (f"{total / GIB:.1f} GiB" if total else "no GPU here"))
     return lines
 

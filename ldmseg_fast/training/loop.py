@@ -30,6 +30,7 @@ from ldmseg_fast.kernels.backend import KERNELS, set_backend
 from ldmseg_fast.threads import cores
 from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
+from ldmseg_fast.training.disk import check_disk
 from ldmseg_fast.training.exported import exported_step, note_exported
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
 from ldmseg_fast.training.inputs import (
@@ -118,6 +119,7 @@ class Run:
             self.progress = self.checkpoints.load(self.stage, self.optimizer, stage_name, self.say)
             self.say(f"resumed at step {self.progress.step} of {settings.steps}")
             self.bring_up_to_date()
+        forecast = check_disk(self.folder, self.stage, settings, self.progress.step)
         self.stage.train()
 
         self.batches = make_batches(self.train_set, config, self.progress.items)
@@ -134,7 +136,7 @@ class Run:
                 temporary.write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         trackers = {"wandb": settings.wandb, "mlflow": settings.mlflow, "trackio": settings.trackio}
         self.log = RunLog(logs, self.progress.step, settings=to_dict(config), **trackers)
-        for line in (*notes, precision):
+        for line in (*notes, precision, forecast):
             self.say(line)
         for warning in not_held_out(config):
             self.say(f"warning: {warning}")
