@@ -72,6 +72,12 @@ def validate(config: Config) -> Config:
             f"num_inference_steps={config.num_inference_steps}: scheduler.num_train_timesteps has "
             f"{config.scheduler.num_train_timesteps}",
         ),
+        (
+            train.validate_steps <= config.scheduler.num_train_timesteps,
+            f"train.validate_steps={train.validate_steps}: scheduler.num_train_timesteps has "
+            f"{config.scheduler.num_train_timesteps}",
+        ),
+        (train.validate_share > 0, "train.validate_share=0 leaves no time to validate; set train.validate_every high"),
         (train.batch_size % train.accumulation == 0, "train.batch_size must be a multiple of train.accumulation"),
         (
             train.compile == "none" or train.zero_stage < 3,

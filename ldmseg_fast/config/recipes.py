@@ -54,6 +54,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
                 "train.learning_rate": "0.0001",
                 "train.weight_decay": "0.05",
                 "train.clip": "1",
+                "train.validate_share": "0.1",
             },
         ),
         # one step with the task's loss is what this paper trains, on depth and normals

@@ -277,6 +277,8 @@ class TrainConfig:
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     log_every: Positive = 20
     validate_every: Positive = 5000
+    validate_share: Share = 1.0  # of the time that validations may take; those beyond it are put off, but the last
+    validate_steps: TeacherSteps = 0  # sampling steps of a validation; 0: num_inference_steps
     save_every: Positive = 2000
     keep: Positive = 3  # newest checkpoints that stay
     keep_best: Number = 1  # and those of the best validations

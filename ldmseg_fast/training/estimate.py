@@ -43,7 +43,7 @@ class Counts:
 
 def count_parameters(stage_name: str, config: Config) -> Counts:
     """Counts parameters on the meta device: no weights are made or read."""
-    parts = _parts(stage_name, config)
+    parts = network_parts(stage_name, config)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
     if stage_name == "autoencoder":
         return Counts(counts, counts["mask_vae"])
@@ -53,7 +53,8 @@ def count_parameters(stage_name: str, config: Config) -> Counts:
     return Counts(counts, trainable)
 
 
-def _parts(stage_name: str, config: Config) -> dict[str, nn.Module]:
+def network_parts(stage_name: str, config: Config) -> dict[str, nn.Module]:
+    """Makes a stage's networks on the meta device, by their names in a model folder."""
     with torch.device("meta"):
         if stage_name == "autoencoder":
             return {"mask_vae": MaskVAE(config.mask_vae)}
@@ -113,7 +114,7 @@ def activation_memory(config: Config, images: int, checkpointing: bool) -> int:
     This is what autograd saves. Attention's score matrices are left out, which no fused attention keeps. With
     `checkpointing` only the inputs of the blocks are kept.
     """
-    unet = _parts("diffusion", config)["unet"]
+    unet = network_parts("diffusion", config)["unet"]
     side = config.data.image_size // config.mask_vae.downsampling
     half = resolve_precision(config.train.precision, distributed.device())[0] != "fp32"
     heads = config.unet.num_heads

@@ -52,6 +52,7 @@ class Optimizer(abc.ABC):
         self.stage, self.config = stage, config.train
         self.scale = LossScale(config.train.precision == "fp16")
         self.steps = 0  # updates so far, for the averages
+        self.grad_norm: Tensor | float = 0.0  # of the last step, before clipping
 
     def _start(self, shards: list[Shard]) -> None:
         self.shards = shards
@@ -195,7 +196,7 @@ class PlainOptimizer(Optimizer):
     def _update(self) -> Tensor | bool:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm, divisor = _norm_and_scale(gradients, self.config.clip, self.scale.value)
-        skipped = ~torch.isfinite(norm)
+        skipped, self.grad_norm = ~torch.isfinite(norm), norm
         # the fused kernel divides, and leaves everything as it is where found_inf is 1, without asking the CPU
         self.adamw.grad_scale, self.adamw.found_inf = divisor, skipped.float()
         self.adamw.step()
@@ -269,11 +270,13 @@ class DeepSpeedOptimizer(Optimizer):
         if self.zero_stage:
             self.engine.step()
             skipped = bool(self.zero.overflow)
+            self.grad_norm = self.engine.get_global_grad_norm() or 0.0
             if skipped and self.zero_stage == 3:
                 self._gather_persistent()  # a step that DeepSpeed skips leaves them cut
             return skipped
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm, divisor = _norm_and_scale(gradients, self.config.clip, self.scale.value)
+        self.grad_norm = norm
         skipped = not bool(torch.isfinite(norm))  # the same on all ranks, which hold the same gradients
         if skipped:
             self.engine.zero_grad()

@@ -176,7 +176,7 @@ class LatentStage(Stage):
     @torch.no_grad()
     def predict(self, batch: dict[str, Any], target_sizes: Sequence[tuple[int, int]]) -> list[PanopticResult]:
         """Samples maps for the batch's images; see `Stage.predict`."""
-        latents = self.sample(batch, self.config.num_inference_steps)
+        latents = self.sample(batch, self.config.train.validate_steps or self.config.num_inference_steps)
         with self.autocast():
             logits = self.mask_vae.decode_latents_both(latents)
         height, width = (side // self.config.image_encoder.picture_scale for side in batch["image"].shape[-2:])
