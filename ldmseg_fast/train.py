@@ -16,7 +16,9 @@ if __package__ in (None, ""):  # run as a script: this folder must not hide othe
 
 from ldmseg_fast import distributed
 from ldmseg_fast.config import PRESETS, Config, load_config
+from ldmseg_fast.config.recipes import STAGE_NAMES, describe_recipe
 from ldmseg_fast.errors import ConfigError
+from ldmseg_fast.files import read_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +36,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
         ConfigError: wrong usage, or settings that cannot be.
     """
     parser = Parser(prog="train.py", description="Train a stage; settings are written key=value.")
-    parser.add_argument("stage", choices=["autoencoder", "diffusion", "one_step", "distillation"])
+    parser.add_argument("stage", choices=STAGE_NAMES)
     parser.add_argument("--config", default="tiny", help=f"a preset ({', '.join(PRESETS)}) or a YAML/JSON file")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
     parser.add_argument("--trust", action="store_true", help="with --resume: also read pickles that DeepSpeed wrote")
@@ -44,12 +46,17 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("settings", nargs="*", help="key=value, such as train.steps=1000")
     args = parser.parse_intermixed_args(argv)
-    return args, load_config(args.config, args.settings)
+    config = load_config(args.config, args.settings, args.stage)
+    record = Path(config.output_dir) / "config.json"
+    if args.resume and config.output_dir and record.is_file():
+        config = load_config(args.config, args.settings, args.stage, read_json(record))
+    return args, config
 
 
 def run(argv: list[str] | None) -> None:
     """Trains, or prints what `--dry-run` asks for."""
     args, config = parse(argv)
+    recipe = describe_recipe(args.config, args.stage, config)
     user_config = None
     if args.deepspeed_config:
         from ldmseg_fast.training.deepspeed_settings import read_user_config
@@ -59,14 +66,14 @@ def run(argv: list[str] | None) -> None:
         from ldmseg_fast.training.estimate import dry_run
 
         if distributed.is_main():
-            print("\n".join(dry_run(args.stage, config, user_config)))
+            print("\n".join([*recipe, *dry_run(args.stage, config, user_config)]))
         return
     for key, value in (("data.root", config.data.root), ("output_dir", config.output_dir)):
         if not value:
             raise ConfigError(f"{key} is missing; write {key}=FOLDER")
     from ldmseg_fast.training.loop import train
 
-    folder = train(args.stage, config, args.resume, user_config, args.trust)
+    folder = train(args.stage, config, args.resume, user_config, args.trust, notes=recipe)
     if distributed.is_main():
         print(f"model folder: {folder}")
 

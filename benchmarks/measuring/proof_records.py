@@ -11,7 +11,12 @@ from typing import Any
 from ldmseg_fast.errors import UserError
 
 # keys of logs and reports that say how long something took; every other key is compared
-TIMES = frozenset({"images_per_s", "data_wait", "cpu_seconds", "seconds", "seconds_per_image"})
+TIMES = frozenset(
+    {"images_per_s", "data_wait", "cpu_seconds", "seconds", "seconds_per_image", "left_seconds", "tflops"}
+)
+TIMES |= {"memory_gib", "mfu"}
+# what older checkouts do not log or write
+TIMES |= {"grad_norm", "val/loss", "settings_version"}
 
 
 class ProofError(UserError):

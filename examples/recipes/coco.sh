@@ -18,10 +18,9 @@ dry_run=${DRY_RUN:-}
 config=${CONFIG:-coco}
 resume() { ls "$1"/checkpoints/step-*/manifest.json > /dev/null 2>&1 && echo --resume || true; }
 
-# 1. Maps to latents and back. The paper's settings, where they differ from the diffusion model's
+# 1. Maps to latents and back, by the stage's own recipe, as the next one
 $launch ldmseg_fast/train.py autoencoder --config "$config" $dry_run $(resume "$out/autoencoder") \
-    data.root="$coco" output_dir="$out/autoencoder" \
-    train.steps=90000 train.batch_size=16 train.clip=3 train.warmup=200 "$@"
+    data.root="$coco" output_dir="$out/autoencoder" "$@"
 
 # 2. Every picture encoded once, which training reads in the place of pictures
 if [ -z "$dry_run" ]; then

@@ -72,11 +72,22 @@ def validate(config: Config) -> Config:
             f"num_inference_steps={config.num_inference_steps}: scheduler.num_train_timesteps has "
             f"{config.scheduler.num_train_timesteps}",
         ),
+        (
+            train.validate_steps <= config.scheduler.num_train_timesteps,
+            f"train.validate_steps={train.validate_steps}: scheduler.num_train_timesteps has "
+            f"{config.scheduler.num_train_timesteps}",
+        ),
+        (train.validate_share > 0, "train.validate_share=0 leaves no time to validate; set train.validate_every high"),
         (train.batch_size % train.accumulation == 0, "train.batch_size must be a multiple of train.accumulation"),
         (
             train.compile == "none" or train.zero_stage < 3,
             f"train.compile={train.compile}: ZeRO 3 fetches weights layer by layer, which cannot be compiled; "
             f"set train.compile=none or train.zero_stage=2",
+        ),
+        (
+            config.scheduler.fixed_weight == 1.0 or config.scheduler.loss_weighting == "constant",
+            f"scheduler.fixed_weight={config.scheduler.fixed_weight:g} goes with scheduler.loss_weighting=constant, "
+            f"not with {config.scheduler.loss_weighting}; set one of the two",
         ),
         (
             not train.offload or train.zero_stage > 0,

@@ -1,12 +1,15 @@
-"""Presets, and how a run's settings are put together: a preset or a file, then `key=value`."""
+"""Presets, and how a run's settings are put together: a preset and its stage's recipe or a file, then `key=value`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ldmseg_fast.config.checks import validate
+from ldmseg_fast.config.recipes import recipe_of
 from ldmseg_fast.config.settings import (
     Config,
     DataConfig,
@@ -123,21 +126,44 @@ PRESETS: dict[str, Config] = {
 }
 
 
-def load_config(name_or_file: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """A preset (a name of PRESETS) or a YAML/JSON file, with `key=value` overrides.
+def load_config(
+    name_or_file: str,
+    overrides: list[str] | tuple[str, ...] = (),
+    stage: str = "",
+    begun: Mapping[str, Any] = MappingProxyType({}),
+) -> Config:
+    """Loads a preset (a name of PRESETS) or a YAML/JSON file, with `key=value` overrides.
+
+    Args:
+        name_or_file: the preset or the file. A file may say which `stage` its settings are for, as a run's config.json.
+        overrides: these win.
+        stage: whose recipe is laid over the preset; "": the preset alone.
+        begun: the settings of a run that goes on, nested; they take the place of the recipe's.
 
     Raises:
-        ConfigError: no such preset or file, an unknown key, a wrong type, values that contradict each other.
+        ConfigError: no such preset or file, an unknown key, a wrong type, values that contradict each other, a file for
+            another stage.
     """
+    recipe: list[str] = []
     if name_or_file in PRESETS:
         config = PRESETS[name_or_file]
+        if stage:
+            settings = recipe_of(name_or_file, stage).settings
+            recipe = [f"{key}={value}" for key, value in (dict(settings) | _recorded(begun, settings)).items()]
     else:
         values = _read_file(Path(name_or_file))
+        meant = values.pop("stage", stage)
+        values.pop("settings_version", None)
+        if stage and meant != stage:
+            raise ConfigError(
+                f"{name_or_file}: stage={meant}: settings of another stage than {stage}; take those of {stage}, or "
+                f"delete the line `stage` there"
+            )
         try:
             config = update(Config(), values)
         except ConfigError as error:
             raise ConfigError(f"{name_or_file}: {error}") from None
-    for item in overrides:
+    for item in (*recipe, *overrides):
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"{item!r}: settings are written key=value, such as train.steps=1000")
@@ -146,6 +172,18 @@ def load_config(name_or_file: str, overrides: list[str] | tuple[str, ...] = ()) 
             nested = {part: nested}
         config = update(config, nested)
     return validate(config)
+
+
+def _recorded(begun: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
+    """What a run has recorded of the settings `keys`, as text."""
+    found = {}
+    for key in keys:
+        value: Any = begun
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            found[key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return found
 
 
 def _read_file(path: Path) -> dict[str, Any]:

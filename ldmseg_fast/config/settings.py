@@ -157,9 +157,11 @@ class SchedulerConfig:
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     rescale_zero_snr: bool = False
     timestep_spacing: Literal["trailing", "leading"] = "trailing"
-    loss_weighting: Literal["none", "max_clamp_snr", "fixed", "linear", "inverse_log_snr"] = "max_clamp_snr"
-    max_snr: Factor = 2.0
-    fixed_weight: Weight = 1.0
+    loss_weighting: Literal[
+        "none", "max_clamp_snr", "fixed", "linear", "inverse_log_snr", "constant", "inverse_log1p_snr"
+    ] = "max_clamp_snr"  # the first five are the original's; of the diffusion stage
+    max_snr: Factor = 2.0  # "max_clamp_snr"
+    fixed_weight: Weight = 1.0  # "constant"
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,8 @@ class TrainConfig:
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     log_every: Positive = 20
     validate_every: Positive = 5000
+    validate_share: Share = 1.0  # of the time that validations may take; those beyond it are put off, but the last
+    validate_steps: TeacherSteps = 0  # sampling steps of a validation; 0: num_inference_steps
     save_every: Positive = 2000
     keep: Positive = 3  # newest checkpoints that stay
     keep_best: Number = 1  # and those of the best validations

@@ -4,7 +4,6 @@ Bit planes are made on the device. An item carries dense ids (1 byte per pixel) 
 slots: `encode_mask_bits(segment_ids, num_bits, table)`.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.folders import find_split, load_picture, read_dense_map, read_image
+from ldmseg_fast.data.packed import Packed
 from ldmseg_fast.data.transforms import (
     Augmentation,
     color_jitter,
@@ -34,25 +34,6 @@ __all__ = ["CocoPanoptic", "DataError", "collate"]
 
 # rgb [P, P, 3], ids [S, S], categories [S, S] where there are any, number of segments, original H and W
 _Item = tuple[np.ndarray, np.ndarray, np.ndarray | None, int, tuple[int, int]]
-
-
-class _Packed:
-    """Holds a list of JSON values in two arrays.
-
-    Worker processes share arrays. They would copy Python objects.
-    """
-
-    def __init__(self, values: list) -> None:
-        blobs = [json.dumps(value).encode() for value in values]
-        self.bytes = np.frombuffer(b"".join(blobs), np.uint8)
-        self.ends = np.cumsum([len(blob) for blob in blobs], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> Any:
-        start = self.ends[index - 1] if index else 0
-        return json.loads(self.bytes[start : self.ends[index]].tobytes())
 
 
 class CocoPanoptic(Dataset):
@@ -124,7 +105,7 @@ class CocoPanoptic(Dataset):
         except PanopticFormatError as error:
             raise DataError(str(error)) from error
         self.categories: list[dict] = content["categories"]
-        self._entries = _Packed(self._join(content)[: limit or None])
+        self._entries = Packed(self._join(content)[: limit or None])
         cached = len(self) if cache else 0  # zeros cost no memory until they are written
         self._latents: Any = None
         self._cached = np.zeros((cached, 4), np.int32)  # 1 once there, number of segments, H, W
@@ -150,6 +131,18 @@ class CocoPanoptic(Dataset):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the cache out: a process that is handed the data set fills one of its own."""
+        caches = ("_cached", "_cached_rgb", "_cached_ids", "_cached_categories")
+        return vars(self) | {name: (vars(self)[name].shape, vars(self)[name].dtype) for name in caches}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes empty caches of the sizes that `__getstate__` gives."""
+        vars(self).update(state)
+        for name, value in state.items():
+            if name.startswith("_cached"):
+                setattr(self, name, np.zeros(*value))
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of plain integer indices. Call it before worker processes start."""

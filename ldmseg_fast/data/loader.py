@@ -19,6 +19,7 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.joined_sets import JoinedSets
 from ldmseg_fast.data.reader import PatientReader, hang_error, without_traceback
+from ldmseg_fast.data.worker_start import WorkerStart, without_main, worker_context
 from ldmseg_fast.errors import DataError
 
 ATTEMPTS = 20  # replacements tried for one item before the data set as a whole counts as unreadable
@@ -64,13 +65,6 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _start_worker(worker: int) -> None:
-    # a launcher that is told to stop signals every process below it, but saving first needs them to the end
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
 class TrainingBatches:
     """Gives endless micro-batches to one rank.
 
@@ -89,7 +83,8 @@ class TrainingBatches:
         timeout: seconds to wait for a batch.
 
     Raises:
-        DataError: on access, a read that hangs, whose file it names, or a data set of which nothing can be read.
+        DataError: here, processes that cannot be started; on access, a read that hangs, whose file it names, or a data
+            set of which nothing can be read.
     """
 
     def __init__(
@@ -108,18 +103,26 @@ class TrainingBatches:
         self.reading = torch.zeros(max(num_workers, 1), dtype=torch.int64).share_memory_()
         joined = dataset if isinstance(dataset, JoinedSets) else JoinedSets([dataset], [""])
         self._sampler = joined.sampler(batch_size, rank, world_size, seed, first_item)
-        loader = DataLoader(
-            _Items(dataset, self.reading),
-            batch_sampler=self._sampler,
-            num_workers=num_workers,
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
-            timeout=timeout if num_workers else 0,
-            generator=torch.Generator().manual_seed(seed),  # a start must not draw from the state that is resumed
-        )
         self.waited = 0.0  # seconds spent here since the last look
-        self._iterator: Any = iter(loader)
+        try:
+            loader = DataLoader(
+                _Items(dataset, self.reading),
+                batch_sampler=self._sampler,
+                num_workers=num_workers,
+                collate_fn=_collate,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=WorkerStart(),
+                timeout=timeout if num_workers else 0,
+                generator=torch.Generator().manual_seed(seed),  # a start must not draw from the state that is resumed
+                multiprocessing_context=worker_context() if num_workers else None,
+            )
+            with without_main():
+                self._iterator: Any = iter(loader)
+        except (OSError, EOFError) as error:  # no more processes, memory or descriptors
+            raise DataError(
+                f"data.num_workers={num_workers}: the loader processes cannot be started "
+                f"({error or type(error).__name__}); lower data.num_workers, 0 reads in the training process itself"
+            ) from None
         self._reader = None if num_workers else PatientReader(timeout, self._reading)
 
     def order(self, step: int) -> list[tuple[int, int]]:

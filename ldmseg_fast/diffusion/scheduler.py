@@ -70,7 +70,11 @@ class Scheduler:
         return self
 
     def _loss_weights(self) -> Tensor:
-        """Computes w(t) of the squared error of what is predicted."""
+        """Computes w(t) of the squared error of what is predicted.
+
+        Modes none, max_clamp_snr, fixed, linear and inverse_log_snr are those of LDMSeg's public training
+        configuration (https://github.com/segments-ai/latent-diffusion-segmentation).
+        """
         config = self.config
         snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
         if (
@@ -78,11 +82,17 @@ class Scheduler:
         ):  # min-SNR (Hang et al. 2023, section 3.4), one weight of x_0 for all
             per_type = {"epsilon": snr.clamp(min=1e-12), "sample": torch.ones_like(snr), "v_prediction": snr + 1.0}
             return snr.clamp(max=config.max_snr) / per_type[config.prediction_type]
+        if config.loss_weighting == "fixed":  # 0.1 in the first quarter, where the noise is small
+            quarter = torch.arange(len(snr)) < len(snr) // 4
+            return torch.where(quarter, 0.1, snr)
         if config.loss_weighting == "inverse_log_snr":
+            weights = torch.log(1.0 / snr.clamp(min=1e-12)).clamp(min=1.0)
+            return weights / weights[-1]
+        if config.loss_weighting == "inverse_log1p_snr":
             return (1.0 / torch.log1p(snr)).clamp(max=1.0)
         if config.loss_weighting == "linear":
             return torch.arange(1, len(snr) + 1) / len(snr)
-        return torch.full_like(snr, config.fixed_weight if config.loss_weighting == "fixed" else 1.0)
+        return torch.full_like(snr, config.fixed_weight if config.loss_weighting == "constant" else 1.0)
 
     def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, *[1] * (like.ndim - 1))

@@ -11,11 +11,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ldmseg_fast import distributed
-from ldmseg_fast.distributed.liveness import LOST_RANK, Heartbeat
+from ldmseg_fast.distributed.liveness import LOST_RANK, Heartbeat, is_running, lost_ranks
 from ldmseg_fast.distributed.ranks import ranks_of
 from ldmseg_fast.errors import LaunchError, Stopped, UserError
 
@@ -160,17 +159,6 @@ class _RankWatch(Heartbeat):
             os._exit(code)  # the main thread sits in a collective that nothing can interrupt
 
 
-def is_running(process: int) -> bool:
-    """Tells whether a process of this machine runs; one that has ended and is not waited for yet does not."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return not Path("/proc/self").exists()  # without /proc nobody can tell
-    except (OSError, IndexError):
-        return True
-    return state not in ("Z", "X")
-
-
 def exit_code_of(error: Exception) -> int | None:
     """Says what happened, once for all ranks, and returns the exit code; None for what deserves a traceback.
 
@@ -182,7 +170,8 @@ def exit_code_of(error: Exception) -> int | None:
         _say(reason[0], once=True)
         return reason[1]
     if is_lost_connection(error):
-        _say(f"error: rank {distributed.rank()}: another rank has gone; start again with --resume", once=False)
+        gone = lost_ranks() or "another rank has gone"
+        _say(f"error: rank {distributed.rank()}: {gone}; start again with --resume", once=False)
         return LOST_RANK
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -96,6 +97,56 @@ class Agreement:
         return stopping > 0, int(bad), total / distributed.world_size()
 
 
+def is_running(process: int) -> bool:
+    """Tells whether a process of this machine runs; one that has ended and is not waited for yet does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()  # without /proc nobody can tell
+    except (OSError, IndexError):
+        return True
+    return state not in ("Z", "X")
+
+
+def oom_kills(source: Path = Path("/proc/vmstat")) -> int:
+    """Reads how many processes the kernel has killed since it started because memory ran out; 0 where it says nothing.
+
+    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (memory.events has the same count of a group).
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in source.read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+_places: list[tuple[str, int]] = []  # machine and process of each rank
+_kills_at_start = 0
+
+
+def note_ranks() -> None:
+    """Takes note of where the ranks run, for `lost_ranks`; all ranks call it."""
+    global _places, _kills_at_start
+    _kills_at_start = oom_kills()
+    _places = distributed.gather_objects((socket.gethostname(), os.getpid()))
+
+
+def lost_ranks() -> str:
+    """Names the ranks of this machine whose process has gone, and whether memory has run out; "" where all run."""
+    host = socket.gethostname()
+    gone = [
+        f"rank {rank} (process {process} on {host})"
+        for rank, (machine, process) in enumerate(_places)
+        if machine == host and process != os.getpid() and not is_running(process)
+    ]
+    if not gone:
+        return ""
+    if oom_kills() > _kills_at_start:
+        cure = "--dry-run forecasts the memory, train.accumulation and train.checkpointing lower it"
+        return f"{', '.join(gone)} was killed by the system because memory ran out ({cure})"
+    return f"{', '.join(gone)} has gone"
+
+
 class Heartbeat:
     """Tells the other ranks, in a thread, that this one is alive, and ends this process when one of them falls silent.
 
@@ -114,6 +165,7 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if distributed.launched():
             if distributed.world_size() > 1:
+                note_ranks()
                 self._store = _connect()
             for thread in self._threads:
                 thread.start()
@@ -143,10 +195,11 @@ class Heartbeat:
                     if now != value:
                         seen[other] = (now, time.monotonic())
                     elif time.monotonic() - since > self.timeout:
-                        self._leave(f"rank {other} has been silent for {self.timeout:.0f} s")
+                        gone = lost_ranks()
+                        self._leave(f"rank {other} has been silent for {self.timeout:.0f} s" + (gone and f": {gone}"))
             except RuntimeError:  # the store lives in rank 0 or in the launcher
                 if not self._done.wait(self.timeout / 2):  # the main thread may be about to end by itself
-                    self._leave("the rank that holds the rendezvous has gone")
+                    self._leave(lost_ranks() or "the rank that holds the rendezvous has gone")
 
     def _watch_the_watch(self) -> None:
         """Ends the process when the watch hangs.

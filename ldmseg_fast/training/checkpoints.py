@@ -9,6 +9,7 @@ then renamed. It holds safetensors and JSON only: reading it runs no code.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import pickle
 import re
 import shutil
@@ -36,6 +37,7 @@ from ldmseg_fast.training.stages import Stage
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, FIXED = "manifest.json", "state.json", "fixed.safetensors"
+WORTH_SHARING = 2**20  # bytes of frozen weights from which on checkpoints share one file
 CURE = "free some space, or lower train.keep"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -76,6 +78,7 @@ class TrainingCheckpoints:
     def __init__(self, folder: Path, keep: int, keep_best: int = 0) -> None:
         self.folder, self.keep, self.keep_best = folder, keep, keep_best
         self.foreign: Path | None = None
+        self._fixed = ("", folder)  # digest of the newest checkpoint's fixed tensors, and their file
 
     def steps(self) -> list[int]:
         """Lists the steps of complete checkpoints, ascending.
@@ -149,7 +152,7 @@ class TrainingCheckpoints:
             CheckpointError: on every rank where one of them cannot write; older checkpoints stay as they are.
         """
         rank, world = distributed.rank(), distributed.world_size()
-        temporary = self.folder / f".new-{progress.step:08d}"
+        temporary, digest = self.folder / f".new-{progress.step:08d}", ""
         self._prepare(temporary, progress.step)
         with optimizer.whole_parameters(frozen_only=True):
             fixed = _fixed_state(stage) if distributed.is_main() else {}
@@ -167,7 +170,8 @@ class TrainingCheckpoints:
                     "counters": optimizer.counters(),
                     "shapes": shapes,
                 }
-                written[FIXED] = lambda path: save_weights(fixed, path)
+                digest = _digest(fixed)
+                written[FIXED] = lambda path: self._save_fixed(fixed, digest, path)
                 written[STATE] = lambda path: write_json(path, state)
             result = write_files(temporary, written, CURE)
         files: dict[str, Any] = {}
@@ -183,6 +187,17 @@ class TrainingCheckpoints:
             except OSError as error:
                 errors.append(why_not_written(error, temporary, CURE))
         self._agree(errors[0] if errors else "", temporary, progress.step)
+        if distributed.is_main():
+            self._fixed = (digest, self.path(progress.step) / FIXED)
+
+    def _save_fixed(self, fixed: dict[str, Tensor], digest: str, path: Path) -> None:
+        """Writes what is not trained, or gives the file of the checkpoint before one more name where it is the same."""
+        before, old = self._fixed
+        if before == digest and sum(tensor.nbytes for tensor in fixed.values()) > WORTH_SHARING:
+            with contextlib.suppress(OSError):  # gone, or a file system that has no links
+                path.hardlink_to(old)
+                return
+        save_weights(fixed, path)
 
     def _prepare(self, temporary: Path, step: int) -> None:
         error = ""
@@ -296,6 +311,11 @@ class TrainingCheckpoints:
                     tensor.copy_(fixed[name])
                 elif name in fixed and distributed.is_main():
                     raise CheckpointError(f"{folder}: {name} has another shape there; other settings?")
+            own_fixed = _fixed_state(stage)
+            if {key: value.dtype for key, value in own_fixed.items()} == {
+                key: value.dtype for key, value in fixed.items()
+            }:
+                self._fixed = (_digest(own_fixed), folder / FIXED)
         optimizer.refresh()
         random_file = folder / f"random-{distributed.rank():05d}.safetensors"
         if world_size == distributed.world_size() and random_file.is_file():
@@ -339,6 +359,16 @@ def _load_foreign(optimizer: Optimizer, folder: Path) -> int:
         raise CheckpointError(
             f"{folder}: DeepSpeed does not load it ({reason}): damaged, or of other settings; take an older one"
         ) from None
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    """Hashes names, types, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _full_shape(parameter: Tensor) -> tuple[int, ...]:

@@ -22,9 +22,13 @@ from ldmseg_fast.models.layers import ResnetBlock
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
+from ldmseg_fast.training.disk import describe_disk, disk_need
 from ldmseg_fast.training.stages.few_step import started_from_model
 
 GIB = 2**30
+# main memory before any weight is there, measured on Linux x86 with PyTorch 2.13: the program with DeepSpeed, the
+# server that forks loader processes, and what each of them has alone
+PROGRAM, LOADER_SERVER, LOADER = 0.50 * GIB, 0.17 * GIB, 0.03 * GIB
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Counts:
 
 def count_parameters(stage_name: str, config: Config) -> Counts:
     """Counts parameters on the meta device: no weights are made or read."""
-    parts = _parts(stage_name, config)
+    parts = network_parts(stage_name, config)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
     if stage_name == "autoencoder":
         return Counts(counts, counts["mask_vae"])
@@ -52,7 +56,8 @@ def count_parameters(stage_name: str, config: Config) -> Counts:
     return Counts(counts, trainable)
 
 
-def _parts(stage_name: str, config: Config) -> dict[str, nn.Module]:
+def network_parts(stage_name: str, config: Config) -> dict[str, nn.Module]:
+    """Makes a stage's networks on the meta device, by their names in a model folder."""
     with torch.device("meta"):
         if stage_name == "autoencoder":
             return {"mask_vae": MaskVAE(config.mask_vae)}
@@ -67,7 +72,7 @@ def _parts(stage_name: str, config: Config) -> dict[str, nn.Module]:
 class StateMemory:
     """Holds bytes per rank, activations left out.
 
-    `gradients` and `buffers` are what the backward pass needs at most.
+    `gradients` and `buffers` are what the backward pass and the step after it need at most.
     """
 
     weights: float
@@ -88,21 +93,49 @@ def state_memory(counts: Counts, config: Config, ranks: int, zero_stage: int, on
     """Estimates a rank's memory but for activations (Rajbhandari et al. 2020, ZeRO, section 3).
 
     Weights are float32 under autocast: a weight, its gradient, its average and each of two moments take 4 bytes. Stage
-    1 cuts moments, master copy and averages along the ranks, 2 the gradients too, 3 everything. On a GPU gradients pass
-    through two buffers.
+    1 cuts moments, master copy and averages along the ranks, 2 the gradients too, 3 everything. What DeepSpeed 0.19
+    needs beyond the paper's count was measured: before a step ZeRO 1 and 2 copy a rank's share of the gradients out and
+    flatten it, stage 3 keeps gathered weights until the step ends, and gradients are reduced through buffers of BUCKET
+    elements, on a GPU through twice as many.
     """
     trainable, frozen = counts.trainable, counts.total - counts.trainable
     share = trainable / ranks if zero_stage else trainable
     optimizer, averages = (12.0 if zero_stage else 8.0) * share, 4.0 * share if config.train.ema else 0.0
     offloaded = optimizer + averages if config.train.offload and zero_stage else 0.0
     return StateMemory(
-        weights=4.0 * (share if zero_stage == 3 else trainable),
-        gradients=4.0 * (share if zero_stage >= 2 else trainable),
+        weights=4.0 * (trainable + share if zero_stage == 3 else trainable),
+        gradients=4.0 * {0: trainable, 1: trainable + 2 * share, 2: 2 * share, 3: share}[zero_stage],
         optimizer=0.0 if offloaded else optimizer,
         averages=0.0 if offloaded else averages,
         frozen=4.0 * (frozen / ranks if zero_stage == 3 else frozen),
-        buffers=4.0 * min(BUCKET, trainable) * (2 if on_gpu else 1) if zero_stage else 0.0,
+        buffers=4.0 * min(BUCKET, trainable) * _buckets(zero_stage, ranks, on_gpu),
         host=offloaded,
+    )
+
+
+def _buckets(zero_stage: int, ranks: int, on_gpu: bool) -> int:
+    """How many buffers of BUCKET elements a rank has at most; on GPUs the reduction overlaps with the backward pass."""
+    if zero_stage == 0:
+        return 2 if distributed.launched() or ranks > 1 else 0  # without a launcher there is nothing to reduce
+    count = {1: 1, 2: 2 if ranks == 1 else 1, 3: 3 if ranks == 1 else 4}[zero_stage]
+    return count * 2 if on_gpu and zero_stage < 3 else count
+
+
+def peak_memory_forecast(stage_name: str, config: Config, ranks: int) -> tuple[float, float]:
+    """Forecasts the most memory of a training on CPUs: bytes of a rank, and of its loader processes together.
+
+    The mask auto-encoder's activations are left out, which the point losses decide.
+    """
+    counts = count_parameters(stage_name, config)
+    several = ranks > 1 or distributed.launched()
+    state = state_memory(counts, config, ranks, config.train.zero_stage if several else 0, on_gpu=False)
+    activations = 0
+    if stage_name != "autoencoder":
+        activations = activation_memory(config, micro_batch(config, ranks), config.train.checkpointing != "none")
+    workers = config.data.num_workers
+    return (
+        state.device + state.host + activations + PROGRAM,
+        (LOADER_SERVER + workers * LOADER) if workers else 0.0,
     )
 
 
@@ -112,7 +145,7 @@ def activation_memory(config: Config, images: int, checkpointing: bool) -> int:
     This is what autograd saves. Attention's score matrices are left out, which no fused attention keeps. With
     `checkpointing` only the inputs of the blocks are kept.
     """
-    unet = _parts("diffusion", config)["unet"]
+    unet = network_parts("diffusion", config)["unet"]
     side = config.data.image_size // config.mask_vae.downsampling
     half = resolve_precision(config.train.precision, distributed.device())[0] != "fp32"
     heads = config.unet.num_heads
@@ -184,6 +217,11 @@ def report(stage_name: str, config: Config, ranks: int) -> list[str]:
             f"activations of the UNet at {images} images a rank, about, GiB: {plain:.2f}; "
             f"with train.checkpointing=blocks {recomputed:.2f}"
         )
+    if total is None:
+        rank, loaders = (value / GIB for value in peak_memory_forecast(stage_name, config, ranks))
+        shared = f", and {loaders:.2f} for its {config.data.num_workers} loader processes" if loaders else ""
+        lines.append(f"forecast of the most main memory, GiB: {rank:.2f} for each of {ranks} ranks{shared}")
+    lines.append(describe_disk(disk_need(counts.trainable, counts.total, config.train)))
     lines.append("device: " + (f"{total / GIB:.1f} GiB" if total else "no GPU here"))
     return lines
 

@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ldmseg_fast.kernels.backend import KERNELS, set_backend
 from ldmseg_fast.threads import cores
 from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
+from ldmseg_fast.training.disk import check_disk
 from ldmseg_fast.training.exported import exported_step, note_exported
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
 from ldmseg_fast.training.inputs import (
@@ -42,12 +44,15 @@ from ldmseg_fast.training.inputs import (
     use_categories,
     validation_sets,
 )
-from ldmseg_fast.training.machine import resolve_settings
+from ldmseg_fast.training.machine import SETTINGS_VERSION, peak_memory, resolve_settings
+from ldmseg_fast.training.operations import peak_operations, picture_operations
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
 from ldmseg_fast.training.stages import STAGES
 from ldmseg_fast.training.validation import mean_of_sets, validate
+
+BOTTLENECK = 0.25  # share of the time that waiting for data may take without a warning
 
 
 def learning_rate(step: int, config: TrainConfig, time_used: float = 0.0) -> float:
@@ -82,6 +87,7 @@ class Run:
         resume: bool = False,
         user_config: dict[str, Any] | None = None,
         trust: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
         self.folder, self.device, self.interrupt = Path(config.output_dir), distributed.device(), interrupt
         settings = config.train
@@ -116,6 +122,7 @@ class Run:
             self.progress = self.checkpoints.load(self.stage, self.optimizer, stage_name, self.say)
             self.say(f"resumed at step {self.progress.step} of {settings.steps}")
             self.bring_up_to_date()
+        forecast = check_disk(self.folder, self.stage, settings, self.progress.step)
         self.stage.train()
 
         self.batches = make_batches(self.train_set, config, self.progress.items)
@@ -125,18 +132,22 @@ class Run:
         self.guard = NonFiniteGuard(logs / f"nonfinite-{distributed.rank()}.jsonl", settings.max_skipped)
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", {"stage": stage_name} | to_dict(config))
+            about = {"stage": stage_name, "settings_version": SETTINGS_VERSION}
+            write_json(self.folder / "config.json", about | to_dict(config))
             record_start(logs, stage_name, self.progress.step)
             with replacing(self.folder / "settings.txt") as temporary:
                 temporary.write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         trackers = {"wandb": settings.wandb, "mlflow": settings.mlflow, "trackio": settings.trackio}
         self.log = RunLog(logs, self.progress.step, settings=to_dict(config), **trackers)
-        self.say(precision)
+        for line in (*notes, precision, forecast):
+            self.say(line)
         for warning in not_held_out(config):
             self.say(f"warning: {warning}")
         self.agreement, self.window = Agreement(), Window()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
         self.seconds_before, self.rate = self.progress.seconds, 0.0
+        self.validation_cost = self.validated_at = 0.0  # seconds; of the last one, and the run's time after it
+        self.slow_windows, self.warned_of_data = 0, False
         quiet = None if distributed.is_main() else True  # None: silent where there is no terminal
         self.bar = tqdm(total=settings.steps, initial=self.progress.step, desc=stage_name, unit="step", disable=quiet)
 
@@ -158,7 +169,7 @@ class Run:
             if progress.step % settings.log_every == 0 or last:
                 self.write_log()
             improved = False
-            if progress.step % settings.validate_every == 0 or last:
+            if last or (progress.step % settings.validate_every == 0 and self.may_validate()):
                 progress.validation_due = True
                 improved = (last or not stop) and self.validate()
             stop = stop or last or progress.validation_due
@@ -199,6 +210,8 @@ class Run:
         self.prefetched.fetch()
         image_ids = [image_id for batch in batches for image_id in batch["image_id"]]
         skipped = self.optimizer.step()
+        norm = torch.as_tensor(self.optimizer.grad_norm, device=totals["loss"].device).detach().float()
+        totals["grad_norm"] = torch.where(torch.isfinite(norm), norm, 0.0)
         progress.step, progress.items = progress.step + 1, progress.items + settings.batch_size
         self.settle(self.guard.watch(progress.step, image_ids, totals["loss"], skipped))
         self.bar.update()
@@ -216,17 +229,47 @@ class Run:
         seconds = max(time.monotonic() - self.window.started, 1e-9)
         values["lr"] = self.rate
         values["data_wait"] = self.batches.waited / seconds  # share of the time
+        operations = picture_operations(self.progress.stage, self.config)
+        operations *= values["images_per_s"] / distributed.world_size()
+        values["tflops"] = operations / 1e12  # of a rank
+        if peak := peak_operations():
+            values["mfu"] = operations / peak
+        values["left_seconds"] = self.left_seconds(seconds / self.window.steps)
+        self.warn_of_data(values["data_wait"])
         values["cpu_seconds"] = time.process_time() - self.cpu_started
         values["seconds"] = self.progress.seconds
         if self.progress.skipped:
             values["skipped"] = self.progress.skipped
         if self.optimizer.scale.enabled:
             values["loss_scale"] = self.optimizer.scale.value
+        values["memory_gib"] = peak_memory() / 2**30
         if self.device.type == "cuda":
             values["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_s']:.0f}")
         self.log.write(self.progress.step, values)
         self.batches.waited, self.window = 0.0, Window()
+
+    def left_seconds(self, of_a_step: float) -> float:
+        """Estimates the time to the run's end: by the pace of the last steps, or what train.max_minutes leaves."""
+        settings, progress = self.config.train, self.progress
+        left = max(settings.steps - progress.step, 0) * of_a_step
+        return min(left, max(60 * settings.max_minutes - progress.seconds, 0.0)) if settings.max_minutes else left
+
+    def warn_of_data(self, share: float) -> None:
+        """Says once that the run waits for its data, where it did so for two lines of the log in a row."""
+        self.slow_windows = self.slow_windows + 1 if share > BOTTLENECK else 0
+        if self.slow_windows == 2 and not self.warned_of_data:
+            self.warned_of_data = True
+            workers = self.config.data.num_workers
+            self.say(
+                f"warning: {100 * share:.0f} % of the time goes into waiting for data; raise data.num_workers (now "
+                f"{workers}; {cores()} cores here), or set data.resize=torch, data.cache or data.latent_cache"
+            )
+
+    def may_validate(self) -> bool:
+        """Tells whether a validation now would stay within `train.validate_share` of the time."""
+        share, cost = self.config.train.validate_share, self.validation_cost
+        return share >= 1.0 or self.progress.seconds - self.validated_at >= cost * (1.0 - share) / share
 
     def validate(self) -> bool:
         """Validates, and tells whether the averaged weights are the best so far.
@@ -234,7 +277,7 @@ class Run:
         Of several sets each has numbers of its own in the log, val/NAME/pq and so on; val/pq is their mean. A stop
         request ends it without a result; it is due then.
         """
-        step = self.progress.step
+        step, started = self.progress.step, time.monotonic()
         several, pictures = len(self.val_sets) > 1, {}
         found: dict[str, dict[str, float]] = {}
         metrics: dict[str, float] | None = None
@@ -259,6 +302,9 @@ class Run:
         if metrics is None:
             self.say(f"step {step}: validation interrupted; --resume begins with it")
             return False
+        # rank 0's, because all have to decide alike
+        self.validation_cost = distributed.broadcast_object(time.monotonic() - started)
+        self.validated_at = self.progress.seconds + self.validation_cost
         self.log.write(step, metrics)
         if distributed.is_main():
             for name, path in pictures.items():
@@ -318,6 +364,7 @@ def train(
     resume: bool = False,
     deepspeed_config: dict[str, Any] | None = None,
     trust: bool = False,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Trains one stage.
 
@@ -327,6 +374,7 @@ def train(
         resume: continue from the newest whole checkpoint in `output_dir`.
         deepspeed_config: a user's DeepSpeed settings, merged with ours.
         trust: a checkpoint that DeepSpeed itself pickled may be resumed from.
+        notes: lines that the run says at its start.
 
     Returns:
         The model folder.
@@ -351,7 +399,7 @@ def train(
     ):
         run = None
         try:
-            run = Run(stage_name, config, interrupt, resume, deepspeed_config, trust)
+            run = Run(stage_name, config, interrupt, resume, deepspeed_config, trust, notes)
             run.loop()
         except Exception as error:
             if is_out_of_memory(error):

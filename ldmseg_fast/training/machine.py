@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import torch
 
 from ldmseg_fast import distributed
-from ldmseg_fast.config import Config
+from ldmseg_fast.config import Config, update
 from ldmseg_fast.config.precision import DTYPES, resolve_precision
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.files import read_json
+
+SETTINGS_VERSION = 2  # of a run's config.json; 1 had no number
+FORMER_WEIGHTS = {"fixed": "constant", "inverse_log_snr": "inverse_log1p_snr"}  # scheduler.loss_weighting of version 1
 
 
 def resolve_settings(config: Config, device: torch.device, resumed: Path | None) -> tuple[Config, str]:
@@ -21,7 +25,8 @@ def resolve_settings(config: Config, device: torch.device, resumed: Path | None)
     Args:
         config: of the run.
         device: of this rank.
-        resumed: folder of a run that goes on: with `train.precision=auto` it keeps the precision that it had.
+        resumed: folder of a run that goes on: with `train.precision=auto` it keeps the precision that it had, and its
+            loss weights also where their name has changed.
 
     Returns:
         `config` with "fp32", "bf16" or "fp16" as `train.precision`, and a line that says which it is and why.
@@ -30,6 +35,7 @@ def resolve_settings(config: Config, device: torch.device, resumed: Path | None)
         ConfigError: `model.attention` names something that is not on this machine.
     """
     _check_attention(config.model.attention, device)
+    config = _keep_loss_weights(config, resumed)
     requested = config.train.precision
     before = ""
     if resumed is not None and requested == "auto":
@@ -41,12 +47,35 @@ def resolve_settings(config: Config, device: torch.device, resumed: Path | None)
     return replace(config, train=replace(config.train, precision=precision)), f"precision: {precision} ({kept})"
 
 
+def peak_memory() -> int:
+    """Reads the most main memory, in bytes, that this process has held; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
 def _check_attention(backend: str, device: torch.device) -> None:
     if backend == "triton" and device.type != "cuda":
         raise ConfigError("model.attention=triton needs a GPU and there is none here; use model.attention=auto or sdpa")
     if backend == "xformers" and importlib.util.find_spec("xformers") is None:
         cure = "pip install 'ldmseg_fast[xformers]', or use model.attention=auto or sdpa"
         raise ConfigError(f"model.attention=xformers: {cure}")
+
+
+def _keep_loss_weights(config: Config, resumed: Path | None) -> Config:
+    """Gives a run that began before SETTINGS_VERSION 2 the name that its loss weights have today."""
+    scheduler = config.scheduler
+    today = FORMER_WEIGHTS.get(scheduler.loss_weighting)
+    if today is None or resumed is None:
+        return config
+    path = resumed / "config.json"
+    recorded = distributed.broadcast_object(read_json(path) if distributed.is_main() and path.is_file() else {})
+    before = recorded.get("scheduler", {}).get("loss_weighting", "")
+    if before == today or (before == scheduler.loss_weighting and "settings_version" not in recorded):
+        return replace(config, scheduler=update(scheduler, {"loss_weighting": today}))
+    return config
 
 
 def _recorded_precision(folder: Path) -> str:

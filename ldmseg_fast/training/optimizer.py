@@ -7,6 +7,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ldmseg_fast import distributed
 from ldmseg_fast.config import Config
 from ldmseg_fast.errors import CheckpointError, ConfigError
-from ldmseg_fast.training.deepspeed_settings import deepspeed_config, merge_user_config
+from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
 from ldmseg_fast.training.shards import Averages, Shard, flat_shards, parameter_shards, whole_shards
 from ldmseg_fast.training.stages import Stage
 
@@ -51,6 +52,7 @@ class Optimizer(abc.ABC):
         self.stage, self.config = stage, config.train
         self.scale = LossScale(config.train.precision == "fp16")
         self.steps = 0  # updates so far, for the averages
+        self.grad_norm: Tensor | float = 0.0  # of the last step, before clipping
 
     def _start(self, shards: list[Shard]) -> None:
         self.shards = shards
@@ -194,7 +196,7 @@ class PlainOptimizer(Optimizer):
     def _update(self) -> Tensor | bool:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm, divisor = _norm_and_scale(gradients, self.config.clip, self.scale.value)
-        skipped = ~torch.isfinite(norm)
+        skipped, self.grad_norm = ~torch.isfinite(norm), norm
         # the fused kernel divides, and leaves everything as it is where found_inf is 1, without asking the CPU
         self.adamw.grad_scale, self.adamw.found_inf = divisor, skipped.float()
         self.adamw.step()
@@ -237,6 +239,8 @@ class DeepSpeedOptimizer(Optimizer):
         self.zero_stage = train.zero_stage
         if self.zero_stage == 0:
             self.parameters = [p for p in stage.parameters() if p.requires_grad]
+            # DeepSpeed would flatten the gradients of 500 million parameters at a time: as much memory again
+            self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=BUCKET)
             if train.channels_last:  # ZeRO's flat buffers hold contiguous weights only
                 stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._start(self._cut(stage))
@@ -266,11 +270,13 @@ class DeepSpeedOptimizer(Optimizer):
         if self.zero_stage:
             self.engine.step()
             skipped = bool(self.zero.overflow)
+            self.grad_norm = self.engine.get_global_grad_norm() or 0.0
             if skipped and self.zero_stage == 3:
                 self._gather_persistent()  # a step that DeepSpeed skips leaves them cut
             return skipped
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm, divisor = _norm_and_scale(gradients, self.config.clip, self.scale.value)
+        self.grad_norm = norm
         skipped = not bool(torch.isfinite(norm))  # the same on all ranks, which hold the same gradients
         if skipped:
             self.engine.zero_grad()

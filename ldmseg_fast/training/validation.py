@@ -135,6 +135,7 @@ def validate(
         stop: asked before each chunk; where it is true on any rank, all of them leave off.
 
     Returns:
+        val/loss, the mean over images under noise of their own;
         val/pq, val/sq, val/rq, and of models with categories val/class_pq, val/class_pq_things and val/class_pq_stuff;
         None where it was stopped.
 
@@ -148,6 +149,7 @@ def validate(
     chunks = [range(start, min(start + CHUNK, len(dataset))) for start in range(0, len(dataset), CHUNK)]
     rows: list[list[Any]] = []
     stats: dict[int, _Stats] = {}
+    losses: dict[int, float] = {}
     table = stage.categories
     numbers = {} if table is None else table.numbers_of(dataset.categories, str(dataset.folders.annotations))
     ids_of = {} if table is None else {table[number].id: category_id for category_id, number in numbers.items()}
@@ -161,9 +163,11 @@ def validate(
         batch, truths = reader.call(partial(source.read, indices))
         batch = to_device(batch, device)
         results = stage.predict(batch, [truth[0].shape for truth in truths])
+        loss = stage.held_out_loss(batch)
         if mine >= len(chunks):
             continue
         aware = PanopticQuality(dataset.categories) if table is not None else None
+        losses[mine] = float(loss) * len(indices)
         stats[mine] = _Stats(PanopticQuality(OBJECT, class_agnostic=True), aware)
         for index, (ids, segments), result in zip(indices, truths, results):
             stats[mine].add(ids, segments, result, index, ids_of)
@@ -173,8 +177,9 @@ def validate(
                 rows.append([picture, overlay(picture, truth), overlay(picture, guess)])
     reader.close()
     by_chunk: dict[int, _Stats] = {}
-    for part in distributed.gather_objects(stats):
-        by_chunk |= part
+    for counted, scored in distributed.gather_objects((stats, losses)):
+        by_chunk |= counted
+        losses |= scored
     merged = by_chunk[0]
     for chunk in range(1, len(chunks)):  # in this order, whoever counted them: sums of floats depend on it
         merged = merged.merge(by_chunk[chunk])
@@ -186,4 +191,4 @@ def validate(
         except OSError as error:  # no reason to lose the steps since the last checkpoint
             tqdm.write(f"warning: {pictures}: {error.strerror or error}; the run goes on without it", file=sys.stderr)
     stage.train()
-    return merged.values()
+    return {"val/loss": sum(losses[chunk] for chunk in sorted(losses)) / len(dataset)} | merged.values()

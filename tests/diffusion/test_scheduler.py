@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,10 +100,24 @@ def test_loss_weights():
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     torch.testing.assert_close(scheduler.loss_weights, torch.minimum(snr, torch.tensor(2.0)) / snr)
     assert (Scheduler(SchedulerConfig(loss_weighting="none")).loss_weights == 1).all()
-    assert (Scheduler(SchedulerConfig(loss_weighting="fixed", fixed_weight=0.3)).loss_weights == 0.3).all()
+    assert (Scheduler(SchedulerConfig(loss_weighting="constant", fixed_weight=0.3)).loss_weights == 0.3).all()
     linear = Scheduler(SchedulerConfig(loss_weighting="linear")).loss_weights
     assert linear[[0, 499, 999]].tolist() == pytest.approx([0.001, 0.5, 1.0])
-    assert (Scheduler(SchedulerConfig(loss_weighting="inverse_log_snr")).loss_weights <= 1).all()
+    assert (Scheduler(SchedulerConfig(loss_weighting="inverse_log1p_snr")).loss_weights <= 1).all()
+
+
+def test_loss_weights_of_the_originals_names():
+    """By their definition, in float64: 0.1 in the first quarter and the SNR; the log of the inverse, at least 1."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alphas = np.cumprod(1 - betas)
+    snr = alphas / (1 - alphas)
+    fixed = Scheduler(SchedulerConfig(loss_weighting="fixed")).loss_weights.numpy()
+    assert fixed[:250] == pytest.approx(np.full(250, 0.1)) and fixed[250:] == pytest.approx(snr[250:], rel=1e-4)
+    expected = np.maximum(np.log(1 / snr), 1)
+    inverse = Scheduler(SchedulerConfig(loss_weighting="inverse_log_snr")).loss_weights.numpy()
+    assert inverse == pytest.approx(expected / expected[-1], rel=1e-4)
+    zero = SchedulerConfig(loss_weighting="inverse_log_snr", rescale_zero_snr=True, prediction_type="v_prediction")
+    assert torch.isfinite(Scheduler(zero).loss_weights).all()
 
 
 def test_one_error_weighs_the_same_in_every_prediction():

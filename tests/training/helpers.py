@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmseg_fast.data import pictures
+from ldmseg_fast.data import loader, pictures
 from ldmseg_fast.training.shards import ShardReader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def hang(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes every later read of a picture wait, as that of a dead file server does, in forked workers too."""
+    """Makes every later read of a picture wait, as that of a dead file server does, in workers too (forked then)."""
     read = pictures.read_content
 
     def waiting(path: str | os.PathLike) -> bytes:
@@ -41,6 +42,7 @@ def hang(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return read(path)
 
     monkeypatch.setattr(pictures, "read_content", waiting)
+    monkeypatch.setattr(loader, "worker_context", lambda: multiprocessing.get_context("fork"))
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

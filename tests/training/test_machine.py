@@ -110,3 +110,27 @@ def test_attention_that_is_not_installed_is_refused(settings: Settings, monkeypa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"model\.attention=xformers: pip install 'ldmseg_fast\[xformers\]'"):
         resolve_settings(settings("run", "model.attention=xformers"), CPU, None)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked", "kept"),
+    [
+        ({"scheduler": {"loss_weighting": "fixed"}}, "fixed", "constant"),
+        ({"scheduler": {"loss_weighting": "inverse_log_snr"}}, "inverse_log_snr", "inverse_log1p_snr"),
+        ({"settings_version": 2, "scheduler": {"loss_weighting": "constant"}}, "fixed", "constant"),
+        ({"settings_version": 2, "scheduler": {"loss_weighting": "fixed"}}, "fixed", "fixed"),
+        ({"scheduler": {"loss_weighting": "linear"}}, "linear", "linear"),
+    ],
+)
+def test_a_run_of_before_keeps_its_loss_weights(recorded: dict, asked: str, kept: str, tmp_path: Path) -> None:
+    """Two names of weights mean the original's now; a run that began under the old meaning goes on with it."""
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    config = load_config("tiny", [f"scheduler.loss_weighting={asked}", "train.precision=fp32"])
+    found, _ = resolve_settings(config, torch.device("cpu"), tmp_path)
+    assert found.scheduler.loss_weighting == kept
+    assert resolve_settings(config, torch.device("cpu"), None)[0].scheduler.loss_weighting == asked
+
+
+def test_a_fixed_weight_needs_its_mode() -> None:
+    with pytest.raises(ConfigError, match=r"fixed_weight=0\.3 goes with scheduler\.loss_weighting=constant"):
+        load_config("tiny", ["scheduler.fixed_weight=0.3", "scheduler.loss_weighting=fixed"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import entry_of
 from ldmseg_fast.training import checkpoints as resume_module
+from ldmseg_fast.training import disk
 from ldmseg_fast.training.loop import Run, train
 from ldmseg_fast.training.shards import random_state
 from tests.training.helpers import Job, assembled, losses
@@ -301,13 +303,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_is_really_full(small_disk: Path, settings: Settings, capfd: pytest.CaptureFixture) -> None:
+def test_a_disk_that_is_really_full(
+    small_disk: Path, settings: Settings, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ldmseg_fast.train import main
     from tests.training.helpers import TINY
 
     root = settings("x").data.root
     arguments = ["--config", str(TINY), f"data.root={root}", f"output_dir={small_disk / 'run'}", "train.save_every=1"]
     (small_disk / "ballast").write_bytes(bytes(1_200_000))
+    assert main(["autoencoder", *arguments, "train.keep=50", "train.steps=10"]) == 2
+    error = capfd.readouterr().err.strip()
+    assert re.search(r"disk: .*\(10 checkpoints of .*, but .* are free there; lower train\.keep", error)
+    assert len(error.splitlines()) == 1 and not (small_disk / "run" / "checkpoints").exists()
+    monkeypatch.setattr(disk, "disk_need", lambda *_: disk.DiskNeed(0, 1, 0, -disk.SLACK))  # another fills it meanwhile
     assert main(["autoencoder", *arguments, "train.keep=50", "train.steps=10"]) == 2
     error = capfd.readouterr().err
     assert "No space left on device" in error and "train.keep" in error

@@ -53,7 +53,8 @@ class AutoencoderStage(Stage):
             posterior = self.recompute(vae.encode, bits)
             latents = posterior.sample(per_image(torch.randn, posterior.mean.shape[1:], generators))  # [B, C, h, w]
             clean = latents.detach().float()
-            self.latent_std.lerp_(clean.std(), 1.0 if step == 0 else 0.02)
+            if self.training:
+                self.latent_std.lerp_(clean.std(), 1.0 if step == 0 else 0.02)
             if config.latent_noise:
                 noise = per_image(torch.randn, latents.shape[1:], generators)
                 # each image its own strength, so that clean latents stay part of the training

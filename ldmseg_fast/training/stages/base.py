@@ -19,7 +19,14 @@ from ldmseg_fast.diffusion.sampler import seed_of
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
-from ldmseg_fast.training.losses import MaskLosses, Segments, mask_losses, share_num_labelled, share_num_masks
+from ldmseg_fast.training.losses import (
+    MaskLosses,
+    Segments,
+    labelled_points,
+    mask_losses,
+    share_num_labelled,
+    share_num_masks,
+)
 
 T = TypeVar("T")
 
@@ -57,6 +64,16 @@ class Stage(nn.Module, abc.ABC):
     @abc.abstractmethod
     def predict(self, batch: dict[str, Any], target_sizes: Sequence[tuple[int, int]]) -> list[PanopticResult]:
         """Predicts panoptic maps of a validation batch, one each of `target_sizes`, (height, width) in pixels."""
+
+    @torch.no_grad()
+    def held_out_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Computes the loss of a validation batch, a float32 scalar, under the noise that its images always get.
+
+        So losses of two validations differ by the weights alone, whatever the number of ranks.
+        """
+        labelled = labelled_points(batch["segment_ids"], self.config.loss, self.generators(0, batch, "points"))
+        counts = {"num_masks": batch["num_segments"].sum().float(), "num_labelled": labelled}
+        return self.forward(batch | counts, 0)["loss"]
 
     @abc.abstractmethod
     def save(self, folder: Path) -> None:

@@ -119,12 +119,15 @@ class LatentStage(Stage):
     def mask_latents(self, batch: dict[str, Any], table: Tensor | None = None) -> Tensor:
         """Encodes a batch's maps: x_0, float32 [B, C, h, w] (LDMSeg, arXiv 2401.10227, section 3.1).
 
+        It does so in float32 also inside `autocast`: x_0 is what the network is trained towards.
+
         Args:
             batch: as `Stage` has it.
             table: [B, 256], id -> slot, where not the batch's own.
         """
         bits = self.mask_bits(batch, batch["segment_ids"], batch["table"] if table is None else table)
-        return self.mask_vae.encode_latents(bits).float()
+        with torch.autocast(bits.device.type, enabled=False):
+            return self.mask_vae.encode_latents(bits).float()
 
     def given_pixels(self, batch: dict[str, Any], step: int) -> Tensor:
         """Draws where the map is given, bool [B, H, W]: the blocks that are kept of the images that learn inpainting.
@@ -173,7 +176,7 @@ class LatentStage(Stage):
     @torch.no_grad()
     def predict(self, batch: dict[str, Any], target_sizes: Sequence[tuple[int, int]]) -> list[PanopticResult]:
         """Samples maps for the batch's images; see `Stage.predict`."""
-        latents = self.sample(batch, self.config.num_inference_steps)
+        latents = self.sample(batch, self.config.train.validate_steps or self.config.num_inference_steps)
         with self.autocast():
             logits = self.mask_vae.decode_latents_both(latents)
         height, width = (side // self.config.image_encoder.picture_scale for side in batch["image"].shape[-2:])

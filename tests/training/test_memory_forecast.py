@@ -1,0 +1,78 @@
+"""The memory that a run is forecast to need is what its ranks need, within a tenth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ldmseg_fast.config import load_config
+from ldmseg_fast.training.estimate import LOADER, LOADER_SERVER, PROGRAM, count_parameters, peak_memory_forecast
+from tests.training.helpers import Job, deepspeed, losses, train_command
+
+GIB = 2**30
+# 158 million parameters on pictures of 64x64, so that steps are quick and activations few
+WIDE = [
+    *("unet.block_out_channels=208,416,624", "unet.layers_per_block=2", "unet.num_heads=4,8,8", "unet.norm_groups=16"),
+    *("train.batch_size=4", "train.precision=fp32", "data.cache=false"),
+]
+ENDLESS = ["train.steps=100000", "train.save_every=100000", "train.validate_every=100000", "train.log_every=1"]
+
+
+def peak_of(process: int) -> int:
+    """The most memory that a process has held, in bytes."""
+    status = Path(f"/proc/{process}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) << 10
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_forecast_is_within_a_tenth(
+    ranks: int,
+    zero_stage: int,
+    workers: int,
+    scenes: Path,
+    tmp_path: Path,
+    start: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    from ldmseg_fast.training.loop import train
+
+    vae = train("autoencoder", load_config("tiny", [f"data.root={scenes}", f"output_dir={tmp_path / 'vae'}", *SHORT]))
+    settings = [*WIDE, *ENDLESS, f"train.zero_stage={zero_stage}", f"data.num_workers={workers}"]
+    folder = tmp_path / "run"
+    command = train_command("diffusion", folder, scenes, "--config", "tiny", f"model.mask_vae={vae}", *settings)
+    job = start(deepspeed(ranks, *command))
+    job.wait_for(lambda: (folder / "logs" / "log.jsonl").is_file() and len(losses(folder)) >= 3, 900)
+    measured = max(map(peak_of, job.ranks()))
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    forecast, _ = peak_memory_forecast("diffusion", load_config("tiny", settings), ranks)
+    record_property("measured_gib", round(measured / GIB, 3))
+    record_property("forecast_gib", round(forecast / GIB, 3))
+    assert forecast == pytest.approx(measured, rel=0.1)
+
+
+SHORT = ["train.steps=1", "train.batch_size=2", "data.val_limit=1", "train.precision=fp32"]
+
+
+def test_the_forecast_is_the_count_of_bytes() -> None:
+    """One process: weights, gradients, two moments and averages; loader processes beside them."""
+    config = load_config("tiny", [*WIDE, "data.num_workers=2", "train.batch_size=1"])
+    counts = count_parameters("diffusion", config)
+    assert 158e6 < counts.trainable < 159e6
+    rank, loaders = peak_memory_forecast("diffusion", config, 1)
+    assert 20 * counts.trainable < rank - PROGRAM < 20 * counts.trainable + 0.1 * GIB
+    assert loaders == LOADER_SERVER + 2 * LOADER
+    several = [
+        peak_memory_forecast("diffusion", load_config("tiny", [*WIDE, f"train.zero_stage={stage}"]), 2)[0]
+        for stage in range(4)
+    ]
+    assert several[1] > several[0] > rank and several[2] < several[1]
