@@ -1,54 +1,122 @@
-"""Copies bfloat16 graphs to float32, so that a runtime without bfloat16 can check them: same nodes, same weights."""
+"""Copies graphs of half precision to float32: same nodes, same rounded weights, none of the rounding between nodes.
+
+Run beside PyTorch with equally rounded weights, such a copy differs by float32's own error alone. A fault in structure
+or weights stands out of that, and would be lost in the rounding of half precision.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ldmseg_fast.backends.graphs.manifest import GraphFile, Manifest, hash_files
 from ldmseg_fast.backends.graphs.specs import TensorSpec
 
+HALVES = ("float16", "bfloat16")
+
 
 def float_twin(folder: Path, manifest: Manifest, out: Path) -> Path:
-    """Writes the copy into `out`: every bfloat16 type becomes float32, weights keep their (rounded) values."""
+    """Writes the copy into `out`, one tensor in memory at a time.
+
+    Every half type becomes float32, weights keep their (rounded) values. Where inputs of layers are quantised the copy
+    leaves them as they are, see `activation_scales`; weights stay quantised.
+    """
     graphs = {name: _twin(folder, graph, out) for name, graph in manifest.graphs.items()}
     options = replace(manifest.options, dtype="float32")
     replace(manifest, graphs=graphs, options=options, precision="fp32").write(out)
     return out
 
 
+def activation_scales(path: Path) -> list[float]:
+    """Reads the scales by which a graph quantises what flows between its nodes, in the order of its nodes."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    return [
+        float(onnx.numpy_helper.to_array(constants[node.input[1]]))
+        for node in graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] not in constants
+    ]
+
+
 def _twin(folder: Path, graph: GraphFile, out: Path) -> GraphFile:
     import onnx
 
-    model = onnx.load(str(folder / graph.file))
+    model = onnx.load(str(folder / graph.file), load_external_data=False)
+    with (out / (graph.weights or f"{graph.file}.data")).open("wb") as file:
+        for tensor in model.graph.initializer:
+            _write_float(tensor, folder, file, onnx)
+    _bypass_quantisers(model.graph)
     _convert(model.graph, onnx)
     del model.graph.value_info[:]  # types inferred for the original
-    onnx.save(model, str(out / graph.file), save_as_external_data=graph.weights is not None, location=graph.weights)
+    onnx.save(model, str(out / graph.file))
+    weights = graph.weights or f"{graph.file}.data"
     spec = replace(graph.spec, inputs=_floats(graph.spec.inputs), outputs=_floats(graph.spec.outputs))
-    return GraphFile(spec, graph.file, graph.weights, hash_files(out, graph.file, graph.weights))
+    return GraphFile(spec, graph.file, weights, hash_files(out, graph.file, weights))
 
 
 def _floats(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    return tuple(replace(t, dtype="float32") if t.dtype == "bfloat16" else t for t in tensors)
+    return tuple(replace(t, dtype="float32") if t.dtype in HALVES else t for t in tensors)
+
+
+def _write_float(tensor: Any, folder: Path, file: IO[bytes], onnx: Any) -> None:
+    """Converts an initializer; a large one goes into the file of weights and leaves memory."""
+    helper = onnx.external_data_helper
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        helper.load_external_data_for_tensor(tensor, str(folder))
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+    if tensor.data_type in _halves(onnx):
+        tensor.CopyFrom(_as_float(tensor, onnx))
+    if len(tensor.raw_data) > 1024:
+        start = file.tell()
+        file.write(tensor.raw_data)
+        helper.set_external_data(tensor, Path(file.name).name, start, file.tell() - start)
+        tensor.ClearField("raw_data")
+
+
+def _bypass_quantisers(graph: Any) -> None:
+    """Leaves out the pairs of QuantizeLinear and DequantizeLinear that do not stand behind a weight."""
+    weights = {tensor.name for tensor in graph.initializer}
+    quantised = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] not in weights
+    }
+    plain = {
+        node.output[0]: quantised[node.input[0]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in quantised
+    }
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if node.op_type != "DequantizeLinear" and name in plain:
+                node.input[index] = plain[name]
+    kept = [node for node in graph.node if node.output[0] not in quantised and node.output[0] not in plain]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _convert(graph: Any, onnx: Any) -> None:
-    half, full = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    for tensor in graph.initializer:
-        if tensor.data_type == half:
-            tensor.CopyFrom(_as_float(tensor, onnx))
+    halves, full = _halves(onnx), onnx.TensorProto.FLOAT
     for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type == half:
+        if value.type.tensor_type.elem_type in halves:
             value.type.tensor_type.elem_type = full
     for node in graph.node:
         for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in halves:
                 attribute.i = full
-            if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == half:
+            if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in halves:
                 attribute.t.CopyFrom(_as_float(attribute.t, onnx))
+
+
+def _halves(onnx: Any) -> tuple[int, int]:
+    return onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
 
 
 def _as_float(tensor: Any, onnx: Any) -> Any:

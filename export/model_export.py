@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ldmseg_fast.backends.graphs.manifest import (
     FILE_NAME,
@@ -26,18 +25,16 @@ from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, check_finite, load_weights
 from ldmseg_fast.config import to_dict
 from ldmseg_fast.config.precision import DTYPES
-from ldmseg_fast.data.coco_panoptic import collate
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
 from ldmseg_fast.export.networks import load_networks, load_queries, network_of
 from ldmseg_fast.export.output_folder import ExportError, NewFolder, new_folder
-from ldmseg_fast.export.parity import ParityReport, comparison_data, measure_parity
+from ldmseg_fast.export.parity import GENERATED, QUANTISED, calibration_pictures, comparison_data, measure_parity
+from ldmseg_fast.export.parity_report import ParityReport
 from ldmseg_fast.export.quantize import OPSET as QUANTISED_OPSET
 from ldmseg_fast.export.quantize import export_quantized, quantize_unet
 from ldmseg_fast.files import inside, write_json
 
-QUANTISED = ("fp8", "int8")
-CALIBRATION_IMAGES = 16
 DEFAULT_OPSET, BF16_OPSET = 21, 22
 MAX_SAMPLER_STEPS = 8  # every step of a whole sampler is a copy of the network's nodes
 PARITY = "parity.json"
@@ -55,7 +52,7 @@ class ExportSettings:
     head: str = "panoptic"
     sampler_steps: str = ""
     parity: bool = True
-    parity_images: int = 8
+    parity_images: int | None = None
     data: str | None = None
     split: str = "val2017"
     command: str = ""
@@ -114,7 +111,7 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
         raise ExportError(f"--opset {opset}: {OPSETS[0]} to {OPSETS[-1]}; 21 is what every runtime here takes")
     if settings.precision == "bf16" and opset < BF16_OPSET:
         raise ExportError(f"--opset {opset}: ONNX has convolutions in bfloat16 from {BF16_OPSET} on")
-    if settings.parity_images < 1:
+    if settings.parity_images is not None and settings.parity_images < 1:
         raise ExportError(f"--parity-images {settings.parity_images}: at least 1; --no-parity compares nothing")
     multiple = info.size_multiple
     image_size = _whole("--size", settings.size, {"model": info.image_size, "dynamic": 0})
@@ -174,7 +171,7 @@ def is_current(model_dir: str | Path, folder: Path, settings: ExportSettings) ->
 def _calibration(settings: ExportSettings) -> str:
     if settings.precision not in QUANTISED:
         return ""
-    return "generated scenes" if settings.data is None else f"{Path(settings.data).resolve()}/{settings.split}"
+    return GENERATED if settings.data is None else f"{Path(settings.data).resolve()}/{settings.split}"
 
 
 def versions() -> dict[str, str]:
@@ -203,7 +200,11 @@ def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings:
         if needed not in loaded:
             loaded.clear()
             if quantised and needed == "unet":
-                loaded = {"unet": quantize_unet(info, settings.precision, calibration_pictures(info, settings))}
+                loaded = {
+                    "unet": quantize_unet(
+                        info, settings.precision, calibration_pictures(info, settings.data, settings.split)
+                    )
+                }
                 loaded |= load_queries(info, torch.float16)
             else:
                 loaded = load_networks(info, spec, options)
@@ -229,12 +230,6 @@ def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings:
     )
     manifest.write(folder)
     return manifest
-
-
-def calibration_pictures(info: ModelInfo, settings: ExportSettings) -> Tensor:
-    """Reads pictures, uint8 [B, 3, S, S], of the data set's split, or of generated scenes."""
-    with comparison_data(info, settings.data, settings.split, CALIBRATION_IMAGES) as dataset:
-        return collate([dataset[index] for index in range(len(dataset))])["image"]
 
 
 def _installed(name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ OPSET = 20  # the newest that the tracing exporter writes; modelopt's nodes need
 # first and last convolution and the time embedding: few FLOPs, and errors there reach every step; norms gain nothing
 SENSITIVE = ("*conv_in*", "*conv_out*", "*time_embedding*", "*time_emb_proj*", "*norm*")
 CALIBRATION_STEPS = 4
+LARGEST = {"fp8": 448.0, "int8": 127.0}  # the values that the largest magnitudes become
 
 
 def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Module:
@@ -61,6 +63,43 @@ def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Modul
         if hasattr(module, "trt_high_precision_dtype"):
             module.trt_high_precision_dtype = "Half"  # scales in the type of what they scale
     return unet.half()
+
+
+@dataclass(frozen=True)
+class LayerScales:
+    """Holds the scales of one quantised layer, rounded to half as its graph holds them.
+
+    Attributes:
+        inputs: of what flows in.
+        weight: float32, one for all, or [C, 1, ...], one per output channel.
+    """
+
+    inputs: float
+    weight: Tensor
+
+
+def scales_of(unet: nn.Module, precision: str) -> dict[str, LayerScales]:
+    """Reads the scales of every quantised layer, by its name, from what `quantize_unet` returned."""
+    largest = LARGEST[precision]
+    return {
+        name: LayerScales(
+            _scale(layer.input_quantizer.amax, largest).item(), _scale(layer.weight_quantizer.amax, largest)
+        )
+        for name, layer in unet.named_modules()
+        if hasattr(layer, "weight_quantizer") and layer.weight_quantizer.is_enabled
+    }
+
+
+def _scale(amax: Tensor, largest: float) -> Tensor:
+    return (amax.float() / largest).half().float()
+
+
+def fake_quantize(values: Tensor, scale: Tensor | float, precision: str) -> Tensor:
+    """Rounds values, float32 of any shape, as ONNX's QuantizeLinear and DequantizeLinear do."""
+    scaled = values / scale
+    if precision == "int8":
+        return scaled.round().clamp(-128, 127) * scale
+    return scaled.clamp(-LARGEST["fp8"], LARGEST["fp8"]).to(torch.float8_e4m3fn).float() * scale
 
 
 def _modelopt() -> Any:

@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", help="COCO-panoptic folder for the parity report; default generated scenes")
     parser.add_argument("--split", default="val2017")
-    parser.add_argument("--parity-images", type=int, default=8)
+    parser.add_argument("--parity-images", type=int, help="default 8, of a large model 2")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     args = parser.parse_args(argv)
     check_ranges(args)

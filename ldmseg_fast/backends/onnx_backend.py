@@ -67,6 +67,7 @@ def load_onnx_backend(
     threads: int = 0,
     cuda_graph: bool | None = None,
     image_size: int | None = None,
+    exact: bool = False,
 ) -> GraphBackend:
     """Loads the graphs that `to_onnx.py` wrote.
 
@@ -78,6 +79,7 @@ def load_onnx_backend(
         threads: of ONNX Runtime on the CPU; default torch's.
         cuda_graph: let ONNX Runtime capture each step of the sampling loop, on a GPU; None: do not.
         image_size: side in pixels of what the networks see; default the graphs' own, or the model's.
+        exact: keep a GPU from rounding float32 to TF32.
 
     Raises:
         BackendError: no ONNX Runtime, a folder that is no export or not of this model, a provider that is not there, a
@@ -114,11 +116,14 @@ def load_onnx_backend(
         options.intra_op_num_threads = threads or torch.get_num_threads()
         # between calls its threads would go on spinning on the cores that torch's pre- and post-processing use
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if manifest.precision == "fp8":  # moving quantisers past other nodes makes float8 inputs that those refuse
+        if (
+            exact or manifest.precision == "fp8"
+        ):  # moving quantisers past other nodes makes float8 inputs that those refuse
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         settings: dict[str, str] = {}
         if device.type == "cuda":
             settings = {"device_id": str(device.index or 0)}
+            settings |= {"use_tf32": "0"} if exact else {}
             settings |= {"enable_cuda_graph": "1"} if capture and name == "denoiser" else {}
         path = folder / manifest.graphs[name].file
         try:

@@ -49,12 +49,12 @@ def test_graphs_name_segments_as_torch_does(category_model, tmp_path, head):
                 b["id"], b["name"], b["category_id"], b["isthing"],
             )  # fmt: skip
             assert a["category_score"] == pytest.approx(b["category_score"], abs=1e-4)
-    run = ours.backend._run_rows
+    run = ours.backend.run_rows
 
     def spoilt(*args, **kwargs):
         found = run(*args, **kwargs)
         return found | {n: v * float("nan") for n, v in found.items() if n in ("category_score", "category_logits")}
 
-    ours.backend._run_rows = spoilt
+    ours.backend.run_rows = spoilt
     with pytest.raises(NonFiniteError, match="mask_decoder: category logits are not finite"):
         ours(pictures[0], 2)

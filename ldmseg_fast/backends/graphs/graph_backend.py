@@ -89,10 +89,23 @@ class GraphBackend(DdimBackend):
         with self.pool.lane() as lane:
             return lane.run(graph, inputs, output_sizes)
 
-    def _run_rows(
+    def run_rows(
         self, graph: str, rows: Mapping[str, Tensor], fixed: Mapping[str, Tensor] | None = None, **output_sizes: int
     ) -> dict[str, Tensor]:
-        """Runs a graph on any batch. `rows` have a batch axis, `fixed` inputs have none."""
+        """Runs a graph on any batch, in parts where it takes no such batch.
+
+        Args:
+            graph: its name.
+            rows: inputs with a batch axis, [B, ...] of the spec's dtypes.
+            fixed: inputs without one.
+            output_sizes: axes that no input's shape tells.
+
+        Returns:
+            The outputs by name, [B, ...] of the spec's dtypes.
+
+        Raises:
+            ArgumentError, BackendError: see `run_graph`.
+        """
 
         def run(part: dict[str, Tensor]) -> dict[str, Tensor]:
             return self.run_graph(graph, part | dict(fixed or {}), **output_sizes)
@@ -107,7 +120,7 @@ class GraphBackend(DdimBackend):
     @torch.inference_mode()
     def encode_image(self, images: Tensor) -> Tensor:
         """See `Backend.encode_image`."""
-        return self._run_rows("image_encoder", {"images": images.to(self.device)})["image_latents"]
+        return self.run_rows("image_encoder", {"images": images.to(self.device)})["image_latents"]
 
     @torch.inference_mode()
     def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
@@ -126,7 +139,7 @@ class GraphBackend(DdimBackend):
         if context is not None:
             rows["context"] = context.to(self.dtype)
         unused = torch.tensor([1.0, 0.0, 1.0, 0.0], device=self.device)  # of the step that follows in the graph
-        return self._run_rows("denoiser", rows, {"coefficients": unused})["model_output"]
+        return self.run_rows("denoiser", rows, {"coefficients": unused})["model_output"]
 
     def caching(self, interval: int, branch: int) -> Callable[..., Tensor]:
         """See `Backend.caching`. Raises BackendError: graphs keep no features."""
@@ -137,7 +150,7 @@ class GraphBackend(DdimBackend):
         whole = sampler_name(num_inference_steps)
         if whole in self.specs:
             times, coefficients = (table.to(self.device) for table in schedule(self.info, num_inference_steps))
-            return self._run_rows(whole, rows, {"timesteps": times, "coefficients": coefficients})["mask_latents"]
+            return self.run_rows(whole, rows, {"timesteps": times, "coefficients": coefficients})["mask_latents"]
 
         def loop(part: dict[str, Tensor]) -> dict[str, Tensor]:
             with self.pool.lane() as lane:
@@ -179,7 +192,7 @@ class GraphBackend(DdimBackend):
             fixed["mask_threshold"] = torch.tensor([thresholds.mask_threshold], device=self.device)
         rows = {"latents": latents.to(self.device).float()}
         height, width = fixed["size"].tolist() if fixed else size
-        found = self._run_rows("mask_decoder", rows, fixed, height=height, width=width)
+        found = self.run_rows("mask_decoder", rows, fixed, height=height, width=width)
         if use_logits:
             require_finite(all_finite(found["mask_logits"]), LOGITS, self.info, self.dtype)
         if output == "logits":

@@ -1,0 +1,115 @@
+"""Turns outputs of two runtimes into the rows of a parity report, with the limits that healthy exports keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldmseg_fast.export.parity_reference import Values
+from ldmseg_fast.export.parity_report import Row
+
+NETWORKS = {"image_latents": "image_encoder", "model_output": "denoiser"}  # the other outputs are the mask decoder's
+# Both sides in float32 with equal weights. Healthy exports stay a tenth below.
+EXACT_ERROR, EXACT_MAX, EXACT_LOOP, EXACT_SAME = 1e-5, 1e-4, 1e-4, 0.999
+SCALES = 1e-3  # half's own rounding
+# As the runtime computes them, in their own precision.
+COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.998, "fp8": 0.99, "int8": 0.98}
+LOOP_ERROR = {"exact": EXACT_LOOP, "fp32": 0.02, "fp16": 0.05, "bf16": 0.1, "fp8": 0.3, "int8": 0.3}
+SAME_PIXELS = {"exact": EXACT_SAME, "fp32": 0.98, "fp16": 0.97, "bf16": 0.9, "fp8": 0.7, "int8": 0.7}
+# points of PQ; on a few images one segment more or less changes it by a point or two
+PQ_DIFFERENCE = {"fp32": 0.5, "fp16": 3.0, "bf16": 5.0, "fp8": 10.0, "int8": 10.0}
+
+
+def exact_rows(size: int, ours: Values, theirs: Values) -> list[Row]:
+    """Compares every output of the three networks at one batch: float32 and integers, [B, ...]."""
+    rows: list[Row] = []
+    for name, value in ours.items():
+        what = f"{NETWORKS.get(name, 'mask_decoder')}, batch {size}"
+        what += "" if name in NETWORKS else f", {name}"
+        expected = theirs[name]
+        if value.is_floating_point():
+            rows.append(Row(f"{what}: relative error", relative_error(value, expected), EXACT_ERROR))
+            largest = (value - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+            rows.append(Row(f"{what}: max abs", largest, EXACT_MAX))
+        elif name == "sigmoid_area":
+            changed = (value - expected).abs().sum().item() / max(1, expected.sum().item())
+            rows.append(Row(f"{what}: share that differs", changed, 1 - EXACT_SAME))
+        else:
+            same = (value == expected).double().mean().item()
+            rows.append(Row(f"{what}: share that agrees", same, EXACT_SAME, at_least=True))
+    return rows
+
+
+def native_rows(stage: str, precision: str, pairs: Sequence[tuple[Values, Values]]) -> list[Row]:
+    """Compares float outputs image by image, as the runtime computes them: the smallest cosine of each."""
+    rows: list[Row] = []
+    for name in ("image_latents", "model_output", "mask_logits"):
+        if name in pairs[0][0]:
+            cosine = min(_cosine(ours[name], theirs[name]) for ours, theirs in pairs)
+            what = f"{stage} in {precision}, {NETWORKS.get(name, 'mask_decoder')}: cosine"
+            rows.append(Row(what, cosine, COSINE[precision], at_least=True))
+    return rows
+
+
+def loop_rows(
+    stage: str, limits: str, pairs: Sequence[tuple[Values, Values]], steps: Sequence[int], categories: bool
+) -> list[Row]:
+    """Compares latents after whole loops, and the maps made of the last ones, over all images.
+
+    Args:
+        stage: names the rows.
+        limits: "exact", or a precision.
+        pairs: (ours, PyTorch's) per image.
+        steps: of the loops.
+        categories: whether segments have them.
+    """
+    before = "" if limits == "exact" else f"{stage} in {limits}, "
+    rows: list[Row] = []
+    for count in steps:
+        ours, theirs = (torch.cat([pair[side][f"latents_{count}"] for pair in pairs]) for side in range(2))
+        error = relative_error(ours, theirs)
+        rows.append(Row(f"{before}latents after {count} steps: relative error", error, LOOP_ERROR[limits]))
+    same = sum((ours["map"] == theirs["map"]).double().mean().item() for ours, theirs in pairs) / len(pairs)
+    rows.append(Row(f"{before}maps: pixel agreement", same, SAME_PIXELS[limits], at_least=True))
+    if categories:
+        share = _same_categories(pairs)
+        rows.append(Row(f"{before}maps: segments of the same category", share, SAME_PIXELS[limits], at_least=True))
+    return rows
+
+
+def _same_categories(pairs: Sequence[tuple[Values, Values]]) -> float:
+    named = []
+    for pair in pairs:
+        ours, theirs = (
+            {each["id"]: each["category_id"] for each in json.loads(bytes(values["segments"].tolist()))}
+            for values in pair
+        )
+        named += [theirs.get(key, category) == category for key, category in ours.items()]
+    return sum(named) / max(len(named), 1)
+
+
+def scale_row(found: Sequence[float], expected: Sequence[float]) -> Row:
+    """Compares the scales that a graph quantises inputs by with the calibrated ones, in whatever order."""
+    what = "denoiser, scales of quantised inputs: largest relative difference"
+    if len(found) != len(expected):
+        return Row(what, float("inf"), SCALES)
+    pairs = zip(sorted(found), sorted(expected))
+    return Row(what, max((abs(ours - theirs) / theirs for ours, theirs in pairs), default=0.0), SCALES)
+
+
+def pq_row(precision: str, pq: dict[str, float]) -> Row:
+    """Compares the PQ in percent of maps from graphs or an engine with PyTorch's, in plain float32."""
+    (ours,) = (value for name, value in pq.items() if name != "torch")
+    return Row("maps: PQ difference", abs(ours - pq["torch"]), PQ_DIFFERENCE[precision])
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Computes |ours - theirs| / |theirs| of float tensors of one shape."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-12)).item()
+
+
+def _cosine(ours: Tensor, theirs: Tensor) -> float:
+    return torch.cosine_similarity(ours.double().flatten(), theirs.double().flatten(), dim=0).item()

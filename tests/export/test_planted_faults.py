@@ -1,0 +1,184 @@
+"""The parity report finds planted faults in every precision, and raises no alarm over healthy exports."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from ldmseg_fast.backends.graphs.manifest import hash_files, read_manifest
+from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.export import parity
+from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
+
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
+
+
+def weights(model, part="", ndim=2):
+    """The floats of at least `ndim` axes whose name has `part`, the largest first."""
+    found = [
+        t for t in model.graph.initializer if part in t.name and len(t.dims) >= ndim and t.data_type in (1, 10, 16)
+    ]
+    return sorted(found, key=lambda t: (-np.prod(t.dims), t.name))
+
+
+def change(tensor, edit):
+    values = numpy_helper.to_array(tensor)
+    changed = values.astype(np.float32)
+    edit(changed)
+    assert not np.array_equal(values.astype(np.float32), changed), "the fault changes nothing"
+    tensor.CopyFrom(numpy_helper.from_array(changed.astype(values.dtype), tensor.name))
+
+
+def one_weight_times_ten(model):
+    def edit(values):
+        values.flat[np.argsort(np.abs(values).ravel())[values.size // 2]] *= 10  # the median, not the largest
+
+    change(weights(model)[0], edit)
+
+
+def a_whole_tensor_is_zero(model):
+    square = next(t for t in weights(model) if len(t.dims) == 2 and t.dims[0] == t.dims[1])
+    change(square, lambda values: values.fill(0))
+
+
+def every_epsilon_times_a_hundred(model):
+    norms = [node for node in model.graph.node if node.op_type in ("GroupNormalization", "InstanceNormalization")]
+    for node in norms:
+        next(a for a in node.attribute if a.name == "epsilon").f *= 100
+    assert norms
+
+
+def a_tensor_is_doubled(model):
+    change(weights(model)[1], lambda values: values.__imul__(2))
+
+
+def a_sign_flips(model):
+    change(weights(model)[-1], lambda values: values.reshape(-1)[:1].__imul__(-1))
+
+
+def two_channels_are_swapped(model):
+    def edit(values):
+        values[[0, 1]] = values[[1, 0]]
+
+    change(weights(model)[2], edit)
+
+
+def one_weight_is_lost(model):
+    def edit(values):
+        values.flat[int(np.abs(values).argmax())] = 0
+
+    change(weights(model)[0], edit)
+
+
+def a_residual_is_subtracted(model):
+    constants = {t.name for t in model.graph.initializer}
+    constants |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
+    adds = [node for node in model.graph.node if node.op_type == "Add" and not constants & set(node.input)]
+    adds[len(adds) // 2].op_type = "Sub"
+
+
+def a_softmax_takes_the_other_axis(model):
+    node = next(node for node in model.graph.node if node.op_type == "Softmax")
+    del node.attribute[:]
+    node.attribute.append(onnx.helper.make_attribute("axis", -2))
+
+
+def a_norm_gains_a_percent(model):
+    scale = next(node for node in model.graph.node if node.op_type == "LayerNormalization").input[1]
+    change(next(t for t in model.graph.initializer if t.name == scale), lambda values: values.__imul__(1.01))
+
+
+def a_scale_is_doubled(model):
+    constants = {node.output[0]: node for node in model.graph.node if node.op_type == "Constant"}
+    names = {t.name for t in model.graph.initializer}
+    node = [n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] not in names][1]
+    change(constants[node.input[1]].attribute[0].t, lambda values: values.__imul__(2))
+
+
+FAULTS = [
+    ("denoiser", one_weight_times_ten),
+    ("denoiser", a_whole_tensor_is_zero),
+    ("denoiser", every_epsilon_times_a_hundred),
+    ("mask_decoder", a_tensor_is_doubled),
+    ("image_encoder", a_sign_flips),
+    ("denoiser", two_channels_are_swapped),
+    ("mask_decoder", one_weight_is_lost),
+    ("denoiser", a_residual_is_subtracted),
+    ("denoiser", a_softmax_takes_the_other_axis),
+    ("denoiser", a_norm_gains_a_percent),
+]
+
+
+def faults_of(precision):
+    return [*FAULTS[:-1], ("denoiser", a_scale_is_doubled)] if precision in ("fp8", "int8") else FAULTS
+
+
+def plant(healthy: Path, out: Path, graph: str, fault) -> None:
+    """Copies an export with one fault in one graph, under a manifest that fits it."""
+    shutil.copytree(healthy, out)
+    manifest = read_manifest(out)
+    file = manifest.graphs[graph]
+    model = onnx.load(out / file.file)
+    fault(model)
+    onnx.save(model, out / file.file)
+    files = {**manifest.graphs, graph: replace(file, sha256=hash_files(out, file.file, file.weights))}
+    replace(manifest, graphs=files).write(out)
+
+
+def export(model: Path, out: Path, precision: str) -> Path:
+    out.mkdir()
+    info, settings = read_model_info(model), ExportSettings(precision)
+    write_graphs(info, out, resolve_options(info, settings), settings)
+    return out
+
+
+@pytest.fixture(scope="module")
+def healthy(model_dir, tmp_path_factory):
+    """A function: the export of the narrow model in a precision, made once."""
+    root, made = tmp_path_factory.mktemp("healthy"), {}
+
+    def get(precision):
+        if precision in ("fp8", "int8"):
+            pytest.importorskip("modelopt", reason="pip install 'ldmseg_fast[quantize]'")
+        if precision not in made:
+            made[precision] = export(model_dir, root / precision, precision)
+        return made[precision]
+
+    return get
+
+
+@pytest.fixture
+def torch_runs_once(monkeypatch, tmp_path):
+    """PyTorch's side is the same for every fault: it is computed for the healthy export."""
+    original, kept, results = parity._run_torch, tmp_path / "torch", {}
+
+    def run_torch(run):
+        if not kept.exists():
+            original(run)
+            shutil.copytree(run.scratch, kept)
+            results.update(pq=run.pq.copy(), latency=run.latency.copy(), scales=run.scales)
+        shutil.copytree(kept, run.scratch, dirs_exist_ok=True)
+        run.pq, run.latency, run.scales = results["pq"].copy(), results["latency"].copy(), results["scales"]
+
+    monkeypatch.setattr(parity, "_run_torch", run_torch)
+
+
+def report(model, folder):
+    return parity.measure_parity(read_model_info(model), folder, read_manifest(folder), images=1, batches=(2,))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_ten_of_ten_faults_are_found(model_dir, healthy, torch_runs_once, tmp_path, precision):
+    folder, missed = healthy(precision), []
+    found = report(model_dir, folder)
+    assert found.ok, found.table()
+    for graph, fault in faults_of(precision):
+        plant(folder, tmp_path / fault.__name__, graph, fault)
+        found = report(model_dir, tmp_path / fault.__name__)
+        if found.ok:
+            missed.append(f"{graph}: {fault.__name__}\n{found.table()}")
+    assert not missed, "\n".join(missed)
