@@ -30,7 +30,7 @@ def geglu(x: Tensor) -> Tensor:
 
 
 def check(x: Tensor) -> None:
-    """Refuses what `geglu` does not take: x is float [N, 2 C], with any axes before.
+    """Refuses what `geglu` does not take: x is float [..., 2 * C].
 
     Raises:
         ValueError: an odd number of channels, or no float tensor; the message starts with the argument's name.

@@ -31,7 +31,7 @@ def compile_network(network: Any, name: str, device: torch.device) -> Callable[.
     machine alone.
 
     Args:
-        network: a module, or a function of tensors.
+        network: a module, or a function, of tensors of any shape and dtype.
         name: for the message.
         device: where it runs.
     """

@@ -46,7 +46,7 @@ class FusedResnet:
         self.pending = _sum(block.conv2.bias, pending)
 
     def __call__(self, x: Tensor, time: Tensor) -> Tensor:
-        """Maps x [B, C, h, w] to [B, C_out, h, w], a new tensor; time: all blocks' projections, with biases."""
+        """Maps x float [B, C, h, w] to [B, C_out, h, w], a new tensor; time: all blocks' projections, with biases."""
         block = self.block
         hidden = F.conv2d(_norm(block.norm1, x, self.added), block.conv1.weight, padding=1)
         assert block.time_slice is not None
@@ -77,7 +77,7 @@ class FusedTransformer:
         self.pending: Tensor = _sum(_sum(module.proj_out.bias, _through(self.out, carried)), pending)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Changes x [B, C, h, w] and returns it."""
+        """Changes x, float [B, C, h, w], and returns it."""
         batch, channels, height, width = x.shape
         hidden = F.linear(_rows(_norm(self.module.norm, x, self.added)), self.into, self.module.proj_in.bias)
         block: Any
@@ -165,7 +165,7 @@ class FusedUNet:
 
     @torch.no_grad()
     def denoise(self, sample: Tensor, time: Tensor) -> Tensor:
-        """Evaluates from the time on that `embed_time` returned; shapes as in `UNet.denoise`, [B, C, h, w]."""
+        """Evaluates from the time on that `embed_time` returned; float [B, C, h, w] as `UNet.denoise`."""
         unet = self.unet
         conv_in: Any = unet.conv_in
         skips = [F.conv2d(sample, conv_in.weight, padding=1) if self.bare_input else conv_in(sample)]
