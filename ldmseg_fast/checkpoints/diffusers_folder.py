@@ -189,3 +189,23 @@ def scheduler_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
     settings = checked(SchedulerConfig, found, source)
     check_component("scheduler", from_dict(SchedulerConfig, settings), {}, source)
     return settings
+
+
+def diffusers_scheduler(config: SchedulerConfig) -> dict[str, Any]:
+    """Writes a noise schedule as the `scheduler_config.json` of diffusers' `DDIMScheduler`, which steps as ours does.
+
+    Before step 0 alpha is that of step 0, and x_0 is not clipped (arXiv 2401.10227).
+    """
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": config.num_train_timesteps,
+        "beta_schedule": config.beta_schedule,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "prediction_type": config.prediction_type,
+        "rescale_betas_zero_snr": config.rescale_zero_snr,
+        "timestep_spacing": config.timestep_spacing,
+        "steps_offset": 0,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+    }

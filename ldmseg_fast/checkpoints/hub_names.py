@@ -96,7 +96,8 @@ _TOLD = {
 }
 _OURS = re.compile(
     rf"model_index\.json|config\.json|{re.escape(CATEGORIES)}|README\.md|"
-    rf"(?:{'|'.join(COMPONENTS)})/(?:config\.json|{re.escape(WEIGHTS)})|conditioning/tokenizer/[\w.-]+\.json"
+    rf"(?:{'|'.join(COMPONENTS)})/(?:config\.json|{re.escape(WEIGHTS)})|conditioning/tokenizer/[\w.-]+\.json|"
+    r"scheduler/scheduler_config\.json"
 )
 _GRAPHS = re.compile(r"export\.json|README\.md|[\w.-]+\.onnx(?:\.data)?")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ldmseg_fast.checkpoints.safe_pickle import check_tensors, load_torch_file
 from ldmseg_fast.checkpoints.schema import read_settings
-from ldmseg_fast.checkpoints.tensors import load_weights
+from ldmseg_fast.checkpoints.tensors import load_weights, plain_names
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import check_no_pointer, inside
 
@@ -23,16 +24,21 @@ INDEX = re.compile(
     r"(diffusion_pytorch_model|model)(\.(?P<early>[A-Za-z0-9_]+))?\.safetensors\.index(\.(?P<variant>[A-Za-z0-9_]+))?\.json"
 )
 ORDER = ("", "fp32", "bf16", "fp16")  # full precision goes before half
+OLD_FILES = tuple(
+    f"diffusion_pytorch_model.{variant}{'.' if variant else ''}bin" for variant in ORDER
+)  # of `torch.save`
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Reads the tensors, any shape and dtype, of a component's folder.
 
     They lie in one or several safetensors files; full precision goes before half. An index says which shards there are;
-    without it, their own names do.
+    without it, their own names do. Folders of before safetensors have one `.bin` file instead, which is read without
+    running anything in it (see `safe_pickle`).
 
     Raises:
-        CheckpointError: none there, a shard that is missing, pickles only, damaged, or links out of the folder.
+        CheckpointError: none there, a shard that is missing, a pickle of more than tensors, damaged, or links out of
+            the folder.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     files, indices, variants = _variants(names)
@@ -45,6 +51,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if whole:
             return load_weights(inside(folder, whole[0]))
         return _read_shards(folder, found, None if index is None else folder / index)
+    old = next((folder / name for name in OLD_FILES if name in names), None)
+    if old is not None:
+        path = inside(folder, old)
+        return plain_names(check_tensors(load_torch_file(path), str(path)), str(path))
     raise CheckpointError(_why_none(folder))
 
 
@@ -115,8 +125,9 @@ def _why_none(folder: Path) -> str:
         for path in folder.glob("*.bin"):
             check_no_pointer(path, CheckpointError)
         return (
-            f"{folder}: only pickled weights (.bin), which can run code when they are read; take the same model's "
-            f".safetensors file, or load it in diffusers on a machine you can lose and save_pretrained it"
+            f"{folder}: only pickled weights of other names than diffusion_pytorch_model.bin, or shards of them; take "
+            f"the same model's .safetensors file, or load it in diffusers on a machine you can lose and "
+            f"save_pretrained it"
         )
     if any(folder.glob("*.msgpack")):
         return f"{folder}: weights of Flax only (.msgpack); take the same model's .safetensors file"

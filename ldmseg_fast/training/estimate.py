@@ -72,7 +72,7 @@ def network_parts(stage_name: str, config: Config) -> dict[str, nn.Module]:
 class StateMemory:
     """Holds bytes per rank, activations left out.
 
-    `gradients` and `buffers` are what the backward pass and the step after it need at most.
+    `gradients` and `buffers` are what the backward pass needs at most.
     """
 
     weights: float
@@ -93,32 +93,36 @@ def state_memory(counts: Counts, config: Config, ranks: int, zero_stage: int, on
     """Estimates a rank's memory but for activations (Rajbhandari et al. 2020, ZeRO, section 3).
 
     Weights are float32 under autocast: a weight, its gradient, its average and each of two moments take 4 bytes. Stage
-    1 cuts moments, master copy and averages along the ranks, 2 the gradients too, 3 everything. What DeepSpeed 0.19
-    needs beyond the paper's count was measured: before a step ZeRO 1 and 2 copy a rank's share of the gradients out and
-    flatten it, stage 3 keeps gathered weights until the step ends, and gradients are reduced through buffers of BUCKET
-    elements, on a GPU through twice as many.
+    1 cuts moments, master copy and averages along the ranks, 2 the gradients too, 3 everything. On a GPU gradients pass
+    through two buffers. What a step needs for a moment beside it is `passing_memory`'s.
     """
     trainable, frozen = counts.trainable, counts.total - counts.trainable
     share = trainable / ranks if zero_stage else trainable
     optimizer, averages = (12.0 if zero_stage else 8.0) * share, 4.0 * share if config.train.ema else 0.0
     offloaded = optimizer + averages if config.train.offload and zero_stage else 0.0
     return StateMemory(
-        weights=4.0 * (trainable + share if zero_stage == 3 else trainable),
-        gradients=4.0 * {0: trainable, 1: trainable + 2 * share, 2: 2 * share, 3: share}[zero_stage],
+        weights=4.0 * (share if zero_stage == 3 else trainable),
+        gradients=4.0 * (share if zero_stage >= 2 else trainable),
         optimizer=0.0 if offloaded else optimizer,
         averages=0.0 if offloaded else averages,
         frozen=4.0 * (frozen / ranks if zero_stage == 3 else frozen),
-        buffers=4.0 * min(BUCKET, trainable) * _buckets(zero_stage, ranks, on_gpu),
+        buffers=4.0 * min(BUCKET, trainable) * (2 if on_gpu else 1) if zero_stage else 0.0,
         host=offloaded,
     )
 
 
-def _buckets(zero_stage: int, ranks: int, on_gpu: bool) -> int:
-    """How many buffers of BUCKET elements a rank has at most; on GPUs the reduction overlaps with the backward pass."""
-    if zero_stage == 0:
-        return 2 if distributed.launched() or ranks > 1 else 0  # without a launcher there is nothing to reduce
-    count = {1: 1, 2: 2 if ranks == 1 else 1, 3: 3 if ranks == 1 else 4}[zero_stage]
-    return count * 2 if on_gpu and zero_stage < 3 else count
+def passing_memory(trainable: int, ranks: int, zero_stage: int) -> float:
+    """Estimates the bytes that DeepSpeed 0.19 needs for a moment of each step beside `state_memory`.
+
+    ZeRO 0 reduces gradients through flattened copies of BUCKET elements. Stages 1 and 2 copy a rank's share of the
+    gradients out of the buffers and flatten it before the step; at stage 1 the gradients themselves are still there.
+    Stage 3 keeps gathered weights, and more buffers to gather and reduce. The numbers of buffers were fitted to what
+    ranks on a CPU took (tests/training/test_memory_forecast.py).
+    """
+    share, alone = trainable / ranks, ranks == 1
+    buckets = {0: 2, 1: 0, 2: 1 if alone else 0, 3: 2 if alone else 3}[zero_stage]
+    copies = {0: 0.0, 1: 2.0 * share, 2: share, 3: float(trainable)}[zero_stage]
+    return 4.0 * (buckets * min(BUCKET, trainable) + copies)
 
 
 def peak_memory_forecast(stage_name: str, config: Config, ranks: int) -> tuple[float, float]:
@@ -127,14 +131,17 @@ def peak_memory_forecast(stage_name: str, config: Config, ranks: int) -> tuple[f
     The mask auto-encoder's activations are left out, which the point losses decide.
     """
     counts = count_parameters(stage_name, config)
-    several = ranks > 1 or distributed.launched()
-    state = state_memory(counts, config, ranks, config.train.zero_stage if several else 0, on_gpu=False)
+    state = state_memory(counts, config, ranks, 0, on_gpu=False)
+    passing = 0.0
+    if ranks > 1 or distributed.launched():  # under DeepSpeed
+        state = state_memory(counts, config, ranks, config.train.zero_stage, on_gpu=False)
+        passing = passing_memory(counts.trainable, ranks, config.train.zero_stage)
     activations = 0
     if stage_name != "autoencoder":
         activations = activation_memory(config, micro_batch(config, ranks), config.train.checkpointing != "none")
     workers = config.data.num_workers
     return (
-        state.device + state.host + activations + PROGRAM,
+        state.device + state.host + passing + activations + PROGRAM,
         (LOADER_SERVER + workers * LOADER) if workers else 0.0,
     )
 
@@ -220,7 +227,8 @@ def report(stage_name: str, config: Config, ranks: int) -> list[str]:
     if total is None:
         rank, loaders = (value / GIB for value in peak_memory_forecast(stage_name, config, ranks))
         shared = f", and {loaders:.2f} for its {config.data.num_workers} loader processes" if loaders else ""
-        lines.append(f"forecast of the most main memory, GiB: {rank:.2f} for each of {ranks} ranks{shared}")
+        without = ", without the auto-encoder's activations" if stage_name == "autoencoder" else ""
+        lines.append(f"forecast of the most main memory, GiB: {rank:.2f} for each of {ranks} ranks{shared}{without}")
     lines.append(describe_disk(disk_need(counts.trainable, counts.total, config.train)))
     lines.append("device: " + (f"{total / GIB:.1f} GiB" if total else "no GPU here"))
     return lines

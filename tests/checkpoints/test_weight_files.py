@@ -1,6 +1,7 @@
 """The weights of strangers' folders: shards, variants, indices, pointers; and UNets that see something else."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -85,10 +86,38 @@ def test_one_file_with_a_variant_and_several_of_them(tmp_path):
     assert read_weights(tmp_path).keys() == STATE.keys()
 
 
+def test_old_folders_with_one_pickle(tmp_path):
+    """Read without running anything; full precision first; safetensors files go before it."""
+    torch.save({key: value.half() for key, value in STATE.items()}, tmp_path / "diffusion_pytorch_model.fp16.bin")
+    assert read_weights(tmp_path)["layer.3.weight"].dtype == torch.float16
+    torch.save(STATE, tmp_path / "diffusion_pytorch_model.bin")
+    found = read_weights(tmp_path)
+    assert found.keys() == STATE.keys() and all(torch.equal(found[key], STATE[key]) for key in STATE)
+    torch.save({"layer": os.system}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"refused, nothing was run: .*posix\.system"):
+        read_weights(tmp_path)
+    save_file(STATE, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert read_weights(tmp_path).keys() == STATE.keys()
+
+
+def test_a_model_starts_from_an_old_folder(sd, tmp_path, make_stage):  # noqa: F811
+    """The same weights, whichever file they lie in."""
+    old = tmp_path / "old"
+    shutil.copytree(sd, old)
+    for part in ("unet", "vae"):
+        file = old / part / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    first, second = (make_stage(folder).state_dict() for folder in (sd, old))
+    parts = ("unet.down_blocks", "unet.mid_block", "image_vae.encoder")
+    assert all(torch.equal(first[key], second[key]) for key in first if key.startswith(parts))
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"diffusion_pytorch_model.bin": b"x"}, r"only pickled weights \(\.bin\)"),
+        ({"diffusion_pytorch_model.bin": b"x"}, "no checkpoint of torch.save, or a truncated one"),
+        ({"diffusion_pytorch_model-00001-of-00002.bin": b"x"}, "only pickled weights of other names"),
         ({"diffusion_pytorch_model.bin": LFS}, "git lfs pull"),
         ({"diffusion_flax_model.msgpack": b"x"}, r"\.msgpack"),
         ({"unet.safetensors": b"x"}, r"rename unet\.safetensors"),

@@ -75,4 +75,4 @@ def test_the_forecast_is_the_count_of_bytes() -> None:
         peak_memory_forecast("diffusion", load_config("tiny", [*WIDE, f"train.zero_stage={stage}"]), 2)[0]
         for stage in range(4)
     ]
-    assert several[1] > several[0] > rank and several[2] < several[1]
+    assert several[0] > several[1] > several[2] and several[0] > rank

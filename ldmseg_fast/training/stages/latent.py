@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldmseg_fast.checkpoints.categories_file import load_categories, save_categories
 from ldmseg_fast.checkpoints.category_fit import check_categories
+from ldmseg_fast.checkpoints.diffusers_folder import diffusers_scheduler
 from ldmseg_fast.checkpoints.init_from import Start, check_start, load_image_encoder, load_unet
 from ldmseg_fast.checkpoints.model_folder import (
     load_component,
@@ -26,6 +27,7 @@ from ldmseg_fast.diffusion.inpainting import whole_cells
 from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import ConfigError
+from ldmseg_fast.files import write_json
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.panoptic.postprocess import PanopticResult
@@ -191,7 +193,14 @@ class LatentStage(Stage):
         vae_config = getattr(self.image_vae, "vae_config", None)
         extra = {"_vae_config": dict(vae_config)} if vae_config else None
         save_component(folder, "image_vae", config.image_encoder, self.image_vae.state_dict(), extra)
-        save_component(folder, "scheduler", config.scheduler, None)
+        theirs = diffusers_scheduler(config.scheduler)
+        save_component(
+            folder,
+            "scheduler",
+            config.scheduler,
+            None,
+            write_files=lambda part: write_json(part / "scheduler_config.json", theirs),
+        )
         settings = {
             "image_size": config.data.image_size,
             "num_inference_steps": config.num_inference_steps,
