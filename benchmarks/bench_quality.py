@@ -97,7 +97,8 @@ def fingerprint(model_dir: Path) -> str:
 def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions) -> list[Row]:
     """Returns the model's row, of one with categories also its class-aware one, and one for each trivial baseline."""
     report = evaluate(model_dir, data, options)
-    case = {"data": report["data"], "split": options.split, "images": report["images"], "mode": report["mode"]}
+    mode = report["mode"] if report["mode"] == "reconstruction" else "class-agnostic"  # the aware row says its own
+    case = {"data": report["data"], "split": options.split, "images": report["images"], "mode": mode}
     facts = training_facts(model_dir)
     if report["mode"] == "reconstruction":
         own_case = case | {"ids": report["id_assignment"], "size": report["image_size"]}
@@ -252,6 +253,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
     parser.add_argument("--limit", type=int, default=0, help="first N images, of each annotator")
     add_view_arguments(parser)
+    parser.add_argument(
+        "--class-agnostic", action="store_true", help="leave the categories of models out, on sets that lack them"
+    )
     parser.add_argument("--inpainting", action="store_true", help="completing maps with dropped blocks, in their place")
     parser.add_argument("--picture", type=Path, help="PNG or SVG: quality against time, with the Pareto front")
     parser.add_argument("--journal", type=Path, help="file of finished rows, by which a stopped campaign goes on")
@@ -301,6 +305,7 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                     count_threshold=args.count_th,
                     inpainting=args.inpainting,
                     boundary=not args.inpainting,
+                    class_agnostic=args.class_agnostic,
                     **views_of(args),
                 )
                 key = {"name": name, "model": fingerprint(model_dir), "data": data, "options": asdict(options)}

@@ -171,6 +171,16 @@ def test_a_set_with_splits_of_its_own_gives_the_names_too(category_scenes, monke
     assert {row["case"]["split"] for row in run.results} == {"val2017"}
 
 
+def test_models_with_categories_have_two_rows(category_model, category_scenes):
+    def modes(*more):
+        run = Run("quality", quick=True)
+        arguments = [f"small={category_model}", "--data", str(category_scenes), "--limit", "2", "--steps", "1", *more]
+        measure(bench_quality.build_parser().parse_args(arguments), run)
+        return [row["case"]["mode"] for row in run.results if row["variant"] == "small"]
+
+    assert modes() == ["class-agnostic", "class-aware"] and modes("--class-agnostic") == ["class-agnostic"]
+
+
 def test_the_front_has_what_nothing_beats():
     points = [(5.0, 10.0), (1.0, 4.0), (2.0, 3.0), (2.0, 6.0), (9.0, 10.0), (7.0, 12.0)]
     assert pareto_front(points) == [(1.0, 4.0), (2.0, 6.0), (5.0, 10.0), (7.0, 12.0)]
