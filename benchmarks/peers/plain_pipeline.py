@@ -186,7 +186,7 @@ class PlainPipeline:
 
     def preprocess(self, images: list[np.ndarray]) -> Tensor:
         """uint8 [H, W, 3] each -> float [B, 3, S, S] in [0, 255] on the device."""
-        side = (self.info.image_size,) * 2
+        side = (self.info.picture_size,) * 2
         pixels = [np.array(Image.fromarray(image).resize(side, Image.Resampling.BICUBIC)) for image in images]
         return torch.stack([torch.from_numpy(each).permute(2, 0, 1).float() for each in pixels]).to(self.device)
 
