@@ -214,7 +214,7 @@ class PlainPipeline:
     @torch.inference_mode()
     def finish(self, latents: Tensor, sizes: list[tuple[int, int]]) -> list[PanopticResult]:
         with plain_kernels():
-            logits = self.mask_vae.decoder((latents / self.info.mask_vae.scaling_factor).to(self.dtype)).float()
+            logits = self.mask_vae.decode((latents / self.info.mask_vae.scaling_factor).to(self.dtype)).float()
         logits = F.interpolate(logits, (self.info.image_size,) * 2, mode="bilinear", align_corners=False)
         results = []
         for one, size in zip(logits, sizes):
