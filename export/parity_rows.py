@@ -107,7 +107,7 @@ def pq_row(precision: str, pq: dict[str, float]) -> Row:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Computes |ours - theirs| / |theirs| of float tensors of one shape."""
+    """Computes |ours - theirs| / |theirs| of float tensors of one shape, [B, ...]."""
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-12)).item()
 
 
