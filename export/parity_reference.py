@@ -222,7 +222,7 @@ def denoiser(backend: Any, pictures: Tensor) -> Denoise:
 
 
 def step_time(backend: Any, inputs: Values, rounds: int) -> float:
-    """Times one evaluation of the denoiser in milliseconds: the best of `rounds`, for the float32 [1, ...] `inputs`."""
+    """Times one evaluation of the denoiser in milliseconds: the best of `rounds`, on inputs float32 [1, C, h, w]."""
     network = denoiser(backend, inputs["image"])
     given, times = inputs["unet_input"].to(backend.device, backend.dtype), inputs["time"].to(backend.device)
     (best,) = best_times(lambda: network(given, times), rounds=rounds)
