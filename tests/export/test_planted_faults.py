@@ -75,10 +75,10 @@ def one_weight_is_lost(model):
 
 
 def a_residual_is_subtracted(model):
+    convolved = {node.output[0] for node in model.graph.node if node.op_type == "Conv"}
     constants = {t.name for t in model.graph.initializer}
-    constants |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
-    adds = [node for node in model.graph.node if node.op_type == "Add" and not constants & set(node.input)]
-    adds[len(adds) // 2].op_type = "Sub"
+    adds = [n for n in model.graph.node if n.op_type == "Add" and convolved & set(n.input)]
+    [add for add in adds if not constants & set(add.input)][-1].op_type = "Sub"
 
 
 def a_softmax_takes_the_other_axis(model):
