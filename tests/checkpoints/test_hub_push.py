@@ -57,12 +57,18 @@ class TestWhatIsSent:
         sent = files_at(account)
         assert set(sent) - {".gitattributes"} == {
             *("README.md", "model_index.json", "image_vae/config.json", "image_vae/model.safetensors"),
-            *("mask_vae/config.json", "mask_vae/model.safetensors", "scheduler/config.json", "unet/config.json"),
+            *(
+                "mask_vae/config.json",
+                "mask_vae/model.safetensors",
+                "scheduler/config.json",
+                "unet/config.json",
+                "scheduler/scheduler_config.json",
+            ),
             "unet/model.safetensors",
         }
         assert account.repositories["me/model"].private and account.messages[0]["summary"] == "Upload model at step 10"
         assert "unet/model.safetensors" in said and re.search(
-            r"me/model \(new\): 9 files of [\d.]+ [kM]B to send", said
+            r"me/model \(new\): 10 files of [\d.]+ [kM]B to send", said
         )
         assert said.strip().splitlines()[-1].startswith(f"{account.url}/me/model/commit/")
         assert LDMSegPipeline.from_pretrained("me/model").info.image_size == 64
@@ -71,7 +77,7 @@ class TestWhatIsSent:
         address = push(run_dir, "me/model")
         count = len(account.messages)
         assert push(run_dir, "me/model") == f"{account.url}/me/model" != address
-        assert len(account.messages) == count and "nothing to send, all 9 files are there" in capsys.readouterr().out
+        assert len(account.messages) == count and "nothing to send, all 10 files are there" in capsys.readouterr().out
         index = json.loads((run_dir / "model_index.json").read_text())
         (run_dir / "model_index.json").write_text(json.dumps(index | {"num_inference_steps": 7}))
         account.requests.clear()
@@ -93,7 +99,7 @@ class TestWhatIsSent:
 
     def test_a_dry_run_sends_nothing(self, account, run_dir, capsys):
         assert cli.main(["push", str(run_dir), "me/model", "--dry-run"]) == 0
-        assert "9 files of" in capsys.readouterr().out and "me/model" not in account.repositories
+        assert "10 files of" in capsys.readouterr().out and "me/model" not in account.repositories
 
     def test_from_the_pipeline(self, account, model_dir):
         pipe = LDMSegPipeline.from_pretrained(model_dir)
