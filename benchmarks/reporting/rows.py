@@ -4,7 +4,7 @@ A row is current until a newer full run of its suite measures its subject again;
 go, whatever their variants and cases. The subject of a row is
 
 - its name up to the first comma or bracket, whatever the numbers in it: what one function of a benchmark measures
-  ("growth, peak memory" is of "growth", and "10 steps" is of "4 steps");
+  ("growth, peak memory" is of "growth", and "10 steps" is of "4 steps"), of one model where the case names it;
 - in the suite "quality" a model, or a baseline, on the same images in the same way, whatever the number of steps;
 - in the suite "soak" a test; a whole campaign, which has the row "tests", replaces all rows.
 
@@ -34,7 +34,8 @@ def subject(suite: str, row: Row) -> str:
     if suite == "soak":
         return str(row["name"])
     if suite != "quality":
-        return re.sub(r"\d+", "#", re.split(r"[,\[]", row["name"])[0].strip())
+        name = re.sub(r"\d+", "#", re.split(r"[,\[]", row["name"])[0].strip())
+        return json.dumps([name, row["case"]["model"]]) if "model" in row["case"] else name
     case = {key: value for key, value in row["case"].items() if key not in VARIED}
     return json.dumps([row["name"], row["variant"], case, row.get("unit")], sort_keys=True)
 
