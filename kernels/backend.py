@@ -75,6 +75,16 @@ def require(condition: bool, message: str, *values: object) -> None:
         raise ValueError(message.format(*(tuple(v) if isinstance(v, torch.Size) else v for v in values)))
 
 
+def require_groups(num_groups: int, channels: int) -> None:
+    """Raises ValueError where the channels do not make so many groups of one size."""
+    require(
+        num_groups > 0 and channels % num_groups == 0,
+        "num_groups: {} does not divide {} channels",
+        num_groups,
+        channels,
+    )
+
+
 def require_same_device(first: Tensor, **others: Tensor | None) -> None:
     """Refuses tensors, of any shape and dtype, on another device than `first`; None is no tensor.
 

@@ -8,6 +8,8 @@ go, whatever their variants and cases. The subject of a row is
 - in the suite "quality" a model, or a baseline, on the same images in the same way, whatever the number of steps;
 - in the suite "soak" a test; a whole campaign, which has the row "tests", replaces all rows.
 
+A release that a better one has replaced has no rows (`WITHDRAWN`).
+
 A model has one set of weights: where a newer run measured the same name with other weights, the older rows of that name
 go on all data.
 """
@@ -26,6 +28,7 @@ Row = dict[str, Any]
 VARIED = ("steps", "annotators")
 
 
+WITHDRAWN = {"tiny-photographs"}  # variants of the suite "quality"
 WHOLE = "tests"  # the row of a whole campaign of long tests
 
 
@@ -56,6 +59,7 @@ def load_rows(suite: str, folder: Path = RESULTS) -> list[Row]:
         if suite == "soak" and WHOLE in renewed:
             rows = []
         weights = {row["variant"]: row["weights"] for row in new if "weights" in row}
+        new = [row for row in new if row.get("variant") not in WITHDRAWN]
         kept = [row for row in rows if subject(suite, row) not in renewed and not _other_weights(row, weights)]
         rows = kept + [row for row in new if "red" not in row]
     return rows

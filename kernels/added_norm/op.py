@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.kernels.added_norm import reference
-from ldmseg_fast.kernels.backend import in_format, require, require_same_device, runs_reference
+from ldmseg_fast.kernels.backend import in_format, require, require_groups, require_same_device, runs_reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -76,12 +76,7 @@ def check_group(
     """
     require(x.ndim == 4, "x: expected [B, C, H, W], got shape {}", x.shape)
     channels = x.shape[1]
-    require(
-        num_groups > 0 and channels % num_groups == 0,
-        "num_groups: {} does not divide {} channels",
-        num_groups,
-        channels,
-    )
+    require_groups(num_groups, channels)
     if added is not None:
         require(added.shape == x.shape[:2], "added: shape {} does not fit x's {}", added.shape, x.shape)
     _check_vectors(x, channels, added, weight, bias)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.kernels.backend import in_format, require, require_same_device, runs_reference
+from ldmseg_fast.kernels.backend import in_format, require, require_groups, require_same_device, runs_reference
 from ldmseg_fast.kernels.group_norm_silu import reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -65,12 +65,7 @@ def check(
     require(x.ndim == 4, "x: expected [B, C, H, W], got shape {}", x.shape)
     require(x.is_floating_point(), "x: expected a float tensor, got {}", x.dtype)
     channels = x.shape[1]
-    require(
-        num_groups > 0 and channels % num_groups == 0,
-        "num_groups: {} does not divide {} channels",
-        num_groups,
-        channels,
-    )
+    require_groups(num_groups, channels)
     for name, tensor in (("weight", weight), ("bias", bias)):
         require(tensor.shape == (channels,), "{}: expected [{}], got shape {}", name, channels, tensor.shape)
     for name, optional in (("scale", scale), ("shift", shift)):

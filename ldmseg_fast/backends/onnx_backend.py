@@ -116,9 +116,8 @@ def load_onnx_backend(
         options.intra_op_num_threads = threads or torch.get_num_threads()
         # between calls its threads would go on spinning on the cores that torch's pre- and post-processing use
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if (
-            exact or manifest.precision == "fp8"
-        ):  # moving quantisers past other nodes makes float8 inputs that those refuse
+        # moving quantisers past other nodes makes float8 inputs that those refuse
+        if exact or manifest.precision == "fp8":
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         settings: dict[str, str] = {}
         if device.type == "cuda":

@@ -45,14 +45,13 @@ from ldmseg_fast.training.inputs import (
     validation_sets,
 )
 from ldmseg_fast.training.machine import SETTINGS_VERSION, peak_memory, resolve_settings
-from ldmseg_fast.training.operations import peak_operations, picture_operations
+from ldmseg_fast.training.operations import operation_rates
 from ldmseg_fast.training.optimizer import make_optimizer
+from ldmseg_fast.training.pace import Pace
 from ldmseg_fast.training.provenance import record_start
 from ldmseg_fast.training.run_log import RunLog, Window
 from ldmseg_fast.training.stages import STAGES
 from ldmseg_fast.training.validation import mean_of_sets, validate
-
-BOTTLENECK = 0.25  # share of the time that waiting for data may take without a warning
 
 
 def learning_rate(step: int, config: TrainConfig, time_used: float = 0.0) -> float:
@@ -146,8 +145,7 @@ class Run:
         self.agreement, self.window = Agreement(), Window()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
         self.seconds_before, self.rate = self.progress.seconds, 0.0
-        self.validation_cost = self.validated_at = 0.0  # seconds; of the last one, and the run's time after it
-        self.slow_windows, self.warned_of_data = 0, False
+        self.pace = Pace(config)
         quiet = None if distributed.is_main() else True  # None: silent where there is no terminal
         self.bar = tqdm(total=settings.steps, initial=self.progress.step, desc=stage_name, unit="step", disable=quiet)
 
@@ -169,7 +167,7 @@ class Run:
             if progress.step % settings.log_every == 0 or last:
                 self.write_log()
             improved = False
-            if last or (progress.step % settings.validate_every == 0 and self.may_validate()):
+            if last or (progress.step % settings.validate_every == 0 and self.pace.may_validate(progress.seconds)):
                 progress.validation_due = True
                 improved = (last or not stop) and self.validate()
             stop = stop or last or progress.validation_due
@@ -229,13 +227,10 @@ class Run:
         seconds = max(time.monotonic() - self.window.started, 1e-9)
         values["lr"] = self.rate
         values["data_wait"] = self.batches.waited / seconds  # share of the time
-        operations = picture_operations(self.progress.stage, self.config)
-        operations *= values["images_per_s"] / distributed.world_size()
-        values["tflops"] = operations / 1e12  # of a rank
-        if peak := peak_operations():
-            values["mfu"] = operations / peak
-        values["left_seconds"] = self.left_seconds(seconds / self.window.steps)
-        self.warn_of_data(values["data_wait"])
+        values |= operation_rates(self.progress.stage, self.config, values["images_per_s"] / distributed.world_size())
+        values["left_seconds"] = self.pace.left(self.progress.step, self.progress.seconds, seconds / self.window.steps)
+        if warning := self.pace.data_warning(values["data_wait"]):
+            self.say(warning)
         values["cpu_seconds"] = time.process_time() - self.cpu_started
         values["seconds"] = self.progress.seconds
         if self.progress.skipped:
@@ -248,28 +243,6 @@ class Run:
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_s']:.0f}")
         self.log.write(self.progress.step, values)
         self.batches.waited, self.window = 0.0, Window()
-
-    def left_seconds(self, of_a_step: float) -> float:
-        """Estimates the time to the run's end: by the pace of the last steps, or what train.max_minutes leaves."""
-        settings, progress = self.config.train, self.progress
-        left = max(settings.steps - progress.step, 0) * of_a_step
-        return min(left, max(60 * settings.max_minutes - progress.seconds, 0.0)) if settings.max_minutes else left
-
-    def warn_of_data(self, share: float) -> None:
-        """Says once that the run waits for its data, where it did so for two lines of the log in a row."""
-        self.slow_windows = self.slow_windows + 1 if share > BOTTLENECK else 0
-        if self.slow_windows == 2 and not self.warned_of_data:
-            self.warned_of_data = True
-            workers = self.config.data.num_workers
-            self.say(
-                f"warning: {100 * share:.0f} % of the time goes into waiting for data; raise data.num_workers (now "
-                f"{workers}; {cores()} cores here), or set data.resize=torch, data.cache or data.latent_cache"
-            )
-
-    def may_validate(self) -> bool:
-        """Tells whether a validation now would stay within `train.validate_share` of the time."""
-        share, cost = self.config.train.validate_share, self.validation_cost
-        return share >= 1.0 or self.progress.seconds - self.validated_at >= cost * (1.0 - share) / share
 
     def validate(self) -> bool:
         """Validates, and tells whether the averaged weights are the best so far.
@@ -303,8 +276,7 @@ class Run:
             self.say(f"step {step}: validation interrupted; --resume begins with it")
             return False
         # rank 0's, because all have to decide alike
-        self.validation_cost = distributed.broadcast_object(time.monotonic() - started)
-        self.validated_at = self.progress.seconds + self.validation_cost
+        self.pace.validated(self.progress.seconds, distributed.broadcast_object(time.monotonic() - started))
         self.log.write(step, metrics)
         if distributed.is_main():
             for name, path in pictures.items():

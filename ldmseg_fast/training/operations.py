@@ -46,6 +46,18 @@ def picture_operations(stage_name: str, config: Config) -> float:
     return see + found["encode"] + (taught + 3.0 + condition) * found["unet"]
 
 
+def operation_rates(stage_name: str, config: Config, images_per_s: float) -> dict[str, float]:
+    """Gives what the log says of a rank: tflops, 10^12 operations a second, and mfu, their share of its GPU's peak.
+
+    A GPU that is not listed has no mfu.
+    """
+    operations = picture_operations(stage_name, config) * images_per_s
+    rates = {"tflops": operations / 1e12}
+    if peak := peak_operations():
+        rates["mfu"] = operations / peak
+    return rates
+
+
 def _sizes(config: Config) -> dict[str, Any]:
     """The settings that a forward pass depends on, so that runs in other folders need not count again."""
     data = DataConfig(image_size=config.data.image_size)

@@ -58,7 +58,8 @@ def test_validations_beyond_their_share_are_put_off(settings: Settings) -> None:
 def test_a_run_that_waits_for_its_data_says_so_once(settings: Settings, capfd: pytest.CaptureFixture) -> None:
     run = Run("autoencoder", settings("run"), Interrupt())
     for share in (0.9, 0.1, 0.9, 0.6, 0.9, 0.9):
-        run.warn_of_data(share)
+        if warning := run.pace.data_warning(share):
+            run.say(warning)
     run.close()
     said = capfd.readouterr().err
     assert said.count("warning: 60 % of the time") == said.count("raise data.num_workers (now 0") == 1
