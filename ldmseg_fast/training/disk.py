@@ -63,7 +63,7 @@ def describe_disk(need: DiskNeed) -> str:
     """Writes a forecast in one line."""
     frozen = f", {_size(need.frozen)} of frozen weights" if need.frozen else ""
     return (
-        f"disk: {_size(need.total)} ({need.checkpoints} checkpoints of {_size(need.checkpoint)}{frozen}, model folders "
+        f"disk: {_size(need.total)} ({need.checkpoints} checkpoints of {_size(need.checkpoint)}{frozen}, models "
         f"{_size(need.models)})"
     )
 

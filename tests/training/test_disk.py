@@ -70,6 +70,7 @@ def test_a_short_run_has_few_checkpoints() -> None:
     assert disk_need(1000, 1500, replace(train_config, steps=10**6)).checkpoints == 5
     assert disk_need(1000, 1500, train_config, step=100).checkpoints == 1
     assert "2 checkpoints of 0.0 MiB" in describe_disk(need)
+    assert "model folder" not in describe_disk(need)  # by which the end of a run is known
 
 
 def test_frozen_weights_are_stored_once(settings: Settings, autoencoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
