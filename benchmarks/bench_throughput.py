@@ -234,7 +234,7 @@ def benchmark_processes(args: argparse.Namespace, scratch: Path) -> Run:
     run = Run("throughput", quick=args.quick, folder=args.out)
     folder, model = find_model(args.model, args.preset, scratch)
     case = {"model": model, "steps": args.steps, "batch": args.batch[0]}
-    measure_processes(run, folder, case, scratch, args.processes, args.images, rounds=1 if args.quick else 5)
+    measure_processes(run, folder, case, scratch, args.processes, args.images, 0 if args.quick else args.minutes)
     return run
 
 

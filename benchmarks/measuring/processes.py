@@ -9,6 +9,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,16 +84,22 @@ def contents(folders: Sequence[Path]) -> dict[str, bytes]:
 
 
 def measure_processes(
-    run: Run, model: Path, case: dict[str, object], scratch: Path, counts: Sequence[int], images: int, rounds: int
+    run: Run, model: Path, case: dict[str, object], scratch: Path, counts: Sequence[int], images: int, minutes: float
 ) -> None:
-    """Adds rows of pictures a second for each number of processes, and of static beside dynamic sharing."""
+    """Adds rows of pictures a second for each number of processes, and of static beside dynamic sharing.
+
+    There are at most five rounds, and no round begins that would end after `minutes`; the first always does.
+    """
     steps, batch = str(case["steps"]), str(case["batch"])
     options = [str(model), "--steps", steps, "--batch-size", batch]
     files = write_uneven(scratch / "uneven", images)
     even = scratch / "even"
     write_uneven(even, images, ((480, 640),))
     seconds: dict[str, list[float]] = {}
-    for _ in range(rounds):  # they take turns, so that a load on the machine hits all
+    started = time.monotonic()
+    for done in range(5):  # they take turns, so that a load on the machine hits all
+        if done and (time.monotonic() - started) * (done + 1) / done > 60 * minutes:
+            break
         for count in counts:
             name = f"{count} processes"
             taken = predict_seconds(options, [[str(even)]], [scratch / f"out-{count}"], count)
@@ -115,4 +122,4 @@ def measure_processes(
         else:
             title, more = "uneven pictures in two processes", {"sizes": "1536x2048 and 192x256"}
         spread = max(taken_all) / min(taken_all)
-        run.add_value(title, rate, "images/s", case=case | more, variant=name, spread=spread, rounds=rounds)
+        run.add_value(title, rate, "images/s", case=case | more, variant=name, spread=spread, rounds=len(taken_all))

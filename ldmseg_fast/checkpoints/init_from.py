@@ -154,6 +154,8 @@ def _ours(config: Config, folder: Path) -> Start:
     own_encoder = config.image_encoder.is_pyramid and not image_encoder.is_pyramid
     if own_encoder:  # a pre-trained one takes the place of the folder's
         image_encoder = config.image_encoder
+    elif config.few_step.resize and image_encoder.is_pyramid:  # no weight depends on it
+        image_encoder = replace(image_encoder, picture_scale=config.image_encoder.picture_scale)
     config = replace(
         config,
         unet=_adopt(config.unet, UNetConfig(), structure, "unet.", source),

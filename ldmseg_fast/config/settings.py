@@ -247,6 +247,7 @@ class FewStepConfig:
     depth: Literal["any", "last"] = "any"  # one_step, N > 1: which of the N steps carries the loss
     matching: Literal["hungarian", "none"] = "hungarian"  # one_step: slots by least cost (needs SciPy), or by id
     train_decoder: bool = False  # one_step: the auto-encoder's decoder too
+    resize: bool = False  # image_size and picture_scale are this run's, not those of `model.init_from`
     latent_loss: Weight = 0.0  # one_step: weight of the squared error of the x0 estimate
     teacher_steps: TeacherSteps = 0  # distillation: of the distilled model, a multiple of `steps`; 0: twice `steps`
 

@@ -26,8 +26,9 @@ class FewStepStage(LatentStage):
 
     Networks, noise schedule, picture size and, where the folder tells it, id assignment are those of
     `model.init_from`, whatever the run's settings say: there is nothing to choose. One thing is: a pre-trained image
-    encoder (`image_encoder.kind=efficientnet_lite`) takes the place of another one that the folder has. It saves a
-    MODEL_DIR whose number of sampling steps is `few_step.steps`.
+    encoder (`image_encoder.kind=efficientnet_lite`) takes the place of another one that the folder has. Another is the
+    size: with `few_step.resize` the networks go on at the run's `data.image_size` and `image_encoder.picture_scale`.
+    It saves a MODEL_DIR whose number of sampling steps is `few_step.steps`.
 
     Args:
         config: the run's.
@@ -145,11 +146,13 @@ def started_from_model(config: Config) -> Config:
     encoder = replace(load_component_config(folder, "image_vae")[0], path="")
     if config.image_encoder.is_pyramid and not encoder.is_pyramid:
         encoder = config.image_encoder
-    data = replace(
-        config.data,
-        image_size=index.get("image_size", config.data.image_size),
-        id_assignment=index.get("id_assignment", config.data.id_assignment),
-    )
+    data = replace(config.data, id_assignment=index.get("id_assignment", config.data.id_assignment))
+    if config.few_step.resize:  # the networks are convolutional
+        found["unet"] = replace(found["unet"], sample_size=data.image_size // found["mask_vae"].downsampling)
+        if encoder.is_pyramid:
+            encoder = replace(encoder, picture_scale=config.image_encoder.picture_scale)
+    else:
+        data = replace(data, image_size=index.get("image_size", data.image_size))
     return validate(
         replace(
             config,

@@ -120,3 +120,20 @@ def test_training_on_the_model_keeps_its_encoder(autoencoder, tmp_path):
     again = OneStepStage(replace(config(f"model.init_from={tmp_path / 'model'}")))
     assert torch.equal(again.image_vae.network.stem.conv.weight, stage.image_vae.network.stem.conv.weight)
     assert torch.equal(again.image_vae.projections[0].weight, stage.image_vae.projections[0].weight)
+
+
+def test_a_model_goes_on_at_another_size(autoencoder, tmp_path):
+    DiffusionStage(config(f"model.mask_vae={autoencoder}", "image_encoder.picture_scale=2")).save(tmp_path / "model")
+    sizes = ["data.image_size=128", "image_encoder.picture_scale=1", "unet.sample_size=32"]
+    kept, resized = (
+        OneStepStage(config(f"model.init_from={tmp_path / 'model'}", f"few_step.resize={resize}", *sizes))
+        for resize in ("false", "true")
+    )
+    assert kept.config.data.image_size == 64 and kept.config.image_encoder.picture_scale == 2
+    assert resized.config.data.image_size == 128 and resized.config.image_encoder.picture_scale == 1
+    assert resized.config.unet.sample_size == 32
+    for (name, value), other in zip(kept.state_dict().items(), resized.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+    resized.save(tmp_path / "resized")
+    pipe = LDMSegPipeline.from_pretrained(tmp_path / "resized")
+    assert pipe.info.image_size == 128 and pipe.info.picture_size == 128
