@@ -159,9 +159,10 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fusion",
-        choices=["medoid", "vote"],
+        choices=["medoid", "vote", "mean"],
         default="medoid",
-        help="of an ensemble: the map that agrees best with the others, or its segments as all of them see them",
+        help="of an ensemble: the map that agrees best with the others, its segments as all of them see them, or the "
+        "map of the mean probabilities",
     )
 
 

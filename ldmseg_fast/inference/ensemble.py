@@ -10,12 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
 
+from ldmseg_fast.backends.finite import all_finite, require_finite
+from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.pictures import Picture
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.averaging import ViewLogits, average
 from ldmseg_fast.inference.sampling import MaskSampler, Sampling
-from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 from ldmseg_fast.panoptic.shapes import segment_shapes
 
 
@@ -29,14 +34,14 @@ class EnsembleResult(PanopticResult):
     Attributes:
         agreement: float32 [H, W] in [0, 1], the share of samples, this one included, whose match of the pixel's segment
             covers the pixel; where this sample is void, the share of samples that are.
-        reference: which of the samples it is.
+        reference: which of the samples it is; of a mean, the one whose segments the others' were matched to.
     """
 
     agreement: np.ndarray
     reference: int
 
 
-FUSIONS = ("medoid", "vote")
+FUSIONS = ("medoid", "vote", "mean")
 MAX_SCALES = 16
 
 
@@ -48,7 +53,8 @@ class Views:
         flip: the mirror image too.
         scales: sides of what the networks see, in shares of the model's own, rounded to what they divide by.
         fusion: "medoid": the sample that agrees best with the others, as it is. "vote": its segments, each pixel to
-            the one whose matches cover it in most samples.
+            the one whose matches cover it in most samples. "mean": the probabilities of slots and categories are
+            averaged over the samples before a map is made of them; it decodes in PyTorch whatever the backend.
 
     Raises:
         ArgumentError: values that are none of these.
@@ -106,6 +112,7 @@ def sample_ensemble(
     """
     sizes = [picture.size for picture in pictures]
     samples = []
+    logits: list[ViewLogits] = []
     for scale in views.scales:
         own = sampler if scale == 1 else sampler.at_scale(scale)
         pixels = own.resize([picture.pixels for picture in pictures])  # uint8 [B, 3, P, P]
@@ -116,9 +123,47 @@ def sample_ensemble(
                 noise = own.noise(each.seed, image_ids)  # float32 [B, C, h, w]
                 network = own.network(seen, each, captions)
                 mask_latents = own.denoise(network, noise, image_latents, image_ids, each)  # float32 [B, C, h, w]
+                if views.fusion == "mean":
+                    logits.append(_logits(own, mask_latents, mirrored))
+                    continue
                 decoded = own.decode(mask_latents, sizes, thresholds)
                 samples.append([mirror(result) for result in decoded] if mirrored else decoded)
+    if views.fusion == "mean":
+        return _mean(sampler.backend.info, logits, sizes, thresholds)
     return [combine(of_one_image, views.fusion) for of_one_image in zip(*samples)]
+
+
+def _logits(sampler: MaskSampler, mask_latents: Tensor, mirrored: bool) -> ViewLogits:
+    vae = sampler.backend.mask_vae
+    kind = next(vae.parameters()).dtype
+    slots, categories = vae.decode_latents_both(mask_latents.to(sampler.backend.device, kind))
+    finite = all_finite(slots) if categories is None else all_finite(slots) & all_finite(categories)
+    require_finite(finite, "mask_vae: slot or category logits", sampler.backend.info, kind)
+    if mirrored:
+        slots, categories = slots.flip(-1), None if categories is None else categories.flip(-1)
+    return ViewLogits(slots, categories)
+
+
+def _mean(
+    info: ModelInfo,
+    views: Sequence[ViewLogits],
+    sizes: Sequence[tuple[int, int]],
+    thresholds: PostprocessConfig | None,
+) -> list[EnsembleResult]:
+    """Makes one result per picture of the views' mean probabilities; a segment's agreement is that of its pixels."""
+    slots, categories, agreement = average(views)
+    side = (info.image_size, info.image_size)
+    results = postprocess(slots, side, sizes, thresholds or info.postprocess, categories, info.categories)
+    ensembles = []
+    for result, size, own in zip(results, sizes, agreement):
+        agreeing = F.interpolate(own[None, None], size, mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
+        counts, sums = (np.bincount(result.segmentation.ravel(), weights) for weights in (None, agreeing.ravel()))
+        segments = [
+            segment | {"agreement": float(sums[segment["id"]] / counts[segment["id"]])}
+            for segment in result.segments_info
+        ]
+        ensembles.append(EnsembleResult(result.segmentation, segments, agreeing, 0))
+    return ensembles
 
 
 def mirror(result: PanopticResult) -> PanopticResult:

@@ -1,0 +1,85 @@
+"""Averages what several views of one picture say of each pixel.
+
+Averaging probabilities is the usual test-time augmentation (Krizhevsky et al. 2012, section 4.1). Slots of
+two views are named at random, so they are matched first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TINY = 1e-9  # the least probability, so that its logarithm is a number
+
+
+@dataclass(frozen=True)
+class ViewLogits:
+    """What the decoder makes of one view, turned back to the picture.
+
+    Attributes:
+        slots: float [B, Q, h, w].
+        categories: float [B, C + 1, h / f, w / f]; None of models without categories.
+    """
+
+    slots: Tensor
+    categories: Tensor | None
+
+
+def average(views: Sequence[ViewLogits]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Averages the probabilities of k >= 1 views, on the finest of their grids.
+
+    Slots of the others are matched to those of the first view by their soft Dice coefficients, highest first.
+
+    Returns:
+        Logarithms of the mean probabilities, float32 [B, Q, h, w] and [B, C + 1, h / f, w / f] or None, and the share
+        of views whose likeliest slot is the mean's, float32 [B, h, w].
+    """
+    size = max((tuple(view.slots.shape[-2:]) for view in views), key=lambda shape: shape[0])
+    first, *others = (_resized(view.slots.float().softmax(1), size) for view in views)
+    aligned = [first]
+    for other in others:
+        order = torch.stack([match(*pair) for pair in zip(first, other)])  # [B, Q]
+        aligned.append(other.gather(1, order[:, :, None, None].expand_as(other)))
+    mean = torch.stack(aligned).mean(0)
+    label = mean.argmax(1)
+    agreement = torch.stack([(each.argmax(1) == label).float() for each in aligned]).mean(0)
+    named = [view.categories.float().softmax(1) for view in views if view.categories is not None]
+    if not named:
+        return mean.clamp(min=TINY).log(), None, agreement
+    size = max((tuple(each.shape[-2:]) for each in named), key=lambda shape: shape[0])
+    categories = torch.stack([_resized(each, size) for each in named]).mean(0)
+    return mean.clamp(min=TINY).log(), categories.clamp(min=TINY).log(), agreement
+
+
+def match(first: Tensor, other: Tensor) -> Tensor:
+    """Names for each slot of one view the slot of another that covers the same pixels.
+
+    Args:
+        first, other: probabilities of slots, float32 [Q, h, w]. Slot 0 is void in both.
+
+    Returns:
+        int64 [Q], a permutation with 0 in its first place.
+    """
+    a, b = first.flatten(1), other.flatten(1)
+    dice = 2 * (a @ b.T) / (a.sum(1)[:, None] + b.sum(1)[None] + TINY)
+    dice[0] = dice[:, 0] = -1.0
+    dice[0, 0] = 2.0
+    dice = dice.cpu()
+    order = torch.zeros(len(first), dtype=torch.int64)
+    free_rows, free_columns = torch.ones(2, len(first), dtype=torch.bool)
+    for place in dice.flatten().argsort(descending=True, stable=True).tolist():
+        row, column = divmod(place, len(first))
+        if free_rows[row] and free_columns[column]:
+            order[row] = column
+            free_rows[row] = free_columns[column] = False
+    return order.to(first.device)
+
+
+def _resized(values: Tensor, size: tuple[int, ...]) -> Tensor:
+    if tuple(values.shape[-2:]) == size:
+        return values
+    return F.interpolate(values, list(size), mode="bilinear", align_corners=False)
