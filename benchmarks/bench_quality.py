@@ -2,6 +2,7 @@
 
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [...] [--split S] [--steps 1 4 10]
     [--solvers ddim heun] [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT]] [--picture FILE] [--journal FILE]
+    [--size S] [--flip] [--scales X ...] [--fusion F] [--snapshots]
 
 A ROOT may name splits of its own, ROOT:TRAIN:TEST; each set has rows of its own. Rows are measured one after the other;
 with --journal a stopped campaign goes on with the first that is missing. With several annotators per image the values
@@ -24,7 +25,7 @@ from typing import Any
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.harness import RESULTS, Run
+from benchmarks.harness import RESULTS, BenchmarkError, Run
 from benchmarks.peers.annotators import mean_over_annotators
 from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.hub_names import shown_name
@@ -105,6 +106,10 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
     else:
         own_case = case | {"steps": report["num_inference_steps"], "solver": report["solver"]}
         facts["prediction_type"] = load_component_config(model_dir, "scheduler")[0].prediction_type
+        if options.image_size:
+            own_case["size"] = report["image_size"]
+    if options.mask_threshold is not None:
+        own_case["mask_threshold"] = options.mask_threshold
     if options.is_ensemble:
         own_case["views"] = " ".join(
             ["flip"] * options.flip + [f"scales {' '.join(f'{scale:g}' for scale in options.scales)}", options.fusion]
@@ -124,6 +129,14 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
         case = own_case | {"mode": "class-aware"}
         found.insert(1, {"variant": name, "case": case, "value": aware["All"]["pq"], **values})
     return found
+
+
+def snapshot(row: Row) -> Row:
+    """Turns a model's row into one point of its run's learning curve."""
+    if "training_steps" not in row:
+        raise BenchmarkError(f"{row['variant']}: no logs/log.jsonl beside the model says how long it was trained")
+    case = row["case"] | {"training_steps": row["training_steps"]}
+    return {key: value for key, value in row.items() if key != "weights"} | {"case": case}
 
 
 def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions) -> list[Row]:
@@ -249,10 +262,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--names", metavar="SPLIT", help="with --classical: also class-aware, by the nearest segments of this split"
     )
     parser.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction")
-    parser.add_argument("--size", type=int, help="side in pixels of an auto-encoder's reconstruction")
+    parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
+    parser.add_argument("--mask-th", type=float, help="least softmax probability of a pixel")
     parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
     parser.add_argument("--limit", type=int, default=0, help="first N images, of each annotator")
     add_view_arguments(parser)
+    parser.add_argument(
+        "--snapshots", action="store_true", help="the models are one run at several times: rows of a learning curve"
+    )
     parser.add_argument(
         "--class-agnostic", action="store_true", help="leave the categories of models out, on sets that lack them"
     )
@@ -302,6 +319,7 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                     limit=limit,
                     id_assignment=args.ids,
                     image_size=args.size,
+                    mask_threshold=args.mask_th,
                     count_threshold=args.count_th,
                     inpainting=args.inpainting,
                     boundary=not args.inpainting,
@@ -310,7 +328,8 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                 )
                 key = {"name": name, "model": fingerprint(model_dir), "data": data, "options": asdict(options)}
                 rows_of = partial(inpainting_rows if args.inpainting else model_rows, name, model_dir, options=options)
-                add(journal.rows_of(key, partial(mean_over_annotators, data, split, rows_of)))
+                rows = journal.rows_of(key, partial(mean_over_annotators, data, split, rows_of))
+                add([snapshot(row) for row in rows if row["variant"] == name] if args.snapshots else rows)
     if args.classical:
         classical.require_skimage()
         tuning = 8 if args.quick else args.tuning_images

@@ -43,9 +43,10 @@ def quality(rows: Sequence[Row]) -> str:
     What has been scored with categories follows in a table of its own.
     """
     models, completed, baselines = [], [], {}
-    aware = [row for row in rows if row["case"].get("mode") == "class-aware"]
+    snapshots = [row for row in rows if "training_steps" in row["case"]]
+    aware = [row for row in rows if row["case"].get("mode") == "class-aware" and row not in snapshots]
     for row in rows:
-        if row in aware:
+        if row in aware or row in snapshots:
             continue
         case, data = row["case"], _images(row["case"])
         pq = f"{row['value']:.1f}" + (f" ± {row['deviation']:.1f}" if "deviation" in row else "")
@@ -62,6 +63,8 @@ def quality(rows: Sequence[Row]) -> str:
             baselines[row["variant"], data] = [row["variant"], data, "", *numbers, ""]
     header = ["class-agnostic, %", "data, images", "sampling", "PQ", "SQ", "RQ", "boundary PQ", "training, CPU minutes"]
     text = table(header, [*models, *completed, *baselines.values()])
+    if snapshots:
+        text += "\n" + learning_curve(snapshots)
     if not aware:
         return text
     lines = [
@@ -75,6 +78,22 @@ def quality(rows: Sequence[Row]) -> str:
     return text + "\n" + table(header, lines)
 
 
+def learning_curve(rows: Sequence[Row]) -> str:
+    """Returns class-agnostic PQ of one run at several times, a line per time and a column per data set."""
+    rows = [row for row in rows if row["case"]["mode"] == "class-agnostic"]
+    sets = list(dict.fromkeys(_images(row["case"]) for row in rows))
+    times: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        times.setdefault((row["variant"], row["case"]["training_steps"]), []).append(row)
+    lines = []
+    for (name, steps), found in sorted(times.items()):
+        values = {_images(row["case"]): f"{row['value']:.1f}" for row in found}
+        lines.append(
+            [name, str(steps), f"{found[0]['cpu_minutes_in_all']:g}", *(values.get(each, "") for each in sets)]
+        )
+    return table(["class-agnostic PQ, %, while training", "steps", "CPU minutes in all", *sets], lines)
+
+
 def _images(case: dict[str, Any]) -> str:
     annotators = f", mean of {case['annotators']} annotators" if "annotators" in case else ""
     return f"{case['data']} {case['split']}, {case['images']}{annotators}"
@@ -84,7 +103,9 @@ def _how(case: dict[str, Any]) -> str:
     if "steps" not in case:
         return f"{case['ids']} ids, {case['size']} px"
     solver = case.get("solver", "ddim")
-    others = [text for text in ("" if solver == "ddim" else solver, case.get("views", "")) if text]
+    size = f"{case['size']} px" if "size" in case else ""
+    least = f"mask threshold {case['mask_threshold']:g}" if "mask_threshold" in case else ""
+    others = [text for text in ("" if solver == "ddim" else solver, size, case.get("views", ""), least) if text]
     return ", ".join([f"{case['steps']} steps", *others])
 
 

@@ -9,7 +9,7 @@ from benchmarks import bench_quality
 from benchmarks.bench_quality import Journal, Tuned, classical_rows, fingerprint, measure
 from benchmarks.harness import BenchmarkError, Run
 from benchmarks.peers.annotators import annotator_roots, mean_over_annotators
-from benchmarks.reporting import photographs_picture, quality_curve
+from benchmarks.reporting import photographs_picture, quality_curve, tables
 from benchmarks.reporting.quality_curve import curves, draw_curve, pareto_front
 from ldmseg_fast.metrics import classical
 from ldmseg_fast.metrics.classical import Classical
@@ -46,6 +46,28 @@ def test_views_and_boundaries(campaign):
     assert "views" not in one["case"] and both["case"]["views"] == "flip scales 1 2 medoid"
     for row in (one, both):
         assert 0 <= row["boundary_pq"] <= row["value"] + 1e-9
+
+
+def test_another_size_and_threshold(campaign):
+    own, other = (campaign("--steps", "1", *more)[0] for more in ([], ["--size", "96", "--mask-th", "0.1"]))
+    assert "size" not in own["case"] and other["case"]["size"] == 96 and other["case"]["mask_threshold"] == 0.1
+    line = tables.quality([row | {"environment": {}} for row in (own, other)]).splitlines()[3]
+    assert "1 steps, 96 px, mask threshold 0.1" in line
+
+
+def test_snapshots_make_a_learning_curve(model_dir, campaign, monkeypatch):
+    with pytest.raises(BenchmarkError, match=r"small: no logs/log.jsonl beside the model"):
+        campaign("--steps", "1", "--snapshots")
+    rows = []
+    for steps in (1000, 500):
+        facts = {"training_steps": steps, "cpu_minutes": 1.0, "cpu_minutes_in_all": steps / 100}
+        monkeypatch.setattr(bench_quality, "training_facts", lambda folder, facts=facts: dict(facts))
+        rows += campaign("--steps", "1", "--snapshots")
+    assert len(rows) == 2 and all("weights" not in row for row in rows)  # no baselines
+    curve = tables.learning_curve(rows).splitlines()
+    assert curve[0].endswith("| steps | CPU minutes in all | scenes val2017, 4 |")
+    assert [line.split(" | ")[1:3] for line in curve[2:]] == [["500", "5"], ["1000", "10"]]
+    assert tables.learning_curve(rows) in tables.quality(rows)
 
 
 def test_inpainting(campaign):
