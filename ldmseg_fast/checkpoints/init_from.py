@@ -1,4 +1,7 @@
-"""Finds the starting weights of the diffusion stage: `model.init_from`, a Stable Diffusion folder or a model folder."""
+"""Finds the starting weights of the diffusion stage: `model.init_from`, a Stable Diffusion or a model folder of ours.
+
+Stable Diffusion may be a folder in diffusers' layout or a single file (see `single_file`).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldmseg_fast.checkpoints import single_file
 from ldmseg_fast.checkpoints.diffusers_folder import read_config, scheduler_settings, unet_settings
 from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
@@ -41,8 +45,9 @@ UNET_STRUCTURE = (
     "out_channels",
 )
 HOW_TO_GET_ONE = (
-    "a Stable Diffusion 1.4, 1.5 or 2.1 folder in diffusers' layout, or its name on the Hub, such as "
-    "CompVis/stable-diffusion-v1-4 (of unet/, vae/ and scheduler/ the JSON and .safetensors files are enough)"
+    "a Stable Diffusion 1.4, 1.5 or 2.1: a folder in diffusers' layout (of unet/, vae/ and scheduler/ the JSON and "
+    ".safetensors files are enough), its name on the Hub, such as CompVis/stable-diffusion-v1-4, or one .safetensors "
+    "file of the whole model"
 )
 
 
@@ -52,7 +57,8 @@ class Start:
 
     Attributes:
         config: the run's, with the folder's values where the run left the defaults.
-        unet, image_vae: weights to load, None: train from scratch. `image_vae` is a folder, or TAESD's file.
+        unet, image_vae: weights to load, None: train from scratch. Both are folders, or a single file of Stable
+            Diffusion; `image_vae` may be TAESD's file.
         vae_config: diffusers' configuration of the image VAE; None: Stable Diffusion's.
         ours: whether `unet` and `image_vae` lie in a model folder of ours.
         features: the file of a pyramid's pre-trained network, where it is not in `image_vae`.
@@ -79,9 +85,11 @@ def resolve_start(config: Config) -> Start:
     if not config.model.init_from:
         return _with_image_vae(Start(config))
     folder = resolve_model_dir(config.model.init_from, kinds=(MODEL, DIFFUSERS))
+    if folder.is_file():
+        start = _with_image_vae(_single_file(config, folder))
+        return replace(start, config=validate(start.config))
     if not folder.is_dir():
-        found = "a file, and not the folder of a model" if folder.exists() else "no such folder"
-        raise CheckpointError(f"model.init_from={folder}: {found}; give {HOW_TO_GET_ONE}, or a model folder")
+        raise CheckpointError(f"model.init_from={folder}: no such folder; give {HOW_TO_GET_ONE}, or a model folder")
     path = folder / "model_index.json"
     index = read_settings(inside(folder, path)) if path.exists() else {}
     if "format_version" in index:
@@ -94,7 +102,9 @@ def resolve_start(config: Config) -> Start:
             f"give {HOW_TO_GET_ONE}"
         )
     else:
-        raise CheckpointError(f"model.init_from={folder}: no unet/config.json in it; give {HOW_TO_GET_ONE}")
+        files = sorted(folder.glob("*.safetensors"))
+        hint = f", but {files[0].name}; is it the whole model, then name the file itself" if files else ""
+        raise CheckpointError(f"model.init_from={folder}: no unet/config.json in it{hint}; give {HOW_TO_GET_ONE}")
     start = _with_image_vae(start)
     return replace(start, config=validate(start.config))
 
@@ -119,6 +129,26 @@ def _stable_diffusion(config: Config, folder: Path) -> Start:
             stacklevel=2,
         )
     return Start(replace(config, unet=unet, scheduler=scheduler), unet=folder / "unet")
+
+
+def _single_file(config: Config, path: Path) -> Start:
+    source = f"model.init_from={path}"
+    single_file.check_is_safetensors(path)
+    own = config.unet
+    heads = () if own.num_heads == UNetConfig().num_heads else own.num_heads
+    found = single_file.unet_settings_of(path, heads, own.norm_groups)
+    structure = {key: found[key] for key in UNET_STRUCTURE}
+    _check_input(found["in_channels"], found["out_channels"], config, source)
+    unet = _adopt(own, UNetConfig(), structure, "unet.", source)
+    schedule = single_file.schedule_of(path)
+    scheduler = _adopt_defaults(config.scheduler, SchedulerConfig(), schedule)
+    if found["linear_projection"] and "prediction_type" not in schedule:
+        warnings.warn(
+            f"{source}: what a Stable Diffusion 2.x predicts is not in the file, so scheduler.prediction_type="
+            f"{scheduler.prediction_type} is taken; models of 768 pixels were trained with v_prediction",
+            stacklevel=2,
+        )
+    return Start(replace(config, unet=unet, scheduler=scheduler), unet=path)
 
 
 def _check_input(in_channels: int, out_channels: int, config: Config, source: str) -> None:
@@ -190,16 +220,22 @@ def _with_image_vae(start: Start) -> Start:
         if path is None or not path.is_file():
             raise ConfigError(f"image_encoder.path={encoder.path}: TAESD's encoder as a .safetensors file expected")
         return replace(start, image_vae=path)
-    folder = path or (start.unet.parent / "vae" if start.unet is not None else None)
+    folder = path
+    if folder is None and start.unet is not None:
+        folder = start.unet if start.unet.is_file() else start.unet.parent / "vae"
     if folder is None:
         raise ConfigError(
             f"image_encoder.kind=autoencoder_kl needs weights: set model.init_from=FOLDER, {HOW_TO_GET_ONE}; or "
             f"image_encoder.path=FOLDER for the image VAE alone"
         )
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json in it; the image VAE comes from {HOW_TO_GET_ONE}")
-    values = read_config(folder, "vae")
+    if folder.is_file():
+        single_file.check_is_safetensors(folder)
+        values = single_file.vae_settings_of(folder)
+    else:
+        folder = folder / "vae" if (folder / "vae").is_dir() else folder
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: no config.json in it; the image VAE comes from {HOW_TO_GET_ONE}")
+        values = read_config(folder, "vae")
     found = {
         "latent_channels": values.get("latent_channels", 4),
         "downsampling": 2 ** (len(values.get("block_out_channels", [64])) - 1),
@@ -374,6 +410,8 @@ def _check_sizes(build: Callable[[], nn.Module], state: dict[str, Tensor], sourc
 def _unet_state(start: Start) -> dict[str, Tensor]:
     """The UNet's tensors as they lie in the folder; they are read when they are used."""
     assert start.unet is not None
+    if start.unet.is_file():
+        return single_file.unet_state(start.unet)
     return load_weights(inside(start.unet.parent, start.unet / WEIGHTS)) if start.ours else read_weights(start.unet)
 
 
@@ -384,6 +422,8 @@ def _image_vae_state(start: Start, taesd: bool) -> dict[str, Tensor]:
         return load_weights(inside(start.image_vae.parent, start.image_vae / WEIGHTS))
     if taesd:
         return {f"layers.{key}": value for key, value in load_weights(start.image_vae).items()}
+    if start.image_vae.is_file():
+        return single_file.vae_state(start.image_vae)
     state = modern_attention_names(read_weights(start.image_vae))
     return {key: value for key, value in state.items() if not key.startswith(("decoder.", "post_quant_conv."))}
 

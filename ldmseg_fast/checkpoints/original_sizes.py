@@ -130,8 +130,7 @@ def image_vae_config(
     if differing:
         raise CheckpointError(f"{source}: does not fit --image-vae: {'; '.join(differing)}")
     levels = len(found["block_out_channels"])
-    types = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-    vae_config: dict[str, Any] = SD_VAE_CONFIG | found | types if given is None else dict(given)
+    vae_config: dict[str, Any] = image_vae.kl_config(found) if given is None else dict(given)
     config = ImageEncoderConfig(
         kind="autoencoder_kl",
         latent_channels=found["latent_channels"],

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldmseg_fast.errors import CheckpointError, UserError
@@ -70,21 +69,40 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """Reads a safetensors file, any shape and dtype; int8 tensors come back as float32 (see `expand_int8`).
 
     Names lose what wrappers of PyTorch put into them (see `plain_names`).
+
+    Args:
+        path: the file.
+        prefix: of the names of what is read, which they lose.
+
+    Raises:
+        CheckpointError: the file is missing, is something else, or is damaged.
+    """
+    with opened_weights(path) as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+        state = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    return expand_int8(plain_names(state, str(path)), str(path))
+
+
+@contextmanager
+def opened_weights(path: Path) -> Iterator[Any]:
+    """Opens a safetensors file, as `safetensors.safe_open` does, for a `with` block that reads from it.
 
     Raises:
         CheckpointError: the file is missing, is something else, or is damaged.
     """
     check_weights_file(path)
     try:
-        state = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:  # the last two: unknown types
+        if isinstance(error, UserError):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: damaged safetensors file ({reason}); copy or save it again") from None
-    return expand_int8(plain_names(state, str(path)), str(path))
 
 
 def check_weights_file(path: Path) -> None:

@@ -15,55 +15,65 @@ from ldmseg_fast.checkpoints.tensors import load_weights, plain_names
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import check_no_pointer, inside
 
-# NAME.safetensors, NAME.VARIANT.safetensors, and their shards; transformers once put the variant last
-FILE = re.compile(
-    r"(?P<name>diffusion_pytorch_model|model)(\.(?P<variant>[A-Za-z0-9_]+))?"
-    r"(-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?(\.(?P<late>[A-Za-z0-9_]+))?\.safetensors"
-)
-INDEX = re.compile(
-    r"(diffusion_pytorch_model|model)(\.(?P<early>[A-Za-z0-9_]+))?\.safetensors\.index(\.(?P<variant>[A-Za-z0-9_]+))?\.json"
-)
+SAFE, OLD = "safetensors", "bin"  # endings: `.bin` files are of `torch.save`
+# NAME.ENDING, NAME.VARIANT.ENDING, and their shards; transformers once put the variant last
+FILES = {
+    ending: re.compile(
+        r"(?P<name>diffusion_pytorch_model|model)(\.(?P<variant>[A-Za-z0-9_]+))?"
+        rf"(-(?P<shard>\d{{5}})-of-(?P<shards>\d{{5}}))?(\.(?P<late>[A-Za-z0-9_]+))?\.{ending}"
+    )
+    for ending in (SAFE, OLD)
+}
+INDICES = {
+    ending: re.compile(
+        rf"(diffusion_pytorch_model|model)(\.(?P<early>[A-Za-z0-9_]+))?\.{ending}\.index"
+        r"(\.(?P<variant>[A-Za-z0-9_]+))?\.json"
+    )
+    for ending in (SAFE, OLD)
+}
 ORDER = ("", "fp32", "bf16", "fp16")  # full precision goes before half
-OLD_FILES = tuple(
-    f"diffusion_pytorch_model.{variant}{'.' if variant else ''}bin" for variant in ORDER
-)  # of `torch.save`
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Reads the tensors, any shape and dtype, of a component's folder.
 
     They lie in one or several safetensors files; full precision goes before half. An index says which shards there are;
-    without it, their own names do. Folders of before safetensors have one `.bin` file instead, which is read without
-    running anything in it (see `safe_pickle`).
+    without it, their own names do. Folders of before safetensors have `.bin` files instead, which are read without
+    running anything in them (see `safe_pickle`).
 
     Raises:
         CheckpointError: none there, a shard that is missing, a pickle of more than tensors, damaged, or links out of
             the folder.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    files, indices, variants = _variants(names)
-    if len(variants) > 1 and variants[0] not in ORDER:
-        raise CheckpointError(f"{folder}: weights of several variants ({', '.join(variants)}); leave one of them there")
-    if variants:
-        found = {name: folder / name for name in files.get(variants[0], [])}
-        index = indices.get(variants[0])
-        whole = [path for name, path in found.items() if "-of-" not in name]
-        if whole:
-            return load_weights(inside(folder, whole[0]))
-        return _read_shards(folder, found, None if index is None else folder / index)
-    old = next((folder / name for name in OLD_FILES if name in names), None)
-    if old is not None:
-        path = inside(folder, old)
-        return plain_names(check_tensors(load_torch_file(path), str(path)), str(path))
+    for ending in (SAFE, OLD):
+        files, indices, variants = _variants(names, ending)
+        if len(variants) > 1 and variants[0] not in ORDER:
+            raise CheckpointError(
+                f"{folder}: weights of several variants ({', '.join(variants)}); leave one of them there"
+            )
+        if variants:
+            found = {name: folder / name for name in files.get(variants[0], [])}
+            index = indices.get(variants[0])
+            whole = [path for name, path in found.items() if "-of-" not in name]
+            if whole:
+                return _read_file(inside(folder, whole[0]))
+            return _read_shards(folder, found, None if index is None else folder / index, ending)
     raise CheckpointError(_why_none(folder))
 
 
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == f".{SAFE}":
+        return load_weights(path)
+    return plain_names(check_tensors(load_torch_file(path), str(path)), str(path))
+
+
 def choose_files(names: Iterable[str]) -> list[str]:
-    """Lists those of a component's files that `read_weights` reads: of one variant, the whole file or the shards.
+    """Lists those of a component's safetensors files that `read_weights` reads: of one variant, the file or the shards.
 
     Where nothing says which of several unknown variants is meant, it is the first.
     """
-    files, indices, variants = _variants(sorted(names))
+    files, indices, variants = _variants(sorted(names), SAFE)
     if not variants:
         return []
     found = files.get(variants[0], [])
@@ -71,20 +81,20 @@ def choose_files(names: Iterable[str]) -> list[str]:
     return whole[:1] or [*found, *([indices[variants[0]]] if variants[0] in indices else [])]
 
 
-def _variants(names: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
+def _variants(names: Iterable[str], ending: str) -> tuple[dict[str, list[str]], dict[str, str], list[str]]:
     """Groups the names of weight files and indices by variant, and lists the variants, the best first."""
     files: dict[str, list[str]] = defaultdict(list)
     indices: dict[str, str] = {}
     for name in names:
-        if match := FILE.fullmatch(name):
+        if match := FILES[ending].fullmatch(name):
             files[match["variant"] or match["late"] or ""].append(name)
-        elif match := INDEX.fullmatch(name):
+        elif match := INDICES[ending].fullmatch(name):
             indices[match["variant"] or match["early"] or ""] = name
     variants = [variant for variant in ORDER if variant in files or variant in indices]
     return files, indices, variants or sorted(files.keys() | indices.keys())
 
 
-def _read_shards(folder: Path, found: dict[str, Path], index: Path | None) -> dict[str, Tensor]:
+def _read_shards(folder: Path, found: dict[str, Path], index: Path | None, ending: str) -> dict[str, Tensor]:
     weight_map: dict[str, str] = {}
     if index is not None:
         entries = read_settings(inside(folder, index)).get("weight_map")
@@ -93,12 +103,12 @@ def _read_shards(folder: Path, found: dict[str, Path], index: Path | None) -> di
             raise CheckpointError(f"{index}: no weight_map of names and files in it; download it again")
         weight_map = entries
         names = sorted(set(weight_map.values()))
-        foreign = [name for name in names if FILE.fullmatch(name) is None]
+        foreign = [name for name in names if FILES[ending].fullmatch(name) is None]
         if foreign:
-            raise CheckpointError(f"{index}: {foreign[0][:200]!r} is no name of a safetensors file beside it")
+            raise CheckpointError(f"{index}: {foreign[0][:200]!r} is no name of a {ending} file beside it")
     else:
         first = next(iter(found))
-        count = int(FILE.fullmatch(first)["shards"])  # type: ignore[index]
+        count = int(FILES[ending].fullmatch(first)["shards"])  # type: ignore[index]
         if count > 10_000 or count < len(found):
             raise CheckpointError(f"{folder}: {len(found)} shards that call themselves parts of {count}")
         names = [re.sub(r"-\d{5}-of", f"-{number:05d}-of", first) for number in range(1, count + 1)]
@@ -111,7 +121,7 @@ def _read_shards(folder: Path, found: dict[str, Path], index: Path | None) -> di
         )
     state: dict[str, Tensor] = {}
     for name in names:
-        shard = load_weights(inside(folder, folder / name))
+        shard = _read_file(inside(folder, folder / name))
         twice = sorted(state.keys() & shard.keys())
         if twice:
             raise CheckpointError(f"{folder / name}: {twice[0]} is in another shard too; download the shards again")
@@ -125,9 +135,8 @@ def _why_none(folder: Path) -> str:
         for path in folder.glob("*.bin"):
             check_no_pointer(path, CheckpointError)
         return (
-            f"{folder}: only pickled weights of other names than diffusion_pytorch_model.bin, or shards of them; take "
-            f"the same model's .safetensors file, or load it in diffusers on a machine you can lose and "
-            f"save_pretrained it"
+            f"{folder}: only pickled weights of other names than diffusion_pytorch_model.bin; take the same model's "
+            f".safetensors file, or load it in diffusers on a machine you can lose and save_pretrained it"
         )
     if any(folder.glob("*.msgpack")):
         return f"{folder}: weights of Flax only (.msgpack); take the same model's .safetensors file"

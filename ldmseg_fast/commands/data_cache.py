@@ -18,6 +18,7 @@ from ldmseg_fast.checkpoints.hub_names import MODEL, VAE
 from ldmseg_fast.checkpoints.init_from import check_start, load_image_encoder, resolve_start
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.checkpoints.single_file import has_vae
 from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig
 from ldmseg_fast.data import latent_cache
@@ -178,7 +179,7 @@ def _store(path: Path, name: str, latents: Tensor, manifest: dict[str, Any]) -> 
 
 
 def load_encoder(source: str | Path, size: int) -> tuple[nn.Module, ImageEncoderConfig]:
-    """Loads the image encoder of a model folder, a Stable Diffusion or VAE folder, or a TAESD file.
+    """Loads the image encoder of a model folder, of Stable Diffusion or a VAE as folder or file, or of a TAESD file.
 
     Raises:
         CheckpointError: nothing of the kind is there.
@@ -189,7 +190,8 @@ def load_encoder(source: str | Path, size: int) -> tuple[nn.Module, ImageEncoder
         encoder: Any = load_component(source, "image_vae")
         settings = encoder.config
     else:
-        kind = ImageEncoderConfig(kind="taesd" if source.is_file() else "autoencoder_kl", path=str(source))
+        is_taesd = source.is_file() and not has_vae(source)
+        kind = ImageEncoderConfig(kind="taesd" if is_taesd else "autoencoder_kl", path=str(source))
         if kind.kind == "taesd":
             kind = replace(kind, scaling_factor=1.0)
         start = resolve_start(Config(image_encoder=kind))
@@ -214,7 +216,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-vae",
         required=True,
-        help="model, Stable Diffusion or VAE: a folder or a name of the Hub; or a TAESD file",
+        help="model, Stable Diffusion or VAE: a folder or a name of the Hub; or a .safetensors file of Stable "
+        "Diffusion, a VAE or TAESD",
     )
     parser.add_argument("--split", default="train2017")
     parser.add_argument("--size", type=int, default=512, help="data.image_size of the training to come")

@@ -112,7 +112,7 @@ class ImageEncoderConfig:
     norm_groups: Width = 8
     downsampling: Pixels = 8
     scaling_factor: Factor = 0.18215
-    path: Location = ""  # weights: a diffusers folder (autoencoder_kl) or a .safetensors file (the others); see below
+    path: Location = ""  # weights: a diffusers folder or a .safetensors file; see below
     picture_scale: Annotated[int, Range(1, 16)] = 1  # side of the pictures it sees, as a multiple of data.image_size
     variant: Annotated[int, Range(0, 4)] = 0  # "efficientnet_lite" only: Lite0 to Lite4
 
@@ -199,7 +199,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     mask_vae: Location = ""  # second stage: MODEL_DIR of the trained auto-encoder
-    init_from: Location = ""  # a Stable Diffusion folder, or a MODEL_DIR of ours
+    init_from: Location = ""  # Stable Diffusion (folder or .safetensors file), or a MODEL_DIR of ours
     init_noisy: Literal["copy", "zero", "mean", "half", "random"] = "copy"
     init_image: Literal["copy", "zero", "mean", "half", "random"] = "zero"
     init_condition: Literal["copy", "zero", "mean", "half", "random"] = "zero"

@@ -49,8 +49,47 @@ def _rows(dataset: CocoPanoptic, files: list[Path]) -> dict[str, int]:
     return {name: places[dataset.folders.images / name] for name in names}
 
 
-def cache_key(encoder: nn.Module, settings: ImageEncoderConfig, size: int, files: list[Path]) -> str:
-    """Hashes all that the latents depend on into 32 hexadecimal digits."""
+@dataclass(frozen=True)
+class FileState:
+    """Holds a file's size in bytes and the time of its last change in nanoseconds."""
+
+    size: int
+    changed: int
+
+
+def file_states(files: list[Path]) -> list[FileState]:
+    """Reads the states of files, in their order; each of their folders is listed once.
+
+    A server of files answers a listing with the states of all that it lists, so this spares a question for each.
+    """
+    wanted: dict[str, set[str]] = {}
+    for file in files:
+        wanted.setdefault(str(file.parent), set()).add(file.name)
+    states: dict[Path, os.stat_result] = {}
+    for folder, names in wanted.items():
+        with os.scandir(folder) as entries:
+            states |= {Path(folder, entry.name): entry.stat() for entry in entries if entry.name in names}
+    # a file system that takes other spellings for a name may list another one
+    found = [states.get(file) or file.stat() for file in files]
+    return [FileState(state.st_size, state.st_mtime_ns) for state in found]
+
+
+def cache_key(
+    encoder: nn.Module,
+    settings: ImageEncoderConfig,
+    size: int,
+    files: list[Path],
+    states: list[FileState] | None = None,
+) -> str:
+    """Hashes all that the latents depend on into 32 hexadecimal digits.
+
+    Args:
+        encoder: that makes the latents.
+        settings: of it.
+        size: side in pixels to which pictures are resized.
+        files: the pictures, each once.
+        states: of `files`, where they are known.
+    """
     digest = hashlib.sha256()
     digest.update(json.dumps([settings.kind, settings.latent_channels, size, "pillow bicubic"]).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -59,9 +98,9 @@ def cache_key(encoder: nn.Module, settings: ImageEncoderConfig, size: int, files
     absolute = [file.absolute() for file in files]
     folders = {file.parent for file in absolute}
     root = os.path.commonpath(folders) if folders else ""
-    for file in absolute:
+    for file, state in zip(absolute, states or file_states(files)):
         name = file.relative_to(root).as_posix()
-        digest.update(f"{name}:{file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{name}:{state.size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 
 
@@ -202,7 +241,13 @@ def attach_cache(
         return None
     files = picture_files(dataset)
     size = config.data.image_size * config.image_encoder.picture_scale
-    key = cache_key(encoder, config.image_encoder, size, files)
+
+    def look() -> tuple[str, list[int]]:
+        states = file_states(files)
+        key = cache_key(encoder, config.image_encoder, size, files, states)
+        return key, [state.changed for state in states]
+
+    key, changed = distributed.from_main(look)  # one rank asks the disk, for all of them
     folder = default_folder(dataset.root) if wanted == "auto" else Path(wanted)
     try:
         cache = LatentCache.open(folder, key, files, config.image_encoder.scaling_factor, _rows(dataset, files))
@@ -212,7 +257,7 @@ def attach_cache(
         say(f"latent cache not used: {error}")
         return None
     made = (cache.folder / MANIFEST).stat().st_mtime_ns
-    if newer := [file for file in files if file.stat().st_mtime_ns > made]:
+    if newer := [file for file, at in zip(files, changed) if at > made]:
         say(f"{len(newer)} pictures, first {newer[0]}, are newer than their latents: where more than their time has "
             f"changed, delete {cache.folder} and run `ldmseg data cache` again")  # fmt: skip
     dataset.use_latents(cache)

@@ -219,6 +219,13 @@ SD_VAE_CONFIG = {
 }
 
 
+def kl_config(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Completes what `structure_from_state` found to diffusers' configuration of an AutoencoderKL."""
+    levels = len(found["block_out_channels"])
+    types = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    return SD_VAE_CONFIG | dict(found) | types
+
+
 def build_image_encoder(config: ImageEncoderConfig, vae_config: dict | None = None) -> nn.Module:
     """Builds the encoder that `config.kind` names, with fresh weights.
 

@@ -100,6 +100,27 @@ def test_old_folders_with_one_pickle(tmp_path):
     assert read_weights(tmp_path).keys() == STATE.keys()
 
 
+@pytest.mark.parametrize("index", ["diffusion_pytorch_model.fp16.bin.index.json", None])
+def test_old_folders_with_shards(index, tmp_path):
+    folder = tmp_path / "unet"
+    names = [f"diffusion_pytorch_model.fp16-{number:05d}-of-00002.bin" for number in (1, 2)]
+    folder.mkdir()
+    parts = [dict(list(STATE.items())[number::2]) for number in range(2)]
+    for name, part in zip(names, parts):
+        torch.save(part, folder / name)
+    if index:
+        weight_map = {key: name for name, part in zip(names, parts) for key in part}
+        (folder / index).write_text(json.dumps({"weight_map": weight_map}))
+    found = read_weights(folder)
+    assert found.keys() == STATE.keys() and all(torch.equal(found[key], STATE[key]) for key in STATE)
+    torch.save({"layer": os.system}, folder / names[1])
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.bin: refused, nothing was run: .*posix\.system"):
+        read_weights(folder)
+    (folder / names[1]).unlink()
+    with pytest.raises(CheckpointError, match="1 of 2 shards are missing"):
+        read_weights(folder)
+
+
 def test_a_model_starts_from_an_old_folder(sd, tmp_path, make_stage):  # noqa: F811
     """The same weights, whichever file they lie in."""
     old = tmp_path / "old"
@@ -117,7 +138,8 @@ def test_a_model_starts_from_an_old_folder(sd, tmp_path, make_stage):  # noqa: F
     ("files", "message"),
     [
         ({"diffusion_pytorch_model.bin": b"x"}, "no checkpoint of torch.save, or a truncated one"),
-        ({"diffusion_pytorch_model-00001-of-00002.bin": b"x"}, "only pickled weights of other names"),
+        ({"diffusion_pytorch_model-00001-of-00002.bin": b"x"}, "1 of 2 shards are missing"),
+        ({"pytorch_model.bin": b"x"}, "only pickled weights of other names"),
         ({"diffusion_pytorch_model.bin": LFS}, "git lfs pull"),
         ({"diffusion_flax_model.msgpack": b"x"}, r"\.msgpack"),
         ({"unet.safetensors": b"x"}, r"rename unet\.safetensors"),
@@ -267,7 +289,7 @@ def test_schedules_of_flow_matching_and_none_at_all(sd, make_stage, tmp_path):  
     with pytest.raises(CheckpointError, match="a transformer in the place of a UNet"):
         make_stage(copy)
     save_file(STATE, tmp_path / "v1-5.safetensors")
-    with pytest.raises(CheckpointError, match="a file, and not the folder of a model"):
+    with pytest.raises(CheckpointError, match=r"no model\.diffusion_model\.\* in it"):
         make_stage(tmp_path / "v1-5.safetensors")
 
 

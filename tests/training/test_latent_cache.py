@@ -8,12 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.commands import data_cache as cache_command
 from ldmseg_fast.commands.data_cache import add_arguments, load_encoder, run
@@ -263,6 +265,44 @@ def test_a_picture_that_hangs_is_named(workers: str, root: Path, taesd: Path, mo
         DataError, match=rf"no batch for 4 s: reading .*{picture.name} or one of the 7 after.*--timeout"
     ):
         make(root, taesd, "--workers", workers, "--timeout", "4")
+
+
+def test_the_key_lists_each_folder_once(
+    root: Path, taesd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No question for a single picture, but for one that the listing calls otherwise; the key is that of its sizes."""
+    encoder, settings = load_encoder(taesd, 32)
+    files = picture_files(CocoPanoptic(root, "train2017", 32, train=True))
+    (tmp_path / "more").mkdir()
+    files.append(tmp_path / "more" / "linked.jpg")
+    files[-1].symlink_to(files[0])
+    expected = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    folders, asked = [], []
+    scan, stat = os.scandir, Path.stat
+    monkeypatch.setattr(os, "scandir", lambda folder: folders.append(folder) or scan(folder))
+    monkeypatch.setattr(Path, "stat", lambda path, **options: asked.append(path) or stat(path, **options))
+    states = latent_cache.file_states(files)
+    key = cache_key(encoder, settings, 32, files)
+    assert key == cache_key(encoder, settings, 32, files, states)
+    assert len(folders) == 4 and not set(asked) & set(files)
+    assert [(state.size, state.changed) for state in states] == expected
+    monkeypatch.setattr(os, "scandir", lambda folder: scan(tmp_path / "more"))
+    assert latent_cache.file_states(files) == states
+    with pytest.raises(FileNotFoundError):
+        latent_cache.file_states([root / "train2017" / "none.jpg"])
+
+
+def test_one_rank_asks_the_disk(root: Path, taesd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(root, taesd)
+    _, files, encoder = opened(root, taesd)
+    settings = load_encoder(taesd, 32)[1]
+    dataset = CocoPanoptic(root, "train2017", 32, train=True)
+    data = replace(Config().data, root=str(root), image_size=32, latent_cache="auto")
+    config = replace(Config(), data=data, image_encoder=settings)
+    told = (cache_key(encoder, settings, 32, files), [0] * len(files))
+    monkeypatch.setattr(latent_cache, "file_states", lambda files: pytest.fail("asked"))
+    monkeypatch.setattr(distributed, "from_main", lambda function: told)
+    assert latent_cache.attach_cache(dataset, config, encoder, print) is not None
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"shards": []}', '{"shards": {}, "seconds_per_image": null}', "{"])
