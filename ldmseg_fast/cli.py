@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,13 @@ def _filler(parser: argparse.ArgumentParser, module: str) -> Callable[[], None]:
     return fill
 
 
+def _one_line(message: Warning | str, category: type[Warning], *where: Any) -> str:
+    """Writes a warning that is meant for users as one line, and others with the place that they come from."""
+    if category is UserWarning:
+        return f"ldmseg: warning: {message}\n"
+    return f"{where[0]}:{where[1]}: {category.__name__}: {message}\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
@@ -130,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text in the terminal's encoding
+    warnings.formatwarning = _one_line
     try:
         from ldmseg_fast.config.limits import check_ranges  # late, as all that a command needs
 
