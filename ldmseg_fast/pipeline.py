@@ -95,7 +95,9 @@ class LDMSegPipeline:
             fused: of the torch backend: run the UNet with few launches, for a GPU. The results are the same within
                 rounding. No GPU has timed it yet, so it is off by default. A network without such a form runs as it is,
                 with a warning.
-            precision: of the torch backends, in the place of `dtype`: "fp32", "bf16" or "fp16".
+            precision: of the torch backends, in the place of `dtype`: "fp32", "bf16", "fp16", or "fp8", with which the
+                UNet multiplies e4m3 numbers on GPUs of sm_89 and newer. Elsewhere that is left out, with a warning;
+                "fp8-emulated" computes its numbers on any device, to see what they cost in quality.
             revision: branch, tag or commit of a model of the Hub; default its main branch.
 
         Raises:

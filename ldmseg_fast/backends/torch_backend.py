@@ -18,12 +18,13 @@ from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
 from ldmseg_fast.backends.graphs.loop import UNetSteps, use_cuda_graph
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, pack_weights
-from ldmseg_fast.backends.precision import choose_dtype
+from ldmseg_fast.backends.precision import choose_precision
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import warn_if_emulated
 from ldmseg_fast.models.attention import check_backend
+from ldmseg_fast.models.fp8_layers import use_fp8
 from ldmseg_fast.models.fused_unet import FusedUNet, why_not_fused
 from ldmseg_fast.models.pyramids import fold_norms
 from ldmseg_fast.models.unet import FeatureCache, UNet
@@ -68,7 +69,7 @@ class TorchBackend(DdimBackend):
     ) -> None:
         self.info = info
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = choose_dtype(precision, dtype, self.device)
+        self.dtype, fp8 = choose_precision(precision, dtype, self.device)
         warn_if_emulated(self.device, self.dtype)
         check_backend(attention, self.device, self.dtype)
         self.cuda_graph = use_cuda_graph(cuda_graph, self.device)
@@ -79,7 +80,9 @@ class TorchBackend(DdimBackend):
         self.conditioning = None if info.conditioning == "none" else self._load("conditioning")
         self.unet.fuse_qkv()
         self.unet.fuse_time()
-        self._network: UNet | FusedUNet = self._fuse(compile_networks) if fused else self.unet
+        if fp8:
+            use_fp8(self.unet)
+        self._network: UNet | FusedUNet = self._fuse(compile_networks, fp8) if fused else self.unet
         self._denoise: Callable[..., Tensor] = self._network
         self._encode: Callable[..., Tensor] = self.image_vae
         self._compiles = compile_networks
@@ -91,8 +94,9 @@ class TorchBackend(DdimBackend):
                 pack_weights(network)
         self._lanes = LanePool(self._make_lane, 1)
 
-    def _fuse(self, compiles: bool) -> UNet | FusedUNet:
+    def _fuse(self, compiles: bool, fp8: bool) -> UNet | FusedUNet:
         reason = "backend=compile makes its own kernels" if compiles else why_not_fused(self.unet.config)
+        reason = "precision=fp8 has layers of its own" if fp8 else reason
         if reason:
             warnings.warn(f"fused: {reason}; the plain network runs instead, with the same results", stacklevel=4)
             return self.unet

@@ -226,9 +226,26 @@ def test_exported_graphs_have_what_they_were_exported_with(model_dir, tmp_path):
             LDMSegPipeline.from_pretrained(model_dir, "onnxruntime", tmp_path, device="cpu", **option)
 
 
+def test_fp8_is_left_out_where_there_is_none_and_can_be_emulated(model_dir):
+    noise, image_latents = make_inputs(2)
+    plain = TorchBackend(read_model_info(model_dir), "cpu")
+    scheduler = Scheduler(plain.info.scheduler)
+    expected = plain.sample(noise, image_latents, scheduler, 2)
+    message = "^precision=fp8: it needs a GPU of sm_89 or newer, not cpu; fp32 is computed instead"
+    with pytest.warns(UserWarning, match=message):
+        left_out = TorchBackend(plain.info, "cpu", precision="fp8")
+    assert torch.equal(left_out.sample(noise, image_latents, scheduler, 2), expected)
+    emulated = TorchBackend(plain.info, "cpu", precision="fp8-emulated")
+    found = emulated.sample(noise, image_latents, scheduler, 2)
+    assert 0 < (found - expected).norm() < 0.2 * expected.norm()
+    with pytest.warns(UserWarning, match="^fused: precision=fp8 has layers of its own; the plain network runs"):
+        both = TorchBackend(plain.info, "cpu", precision="fp8-emulated", fused=True)
+    assert torch.equal(both.sample(noise, image_latents, scheduler, 2), found)
+
+
 def test_a_precision_is_a_dtype_by_name(model_dir):
     assert LDMSegPipeline.from_pretrained(model_dir, device="cpu", precision="fp32").backend.dtype == torch.float32
-    with pytest.raises(ArgumentError, match=r"^precision='half': one of fp32, bf16, fp16"):
+    with pytest.raises(ArgumentError, match=r"^precision='half': one of fp32, bf16, fp16, fp8"):
         LDMSegPipeline.from_pretrained(model_dir, device="cpu", precision="half")
     with pytest.raises(ArgumentError, match="give one of them"):
         LDMSegPipeline.from_pretrained(model_dir, device="cpu", precision="fp32", dtype=torch.float32)
