@@ -147,6 +147,7 @@ def use_fp8(unet: UNet) -> int:
     """
     replaced = 0
     layer: Any
+    parent: Any
     for blocks in (unet.down_blocks, unet.mid_block, unet.up_blocks):
         for parent in list(blocks.modules()):
             for name, layer in list(parent.named_children()):
