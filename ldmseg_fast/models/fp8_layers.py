@@ -79,7 +79,7 @@ class FP8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps float [B, ..., K] to [B, ..., N] of the same dtype."""
         codes, scale = quantise(x)
-        rows = codes.reshape(-1, codes.shape[-1])
+        rows = codes.reshape(-1, codes.shape[-1]).contiguous()
         scale = scale.repeat_interleave(len(rows) // max(len(x), 1), output_size=len(rows))
         out = scaled_product(rows, scale, self.weight, self.scale, self.bias, emulated=self.emulated)
         return out.to(x.dtype).view(*x.shape[:-1], len(self.scale))
@@ -125,7 +125,7 @@ class FP8Conv2d(nn.Module):
         if self.kernel > 1 or self.stride > 1:
             windows = places.unfold(1, self.kernel, self.stride).unfold(2, self.kernel, self.stride)
             places = windows.permute(0, 1, 2, 4, 5, 3)  # [B, h', w', k, k, C_in]
-        rows = places.reshape(-1, self.weight.shape[1]).view(E4M3)
+        rows = places.reshape(-1, self.weight.shape[1]).contiguous().view(E4M3)
         scale = scale.repeat_interleave(cells, output_size=len(rows))
         return scaled_product(rows, scale, self.weight, self.scale, self.bias, emulated=self.emulated)
 
