@@ -1,6 +1,7 @@
 """Predicts images a second, memory and the cost of COCO's 200 k iterations on 1 to 64 GPUs, on paper.
 
 python benchmarks/scaling.py [--gpu H100|H200] [--zero 1] [--batch 256] [--micro-batch 32] [--cores 12] [--share 0.4]
+python benchmarks/scaling.py --image coco coco-fast [--gpu H100|H200] [--share 0.4]
 
 Prints the cost model (`measuring/cost_model.py`): its fit to what `bench_scaling.py` measured on a CPU, each kind of
 work by itself and tested on points that were left out, and its predictions.
@@ -15,9 +16,10 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.measuring.cost_model import ACCELERATORS, predict
+from benchmarks.measuring.image_cost import image_lines
 from benchmarks.reporting.rows import RESULTS
 from benchmarks.reporting.scaling_tables import GIB, SHARES, data_seconds, scaling_section
-from ldmseg_fast.config.presets import COCO
+from ldmseg_fast.config.presets import COCO, PRESETS
 from ldmseg_fast.distributed.ending import run_command
 
 
@@ -30,8 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--cores", type=int, default=12, help="CPU cores per GPU")
     parser.add_argument("--share", type=float, default=SHARES[1], help="of the peak")
+    parser.add_argument("--image", nargs="+", choices=list(PRESETS), help="forecast a whole image of presets instead")
     args = parser.parse_args(argv)
     gpu = ACCELERATORS[args.gpu]
+    if args.image:
+        for name in args.image:
+            print("\n".join(image_lines(name, PRESETS[name], gpu, args.share)))
+        return 0
     if args.batch is None:
         print(scaling_section(RESULTS, gpu, args.zero))
         return 0

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,15 @@ def _filler(parser: argparse.ArgumentParser, module: str) -> Callable[[], None]:
     return fill
 
 
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Writes a warning that is meant for users as one line, and others with the place that they come from."""
+    if category is UserWarning:
+        return f"ldmseg: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
@@ -130,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text in the terminal's encoding
+    format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         from ldmseg_fast.config.limits import check_ranges  # late, as all that a command needs
 
@@ -149,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
         if reason is None:
             raise
         return end_alone(*reason)
+    finally:
+        warnings.formatwarning = format_before
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ class LDMSegPipeline:
         *,
         cuda_graph: bool | None = None,
         fused: bool = False,
+        precision: str | None = None,
         revision: str | None = None,
     ) -> LDMSegPipeline:
         """Loads the model in a folder, or of the Hugging Face Hub.
@@ -92,24 +93,26 @@ class LDMSegPipeline:
             cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
                 cannot be captured runs without, with a warning.
             fused: of the torch backend: run the UNet with few launches, for a GPU. The results are the same within
-                rounding. No GPU has timed it yet, so it is off by default.
+                rounding. No GPU has timed it yet, so it is off by default. A network without such a form runs as it is,
+                with a warning.
+            precision: of the torch backends, in the place of `dtype`: "fp32", "bf16", "fp16", or "fp8", with which the
+                UNet multiplies e4m3 numbers on GPUs of sm_89 and newer. Elsewhere that is left out, with a warning;
+                "fp8-emulated" computes its numbers on any device, to see what they cost in quality.
             revision: branch, tag or commit of a model of the Hub; default its main branch.
 
         Raises:
-            ArgumentError: an unknown `attention`, an image_size out of range, a revision of a local folder.
+            ArgumentError: an unknown `attention` or `precision`, or both `precision` and `dtype`, an image_size out of
+                range, a revision of a local folder.
             CheckpointError: no model folder, or a damaged one.
             HubError: a wrong name, no access, or no connection and nothing in the cache.
             BackendError: a backend or an `attention` that cannot run here, a size that the model or its graphs do not
-                take, cuda_graph=True without a GPU, or `fused` where the network has no such form.
+                take, cuda_graph=True without a GPU, or `fused` or `precision` for exported graphs.
         """
         if image_size is not None:
             check_count("image_size", image_size, 1, MAX_SIZE)
         folder = resolve_model_dir(model_dir, revision)
-        return cls(
-            load_backend(
-                folder, backend, engine_dir, device, dtype, image_size, attention, cuda_graph=cuda_graph, fused=fused
-            )
-        )
+        speed: dict[str, Any] = {"cuda_graph": cuda_graph, "fused": fused, "precision": precision}
+        return cls(load_backend(folder, backend, engine_dir, device, dtype, image_size, attention, **speed))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the model itself, bit for bit; see `checkpoints.model_folder.copy_model`.

@@ -30,6 +30,17 @@ def test_predict_writes_three_files_a_picture(model_dir, scenes, tmp_path, capsy
     assert "3 images segmented" in capsys.readouterr().out
 
 
+def test_an_option_that_cannot_act_is_one_line(model_dir, scenes, tmp_path):
+    picture = next((scenes / "val2017").iterdir())
+    options = ["--precision", "fp8", "--fused", "--steps", "1"]
+    arguments = ["predict", str(model_dir), str(picture), "--out", str(tmp_path), *options]
+    command = [sys.executable, "-m", "ldmseg_fast.cli", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line for line in ended.stderr.splitlines() if "arning" in line]
+    assert len(lines) == 2 and all(line.startswith("ldmseg: warning: ") for line in lines)
+    assert "precision=fp8: " in lines[0] and "fp32 is computed instead" in lines[0] and "fused: device=cpu" in lines[1]
+
+
 def test_predict_takes_folders_and_odd_pictures(model_dir, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -88,6 +88,10 @@ def our_candidates(
             add(f"torch {name}, graph, fused", dtype, fused=True)
             if not why_not_fp8(torch.device(device), dtype):
                 add(f"torch {name}, graph, fp8 attention", dtype, attention="fp8")
+                if dtype == torch.bfloat16:
+                    makers[f"torch {name}, graph, fp8"] = lambda: OurPipeline(
+                        load_backend(info.folder, device=device, precision="fp8")
+                    )
         if slow:
             add(f"compile {name}", dtype, "compile")
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):

@@ -38,7 +38,7 @@ def save_random_model(folder: Path, config: Config) -> Path:
     save_component(folder, "image_vae", config.image_encoder, encoder.state_dict(), extra)
     save_component(folder, "scheduler", config.scheduler, None)
     settings = {"image_size": config.data.image_size, "num_inference_steps": config.num_inference_steps}
-    settings |= {"self_condition": True} | postprocess_settings(config.postprocess)
+    settings |= {"self_condition": config.diffusion.self_condition > 0} | postprocess_settings(config.postprocess)
     save_index(folder, ["unet", "mask_vae", "image_vae", "scheduler"], settings)
     return folder
 

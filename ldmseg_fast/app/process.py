@@ -7,9 +7,11 @@ import pickle
 import signal
 import threading
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ class ProcessWorker(Worker):
     """Is a `Worker` whose model lives in another process; that starts again after its end.
 
     Args:
-        model, backends, engine_dir, max_pixels: as in `Worker`.
+        model, backends, engine_dir, speed, max_pixels: as in `Worker`.
         threads: of the model; None: all cores.
 
     Raises:
@@ -51,6 +53,7 @@ class ProcessWorker(Worker):
         backends: tuple[str, ...] = ("torch",),
         engine_dir: str | Path | None = None,
         *,
+        speed: Mapping[str, Any] = MappingProxyType({}),
         max_pixels: int = MAX_PIXELS,
         threads: int | None = None,
     ) -> None:
@@ -58,7 +61,7 @@ class ProcessWorker(Worker):
         self._turn = threading.Lock()
         self._child: _Child | None = None
         self._closed = False
-        super().__init__(model, backends, engine_dir, max_pixels=max_pixels)
+        super().__init__(model, backends, engine_dir, speed=speed, max_pixels=max_pixels)
 
     @property
     def process_id(self) -> int | None:
@@ -156,7 +159,7 @@ class ProcessWorker(Worker):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         stopped = context.Value("b", 0, lock=False)
-        made = (self.model, self.backends, self.engine_dir, self.max_pixels)
+        made = (self.model, self.backends, self.engine_dir, self.speed, self.max_pixels)
         process = context.Process(target=_run, args=(theirs, stopped, made, self.threads), daemon=True, name="model")
         process.start()
         theirs.close()
@@ -192,7 +195,7 @@ def _run(connection: Any, stopped: Any, made: tuple[Any, ...], threads: int | No
     """Does in the model's process what the other sends, one after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the server hears, and ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    model, backends, engine_dir, max_pixels = made
+    model, backends, engine_dir, speed, max_pixels = made
 
     def stop() -> None:
         if stopped.value:
@@ -203,7 +206,7 @@ def _run(connection: Any, stopped: Any, made: tuple[Any, ...], threads: int | No
             import torch
 
             torch.set_num_threads(threads)
-        worker = Worker(model, backends, engine_dir, max_pixels=max_pixels)
+        worker = Worker(model, backends, engine_dir, speed=speed, max_pixels=max_pixels)
         answer: tuple[str, Any] = ("done", worker.info)
     except Exception as error:
         connection.send(("failed", _sendable(error)))

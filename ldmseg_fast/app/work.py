@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ class Worker:
         model: MODEL_DIR or the name of a model, as `LDMSegPipeline.from_pretrained` takes it.
         backends: names of those that visitors may choose; the first is the default. The others load on first use.
         engine_dir: exported graphs or engines, for "onnxruntime" and "tensorrt".
+        speed: `cuda_graph`, `fused`, `precision` and `attention` of `LDMSegPipeline.from_pretrained`; graphs take the
+            first only.
         max_pixels: of a picture; larger ones are refused before they are decoded.
 
     Attributes:
@@ -63,8 +66,10 @@ class Worker:
         backends: Sequence[str] = ("torch",),
         engine_dir: str | Path | None = None,
         *,
+        speed: Mapping[str, Any] = MappingProxyType({}),
         max_pixels: int = MAX_PIXELS,
     ) -> None:
+        self.speed = dict(speed)
         self.model, self.backends, self.engine_dir = model, tuple(dict.fromkeys(backends)), engine_dir
         self.max_pixels = max_pixels
         if not self.backends or (unknown := [name for name in self.backends if name not in BACKENDS]):
@@ -277,8 +282,12 @@ class Worker:
     def _backend(self, name: str) -> _Loaded:
         with self._loading:
             if name not in self._loaded:
-                graphs = self.engine_dir if name in ("onnxruntime", "tensorrt") else None
-                pipe = LDMSegPipeline.from_pretrained(self.model, name, graphs)
+                graphs, speed = None, self.speed
+                if name in ("onnxruntime", "tensorrt"):
+                    graphs = self.engine_dir
+                    if len(self.backends) > 1:  # the others are for torch, which visitors may choose
+                        speed = {key: value for key, value in speed.items() if key == "cuda_graph"}
+                pipe = LDMSegPipeline.from_pretrained(self.model, name, graphs, **speed)
                 pipe.max_pixels = self.max_pixels
                 self._loaded[name] = _Loaded(pipe)
             return self._loaded[name]

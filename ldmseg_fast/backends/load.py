@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ def load_backend(
     *,
     cuda_graph: bool | None = None,
     fused: bool = False,
+    precision: str | None = None,
 ) -> Backend:
     """Loads the backend called `name` for a model folder.
 
@@ -37,13 +39,15 @@ def load_backend(
         attention: of the first two, see `models.attention.attention`; graphs have theirs from the export.
         cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
             cannot be captured runs without, with a warning.
-        fused: of "torch", run the UNet with few launches; see `models.fused_unet`.
+        fused: of "torch", run the UNet with few launches; see `models.fused_unet`. A network without such a form runs
+            as it is, with a warning.
+        precision: of the first two, in the place of `dtype`; see `backends.precision`.
 
     Raises:
-        ArgumentError: an unknown `attention`.
+        ArgumentError: an unknown `attention` or `precision`, or both `precision` and `dtype`.
         BackendError: an unknown name, a missing package, an `engine_dir` that is missing or not meant for it, a size
             that the model or its graphs do not take, an `attention` that cannot run on the device, cuda_graph=True
-            without a GPU, or `fused` where the network has no such form.
+            without a GPU, or `fused` or `precision` for exported graphs.
         CheckpointError: a folder that is no model.
     """
     if name not in BACKENDS:
@@ -56,9 +60,12 @@ def load_backend(
 
         info = info if image_size is None else info.at_size(image_size)
         compiles = name == "compile"
-        return TorchBackend(info, device, dtype, compiles, attention, cuda_graph=cuda_graph, fused=fused)
+        speed: dict[str, Any] = {"cuda_graph": cuda_graph, "fused": fused, "precision": precision}
+        return TorchBackend(info, device, dtype, compiles, attention, **speed)
     if fused:
         raise BackendError(f"fused=True: of backend=torch only; backend={name} runs exported graphs; leave fused out")
+    if precision is not None:
+        raise BackendError(f"precision={precision}: fixed when the graphs were exported; export again with --precision")
     if attention != "auto":
         raise BackendError(f"attention={attention}: fixed at export; backend={name} takes auto only")
     if engine_dir is None:

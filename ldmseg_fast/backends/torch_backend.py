@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,12 +18,13 @@ from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
 from ldmseg_fast.backends.graphs.loop import UNetSteps, use_cuda_graph
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, pack_weights
+from ldmseg_fast.backends.precision import choose_precision
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import warn_if_emulated
-from ldmseg_fast.errors import BackendError
 from ldmseg_fast.models.attention import check_backend
+from ldmseg_fast.models.fp8_layers import use_fp8
 from ldmseg_fast.models.fused_unet import FusedUNet, why_not_fused
 from ldmseg_fast.models.pyramids import fold_norms
 from ldmseg_fast.models.unet import FeatureCache, UNet
@@ -44,12 +46,13 @@ class TorchBackend(DdimBackend):
         attention: of the UNet, see `models.attention.attention`.
         cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps, and encoder and decoder
             of a few pictures as one each; None: on a GPU. What cannot be captured runs without, with a warning.
-        fused: run the UNet with few launches, see `models.fused_unet`.
+        fused: run the UNet with few launches, see `models.fused_unet`. A network that is compiled, or has what the
+            fused one has not, runs as it is, with a warning.
+        precision: in the place of `dtype`, one of `backends.precision.PRECISIONS`.
 
     Raises:
-        ArgumentError: an unknown `attention`.
-        BackendError: an `attention` that cannot run on the device, a CUDA graph on another device than a GPU, or
-            `fused` for a network that is compiled or has what the fused one has not.
+        ArgumentError: an unknown `attention` or `precision`, or both `precision` and `dtype`.
+        BackendError: an `attention` that cannot run on the device, or a CUDA graph on another device than a GPU.
         CheckpointError: a damaged model folder.
     """
 
@@ -62,10 +65,11 @@ class TorchBackend(DdimBackend):
         attention: str = "auto",
         cuda_graph: bool | None = None,
         fused: bool = False,
+        precision: str | None = None,
     ) -> None:
         self.info = info
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.dtype, fp8 = choose_precision(precision, dtype, self.device)
         warn_if_emulated(self.device, self.dtype)
         check_backend(attention, self.device, self.dtype)
         self.cuda_graph = use_cuda_graph(cuda_graph, self.device)
@@ -76,7 +80,9 @@ class TorchBackend(DdimBackend):
         self.conditioning = None if info.conditioning == "none" else self._load("conditioning")
         self.unet.fuse_qkv()
         self.unet.fuse_time()
-        self._network: UNet | FusedUNet = self._fuse(compile_networks) if fused else self.unet
+        if fp8:
+            use_fp8(self.unet)
+        self._network: UNet | FusedUNet = self._fuse(compile_networks, fp8) if fused else self.unet
         self._denoise: Callable[..., Tensor] = self._network
         self._encode: Callable[..., Tensor] = self.image_vae
         self._compiles = compile_networks
@@ -88,10 +94,15 @@ class TorchBackend(DdimBackend):
                 pack_weights(network)
         self._lanes = LanePool(self._make_lane, 1)
 
-    def _fuse(self, compiles: bool) -> FusedUNet:
+    def _fuse(self, compiles: bool, fp8: bool) -> UNet | FusedUNet:
         reason = "backend=compile makes its own kernels" if compiles else why_not_fused(self.unet.config)
+        reason = "precision=fp8 has layers of its own" if fp8 else reason
         if reason:
-            raise BackendError(f"fused=True: {reason}; leave fused out")
+            warnings.warn(f"fused: {reason}; the plain network runs instead, with the same results", stacklevel=4)
+            return self.unet
+        if self.device.type == "cpu":
+            text = "fused: device=cpu has no launches to spare; its plain form runs, with the same results, no faster"
+            warnings.warn(text, stacklevel=4)
         return FusedUNet(self.unet)
 
     def _make_lane(self) -> Lane:

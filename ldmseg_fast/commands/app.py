@@ -9,9 +9,9 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ldmseg_fast.commands.options import model_folders, take_model
+from ldmseg_fast.commands.options import add_speed_arguments, model_folders, speed_of, take_model
 
 if TYPE_CHECKING:
     from ldmseg_fast.app.server import Address
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a model of the Hub; default its main branch")
     parser.add_argument("--backend", default="torch", help="torch, compile, onnxruntime or tensorrt")
     parser.add_argument("--engine-dir", help="exported graphs or engines")
+    add_speed_arguments(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)"
     )
@@ -119,7 +120,8 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
         metrics=PrometheusMetrics(),
     )
     backends = (args.backend, "torch") if args.backend != "torch" else ("torch",)
-    worker = ProcessWorker(args.model_dir, backends, args.engine_dir, max_pixels=args.max_pixels, threads=args.threads)
+    own: dict[str, Any] = {"speed": speed_of(args), "max_pixels": args.max_pixels, "threads": args.threads}
+    worker = ProcessWorker(args.model_dir, backends, args.engine_dir, **own)
     try:
         worker.keep = None if args.keep is None else Keeper(args.keep)
         app = server.make_app(worker, limits, folder, address.auth, build)

@@ -17,6 +17,7 @@ from ldmseg_fast.commands.options import (
     add_view_arguments,
     from_hub,
     model_folders,
+    speed_of,
     take_model,
     take_model_pinned,
     views_of,
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         eta=args.eta,
         backend=args.backend,
         engine_dir=args.engine_dir,
-        cuda_graph=args.cuda_graph,
+        **speed_of(args),
         baselines=not args.no_baselines,
         boundary=args.boundary,
         class_agnostic=args.class_agnostic,
@@ -190,6 +191,9 @@ def _check_meant_for_model(args: argparse.Namespace) -> None:
                 "--backend": args.backend != "torch",
                 "--engine-dir": args.engine_dir is not None,
                 "--no-cuda-graph": args.cuda_graph is not None,
+                "--fused": args.fused,
+                "--precision": args.precision is not None,
+                "--attention": args.attention != "auto",
             },
         )
     else:

@@ -18,6 +18,7 @@ from ldmseg_fast.commands.options import (
     lists_among,
     model_folders,
     print_json,
+    speed_of,
 )
 from ldmseg_fast.commands.result_formats import add_format_argument, check_categories, check_formats, write_formats
 
@@ -100,11 +101,12 @@ def run(args: argparse.Namespace) -> int:
     def settings() -> dict[str, Any]:
         names = ("backend", "steps", "solver", "seed", "size", "exif", "max_pixels", "batch_size", "unknown_id")
         own = {name: getattr(args, name) for name in names}
+        own |= {name: value for name, value in speed_of(args).items() if name != "cuda_graph"}
         return {"command": "inpaint", **model_state(args.model_dir, args.engine_dir), **own}
 
     def load() -> Any:
         pipe = LDMSegPipeline.from_pretrained(
-            args.model_dir, args.backend, args.engine_dir, image_size=args.size, cuda_graph=args.cuda_graph
+            args.model_dir, args.backend, args.engine_dir, image_size=args.size, **speed_of(args)
         )
         check_categories(args.formats, pipe)
         pipe.max_pixels = args.max_pixels

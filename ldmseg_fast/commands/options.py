@@ -92,9 +92,27 @@ def print_json(value: Any) -> None:
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --backend, --engine-dir, --no-cuda-graph, --steps, --batch-size, --solver and --threads."""
+    """Adds --backend, --engine-dir, those of `add_speed_arguments`, --steps, --batch-size, --solver and --threads."""
     parser.add_argument("--backend", default="torch", help="torch, compile, onnxruntime or tensorrt")
     parser.add_argument("--engine-dir", help="exported graphs or engines")
+    add_speed_arguments(parser)
+    parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--solver", default="ddim", help="ddim, dpmpp_2m or heun")
+    parser.add_argument("--threads", type=int, help="of this process; default its share of the machine's cores")
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --precision, --attention, --fused and --no-cuda-graph, which `speed_of` reads."""
+    parser.add_argument(
+        "--precision",
+        help="of torch and compile: fp32, bf16, fp16, fp8 (GPUs of sm_89 and newer) or fp8-emulated (slow, to measure "
+        "quality); default bf16 on a GPU and fp32 on a CPU",
+    )
+    parser.add_argument(
+        "--attention", default="auto", help="of torch and compile: auto, triton, sdpa, xformers or fp8 (default auto)"
+    )
+    parser.add_argument("--fused", action="store_true", help="of torch: run the UNet in few launches, for a GPU")
     parser.add_argument(
         "--no-cuda-graph",
         dest="cuda_graph",
@@ -102,10 +120,11 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         const=False,
         help="run the sampling loop on a GPU step by step, not as one CUDA graph",
     )
-    parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--solver", default="ddim", help="ddim, dpmpp_2m or heun")
-    parser.add_argument("--threads", type=int, help="of this process; default its share of the machine's cores")
+
+
+def speed_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Gives the options of `add_speed_arguments` as `LDMSegPipeline.from_pretrained` takes them."""
+    return {name: getattr(args, name) for name in ("cuda_graph", "fused", "precision", "attention")}
 
 
 def add_share_arguments(parser: argparse.ArgumentParser) -> None:

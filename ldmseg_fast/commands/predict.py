@@ -22,6 +22,7 @@ from ldmseg_fast.commands.options import (
     lists_among,
     model_folders,
     print_json,
+    speed_of,
     views_of,
 )
 from ldmseg_fast.commands.picture_results import check_results, image_id, preview_of, write_result
@@ -161,12 +162,13 @@ def run(args: argparse.Namespace) -> int:
     def settings() -> dict[str, Any]:
         names = ("backend", "steps", "seed", "samples", "size", "max_pixels", "batch_size")
         own = {name: getattr(args, name) for name in names}
+        own |= {name: value for name, value in speed_of(args).items() if name != "cuda_graph"}
         own |= {"flip": args.flip, "scales": " ".join(map(str, args.scales)), "fusion": args.fusion}
         return {"command": "predict", **model_state(args.model_dir, args.engine_dir), **own, **sampling}
 
     def load() -> Any:
         pipe = LDMSegPipeline.from_pretrained(
-            args.model_dir, args.backend, args.engine_dir, image_size=args.size, cuda_graph=args.cuda_graph
+            args.model_dir, args.backend, args.engine_dir, image_size=args.size, **speed_of(args)
         )
         check_categories(args.formats, pipe)
         pipe.max_pixels = args.max_pixels

@@ -118,9 +118,22 @@ COCO = Config(
     train=TrainConfig(checkpointing="blocks", compile="blocks"),
 )
 
+# COCO in one step, for speed: a fifth of the paper's UNet, with sides that e4m3 products take, and EfficientNet-Lite0
+# in the place of Stable Diffusion's encoder, which costs more than its UNet. First `autoencoder`, then `one_step`.
+COCO_FAST = replace(
+    PHOTOGRAPHS_256,
+    data=replace(PHOTOGRAPHS_256.data, image_size=512),
+    image_encoder=replace(PHOTOGRAPHS_256.image_encoder, picture_scale=1),
+    unet=UNetConfig(in_channels=68, block_out_channels=(160, 320, 512, 640), num_heads=(4, 8, 8, 8)),
+    diffusion=replace(PHOTOGRAPHS_256.diffusion, self_condition=0.0),  # one step has no estimate to look at
+    postprocess=PostprocessConfig(),
+    num_inference_steps=1,
+)
+
 PRESETS: dict[str, Config] = {
     "tiny": TINY,
     "coco": COCO,
+    "coco-fast": COCO_FAST,
     "photographs": PHOTOGRAPHS,
     "photographs_256": PHOTOGRAPHS_256,
 }

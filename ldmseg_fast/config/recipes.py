@@ -33,6 +33,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "tiny": dict.fromkeys(STAGE_NAMES, Recipe(_OURS)),
     "photographs": dict.fromkeys(STAGE_NAMES, Recipe(_OURS)),
     "photographs_256": dict.fromkeys(STAGE_NAMES, Recipe(_OURS)),
+    "coco-fast": dict.fromkeys(STAGE_NAMES, Recipe("that of photographs_256; not tried at this size")),
     "coco": {
         "autoencoder": Recipe(
             f"{_PAPER}: 50,000 to 90,000 iterations",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.config import PostprocessConfig, from_dict
@@ -38,7 +39,10 @@ class EvaluationOptions:
     eta: float = 0.0  # of the DDIM solver's noise
     backend: str = "torch"
     engine_dir: str | None = None
-    cuda_graph: bool | None = None  # see `LDMSegPipeline.from_pretrained`; of torch in the agreement too
+    cuda_graph: bool | None = None  # it and the three below: see `LDMSegPipeline.from_pretrained`
+    fused: bool = False
+    precision: str | None = None
+    attention: str = "auto"
     agreement_images: int = 64  # of a backend other than torch, compared with torch; per rank
     baselines: bool = True
     boundary: bool = False  # also count boundary PQ
@@ -103,6 +107,11 @@ class EvaluationOptions:
     def is_ensemble(self) -> bool:
         """Whether a picture is segmented more than once."""
         return self.samples > 1 or self.flip or self.scales != (1.0,)
+
+    @property
+    def speed(self) -> dict[str, Any]:
+        """How the networks run, as `LDMSegPipeline.from_pretrained` takes it."""
+        return {name: getattr(self, name) for name in ("cuda_graph", "fused", "precision", "attention")}
 
     def sparsities(self) -> list[tuple[int, float]]:
         """Lists (block, probability) of an inpainting evaluation, each once, ascending."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,7 +78,8 @@ class DiffusionModel:
         seed: the first noise seed, for the report.
         image_size: side in pixels of what the networks see; None: the model's own.
         steps: of sampling; None: the model's own.
-        solver, eta, backend, engine_dir, cuda_graph: as `LDMSegPipeline` has them.
+        solver, eta, backend, engine_dir: as `LDMSegPipeline` has them.
+        speed: `cuda_graph`, `fused`, `precision` and `attention` of `LDMSegPipeline.from_pretrained`.
         ensemble: `num_samples`, `flip`, `scales` and `fusion` of `LDMSegPipeline.ensemble`; None: one sample a picture.
 
     Raises:
@@ -103,13 +104,11 @@ class DiffusionModel:
         eta: float,
         backend: str,
         engine_dir: str | None,
-        cuda_graph: bool | None,
+        speed: Mapping[str, Any],
         ensemble: dict[str, Any] | None = None,
     ) -> None:
         self.ensemble = ensemble
-        self.pipe = LDMSegPipeline.from_pretrained(
-            model_dir, backend, engine_dir, image_size=image_size, cuda_graph=cuda_graph
-        )
+        self.pipe = LDMSegPipeline.from_pretrained(model_dir, backend, engine_dir, image_size=image_size, **speed)
         info = self.pipe.info
         slots, pictures = info.mask_vae.num_slots, info.picture_size
         self.dataset = CocoPanoptic(data, split, info.image_size, num_slots=slots, limit=limit, picture_size=pictures)
@@ -119,6 +118,8 @@ class DiffusionModel:
         self.thresholds = thresholds
         self.sampling = {"num_inference_steps": steps, "solver": solver, "eta": eta}
         self.facts = {"backend": backend, **self.sampling, "image_size": info.image_size, "seed": seed}
+        usual = {"precision": None, "attention": "auto", "fused": False}  # what results depend on, within rounding
+        self.facts |= {name: speed[name] for name, value in usual.items() if speed[name] != value}
         if ensemble is not None:
             self.facts["ensemble"] = ensemble | {"scales": list(ensemble["scales"])}
 

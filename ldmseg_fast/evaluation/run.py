@@ -206,7 +206,7 @@ def load_predictor(
         eta=options.eta,
         backend=options.backend,
         engine_dir=options.engine_dir,
-        cuda_graph=options.cuda_graph,
+        speed=options.speed,
         ensemble=_ensemble(options) if options.is_ensemble else None,
     )
 

@@ -7,13 +7,26 @@ import torch
 
 from benchmarks import bench_scaling
 from benchmarks.harness import BenchmarkError, validate
-from benchmarks.measuring import cost_model
+from benchmarks.measuring import cost_model, image_cost
 from benchmarks.measuring.cost_model import ACCELERATORS, Fit, Point, fit, gradient_traffic, held_out_errors, predict
 from benchmarks.reporting import scaling_tables
-from ldmseg_fast.config.presets import COCO
+from ldmseg_fast.config.presets import COCO, PRESETS
 from ldmseg_fast.training import estimate
 
 H200 = ACCELERATORS["H200"]
+
+
+def test_what_an_image_of_the_fast_preset_costs():
+    fast, paper = (image_cost.network_costs(PRESETS[name]) for name in ("coco-fast", "coco"))
+    assert 100e6 < fast["unet"].parameters < 200e6 and 810e6 < paper["unet"].parameters < 820e6
+    assert paper["unet"].operations == pytest.approx(0.771e12, rel=0.01)  # as counted of the network itself
+    assert paper["encoder"].operations > paper["unet"].operations
+    seconds = {name: cost.seconds(H200, 0.4, 16) for name, cost in fast.items()}
+    assert sum(seconds.values()) < 1 / 600
+    unet = fast["unet"]
+    assert unet.seconds(H200, 0.4, 1, "fp8") == pytest.approx(unet.seconds(H200, 0.4, 1) / 2)
+    text = "\n".join(image_cost.image_lines("coco-fast", PRESETS["coco-fast"], H200, 0.4))
+    assert text.count("arithmetic") == 4 and "1 steps" in text
 
 
 def test_exact_points_are_fitted_exactly():

@@ -57,6 +57,24 @@ def test_it_takes_the_place_of_another_encoder(model_dir, autoencoder, start):
         assert torch.equal(value, own[name])
 
 
+def test_the_fast_preset_trains_and_predicts_in_one_step(scenes, tmp_path):
+    small = [
+        "data.image_size=64", "data.num_workers=0", "mask_vae.num_bits=5", "mask_vae.num_slots=32",
+        "mask_vae.widths=8,8,16,16", "mask_vae.decoder_width=16", "image_encoder.latent_channels=16",
+        "unet.in_channels=20", "unet.block_out_channels=32,32", "unet.attention=false,true", "unet.num_heads=2,4",
+        "unet.layers_per_block=1", "unet.sample_size=8", "loss.num_points=128", "train.batch_size=2", "train.steps=2",
+        "train.precision=fp32", "train.compile=none", "train.threads=1", "train.warmup=1", "train.log_every=1",
+        "data.val_limit=2", "few_step.matching=none", f"data.root={scenes}",
+    ]  # fmt: skip
+    first = train("autoencoder", load_config("coco-fast", [*small, f"output_dir={tmp_path / 'a'}"], "autoencoder"))
+    settings = [*small, f"model.mask_vae={first}", f"output_dir={tmp_path / 'b'}"]
+    whole = train("one_step", load_config("coco-fast", settings, "one_step"))
+    pipe = LDMSegPipeline.from_pretrained(whole)
+    assert pipe.info.num_inference_steps == 1 and not pipe.info.self_condition
+    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    assert pipe(picture)[0].segmentation.shape == (50, 70)
+
+
 @pytest.mark.parametrize("stage", ["diffusion", "one_step"])
 def test_training_goes_on_and_its_model_predicts(autoencoder, scenes, tmp_path, stage):
     settings = [f"model.mask_vae={autoencoder}", f"data.root={scenes}"]
