@@ -102,7 +102,11 @@ def _check_engines(source: Path, manifest: Manifest) -> None:
 def _max_batch(source: Path, manifest: Manifest, settings: RepositorySettings, is_engine: bool) -> int:
     if not is_engine:
         return settings.max_batch
-    return min(max(p["batch"][2] for p in read_passport(source, g).profiles) for g in ("image_encoder", "denoiser"))
+    profiles = {graph: read_passport(source, graph).profiles for graph in ("image_encoder", "denoiser")}
+    for graph, each in profiles.items():
+        if any("batch" not in profile for profile in each):
+            raise BackendError(f"{passport_file(source, graph)}: a profile without its batch; build the engine again")
+    return min(max(profile["batch"][2] for profile in each) for each in profiles.values())
 
 
 def _place(source: Path, manifest: Manifest, graph: str, version: Path, is_engine: bool) -> None:

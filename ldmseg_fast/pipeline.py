@@ -75,6 +75,9 @@ class LDMSegPipeline:
         *,
         cuda_graph: bool | None = None,
         fused: bool = False,
+        lanes: int = 1,
+        threads: int | None = None,
+        profile: int | None = None,
         revision: str | None = None,
     ) -> LDMSegPipeline:
         """Loads the model in a folder, or of the Hugging Face Hub.
@@ -93,21 +96,36 @@ class LDMSegPipeline:
                 cannot be captured runs without, with a warning.
             fused: of the torch backend: run the UNet with few launches, for a GPU. The results are the same within
                 rounding. No GPU has timed it yet, so it is off by default.
+            lanes: how many threads can be inside the graphs or engines at a time, each with its own buffers.
+            threads: of ONNX Runtime on a CPU; default torch's.
+            profile: which of the engines' optimisation profiles to run, by its place; default the narrowest that fits.
             revision: branch, tag or commit of a model of the Hub; default its main branch.
 
         Raises:
             ArgumentError: an unknown `attention`, an image_size out of range, a revision of a local folder.
             CheckpointError: no model folder, or a damaged one.
             HubError: a wrong name, no access, or no connection and nothing in the cache.
-            BackendError: a backend or an `attention` that cannot run here, a size that the model or its graphs do not
-                take, cuda_graph=True without a GPU, or `fused` where the network has no such form.
+            BackendError: a backend or an `attention` that cannot run here, an option that the backend cannot use, a
+                size that the model or its graphs do not take, cuda_graph=True without a GPU, or `fused` where the network
+                has no such form.
         """
         if image_size is not None:
             check_count("image_size", image_size, 1, MAX_SIZE)
         folder = resolve_model_dir(model_dir, revision)
         return cls(
             load_backend(
-                folder, backend, engine_dir, device, dtype, image_size, attention, cuda_graph=cuda_graph, fused=fused
+                folder,
+                backend,
+                engine_dir,
+                device,
+                dtype,
+                image_size,
+                attention,
+                cuda_graph=cuda_graph,
+                fused=fused,
+                lanes=lanes,
+                threads=threads,
+                profile=profile,
             )
         )
 

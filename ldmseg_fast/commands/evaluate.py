@@ -189,7 +189,8 @@ def _check_meant_for_model(args: argparse.Namespace) -> None:
                 "--eta": args.eta != 0,
                 "--backend": args.backend != "torch",
                 "--engine-dir": args.engine_dir is not None,
-                "--no-cuda-graph": args.cuda_graph is not None,
+                "--cuda-graph": args.cuda_graph is True,
+                "--no-cuda-graph": args.cuda_graph is False,
             },
         )
     else:

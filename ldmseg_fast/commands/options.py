@@ -92,10 +92,17 @@ def print_json(value: Any) -> None:
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --backend, --engine-dir, --no-cuda-graph, --steps, --batch-size, --solver and --threads."""
+    """Adds --backend, --engine-dir, --cuda-graph, --no-cuda-graph, --steps, --batch-size, --solver and --threads."""
     parser.add_argument("--backend", default="torch", help="torch, compile, onnxruntime or tensorrt")
     parser.add_argument("--engine-dir", help="exported graphs or engines")
-    parser.add_argument(
+    graph = parser.add_mutually_exclusive_group()
+    graph.add_argument(
+        "--cuda-graph",
+        action="store_const",
+        const=True,
+        help="run the sampling loop as one CUDA graph; default on a GPU, but not with onnxruntime",
+    )
+    graph.add_argument(
         "--no-cuda-graph",
         dest="cuda_graph",
         action="store_const",
