@@ -106,8 +106,8 @@ class LDMSegPipeline:
             CheckpointError: no model folder, or a damaged one.
             HubError: a wrong name, no access, or no connection and nothing in the cache.
             BackendError: a backend or an `attention` that cannot run here, an option that the backend cannot use, a
-                size that the model or its graphs do not take, cuda_graph=True without a GPU, or `fused` where the network
-                has no such form.
+                size that the model or its graphs do not take, cuda_graph=True without a GPU, or `fused` where the
+                network has no such form.
         """
         if image_size is not None:
             check_count("image_size", image_size, 1, MAX_SIZE)

@@ -111,7 +111,7 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
         if missing := [name for name in GRAPHS if name not in graphs]:
             raise BackendError(f"{path}: no {', '.join(missing)} in it; export again")
         manifest = Manifest(options=GraphOptions(**options), graphs=graphs, **plain)
-        if wrong := wrong_values(manifest):
+        if wrong := wrong_values(values, manifest.options, {name: graph.spec for name, graph in graphs.items()}):
             raise ValueError(f"no export has such values: {', '.join(wrong[:5])}")
     except BackendError:
         raise

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ldmseg_fast.backends.graphs.specs import HEADS, GraphSpec, TensorSpec
+from ldmseg_fast.backends.graphs.specs import HEADS, GraphOptions, GraphSpec, TensorSpec
 from ldmseg_fast.config import PostprocessConfig, SchedulerConfig, from_dict
 from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from ldmseg_fast.backends.graphs.manifest import Manifest
 
 DTYPES = ("float32", "float16", "bfloat16", "uint8", "int32", "int64")
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
@@ -32,14 +29,21 @@ OWN = {"size": 1, "mask_threshold": 1, "condition": 4, "context": 3, "label": 3,
 OWN |= {"category": 2, "category_score": 2, "mask_logits": 4, "category_logits": 4}
 
 
-def wrong_values(manifest: Manifest) -> list[str]:
-    """Names the fields whose values no export has; a type that allows no comparison raises TypeError."""
-    options = manifest.options
+def wrong_values(values: Mapping[str, Any], options: GraphOptions, specs: Mapping[str, GraphSpec]) -> list[str]:
+    """Names the fields whose values no export has; a missing one, or a type that allows no comparison, raises.
+
+    Args:
+        values: the whole file, as JSON has it.
+        options, specs: what was read of it.
+
+    Raises:
+        KeyError, TypeError, AttributeError: see above.
+    """
     numbers = {
-        "opset": (manifest.opset, 1, 100),
-        "image_size": (manifest.image_size, 0, 2**16),
-        "downsampling": (manifest.downsampling, 1, 2**16),
-        "size_multiple": (manifest.size_multiple, 1, 2**20),
+        "opset": (values["opset"], 1, 100),
+        "image_size": (values["image_size"], 0, 2**16),
+        "downsampling": (values["downsampling"], 1, 2**16),
+        "size_multiple": (values["size_multiple"], 1, 2**20),
         "options.batch": (options.batch, 0, 2**20),
         "options.image_size": (options.image_size, 0, 2**16),
         **{f"options.sampler_steps.{index}": (each, 1, 10**6) for index, each in enumerate(options.sampler_steps)},
@@ -48,22 +52,24 @@ def wrong_values(manifest: Manifest) -> list[str]:
         name for name, (value, least, most) in numbers.items() if type(value) is not int or not least <= value <= most
     ]
     names = ("model_hash", "command", "calibration")
-    texts = {name: getattr(manifest, name) for name in names} | {"options.dtype": options.dtype}
+    texts = {name: values[name] for name in names} | {"options.dtype": options.dtype}
     wrong += [name for name, value in texts.items() if not isinstance(value, str)]
-    wrong += [] if manifest.precision in PRECISIONS else ["precision"]
+    wrong += [] if values["precision"] in PRECISIONS else ["precision"]
     wrong += [] if options.head in HEADS else ["options.head"]
     wrong += [] if options.dtype in DTYPES[:3] else ["options.dtype"]
-    wrong += [] if options.image_size == manifest.image_size else ["image_size and options.image_size"]
-    if not isinstance(manifest.versions, dict) or not all(isinstance(each, str) for each in manifest.versions.values()):
+    wrong += [] if options.image_size == values["image_size"] else ["image_size and options.image_size"]
+    versions = values["versions"]
+    if not isinstance(versions, dict) or not all(isinstance(each, str) for each in versions.values()):
         wrong.append("versions")
-    for name, graph in manifest.graphs.items():
-        files = [graph.file] if graph.weights is None else [graph.file, graph.weights]
+    for name, spec in specs.items():
+        graph = values["graphs"][name]
+        files = [graph["file"]] if graph["weights"] is None else [graph["file"], graph["weights"]]
         if any(not isinstance(file, str) or not file or Path(file).name != file for file in files):
             wrong.append(f"{name}: a file in another folder")
-        if not isinstance(graph.sha256, str):
+        if not isinstance(graph["sha256"], str):
             wrong.append(f"{name}.sha256")
-        wrong += _wrong_tensors(name, graph.spec)
-    return wrong + list(_wrong_model(manifest.model, manifest.scheduler))
+        wrong += _wrong_tensors(name, spec)
+    return wrong + list(_wrong_model(values["model"], values["scheduler"]))
 
 
 def _wrong_tensors(name: str, spec: GraphSpec) -> list[str]:
