@@ -29,7 +29,6 @@ from ldmseg_fast.export.model_export import PARITY
 from ldmseg_fast.export.output_folder import disk_full_named, exclusive
 from ldmseg_fast.files import read_text
 
-MAX_OPSET = 22
 TIMING_CACHE, LOCK, UNFINISHED = "timing.cache", ".lock", ".ldmseg-new-"
 
 
@@ -41,11 +40,15 @@ class Ranges:
         profiles: (least, best, largest) batch of each profile.
         max_side: the largest side of a map in pixels.
         sides: (least, best, largest) side of pictures, for graphs without a fixed size.
+        given: the options that set `profiles`; empty: it is the default.
+        side_given: whether an option set `max_side`.
     """
 
     profiles: tuple[Range, ...] = ((1, 1, 8),)
     max_side: int = 1024
     sides: Range | None = None
+    given: str = ""
+    side_given: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list
     """
     manifest = read_manifest(onnx_dir)
     check_files(onnx_dir, manifest, tuple(manifest.graphs))
-    if manifest.opset > MAX_OPSET:
+    if manifest.opset > api.max_opset:
         raise BackendError(
-            f"{onnx_dir}: opset {manifest.opset}; TensorRT takes up to {MAX_OPSET}, export with --opset 21"
+            f"{onnx_dir}: opset {manifest.opset}; {api.name} takes up to {api.max_opset}, export with --opset 22"
         )
+    check_ranges(onnx_dir, manifest, job.ranges)
     check_targets(api, job.settings)
     if job.timing_cache is not None and not job.timing_cache.parent.is_dir():
         raise BackendError(f"--timing-cache {job.timing_cache}: no folder {job.timing_cache.parent}")
@@ -120,22 +124,47 @@ def check_targets(api: TrtApi, settings: BuildSettings) -> None:
     """
     targets = settings.targets
     if api.flavour == "rtx":
-        unknown = [t for t in targets if t not in (*RTX_TARGETS, "portable", "current")]
+        unknown = [t for t in targets if t not in (*RTX_TARGETS, "portable", "current", "same")]
         if unknown:
             raise BackendError(
                 f"--target {','.join(unknown)}: TensorRT-RTX builds for {', '.join(RTX_TARGETS)} or portable"
             )
         if settings.version_compatible:
             raise BackendError("--version-compatible: TensorRT-RTX engines belong to one version; leave it out")
-        if "current" in targets or settings.strip or settings.refit:
-            check_driver(api.machine)  # weights that can be replaced are laid out by the GPU
+        if {"current", "same"} & set(targets):
+            check_driver(api.machine, api.min_driver)
+        if settings.strip and not api.machine.gpu:  # weights that come later are laid out by the GPU
+            raise BackendError("--strip: TensorRT-RTX needs a GPU for it and none answers to nvidia-smi; leave it out")
         return
-    check_driver(api.machine)  # TensorRT tries kernels out on the GPU that it builds for
+    check_driver(api.machine, api.min_driver)  # TensorRT tries kernels out on the GPU that it builds for
     here = "sm" + api.machine.compute_capability.replace(".", "")
-    if targets not in (("current",), ("portable",), (here,)):
+    if targets not in (("current",), ("same",), ("portable",), (here,)):
         raise BackendError(
-            f"--target {','.join(targets)}: TensorRT builds for the GPU it runs on, {here}; use current, or "
-            f"portable for Ampere and later, or --flavour rtx"
+            f"--target {','.join(targets)}: TensorRT builds for the GPU it runs on, {here}; use current, "
+            f"same for every GPU of its compute capability, portable for Ampere and later, or --flavour rtx"
+        )
+
+
+def check_ranges(onnx_dir: Path, manifest: Manifest, ranges: Ranges) -> None:
+    """Checks that graphs leave open what the ranges are for.
+
+    Raises:
+        BackendError: names the option that could change nothing.
+    """
+    axes = {axis for graph in manifest.graphs.values() for axis in graph.spec.axes}
+    if ranges.sides is not None and not axes - {"batch"}:
+        raise BackendError(
+            f"--image-sizes: {onnx_dir} was exported for pictures of {manifest.image_size} pixels, so it can change "
+            f"nothing; leave it out, or export with --size dynamic"
+        )
+    if ranges.given and "batch" not in axes:
+        raise BackendError(
+            f"{ranges.given}: {onnx_dir} was exported for batches of {manifest.options.batch}, so it can change "
+            f"nothing; leave it out, or export with --batch dynamic"
+        )
+    if ranges.side_given and not any("size" in graph.spec.tensors for graph in manifest.graphs.values()):
+        raise BackendError(
+            f"--max-side: {onnx_dir} was exported with --head logits, so it can change nothing; leave it out"
         )
 
 

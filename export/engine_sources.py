@@ -14,7 +14,7 @@ from ldmseg_fast.errors import BackendError, CheckpointError
 from ldmseg_fast.export.engine_build import BuildJob, Ranges
 from ldmseg_fast.export.model_export import ExportSettings, export_model, is_current
 from ldmseg_fast.export.output_folder import exclusive
-from ldmseg_fast.export.parity import ParityReport
+from ldmseg_fast.export.parity_report import ParityReport
 
 DEFAULT_PRECISION = "fp16"
 
@@ -26,29 +26,38 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
         BackendError: names the option that is wrong.
     """
     targets = tuple(part.strip().lower() for part in args.target.split(",") if part.strip())
-    if len(targets) > 1 and {"portable", "current"} & set(targets):
-        raise BackendError(f"--target {args.target}: portable and current stand alone")
+    if len(targets) > 1 and {"portable", "current", "same"} & set(targets):
+        raise BackendError(f"--target {args.target}: portable, same and current stand alone")
+    if args.timing_cache is not None and args.flavour == "rtx":
+        raise BackendError("--timing-cache: TensorRT-RTX tries no kernels out while it builds; leave it out")
     settings = BuildSettings(
         targets=targets or (("portable",) if args.flavour == "rtx" else ("current",)),
         level=args.level,
         workspace_gib=args.workspace,
         strip=args.strip,
-        refit=args.refit,
         version_compatible=args.version_compatible,
         detailed=args.verbose,
     )
+    sizes = {f"--{name}-batch": getattr(args, f"{name}_batch") for name in ("min", "opt", "max")}
+    given = [option for option, size in sizes.items() if size is not None]
+    if args.profile and given:
+        raise BackendError(f"{', '.join(given)} beside --profile: a profile says all three; leave one of them out")
     batches = [_range("--profile", text) for text in args.profile]
     if not batches:
-        if not 1 <= args.min_batch <= args.opt_batch <= args.max_batch:
+        default = zip(sizes.items(), (1, 1, 8))
+        least, best, largest = (size if size is not None else other for (_, size), other in default)
+        if not 1 <= least <= best <= largest:
             raise BackendError(
-                f"--min-batch {args.min_batch}, --opt-batch {args.opt_batch}, --max-batch {args.max_batch}: from 1 on, "
-                f"in this order"
+                f"--min-batch {least}, --opt-batch {best}, --max-batch {largest}: from 1 on, in this order"
             )
-        batches = [(args.min_batch, args.opt_batch, args.max_batch)]
-    if args.max_side < 1 or args.workspace < 0:
-        raise BackendError(f"--max-side {args.max_side} must be positive, --workspace {args.workspace} not negative")
+        batches = [(least, best, largest)]
+    max_side = 1024 if args.max_side is None else args.max_side
+    if max_side < 1 or args.workspace < 0:
+        raise BackendError(f"--max-side {max_side} must be positive, --workspace {args.workspace} not negative")
     sides = _range("--image-sizes", args.image_sizes) if args.image_sizes else None
-    return BuildJob(settings, Ranges(tuple(batches), args.max_side, sides), command, args.timing_cache, print)
+    option = "--profile" if args.profile else ", ".join(given)
+    ranges = Ranges(tuple(batches), max_side, sides, option, args.max_side is not None)
+    return BuildJob(settings, ranges, command, args.timing_cache, print)
 
 
 def _range(option: str, text: str) -> Range:
@@ -86,6 +95,7 @@ def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityRep
         size="dynamic" if args.image_sizes else "model",
         sampler_steps=args.sampler_steps,
         parity=not args.no_parity,
+        parity_images=args.parity_images,
         data=args.data,
         command=command,
     )
@@ -100,7 +110,7 @@ def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityRep
 def _refuse_settled(source: Path, args: argparse.Namespace) -> None:
     """Raises BackendError for options that were settled when the graphs were exported."""
     given = {"--head": args.head, "--sampler-steps": args.sampler_steps, "--data": args.data}
-    given["--no-parity"] = args.no_parity
+    given |= {"--parity-images": args.parity_images, "--no-parity": args.no_parity}
     names = [name for name, value in given.items() if value]
     if names:
         raise BackendError(

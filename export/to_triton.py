@@ -23,10 +23,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, type=Path, help="folder for the repository")
     parser.add_argument("--steps", type=int, help="denoising steps; default the model's own")
-    parser.add_argument("--max-batch", type=int, default=8, help="largest batch of ONNX graphs; engines have their own")
+    parser.add_argument("--max-batch", type=int, help="largest batch; default the engines' own, of ONNX graphs 8")
     parser.add_argument("--queue-delay", type=int, default=2000, help="microseconds a request waits for others")
     parser.add_argument("--instances", type=int, default=1, help="instances of every model")
     parser.add_argument("--device", default="gpu", choices=["gpu", "cpu"])
+    parser.add_argument(
+        "--no-cuda-graph", dest="cuda_graphs", action="store_false", help="run engines without capturing them"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=2**25, metavar="N", help="refuse larger pictures (default 33554432)"
+    )
+    parser.add_argument("--image", help="the server's container, for the README.md; default NVIDIA's of August 2026")
     args = parser.parse_args(argv)
     check_ranges(args)
     return args
@@ -42,7 +49,16 @@ def run(args: argparse.Namespace) -> int:
     from ldmseg_fast.checkpoints.shipped import resolve_engine_dir
     from ldmseg_fast.export.triton_repository import RepositorySettings, write_repository
 
-    settings = RepositorySettings(args.steps, args.max_batch, args.queue_delay, args.instances, args.device)
+    settings = RepositorySettings(
+        args.steps,
+        args.max_batch,
+        args.queue_delay,
+        args.instances,
+        args.device,
+        args.cuda_graphs,
+        args.max_pixels,
+        args.image or RepositorySettings.image,
+    )
     names = write_repository(resolve_engine_dir(args.source, "onnxruntime"), args.out, settings)
     print(f"repository: {args.out} ({', '.join(names)})")
     return 0

@@ -25,35 +25,39 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder for the engines and their passports")
     parser.add_argument("--flavour", default="tensorrt", choices=["tensorrt", "rtx"])
     parser.add_argument(
-        "--target", default="", help="sm80,sm89,... or portable or current; default current, rtx: portable"
+        "--target",
+        default="",
+        help="current, same (compute capability), portable, or sm80,sm89,...; default current, rtx: portable",
     )
     parser.add_argument(
         "--precision", default=None, choices=["fp32", "fp16", "bf16", "fp8", "int8"], help="default fp16"
     )
-    parser.add_argument("--min-batch", type=int, default=1)
-    parser.add_argument("--opt-batch", type=int, default=1, help="the batch to be fastest at")
-    parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("--min-batch", type=int, help="default 1")
+    parser.add_argument("--opt-batch", type=int, help="the batch to be fastest at, default 1")
+    parser.add_argument("--max-batch", type=int, help="default 8; larger ones go through in parts")
     parser.add_argument(
         "--profile", action="append", default=[], metavar="MIN,OPT,MAX", help="batches of one profile; may be repeated"
     )
-    parser.add_argument("--max-side", type=int, default=1024, help="largest side of a map in pixels")
+    parser.add_argument("--max-side", type=int, help="largest side of a map in pixels, default 1024")
     parser.add_argument(
         "--image-sizes", metavar="MIN,OPT,MAX", help="sides of pictures, for graphs exported with --size dynamic"
     )
     parser.add_argument("--level", type=int, default=3, choices=range(6), help="builder optimisation level")
     parser.add_argument("--workspace", type=float, default=0.0, help="GiB of scratch memory; default no limit")
     parser.add_argument("--timing-cache", type=Path, help="default DIR/timing.cache")
-    parser.add_argument("--strip", action="store_true", help="build engines without weights, to be refitted")
-    parser.add_argument("--refit", action="store_true", help="build engines whose weights can be replaced")
+    parser.add_argument(
+        "--strip", action="store_true", help="build engines without weights; they take those of DIR/onnx"
+    )
     parser.add_argument(
         "--version-compatible", action="store_true", help="build engines that later versions of the same major can load"
     )
     parser.add_argument("--verbose", action="store_true", help="write a layer report beside each engine")
-    parser.add_argument("--head", choices=HEADS, help="default panoptic; this and the next three need MODEL_DIR")
+    parser.add_argument("--head", choices=HEADS, help="default panoptic; this and the next four need MODEL_DIR")
     parser.add_argument(
         "--sampler-steps", default="", help="also build whole samplers of these numbers of steps, as 1,2,4"
     )
     parser.add_argument("--data", help="COCO-panoptic folder for calibration and the parity report")
+    parser.add_argument("--parity-images", type=int, help="default 8, of a large model 2")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     args = parser.parse_args(argv)
     check_ranges(args)
@@ -70,6 +74,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     """Builds as parsed arguments say; `command` is what the passports name as their maker."""
     from ldmseg_fast.backends.trt.api import load_api
     from ldmseg_fast.export.engine_build import build_engines, check_targets
+    from ldmseg_fast.export.engine_parity import engines_agree
     from ldmseg_fast.export.engine_sources import find_graphs, make_job
 
     job = make_job(args, command)
@@ -82,9 +87,12 @@ def run(args: argparse.Namespace, command: str) -> int:
             print("error: a tolerance is missed, see above; nothing was built", file=sys.stderr)
             return 1
     passports = build_engines(graphs, args.out, job, api)
+    missed = not args.no_parity and not engines_agree(args, api)
     where = f"on {passports[0].gpu}" if passports[0].gpu else "ahead of time, without a GPU"
     print(f"engines: {args.out} ({api.name}, {passports[0].precision}, built {where})")
-    return 0
+    if missed:
+        print("error: a tolerance is missed by the engines, see above; their passports say so", file=sys.stderr)
+    return int(missed)
 
 
 if __name__ == "__main__":

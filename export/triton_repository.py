@@ -1,4 +1,4 @@
-"""Writes the files of a Triton model repository: an ensemble of pre-processing, encoder, sampler and head.
+"""Writes a Triton model repository: an ensemble of pre-processing, encoder, sampler and head, and how to start it.
 
 The encoder, the denoiser and the mask decoder are the engines themselves. Pre-processing, the loop over the denoiser
 and the head's last part are Python models (`triton_models`), so the server's Python needs ldmseg_fast.
@@ -6,33 +6,22 @@ and the head's last part are Python models (`triton_models`), so the server's Py
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from ldmseg_fast.backends.graphs.manifest import GRAPHS, Manifest, check_files, read_manifest
-from ldmseg_fast.backends.graphs.specs import GraphSpec, TensorSpec
-from ldmseg_fast.backends.trt.passport import engine_file, passport_file, read_passport
+from ldmseg_fast.backends.trt.passport import Passport, engine_file, passport_file, read_passport
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.output_folder import new_folder
+from ldmseg_fast.export.triton_configs import PYTHON_MODELS, SIZE_FILE, Serving, model_configs, to_text
+from ldmseg_fast.export.triton_texts import DOCKERFILE, README, dockerfile_text, readme_text
 
-TYPES = {
-    "float32": "TYPE_FP32",
-    "float16": "TYPE_FP16",
-    "bfloat16": "TYPE_BF16",
-    "uint8": "TYPE_UINT8",
-    "int32": "TYPE_INT32",
-    "int64": "TYPE_INT64",
-}
-PYTHON_MODELS = {"ldmseg_preprocess": "Preprocess", "ldmseg_sampler": "Sampler", "ldmseg_head": "Head"}
-
-
-class Word(str):
-    """Marks a value that is written without quotes: an enumeration's name."""
+CLIENT = "client.py"
 
 
 @dataclass(frozen=True)
@@ -40,10 +29,13 @@ class RepositorySettings:
     """Holds the settings as the command line of `to_triton.py` has them."""
 
     steps: int | None = None
-    max_batch: int = 8
+    max_batch: int | None = None
     queue_delay: int = 2000
     instances: int = 1
     device: str = "gpu"
+    cuda_graphs: bool = True
+    max_pixels: int = 2**25
+    image: str = "nvcr.io/nvidia/tritonserver:26.08-py3"
 
 
 def write_repository(source: Path, out: Path, settings: RepositorySettings) -> list[str]:
@@ -56,25 +48,9 @@ def write_repository(source: Path, out: Path, settings: RepositorySettings) -> l
         BackendError: a folder that holds no graphs, graphs without a head, or settings that do not fit.
     """
     manifest = read_manifest(source)
-    if manifest.options.head == "logits":
-        raise BackendError(f"{source}: exported with --head logits; the server needs --head panoptic or both")
-    if "context" in manifest.graphs["denoiser"].spec.tensors:
-        raise BackendError(f"{source}: the server's sampler has no CLIP encoder; serve a model without one")
-    if manifest.image_size == 0 or manifest.options.batch:
-        raise BackendError(
-            f"{source}: the server needs graphs of a fixed picture size and a dynamic batch; export again"
-        )
-    if settings.max_batch < 1 or settings.instances < 1 or settings.queue_delay < 0:
-        raise BackendError("--max-batch and --instances: from 1 on; --queue-delay: from 0 on")
-    steps = settings.steps or int(manifest.model["num_inference_steps"])
-    is_engine = passport_file(source, "denoiser").is_file()
-    if is_engine:
-        _check_engines(source, manifest)
-    else:
-        check_files(source, manifest)
-    batch = _max_batch(source, manifest, settings, is_engine)
-    configs = model_configs(manifest, settings, steps, batch, is_engine)
-    with new_folder(out, lambda _: configs) as folder:
+    serving, passports = _serving(source, manifest, settings)
+    configs = model_configs(serving)
+    with new_folder(out, lambda _: [*configs, README, DOCKERFILE, CLIENT]) as folder:
         for name, config in configs.items():
             version = folder.path / name / "1"
             version.mkdir(parents=True)
@@ -85,24 +61,100 @@ def write_repository(source: Path, out: Path, settings: RepositorySettings) -> l
                 line = f"from ldmseg_fast.export.triton_models import {kind} as TritonPythonModel  # noqa: F401\n"
                 (version / "model.py").write_text(line, encoding="utf-8")
             elif graph in manifest.graphs:
-                _place(source, manifest, graph, version, is_engine)
+                _place(source, manifest, graph, version, serving.is_engine)
             else:
                 (version / ".keep").touch()  # an ensemble has no files, but its version must exist
+        warmup = folder.path / "ldmseg_mask_decoder" / "warmup"
+        warmup.mkdir()
+        side = min(manifest.image_size, serving.head_side or manifest.image_size)
+        (warmup / SIZE_FILE).write_bytes(np.array([side, side], "<i8").tobytes())
+        engine = passports.get("denoiser")
+        texts = {README: readme_text(serving, settings.image, engine), DOCKERFILE: dockerfile_text(settings.image)}
+        for name, text in texts.items():
+            (folder.path / name).write_text(text, encoding="utf-8")
+        shutil.copyfile(Path(__file__).with_name("triton_client.py"), folder.path / CLIENT)
     return list(configs)
 
 
-def _check_engines(source: Path, manifest: Manifest) -> None:
-    for graph in GRAPHS:
-        passport = read_passport(source, graph)
+def _serving(source: Path, manifest: Manifest, settings: RepositorySettings) -> tuple[Serving, Mapping[str, Passport]]:
+    """Checks that graphs or engines can be served as the settings say. Raises BackendError where not."""
+    if manifest.options.head == "logits":
+        raise BackendError(f"{source}: exported with --head logits; the server needs --head panoptic or both")
+    if "context" in manifest.graphs["denoiser"].spec.tensors:
+        raise BackendError(f"{source}: the server's sampler has no CLIP encoder; serve a model without one")
+    if manifest.image_size == 0 or manifest.options.batch:
+        raise BackendError(
+            f"{source}: the server needs graphs of a fixed picture size and a dynamic batch; export again"
+        )
+    if not manifest.model:
+        raise BackendError(f"{source}: {source / 'export.json'} names no model; export the model's folder")
+    if settings.instances < 1 or settings.queue_delay < 0:
+        raise BackendError("--instances: from 1 on; --queue-delay: from 0 on")
+    passports: dict[str, Passport] = {}
+    if passport_file(source, "denoiser").is_file():
+        passports = _engines(source, settings)
+    elif not settings.cuda_graphs:
+        raise BackendError(f"--no-cuda-graph: of engines only, and {source} holds ONNX graphs; leave it out")
+    else:
+        check_files(source, manifest)
+    decoder = passports["mask_decoder"].profiles if passports else ()
+    serving = Serving(
+        manifest=manifest,
+        steps=settings.steps or int(manifest.model["num_inference_steps"]),
+        batch=_max_batch(source, passports, settings.max_batch),
+        queue_delay=settings.queue_delay,
+        instances=settings.instances,
+        on_gpu=settings.device == "gpu",
+        cuda_graphs=settings.cuda_graphs and bool(passports),
+        max_pixels=settings.max_pixels,
+        profiles={name: len(passport.profiles) for name, passport in passports.items()},
+        head_side=max(
+            (min(p["height"][2], p["width"][2]) for p in decoder if {"height", "width"} <= set(p)), default=0
+        ),
+        tensorrt=passports["denoiser"].version if passports else "",
+        version_compatible=all(passport.version_compatible for passport in passports.values()),
+    )
+    return serving, passports
+
+
+def _engines(source: Path, settings: RepositorySettings) -> dict[str, Passport]:
+    """Reads the engines' passports. Raises BackendError for engines that the server cannot run."""
+    if settings.device != "gpu":
+        raise BackendError(f"--device {settings.device}: {source} holds TensorRT engines, which run on GPUs")
+    passports = {graph: read_passport(source, graph) for graph in GRAPHS}
+    for graph, passport in passports.items():
         if passport.flavour != "tensorrt" or passport.stripped:
             kind = "TensorRT-RTX" if passport.flavour == "rtx" else "without weights"
             raise BackendError(f"{engine_file(source, graph)}: {kind}; the server takes whole TensorRT engines")
+    versions = sorted({passport.version for passport in passports.values()})
+    if len(versions) > 1:
+        raise BackendError(f"{source}: engines of TensorRT {' and '.join(versions)}; build all of them by one version")
+    return passports
 
 
-def _max_batch(source: Path, manifest: Manifest, settings: RepositorySettings, is_engine: bool) -> int:
-    if not is_engine:
-        return settings.max_batch
-    return min(max(p["batch"][2] for p in read_passport(source, g).profiles) for g in ("image_encoder", "denoiser"))
+def _max_batch(source: Path, passports: Mapping[str, Passport], asked: int | None) -> int:
+    """Returns the largest batch, all smaller ones being possible too. Raises BackendError where they are not."""
+    if asked is not None and asked < 1:
+        raise BackendError(f"--max-batch {asked}: from 1 on")
+    if not passports:
+        return asked or 8
+    ranges = {}
+    for graph in ("image_encoder", "denoiser"):
+        if any("batch" not in profile for profile in passports[graph].profiles):
+            raise BackendError(f"{passport_file(source, graph)}: a profile without its batch; build the engine again")
+        ranges[graph] = [(profile["batch"][0], profile["batch"][2]) for profile in passports[graph].profiles]
+    largest = min(max(most for _, most in each) for each in ranges.values())
+    if asked is not None and asked > largest:
+        raise BackendError(f"--max-batch {asked}: {source} was built for batches of up to {largest}")
+    batch = asked or largest
+    for graph, each in ranges.items():
+        missing = [size for size in range(1, batch + 1) if not any(least <= size <= most for least, most in each)]
+        if missing:
+            raise BackendError(
+                f"{engine_file(source, graph)}: no profile takes {missing[0]} of the {batch} pictures that a batch may "
+                f"have; build the engines again with --min-batch 1, or with a --profile for it"
+            )
+    return batch
 
 
 def _place(source: Path, manifest: Manifest, graph: str, version: Path, is_engine: bool) -> None:
@@ -120,112 +172,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def model_configs(
-    manifest: Manifest, settings: RepositorySettings, steps: int, batch: int, is_engine: bool
-) -> dict[str, dict[str, Any]]:
-    """Returns config.pbtxt of every model as plain values."""
-    specs = {name: graph.spec for name, graph in manifest.graphs.items()}
-    latents = specs["mask_decoder"].tensors["latents"]
-    images, image_latents = specs["image_encoder"].inputs[0], specs["image_encoder"].outputs[0]
-    noise = TensorSpec("noise", "float32", latents.shape)
-    size = TensorSpec("size", "int64", ("batch", 2))
-    post = manifest.model["postprocess"]
-    facts = {
-        "image_size": manifest.image_size,
-        "picture_size": images.shape[-1],  # of what the image encoder sees
-        "latent_shape": list(latents.shape[1:]),
-        "steps": steps,
-        "scheduler": manifest.scheduler,
-        "self_condition": manifest.model["self_condition"],
-        "postprocess": post,
-        "categories": manifest.model.get("categories"),
-    }
-
-    def batched(name: str, inputs: Sequence[dict], outputs: Sequence[dict], **rest: Any) -> dict[str, Any]:
-        config = {"name": name, **rest, "max_batch_size": batch, "input": list(inputs), "output": list(outputs)}
-        delay = {"max_queue_delay_microseconds": settings.queue_delay}
-        return config | {"dynamic_batching": delay, "instance_group": [_instances(settings, rest.get("backend"))]}
-
-    def python(name: str, inputs: Sequence[dict], outputs: Sequence[dict]) -> dict[str, Any]:
-        config = batched(name, inputs, outputs, backend="python")
-        return config | {"parameters": [{"key": "ldmseg", "value": {"string_value": json.dumps(facts)}}]}
-
-    picture = {"name": "image", "data_type": Word("TYPE_STRING"), "dims": [1]}
-    seed = {"name": "seed", "data_type": Word("TYPE_INT64"), "dims": [1], "optional": True}
-    result = [
-        {"name": "segmentation", "data_type": Word("TYPE_INT32"), "dims": [-1, -1]},
-        {"name": "segments_info", "data_type": Word("TYPE_STRING"), "dims": [1]},
-    ]
-    runtime = {"platform": "tensorrt_plan" if is_engine else "onnxruntime_onnx"}
-    mask_latents = TensorSpec("mask_latents", "float32", latents.shape)
-    steps_of_ensemble = [
-        _step("ldmseg_preprocess", ["image", "seed"], ["images", "noise", "size"]),
-        _step("ldmseg_image_encoder", ["images"], ["image_latents"]),
-        _step("ldmseg_sampler", ["noise", "image_latents"], ["mask_latents"]),
-        _step("ldmseg_head", ["mask_latents", "size"], ["segmentation", "segments_info"]),
-    ]
-    ensemble = {"name": "ldmseg", "platform": "ensemble", "max_batch_size": batch, "input": [picture, seed]}
-    ensemble |= {"output": result, "ensemble_scheduling": {"step": steps_of_ensemble}}
-    encoder = batched("ldmseg_image_encoder", [_tensor(images)], [_tensor(image_latents)], **runtime)
-    return {
-        "ldmseg": ensemble,
-        "ldmseg_preprocess": python("ldmseg_preprocess", [picture, seed], [_tensor(t) for t in (images, noise, size)]),
-        "ldmseg_image_encoder": encoder,
-        "ldmseg_sampler": python("ldmseg_sampler", [_tensor(noise), _tensor(image_latents)], [_tensor(mask_latents)]),
-        "ldmseg_denoiser": _unbatched("ldmseg_denoiser", specs["denoiser"], settings, runtime),
-        "ldmseg_mask_decoder": _unbatched("ldmseg_mask_decoder", specs["mask_decoder"], settings, runtime),
-        "ldmseg_head": python("ldmseg_head", [_tensor(mask_latents), _tensor(size)], result),
-    }
-
-
-def _unbatched(name: str, spec: GraphSpec, settings: RepositorySettings, runtime: Mapping[str, str]) -> dict[str, Any]:
-    """Describes a graph that the Python models call with whole tensors: some of its inputs have no batch axis."""
-    inputs = [_tensor(t, whole=True) | _shape_mark(t, runtime) for t in spec.inputs]
-    outputs = [_tensor(t, whole=True) for t in spec.outputs]
-    config = {"name": name, **runtime, "max_batch_size": 0, "input": inputs, "output": outputs}
-    return config | {"instance_group": [_instances(settings, None)]}
-
-
-def _shape_mark(tensor: TensorSpec, runtime: Mapping[str, str]) -> dict[str, bool]:
-    return {"is_shape_tensor": True} if tensor.is_shape and runtime["platform"] == "tensorrt_plan" else {}
-
-
-def _tensor(tensor: TensorSpec, whole: bool = False) -> dict[str, Any]:
-    dims = [axis if isinstance(axis, int) else -1 for axis in (tensor.shape if whole else tensor.shape[1:])]
-    return {"name": tensor.name, "data_type": Word(TYPES[tensor.dtype]), "dims": dims}
-
-
-def _step(model: str, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, Any]:
-    maps = {"input_map": inputs, "output_map": outputs}
-    return {"model_name": model, "model_version": -1} | {
-        key: [{"key": name, "value": name} for name in names] for key, names in maps.items()
-    }
-
-
-def _instances(settings: RepositorySettings, backend: str | None) -> dict[str, Any]:
-    on_gpu = settings.device == "gpu" and backend != "python"
-    return {"count": settings.instances, "kind": Word("KIND_GPU" if on_gpu else "KIND_CPU")}
-
-
-def to_text(values: Mapping[str, Any], indent: str = "") -> str:
-    """Formats values in protocol buffers' text format."""
-    lines = []
-    for key, value in values.items():
-        for item in value if isinstance(value, list) and key != "dims" else [value]:
-            if isinstance(item, Mapping):
-                lines.append(f"{indent}{key} {{\n{to_text(item, indent + '  ')}{indent}}}\n")
-            else:
-                lines.append(f"{indent}{key}: {_literal(item)}\n")
-    return "".join(lines)
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(_literal(item) for item in value)}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str) and not isinstance(value, Word):
-        return json.dumps(value)
-    return str(value)

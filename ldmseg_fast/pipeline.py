@@ -76,6 +76,9 @@ class LDMSegPipeline:
         cuda_graph: bool | None = None,
         fused: bool = False,
         precision: str | None = None,
+        lanes: int = 1,
+        threads: int | None = None,
+        profile: int | None = None,
         revision: str | None = None,
     ) -> LDMSegPipeline:
         """Loads the model in a folder, or of the Hugging Face Hub.
@@ -98,6 +101,9 @@ class LDMSegPipeline:
             precision: of the torch backends, in the place of `dtype`: "fp32", "bf16", "fp16", or "fp8", with which the
                 UNet multiplies e4m3 numbers on GPUs of sm_89 and newer. Elsewhere that is left out, with a warning;
                 "fp8-emulated" computes its numbers on any device, to see what they cost in quality.
+            lanes: how many threads can be inside the graphs or engines at a time, each with its own buffers.
+            threads: of ONNX Runtime on a CPU; default torch's.
+            profile: which of the engines' optimisation profiles to run, by its place; default the narrowest that fits.
             revision: branch, tag or commit of a model of the Hub; default its main branch.
 
         Raises:
@@ -105,13 +111,15 @@ class LDMSegPipeline:
                 range, a revision of a local folder.
             CheckpointError: no model folder, or a damaged one.
             HubError: a wrong name, no access, or no connection and nothing in the cache.
-            BackendError: a backend or an `attention` that cannot run here, a size that the model or its graphs do not
-                take, cuda_graph=True without a GPU, or `fused` or `precision` for exported graphs.
+            BackendError: a backend or an `attention` that cannot run here, an option that the backend cannot use, a
+                size that the model or its graphs do not take, cuda_graph=True without a GPU, or `fused` or `precision`
+                for exported graphs.
         """
         if image_size is not None:
             check_count("image_size", image_size, 1, MAX_SIZE)
         folder = resolve_model_dir(model_dir, revision)
         speed: dict[str, Any] = {"cuda_graph": cuda_graph, "fused": fused, "precision": precision}
+        speed |= {"lanes": lanes, "threads": threads, "profile": profile}
         return cls(load_backend(folder, backend, engine_dir, device, dtype, image_size, attention, **speed))
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -76,7 +76,7 @@ def our_candidates(
     dtypes = tuple(dtype for dtype in dtypes if has_units(device, dtype))
     makers: dict[str, Maker] = {}
 
-    def add(name: str, dtype: torch.dtype, backend: str = "torch", **options: Any) -> None:
+    def add(name: str, dtype: torch.dtype | None, backend: str = "torch", **options: Any) -> None:
         """Without `options` it is what users get."""
         makers[name] = lambda: OurPipeline(load_backend(info.folder, backend, device=device, dtype=dtype, **options))
 
@@ -89,9 +89,7 @@ def our_candidates(
             if not why_not_fp8(torch.device(device), dtype):
                 add(f"torch {name}, graph, fp8 attention", dtype, attention="fp8")
                 if dtype == torch.bfloat16:
-                    makers[f"torch {name}, graph, fp8"] = lambda: OurPipeline(
-                        load_backend(info.folder, device=device, precision="fp8")
-                    )
+                    add(f"torch {name}, graph, fp8", None, precision="fp8")
         if slow:
             add(f"compile {name}", dtype, "compile")
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):

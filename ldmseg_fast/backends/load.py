@@ -27,6 +27,9 @@ def load_backend(
     cuda_graph: bool | None = None,
     fused: bool = False,
     precision: str | None = None,
+    lanes: int = 1,
+    threads: int | None = None,
+    profile: int | None = None,
 ) -> Backend:
     """Loads the backend called `name` for a model folder.
 
@@ -42,6 +45,9 @@ def load_backend(
         fused: of "torch", run the UNet with few launches; see `models.fused_unet`. A network without such a form runs
             as it is, with a warning.
         precision: of the first two, in the place of `dtype`; see `backends.precision`.
+        lanes: how many threads can be inside the last two at a time.
+        threads: of onnxruntime on a CPU; default torch's.
+        profile: of tensorrt: the place of the optimisation profile to run; default the narrowest that fits.
 
     Raises:
         ArgumentError: an unknown `attention` or `precision`, or both `precision` and `dtype`.
@@ -52,6 +58,7 @@ def load_backend(
     """
     if name not in BACKENDS:
         raise BackendError(f"backend={name!r}: one of {', '.join(BACKENDS)} expected")
+    _check_used(name, lanes, threads, profile)
     info = read_model_info(model_dir)
     if name in ("torch", "compile"):
         if engine_dir is not None:
@@ -79,7 +86,22 @@ def load_backend(
     if name == "onnxruntime":
         from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 
-        return load_onnx_backend(info, engine_dir, device, cuda_graph=cuda_graph, image_size=image_size)
+        return load_onnx_backend(info, engine_dir, device, lanes, threads or 0, cuda_graph, image_size)
     from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
 
-    return load_trt_backend(info, engine_dir, device, cuda_graph=cuda_graph, image_size=image_size)
+    return load_trt_backend(info, engine_dir, device, lanes, cuda_graph, image_size, profile)
+
+
+def _check_used(name: str, lanes: int, threads: int | None, profile: int | None) -> None:
+    """Raises BackendError for an option that this backend would leave unused, or that is out of range."""
+    given = {
+        "lanes": (lanes != 1 and name not in ("onnxruntime", "tensorrt"), lanes, "onnxruntime and tensorrt"),
+        "threads": (threads is not None and name != "onnxruntime", threads, "onnxruntime; torch has set_num_threads"),
+        "profile": (profile is not None and name != "tensorrt", profile, "tensorrt"),
+    }
+    for option, (unused, value, meant) in given.items():
+        if unused:
+            raise BackendError(f"{option}={value}: backend={name} cannot use it; it is for {meant}; leave it out")
+    for option, value, least in (("lanes", lanes, 1), ("threads", threads, 1), ("profile", profile, 0)):
+        if value is not None and not least <= value <= 4096:
+            raise BackendError(f"{option}={value}: from {least} to 4096 expected")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ldmseg_fast.backends.trt.api import FLAVOURS, MIN_DRIVER, Machine, driver_major, this_machine
+from ldmseg_fast.backends.trt.api import FLAVOURS, Machine, driver_major, min_driver, this_machine
 from ldmseg_fast.commands.doctor_finding import Finding, format_table, version_of
 from ldmseg_fast.commands.doctor_speed import examine_speed
 from ldmseg_fast.commands.options import add_json_argument, print_json
@@ -68,10 +68,17 @@ def _package(subject: str, names: tuple[str, ...], cure: str, all_of_them: bool 
 
 
 def _driver(machine: Machine) -> Finding:
+    least = _min_driver()
     if not machine.gpu:
-        return Finding("NVIDIA driver", False, "none answers", f"install a driver >= {MIN_DRIVER}, or stay on the CPU")
-    recent = driver_major(machine.driver) >= MIN_DRIVER
-    return Finding("NVIDIA driver", recent, machine.driver, f"TensorRT needs {MIN_DRIVER} or later: update the driver")
+        return Finding("NVIDIA driver", False, "none answers", f"install a driver >= {least}, or stay on the CPU")
+    recent = driver_major(machine.driver) >= least
+    return Finding("NVIDIA driver", recent, machine.driver, f"TensorRT needs {least} or later: update the driver")
+
+
+def _min_driver() -> int:
+    """Returns the least driver of the TensorRT that is installed, by its major; of the newest where there is none."""
+    flavour = next((flavour for flavour in FLAVOURS if tensorrt_version(flavour)), "tensorrt")
+    return min_driver(FLAVOURS[flavour].module)
 
 
 def _gpus() -> Finding:
@@ -157,7 +164,7 @@ def _tensorrt_backend() -> Finding:
         return Finding(subject, False, f"{names}, no GPU{ahead}", "use backend onnxruntime or torch on this machine")
     if not _driver(machine).ok:
         return Finding(
-            subject, False, f"{names}, driver {machine.driver}", f"update the driver to {MIN_DRIVER} or later"
+            subject, False, f"{names}, driver {machine.driver}", f"update the driver to {_min_driver()} or later"
         )
     if not torch.cuda.is_available():
         return Finding(subject, False, f"{names}, PyTorch without CUDA", "install the CUDA build of PyTorch")

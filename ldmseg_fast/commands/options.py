@@ -103,7 +103,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --precision, --attention, --fused and --no-cuda-graph, which `speed_of` reads."""
+    """Adds --precision, --attention, --fused, --cuda-graph and --no-cuda-graph, which `speed_of` reads."""
     parser.add_argument(
         "--precision",
         help="of torch and compile: fp32, bf16, fp16, fp8 (GPUs of sm_89 and newer) or fp8-emulated (slow, to measure "
@@ -113,7 +113,14 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", default="auto", help="of torch and compile: auto, triton, sdpa, xformers or fp8 (default auto)"
     )
     parser.add_argument("--fused", action="store_true", help="of torch: run the UNet in few launches, for a GPU")
-    parser.add_argument(
+    graph = parser.add_mutually_exclusive_group()
+    graph.add_argument(
+        "--cuda-graph",
+        action="store_const",
+        const=True,
+        help="run the sampling loop as one CUDA graph; default on a GPU, but not with onnxruntime",
+    )
+    graph.add_argument(
         "--no-cuda-graph",
         dest="cuda_graph",
         action="store_const",

@@ -78,7 +78,8 @@ def test_every_variant_of_a_gpu_runs(info, picture, monkeypatch, tmp_path):
     load = candidates.load_backend
 
     def load_on_cpu(folder, name, device, dtype, **options):
-        backend = load(folder, name, device="cpu", dtype=dtype, fused=options.get("fused", False))
+        precision = "fp8-emulated" if options.get("precision") else None
+        backend = load(folder, name, device="cpu", dtype=dtype, fused=options.get("fused", False), precision=precision)
         for module in backend.unet.modules():
             if isinstance(module, Attention):
                 module.backend = options.get("attention", "auto")

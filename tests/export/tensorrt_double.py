@@ -30,7 +30,7 @@ NUMPY = {1: np.float32, 2: np.uint8, 6: np.int32, 7: np.int64, 10: np.float16}
 BuilderFlag = enum.Enum("BuilderFlag", "STRIP_PLAN REFIT VERSION_COMPATIBLE")
 MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE")
 ProfilingVerbosity = enum.Enum("ProfilingVerbosity", "LAYER_NAMES_ONLY DETAILED")
-HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS")
+HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS SAME_COMPUTE_CAPABILITY")
 
 
 class ILogger:

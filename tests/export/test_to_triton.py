@@ -3,7 +3,10 @@
 import io
 import json
 import shutil
+import struct
 import sys
+import time
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +19,7 @@ from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.data.scenes import generate_scene
+from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export import to_onnx, to_triton, triton_models
 
 # The part of triton-inference-server/common's protobuf/model_config.proto that a repository like this one can use:
@@ -32,7 +36,21 @@ SCHEMA = {
         ("name", 1, "string"), ("data_type", 2, "DataType"), ("dims", 3, "int64*"), ("label_filename", 4, "string"),
         ("is_shape_tensor", 6, "bool"),
     ],
-    "ModelInstanceGroup": [("name", 1, "string"), ("count", 2, "int32"), ("gpus", 3, "int32*"), ("kind", 4, "Kind")],
+    "ModelInstanceGroup": [
+        ("name", 1, "string"), ("count", 2, "int32"), ("gpus", 3, "int32*"), ("kind", 4, "Kind"),
+        ("profile", 5, "string*"),
+    ],
+    "Shape": [("dim", 1, "int64*")],
+    "ShapeEntry": [("key", 1, "string"), ("value", 2, "Shape")],
+    "GraphSpec": [("batch_size", 1, "int32"), ("input", 2, "ShapeEntry*")],
+    "Cuda": [("graphs", 1, "bool"), ("busy_wait_events", 2, "bool"), ("graph_spec", 3, "GraphSpec*")],
+    "ModelOptimizationPolicy": [("cuda", 3, "Cuda")],
+    "WarmupInput": [
+        ("data_type", 1, "DataType"), ("dims", 2, "int64*"), ("zero_data", 3, "bool"), ("random_data", 4, "bool"),
+        ("input_data_file", 5, "string"),
+    ],
+    "WarmupEntry": [("key", 1, "string"), ("value", 2, "WarmupInput")],
+    "ModelWarmup": [("name", 1, "string"), ("batch_size", 2, "uint32"), ("inputs", 3, "WarmupEntry*")],
     "ModelDynamicBatching": [
         ("preferred_batch_size", 1, "int32*"), ("max_queue_delay_microseconds", 2, "uint64"),
         ("preserve_ordering", 3, "bool"),
@@ -47,6 +65,7 @@ SCHEMA = {
         ("input", 5, "ModelInput*"), ("output", 6, "ModelOutput*"), ("dynamic_batching", 11, "ModelDynamicBatching"),
         ("ensemble_scheduling", 15, "ModelEnsembling"), ("instance_group", 7, "ModelInstanceGroup*"),
         ("default_model_filename", 8, "string"), ("parameters", 14, "ParameterEntry*"),
+        ("optimization", 12, "ModelOptimizationPolicy"), ("model_warmup", 16, "ModelWarmup*"),
     ],
 }  # fmt: skip
 ENUMS = {
@@ -61,7 +80,8 @@ ENUMS = {
 def model_config():
     field_type = descriptor_pb2.FieldDescriptorProto
     kinds = {
-        name: getattr(field_type, f"TYPE_{name.upper()}") for name in ("string", "int64", "int32", "bool", "uint64")
+        name: getattr(field_type, f"TYPE_{name.upper()}")
+        for name in ("string", "int64", "int32", "bool", "uint64", "uint32")
     }
     file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="inference", syntax="proto3")
     for name, values in ENUMS.items():
@@ -97,13 +117,53 @@ def repository(graphs, tmp_path_factory):
 
 def test_configurations_follow_the_schema(repository, model_config):
     configs = read_configs(repository, model_config)
-    assert set(configs) == {path.name for path in repository.iterdir()} and len(configs) == 7
+    assert set(configs) == {path.name for path in repository.iterdir() if path.is_dir()} and len(configs) == 7
     for name, config in configs.items():
         assert config.name == name and (repository / name / "1").is_dir()
         assert all(0 not in tensor.dims for tensor in (*config.input, *config.output))
     assert configs["ldmseg_image_encoder"].platform == "onnxruntime_onnx"
     assert (repository / "ldmseg_image_encoder" / "1" / "model.onnx").stat().st_size > 10_000
     assert configs["ldmseg_sampler"].dynamic_batching.max_queue_delay_microseconds == 2000
+    for name in ("preprocess", "sampler", "head"):
+        parameters = {entry.key: entry.value.string_value for entry in configs[f"ldmseg_{name}"].parameters}
+        assert parameters["FORCE_CPU_ONLY_INPUT_TENSORS"] == "no"
+
+
+def test_every_graph_is_warmed_up_with_inputs_that_it_takes(repository, model_config, triton):
+    configs = read_configs(repository, model_config)
+    for name in ("image_encoder", "denoiser", "mask_decoder"):
+        config = configs[f"ldmseg_{name}"]
+        assert not config.optimization.cuda.graphs  # TensorRT's
+        assert [warmup.name for warmup in config.model_warmup][:1] == ["batch of 1"]
+        for warmup in config.model_warmup:
+            inputs = {}
+            for entry in warmup.inputs:
+                shape = (*([warmup.batch_size] if config.max_batch_size else []), *entry.value.dims)
+                kind = {"TYPE_UINT8": torch.uint8, "TYPE_INT64": torch.int64}.get(
+                    model_config.DESCRIPTOR.file.enum_types_by_name["DataType"]
+                    .values_by_number[entry.value.data_type]
+                    .name,
+                    torch.float32,
+                )
+                if entry.value.input_data_file:
+                    content = (repository / config.name / "warmup" / entry.value.input_data_file).read_bytes()
+                    inputs[entry.key] = torch.from_numpy(np.frombuffer(content, "<i8").copy())
+                else:
+                    inputs[entry.key] = torch.zeros(shape, dtype=kind)
+            height, width = inputs.get("size", torch.zeros(2)).tolist()
+            found = triton.run_graph(name, inputs, height=int(height), width=int(width))
+            assert all(values.numel() for values in found.values())
+
+
+def test_the_readme_says_how_to_start_and_to_ask(repository, engines, tmp_path):
+    text = (repository / "README.md").read_text()
+    assert "--gpus" not in text and "tritonserver --model-repository=/models\n" in text and "TensorRT" not in text
+    assert (repository / "Dockerfile").read_text().count("FROM nvcr.io/nvidia/tritonserver:") == 1
+    assert to_triton.main([str(engines), "--out", str(tmp_path / "r"), "--image", "registry/server:1"]) == 0
+    text = (tmp_path / "r" / "README.md").read_text()
+    assert "docker run --rm --gpus all" in text and "TensorRT 11.4.0.1 exactly" in text
+    assert "FROM registry/server:1\n" in (tmp_path / "r" / "Dockerfile").read_text()
+    compile((tmp_path / "r" / "client.py").read_text(), "client.py", "exec")
 
 
 def test_other_models_of_a_repository_are_left_alone(graphs, tmp_path, capsys):
@@ -141,6 +201,35 @@ def test_engines_make_plans(engines, model_config, tmp_path):
     decoder = configs["ldmseg_mask_decoder"]
     assert decoder.platform == "tensorrt_plan" and [t.name for t in decoder.input if t.is_shape_tensor] == ["size"]
     assert (tmp_path / "r" / "ldmseg_denoiser" / "1" / "model.plan").is_file()
+    assert not decoder.optimization.cuda.graphs  # the server captures no graph with a shape tensor
+    encoder, denoiser = (configs[f"ldmseg_{name}"] for name in ("image_encoder", "denoiser"))
+    for config in (encoder, denoiser, decoder):
+        assert [group.profile for group in config.instance_group] == [["0"]]
+    assert [spec.batch_size for spec in encoder.optimization.cuda.graph_spec] == [1, 2, 4]
+    for spec, batch in zip(denoiser.optimization.cuda.graph_spec, (1, 2, 4), strict=True):
+        shapes = {entry.key: list(entry.value.dim) for entry in spec.input}
+        assert spec.batch_size == 0 and set(shapes) == {tensor.name for tensor in denoiser.input}
+        assert shapes["noisy_latents"][0] == shapes["timesteps"][0] == batch and shapes["coefficients"] == [4]
+    arguments = [str(engines), "--out", str(tmp_path / "r"), "--no-cuda-graph", "--max-batch", "2"]
+    assert to_triton.main(arguments) == 0
+    configs = read_configs(tmp_path / "r", model_config)
+    assert not configs["ldmseg_denoiser"].optimization.cuda.graphs and configs["ldmseg"].max_batch_size == 2
+
+
+def test_every_profile_is_named_and_every_batch_has_one(engines, model_config, tmp_path, capsys):
+    shutil.copytree(engines, tmp_path / "e")
+    for name in ("denoiser", "image_encoder"):
+        path = tmp_path / "e" / f"{name}.passport.json"
+        values = json.loads(path.read_text())
+        few, many = ({**values["profiles"][0], "batch": batch} for batch in ([1, 1, 2], [3, 4, 8]))
+        path.write_text(json.dumps(values | {"profiles": [few, many]}))
+    assert to_triton.main([str(tmp_path / "e"), "--out", str(tmp_path / "r")]) == 0
+    configs = read_configs(tmp_path / "r", model_config)
+    assert configs["ldmseg_denoiser"].instance_group[0].profile == ["0", "1"]
+    assert configs["ldmseg"].max_batch_size == 8
+    path.write_text(json.dumps(values | {"profiles": [few, {**many, "batch": [4, 4, 8]}]}))
+    assert to_triton.main([str(tmp_path / "e"), "--out", str(tmp_path / "r")]) == 2
+    assert "image_encoder.engine: no profile takes 3 of the 8 pictures" in capsys.readouterr().err
 
 
 class FakeTensor:
@@ -150,12 +239,16 @@ class FakeTensor:
     def as_numpy(self):
         return self.values
 
+    def is_cpu(self):
+        return True
+
     def to_dlpack(self):
         return torch.utils.dlpack.to_dlpack(torch.from_numpy(self.values))
 
     @staticmethod
-    def from_dlpack(name, capsule):
-        return FakeTensor(name, torch.utils.dlpack.from_dlpack(capsule).numpy())
+    def from_dlpack(name, values):
+        assert hasattr(values, "__dlpack__")  # of a bare capsule the server does not wait for the stream
+        return FakeTensor(name, torch.from_dlpack(values).numpy())
 
 
 @pytest.fixture
@@ -272,11 +365,84 @@ def test_a_bad_request_fails_alone(repository, model_config, triton):
     assert triton_models.array(SimpleNamespace(tensors=second.tensors), "size").tolist() == [[8, 8]]
 
 
+def test_large_pictures_go_through_the_logits(model_dir, repository, model_config, triton, monkeypatch):
+    """Beyond what the head in the graph holds, as `GraphBackend` does."""
+    pixels = np.asarray(Image.fromarray(generate_scene(64, 0, 1, version=1)[0]).resize((160, 96)))
+    pipe = LDMSegPipeline.from_pretrained(model_dir, device="cpu")
+    expected = pipe([pixels], 3, seed=0, image_ids=[0])[0]
+    names = []
+    call = triton_models.call
+    monkeypatch.setattr(triton_models, "call", lambda model, *rest: names.append(rest[1]) or call(model, *rest))
+    monkeypatch.setattr(triton_models.Limits, "fit_head", lambda self, height, width: height * width <= 4096)
+    found = ask(repository, model_config, triton, [pixels])[0]
+    assert ("mask_logits",) in names
+    assert (found["segmentation"][0] == expected.segmentation).mean() > 0.999
+    assert len(json.loads(found["segments_info"][0, 0])) == len(expected.segments_info)
+
+
+def bomb(width, height):
+    """A small PNG that claims to be large: it is grey, and its rows compress to nothing."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = zlib.compressobj(9)
+    content = b"".join(rows.compress(bytes(width + 1)) for _ in range(height)) + rows.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+def test_pictures_that_are_too_large_are_refused_by_their_header(graphs, repository, model_config, triton, tmp_path):
+    preprocess = start(repository, model_config, "ldmseg_preprocess")
+    large = bomb(12000, 9000)  # 108 million pixels
+    assert len(large) < 315_000
+    images = np.array([[as_png(np.zeros((8, 8, 3), np.uint8))], [large]], object)
+    before = time.process_time()
+    error = preprocess.execute([request(image=images)])[0].error
+    assert "picture 1 of the request" in error and "12000x9000 is over 33554432 pixels" in error
+    assert time.process_time() - before < 0.2  # to decode it takes longer
+    two = np.array([[as_png(np.zeros((8, side, 3), np.uint8))] for side in (8, 9)], object)
+    assert "several sizes in one request" in preprocess.execute([request(image=two)])[0].error
+    preprocess.facts["limits"] = {"max_pixels": 10**6, "head_pixels": 100, "head_side": 9, "logits": False}
+    error = preprocess.execute([request(image=two[1:])])[0].error
+    assert error is None
+    wide = np.array([[as_png(np.zeros((8, 10, 3), np.uint8))]], object)
+    error = preprocess.execute([request(image=wide)])[0].error
+    assert "10x8 is too large for the server's graphs" in error and "sides of up to 9" in error
+
+
+def test_the_servers_tensorrt_is_checked(monkeypatch):
+    def has(version):
+        def load(name):
+            if name != f"libnvinfer.so.{version // 10000}":
+                raise OSError(name)
+            return SimpleNamespace(getInferLibVersion=lambda: version)
+
+        monkeypatch.setattr(triton_models.ctypes, "CDLL", load)
+
+    has(101302)
+    triton_models.check_tensorrt("10.13.2.6", False)
+    triton_models.check_tensorrt("", False)
+    with pytest.raises(BackendError, match=r"need TensorRT 11\.4\.0\.1, and this server has no libnvinfer\.so\.11"):
+        triton_models.check_tensorrt("11.4.0.1", True)
+    with pytest.raises(BackendError, match=r"need TensorRT 10\.12\.0\.3, and this server has 10\.13\.2"):
+        triton_models.check_tensorrt("10.12.0.3", False)
+    triton_models.check_tensorrt("10.12.0.3", True)
+    with pytest.raises(BackendError, match=r"this server has 10\.13\.2"):
+        triton_models.check_tensorrt("10.14.0.3", True)
+
+
 def test_what_cannot_be_served(graphs, engines, tmp_path, capsys):
     assert to_triton.main([str(tmp_path), "--out", str(tmp_path / "r")]) == 2
     assert "no export.json in it" in capsys.readouterr().err
     assert to_triton.main([str(graphs), "--out", str(tmp_path / "r"), "--max-batch", "0"]) == 2
-    assert "--max-batch and --instances: from 1 on" in capsys.readouterr().err
+    assert "--max-batch 0: from 1 on" in capsys.readouterr().err
+    assert to_triton.main([str(graphs), "--out", str(tmp_path / "r"), "--no-cuda-graph"]) == 2
+    assert "--no-cuda-graph: of engines only" in capsys.readouterr().err
+    assert to_triton.main([str(engines), "--out", str(tmp_path / "r"), "--device", "cpu"]) == 2
+    assert "TensorRT engines, which run on GPUs" in capsys.readouterr().err
+    assert to_triton.main([str(engines), "--out", str(tmp_path / "r"), "--max-batch", "5"]) == 2
+    assert "was built for batches of up to 4" in capsys.readouterr().err
     shutil.copytree(engines, tmp_path / "e")
     path = tmp_path / "e" / "denoiser.passport.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"flavour": "rtx"}))

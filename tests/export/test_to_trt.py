@@ -265,7 +265,7 @@ def test_an_interrupted_rebuild_is_not_loaded(graphs, trt, double, tmp_path, mon
     [
         (["--precision", "fp16"], "exported in fp32, --precision fp16 was asked for"),
         (["--target", "sm80"], "TensorRT builds for the GPU it runs on, sm90"),
-        (["--target", "portable,sm80"], "portable and current stand alone"),
+        (["--target", "portable,sm80"], "portable, same and current stand alone"),
         (["--max-batch", "0"], "--max-batch 0: from 1 on, in this order"),
         (["--opt-batch", "9"], "--opt-batch 9, --max-batch 8"),
         (["--profile", "1,2"], "--profile 1,2: three numbers expected"),
@@ -273,6 +273,10 @@ def test_an_interrupted_rebuild_is_not_loaded(graphs, trt, double, tmp_path, mon
         (["--max-side", "0"], "--max-side 0"),
         (["--head", "both", "--no-parity"], "already exported, so --head, --no-parity can change nothing"),
         (["--timing-cache", "/nowhere/cache"], "--timing-cache /nowhere/cache: no folder /nowhere"),
+        (["--timing-cache", "cache", "--flavour", "rtx"], "--timing-cache: TensorRT-RTX tries no kernels out"),
+        (["--max-batch", "4", "--profile", "1,2,4"], "--max-batch beside --profile: a profile says all three"),
+        (["--image-sizes", "64,64,64"], "was exported for pictures of 64 pixels, so it can change nothing"),
+        (["--parity-images", "4"], "already exported, so --parity-images can change nothing"),
     ],
 )
 def test_wrong_options(graphs, trt, tmp_path, capsys, options, message):
@@ -285,9 +289,9 @@ def test_wrong_sources(graphs, trt, tmp_path, capsys):
     assert "neither a model folder (model_index.json) nor exported graphs" in capsys.readouterr().err
     shutil.copytree(graphs, tmp_path / "new")
     path = tmp_path / "new" / "export.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"opset": 23}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"opset": 26}))
     assert to_trt.main([str(tmp_path / "new"), "--out", str(tmp_path / "e")]) == 2
-    assert "opset 23; TensorRT takes up to 22" in capsys.readouterr().err
+    assert "opset 26; TensorRT 11.4.0.1 takes up to 25" in capsys.readouterr().err
     (tmp_path / "new" / "denoiser.onnx").unlink()
     assert to_trt.main([str(tmp_path / "new"), "--out", str(tmp_path / "e")]) == 2
     assert "denoiser.onnx: missing" in capsys.readouterr().err
@@ -305,7 +309,7 @@ def test_without_a_gpu(graphs, double, tmp_path, capsys, monkeypatch):
     [
         (["--target", "sm90"], "--target sm90: TensorRT-RTX builds for sm75, sm80"),
         (["--version-compatible"], "TensorRT-RTX engines belong to one version"),
-        (["--strip"], "none answers to nvidia-smi"),
+        (["--strip"], "--strip: TensorRT-RTX needs a GPU for it"),
         (["--target", "current"], "none answers to nvidia-smi"),
     ],
 )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.backends.graphs.specs import HEADS, GraphOptions, GraphSpec
+from ldmseg_fast.backends.graphs.manifest_values import wrong_values
+from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import BackendError
@@ -20,8 +20,6 @@ from ldmseg_fast.files import read_text, sha256, write_json
 FORMAT_VERSION = 1
 FILE_NAME = "export.json"
 GRAPHS = ("image_encoder", "denoiser", "mask_decoder")
-DTYPES = ("float32", "float16", "bfloat16", "uint8", "int32", "int64")
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Manifest:
 
     Attributes:
         model_hash: of the model folder, see `model_hash`.
-        precision: one of PRECISIONS.
+        precision: one of `manifest_values.PRECISIONS`.
         opset: of ONNX.
         image_size: side of the pictures in pixels, 0: any multiple of `size_multiple`.
         downsampling: pixels per latent cell, along each side.
@@ -110,52 +108,16 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
             for name, g in values["graphs"].items()
         }
         plain = {item.name: values[item.name] for item in fields(Manifest) if item.name not in ("options", "graphs")}
+        if missing := [name for name in GRAPHS if name not in graphs]:
+            raise BackendError(f"{path}: no {', '.join(missing)} in it; export again")
         manifest = Manifest(options=GraphOptions(**options), graphs=graphs, **plain)
-        _check_values(manifest)
+        if wrong := wrong_values(values, manifest.options, {name: graph.spec for name, graph in graphs.items()}):
+            raise ValueError(f"no export has such values: {', '.join(wrong[:5])}")
     except BackendError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise BackendError(f"{path}: damaged ({shown(error)}); export again") from None
-    missing = [name for name in GRAPHS if name not in graphs]
-    if missing:
-        raise BackendError(f"{path}: no {', '.join(missing)} in it; export again")
     return manifest
-
-
-AXIS = re.compile(r"[a-z_]+(\*\d{1,9})?")
-
-
-def _check_values(manifest: Manifest) -> None:
-    """Raises ValueError for a value that no export has; a type that allows no comparison raises TypeError."""
-    options = manifest.options
-    numbers = {
-        "opset": (manifest.opset, 1, 100),
-        "image_size": (manifest.image_size, 0, 2**16),
-        "downsampling": (manifest.downsampling, 1, 2**16),
-        "size_multiple": (manifest.size_multiple, 1, 2**20),
-        "options.batch": (options.batch, 0, 2**20),
-        "options.image_size": (options.image_size, 0, 2**16),
-        "options.sampler_steps": (min(options.sampler_steps, default=1), 1, 10**6),
-    }
-    wrong = [
-        name for name, (value, least, most) in numbers.items() if type(value) is not int or not least <= value <= most
-    ]
-    texts = {"model_hash": manifest.model_hash, "command": manifest.command, "options.dtype": options.dtype}
-    wrong += [name for name, value in texts.items() if not isinstance(value, str)]
-    wrong += [] if manifest.precision in PRECISIONS else ["precision"]
-    wrong += [] if options.head in HEADS else ["options.head"]
-    for name, graph in manifest.graphs.items():
-        files = [graph.file] if graph.weights is None else [graph.file, graph.weights]
-        if any(not isinstance(file, str) or Path(file).name != file for file in files):
-            wrong.append(f"{name}: a file in another folder")
-        for tensor in graph.spec.tensors.values():
-            sizes = [axis for axis in tensor.shape if type(axis) is int]
-            axes = [axis for axis in tensor.shape if isinstance(axis, str)]
-            fits = len(sizes) + len(axes) == len(tensor.shape) and all(0 < size <= 2**31 for size in sizes)
-            if not fits or not all(AXIS.fullmatch(axis) for axis in axes) or tensor.dtype not in DTYPES:
-                wrong.append(f"{name}.{tensor.name}")
-    if wrong:
-        raise ValueError(f"no export has such values: {', '.join(wrong[:5])}")
 
 
 def check_files(folder: str | Path, manifest: Manifest, names: tuple[str, ...] = GRAPHS) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,8 @@ FLAVOURS = {
     "tensorrt": Flavour("tensorrt", (10, 13), "pip install 'ldmseg_fast[trt]' on a machine with an NVIDIA GPU", False),
     "rtx": Flavour("tensorrt_rtx", (1, 2), "pip install 'ldmseg_fast[rtx]'", True),
 }
-MIN_DRIVER = 580  # of the CUDA 13 builds
+MIN_DRIVERS = {12: 535, 13: 580}  # NVIDIA's driver, by the CUDA that TensorRT was built for
+MIN_DRIVER = MIN_DRIVERS[13]  # where no package tells
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 
@@ -41,10 +43,11 @@ class BuildSettings:
     """Says what a builder may do.
 
     Attributes:
-        targets: compute capabilities ("sm89"), or ("portable",) or ("current",).
+        targets: compute capabilities ("sm89"), or ("current",) for the GPU at hand, ("same",) for others of its compute
+            capability too, ("portable",) for Ampere and later.
         level: builder optimisation level, 0 to 5.
         workspace_gib: scratch memory; 0: no limit.
-        strip, refit: leave weights out of the engine; let them be replaced.
+        strip: leave weights out of the engine; they are put in when it is loaded.
         version_compatible: loadable by later TensorRT versions of the same major.
         detailed: keep layer details in the engine.
     """
@@ -53,7 +56,6 @@ class BuildSettings:
     level: int = 3
     workspace_gib: float = 0.0
     strip: bool = False
-    refit: bool = False
     version_compatible: bool = False
     detailed: bool = False
 
@@ -127,6 +129,20 @@ class TrtApi:
     def machine(self) -> Machine:
         """The GPU behind `device`, and its driver."""
         return this_machine(self.device)
+
+    @property
+    def min_driver(self) -> int:
+        """The driver that this TensorRT needs at least, as its major number."""
+        return min_driver(FLAVOURS[self.flavour].module)
+
+    @property
+    def max_opset(self) -> int:
+        """The newest opset of ONNX that the parser reads.
+
+        https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/onnx-opset-guide.html; TensorRT-RTX 1.7 builds
+        graphs of the same opset.
+        """
+        return 22 if self.flavour == "tensorrt" and self.numbers < (11, 0) else 25
 
     def _make_log(self) -> Any:
         trt = self.trt
@@ -211,7 +227,7 @@ class TrtApi:
         config.builder_optimization_level = settings.level
         if settings.workspace_gib:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(settings.workspace_gib * 2**30))
-        flags = {"STRIP_PLAN": settings.strip, "REFIT": settings.refit or settings.strip}
+        flags = {"STRIP_PLAN": settings.strip, "REFIT": settings.strip}
         flags["VERSION_COMPATIBLE"] = settings.version_compatible
         for name, wanted in flags.items():
             if wanted:
@@ -219,7 +235,7 @@ class TrtApi:
         if settings.detailed:
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if self.flavour == "rtx":
-            names = {"portable": [], "current": ["CURRENT"]}.get(
+            names = {"portable": [], "current": ["CURRENT"], "same": ["CURRENT"]}.get(
                 settings.targets[0], [t.upper() for t in settings.targets]
             )
             config.num_compute_capabilities = len(names)
@@ -227,6 +243,8 @@ class TrtApi:
                 config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
         elif settings.targets == ("portable",):
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        elif settings.targets != ("current",):
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
 
     def _describe(self, layer: Any) -> str:
         outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
@@ -317,11 +335,23 @@ def load_api(flavour: str) -> TrtApi:
     return api
 
 
-def check_driver(machine: Machine) -> None:
-    """Checks the GPU and its driver. Raises BackendError where none answers, or it is too old for TensorRT's CUDA."""
+def min_driver(module: str) -> int:
+    """Returns the least major of NVIDIA's driver for an installed flavour's `module`, by the CUDA of its package."""
+    for major, driver in MIN_DRIVERS.items():
+        for name in (f"{module}_cu{major}", f"{module}_cu{major}_bindings"):
+            try:
+                importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            return driver
+    return MIN_DRIVER
+
+
+def check_driver(machine: Machine, least: int = MIN_DRIVER) -> None:
+    """Checks the GPU and its driver. Raises BackendError where none answers, or its major is below `least`."""
     if not machine.gpu:
         raise BackendError(
             "TensorRT runs on NVIDIA GPUs and none answers to nvidia-smi; use backend=onnxruntime or torch here"
         )
-    if driver_major(machine.driver) < MIN_DRIVER:
-        raise BackendError(f"NVIDIA driver {machine.driver}: TensorRT needs {MIN_DRIVER} or later; update the driver")
+    if driver_major(machine.driver) < least:
+        raise BackendError(f"NVIDIA driver {machine.driver}: TensorRT needs {least} or later; update the driver")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.backends.graphs.manifest import Manifest
-from ldmseg_fast.backends.trt.api import MIN_DRIVER, Machine, driver_major
+from ldmseg_fast.backends.graphs.manifest_values import PRECISIONS
+from ldmseg_fast.backends.trt.api import FLAVOURS, MIN_DRIVER, Machine, driver_major
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.files import read_text, sha256, write_json
 
@@ -25,14 +26,15 @@ class Passport:
         engine_sha256, engine_bytes: of that file.
         flavour, version: of TensorRT.
         gpu, compute_capability, driver: of the machine that built it; empty where it had no GPU.
-        targets: as asked for: ("current",), ("portable",) or compute capabilities such as ("sm89",).
+        targets: as asked for: ("current",), ("same",), ("portable",) or compute capabilities such as ("sm89",).
         onnx_sha256, model_hash, precision, image_size: of the export it was built from.
         profiles: per optimisation profile the range of each dynamic axis; `height` and `width` are the map's.
         version_compatible: built to be loaded by later versions of the same major.
         stripped: built without weights; they come from the graph, which must lie in the folder's `onnx/`.
         key: of the build's settings; an equal key needs no new build.
         build_seconds, built: duration, and the time in UTC.
-        parity: worst value of each comparison of the export's report.
+        parity: worst value of each comparison of the parity report.
+        compared: what that report is of: "graphs", or the "engine" itself, where it ran.
         command: that builds it again.
     """
 
@@ -57,6 +59,7 @@ class Passport:
     built: str
     command: str
     parity: dict[str, float] = field(default_factory=dict)
+    compared: str = "graphs"
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
@@ -100,26 +103,50 @@ def read_passport(folder: Path, graph: str) -> Passport:
             {a: (low, best, high) for a, (low, best, high) in p.items()} for p in values["profiles"]
         )
         passport = Passport(**values | {"targets": tuple(values["targets"])})
-        _check_values(passport)
+        _check_values(passport, graph)
         return passport
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise BackendError(f"{path}: damaged ({str(error)[:200]}); build the engine again") from None
 
 
-def _check_values(passport: Passport) -> None:
-    """Raises TypeError for a value of another type than `Passport` has."""
+def _check_values(passport: Passport, graph: str) -> None:
+    """Raises TypeError for a value of another type than `Passport` has, ValueError for one that no build has."""
     sizes = [size for profile in passport.profiles for span in profile.values() for size in span]
     numbers = [*sizes, passport.engine_bytes, passport.image_size]
     texts = [getattr(passport, item.name) for item in fields(Passport) if item.type == "str"]
     flags = [passport.version_compatible, passport.stripped]
-    for kind, values in ((int, numbers), (str, [*texts, *passport.targets]), (bool, flags)):
-        wrong = [value for value in values if type(value) is not kind]
+    measured = [passport.build_seconds, *passport.parity.values()]
+    for kinds, values in (
+        ((int,), numbers),
+        ((str,), [*texts, *passport.targets, *passport.parity]),
+        ((bool,), flags),
+        ((int, float), measured),
+    ):
+        wrong = [value for value in values if type(value) not in kinds]
         if wrong:
-            raise TypeError(f"{str(wrong[0])[:100]} is no {kind.__name__}")
+            raise TypeError(f"{str(wrong[0])[:100]} is no {kinds[-1].__name__}")
+    spans = [span for profile in passport.profiles for span in profile.values()]
+    fits = {
+        "graph": passport.graph == graph,
+        "flavour": passport.flavour in FLAVOURS,
+        "precision": passport.precision in PRECISIONS,
+        "targets": bool(passport.targets),
+        "profiles": bool(passport.profiles) and all(1 <= low <= best <= high <= 2**31 for low, best, high in spans),
+        "compared": passport.compared in ("graphs", "engine"),
+    }
+    if wrong := [name for name, good in fits.items() if not good]:
+        raise ValueError(f"no build has such values: {', '.join(wrong)}")
 
 
 def check_passport(
-    passport: Passport, folder: Path, manifest: Manifest, model_hash: str, flavour: str, version: str, machine: Machine
+    passport: Passport,
+    folder: Path,
+    manifest: Manifest,
+    model_hash: str,
+    flavour: str,
+    version: str,
+    machine: Machine,
+    min_driver: int = MIN_DRIVER,
 ) -> None:
     """Checks everything that must be equal, before the engine's first byte is interpreted.
 
@@ -130,6 +157,7 @@ def check_passport(
         model_hash: of the MODEL_DIR that is to run.
         flavour, version: of the TensorRT that would load it.
         machine: GPU and driver here.
+        min_driver: major of the driver that this TensorRT needs at least.
 
     Raises:
         BackendError: one error that lists all that differs, and the command that builds the engine again.
@@ -148,7 +176,7 @@ def check_passport(
         if was != now
     ]
     differences += _version_difference(passport, version) if passport.flavour == flavour else []
-    differences += _machine_differences(passport, machine)
+    differences += _machine_differences(passport, machine, min_driver)
     needed = set(graph.spec.axes) | ({"height", "width"} if "size" in graph.spec.tensors else set())
     for index, profile in enumerate(passport.profiles):
         if set(profile) != needed:
@@ -169,13 +197,15 @@ def _version_difference(passport: Passport, version: str) -> list[str]:
     return [f"TensorRT version: {passport.version}, here {version}"]
 
 
-def _machine_differences(passport: Passport, machine: Machine) -> list[str]:
+def _machine_differences(passport: Passport, machine: Machine, min_driver: int) -> list[str]:
+    """Asks what the level of the build asks: the GPU itself, its compute capability, one of several, or Ampere."""
     found = []
     here = "sm" + machine.compute_capability.replace(".", "")
-    if passport.targets == ("current",):
+    if passport.targets in (("current",), ("same",)):
         if passport.compute_capability != machine.compute_capability:
             found.append(f"compute capability: {passport.compute_capability}, here {machine.compute_capability}")
-        if passport.gpu != machine.gpu:
+        # TensorRT-RTX knows compute capabilities alone
+        if passport.targets == ("current",) and passport.flavour != "rtx" and passport.gpu != machine.gpu:
             found.append(f"GPU: {passport.gpu}, here {machine.gpu}")
     elif passport.targets == ("portable",):
         least = 7.5 if passport.flavour == "rtx" else 8.0
@@ -183,9 +213,8 @@ def _machine_differences(passport: Passport, machine: Machine) -> list[str]:
             found.append(f"compute capability: {least} or later, here {machine.compute_capability}")
     elif here not in passport.targets:
         found.append(f"compute capability: {', '.join(passport.targets)}, here {here}")
-    driver, built_with = driver_major(machine.driver), driver_major(passport.driver)
-    if driver < max(MIN_DRIVER, built_with):
-        found.append(f"NVIDIA driver: {max(MIN_DRIVER, built_with)} or later, here {machine.driver or 'none'}")
+    if driver_major(machine.driver) < min_driver:
+        found.append(f"NVIDIA driver: {min_driver} or later, here {machine.driver or 'none'}")
     return found
 
 

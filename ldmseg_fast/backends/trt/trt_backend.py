@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,7 +28,10 @@ OPTIONS = {
 
 
 class TrtRunner:
-    """Runs one engine on one stream, with a context per optimisation profile, in torch's own memory.
+    """Runs one engine on one stream, in torch's own memory.
+
+    Calls share one context per optimisation profile. What is repeated may be captured in a CUDA graph, which keeps the
+    addresses of its context's scratch memory: such a loop gets a context that no other shape changes.
 
     Args:
         api: the imported TensorRT.
@@ -35,18 +39,20 @@ class TrtRunner:
         spec: of the graph that the engine was built from.
         passport: of the engine.
         stream: handle of the CUDA stream.
+        profiles: places of the passport's profiles that may run.
     """
 
-    def __init__(self, api: trt_api.TrtApi, engine: Any, spec: GraphSpec, passport: Passport, stream: int) -> None:
+    def __init__(
+        self, api: trt_api.TrtApi, engine: Any, spec: GraphSpec, passport: Passport, stream: int, profiles: range
+    ) -> None:
         self.api, self.engine, self.spec, self.passport, self.stream = api, engine, spec, passport, stream
+        self.profiles = profiles
         self._contexts: dict[int, Any] = {}
+        self._loops: list[tuple[weakref.ref[Tensor], Any]] = []
 
     def prepare(self, tensors: Mapping[str, Tensor], repeated: bool = False) -> Callable[[], None]:
         """See `Runner.prepare`. Raises BackendError for shapes that the engine was not built for."""
-        profile = self._profile(tensors)
-        if profile not in self._contexts:
-            self._contexts[profile] = self.api.create_context(self.engine, profile, self.stream)
-        context = self._contexts[profile]
+        context = self._context(self._profile(tensors), tensors, repeated)
         inputs = {t.name: (tuple(tensors[t.name].shape), tensors[t.name].data_ptr()) for t in self.spec.inputs}
         outputs = {t.name: tensors[t.name].data_ptr() for t in self.spec.outputs}
 
@@ -55,6 +61,21 @@ class TrtRunner:
             self.api.execute(context, self.stream)
 
         return run
+
+    def _context(self, profile: int, tensors: Mapping[str, Tensor], repeated: bool) -> Any:
+        """Finds or makes the context of a single call, or that of a loop, which its steps share."""
+        if not repeated:
+            if profile not in self._contexts:
+                self._contexts[profile] = self.api.create_context(self.engine, profile, self.stream)
+            return self._contexts[profile]
+        fixed = tensors["image_latents"]  # the one buffer that all steps of a loop have, and no other loop
+        self._loops = [(buffer, context) for buffer, context in self._loops if buffer() is not None]
+        for buffer, context in self._loops:
+            if buffer() is fixed:
+                return context
+        context = self.api.create_context(self.engine, profile, self.stream)
+        self._loops.append((weakref.ref(fixed), context))
+        return context
 
     def _profile(self, tensors: Mapping[str, Tensor]) -> int:
         """Finds the narrowest profile for these shapes. Raises BackendError naming the option that widens it."""
@@ -65,7 +86,8 @@ class TrtRunner:
         fitting = [
             index
             for index, profile in enumerate(profiles)
-            if all(profile[axis][0] <= size <= profile[axis][2] for axis, size in sizes.items())
+            if index in self.profiles
+            and all(profile[axis][0] <= size <= profile[axis][2] for axis, size in sizes.items())
         ]
         if fitting:
             return min(fitting, key=lambda index: sum(span[2] for span in profiles[index].values()))
@@ -85,6 +107,7 @@ def load_trt_backend(
     lanes: int = 1,
     cuda_graph: bool | None = None,
     image_size: int | None = None,
+    profile: int | None = None,
 ) -> GraphBackend:
     """Loads the engines that `to_trt.py` built.
 
@@ -96,6 +119,8 @@ def load_trt_backend(
         cuda_graph: run the sampling loop as one CUDA graph; None: on a GPU. A loop that cannot be captured runs
             without, with a warning.
         image_size: side in pixels of what the networks see; default the engines' own, or the model's.
+        profile: the place of the optimisation profile to run; default the narrowest that fits. A graph with a single
+            profile, as the mask decoder's, keeps it.
 
     Raises:
         BackendError: no TensorRT, no GPU, or an engine that was not built for this model, machine, version or size.
@@ -109,11 +134,12 @@ def load_trt_backend(
     if device.type != api.device.type:
         raise BackendError(f"device={device}: TensorRT engines run on {api.device}; use backend=onnxruntime or torch")
     api.device = device
-    trt_api.check_driver(api.machine)
+    trt_api.check_driver(api.machine, api.min_driver)
     digest = model_hash(info.folder)
     for passport in passports.values():
-        check_passport(passport, folder, manifest, digest, api.flavour, api.version, api.machine)
+        check_passport(passport, folder, manifest, digest, api.flavour, api.version, api.machine, api.min_driver)
     info = at_graphs_size(info, folder, manifest, image_size)
+    chosen = {name: _chosen(passport, profile) for name, passport in passports.items()}
     _check_sides(info, passports["denoiser"], manifest.downsampling)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         engines = {
@@ -127,17 +153,29 @@ def load_trt_backend(
 
     def make_runners(stream: torch.cuda.Stream | None) -> Mapping[str, Runner]:
         handle = stream.cuda_stream if stream is not None else 0
-        return {name: TrtRunner(api, engines[name], specs[name], passports[name], handle) for name in engines}
+        return {
+            name: TrtRunner(api, engines[name], specs[name], passports[name], handle, chosen[name]) for name in engines
+        }
 
     batch = manifest.options.batch
     fixed = {"batch": (batch, batch, batch)}
     batches = {
-        name: tuple((profile["batch"][0], profile["batch"][2]) for profile in ({**fixed, **p} for p in each.profiles))
-        for name, each in passports.items()
+        name: tuple((fixed | passports[name].profiles[index])["batch"][::2] for index in indices)
+        for name, indices in chosen.items()
     }
     return GraphBackend(
         info, specs, make_runners, device, lanes, use_cuda_graph(cuda_graph, device), batches, engines.clear
     )
+
+
+def _chosen(passport: Passport, profile: int | None) -> range:
+    """Lists the profiles that may run. Raises BackendError for one that the engine does not have."""
+    count = len(passport.profiles)
+    if profile is None or count == 1:
+        return range(count)
+    if profile >= count:
+        raise BackendError(f"profile={profile}: {passport.graph} has {count} profiles, 0 to {count - 1}")
+    return range(profile, profile + 1)
 
 
 def _check_sides(info: ModelInfo, passport: Passport, downsampling: int) -> None:
