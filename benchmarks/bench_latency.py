@@ -1,12 +1,13 @@
 """Times one picture, whole and stage by stage, beside the plain loop with diffusers' parts.
 
 python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole eomt]
-    [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M] [--engine-dir DIR]
+    [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M] [--engine-dir DIR ...]
 
 Every backend's latents and maps are compared with the baseline's first. One that disagrees, or cannot run here, is a
 red row with its reason, and is not timed. `whole image` is from the array to map and segments, `file to file` adds
-reading the picture and writing PNG and JSON. `eomt` times EoMT-S with random weights, forward alone and from array to
-map. Exit code 1 where a row is red.
+reading the picture and writing PNG and JSON. Engines of several precisions stand in one table, each named by its
+runtime and precision; a batch that they take in parts, or filled up, is warned of and says so in its row. `eomt` times
+EoMT-S with random weights, forward alone and from array to map. Exit code 1 where a row is red.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, Run, Timing, measure, reason_of
-from benchmarks.peers.candidates import our_candidates, plain_candidates
+from benchmarks.peers.candidates import OurPipeline, engine_candidates, our_candidates, plain_candidates
 from benchmarks.peers.eomt import Eomt
 from benchmarks.peers.random_model import find_model
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
@@ -111,7 +112,8 @@ class Bench:
             self.quality[name] = {"latent_error": error_of_latents, "pixels_alike": agreement}
 
     def _is_float32(self, name: str) -> bool:
-        return self.device == "cpu" and "float16" not in name
+        half = any(word in name for word in ("float16", "fp16", "bf16", "fp8", "int8"))
+        return self.device == "cpu" and not half
 
     def compare(
         self,
@@ -125,11 +127,15 @@ class Bench:
         if self.seconds_left() < 0:
             print(f"{row} {case}: not measured (time budget)")
             return
-        functions = {}
+        functions, of_label = {}, {}
         for name in names:
             if name not in self.pipelines:
                 continue
             function = partial(call, self.pipelines[name], name)
+            label = self._label(name, case["batch"])
+            of_label[label] = name
+            if label != name:
+                print(f"warning: {row}: {label} ({name} takes no batch of {case['batch']})", file=sys.stderr)
             try:
                 function()
             except Exception as error:  # out of memory at this batch, say: the others are timed all the same
@@ -137,7 +143,7 @@ class Bench:
                     raise
                 self.run.add_red(row, name, reason_of(error), case=case)
                 continue
-            functions[name] = function
+            functions[label] = function
         timings: dict[str, Timing] = measure(
             functions,
             device=self.device,
@@ -148,7 +154,12 @@ class Bench:
         )
         rows = self.run.add(row, timings, baseline=self.baseline, case=case, **options)
         for each in rows:
-            each["quality"] = self.quality[each["variant"]]
+            each["quality"] = self.quality[of_label[each["variant"]]]
+
+    def _label(self, name: str, batch: int) -> str:
+        """Returns the name of a row: the candidate's, and how it takes the batch where it does not as a whole."""
+        pipeline = self.pipelines[name]
+        return name + pipeline.label(batch) if isinstance(pipeline, OurPipeline) else name
 
 
 def bench_step(bench: Bench, batch: int, names: list[str]) -> None:
@@ -244,10 +255,12 @@ def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
     folder, model = find_model(args.model, args.preset, scratch)
     info = read_model_info(folder)
     plain = plain_candidates(info, args.device, slow=not args.quick)
-    ours = our_candidates(info, args.device, scratch, args.engine_dir, slow=not args.quick)
+    ours = our_candidates(info, args.device, scratch, slow=not args.quick)
+    engines = engine_candidates(info, args.device, args.engine_dir)
     makers = {**plain, **ours}
     if args.variants:
         makers = {name: make for name, make in makers.items() if name == next(iter(plain)) or name in args.variants}
+    makers |= engines
     makers = dict(sorted(makers.items(), key=lambda item: "compile" in item[0]))  # a stable sort: the baseline is first
     bench = Bench(
         run, info, model, args.device, 5 if args.quick else 20, time.monotonic() + 60 * args.minutes, makers,
@@ -283,13 +296,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="batch 1, 10 steps, one size, nothing compiled")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "eomt"], default=PARTS)
-    parser.add_argument("--variants", nargs="+", help="beside the baseline, these only")
+    parser.add_argument("--variants", nargs="+", help="beside the baseline and the engines, these only")
     parser.add_argument("--steps", type=int, nargs="+")
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--sizes", nargs="+", default=None, help="of pictures, HEIGHTxWIDTH")
     parser.add_argument("--threads", type=int, default=1, help="of torch and ONNX Runtime on a CPU")
     parser.add_argument("--minutes", type=float, default=60.0, help="time budget; what is left out is named")
-    parser.add_argument("--engine-dir", type=Path, help="TensorRT engines of --model")
+    parser.add_argument(
+        "--engine-dir", type=Path, nargs="+", default=[], metavar="DIR", help="engines, or ONNX graphs, of --model"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args(argv)
     args.steps = args.steps or ([LOOP] if args.quick else [1, 4, 10, 20, 50])

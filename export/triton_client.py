@@ -49,13 +49,19 @@ class Client:
             contents: of the pictures' files.
             seed: of their noise.
 
+        Returns:
+            Of each its map, int32 [H, W] with a segment's id at each pixel, and its segments.
+
         Raises:
             tritonclient.utils.InferenceServerException: the server refuses a picture, or fails.
         """
         return self._start(contents, seed)()
 
     def segment_many(self, contents: Iterable[bytes], seed: int = 0) -> Iterator[Found]:
-        """Segments pictures of any sizes, a request for each and several at a time, and yields in their order."""
+        """Segments pictures of any sizes, a request for each and several at a time.
+
+        Yields in their order what `segment` returns of each: its map, int32 [H, W], and its segments.
+        """
         under_way: deque[Callable[[], list[Found]]] = deque()
         for content in contents:
             under_way.append(self._start([content], seed))

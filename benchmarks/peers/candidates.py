@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch import Tensor
 
 from benchmarks.peers.plain_pipeline import HAS_DIFFUSERS, PlainPipeline
 from ldmseg_fast.backends.backend import Backend
+from ldmseg_fast.backends.graphs.batching import parts
+from ldmseg_fast.backends.graphs.manifest import read_manifest
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import ModelInfo
+from ldmseg_fast.backends.trt.passport import passport_file
 from ldmseg_fast.config.precision import has_units
 from ldmseg_fast.data.folders import read_image
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.attention import why_not_fp8
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult
@@ -55,13 +60,20 @@ class OurPipeline:
         write_panoptic_png(path, result.segmentation)
         path.with_suffix(".json").write_text(json.dumps(result.segments_info), encoding="utf-8")
 
+    def label(self, batch: int) -> str:
+        """Says how graphs take a batch that they do not take as it is: a suffix of the pipeline's name, or nothing."""
+        ranges = getattr(self.backend, "batches", {})
+        ways = [parts(batch, ranges[graph]) for graph in ("image_encoder", "denoiser") if graph in ranges]
+        calls = max(ways, key=lambda way: (len(way), way[-1][1]), default=[(batch, batch)])
+        label = f", in parts of {'+'.join(str(rows) for rows, _ in calls)}" if len(calls) > 1 else ""
+        rows, size = calls[-1]
+        return label + (f", filled up from {rows} to {size}" if size != rows else "")
+
     def whole(self, images: list[np.ndarray], noise: Tensor, steps: int) -> list[PanopticResult]:
         return self.pipe(images, steps, latents=noise, batch_size=len(images))  # type: ignore[return-value]
 
 
-def our_candidates(
-    info: ModelInfo, device: str, scratch: Path, engine_dir: Path | None = None, slow: bool = True
-) -> dict[str, Maker]:
+def our_candidates(info: ModelInfo, device: str, scratch: Path, slow: bool = True) -> dict[str, Maker]:
     """Our backends that can run here, by name, each as `LDMSegPipeline.from_pretrained` makes it; bfloat16 only where
     the device does not emulate it.
 
@@ -69,7 +81,6 @@ def our_candidates(
         info: of the model.
         device: "cpu" or "cuda".
         scratch: folder for exported graphs.
-        engine_dir: of a TensorRT export for this model.
         slow: whether to include those whose first call takes a minute.
     """
     dtypes = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16)
@@ -94,9 +105,38 @@ def our_candidates(
             add(f"compile {name}", dtype, "compile")
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
         makers["onnxruntime"] = lambda: OurPipeline(_onnx(info, device, scratch))
-    if engine_dir is not None:
-        makers["tensorrt"] = lambda: OurPipeline(_tensorrt(info, engine_dir))
     return makers
+
+
+def engine_candidates(info: ModelInfo, device: str, folders: Sequence[Path]) -> dict[str, Maker]:
+    """Engines and exported graphs in folders, named by runtime and precision, and by their folder where two are alike.
+
+    Args:
+        info: of the model that they were made from.
+        device: "cpu" or "cuda"; ONNX Runtime's, engines have their own.
+        folders: of `to_trt.py` or `to_onnx.py`.
+
+    Raises:
+        BackendError: a folder that holds no export.
+        ArgumentError: a folder that is named twice.
+    """
+    if twice := [str(folder) for folder in folders if folders.count(folder) > 1]:
+        raise ArgumentError(f"--engine-dir {twice[0]}: named twice")
+    makers: dict[str, Maker] = {}
+    names = {}
+    for folder in folders:
+        precision = read_manifest(folder).precision
+        backend = "tensorrt" if passport_file(folder, "denoiser").is_file() else "onnxruntime"
+        names[folder] = (f"{backend} {precision}", backend)
+    for folder, (name, backend) in names.items():
+        alike = [each for each, _ in names.values()].count(name) > 1
+        where = {} if backend == "tensorrt" else {"device": device}
+        makers[f"{name} ({folder})" if alike else name] = partial(_engine, info, backend, folder, where)
+    return makers
+
+
+def _engine(info: ModelInfo, backend: str, folder: Path, where: dict[str, str]) -> OurPipeline:
+    return OurPipeline(load_backend(info.folder, backend, folder, **where))  # type: ignore[arg-type]
 
 
 def _onnx(info: ModelInfo, device: str, scratch: Path) -> Backend:
@@ -109,12 +149,6 @@ def _onnx(info: ModelInfo, device: str, scratch: Path) -> Backend:
         precision = "fp16" if device == "cuda" else "fp32"
         export_model(info.folder, folder, ExportSettings(precision=precision, head="logits", parity=False))
     return load_onnx_backend(info, folder, device)
-
-
-def _tensorrt(info: ModelInfo, engine_dir: Path) -> Backend:
-    from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
-
-    return load_trt_backend(info, engine_dir)
 
 
 def plain_candidates(info: ModelInfo, device: str, slow: bool = True) -> dict[str, Maker]:
