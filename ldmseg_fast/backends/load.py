@@ -86,10 +86,14 @@ def load_backend(
     if name == "onnxruntime":
         from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 
-        return load_onnx_backend(info, engine_dir, device, lanes, threads or 0, cuda_graph, image_size)
+        return load_onnx_backend(
+            info, engine_dir, device, lanes, threads or 0, cuda_graph=cuda_graph, image_size=image_size
+        )
     from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
 
-    return load_trt_backend(info, engine_dir, device, lanes, cuda_graph, image_size, profile)
+    return load_trt_backend(
+        info, engine_dir, device, lanes, cuda_graph=cuda_graph, image_size=image_size, profile=profile
+    )
 
 
 def _check_used(name: str, lanes: int, threads: int | None, profile: int | None) -> None:
