@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldmseg_fast.checkpoints.hub_names import MODEL, VAE
-from ldmseg_fast.checkpoints.init_from import check_start, load_image_encoder, resolve_start
+from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.checkpoints.single_file import has_vae
+from ldmseg_fast.checkpoints.start_weights import check_start, load_image_encoder
 from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.config import Config, ImageEncoderConfig
 from ldmseg_fast.data import latent_cache

@@ -65,17 +65,14 @@ def match(first: Tensor, other: Tensor) -> Tensor:
         int64 [Q], a permutation with 0 in its first place.
     """
     a, b = first.flatten(1), other.flatten(1)
-    dice = 2 * (a @ b.T) / (a.sum(1)[:, None] + b.sum(1)[None] + TINY)
+    dice = (2 * (a @ b.T) / (a.sum(1)[:, None] + b.sum(1)[None] + TINY)).cpu()
     dice[0] = dice[:, 0] = -1.0
     dice[0, 0] = 2.0
-    dice = dice.cpu()
     order = torch.zeros(len(first), dtype=torch.int64)
-    free_rows, free_columns = torch.ones(2, len(first), dtype=torch.bool)
-    for place in dice.flatten().argsort(descending=True, stable=True).tolist():
-        row, column = divmod(place, len(first))
-        if free_rows[row] and free_columns[column]:
-            order[row] = column
-            free_rows[row] = free_columns[column] = False
+    for _ in range(len(first)):
+        row, column = divmod(int(dice.argmax()), len(first))
+        order[row] = column
+        dice[row] = dice[:, column] = -torch.inf
     return order.to(first.device)
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldmseg_fast import LDMSegPipeline
-from ldmseg_fast.checkpoints.init_from import initial
 from ldmseg_fast.checkpoints.model_folder import load_component
+from ldmseg_fast.checkpoints.start_weights import initial
 from ldmseg_fast.config import load_config
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.models.mask_vae import MaskVAE

@@ -10,6 +10,7 @@ import torch
 from ldmseg_fast.backends.trt import api as trt_api
 from ldmseg_fast.backends.trt.api import Machine, TrtApi
 from ldmseg_fast.export import to_onnx, to_trt
+from tests.export.triton_double import model_config, repository, triton  # noqa: F401  (fixtures)
 
 GPU = Machine("NVIDIA H100 80GB HBM3", "9.0", "580.65.06")
 

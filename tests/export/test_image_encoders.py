@@ -10,8 +10,9 @@ import torch
 from ldmseg_fast.backends.graphs.modules import build_graph
 from ldmseg_fast.backends.graphs.specs import GraphOptions, image_encoder, sample_inputs
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
-from ldmseg_fast.checkpoints.init_from import Start, load_image_encoder, resolve_start
+from ldmseg_fast.checkpoints.init_from import Start, resolve_start
 from ldmseg_fast.checkpoints.model_folder import save_component
+from ldmseg_fast.checkpoints.start_weights import load_image_encoder
 from ldmseg_fast.config import ImageEncoderConfig, load_config
 from ldmseg_fast.export.graph_export import export_graph
 from ldmseg_fast.export.networks import load_network

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ldmseg_fast.checkpoints.init_from import Start, load_image_encoder
+from ldmseg_fast.checkpoints.init_from import Start
+from ldmseg_fast.checkpoints.start_weights import load_image_encoder
 from ldmseg_fast.config import ImageEncoderConfig, load_config
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.models.image_vae import (

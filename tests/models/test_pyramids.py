@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldmseg_fast.checkpoints.init_from import check_start, load_image_encoder, resolve_start
+from ldmseg_fast.checkpoints.init_from import resolve_start
 from ldmseg_fast.checkpoints.shipped import SHIPPED
+from ldmseg_fast.checkpoints.start_weights import check_start, load_image_encoder
 from ldmseg_fast.checkpoints.tensors import load_weights, save_weights
 from ldmseg_fast.config import ImageEncoderConfig, load_config
 from ldmseg_fast.config.settings import PYRAMID_STRIDES

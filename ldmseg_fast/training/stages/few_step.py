@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldmseg_fast.checkpoints.category_fit import check_categories
 from ldmseg_fast.checkpoints.hub_names import PREFIX
-from ldmseg_fast.checkpoints.init_from import resolve_start
+from ldmseg_fast.checkpoints.init_from import resolve_start, started_encoder
 from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.shipped import recorded, resolve_model_dir
@@ -143,14 +143,10 @@ def started_from_model(config: Config) -> Config:
     steps = config.few_step.steps
     if not 1 <= steps <= found["scheduler"].num_train_timesteps:
         raise ConfigError(f"few_step.steps={steps}: from 1 to {found['scheduler'].num_train_timesteps}")
-    encoder = replace(load_component_config(folder, "image_vae")[0], path="")
-    if config.image_encoder.is_pyramid and not encoder.is_pyramid:
-        encoder = config.image_encoder
+    encoder = started_encoder(config, load_component_config(folder, "image_vae")[0])
     data = replace(config.data, id_assignment=index.get("id_assignment", config.data.id_assignment))
     if config.few_step.resize:  # the networks are convolutional
         found["unet"] = replace(found["unet"], sample_size=data.image_size // found["mask_vae"].downsampling)
-        if encoder.is_pyramid:
-            encoder = replace(encoder, picture_scale=config.image_encoder.picture_scale)
     else:
         data = replace(data, image_size=index.get("image_size", data.image_size))
     return validate(

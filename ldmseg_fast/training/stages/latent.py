@@ -14,7 +14,7 @@ from torch import Tensor
 from ldmseg_fast.checkpoints.categories_file import load_categories, save_categories
 from ldmseg_fast.checkpoints.category_fit import check_categories
 from ldmseg_fast.checkpoints.diffusers_folder import diffusers_scheduler
-from ldmseg_fast.checkpoints.init_from import Start, check_start, load_image_encoder, load_unet
+from ldmseg_fast.checkpoints.init_from import Start
 from ldmseg_fast.checkpoints.model_folder import (
     load_component,
     load_index,
@@ -23,6 +23,7 @@ from ldmseg_fast.checkpoints.model_folder import (
     save_index,
 )
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.checkpoints.start_weights import check_start, load_image_encoder, load_unet
 from ldmseg_fast.diffusion.inpainting import whole_cells
 from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler
