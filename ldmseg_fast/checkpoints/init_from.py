@@ -182,6 +182,8 @@ def _ours(config: Config, folder: Path) -> Start:
         )
     found = {name: load_component_config(folder, name) for name in ("unet", "image_vae", "scheduler")}
     structure = {key: getattr(found["unet"][0], key) for key in UNET_STRUCTURE}
+    if config.few_step.new_autoencoder:
+        del structure["out_channels"]
     image_encoder = started_encoder(config, found["image_vae"][0])
     own_encoder = image_encoder is config.image_encoder
     config = replace(

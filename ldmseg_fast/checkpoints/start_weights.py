@@ -20,6 +20,9 @@ from ldmseg_fast.models.image_vae import TaesdEncoder, build_image_encoder, mode
 from ldmseg_fast.models.pyramids import PYRAMIDS
 from ldmseg_fast.models.unet import UNet, input_parts
 
+# what reads or writes mask latents, where `conv_in` is not one convolution over everything
+LATENT_CONVOLUTIONS = ("conv_out.", "conv_in.parts.0.", "conv_in.parts.2.")
+
 
 @torch.no_grad()
 def load_unet(unet: UNet, start: Start) -> None:
@@ -27,7 +30,8 @@ def load_unet(unet: UNet, start: Start) -> None:
 
     Cross-attention is dropped or kept as `unet` has it, and the input is widened. The parts of `conv_in` are
     initialised as `model.init_noisy`, `init_image` and `init_condition` say, where the folder's model has no such part;
-    its bias is copied. Parts that it does not have at all (cross-attention, a separate image encoder) keep their own
+    its bias is copied. What reads or writes mask latents keeps its own weights under `few_step.new_autoencoder`. Parts
+    that the folder's model does not have at all (cross-attention, a separate image encoder) keep their own
     initialisation, or take a copy of the down path.
 
     Raises:
@@ -41,8 +45,12 @@ def load_unet(unet: UNet, start: Start) -> None:
         state = {key: value for key, value in state.items() if not is_cross_attention(key)}
     elif not any(map(is_cross_attention, state)):
         state |= {key: value for key, value in own.items() if is_cross_attention(key)}
+    latents = unet.config.out_channels
+    if start.config.few_step.new_autoencoder and "conv_out.weight" in state:
+        latents = state["conv_out.weight"].shape[0]
+        state |= {key: value for key, value in own.items() if key.startswith(LATENT_CONVOLUTIONS)}
     if "conv_in.weight" in state and "conv_in.bias" in state:
-        state |= _input_convolutions(state.pop("conv_in.weight"), state.pop("conv_in.bias"), unet, start)
+        state |= _input_convolutions(state.pop("conv_in.weight"), state.pop("conv_in.bias"), latents, unet, start)
     if unet.config.separate_image_encoder:
         copies = {f"image_{key}": value for key, value in state.items() if key.startswith("down_blocks.")}
         projections = {key: value for key, value in own.items() if key.startswith("image_projections.")}
@@ -55,13 +63,13 @@ def is_cross_attention(key: str) -> bool:
     return ".attn2." in key or ("transformer_blocks." in key and ".norm2." in key)
 
 
-def _input_convolutions(weight: Tensor, bias: Tensor, unet: UNet, start: Start) -> dict[str, Tensor]:
-    """`unet`'s input convolutions from the folder's weight [O, I, 3, 3] and bias [O]."""
+def _input_convolutions(weight: Tensor, bias: Tensor, latents: int, unet: UNet, start: Start) -> dict[str, Tensor]:
+    """`unet`'s input convolutions from the folder's weight [O, I, 3, 3] for `latents` mask latents, and bias [O]."""
     model = start.config.model
     parts = input_parts(replace(unet.config, image_channels=start.config.image_encoder.latent_channels))
     noisy, image = parts[:2]
     kept: list[Tensor] = []
-    known = [noisy + image, 2 * noisy + image] if start.ours else [noisy]
+    known = [latents + image, 2 * latents + image] if start.ours else [noisy]
     if weight.ndim != 4 or weight.shape[1] not in known:
         raise CheckpointError(
             f"{start.unet}: conv_in.weight is {list(weight.shape)}, and in_channels={' or '.join(map(str, known))} "
@@ -69,9 +77,11 @@ def _input_convolutions(weight: Tensor, bias: Tensor, unet: UNet, start: Start) 
         )
     base = weight[:, :noisy]
     if start.ours:  # it has these parts itself
-        kept = list(weight.split([noisy, image] + ([noisy] if weight.shape[1] > noisy + image else []), dim=1))
+        kept = list(weight.split([latents, image] + ([latents] if weight.shape[1] > latents + image else []), dim=1))
     shapes = [(weight.shape[0], part, *weight.shape[2:]) for part in parts]
     fresh = [nn.init.kaiming_uniform_(weight.new_empty(shape), a=5**0.5) for shape in shapes]
+    if start.config.few_step.new_autoencoder:
+        kept = [fresh[0], kept[1], *fresh[2:]]
     modes = (model.init_noisy, model.init_image, model.init_condition)
     made = [
         kept[index] if index < len(kept) else initial(base, modes[index], fresh[index]) for index in range(len(parts))
@@ -126,7 +136,7 @@ def check_start(start: Start) -> None:
     """
     config = start.config
     if start.unet is not None:
-        _check_sizes(lambda: UNet(config.unet), _unet_state(start), start.unet)
+        _check_sizes(lambda: UNet(config.unet), _unet_state(start), start.unet, config.few_step.new_autoencoder)
     if start.image_vae is not None:
         encoder = config.image_encoder
         _check_sizes(
@@ -139,11 +149,14 @@ def check_start(start: Start) -> None:
         _check_sizes(lambda: pyramid(config.image_encoder), _features(start.features), start.features)
 
 
-def _check_sizes(build: Callable[[], nn.Module], state: dict[str, Tensor], source: Path) -> None:
+def _check_sizes(
+    build: Callable[[], nn.Module], state: dict[str, Tensor], source: Path, new_latents: bool = False
+) -> None:
     with torch.device("meta"), at_most(state, str(source)):
         own = build().state_dict()
     # what a run adds of its own has no tensor there: cross-attention, another encoder, other input convolutions
-    common = [name for name in own if name in state and not name.startswith(("conv_in.", "image_"))]
+    exchanged = ("conv_in.", "image_", "conv_out.") if new_latents else ("conv_in.", "image_")
+    common = [name for name in own if name in state and not name.startswith(exchanged)]
     wrong = [name for name in common if own[name].shape != state[name].shape and not is_cross_attention(name)]
     if wrong or not common:
         shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in wrong[:5]]

@@ -248,6 +248,7 @@ class FewStepConfig:
     matching: Literal["hungarian", "none"] = "hungarian"  # one_step: slots by least cost (needs SciPy), or by id
     train_decoder: bool = False  # one_step: the auto-encoder's decoder too
     resize: bool = False  # image_size and picture_scale are this run's, not those of `model.init_from`
+    new_autoencoder: bool = False  # `model.mask_vae` takes the place of the one in `model.init_from`
     latent_loss: Weight = 0.0  # one_step: weight of the squared error of the x0 estimate
     teacher_steps: TeacherSteps = 0  # distillation: of the distilled model, a multiple of `steps`; 0: twice `steps`
 

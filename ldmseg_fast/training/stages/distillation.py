@@ -43,6 +43,8 @@ class DistillationStage(FewStepStage):
     name = "distillation"
 
     def __init__(self, config: Config) -> None:
+        if config.few_step.new_autoencoder:
+            raise ConfigError("few_step.new_autoencoder: a teacher's latents are its own; train stage one_step with it")
         super().__init__(config)
         few_step, train = self.config.few_step, self.config.train
         if self.config.diffusion.inpainting:

@@ -27,7 +27,9 @@ class FewStepStage(LatentStage):
     Networks, noise schedule, picture size and, where the folder tells it, id assignment are those of
     `model.init_from`, whatever the run's settings say: there is nothing to choose. One thing is: a pre-trained image
     encoder (`image_encoder.kind=efficientnet_lite`) takes the place of another one that the folder has. Another is the
-    size: with `few_step.resize` the networks go on at the run's `data.image_size` and `image_encoder.picture_scale`.
+    size: with `few_step.resize` the networks go on at the run's `data.image_size` and `image_encoder.picture_scale`. A
+    third is the mask auto-encoder: with `few_step.new_autoencoder` it is `model.mask_vae`, which may have latents of
+    another number of channels; the UNet's convolutions from and to them start anew.
     It saves a MODEL_DIR whose number of sampling steps is `few_step.steps`.
 
     Args:
@@ -140,11 +142,13 @@ def started_from_model(config: Config) -> Config:
             f"model.init_from={folder}: unet.conditioning={found['unet'].conditioning}; few-step training takes models "
             f"without cross-attention"
         )
+    autoencoder = _new_autoencoder(config, folder, found) if config.few_step.new_autoencoder else None
     steps = config.few_step.steps
     if not 1 <= steps <= found["scheduler"].num_train_timesteps:
         raise ConfigError(f"few_step.steps={steps}: from 1 to {found['scheduler'].num_train_timesteps}")
     encoder = started_encoder(config, load_component_config(folder, "image_vae")[0])
-    data = replace(config.data, id_assignment=index.get("id_assignment", config.data.id_assignment))
+    names = load_index(resolve_model_dir(autoencoder)) if autoencoder else index
+    data = replace(config.data, id_assignment=names.get("id_assignment", config.data.id_assignment))
     if config.few_step.resize:  # the networks are convolutional
         found["unet"] = replace(found["unet"], sample_size=data.image_size // found["mask_vae"].downsampling)
     else:
@@ -157,9 +161,30 @@ def started_from_model(config: Config) -> Config:
             data=data,
             # the folder's auto-encoder has the run's latent scale in its scaling factor already
             diffusion=replace(
-                config.diffusion, latent_scale=1.0, self_condition=float(index.get("self_condition", True))
+                config.diffusion,
+                latent_scale=1.0 if autoencoder is None else config.diffusion.latent_scale,
+                self_condition=float(index.get("self_condition", True)),
             ),
-            model=replace(config.model, mask_vae=recorded(config.model.init_from, folder)),
+            model=replace(config.model, mask_vae=autoencoder or recorded(config.model.init_from, folder)),
             num_inference_steps=steps,
         )
     )
+
+
+def _new_autoencoder(config: Config, folder: Path, found: dict[str, Any]) -> str:
+    """Puts the auto-encoder of `model.mask_vae` into `found`, and a UNet for its latents; returns what names it.
+
+    Raises:
+        ConfigError: no `model.mask_vae`.
+        CheckpointError: no model folder, or a damaged one.
+    """
+    if not config.model.mask_vae:
+        raise ConfigError("few_step.new_autoencoder=true: name the auto-encoder's MODEL_DIR, model.mask_vae=FOLDER")
+    given = resolve_model_dir(config.model.mask_vae)
+    mask_vae, unet = load_component_config(given, "mask_vae")[0], found["unet"]
+    image_channels = load_component_config(folder, "image_vae")[0].latent_channels
+    parts = (unet.in_channels - image_channels) // unet.out_channels  # noisy latents, and perhaps the condition
+    channels = mask_vae.latent_channels
+    found["mask_vae"] = mask_vae
+    found["unet"] = replace(unet, in_channels=image_channels + parts * channels, out_channels=channels)
+    return recorded(config.model.mask_vae, given)

@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.checkpoints.model_folder import load_component, load_index
 from ldmseg_fast.config import LossConfig, load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
@@ -18,7 +20,7 @@ from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.kernels.point_loss import point_logits
 from ldmseg_fast.training.loop import train
 from ldmseg_fast.training.slot_matching import match_slots, matching_costs
-from ldmseg_fast.training.stages import DistillationStage, OneStepStage
+from ldmseg_fast.training.stages import AutoencoderStage, DiffusionStage, DistillationStage, OneStepStage
 from tests.conftest import NARROW
 
 SMALL = [*NARROW, "train.ema=0", "train.warmup=1", "data.val_limit=4", "train.validate_every=1000"]
@@ -251,11 +253,46 @@ def test_a_run_is_resumed_to_the_same_bits_and_saves_its_steps(stage, settings, 
         (DistillationStage, ["few_step.steps=4", "few_step.teacher_steps=6"], "a multiple of few_step.steps=4"),
         (DistillationStage, ["few_step.steps=4", "few_step.teacher_steps=4"], "at least twice"),
         (DistillationStage, ["train.zero_stage=3"], "train.zero_stage=2"),
+        (DistillationStage, ["few_step.new_autoencoder=true"], "a teacher's latents are its own"),
+        (OneStepStage, ["few_step.new_autoencoder=true"], "name the auto-encoder's MODEL_DIR"),
     ],
 )
 def test_mistakes_are_named(settings, stage, overrides, message):
     with pytest.raises(ConfigError, match=message):
         stage(settings(*overrides))
+
+
+@pytest.mark.parametrize("apart", ["false", "true"])
+def test_a_new_auto_encoder_takes_the_place_of_the_models(settings, scenes, apart, tmp_path):
+    """Only the convolutions from and to its latents, of another number of channels, start anew."""
+    autoencoder, model = tmp_path / "autoencoder", tmp_path / "model"
+    vae = ["mask_vae.latent_channels=6", "mask_vae.num_slots=24", "data.id_assignment=area"]
+    vae += ["unet.in_channels=20", "unet.out_channels=6"]
+    AutoencoderStage(load_config("tiny", [*SMALL, *vae])).save(autoencoder)
+    old = OneStepStage(settings("train.ema=0"))
+    if apart == "true":
+        parts = [f"model.init_from={old.config.model.init_from}", f"model.mask_vae={old.config.model.mask_vae}"]
+        old = DiffusionStage(
+            load_config("tiny", [*SMALL, *parts, "unet.separate_conv_in=true", "unet.image_channels=8"])
+        )
+    old.save(model)
+    exchange = ["few_step.new_autoencoder=true", f"model.mask_vae={autoencoder}", f"data.root={scenes}"]
+    stage = OneStepStage(settings(f"model.init_from={model}", *exchange))
+    assert stage.config.mask_vae.num_slots == 24 and stage.config.data.id_assignment == "area"
+    assert stage.unet.config.out_channels == 6
+    for name, value in old.unet.state_dict().items():
+        if not name.startswith(("conv_in.", "conv_out.")):
+            assert torch.equal(value, stage.unet.state_dict()[name]), name
+    image = old.config.image_encoder.latent_channels
+    if apart == "true":
+        assert torch.equal(stage.unet.conv_in.parts[1].weight, old.unet.conv_in.parts[1].weight)
+    else:
+        assert torch.equal(stage.unet.conv_in.weight[:, 6 : 6 + image], old.unet.conv_in.weight[:, 4 : 4 + image])
+    for name, value in load_component(autoencoder, "mask_vae").state_dict().items():
+        assert torch.equal(value, stage.mask_vae.state_dict()[name])
+    stage.save(tmp_path / "saved")
+    pipe = LDMSegPipeline.from_pretrained(tmp_path / "saved")
+    assert pipe(Image.new("RGB", (70, 50)))[0].segmentation.shape == (50, 70)
 
 
 def test_an_auto_encoder_is_no_start(settings, model_dir):
