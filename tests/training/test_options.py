@@ -104,6 +104,17 @@ def test_accumulated_gradients_are_those_of_the_batch(
         assert torch.allclose(accumulated[name], gradient, rtol=1e-3, atol=1e-5 * scale + 1e-9), name
 
 
+def test_a_factor_of_zero_freezes(settings: Settings, autoencoder: Path) -> None:
+    factors = "train.lr_factors=unet:0,unet.conv_out:2"
+    run = Run("diffusion", settings("run", f"model.mask_vae={autoencoder}", factors), Interrupt())
+    trained = {name for name, p in run.stage.named_parameters() if p.requires_grad}
+    assert {name for name in trained if name.startswith("unet.")} == {"unet.conv_out.weight", "unet.conv_out.bias"}
+    before = {name: p.clone() for name, p in run.stage.named_parameters()}
+    run.take_step()
+    assert {name for name, p in run.stage.named_parameters() if not torch.equal(p, before[name])} <= trained
+    run.close()
+
+
 def test_kernels_can_be_switched_off(settings: Settings) -> None:
     for kernels, backend in (("false", "torch"), ("true", "auto")):
         Run("autoencoder", settings("run", f"model.kernels={kernels}"), Interrupt()).close()

@@ -191,6 +191,8 @@ class Stage(nn.Module, abc.ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Sorts trained parameters into AdamW's groups, by `train.no_decay` and `train.lr_factors`.
 
+        A factor of 0 freezes what it is for.
+
         Raises:
             ConfigError: a factor that is no number, or for a prefix that no trained parameter has.
         """
@@ -208,6 +210,9 @@ class Stage(nn.Module, abc.ABC):
             matching = [prefix for prefix in factors if name.startswith(prefix)]
             unused -= set(matching)
             factor = factors[max(matching, key=len)] if matching else 1.0
+            if factor == 0:
+                parameter.requires_grad_(False)
+                continue
             decay = 0.0 if kinds[name] in train.no_decay else train.weight_decay
             groups.setdefault((decay, factor), []).append(parameter)
         if unused:
