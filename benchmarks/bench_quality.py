@@ -168,6 +168,7 @@ class Tuned:
 
     method: classical.Classical
     tuned_on: str
+    quality: float  # PQ there, in percent
 
     @classmethod
     def on(cls, data: str, split: str, images: int, method: str) -> Tuned:
@@ -178,7 +179,7 @@ class Tuned:
         items = classical.load_items(CocoPanoptic(data, split, 64, limit=last + 1))
         chosen = [item for index, item in enumerate(items) if training.paths(index)[0] in set(pictures)]
         best, quality = classical.tune(method, chosen)
-        return cls(best, f"{split}, {len(chosen)} maps of {len(pictures)} pictures, PQ {quality:.2f}")
+        return cls(best, f"{split}, {len(chosen)} maps of {len(pictures)} pictures, PQ {quality:.2f}", quality)
 
 
 def classical_rows(tuned: Tuned, data: str, split: str, limit: int) -> list[Row]:

@@ -37,6 +37,7 @@ Kind = Literal["norm", "bias", "embedding"]
 IdAssignment = Literal["random", "position", "position_spread", "position_cell", "area"]
 
 Location = Annotated[str, Form(r"[^\0]*", "a path without a null character")]
+Folder = Annotated[str, Form(r"[^/\\,\0]+", "the name of a folder of data.root")]
 Split = Annotated[str, Form(r"[^/\\\0]+", "the name of a split, such as train2017")]
 Prefix = Annotated[str, Form(r"[\w.]+", "the beginning of a parameter's name, such as unet.conv_in")]
 PrefixFactors = tuple[
@@ -189,6 +190,7 @@ class DataConfig:
     min_area: Number = 10  # smaller segments are void in training
     id_assignment: IdAssignment = "random"
     resize: Literal["pillow", "torch"] = "pillow"  # of training pictures; torch's is faster and differs by a grey level
+    class_agnostic: tuple[Folder, ...] = ()  # sets of `root`, by their folders' names, whose categories are left out
     limit: Number = 0  # first images of the training split only; 0: all
     val_limit: Number = 200
     bad_items: Share = 0.001  # share of the training split that may be unreadable: named, replaced; beyond it an error

@@ -50,6 +50,8 @@ def category_weights(
 
 def _pixels(dataset: CocoPanoptic, table: CategoryTable) -> np.ndarray:
     """Counts the pixels of each category that training sees in pictures as they are stored, float64 [C + 1]."""
+    if dataset.class_agnostic:
+        return np.zeros(len(table) + 1)
     source = str(dataset.folders.annotations)
     numbers = table.numbers_of(dataset.categories, source)
     pixels = np.zeros(len(table) + 1)

@@ -111,6 +111,7 @@ class CocoPanoptic(Dataset):
         self._cached = np.zeros((cached, 4), np.int32)  # 1 once there, number of segments, H, W
         self._cached_rgb = np.zeros((cached, self.picture_size, self.picture_size, 3), np.uint8)
         self._cached_ids = np.zeros((cached, size, size), np.uint8)
+        self.class_agnostic = False  # its categories are left out: all void in `category_ids`
         self._numbers: dict[int, int] | None = None  # category id -> number
         self._category_dtype: Any = np.uint8
         self._cached_categories = np.zeros((0, size, size), np.uint8)
@@ -211,7 +212,10 @@ class CocoPanoptic(Dataset):
         Raises:
             DataError: the split's categories do not fit the table; see `CategoryTable.numbers_of`.
         """
-        self._numbers = table.numbers_of(self.categories, str(self.folders.annotations))
+        if self.class_agnostic:
+            self._numbers = {category["id"]: 0 for category in self.categories}
+        else:
+            self._numbers = table.numbers_of(self.categories, str(self.folders.annotations))
         self._category_dtype = np.uint8 if len(table) <= 255 else np.int16
         self._cached_categories = np.zeros(self._cached_ids.shape, self._category_dtype)
         self._cached[:] = 0

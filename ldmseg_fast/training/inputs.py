@@ -38,6 +38,11 @@ def training_set(config: Config, num_slots: int) -> CocoPanoptic | JoinedSets:
         DataError: a split that cannot be read.
     """
     places = set_places(config.data)
+    if unknown := sorted(set(config.data.class_agnostic) - {place.name for place in places}):
+        raise ConfigError(
+            f"data.class_agnostic={','.join(config.data.class_agnostic)}: no set of data.root is named "
+            f"{', '.join(unknown)}; there are {', '.join(place.name for place in places)}"
+        )
     sets = [
         make_dataset(config, place, place.train_split, num_slots, train=True, number=number)
         for number, place in enumerate(places)
@@ -105,7 +110,7 @@ def make_dataset(
         DataError: a split that cannot be read.
     """
     data = config.data
-    return CocoPanoptic(
+    dataset = CocoPanoptic(
         place.root,
         split,
         data.image_size,
@@ -120,6 +125,8 @@ def make_dataset(
         limit=data.limit if train else data.val_limit,
         picture_size=data.image_size * config.image_encoder.picture_scale,
     )
+    dataset.class_agnostic = place.name in data.class_agnostic
+    return dataset
 
 
 def use_categories(
@@ -157,8 +164,14 @@ def use_categories(
     if stage.categories is None and resumed is not None and (resumed / CATEGORIES).exists():
         stage.categories = load_categories(resumed, stage.mask_vae.config)
     if stage.categories is None:
-        sources = [str(dataset.folders.annotations) for dataset in train_sets]
-        found = list(zip([dataset.categories for dataset in train_sets], sources))
+        named = [dataset for dataset in train_sets if not dataset.class_agnostic]
+        if not named:
+            raise ConfigError(
+                f"data.class_agnostic names every set, and mask_vae.num_categories={expected}: set it to 0, or leave a "
+                f"set its categories"
+            )
+        sources = [str(dataset.folders.annotations) for dataset in named]
+        found = list(zip([dataset.categories for dataset in named], sources))
         stage.categories = CategoryTable.of_data_sets(found)
         if len(stage.categories) != expected:
             source = f"{sources[0]} has" if len(sources) == 1 else f"{', '.join(sources)} together have"
@@ -166,6 +179,11 @@ def use_categories(
                 f"mask_vae.num_categories={expected}: {source} {len(stage.categories)} categories; set "
                 f"mask_vae.num_categories={len(stage.categories)}, or 0 for segments without categories"
             )
+    val_sets = list(val_sets)
+    if stage.config.train.best == "class_pq" and all(dataset.class_agnostic for dataset in val_sets):
+        raise ConfigError(
+            "train.best=class_pq: no set with categories is validated on (data.class_agnostic); set train.best=pq"
+        )
     for dataset in (*train_sets, *val_sets):
         dataset.use_categories(stage.categories)
     if balance > 0:

@@ -97,10 +97,13 @@ def mean_of_sets(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         found: what `validate` returns, by the set's name.
 
     Returns:
-        The means over the sets under `validate`'s names, and each set's own as val/NAME/pq and so on.
+        The means over the sets that have it under `validate`'s names, and each set's own as val/NAME/pq and so on.
     """
-    keys = next(iter(found.values()))
-    values = {key: sum(of_set[key] for of_set in found.values()) / len(found) for key in keys}
+    by_key: dict[str, list[float]] = {}
+    for of_set in found.values():
+        for key, value in of_set.items():
+            by_key.setdefault(key, []).append(value)
+    values = {key: sum(numbers) / len(numbers) for key, numbers in by_key.items()}
     return values | {
         f"val/{name}/{key.removeprefix('val/')}": value
         for name, of_set in found.items()
@@ -151,6 +154,8 @@ def validate(
     stats: dict[int, _Stats] = {}
     losses: dict[int, float] = {}
     table = stage.categories
+    if dataset.class_agnostic:
+        table = None
     numbers = {} if table is None else table.numbers_of(dataset.categories, str(dataset.folders.annotations))
     ids_of = {} if table is None else {table[number].id: category_id for category_id, number in numbers.items()}
     for first in range(0, len(chunks), world):

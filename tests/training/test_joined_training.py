@@ -5,8 +5,11 @@ import json
 import pytest
 
 from ldmseg_fast.config import DataConfig, load_config
+from ldmseg_fast.config.categories import CategoryTable
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.joined_sets import set_places
 from ldmseg_fast.data.scenes import write_scenes
+from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.training.inputs import not_held_out
 from ldmseg_fast.training.loop import train
 from ldmseg_fast.training.validation import mean_of_sets
@@ -39,6 +42,31 @@ def test_a_run_over_two_sets(roots, tmp_path):
         assert record["val/pq"] == pytest.approx((record["val/few/pq"] + record["val/many/pq"]) / 2)
     pictures = {path.name for path in (tmp_path / "whole" / "pictures").iterdir()}
     assert {"step-00000004-few.png", "step-00000004-many.png"} <= pictures
+
+
+def test_sets_without_categories(roots, tmp_path):
+    """Their pixels are void to the category loss, no table has their names, and no mean their class-aware PQ."""
+
+    def settings(*more):
+        fixed = [f"data.root={','.join(map(str, roots))}", f"output_dir={tmp_path / 'run'}", "train.validate_every=1"]
+        fixed += ["data.val_limit=2", "train.log_every=1", "train.steps=1", "data.class_agnostic=few"]
+        return load_config("tiny", [*NARROW, *fixed, "mask_vae.num_categories=14", *more])
+
+    record = next(r for r in log_of(train("autoencoder", settings())) if "val/pq" in r)
+    assert record["val/class_pq"] == record["val/many/class_pq"] and "val/few/class_pq" not in record
+    few = CocoPanoptic(roots[0], "train2017", 64)
+    few.class_agnostic = True
+    few.use_categories(CategoryTable.of_data_sets([(few.categories, "few")]))
+    assert int(few[0]["segment_ids"].max()) > 0 and int(few[0]["category_ids"].max()) == 0
+    for names, message in (
+        ("fwe", "no set of data.root is named fwe; there are few, many"),
+        ("few,many", "data.class_agnostic names every set"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train("autoencoder", settings(f"data.class_agnostic={names}", f"output_dir={tmp_path / names}"))
+    validated = f"data.root={roots[0]},{roots[1]}:train2017:"
+    with pytest.raises(ConfigError, match="no set with categories is validated on"):
+        train("autoencoder", settings(validated, "train.best=class_pq", f"output_dir={tmp_path / 'best'}"))
 
 
 def test_numbers_of_seen_pictures_are_said_to_be_that(tmp_path):
