@@ -1,9 +1,11 @@
 """Times the training engine beside a plain loop at equal batch, and weighs ZeRO's memory against the formula.
 
 python benchmarks/bench_training.py [--config coco] [--compile blocks] [--batch 8] [--quick] [--no-zero]
+    [--parts engine categories]
 
 Plain: eager modules under autocast, pictures decoded and encoded in every step, AdamW parameter by parameter, and a
 wait for the loss in every step. On a CPU a tiny model with an untrained TAESD encoder; on a GPU the full one.
+The part `categories` times steps of the preset `tiny` with categories beside the same without.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from benchmarks.measuring.zero_memory import bench_zero
 from benchmarks.peers.plain_loop import PlainLoop
 from ldmseg_fast import distributed
 from ldmseg_fast.commands.data_cache import build_cache, load_encoder
-from ldmseg_fast.config import validate
+from ldmseg_fast.config import load_config, validate
 from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.data.latent_cache import default_folder, picture_files
-from ldmseg_fast.data.scenes import write_scenes
+from ldmseg_fast.data.scenes import CATEGORIES, write_scenes
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
@@ -140,6 +142,35 @@ def bench_engine(record: Record, args: argparse.Namespace, folder: Path) -> None
     run.close()
 
 
+def bench_categories(record: Record, args: argparse.Namespace, folder: Path) -> None:
+    """Times training steps of models with categories beside those without, on the same scenes."""
+    write_scenes(folder / "scenes", 64, 64, 0, version=2)
+    things_and_stuff = len(CATEGORIES[2])
+    base = [f"data.root={folder / 'scenes'}", f"train.batch_size={args.batch}", f"train.precision={args.precision}"]
+    base += ["train.threads=1", "few_step.train_decoder=true", "data.num_workers=0"]
+    folders: dict[int, Path] = {}
+    for stage in ("autoencoder", "one_step"):
+        runs: dict[str, Run] = {}
+        for name, count in (("with categories", things_and_stuff), ("without", 0)):
+            own = [*base, f"mask_vae.num_categories={count}", f"output_dir={folder / f'{stage}-{count}'}"]
+            if stage == "one_step":
+                own.append(f"model.mask_vae={folders[count]}")
+            runs[name] = Run(stage, load_config("tiny", own), Interrupt())
+            if stage == "autoencoder":
+                folders[count] = folder / f"{stage}-{count}" / "untrained"
+                runs[name].export(folders[count])
+        steps = {name: (lambda run=run: run.window.add(run.take_step())) for name, run in runs.items()}
+        rounds, seconds = 5 if args.quick else 20, 15 * args.minutes
+        timings = measure(steps, device=distributed.device().type, rounds=rounds, max_seconds=seconds, flush_l2=False)
+        case = {"model": "tiny", "stage": stage, "batch": args.batch, "categories": things_and_stuff}
+        record.add("training step with categories", timings, baseline="without", target=1 / 1.05, case=case)
+        for run in runs.values():
+            run.close()
+
+
+PARTS = ("engine", "categories")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", choices=["tiny", "coco"], default="coco" if torch.cuda.is_available() else "tiny")
@@ -147,6 +178,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "fp32")
     parser.add_argument("--compile", default="blocks" if torch.cuda.is_available() else "none")
     parser.add_argument("--workers", type=int, default=8 if torch.cuda.is_available() else 0)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--no-zero", action="store_true", help="leave out the memory of ZeRO on two ranks")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--minutes", type=float, default=10.0, help="of which half is for the timed steps")
@@ -155,9 +187,13 @@ def main() -> None:
     torch.set_num_threads(1)
     record = Record("training", quick=args.quick, folder=args.out)
     with tempfile.TemporaryDirectory() as name:
-        bench_engine(record, args, Path(name))
-        if not args.no_zero:
-            bench_zero(record, args.config, Path(name))
+        if "engine" in args.parts:
+            bench_engine(record, args, Path(name))
+            if not args.no_zero:
+                bench_zero(record, args.config, Path(name))
+    if "categories" in args.parts:
+        with tempfile.TemporaryDirectory() as name:
+            bench_categories(record, args, Path(name))
     record.save(args.out)
 
 

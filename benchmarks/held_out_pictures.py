@@ -2,9 +2,9 @@
 
 python benchmarks/held_out_pictures.py MODEL_DIR --data ROOT[:TRAIN:TEST] [...] --out FILE.png [--pictures 4]
 
-One row a picture, evenly spread over the test split, with its own class-agnostic PQ over both maps. The classical method
-is the one that scores best on the first pictures of the training split. The file may hold pictures of the data sets, so
-it belongs wherever their licence allows.
+One row a picture, evenly spread over the test split. A line for each tells the class-agnostic PQ of both maps. The
+classical method is the one that scores best on the first pictures of the training split. The file holds pictures of the
+data sets, so it belongs wherever their licence allows.
 """
 
 from __future__ import annotations
