@@ -125,7 +125,11 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
         for variant, where, values, more in rows
     ]
     if "miou" in (aware := report.get("class_aware", {})):
-        values = {key: aware["All"][key] for key in QUALITIES} | {"miou": aware["miou"], "weights": facts["weights"]}
+        values = {key: aware["All"][key] for key in QUALITIES} | {
+            "miou": aware["miou"],
+            "category_accuracy": aware["category_accuracy"],
+            "weights": facts["weights"],
+        }
         case = own_case | {"mode": "class-aware"}
         found.insert(1, {"variant": name, "case": case, "value": aware["All"]["pq"], **values})
     return found

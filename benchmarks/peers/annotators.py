@@ -15,7 +15,18 @@ from typing import Any
 from ldmseg_fast.data.folders import find_split
 
 Row = dict[str, Any]
-MEANS = ("value", "sq", "rq", "boundary_pq", "pq_crowd_correct", "ms_per_image", "unknown_pq", "deviation")
+MEANS = (
+    "value",
+    "sq",
+    "rq",
+    "boundary_pq",
+    "pq_crowd_correct",
+    "ms_per_image",
+    "unknown_pq",
+    "deviation",
+    "miou",
+    "category_accuracy",
+)
 SUMS = ("tp", "fp", "fn")
 
 

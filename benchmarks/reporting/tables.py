@@ -70,11 +70,14 @@ def quality(rows: Sequence[Row]) -> str:
     lines = [
         [
             *(row["variant"], _images(row["case"]), _how(row["case"]) if "steps" in row["case"] else ""),
-            *(f"{row[key]:.1f}" if key in row else "" for key in ("value", "sq", "rq", "boundary_pq", "miou")),
+            *(
+                f"{row[key]:.1f}" if key in row else ""
+                for key in ("value", "sq", "rq", "boundary_pq", "miou", "category_accuracy")
+            ),
         ]
         for row in aware
     ]
-    header = ["class-aware, %", "data, images", "sampling", "PQ", "SQ", "RQ", "boundary PQ", "mIoU"]
+    header = ["class-aware, %", "data, images", "sampling", "PQ", "SQ", "RQ", "boundary PQ", "mIoU", "right categories"]
     return text + "\n" + table(header, lines)
 
 

@@ -85,8 +85,15 @@ class SegmentationScores:
         report: dict[str, Any] = {"class_agnostic": in_percent(merge(self.agnostic).compute())}
         if self.aware is not None and self.categories is not None:
             facts = {"categories_from": self.categories.label, "upper_bound": self.categories.upper_bound}
-            report["class_aware"] = facts | by_category_in_percent(merge(self.aware).compute())
+            aware = by_category_in_percent(merge(self.aware).compute())
+            report["class_aware"] = facts | aware
             if self.semantic is not None:
+                # a pair of segments matches by its pixels alone; with equal categories it is a match here too
+                right, matched = (
+                    sum(each["tp"] for each in aware["per_category"].values()),
+                    report["class_agnostic"]["tp"],
+                )
+                report["class_aware"]["category_accuracy"] = 100.0 * right / max(matched, 1)
                 _add_semantic(report["class_aware"], merge(self.semantic).result(), self.categories.dataset.categories)
         if self.mean_iou is not None:
             result = merge(self.mean_iou).result()

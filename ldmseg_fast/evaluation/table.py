@@ -80,7 +80,10 @@ def _class_aware(report: dict[str, Any], deviation: dict[str, Any]) -> list[str]
 def _categories(report: dict[str, Any], deviation: dict[str, Any]) -> list[str]:
     """mIoU, and a row for each category that occurs."""
     width = max((len(entry["name"]) for entry in report["per_category"].values()), default=0)
-    lines = [f"mIoU over categories: {_cell(report, deviation, 'miou').strip()}"]
+    lines = [
+        f"matched segments with the right category: {_cell(report, deviation, 'category_accuracy').strip()} %",
+        f"mIoU over categories: {_cell(report, deviation, 'miou').strip()}",
+    ]
     lines.append(f"{'category':{max(width, 14)}s} {'PQ':>7s} {'SQ':>7s} {'RQ':>7s} {'IoU':>7s}")
     for entry in report["per_category"].values():
         numbers = " ".join(f"{entry[key]:7.2f}" for key in ("pq", "sq", "rq", "semantic_iou"))

@@ -117,9 +117,9 @@ def test_annotators_are_averaged(scenes, tmp_path):
     with annotator_roots(scenes, "val2017") as roots:
         assert roots == [scenes]
     rows = mean_over_annotators(
-        root, "val2017", lambda part: classical_rows(Tuned(Classical("slic", SLIC), "-"), part, "val2017", 0)
+        root, "val2017", lambda part: classical_rows(Tuned(Classical("slic", SLIC), "-", 0.0), part, "val2017", 0)
     )
-    alone = classical_rows(Tuned(Classical("slic", SLIC), "-"), str(root), "val2017", 0)
+    alone = classical_rows(Tuned(Classical("slic", SLIC), "-", 0.0), str(root), "val2017", 0)
     assert rows[0]["case"] == alone[0]["case"] | {"annotators": 2} and rows[0]["case"]["images"] == 4
     assert rows[0]["by_annotator"] == [rows[0]["value"]] * 2  # both drew the same
     assert (rows[0]["tp"], rows[0]["value"]) == (alone[0]["tp"], pytest.approx(alone[0]["value"]))

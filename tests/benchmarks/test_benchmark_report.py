@@ -257,10 +257,10 @@ def test_quality_rows_of_every_kind():
     ]
     aware = where | {"mode": "class-aware"}
     rows = [
-        values | {"variant": "model", "case": aware | {"steps": 4}, "miou": 40.0},
+        values | {"variant": "model", "case": aware | {"steps": 4}, "miou": 40.0, "category_accuracy": 91.24},
         values | {"variant": "halves + nearest neighbour", "case": aware, "miou": 20.0},
     ]
     assert report_tables.quality(rows).splitlines()[-2:] == [
-        "| model | scenes64 val2017, 8 | 4 steps | 50.0 | 70.0 | 71.5 |  | 40.0 |",
-        "| halves + nearest neighbour | scenes64 val2017, 8 |  | 50.0 | 70.0 | 71.5 |  | 20.0 |",
+        "| model | scenes64 val2017, 8 | 4 steps | 50.0 | 70.0 | 71.5 |  | 40.0 | 91.2 |",
+        "| halves + nearest neighbour | scenes64 val2017, 8 |  | 50.0 | 70.0 | 71.5 |  | 20.0 |  |",
     ]

@@ -116,8 +116,25 @@ def test_the_truth_scores_a_hundred(table, category_scenes, renamed):
             scores.add(index, str(index), dataset.ground_truth(index), result)
         report = scores.report()
         aware = report["class_aware"]
-        for value in (report["class_agnostic"]["pq"], aware["All"]["pq"], aware["Stuff"]["pq"], aware["miou"]):
+        values = [aware[key] for key in ("miou", "category_accuracy")]
+        for value in (report["class_agnostic"]["pq"], aware["All"]["pq"], aware["Stuff"]["pq"], *values):
             assert value == pytest.approx(100.0)
+
+
+def test_the_share_of_right_categories(table, category_scenes):
+    """One segment of each picture has another category; all match class-agnostically."""
+    dataset = CocoPanoptic(category_scenes, "val2017", 64)
+    own = model_categories(table, dataset)
+    scores = SegmentationScores(own, mean_iou=False, baselines=False)
+    total = 0
+    for index in range(len(dataset)):
+        result = as_result(table, dataset, index)
+        first = result.segments_info[0]
+        first["category_id"] = next(c.id for c in table.categories if c.id != first["category_id"])
+        scores.add(index, str(index), dataset.ground_truth(index), own.translate(result))
+        total += len(result.segments_info)
+    accuracy = scores.report()["class_aware"]["category_accuracy"]
+    assert accuracy == pytest.approx(100.0 * (total - len(dataset)) / total)
 
 
 def test_categories_that_the_data_set_lacks_become_void(table, category_scenes):
