@@ -165,12 +165,18 @@ def started_encoder(config: Config, found: ImageEncoderConfig) -> ImageEncoderCo
     """Returns the image encoder of a run that starts from a folder of ours, which has the encoder `found`.
 
     A pre-trained one of the run takes the place of one that is not. No weight depends on the pictures' size, which
-    `few_step.resize` leaves to the run.
+    `few_step.resize` leaves to the run. One that averages fine features goes on with patches where the run asks for it.
     """
     if config.image_encoder.is_pyramid and not found.is_pyramid:
         return config.image_encoder
     resized = config.few_step.resize and found.is_pyramid
-    return replace(found, path="", picture_scale=(config.image_encoder if resized else found).picture_scale)
+    own = config.image_encoder
+    return replace(
+        found,
+        path="",
+        picture_scale=(own if resized else found).picture_scale,
+        fine_features="patches" if own.fine_features == "patches" and found.is_pyramid else found.fine_features,
+    )
 
 
 def _ours(config: Config, folder: Path) -> Start:

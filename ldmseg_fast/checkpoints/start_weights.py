@@ -17,7 +17,7 @@ from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import inside
 from ldmseg_fast.models.efficientnet_lite import efficientnet_lite_names
 from ldmseg_fast.models.image_vae import TaesdEncoder, build_image_encoder, modern_attention_names
-from ldmseg_fast.models.pyramids import PYRAMIDS
+from ldmseg_fast.models.pyramids import PYRAMIDS, as_patches
 from ldmseg_fast.models.unet import UNet, input_parts
 
 # what reads or writes mask latents, where `conv_in` is not one convolution over everything
@@ -176,7 +176,9 @@ def _image_vae_state(start: Start, taesd: bool) -> dict[str, Tensor]:
     """The image encoder's tensors under our names."""
     assert start.image_vae is not None
     if start.ours:
-        return load_weights(inside(start.image_vae.parent, start.image_vae / WEIGHTS))
+        state = load_weights(inside(start.image_vae.parent, start.image_vae / WEIGHTS))
+        encoder = start.config.image_encoder
+        return as_patches(state, encoder) if encoder.fine_features == "patches" else state
     if taesd:
         return {f"layers.{key}": value for key, value in load_weights(start.image_vae).items()}
     if start.image_vae.is_file():

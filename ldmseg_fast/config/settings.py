@@ -116,6 +116,8 @@ class ImageEncoderConfig:
     path: Location = ""  # weights: a diffusers folder or a .safetensors file; see below
     picture_scale: Annotated[int, Range(1, 16)] = 1  # side of the pictures it sees, as a multiple of data.image_size
     variant: Annotated[int, Range(0, 4)] = 0  # "efficientnet_lite" only: Lite0 to Lite4
+    # "efficientnet_lite" only: features finer than the latents are averaged, or weighted by their place in a patch
+    fine_features: Literal["mean", "patches"] = "mean"
 
     # "efficientnet_lite" without a path takes the ImageNet weights that come with the package; path "random": none
 

@@ -1,5 +1,7 @@
 """EfficientNet-Lite's features against numbers of an independent implementation, and the encoder made of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from ldmseg_fast.config.settings import PYRAMID_STRIDES
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.models.efficientnet_lite import ConvNorm, EfficientNetLite, efficientnet_lite_names
 from ldmseg_fast.models.image_vae import build_image_encoder
-from ldmseg_fast.models.pyramids import PYRAMIDS, fold_norms
+from ldmseg_fast.models.pyramids import PYRAMIDS, as_patches, fold_norms
 
 WEIGHTS = SHIPPED / "efficientnet_lite0" / "model.safetensors"
 # PyPI's efficientnet-lite-pytorch 0.1.0 in float64 with these weights on `picture()`: a stride's mean, deviation, and
@@ -173,3 +175,20 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_sizes_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         load_config("tiny", [*PHOTOGRAPHS, *settings])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_patches_begin_as_means(scale):
+    """They compute the same, and then tell where in a patch something lies."""
+    config = ImageEncoderConfig("efficientnet_lite", 8, downsampling=4, scaling_factor=1.0, picture_scale=scale)
+    means = build_image_encoder(config).eval()
+    patches = build_image_encoder(replace(config, fine_features="patches")).eval()
+    state = as_patches(means.state_dict(), patches.config)
+    patches.load_state_dict(state)
+    images = picture(128)
+    expected = means(images)
+    assert (patches(images) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert all(torch.equal(value, state[name]) for name, value in as_patches(state, patches.config).items())
+    sides = [projection.kernel_size[0] for projection in patches.projections]
+    assert sides == [max(1, 4 * scale // stride) for stride in patches.network.strides]
