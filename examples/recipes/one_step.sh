@@ -3,8 +3,8 @@
 #
 #   examples/recipes/one_step.sh MODEL_DIR DATA OUT [key=value ...]
 #
-# MODEL_DIR is a diffusion model; DATA is what it was trained on. Settings after OUT go to both trainings and win. A second
-# call goes on where the first was interrupted.
+# MODEL_DIR is what tiny.sh calls OUT/diffusion, or any diffusion model; DATA is what it was trained on. Settings after
+# OUT go to both trainings and win. A second call goes on where the first was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 usage="usage: one_step.sh MODEL_DIR DATA OUT [key=value ...]"

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Trains the model that comes with the package, on generated scenes: about two hours on one core with bfloat16 units.
+# Trains the first two stages of the model that comes with the package, on generated scenes.
 #
 #   examples/recipes/tiny.sh OUT [key=value ...]
 #
-# OUT gets the scenes, three training runs and the small weights. Settings after it go to all trainings and come last, so
-# they win. A second call goes on where the first was interrupted. LAUNCH="torchrun --nproc_per_node 2" trains on two
-# ranks.
+# OUT gets the scenes and two model folders. Settings after it go to both trainings and come last, so they win. A second
+# call goes on where the first was interrupted. LAUNCH="torchrun --nproc_per_node 2" trains on two ranks.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:?usage: tiny.sh OUT [key=value ...]}
@@ -14,33 +13,17 @@ python=${PYTHON:-python}
 launch=${LAUNCH:-$python}
 resume() { ls "$1"/checkpoints/step-*/manifest.json > /dev/null 2>&1 && echo --resume || true; }
 
-# 1. Scenes of both versions; their categories, 19 and 14, of which 7 have the same names, are joined
-$python -m ldmseg_fast.cli data scenes "$out/scenes2" --images "${SCENES:-12000}" --size 64 --seed 1 --version 2
-$python -m ldmseg_fast.cli data scenes "$out/scenes1" --images "${OLD_SCENES:-20000}" --size 64 --seed 1 --version 1
-
-# Latents of 16 channels hold ids and categories; EfficientNet-Lite0, which stays as it is, sees pictures of 256x256.
-common=(--config tiny data.root="$out/scenes2,$out/scenes1" mask_vae.num_categories=26 mask_vae.latent_channels=16
-    image_encoder.kind=efficientnet_lite image_encoder.picture_scale=4 image_encoder.latent_channels=64
-    train.image_encoder_lr=0 unet.in_channels=96 unet.out_channels=16 train.batch_size=16 data.val_limit=100)
+# 1. Few scenes for the auto-encoder, which sees maps only; many for the diffusion model
+$python -m ldmseg_fast.cli data scenes "$out/scenes4k" --images "${AUTOENCODER_SCENES:-4000}" --size 64 --seed 0 --version 1
+$python -m ldmseg_fast.cli data scenes "$out/scenes20k" --images "${DIFFUSION_SCENES:-20000}" --size 64 --seed 1 --version 1
 
 # 2. Maps to latents and back
-$launch ldmseg_fast/train.py autoencoder $(resume "$out/autoencoder") "${common[@]}" \
-    data.weights=2,1 output_dir="$out/autoencoder" train.steps=900 "$@"
+$launch ldmseg_fast/train.py autoencoder --config tiny $(resume "$out/autoencoder") \
+    data.root="$out/scenes4k" output_dir="$out/autoencoder" train.steps=3000 "$@"
 
-# 3. Pictures to maps in one step, with a decoder that learns on
-one_step=("${common[@]}" diffusion.latent_scale=1.0 few_step.train_decoder=true)
-$launch ldmseg_fast/train.py one_step $(resume "$out/one_step") "${one_step[@]}" \
-    data.weights=2,1 model.mask_vae="$out/autoencoder" output_dir="$out/one_step" train.steps=2500 "$@"
+# 3. Pictures to latents
+$launch ldmseg_fast/train.py diffusion --config tiny $(resume "$out/diffusion") \
+    data.root="$out/scenes20k" output_dir="$out/diffusion" model.mask_vae="$out/autoencoder" train.steps=3500 "$@"
 
-# 4. The same, and blocks of the map are given for half of the pictures
-$launch ldmseg_fast/train.py one_step $(resume "$out/completing") "${one_step[@]}" \
-    data.weights=1,1 model.init_from="$out/one_step" output_dir="$out/completing" \
-    diffusion.inpainting=0.5 train.learning_rate=0.0006 train.steps=2200 "$@"
-
-# 5. How good it is, and a quarter of its size, with a card that tells how it was trained
-for scenes in scenes2 scenes1; do
-    $python -m ldmseg_fast.cli evaluate "$out/completing" --data "$out/$scenes" --limit "${IMAGES:-500}" \
-        --json "$out/$scenes.json"
-done
-$python -m ldmseg_fast.cli evaluate "$out/completing" --data "$out/scenes2" --limit "${IMAGES:-500}" --inpainting
-$python -m ldmseg_fast.cli ship "$out/completing" "$out/shipped/model" --dtype int8
+# 4. How good it is; examples/recipes/one_step.sh goes on from here
+$python -m ldmseg_fast.cli evaluate "$out/diffusion" --data "$out/scenes20k" --limit "${IMAGES:-500}" --json "$out/diffusion.json"

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,29 +68,33 @@ def test_inpaint(scenes, tmp_path):
     assert (read_panoptic_png(tmp_path / truth.name) == read_panoptic_png(truth))[given].all()
 
 
-def test_recipe_of_the_shipped_model(tmp_path):
-    """A second call goes on with finished runs."""
+def test_recipe_of_scenes_with_categories(tmp_path):
+    """From scenes of both versions to small weights."""
     pytest.importorskip("scipy")
     counts = {"SCENES": "16", "OLD_SCENES": "16", "IMAGES": "2"}
-    recipe = ["bash", EXAMPLES / "recipes" / "tiny.sh", tmp_path, *NARROW, "unet.in_channels=40", *SHORT]
-    run(*recipe, **counts)
+    recipe = ["bash", EXAMPLES / "recipes" / "scenes.sh", tmp_path, *NARROW, "unet.in_channels=40", *SHORT]
+    assert "PQ of the dropped pixels alone" in run(*recipe, **counts)
     for scenes in ("scenes2", "scenes1"):
         report = json.loads((tmp_path / f"{scenes}.json").read_text(encoding="utf-8"))
         assert report["images"] == 2 and "class_aware" in report
     card = (tmp_path / "shipped" / "model" / "README.md").read_text(encoding="utf-8")
     assert card.count("## training") == 3 and "things (19)" in card
-    shutil.rmtree(tmp_path / "shipped")
-    again = run(*recipe, **counts)
-    assert again.count("resumed at step 2 of 2") == 3 and "PQ of the dropped pixels alone" in again
 
 
-def test_recipe_of_one_step(model_dir, scenes, tmp_path):
-    """From an untrained model of many steps."""
+def test_recipes_of_generated_scenes(tmp_path):
+    """tiny.sh, a second time too, and one_step.sh on its result."""
     pytest.importorskip("scipy")
-    text = run("bash", EXAMPLES / "recipes" / "one_step.sh", model_dir, scenes, tmp_path / "short", *SHORT, IMAGES="2")
+    counts = {"AUTOENCODER_SCENES": "16", "DIFFUSION_SCENES": "16", "IMAGES": "2"}
+    recipe = ["bash", EXAMPLES / "recipes" / "tiny.sh", tmp_path / "tiny", *NARROW, *SHORT]
+    run(*recipe, **counts)
+    report = json.loads((tmp_path / "tiny" / "diffusion.json").read_text(encoding="utf-8"))
+    assert report["images"] == 2
+    assert "resumed at step 2 of 2" in run(*recipe, **counts)
+    model, data = tmp_path / "tiny" / "diffusion", tmp_path / "tiny" / "scenes20k"
+    text = run("bash", EXAMPLES / "recipes" / "one_step.sh", model, data, tmp_path / "short", *SHORT, **counts)
     assert "PQ of the dropped pixels alone" in text
     card = (tmp_path / "short" / "shipped" / "model" / "README.md").read_text(encoding="utf-8")
-    assert card.count("## training") == 2
+    assert card.count("## training") == 4
 
 
 def test_recipe_of_coco(scenes, tmp_path):
