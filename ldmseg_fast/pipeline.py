@@ -92,7 +92,7 @@ class LDMSegPipeline:
             image_size: side in pixels of what the networks see; default the model's own. Pictures are resized to it,
                 so a model does best at the size that it was trained at.
             attention: of the torch backends: "auto", "triton", "sdpa", "xformers", or "fp8", products of e4m3 numbers
-                on GPUs of sm_89 and newer; see `models.attention.attention`.
+                on GPUs of sm_89 and newer, elsewhere left out with a warning; see `models.attention.attention`.
             cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
                 cannot be captured runs without, with a warning.
             fused: of the torch backend: run the UNet with few launches, for a GPU. The results are the same within

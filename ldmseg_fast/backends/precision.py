@@ -8,6 +8,8 @@ import torch
 
 from ldmseg_fast.config.precision import DTYPES, NAMES
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.kernels.attention import why_not_fp8
+from ldmseg_fast.models.attention import check_backend
 from ldmseg_fast.models.fp8_layers import why_not_fp8_products
 
 PRECISIONS = (*DTYPES, "fp8", "fp8-emulated")
@@ -39,3 +41,20 @@ def choose_precision(
         warnings.warn(text, stacklevel=4)
         return default, False
     return (DTYPES[precision], False) if precision in DTYPES else (default, True)  # type: ignore[index]
+
+
+def choose_attention(attention: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Returns the attention of a model of `dtype` on `device`; with a warning "auto" for an "fp8" that cannot run there.
+
+    Args:
+        attention: one of `models.attention.BACKENDS`.
+
+    Raises:
+        ArgumentError, BackendError: see `models.attention.check_backend`.
+    """
+    if attention == "fp8" and (reason := why_not_fp8(device, dtype)):
+        text = f"attention=fp8: it {reason}; attention=auto is computed instead, as without the option"
+        warnings.warn(text, stacklevel=4)
+        return "auto"
+    check_backend(attention, device, dtype)
+    return attention

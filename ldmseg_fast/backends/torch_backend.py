@@ -18,12 +18,11 @@ from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
 from ldmseg_fast.backends.graphs.loop import UNetSteps, use_cuda_graph
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, pack_weights
-from ldmseg_fast.backends.precision import choose_precision
+from ldmseg_fast.backends.precision import choose_attention, choose_precision
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import warn_if_emulated
-from ldmseg_fast.models.attention import check_backend
 from ldmseg_fast.models.fp8_layers import use_fp8
 from ldmseg_fast.models.fused_unet import FusedUNet, why_not_fused
 from ldmseg_fast.models.pyramids import fold_norms
@@ -43,7 +42,8 @@ class TorchBackend(DdimBackend):
             gives a warning that says how much.
         compile_networks: `torch.compile` for the denoiser and the encoder, see `compiled.compile_network`; the first
             call with a batch or size takes a minute or more, and says on stderr how long it took.
-        attention: of the UNet, see `models.attention.attention`.
+        attention: of the UNet, see `models.attention.attention`; "fp8" where the device has no such products is "auto",
+            with a warning.
         cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps, and encoder and decoder
             of a few pictures as one each; None: on a GPU. What cannot be captured runs without, with a warning.
         fused: run the UNet with few launches, see `models.fused_unet`. A network that is compiled, or has what the
@@ -71,7 +71,7 @@ class TorchBackend(DdimBackend):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, fp8 = choose_precision(precision, dtype, self.device)
         warn_if_emulated(self.device, self.dtype)
-        check_backend(attention, self.device, self.dtype)
+        attention = choose_attention(attention, self.device, self.dtype)
         self.cuda_graph = use_cuda_graph(cuda_graph, self.device)
         self.unet = self._load("unet", attention)
         self.cache_branches: int = self.unet.num_skips

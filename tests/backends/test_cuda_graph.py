@@ -118,7 +118,6 @@ def test_the_second_call_captures_and_then_replays(backend, cuda):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory"),
         torch.AcceleratorError("operation not permitted when stream is capturing", 900),
         RuntimeError("CUDA error: operation failed due to a previous error during capture"),
     ],
@@ -135,6 +134,67 @@ def test_a_failed_capture_is_one_warning_and_right_results(backend, cuda, error)
             check_sample(backend, 2, 3, seed)
             check_sample(backend, 1, 2, seed)
     assert (cuda.captures, cuda.replays) == (1, 0)
+
+
+def test_a_graph_that_does_not_fit_leaves_the_others(backend, cuda):
+    for seed in range(3):
+        check_sample(backend, 1, 2, seed)  # captured, replayed twice
+
+    class Failing:
+        """A capture that ends in another error than the one that made it fail."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def capture(graph, stream, capture_error_mode):
+        cuda.captures += 1
+        return Failing()
+
+    lane = backend._lanes._free[0]
+    lane.make_steps = partial(loop.UNetSteps, backend._network, out_of_memory(backend, 3))  # in the capture
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", capture)
+        check_sample(backend, 4, 2)
+        message = (
+            r"sampling loop cannot be captured \(OutOfMemoryError: CUDA .* GiB\); at this size it runs step by step"
+        )
+        with pytest.warns(UserWarning, match=message):
+            check_sample(backend, 4, 2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_sample(backend, 4, 2, 2)
+        check_sample(backend, 1, 2, 3)
+    assert (cuda.captures, cuda.replays) == (2, 3)
+
+
+def test_memory_of_other_graphs_is_taken_where_it_is_needed(backend, cuda):
+    """A call that runs out of memory runs again without the graphs of other sizes; without any it fails as it did."""
+    for seed in range(3):
+        check_sample(backend, 1, 2, seed)
+    lane = backend._lanes._free[0]
+    lane.make_steps = partial(loop.UNetSteps, backend._network, out_of_memory(backend, 1))
+    check_sample(backend, 4, 2)
+    assert [key[0][0] for key in lane._loops] == [4]
+    lane._drop(next(iter(lane._loops)))
+    lane.make_steps = partial(loop.UNetSteps, backend._network, out_of_memory(backend, 1))
+    with pytest.raises(torch.OutOfMemoryError):
+        lane.sample(backend.info, *make_inputs(4), 2)
+
+
+def out_of_memory(backend, call: int):
+    """A UNet whose so many-th call finds no memory."""
+    calls = []
+
+    def denoise(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more")
+        return backend._network.denoise(*args)
+
+    return denoise
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA error: operation not permitted")], ids=["", "refused"])

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CALL = re.compile(r"(?<![\w/])(?:benchmarks/)?(\w+)\.py((?: +[-$./\w]+)*)")
 TEXT = """
 1. `for k in mask_bits; do python3 benchmarks/bench_kernels.py --quick --only $k --out $OUT/k; done` and one more,
-`(python3 benchmarks/random_model.py --preset coco --out $T/M > $T/m.txt 2>&1) & wait`; then `profile_loop.py --rows 60`.
+`(python3 benchmarks/random_model.py --preset coco --out $T/M > $T/m.txt 2>&1) & wait`; `profile_loop.py --rows 60`.
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,22 @@ from torch import Tensor
 
 
 class CaptureError(Exception):
-    """Reports that work could not be captured as a CUDA graph. A `Lane` goes on without one."""
+    """Reports that work could not be captured as a CUDA graph. A `Lane` goes on without one.
+
+    Attributes:
+        is_memory: its memory did not fit, which says nothing of smaller work.
+    """
+
+    def __init__(self, error: BaseException, outer: BaseException | None = None) -> None:
+        """Tells of `error`, and of what it hides: once work has failed, the end of its capture fails as well.
+
+        outer: what the caller was handling already.
+        """
+        causes = [error]
+        while (before := causes[-1].__cause__ or causes[-1].__context__) is not None and before is not outer:
+            causes.append(before)
+        super().__init__(f"{type(causes[-1]).__name__}: {str(causes[-1]).partition(chr(10))[0]}")
+        self.is_memory = any(isinstance(cause, torch.OutOfMemoryError) for cause in causes)
 
 
 class Captured:
@@ -48,12 +64,13 @@ class Captured:
         self._threads.add(thread)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
+        outer = sys.exc_info()[1]
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.run()
         except RuntimeError as error:  # whatever CUDA refuses
-            raise CaptureError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+            raise CaptureError(error, outer) from None  # a traceback would hold the memory of what it failed in
         return graph
 
 

@@ -45,6 +45,7 @@ class Lane:
         self.capture = capture
         self._loops: OrderedDict[tuple, SampleLoop] = OrderedDict()
         self._calls: OrderedDict[tuple, CapturedCall] = OrderedDict()
+        self._too_large: set[tuple] = set()  # whose graphs did not fit into memory
 
     def run(self, graph: str, inputs: Mapping[str, Tensor], output_sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """Runs a graph once.
@@ -75,10 +76,13 @@ class Lane:
     def sample(self, info: ModelInfo, noise: Tensor, image_latents: Tensor, num_inference_steps: int) -> Tensor:
         """Samples with the loop for this shape: noise and image latents [B, ., h, w] -> x_0 float32 [B, C, h, w].
 
-        Where a loop cannot be captured as a CUDA graph, a warning says so, and this lane goes on without graphs.
+        Where a loop cannot be captured as a CUDA graph, a warning says so, and this lane goes on without graphs. One
+        that does not fit into memory runs without, and the others stay. Graphs of other sizes make room where a call
+        needs their memory.
         """
+        key = (tuple(image_latents.shape), num_inference_steps)
         return self._captured(
-            "the sampling loop", lambda: self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
+            "the sampling loop", key, lambda: self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
         )
 
     def call(self, name: str, function: Callable[[Tensor], tuple[Tensor, ...]], value: Tensor) -> tuple[Tensor, ...]:
@@ -93,30 +97,57 @@ class Lane:
             value: its argument.
         """
 
+        key = (name, tuple(value.shape), value.dtype)
+
         def run() -> tuple[Tensor, ...]:
-            key = (name, tuple(value.shape), value.dtype)
             if key not in self._calls:
                 while len(self._calls) >= MAX_LOOPS:
                     self._calls.popitem(last=False)
-                self._calls[key] = CapturedCall(function, self.stream, self.capture)
+                self._calls[key] = CapturedCall(function, self.stream, self._captures(key))
             self._calls.move_to_end(key)
             return self._calls[key](value)
 
-        return self._captured(name, run)
+        return self._captured(name, key, run)
 
-    def _captured(self, name: str, run: Callable[[], Result]) -> Result:
+    def _captures(self, key: tuple) -> bool:
+        return self.capture and key not in self._too_large
+
+    def _captured(self, name: str, key: tuple, run: Callable[[], Result]) -> Result:
+        try:
+            return self._with_room(key, run)
+        except CaptureError as error:
+            text = f"cuda_graph: {name} cannot be captured ({error})"
+            memory = error.is_memory
+        if memory:
+            self._too_large.add(key)
+            self._drop(key)
+            text += "; at this size it runs step by step from here on, with the same results"
+        else:
+            self.capture = False
+            self._loops.clear()  # with the memory of their graphs
+            self._calls.clear()
+            text += "; it runs step by step from here on, with the same results"
+        warnings.warn(f"{text}; cuda_graph=False or --no-cuda-graph does so from the start", stacklevel=3)
+        return self._with_room(key, run)
+
+    def _with_room(self, key: tuple, run: Callable[[], Result]) -> Result:
+        """Runs what `key` names, and again without the graphs of all else where memory runs out."""
         try:
             return run()
-        except CaptureError as error:
-            warnings.warn(
-                f"cuda_graph: {name} cannot be captured ({error}); it runs step by step from here on, with "
-                f"the same results; cuda_graph=False or --no-cuda-graph does so from the start",
-                stacklevel=3,
-            )
-        self.capture = False
-        self._loops.clear()  # with the memory of their graphs
-        self._calls.clear()
-        return run()
+        except torch.OutOfMemoryError:
+            if not self._drop_others(key):
+                raise
+        return run()  # outside the block above, whose error holds memory
+
+    def _drop_others(self, key: tuple) -> bool:
+        others = [each for each in (*self._loops, *self._calls) if each != key]
+        for each in others:
+            self._drop(each)
+        return bool(others)
+
+    def _drop(self, key: tuple) -> None:
+        self._loops.pop(key, None)
+        self._calls.pop(key, None)
 
     def loop(self, info: ModelInfo, image_latents: Tensor, num_inference_steps: int) -> SampleLoop:
         """Returns the loop for image latents of this shape, float [B, C_image, h, w], and this number of steps.
@@ -129,7 +160,7 @@ class Lane:
                 self._loops.popitem(last=False)
             with on_stream(self.stream):  # contexts and buffers belong to the lane's device
                 steps = self.make_steps(info, image_latents, num_inference_steps)
-                self._loops[key] = SampleLoop(steps, self.stream, self.capture)
+                self._loops[key] = SampleLoop(steps, self.stream, self._captures(key))
         self._loops.move_to_end(key)
         return self._loops[key]
 
