@@ -98,8 +98,10 @@ class LDMSegPipeline:
             fused: of the torch backend: run the UNet with few launches, for a GPU. The results are the same within
                 rounding. No GPU has timed it yet, so it is off by default. A network without such a form runs as it is,
                 with a warning.
-            precision: of the torch backends, in the place of `dtype`: "fp32", "bf16", "fp16", or "fp8", with which the
-                UNet multiplies e4m3 numbers on GPUs of sm_89 and newer. Elsewhere that is left out, with a warning;
+            precision: of the torch backends, in the place of `dtype`: "fp32", "tf32" (float32 whose products a GPU
+                rounds to TF32 in our calls; with "fp32" it does what the process says), "bf16", "fp16", or "fp8", with
+                which the UNet multiplies e4m3 numbers on GPUs of sm_89 and newer. Elsewhere these are left out, with a
+                warning;
                 "fp8-emulated" computes its numbers on any device, to see what they cost in quality.
             lanes: how many threads can be inside the graphs or engines at a time, each with its own buffers.
             threads: of ONNX Runtime on a CPU; default torch's.

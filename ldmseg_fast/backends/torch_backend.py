@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import DdimBackend
-from ldmseg_fast.backends.compiled import compile_network, tuned_convolutions
+from ldmseg_fast.backends.compiled import compile_network
 from ldmseg_fast.backends.finite import all_finite, require_finite
 from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
 from ldmseg_fast.backends.graphs.loop import UNetSteps, use_cuda_graph
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, pack_weights
 from ldmseg_fast.backends.precision import choose_attention, choose_precision
+from ldmseg_fast.backends.process_settings import gpu_settings
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
@@ -69,7 +70,7 @@ class TorchBackend(DdimBackend):
     ) -> None:
         self.info = info
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype, fp8 = choose_precision(precision, dtype, self.device)
+        self.dtype, fp8, self.tf32 = choose_precision(precision, dtype, self.device)
         warn_if_emulated(self.device, self.dtype)
         attention = choose_attention(attention, self.device, self.dtype)
         self.cuda_graph = use_cuda_graph(cuda_graph, self.device)
@@ -134,7 +135,7 @@ class TorchBackend(DdimBackend):
 
     def _call(self, name: str, function: Callable[[Tensor], tuple[Tensor, ...]], value: Tensor) -> tuple[Tensor, ...]:
         """Calls a network of `value` [B, ...]; as a CUDA graph where launches are what takes the time."""
-        with tuned_convolutions(self.device):
+        with gpu_settings(self.device, self.tf32):
             if not self.cuda_graph or not 0 < len(value) <= CAPTURED_BATCH:
                 return function(value)
             with self._lanes.lane() as lane:
@@ -143,7 +144,7 @@ class TorchBackend(DdimBackend):
     @torch.inference_mode()
     def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """See `Backend.denoise`."""
-        with tuned_convolutions(self.device):
+        with gpu_settings(self.device, self.tf32):
             return self._denoise(unet_input.to(self.dtype), timesteps, context)
 
     def caching(self, interval: int, branch: int) -> Callable[..., Tensor]:
@@ -154,7 +155,7 @@ class TorchBackend(DdimBackend):
         def denoise(unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
             if next(calls) % interval == 0:
                 cache.features = None
-            with tuned_convolutions(self.device):
+            with gpu_settings(self.device, self.tf32):
                 return self.unet(unet_input.to(self.dtype), timesteps, context, cache)
 
         return denoise
@@ -162,7 +163,7 @@ class TorchBackend(DdimBackend):
     def _own_loop(self, noise: Tensor, image_latents: Tensor, num_inference_steps: int) -> Tensor | None:
         if not self.cuda_graph or self.conditioning is not None:
             return None
-        with self._lanes.lane() as lane, tuned_convolutions(self.device):
+        with self._lanes.lane() as lane, gpu_settings(self.device, self.tf32):
             return lane.sample(self.info, noise, image_latents, num_inference_steps)
 
     @torch.inference_mode()
