@@ -253,6 +253,13 @@ class LDMSegPipeline:
             sizes = [picture.size for picture in pictures]  # B times (H, W)
             pixels = self.sampler.resize([picture.pixels for picture in pictures])  # uint8 [B, 3, S, S]
 
+            # On a GPU, steps 4 to 9 of few steps and of pictures like those before are one launch
+            if output_type == "panoptic":
+                at_once = self.sampler.segment(pixels, noise[batch], sizes, sampling, thresholds)
+                if at_once is not None:
+                    outputs += at_once
+                    continue
+
             # 4. Encode them to image latents
             image_latents = self.backend.encode_image(pixels)  # backend.dtype [B, C_image, h, w]
 

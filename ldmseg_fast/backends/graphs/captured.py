@@ -75,36 +75,36 @@ class Captured:
 
 
 class CapturedCall:
-    """Calls a function of one tensor, of one shape and dtype, as a CUDA graph; see `Captured`.
+    """Calls a function of tensors, each of one shape and dtype, as a CUDA graph; see `Captured`.
 
     Args:
-        function: from a tensor to tensors of any shape and dtype.
+        function: from tensors to tensors of any shape and dtype.
         stream, capture: see `Captured`.
     """
 
     def __init__(
-        self, function: Callable[[Tensor], tuple[Tensor, ...]], stream: torch.cuda.Stream | None, capture: bool
+        self, function: Callable[..., tuple[Tensor, ...]], stream: torch.cuda.Stream | None, capture: bool
     ) -> None:
         self.function = function
         self.stream = stream
-        self._input: Tensor | None = None
+        self._inputs: tuple[Tensor, ...] = ()
         self._outputs: tuple[Tensor, ...] = ()
         self._run = Captured(self._call, stream, capture)
 
     def _call(self) -> None:
-        assert self._input is not None
-        self._outputs = self.function(self._input)
+        self._outputs = self.function(*self._inputs)
 
     @torch.inference_mode()
-    def __call__(self, value: Tensor) -> tuple[Tensor, ...]:
-        """Returns what the function does of `value`, any shape and dtype, in new tensors.
+    def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Returns what the function does of `values`, of any shapes and dtypes, in new tensors.
 
         Raises:
             CaptureError: it cannot be captured.
         """
         with on_stream(self.stream):
-            self._input = torch.empty_like(value) if self._input is None else self._input
-            self._input.copy_(value)
+            self._inputs = self._inputs or tuple(torch.empty_like(value) for value in values)
+            for own, value in zip(self._inputs, values):
+                own.copy_(value)
             self._run()
         results = tuple(torch.empty_like(each) for each in self._outputs)  # outside, see `on_stream`
         with on_stream(self.stream):

@@ -45,6 +45,7 @@ class Lane:
         self.capture = capture
         self._loops: OrderedDict[tuple, SampleLoop] = OrderedDict()
         self._calls: OrderedDict[tuple, CapturedCall] = OrderedDict()
+        self._last: tuple = ()  # what `is_repeated` was asked
         self._too_large: set[tuple] = set()  # whose graphs did not fit into memory
 
     def run(self, graph: str, inputs: Mapping[str, Tensor], output_sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -85,19 +86,22 @@ class Lane:
             "the sampling loop", key, lambda: self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
         )
 
-    def call(self, name: str, function: Callable[[Tensor], tuple[Tensor, ...]], value: Tensor) -> tuple[Tensor, ...]:
-        """Calls a function of a tensor, of any shape and dtype, as a CUDA graph for each shape of `value`.
+    def call(
+        self, name: str, function: Callable[..., tuple[Tensor, ...]], *values: Tensor, settings: tuple = ()
+    ) -> tuple[Tensor, ...]:
+        """Calls a function of tensors, of any shape and dtype, as a CUDA graph for each of their shapes.
 
         Where it cannot be captured, a warning says so as in `sample`. The least recently used call makes room for a
         fifth.
 
         Args:
-            name: of the function, which is always the same one under it.
-            function: gives tensors of any shape and dtype.
-            value: its argument.
+            name: of the function.
+            function: gives tensors of any shape and dtype. Under one name and `settings` it always does the same.
+            values: its arguments.
+            settings: what it depends on beside them.
         """
 
-        key = (name, tuple(value.shape), value.dtype)
+        key = _key_of(name, values, settings)
 
         def run() -> tuple[Tensor, ...]:
             if key not in self._calls:
@@ -105,9 +109,19 @@ class Lane:
                     self._calls.popitem(last=False)
                 self._calls[key] = CapturedCall(function, self.stream, self._captures(key))
             self._calls.move_to_end(key)
-            return self._calls[key](value)
+            return self._calls[key](*values)
 
         return self._captured(name, key, run)
+
+    def is_repeated(self, name: str, *values: Tensor, settings: tuple = ()) -> bool:
+        """Whether a call of `call`, with tensors of these shapes, is worth a graph of its own.
+
+        It is where it has one already, or the last such question was the same.
+        """
+        key = _key_of(name, values, settings)
+        repeated = key in self._calls or key == self._last
+        self._last = key
+        return repeated and self._captures(key)
 
     def _captures(self, key: tuple) -> bool:
         return self.capture and key not in self._too_large
@@ -168,6 +182,10 @@ class Lane:
         """Waits until the GPU has done what was queued here."""
         if self.stream is not None:
             self.stream.synchronize()
+
+
+def _key_of(name: str, values: tuple[Tensor, ...], settings: tuple) -> tuple:
+    return (name, settings, *((tuple(value.shape), value.dtype) for value in values))
 
 
 class LanePool:
