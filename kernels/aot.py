@@ -166,8 +166,8 @@ def collect(sm: int, headline: bool = False) -> tuple[list[tuple[str, Any, int]]
             with configs.architecture(target), record() as launches:
                 run()
             for launch in launches:
-                key = repr((launch.kernel.__name__, launch.config, launch.constants, specialise(launch)))
-                key = repr((kernel, launch.kernel.__name__)) if headline else key
+                rest = () if headline else (launch.config, launch.constants, specialise(launch))
+                key = repr((kernel, launch.kernel.__name__, *rest))
                 distinct.setdefault(key, (kernel, launch, target))
     shipped = {
         (kernel, shape_class)
