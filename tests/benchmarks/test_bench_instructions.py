@@ -7,8 +7,9 @@ import pytest
 from benchmarks.bench_instructions import add_rows
 from benchmarks.harness import Run, validate
 from benchmarks.reporting.tables import instructions
-from ldmseg_fast.kernels.aot import Build, collect, longest_loop
+from ldmseg_fast.kernels.aot import Build, collect
 from ldmseg_fast.kernels.backend import KERNELS
+from ldmseg_fast.kernels.sass import longest_loop
 
 
 def build(function, **more):
