@@ -96,7 +96,7 @@ class CapturedCall:
 
     @torch.inference_mode()
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Returns what the function does of `values`, of any shapes and dtypes, in new tensors.
+        """Returns what the function does of `values`, each of any shape and dtype, in new tensors.
 
         Raises:
             CaptureError: it cannot be captured.

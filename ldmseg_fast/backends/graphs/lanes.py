@@ -114,7 +114,7 @@ class Lane:
         return self._captured(name, key, run)
 
     def is_repeated(self, name: str, *values: Tensor, settings: tuple = ()) -> bool:
-        """Whether a call of `call`, with tensors of these shapes, is worth a graph of its own.
+        """Whether a call of `call`, with tensors of any shape and dtype like these, is worth a graph of its own.
 
         It is where it has one already, or the last such question was the same.
         """
