@@ -25,7 +25,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, ROOT, Run, measure
-from benchmarks.peers.random_model import save_random_model
+from benchmarks.random_model import save_random_model
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph
 from ldmseg_fast.backends.graphs.specs import sample_inputs
 from ldmseg_fast.backends.model_info import read_model_info

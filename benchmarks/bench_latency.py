@@ -35,7 +35,7 @@ if __package__ in (None, ""):
 from benchmarks.harness import RESULTS, Run, Timing, measure, reason_of
 from benchmarks.peers.candidates import OurPipeline, engine_candidates, our_candidates, plain_candidates
 from benchmarks.peers.eomt import Eomt
-from benchmarks.peers.random_model import find_model
+from benchmarks.random_model import find_model
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.data.scenes import generate_scene

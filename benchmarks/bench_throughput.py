@@ -38,7 +38,7 @@ if __package__ in (None, ""):
 from benchmarks.harness import RESULTS, Run, Timing, measure
 from benchmarks.measuring.processes import measure_processes
 from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
-from benchmarks.peers.random_model import find_model
+from benchmarks.random_model import find_model
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.config.precision import has_units
 from ldmseg_fast.data.scenes import generate_scene

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
-from benchmarks.peers.random_model import find_model
+from benchmarks.random_model import find_model
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.scheduler import Scheduler

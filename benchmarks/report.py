@@ -1,13 +1,13 @@
 """Renews every generated table from the result files, and writes an offline page with plots.
 
-    python benchmarks/report.py              README.md, docs/results.md, REPORT.md and, beside it, REPORT.html
+    python benchmarks/report.py              the documents below, REPORT.md and, beside it, REPORT.html
     python benchmarks/report.py --html FILE  the page elsewhere
     python benchmarks/report.py --check      writes nothing; exit code 1 where a file is not current, or a result file
                                              holds nothing that is
 
-In README.md and docs/results.md a table stands between `<!-- results:NAME -->` and `<!-- end -->`; NAME is a suite or
-`headline`, six rows of several suites. REPORT.md has all suites. The page is one file that asks nothing of the network;
-it needs matplotlib and is not kept in git.
+In README.md, docs/results.md and docs/kernels.md a table stands between `<!-- results:NAME -->` and `<!-- end -->`;
+NAME is a suite or `headline`, six rows of several suites. REPORT.md has all suites. The page is one file that asks
+nothing of the network; it needs matplotlib and is not kept in git.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ldmseg_fast.distributed.ending import run_command
 
 __all__ = ["load_rows", "main", "render", "report"]
 PAGE = ROOT / "benchmarks" / "REPORT.html"
-WITH_MARKERS = ("README.md", "docs/results.md")
+WITH_MARKERS = ("README.md", "docs/results.md", "docs/kernels.md")
 MARKERS = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUITES = {
     "latency": "One picture, whole and stage by stage",
@@ -42,6 +42,7 @@ SUITES = {
     "evaluation": "Panoptic quality and post-processing on the CPU",
     "export": "Export and ONNX Runtime",
     "quality": "Quality of trained models",
+    "instructions": "What kernels are compiled to",
     "soak": "Long tests",
 }
 INTRODUCTION = """# What was measured

@@ -3,8 +3,9 @@
     python -m ldmseg_fast.kernels.aot --sm 80 90 [--only attention] [--details] [--sass] [--json FILE]
 
 One row per kernel (its folder) and architecture: the largest register count and shared memory of its builds, the sum of
-spilled bytes, and how many matrix instructions were emitted; with --sass also the machine instructions and the waits
-for wgmma among them. Exits with 1 on a spill, on more shared memory than a
+spilled bytes, and how many matrix instructions were emitted; with --sass also the machine instructions, the waits for
+wgmma among them, and with --details the instructions a thread spends on one element of its tile. --headline builds each
+function at its headline case only. Exits with 1 on a spill, on more shared memory than a
 program may have, on a kernel that does not build, and on an entry of the configuration table that no case reaches.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -24,6 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ldmseg_fast.kernels.sass import count_sass, longest_loop
+
 SHARED_MEMORY = {80: 99, 90: 227}  # KiB for one program; 80 stands for 86, 89 and 120 too, whose limit is the lower one
 POINTERS = {
     "float16": "*fp16",
@@ -35,6 +39,20 @@ POINTERS = {
     "int16": "*i16",
     "int32": "*i32",
     "int64": "*i64",
+}
+
+# what a tile has, by the beginnings of functions: scores, logits, or pixels of channels
+TILES = {
+    "attention_forward": ("BLOCK_M", "BLOCK_N"),
+    "attention_fp8": ("BLOCK_M", "BLOCK_N"),
+    "attention_backward": ("BLOCK_M", "BLOCK_N"),
+    "panoptic_tile": ("BLOCK_X", "BLOCK_Q"),
+    "forward_": ("BLOCK_P", "BLOCK_C"),
+    "backward_apply": ("BLOCK_P", "BLOCK_C"),
+    "backward_partial": ("BLOCK_P", "BLOCK_C"),
+    "group_": ("BLOCK_P", "BLOCK_C"),
+    "geglu": ("BLOCK",),
+    "ddim_step": ("BLOCK",),
 }
 
 
@@ -53,8 +71,9 @@ class Build:
     spill_bytes: int = 0
     wgmma: int = 0
     mma: int = 0
-    instructions: int = 0  # of the machine, and waits for wgmma among them; counted where asked for
+    instructions: int = 0  # of the machine, waits for wgmma among them, and its longest loop; counted where asked for
     waits: int = 0
+    loop: int = 0
     seconds: float = 0.0
     error: str = ""
 
@@ -62,6 +81,16 @@ class Build:
     def shared_memory_limit(self) -> int:
         """Returns the KiB that one program may use on this architecture."""
         return SHARED_MEMORY[90 if 90 <= self.sm < 120 else 80]
+
+    @property
+    def per_element(self) -> float:
+        """Returns the instructions that a thread spends on one element of its tile; 0 for functions without such tiles.
+
+        They are those of the longest loop, which goes from tile to tile, or all where there is none.
+        """
+        sides = next((sides for prefix, sides in TILES.items() if self.function.startswith(prefix)), ())
+        elements = math.prod(self.constants[side] for side in sides)
+        return (self.loop or self.instructions) * 32 * self.num_warps / elements if sides else 0.0
 
     @property
     def faults(self) -> list[str]:
@@ -113,11 +142,12 @@ def specialise(launch: Any) -> tuple[dict[str, Any], dict[Place, Any], dict[Plac
     return signature, constants, attributes
 
 
-def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
+def collect(sm: int, headline: bool = False) -> tuple[list[tuple[str, Any, int]], list[str]]:
     """Collects (kernel folder, launch, sm) of every distinct build, and the table's entries that no case reaches.
 
     80 also stands for 89: what needs e4m3 is built for that instead. Sizes of 1 are built for 90 only, since what they
-    might break is the front of the compiler.
+    might break is the front of the compiler. With `headline` each function is collected once, at its headline case, and
+    nothing is said of the table.
     """
     import torch
 
@@ -128,8 +158,9 @@ def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
     def start(case: Case) -> None:
         case.triton(*case.make(torch.device("meta")))
 
-    work = [(case.kernel, max(sm, 89) if case.fp8 else sm, partial(start, case)) for case in all_cases()]
-    if sm == 90:
+    cases = [case for case in all_cases() if case.headline or not headline]
+    work = [(case.kernel, max(sm, 89) if case.fp8 else sm, partial(start, case)) for case in cases]
+    if sm == 90 and not headline:
         work += [(kernel, sm, run) for kernel, run in edge_cases()]
     distinct: dict[str, tuple[str, Any, int]] = {}
     with configs.trace_lookups() as reached:
@@ -137,7 +168,8 @@ def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
             with configs.architecture(target), record() as launches:
                 run()
             for launch in launches:
-                key = repr((launch.kernel.__name__, launch.config, launch.constants, specialise(launch)))
+                rest = () if headline else (launch.config, launch.constants, specialise(launch))
+                key = repr((kernel, launch.kernel.__name__, *rest))
                 distinct.setdefault(key, (kernel, launch, target))
     shipped = {
         (kernel, shape_class)
@@ -145,17 +177,19 @@ def collect(sm: int) -> tuple[list[tuple[str, Any, int]], list[str]]:
         for entry in per_sm.values()
         for shape_class in entry
     }
+    if headline:
+        return list(distinct.values()), []
     unreached = [f"{kernel} {shape_class} sm_{sm}" for kernel, shape_class in sorted(shipped - reached)]
     return list(distinct.values()), unreached
 
 
-def build(sm: int, index: int, sass: bool = False) -> Build:
-    """Compiles the `index`-th build of `sm`, and counts its machine instructions if asked."""
+def build(sm: int, index: int, sass: bool = False, headline: bool = False) -> Build:
+    """Compiles the `index`-th build of `collect(sm, headline)`, and counts its machine instructions if asked."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, launch, target = _collected(sm)[index]
+    kernel, launch, target = _collected(sm, headline)[index]
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     about = {
         "kernel": kernel,
@@ -180,6 +214,7 @@ def build(sm: int, index: int, sass: bool = False) -> Build:
         return Build(**about, error=f"ptxas printed no resource usage: {report[:200]!r}")
     ptx = compiled.asm["ptx"]
     lines = count_sass(compiled.asm["sass"]) if sass else (0, 0)
+    loop = longest_loop(compiled.asm["sass"]) if sass else 0
     return Build(
         **about,
         registers=max(map(int, registers)),
@@ -189,28 +224,18 @@ def build(sm: int, index: int, sass: bool = False) -> Build:
         mma=ptx.count("mma.sync"),
         instructions=lines[0],
         waits=lines[1],
+        loop=loop,
         seconds=time.perf_counter() - started,
     )
 
 
-def count_sass(text: str) -> tuple[int, int]:
-    r"""Counts machine instructions, and waits for wgmma among them, in Triton's disassembly; NOP does not count.
-
-    >>> count_sass("--:-:-:Y:1\t@!P0 BRA 0x10;\n01:-:0:-:4\tWARPGROUP.DEPBAR.LE gsb0, 0x0;\n--:-:-:Y:0\tNOP;")
-    (2, 1)
-    """
-    names = re.findall(r"^[\w:-]+\t(?:@\S+ )?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
-    kept = [name for name in names if name != "NOP"]
-    return len(kept), sum(name.startswith("WARPGROUP.DEPBAR") for name in kept)
+_cache: dict[tuple[int, bool], list[tuple[str, Any, int]]] = {}
 
 
-_cache: dict[int, list[tuple[str, Any, int]]] = {}
-
-
-def _collected(sm: int) -> list[tuple[str, Any, int]]:
-    if sm not in _cache:
-        _cache[sm] = collect(sm)[0]
-    return _cache[sm]
+def _collected(sm: int, headline: bool) -> list[tuple[str, Any, int]]:
+    if (sm, headline) not in _cache:
+        _cache[sm, headline] = collect(sm, headline)[0]
+    return _cache[sm, headline]
 
 
 def _prepare_worker() -> None:
@@ -240,7 +265,7 @@ def format_table(builds: Sequence[Build], details: bool) -> str:
                 constants = " ".join(f"{name}={int(value)}" for name, value in b.constants.items())
                 lines.append(
                     f"  {b.function:<30}{b.registers:>19}{b.shared_memory:>9}{b.spill_bytes:>7}{b.wgmma:>7}{b.mma:>6}"
-                    + (f"{b.instructions:>8}{b.waits:>7}" if sass else "")
+                    + (f"{b.instructions:>8}{b.waits:>7}  {b.per_element:.1f} an element" if sass else "")
                     + f"  {b.seconds:4.1f}s warps={b.num_warps} stages={b.num_stages} {constants}"
                 )
     return "\n".join(lines)
@@ -253,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="kernels (folders) to compile")
     parser.add_argument("--details", action="store_true", help="one line per build as well")
     parser.add_argument("--sass", action="store_true", help="count machine instructions too")
+    parser.add_argument("--headline", action="store_true", help="each function once, at its headline case")
     parser.add_argument("--json", type=Path, help="write every build to this file")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
@@ -261,10 +287,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     jobs, faults = [], []
     for sm in options.sm:
-        launches, unreached = collect(sm)
+        launches, unreached = collect(sm, options.headline)
         faults += [f"{entry}: no case reaches this configuration" for entry in unreached]
         jobs += [
-            (sm, i, options.sass)
+            (sm, i, options.sass, options.headline)
             for i, (kernel, *_) in enumerate(launches)
             if not options.only or kernel in options.only
         ]
@@ -281,7 +307,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"FAULT {fault}", file=sys.stderr)
     print(f"{len(builds)} builds, {len(faults)} faults, {time.perf_counter() - started:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps([asdict(each) for each in builds], indent=1), encoding="utf-8")
+        options.json.write_text(
+            json.dumps([asdict(each) | {"per_element": each.per_element} for each in builds], indent=1),
+            encoding="utf-8",
+        )
     return 1 if faults or not builds else 0
 
 

@@ -92,14 +92,16 @@ class LDMSegPipeline:
             image_size: side in pixels of what the networks see; default the model's own. Pictures are resized to it,
                 so a model does best at the size that it was trained at.
             attention: of the torch backends: "auto", "triton", "sdpa", "xformers", or "fp8", products of e4m3 numbers
-                on GPUs of sm_89 and newer; see `models.attention.attention`.
+                on GPUs of sm_89 and newer, elsewhere left out with a warning; see `models.attention.attention`.
             cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
                 cannot be captured runs without, with a warning.
             fused: of the torch backend: run the UNet with few launches, for a GPU. The results are the same within
                 rounding. No GPU has timed it yet, so it is off by default. A network without such a form runs as it is,
                 with a warning.
-            precision: of the torch backends, in the place of `dtype`: "fp32", "bf16", "fp16", or "fp8", with which the
-                UNet multiplies e4m3 numbers on GPUs of sm_89 and newer. Elsewhere that is left out, with a warning;
+            precision: of the torch backends, in the place of `dtype`: "fp32", "tf32" (float32 whose products a GPU
+                rounds to TF32 in our calls; with "fp32" it does what the process says), "bf16", "fp16", or "fp8", with
+                which the UNet multiplies e4m3 numbers on GPUs of sm_89 and newer. Elsewhere these are left out, with a
+                warning;
                 "fp8-emulated" computes its numbers on any device, to see what they cost in quality.
             lanes: how many threads can be inside the graphs or engines at a time, each with its own buffers.
             threads: of ONNX Runtime on a CPU; default torch's.
@@ -250,6 +252,13 @@ class LDMSegPipeline:
             pictures = self._pictures(inputs, batch, exif)  # B times uint8 [S, S, 3]
             sizes = [picture.size for picture in pictures]  # B times (H, W)
             pixels = self.sampler.resize([picture.pixels for picture in pictures])  # uint8 [B, 3, S, S]
+
+            # On a GPU, steps 4 to 9 of few steps and of pictures like those before are one launch
+            if output_type == "panoptic":
+                at_once = self.sampler.segment(pixels, noise[batch], sizes, sampling, thresholds)
+                if at_once is not None:
+                    outputs += at_once
+                    continue
 
             # 4. Encode them to image latents
             image_latents = self.backend.encode_image(pixels)  # backend.dtype [B, C_image, h, w]

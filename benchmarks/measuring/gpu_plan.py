@@ -54,7 +54,7 @@ def make_plan(plan: str, device: str, quick: bool, work: Path, tune: Path | None
         Part(f"tests of {kernel}", (*pytest, *_test_files(kernel)), 110.0 * scale) for kernel in tested
     ]  # most of their time is the compiler's: they run beside each other and beside the writing of the weights
     weights = Part(
-        "random weights", script("peers.random_model", "--preset", preset, "--out", model), 110.0 * max(scale, 2.0)
+        "random weights", script("random_model", "--preset", preset, "--out", model), 110.0 * max(scale, 2.0)
     )
     kernels = [
         Part(

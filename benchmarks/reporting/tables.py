@@ -146,7 +146,27 @@ def soak(rows: Sequence[Row]) -> str:
     return table(["test", "counted"], [[row["name"], f"{row['value']:g} {row['unit']}"] for row in counted])
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"quality": quality, "latency": latency, "soak": soak}
+def instructions(rows: Sequence[Row]) -> str:
+    """Returns what each kernel function is compiled to, a line for each architecture."""
+    counts = ("registers", "spill_bytes", "wgmma", "mma", "waits", "value", "loop")
+    lines = [
+        [f"`{row['name']}`", row["case"]["kernel"], row["variant"]]
+        + [str(row[name]) for name in counts]
+        + [f"{row['per_element']:g}" if "per_element" in row else ""]
+        for row in rows
+    ]
+    header = ["function", "kernel", "for", "registers", "spilled bytes", "wgmma", "mma", "waits for wgmma"]
+    versions = dict.fromkeys(row["environment"]["packages"].get("triton", "?") for row in rows)
+    made = table([*header, "instructions", "in its loop", "per element"], lines)
+    return f"{made}\nCompiled by Triton {', '.join(versions)}.\n"
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "quality": quality,
+    "latency": latency,
+    "soak": soak,
+    "instructions": instructions,
+}
 
 
 def suite_table(suite: str, folder: Path = RESULTS) -> str:

@@ -34,6 +34,7 @@ def forward_whole_kernel(
     HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SILU: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -53,7 +54,7 @@ def forward_whole_kernel(
     gain, offset = load_affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, channel, channels, in_group, HAS_SCALE, HAS_SHIFT
     )
-    y = activate(centred * rstd, gain[None, :], offset[None, :], SILU)
+    y = activate(centred * rstd, gain[None, :], offset[None, :], SILU, INTERPRETED)
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -132,6 +133,7 @@ def forward_apply_kernel(
     HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SILU: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -147,7 +149,7 @@ def forward_apply_kernel(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, channel, channels, in_row, HAS_SCALE, HAS_SHIFT
     )
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    y = activate((x - mean[None, :]) * rstd[None, :], gain[None, :], offset[None, :], SILU)
+    y = activate((x - mean[None, :]) * rstd[None, :], gain[None, :], offset[None, :], SILU, INTERPRETED)
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)

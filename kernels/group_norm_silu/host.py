@@ -105,6 +105,7 @@ def group_norm_silu_forward(
     affine = (weight.contiguous(), bias.contiguous(), _pointer(scale, weight), _pointer(shift, weight))
     flags: dict[str, Any] = {"HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None, "SILU": silu}
     flags |= {"HAS_RESIDUAL": residual is not None, "CHANNELS_PER_GROUP": per_group}
+    flags["INTERPRETED"] = triton.knobs.runtime.interpret
 
     blocks = _whole_blocks(pixels, per_group)
     if blocks is not None:

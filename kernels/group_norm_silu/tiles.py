@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ldmseg_fast.kernels.silu import silu_of
+
 
 @triton.jit
 def group_channels(CHANNELS_PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -80,11 +82,11 @@ def load_affine(
 
 
 @triton.jit
-def activate(n, gain, offset, SILU: tl.constexpr):
+def activate(n, gain, offset, SILU: tl.constexpr, INTERPRETED: tl.constexpr):
     """Computes u = n gain + offset, or silu(u)."""
     u = n * gain + offset
     if SILU:
-        u = u / (1.0 + tl.exp(-u))
+        u = silu_of(u, INTERPRETED)
     return u
 
 

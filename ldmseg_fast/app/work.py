@@ -28,6 +28,7 @@ from ldmseg_fast.panoptic.format import check_ids, read_panoptic_png
 from ldmseg_fast.panoptic.results import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
 
+OF_GRAPHS = ("onnxruntime", "tensorrt")  # backends that run exported graphs
 _TAKE = 0.05  # seconds between two looks at `stop` while another visitor's work runs
 
 
@@ -283,9 +284,9 @@ class Worker:
         with self._loading:
             if name not in self._loaded:
                 graphs, speed = None, self.speed
-                if name in ("onnxruntime", "tensorrt"):
+                if name in OF_GRAPHS:
                     graphs = self.engine_dir
-                    if len(self.backends) > 1:  # the others are for torch, which visitors may choose
+                    if len(self.backends) > 1:  # the others are for torch, which visitors may choose; see `left_out`
                         speed = {key: value for key, value in speed.items() if key == "cuda_graph"}
                 pipe = LDMSegPipeline.from_pretrained(self.model, name, graphs, **speed)
                 pipe.max_pixels = self.max_pixels
@@ -320,6 +321,20 @@ class Worker:
             loaded.other = LDMSegPipeline(other)
             loaded.other.max_pixels = self.max_pixels
         return loaded.other
+
+
+def left_out(backend: str, speed: Mapping[str, Any]) -> list[str]:
+    """Says which options of `Worker.speed` that were given the graphs of `backend` do without, one line for each."""
+    if backend not in OF_GRAPHS:
+        return []
+    given = {"precision": speed.get("precision"), "fused": speed.get("fused") or None}
+    given["attention"] = None if speed.get("attention") == "auto" else speed.get("attention")
+    return [
+        f"--{name}{'' if value is True else f' {value}'}: backend={backend} runs graphs, which have theirs from the "
+        f"export; only visitors who choose backend=torch get it"
+        for name, value in given.items()
+        if value is not None
+    ]
 
 
 def take_turn(lock: threading.Lock, stop: Stop | None) -> None:

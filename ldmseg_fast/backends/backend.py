@@ -121,6 +121,31 @@ class Backend(Protocol):
         """
         ...
 
+    def segment(
+        self,
+        images: Tensor,
+        noise: Tensor,
+        num_inference_steps: int,
+        size: tuple[int, int],
+        thresholds: PostprocessConfig | None = None,
+    ) -> list[PanopticResult] | None:
+        """Does `encode_image`, `sample` and `decode_mask` in one launch; None where this backend does not, or not yet.
+
+        Args:
+            images: uint8 [B, 3, S, S].
+            noise: x_T, float32 [B, C, h, w].
+            num_inference_steps: evaluations of the UNet, by the model's own schedule.
+            size: (H, W) in pixels, of all maps.
+            thresholds: default the model's own.
+
+        Returns:
+            A PanopticResult per image.
+
+        Raises:
+            NonFiniteError: a network's output is not finite.
+        """
+        ...
+
     def close(self) -> None:
         """Waits for calls under way, then frees graphs, engines and buffers. The backend takes no calls after it."""
         ...
@@ -138,6 +163,17 @@ class DdimBackend(ABC):
     @abstractmethod
     def _own_loop(self, noise: Tensor, image_latents: Tensor, num_inference_steps: int) -> Tensor | None:
         """Samples by the model's own schedule; None where this backend has no loop of its own."""
+
+    def segment(
+        self,
+        images: Tensor,
+        noise: Tensor,
+        num_inference_steps: int,
+        size: tuple[int, int],
+        thresholds: PostprocessConfig | None = None,
+    ) -> list[PanopticResult] | None:
+        """See `Backend.segment`; None."""
+        return None
 
     @torch.inference_mode()
     def sample(

@@ -6,8 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends.packed_weights import compile_frozen
+from ldmseg_fast.backends.process_settings import CACHE_VARIABLE, compile_cache
 
-CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 # of inductor, on a GPU: products and convolutions are tuned, 1x1 convolutions are products, the tuned are tuned again.
 # CUDA graphs are ours, see `graphs.loop`: one around the whole loop, and not one for each network.
 GPU_OPTIONS = {"max_autotune": True, "coordinate_descent_tuning": True, "conv_1x1_as_mm": True}
@@ -36,19 +36,21 @@ def compile_network(network: Any, name: str, device: torch.device) -> Callable[.
         device: where it runs.
     """
     if device.type == "cpu":
-        compiled = compile_frozen(network)
-    else:
-        keep_cache()
-        compiled = torch.compile(network, dynamic=False, options=dict(GPU_OPTIONS))
-    return FirstCalls(compiled, name)
+        return FirstCalls(compile_frozen(network), name)
+    compiled = torch.compile(network, dynamic=False, options=dict(GPU_OPTIONS))
+    return FirstCalls(compiled, name, cache_folder())
 
 
 class FirstCalls:
-    """Calls a compiled network, and reports how long the first call with inputs of new shapes took."""
+    """Calls a compiled network, and reports how long the first call with inputs of new shapes took.
 
-    def __init__(self, compiled: Callable[..., Tensor], name: str) -> None:
+    cache: folder for what such a call compiles; None: where the process has it.
+    """
+
+    def __init__(self, compiled: Callable[..., Tensor], name: str, cache: str | None = None) -> None:
         self.compiled = compiled
         self.name = name
+        self.cache = cache
         self._seen: set[tuple[Any, ...]] = set()
         self._lock = threading.Lock()
 
@@ -61,34 +63,26 @@ class FirstCalls:
         if not is_new:
             return self.compiled(*args)
         started = time.monotonic()
-        result = self.compiled(*args)
+        with compile_cache(self.cache):
+            result = self.compiled(*args)
         size = "x".join(map(str, shapes[0] or ()))
         print(f"backend=compile: {self.name}, input {size}: {time.monotonic() - started:.1f} s", file=sys.stderr)
         return result
 
 
-def keep_cache() -> None:
-    """Points inductor's cache to the user's cache folder, unless the environment names another.
+def cache_folder() -> str | None:
+    """Returns the folder of the user's cache that what inductor compiles lies in; None where it lies elsewhere.
 
-    By itself inductor keeps it among temporary files, which a restart empties. Where the folder cannot be made it stays
-    there.
+    By itself inductor keeps it among temporary files, which a restart empties. It stays there where the folder cannot
+    be made, and goes where the environment says so.
     """
-    if CACHE_VARIABLE in os.environ:
-        return
+    utilities = sys.modules.get("torch._inductor.runtime.cache_dir_utils")  # it names its own folder once it compiles
+    own = None if utilities is None else utilities.default_cache_dir()
+    if os.environ.get(CACHE_VARIABLE, own) != own:
+        return None
     with suppress(OSError, RuntimeError):  # no home, or one that cannot be written
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldmseg_fast" / "inductor"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
-            os.environ[CACHE_VARIABLE] = str(folder)
-
-
-@contextmanager
-def tuned_convolutions(device: torch.device) -> Iterator[None]:
-    """Lets cuDNN try its algorithms for each new shape within the block, and keep the fastest; nothing on a CPU."""
-    before = torch.backends.cudnn.benchmark
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+            return str(folder)
+    return None

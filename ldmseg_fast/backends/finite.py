@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,26 @@ def require_finite(finite: Tensor | bool, what: str, info: ModelInfo, dtype: tor
             else "run it in float32, whose range is wider; if that fails too, take another checkpoint"
         )
         raise NonFiniteError(f"{info.folder}: {what} are not finite (NaN or infinity) in {name}; {wider}")
+
+
+def require_sampled(
+    sampled: Tensor | bool,
+    encoded: Callable[[], Tensor | bool],
+    given: Callable[[], Tensor | bool],
+    info: ModelInfo,
+    dtype: torch.dtype,
+) -> None:
+    """Reads whether mask latents are finite, and if not names what made them so.
+
+    Args:
+        sampled: what `all_finite` says of mask latents float [B, C, h, w], a bool [].
+        encoded, given: what it says of the image latents and of the noise.
+        info, dtype: as in `require_finite`.
+
+    Raises:
+        NonFiniteError: they are not.
+    """
+    if not bool(sampled):
+        require_finite(encoded(), "image_vae: image latents", info, dtype)
+        require_finite(given(), "the initial noise: its values", info, torch.float32)
+        require_finite(False, "unet: sampled latents", info, dtype)

@@ -12,25 +12,29 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import DdimBackend
-from ldmseg_fast.backends.compiled import compile_network, tuned_convolutions
-from ldmseg_fast.backends.finite import all_finite, require_finite
+from ldmseg_fast.backends.compiled import compile_network
+from ldmseg_fast.backends.finite import all_finite, require_finite, require_sampled
 from ldmseg_fast.backends.graphs.lanes import Lane, LanePool
 from ldmseg_fast.backends.graphs.loop import UNetSteps, use_cuda_graph
+from ldmseg_fast.backends.graphs.whole import WholePicture
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.packed_weights import can_pack, pack_weights
-from ldmseg_fast.backends.precision import choose_precision
+from ldmseg_fast.backends.precision import choose_attention, choose_precision
+from ldmseg_fast.backends.process_settings import gpu_settings
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import warn_if_emulated
-from ldmseg_fast.models.attention import check_backend
 from ldmseg_fast.models.fp8_layers import use_fp8
 from ldmseg_fast.models.fused_unet import FusedUNet, why_not_fused
 from ldmseg_fast.models.pyramids import fold_norms
 from ldmseg_fast.models.unet import FeatureCache, UNet
-from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, resize_logits
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, read_maps, resize_logits, with_categories
 
+WHOLE_STEPS = 4  # more steps take so long that a graph of their own does as well
 CAPTURED_BATCH = 4  # pictures; encoder and decoder of more are busy, and their graphs would keep gigabytes
+
+_DECODED = ("mask_vae: slot logits", "mask_vae: slot or category logits")  # without and with categories
 
 
 class TorchBackend(DdimBackend):
@@ -43,9 +47,11 @@ class TorchBackend(DdimBackend):
             gives a warning that says how much.
         compile_networks: `torch.compile` for the denoiser and the encoder, see `compiled.compile_network`; the first
             call with a batch or size takes a minute or more, and says on stderr how long it took.
-        attention: of the UNet, see `models.attention.attention`.
+        attention: of the UNet, see `models.attention.attention`; "fp8" where the device has no such products is "auto",
+            with a warning.
         cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps, and encoder and decoder
-            of a few pictures as one each; None: on a GPU. What cannot be captured runs without, with a warning.
+            of a few pictures as one each; few steps of pictures of one size, from pixels to maps, become one graph
+            when the size is repeated. None: on a GPU. What cannot be captured runs without, with a warning.
         fused: run the UNet with few launches, see `models.fused_unet`. A network that is compiled, or has what the
             fused one has not, runs as it is, with a warning.
         precision: in the place of `dtype`, one of `backends.precision.PRECISIONS`.
@@ -69,9 +75,9 @@ class TorchBackend(DdimBackend):
     ) -> None:
         self.info = info
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype, fp8 = choose_precision(precision, dtype, self.device)
+        self.dtype, fp8, self.tf32 = choose_precision(precision, dtype, self.device)
         warn_if_emulated(self.device, self.dtype)
-        check_backend(attention, self.device, self.dtype)
+        attention = choose_attention(attention, self.device, self.dtype)
         self.cuda_graph = use_cuda_graph(cuda_graph, self.device)
         self.unet = self._load("unet", attention)
         self.cache_branches: int = self.unet.num_skips
@@ -134,7 +140,7 @@ class TorchBackend(DdimBackend):
 
     def _call(self, name: str, function: Callable[[Tensor], tuple[Tensor, ...]], value: Tensor) -> tuple[Tensor, ...]:
         """Calls a network of `value` [B, ...]; as a CUDA graph where launches are what takes the time."""
-        with tuned_convolutions(self.device):
+        with gpu_settings(self.device, self.tf32):
             if not self.cuda_graph or not 0 < len(value) <= CAPTURED_BATCH:
                 return function(value)
             with self._lanes.lane() as lane:
@@ -143,7 +149,7 @@ class TorchBackend(DdimBackend):
     @torch.inference_mode()
     def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """See `Backend.denoise`."""
-        with tuned_convolutions(self.device):
+        with gpu_settings(self.device, self.tf32):
             return self._denoise(unet_input.to(self.dtype), timesteps, context)
 
     def caching(self, interval: int, branch: int) -> Callable[..., Tensor]:
@@ -154,7 +160,7 @@ class TorchBackend(DdimBackend):
         def denoise(unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
             if next(calls) % interval == 0:
                 cache.features = None
-            with tuned_convolutions(self.device):
+            with gpu_settings(self.device, self.tf32):
                 return self.unet(unet_input.to(self.dtype), timesteps, context, cache)
 
         return denoise
@@ -162,8 +168,46 @@ class TorchBackend(DdimBackend):
     def _own_loop(self, noise: Tensor, image_latents: Tensor, num_inference_steps: int) -> Tensor | None:
         if not self.cuda_graph or self.conditioning is not None:
             return None
-        with self._lanes.lane() as lane, tuned_convolutions(self.device):
+        with self._lanes.lane() as lane, gpu_settings(self.device, self.tf32):
             return lane.sample(self.info, noise, image_latents, num_inference_steps)
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        images: Tensor,
+        noise: Tensor,
+        num_inference_steps: int,
+        size: tuple[int, int],
+        thresholds: PostprocessConfig | None = None,
+    ) -> list[PanopticResult] | None:
+        """See `Backend.segment`: for pictures like those of the call before."""
+        is_small = 0 < len(images) <= CAPTURED_BATCH and num_inference_steps <= WHOLE_STEPS
+        if not self.cuda_graph or self.conditioning is not None or not is_small:
+            return None
+        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
+        info, network_size = self.info, (self.info.image_size, self.info.image_size)
+        chosen = thresholds or info.postprocess
+        limits = (chosen.mask_threshold, chosen.count_threshold, chosen.overlap_threshold)
+        settings = (num_inference_steps, network_size, size, limits)
+        with self._lanes.lane() as lane, gpu_settings(self.device, self.tf32):
+            if not lane.is_repeated("a whole picture", images, noise, settings=settings):
+                return None
+            make_steps = lane.make_steps
+            whole = WholePicture(
+                lambda pictures: self._encode_images(pictures)[0],
+                lambda latents: make_steps(info, latents, num_inference_steps),
+                lambda latents: self._decode_latents(latents.to(self.dtype)),
+                network_size,
+                size,
+                limits,
+            )
+            found = lane.call("a whole picture", whole, images, noise, settings=settings)
+        finite, segmentation, area, box, score, *logits = found
+        results = read_maps(segmentation, area, box, score)
+        encoded, given, sampled, decoded = finite.tolist()
+        require_sampled(sampled, lambda: encoded, lambda: given, info, self.dtype)
+        require_finite(decoded, _DECODED[bool(logits)], info, self.dtype)
+        return results if info.categories is None else with_categories(results, *logits, info.categories)
 
     @torch.inference_mode()
     def decode_mask(
@@ -192,12 +236,7 @@ class TorchBackend(DdimBackend):
             sizes = [size] * len(latents)
             table = self.info.categories
             results = postprocess(logits, network_size, sizes, thresholds, categories, table, fuse=fuse)
-        require_finite(
-            finite,
-            "mask_vae: slot logits" if categories is None else "mask_vae: slot or category logits",
-            self.info,
-            self.dtype,
-        )
+        require_finite(finite, _DECODED[categories is not None], self.info, self.dtype)
         return results
 
     def close(self) -> None:

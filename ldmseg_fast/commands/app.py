@@ -110,6 +110,7 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
     from ldmseg_fast.app.page import build
     from ldmseg_fast.app.process import ProcessWorker
     from ldmseg_fast.app.visitors import Sweeper
+    from ldmseg_fast.app.work import left_out
     from ldmseg_fast.checkpoints.hub_names import shown_name
 
     limits = Limits(
@@ -120,6 +121,8 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
         metrics=PrometheusMetrics(),
     )
     backends = (args.backend, "torch") if args.backend != "torch" else ("torch",)
+    for line in left_out(args.backend, speed_of(args)):
+        print(line, file=sys.stderr, flush=True)
     own: dict[str, Any] = {"speed": speed_of(args), "max_pixels": args.max_pixels, "threads": args.threads}
     worker = ProcessWorker(args.model_dir, backends, args.engine_dir, **own)
     try:

@@ -106,8 +106,8 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --precision, --attention, --fused, --cuda-graph and --no-cuda-graph, which `speed_of` reads."""
     parser.add_argument(
         "--precision",
-        help="of torch and compile: fp32, bf16, fp16, fp8 (GPUs of sm_89 and newer) or fp8-emulated (slow, to measure "
-        "quality); default bf16 on a GPU and fp32 on a CPU",
+        help="of torch and compile: fp32, tf32, bf16, fp16, fp8 (GPUs of sm_89 and newer) or fp8-emulated (slow, to "
+        "measure quality); default bf16 on a GPU and fp32 on a CPU",
     )
     parser.add_argument(
         "--attention", default="auto", help="of torch and compile: auto, triton, sdpa, xformers or fp8 (default auto)"

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import Backend
-from ldmseg_fast.backends.finite import all_finite, require_finite
+from ldmseg_fast.backends.finite import all_finite, require_sampled
 from ldmseg_fast.checkpoints.schema import ModelIndex, checked, read_settings
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.transforms import resize_image
@@ -190,12 +190,42 @@ class MaskSampler:
                 step_noise=partial(self.step_noise, sampling.seed, image_ids, "step"),
                 constraint=constraint,
             )
-        finite = bool(all_finite(mask_latents))
-        if not finite:
-            require_finite(all_finite(image_latents), "image_vae: image latents", self.info, self.backend.dtype)
-            require_finite(all_finite(noise), "the initial noise: its values", self.info, noise.dtype)
-        require_finite(finite, "unet: sampled latents", self.info, self.backend.dtype)
+        require_sampled(
+            all_finite(mask_latents),
+            lambda: all_finite(image_latents),
+            lambda: all_finite(noise),
+            self.info,
+            self.backend.dtype,
+        )
         return mask_latents
+
+    def segment(
+        self,
+        pixels: Tensor,
+        noise: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        thresholds: PostprocessConfig | None,
+    ) -> list[PanopticResult] | None:
+        """Encodes, samples and decodes at once, where the backend does all of it in one launch; None where it does not.
+
+        Args:
+            pixels: uint8 [B, 3, S, S].
+            noise: x_T, float32 [B, C, h, w].
+            sizes: (H, W) of each picture.
+            sampling, thresholds: as in `denoise` and `decode`.
+
+        Returns:
+            A PanopticResult per picture, whose segmentation is int32 [H, W].
+
+        Raises:
+            NonFiniteError: see `denoise`.
+        """
+        plain = sampling.is_plain and sampling.callback is None and self.info.conditioning == "none"
+        if not plain or len(set(sizes)) != 1 or self.scheduler.config != self.info.scheduler:
+            return None
+        steps = sampling.num_inference_steps
+        return self.backend.segment(pixels, noise.to(self.backend.device), steps, sizes[0], thresholds)
 
     def decode(
         self,

@@ -70,18 +70,38 @@ def postprocess(
             thresholds.count_threshold,
             thresholds.overlap_threshold,
         )
-        maps = segmentation.cpu().numpy()
-        area, box, score = (tensor.cpu().numpy() for tensor in statistics)
-        for row, image in enumerate(images):
-            results[image] = PanopticResult(maps[row], make_segments_info(area[row], box[row], score[row]))
+        results.update(zip(images, read_maps(segmentation, *statistics)))
     ordered = [results[image] for image in range(len(results))]
     if category_logits is None or categories is None:
         return ordered
-    used = sorted({segment["id"] - 1 for result in ordered for segment in result.segments_info})
+    return with_categories(ordered, mask_logits, category_logits, categories, fuse=fuse)
+
+
+def read_maps(segmentation: Tensor, area: Tensor, box: Tensor, score: Tensor) -> list[PanopticResult]:
+    """Copies what `panoptic_head` made to the host: int32 [B, H, W], and of each slot [B, Q], [B, Q, 4] and [B, Q]."""
+    maps, *statistics = (tensor.cpu().numpy() for tensor in (segmentation, area, box, score))
+    return [PanopticResult(each, make_segments_info(*rows)) for each, *rows in zip(maps, *statistics)]
+
+
+def with_categories(
+    results: Sequence[PanopticResult],
+    mask_logits: Tensor,
+    category_logits: Tensor,
+    categories: CategoryTable,
+    *,
+    fuse: bool = True,
+) -> list[PanopticResult]:
+    """Gives segments their categories.
+
+    Args:
+        results: of each image, without.
+        mask_logits, category_logits, categories, fuse: as in `postprocess`, float [B, Q, h, w] and [B, C + 1, ., .].
+    """
+    used = sorted({segment["id"] - 1 for result in results for segment in result.segments_info})
     slots = torch.tensor(used, dtype=torch.int64, device=mask_logits.device)
     found = (tensor.cpu().numpy() for tensor in slot_categories(mask_logits, category_logits, slots))  # [B, K]
     numbers, scores = (_of_slots(part, used, mask_logits.shape[1]) for part in found)  # [B, Q]
-    return [name_segments(*each, categories, fuse=fuse) for each in zip(ordered, numbers, scores)]
+    return [name_segments(*each, categories, fuse=fuse) for each in zip(results, numbers, scores)]
 
 
 def _of_slots(values: np.ndarray, slots: list[int], count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.app.scoring import read_truth
-from ldmseg_fast.app.work import Settings, Worker, view_of
+from ldmseg_fast.app.work import Settings, Worker, left_out, view_of
 from ldmseg_fast.data.pictures import Picture
 from ldmseg_fast.errors import ArgumentError, BackendError, ConfigError, DataError
 from ldmseg_fast.panoptic.format import write_panoptic_png
@@ -201,6 +201,17 @@ def test_a_worker_refuses_unknown_backends_at_once():
         Worker(backends=("cuda",))
     with pytest.raises(BackendError, match="engine_dir"):
         Worker(backends=("onnxruntime",))
+
+
+def test_options_that_graphs_do_without_are_named():
+    usual = {"cuda_graph": None, "fused": False, "precision": None, "attention": "auto"}
+    given = usual | {"fused": True, "precision": "fp8", "attention": "sdpa"}
+    for backend in ("onnxruntime", "tensorrt"):
+        lines = left_out(backend, given)
+        assert [line.split(":")[0] for line in lines] == ["--precision fp8", "--fused", "--attention sdpa"]
+        assert all(f"backend={backend} runs graphs" in line for line in lines)
+        assert not left_out(backend, usual)
+    assert not left_out("torch", given) and not left_out("compile", given)
 
 
 def test_a_model_with_categories(category_model, scene):

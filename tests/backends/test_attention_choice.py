@@ -20,14 +20,21 @@ def test_the_choice_reaches_every_layer(model_dir):
 
 @pytest.mark.parametrize("backend", ["torch", "compile"])
 def test_what_cannot_run_is_refused_at_load(backend, model_dir):
-    for name, message in (
-        ("fp8", "attention=fp8 needs a GPU of sm_89 or newer, not cpu; use attention=auto"),
-        ("triton", "attention=triton needs a GPU, the model is on cpu; use attention=auto or sdpa"),
-    ):
-        with pytest.raises(BackendError, match=f"^{message}$"):
-            LDMSegPipeline.from_pretrained(model_dir, backend, device="cpu", attention=name)
+    message = "attention=triton needs a GPU, the model is on cpu; use attention=auto or sdpa"
+    with pytest.raises(BackendError, match=f"^{message}$"):
+        LDMSegPipeline.from_pretrained(model_dir, backend, device="cpu", attention="triton")
     with pytest.raises(ArgumentError, match="attention='flash': one of auto"):
         LDMSegPipeline.from_pretrained(model_dir, backend, device="cpu", attention="flash")
+
+
+def test_fp8_is_left_out_where_there_is_none(model_dir):
+    picture = torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()
+    plain = LDMSegPipeline.from_pretrained(model_dir, device="cpu")
+    message = "^attention=fp8: it needs a GPU of sm_89 or newer, not cpu; attention=auto is computed instead"
+    with pytest.warns(UserWarning, match=message):
+        left_out = LDMSegPipeline.from_pretrained(model_dir, device="cpu", attention="fp8")
+    assert chosen(left_out) == {"auto"}
+    assert torch.equal(left_out(picture, 1, output_type="latent"), plain(picture, 1, output_type="latent"))
 
 
 def test_graphs_have_their_own(model_dir, tmp_path):
@@ -37,8 +44,8 @@ def test_graphs_have_their_own(model_dir, tmp_path):
 
 
 def test_fp8_computes_the_attention_of_a_sample(model_dir, monkeypatch):
-    """On a CPU by the reference, once the refusal is out of the way."""
-    monkeypatch.setattr("ldmseg_fast.backends.torch_backend.check_backend", lambda *arguments: None)
+    """On a CPU by the reference, once the fallback is out of the way."""
+    monkeypatch.setattr("ldmseg_fast.backends.torch_backend.choose_attention", lambda name, *_: name)
     calls = []
     plain = reference.attention_fp8
     monkeypatch.setattr(reference, "attention_fp8", lambda *arguments: calls.append(1) or plain(*arguments))

@@ -1,13 +1,20 @@
 """What `torch.compile` is asked for, what its first calls say, and which settings last no longer than our calls."""
 
 import os
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldmseg_fast.backends import compiled
-from ldmseg_fast.backends.compiled import CACHE_VARIABLE, FirstCalls, compile_network, keep_cache, tuned_convolutions
+from ldmseg_fast.backends.compiled import FirstCalls, cache_folder, compile_network
+from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.backends.precision import choose_precision
+from ldmseg_fast.backends.process_settings import CACHE_VARIABLE, gpu_settings
+from ldmseg_fast.backends.torch_backend import TorchBackend
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -16,19 +23,27 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 def home(monkeypatch, tmp_path):
     monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch._inductor.runtime.cache_dir_utils", raising=False)
     yield tmp_path
-    os.environ.pop(CACHE_VARIABLE, None)
+    os.environ.pop(CACHE_VARIABLE, None)  # inductor sets it when imported
 
 
 def test_a_gpu_gets_the_tuned_form_and_a_kept_cache(monkeypatch, home):
-    asked = {}
+    asked, folders = {}, []
+
+    def absolute(x):
+        folders.append(os.environ.get(CACHE_VARIABLE))
+        return abs(x)
+
     monkeypatch.setattr(torch, "compile", lambda network, **options: asked.update(options) or network)
-    assert compile_network(abs, "unet", CUDA)(torch.tensor(-1.0)) == 1
+    network = compile_network(absolute, "unet", CUDA)
+    for _ in range(2):  # a call that compiles, and one that does not
+        assert network(torch.tensor(-1.0)) == 1
+    assert folders == [str(home / "ldmseg_fast" / "inductor"), None] and CACHE_VARIABLE not in os.environ
     assert asked["dynamic"] is False and asked["options"]["max_autotune"] and asked["options"]["conv_1x1_as_mm"]
     from torch._inductor import list_options
 
     assert asked["options"].keys() <= set(list_options())
-    assert os.environ[CACHE_VARIABLE] == str(home / "ldmseg_fast" / "inductor")
 
 
 def test_a_cpu_keeps_its_cache_to_itself(monkeypatch):
@@ -50,19 +65,76 @@ def test_the_first_call_of_each_shape_says_what_it_took(capsys):
 
 def test_a_cache_that_is_named_stays_and_one_that_cannot_be_is_none(monkeypatch, home):
     monkeypatch.setenv(CACHE_VARIABLE, "/there")
-    keep_cache()
-    assert os.environ.pop(CACHE_VARIABLE) == "/there"
+    assert cache_folder() is None and os.environ[CACHE_VARIABLE] == "/there"
+    itself = SimpleNamespace(default_cache_dir=lambda: "/there")  # where inductor has named its own folder
+    monkeypatch.setitem(sys.modules, "torch._inductor.runtime.cache_dir_utils", itself)
+    assert cache_folder() == str(home / "ldmseg_fast" / "inductor")
+    monkeypatch.delenv(CACHE_VARIABLE)
     (home / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
-    keep_cache()
-    assert CACHE_VARIABLE not in os.environ and Path(home / "file").is_file()
+    assert cache_folder() is None and Path(home / "file").is_file()
 
 
-def test_convolutions_are_tuned_within_our_calls_only():
-    before = torch.backends.cudnn.benchmark
-    with pytest.raises(ValueError, match="stop"), tuned_convolutions(CUDA):
-        assert torch.backends.cudnn.benchmark
+def settings() -> tuple:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return cudnn.benchmark, matmul.fp32_precision, cudnn.allow_tf32, cudnn.conv.fp32_precision
+
+
+def test_settings_hold_within_our_calls_only():
+    before = settings()
+    with pytest.raises(ValueError, match="stop"), gpu_settings(CUDA):
+        assert settings() == (True, *before[1:])
         raise ValueError("stop")
-    with tuned_convolutions(CPU):
-        assert torch.backends.cudnn.benchmark == before
-    assert torch.backends.cudnn.benchmark == before
+    with pytest.raises(ValueError, match="stop"), gpu_settings(CUDA, tf32=True):
+        assert settings() == (True, "tf32", True, "tf32") and torch.get_float32_matmul_precision() == "high"
+        raise ValueError("stop")
+    with gpu_settings(CPU, tf32=True):
+        assert settings() == before
+    assert settings() == before and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_process_that_uses_the_newer_setting_of_products_may_go_on_with_it():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for chosen in ("tf32", "ieee"):
+            matmul.fp32_precision = chosen
+            with gpu_settings(CUDA, tf32=True):
+                assert matmul.fp32_precision == "tf32"
+            assert matmul.fp32_precision == chosen
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_threads_that_overlap_put_back_what_was_there_before_the_first():
+    before = settings()
+    inside, leave = threading.Barrier(2), threading.Event()
+
+    def call():
+        with gpu_settings(CUDA, tf32=True):
+            inside.wait(10)
+            leave.wait(10)
+
+    thread = threading.Thread(target=call)
+    with gpu_settings(CUDA):
+        thread.start()
+        inside.wait(10)
+    assert settings() == (True, "tf32", True, "tf32")  # the other call is still under way
+    leave.set()
+    thread.join()
+    assert settings() == before
+
+
+def test_tf32_is_a_precision_of_our_calls(model_dir, monkeypatch):
+    assert choose_precision("tf32", None, CUDA) == (torch.float32, False, True)
+    assert choose_precision("fp32", None, CUDA) == (torch.float32, False, False)
+    with pytest.warns(
+        UserWarning, match="^precision=tf32: it needs a GPU of sm_80 or newer, not cpu; fp32 is computed"
+    ):
+        backend = TorchBackend(read_model_info(model_dir), "cpu", precision="tf32")
+    asked = []
+    monkeypatch.setattr(
+        "ldmseg_fast.backends.torch_backend.gpu_settings", lambda *args: asked.append(args) or gpu_settings(*args)
+    )
+    backend.decode_mask(torch.zeros(1, 4, 16, 16), (8, 8))
+    assert asked == [(CPU, True)]

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,9 +21,10 @@ from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.cli import main
+from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
-from ldmseg_fast.errors import ArgumentError, BackendError
+from ldmseg_fast.errors import ArgumentError, BackendError, NonFiniteError
 from ldmseg_fast.models.fused_unet import FusedUNet
 from ldmseg_fast.panoptic.format import read_panoptic_png
 
@@ -118,7 +120,6 @@ def test_the_second_call_captures_and_then_replays(backend, cuda):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory"),
         torch.AcceleratorError("operation not permitted when stream is capturing", 900),
         RuntimeError("CUDA error: operation failed due to a previous error during capture"),
     ],
@@ -135,6 +136,67 @@ def test_a_failed_capture_is_one_warning_and_right_results(backend, cuda, error)
             check_sample(backend, 2, 3, seed)
             check_sample(backend, 1, 2, seed)
     assert (cuda.captures, cuda.replays) == (1, 0)
+
+
+def test_a_graph_that_does_not_fit_leaves_the_others(backend, cuda):
+    for seed in range(3):
+        check_sample(backend, 1, 2, seed)  # captured, replayed twice
+
+    class Failing:
+        """A capture that ends in another error than the one that made it fail."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def capture(graph, stream, capture_error_mode):
+        cuda.captures += 1
+        return Failing()
+
+    lane = backend._lanes._free[0]
+    lane.make_steps = partial(loop.UNetSteps, backend._network, out_of_memory(backend, 3))  # in the capture
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", capture)
+        check_sample(backend, 4, 2)
+        message = (
+            r"sampling loop cannot be captured \(OutOfMemoryError: CUDA .* GiB\); at this size it runs step by step"
+        )
+        with pytest.warns(UserWarning, match=message):
+            check_sample(backend, 4, 2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_sample(backend, 4, 2, 2)
+        check_sample(backend, 1, 2, 3)
+    assert (cuda.captures, cuda.replays) == (2, 3)
+
+
+def test_memory_of_other_graphs_is_taken_where_it_is_needed(backend, cuda):
+    """A call that runs out of memory runs again without the graphs of other sizes; without any it fails as it did."""
+    for seed in range(3):
+        check_sample(backend, 1, 2, seed)
+    lane = backend._lanes._free[0]
+    lane.make_steps = partial(loop.UNetSteps, backend._network, out_of_memory(backend, 1))
+    check_sample(backend, 4, 2)
+    assert [key[0][0] for key in lane._loops] == [4]
+    lane._drop(next(iter(lane._loops)))
+    lane.make_steps = partial(loop.UNetSteps, backend._network, out_of_memory(backend, 1))
+    with pytest.raises(torch.OutOfMemoryError):
+        lane.sample(backend.info, *make_inputs(4), 2)
+
+
+def out_of_memory(backend, call: int):
+    """A UNet whose so many-th call finds no memory."""
+    calls = []
+
+    def denoise(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more")
+        return backend._network.denoise(*args)
+
+    return denoise
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA error: operation not permitted")], ids=["", "refused"])
@@ -156,6 +218,84 @@ def test_encoder_and_decoder_are_graphs_of_their_own(model_dir, backend, cuda, e
     for _ in range(3):
         backend.encode_image(pictures[0].expand(5, -1, -1, -1))  # a batch that keeps the GPU busy by itself
     assert cuda.captures == before
+
+
+def make_pipe(folder, **options):
+    return LDMSegPipeline.from_pretrained(folder, device="cpu", **options)
+
+
+def check_same(found, expected) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        assert np.array_equal(one.segmentation, other.segmentation)
+        assert [s["id"] for s in one.segments_info] == [s["id"] for s in other.segments_info]
+        for mine, theirs in zip(one.segments_info, other.segments_info):
+            assert mine == theirs | {"score": pytest.approx(theirs["score"], abs=1e-5)}
+
+
+@pytest.mark.parametrize("model", ["model_dir", "category_model"])
+def test_few_steps_of_repeated_pictures_are_one_launch(request, cuda, model):
+    """The first call finds nothing to repeat, the second runs it whole, the third captures that, all others replay."""
+    folder = request.getfixturevalue(model)
+    pipe, plain = make_pipe(folder), make_pipe(folder)
+    pipe.backend.cuda_graph = True
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(0, 256, (6, 40, 56, 3), dtype=np.uint8)
+    low = {"thresholds": PostprocessConfig(mask_threshold=0.0, count_threshold=1, overlap_threshold=0.0)}
+    counts, kept = [], []
+    for seed, picture in enumerate(pictures):
+        kept.append(pipe(picture, 1, seed=seed, **low))
+        counts.append((cuda.captures, cuda.replays))
+    assert counts == [(0, 0), (0, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
+    for seed, picture in enumerate(pictures):  # later calls changed nothing of earlier results
+        check_same(kept[seed], plain(picture, 1, seed=seed, **low))
+    assert any(result.segments_info for results in kept for result in results)
+    check_same(pipe(pictures[0], 1), plain(pictures[0], 1))  # other thresholds are another graph
+
+
+def test_what_one_launch_cannot_do_goes_step_by_step(model_dir, cuda):
+    pipe, plain = make_pipe(model_dir), make_pipe(model_dir)
+    pipe.backend.cuda_graph = True
+    pictures = np.random.default_rng(1).integers(0, 256, (2, 30, 50, 3), dtype=np.uint8)
+    calls = []
+    for each in (
+        {"num_inference_steps": 5},
+        {"num_inference_steps": 2, "solver": "heun"},
+        {"num_inference_steps": 1, "callback": lambda *_: calls.append(1)},
+    ):
+        for _ in range(3):
+            check_same(pipe(pictures[0], **each), plain(pictures[0], **each))
+    mixed = [pictures[0], pictures[1][:20]]
+    for _ in range(3):
+        check_same(pipe(mixed, 1), plain(mixed, 1))
+    lane = pipe.backend._lanes._free[0]
+    assert calls and not any(key[0] == "a whole picture" for key in lane._calls)
+
+
+def test_numbers_that_are_not_finite_name_their_network_in_one_launch_too(model_dir, cuda):
+    pipe = make_pipe(model_dir)
+    pipe.backend.cuda_graph = True
+    picture = np.zeros((30, 50, 3), np.uint8)
+    for _ in range(3):
+        pipe(picture, 1)
+    assert cuda.replays == 1
+    for name, network, what in (
+        ("decode_latents_both", pipe.backend.mask_vae, "mask_vae: slot logits"),
+        ("denoise", pipe.backend.unet, "unet: sampled latents"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            spoilt = getattr(network, name)
+            patch.setattr(network, name, lambda *args, spoilt=spoilt: spoil(spoilt(*args)))
+            lane = pipe.backend._lanes._free[0]
+            lane._calls.clear()
+            lane.make_steps = partial(loop.UNetSteps, pipe.backend.unet, pipe.backend.unet.denoise)
+            with pytest.raises(NonFiniteError, match=what):
+                for _ in range(2):
+                    pipe(picture, 1)
+
+
+def spoil(result):
+    return (result[0] * float("nan"), *result[1:]) if isinstance(result, tuple) else result * float("nan")
 
 
 def test_a_fault_of_ours_is_no_failed_capture(backend, cuda):

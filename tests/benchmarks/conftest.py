@@ -1,5 +1,6 @@
 """The benchmark scripts as they are run: each in a process of its own, from the checkout."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -24,6 +25,30 @@ def script():
         )
 
     return run
+
+
+class Understood(Exception):
+    """Raised in the place of work."""
+
+
+@pytest.fixture
+def understands(monkeypatch):
+    """Asserts that a script's own parser takes arguments, to the last; nothing is run."""
+    plain = argparse.ArgumentParser.parse_known_args
+
+    def parse(self, args=None, namespace=None):
+        _, rest = plain(self, args, namespace)
+        assert not rest
+        raise Understood
+
+    def check(module, arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+            patch.setattr(sys, "argv", [module.__name__, *arguments])
+            with pytest.raises(Understood):
+                module.main()
+
+    return check
 
 
 @pytest.fixture

@@ -169,19 +169,20 @@ def test_the_command_names_a_missing_headline_row(tmp_path, monkeypatch, capsys)
 
 
 def test_the_rendered_files_are_current():
-    """README.md, docs/results.md and REPORT.md hold what the result files say, and no result file is stale."""
+    """Documents with markers and REPORT.md hold what the result files say, and no result file is stale."""
     assert report.main(["--check"]) == 0
 
 
 def test_every_file_with_markers_is_rendered(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    for name in ("README.md", "docs/results.md", "benchmarks/REPORT.md"):
+    names = (*report.WITH_MARKERS, "benchmarks/REPORT.md")
+    for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("<!-- results:headline -->\nold\n<!-- end -->\n")
     assert report.main(["--check"]) == 1
     err = capsys.readouterr().err
-    assert all(f"{name}: not current" in err for name in ("README.md", "docs/results.md", "benchmarks/REPORT.md"))
+    assert all(f"{name}: not current" in err for name in names)
     assert report.main(["--html", str(tmp_path / "page.html")]) == 0
     assert HEADLINE[-1].what in (tmp_path / "docs" / "results.md").read_text()
     assert report.main(["--check"]) == 0

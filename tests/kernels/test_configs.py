@@ -173,7 +173,7 @@ def test_faults_of_a_build(fault):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
 def test_machine_instructions_are_counted():
-    from ldmseg_fast.kernels.aot import count_sass
+    from ldmseg_fast.kernels.sass import count_sass
 
     lines = ["Function:f", "--:-:-:Y:1\t@!P0 BRA 0x10;", "01:-:0:-:4\tWARPGROUP.DEPBAR.LE gsb0, 0x0;"]
     assert count_sass("\n".join([*lines, ".L_1:", "--:-:-:Y:0\tIMAD.MOV.U32 R1, RZ, RZ, R2;", "--:-:-:Y:0\tNOP;"])) == (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,22 @@ from torch import Tensor
 
 
 class CaptureError(Exception):
-    """Reports that work could not be captured as a CUDA graph. A `Lane` goes on without one."""
+    """Reports that work could not be captured as a CUDA graph. A `Lane` goes on without one.
+
+    Attributes:
+        is_memory: its memory did not fit, which says nothing of smaller work.
+    """
+
+    def __init__(self, error: BaseException, outer: BaseException | None = None) -> None:
+        """Tells of `error`, and of what it hides: once work has failed, the end of its capture fails as well.
+
+        outer: what the caller was handling already.
+        """
+        causes = [error]
+        while (before := causes[-1].__cause__ or causes[-1].__context__) is not None and before is not outer:
+            causes.append(before)
+        super().__init__(f"{type(causes[-1]).__name__}: {str(causes[-1]).partition(chr(10))[0]}")
+        self.is_memory = any(isinstance(cause, torch.OutOfMemoryError) for cause in causes)
 
 
 class Captured:
@@ -48,46 +64,47 @@ class Captured:
         self._threads.add(thread)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
+        outer = sys.exc_info()[1]
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.run()
         except RuntimeError as error:  # whatever CUDA refuses
-            raise CaptureError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+            raise CaptureError(error, outer) from None  # a traceback would hold the memory of what it failed in
         return graph
 
 
 class CapturedCall:
-    """Calls a function of one tensor, of one shape and dtype, as a CUDA graph; see `Captured`.
+    """Calls a function of tensors, each of one shape and dtype, as a CUDA graph; see `Captured`.
 
     Args:
-        function: from a tensor to tensors of any shape and dtype.
+        function: from tensors to tensors of any shape and dtype.
         stream, capture: see `Captured`.
     """
 
     def __init__(
-        self, function: Callable[[Tensor], tuple[Tensor, ...]], stream: torch.cuda.Stream | None, capture: bool
+        self, function: Callable[..., tuple[Tensor, ...]], stream: torch.cuda.Stream | None, capture: bool
     ) -> None:
         self.function = function
         self.stream = stream
-        self._input: Tensor | None = None
+        self._inputs: tuple[Tensor, ...] = ()
         self._outputs: tuple[Tensor, ...] = ()
         self._run = Captured(self._call, stream, capture)
 
     def _call(self) -> None:
-        assert self._input is not None
-        self._outputs = self.function(self._input)
+        self._outputs = self.function(*self._inputs)
 
     @torch.inference_mode()
-    def __call__(self, value: Tensor) -> tuple[Tensor, ...]:
-        """Returns what the function does of `value`, any shape and dtype, in new tensors.
+    def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Returns what the function does of `values`, each of any shape and dtype, in new tensors.
 
         Raises:
             CaptureError: it cannot be captured.
         """
         with on_stream(self.stream):
-            self._input = torch.empty_like(value) if self._input is None else self._input
-            self._input.copy_(value)
+            self._inputs = self._inputs or tuple(torch.empty_like(value) for value in values)
+            for own, value in zip(self._inputs, values):
+                own.copy_(value)
             self._run()
         results = tuple(torch.empty_like(each) for each in self._outputs)  # outside, see `on_stream`
         with on_stream(self.stream):

@@ -45,6 +45,8 @@ class Lane:
         self.capture = capture
         self._loops: OrderedDict[tuple, SampleLoop] = OrderedDict()
         self._calls: OrderedDict[tuple, CapturedCall] = OrderedDict()
+        self._last: tuple = ()  # what `is_repeated` was asked
+        self._too_large: set[tuple] = set()  # whose graphs did not fit into memory
 
     def run(self, graph: str, inputs: Mapping[str, Tensor], output_sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """Runs a graph once.
@@ -75,48 +77,91 @@ class Lane:
     def sample(self, info: ModelInfo, noise: Tensor, image_latents: Tensor, num_inference_steps: int) -> Tensor:
         """Samples with the loop for this shape: noise and image latents [B, ., h, w] -> x_0 float32 [B, C, h, w].
 
-        Where a loop cannot be captured as a CUDA graph, a warning says so, and this lane goes on without graphs.
+        Where a loop cannot be captured as a CUDA graph, a warning says so, and this lane goes on without graphs. One
+        that does not fit into memory runs without, and the others stay. Graphs of other sizes make room where a call
+        needs their memory.
         """
+        key = (tuple(image_latents.shape), num_inference_steps)
         return self._captured(
-            "the sampling loop", lambda: self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
+            "the sampling loop", key, lambda: self.loop(info, image_latents, num_inference_steps)(noise, image_latents)
         )
 
-    def call(self, name: str, function: Callable[[Tensor], tuple[Tensor, ...]], value: Tensor) -> tuple[Tensor, ...]:
-        """Calls a function of a tensor, of any shape and dtype, as a CUDA graph for each shape of `value`.
+    def call(
+        self, name: str, function: Callable[..., tuple[Tensor, ...]], *values: Tensor, settings: tuple = ()
+    ) -> tuple[Tensor, ...]:
+        """Calls a function of tensors, of any shape and dtype, as a CUDA graph for each of their shapes.
 
         Where it cannot be captured, a warning says so as in `sample`. The least recently used call makes room for a
         fifth.
 
         Args:
-            name: of the function, which is always the same one under it.
-            function: gives tensors of any shape and dtype.
-            value: its argument.
+            name: of the function.
+            function: gives tensors of any shape and dtype. Under one name and `settings` it always does the same.
+            values: its arguments.
+            settings: what it depends on beside them.
         """
 
+        key = _key_of(name, values, settings)
+
         def run() -> tuple[Tensor, ...]:
-            key = (name, tuple(value.shape), value.dtype)
             if key not in self._calls:
                 while len(self._calls) >= MAX_LOOPS:
                     self._calls.popitem(last=False)
-                self._calls[key] = CapturedCall(function, self.stream, self.capture)
+                self._calls[key] = CapturedCall(function, self.stream, self._captures(key))
             self._calls.move_to_end(key)
-            return self._calls[key](value)
+            return self._calls[key](*values)
 
-        return self._captured(name, run)
+        return self._captured(name, key, run)
 
-    def _captured(self, name: str, run: Callable[[], Result]) -> Result:
+    def is_repeated(self, name: str, *values: Tensor, settings: tuple = ()) -> bool:
+        """Whether a call of `call`, with tensors of any shape and dtype like these, is worth a graph of its own.
+
+        It is where it has one already, or the last such question was the same.
+        """
+        key = _key_of(name, values, settings)
+        repeated = key in self._calls or key == self._last
+        self._last = key
+        return repeated and self._captures(key)
+
+    def _captures(self, key: tuple) -> bool:
+        return self.capture and key not in self._too_large
+
+    def _captured(self, name: str, key: tuple, run: Callable[[], Result]) -> Result:
+        try:
+            return self._with_room(key, run)
+        except CaptureError as error:
+            text = f"cuda_graph: {name} cannot be captured ({error})"
+            memory = error.is_memory
+        if memory:
+            self._too_large.add(key)
+            self._drop(key)
+            text += "; at this size it runs step by step from here on, with the same results"
+        else:
+            self.capture = False
+            self._loops.clear()  # with the memory of their graphs
+            self._calls.clear()
+            text += "; it runs step by step from here on, with the same results"
+        warnings.warn(f"{text}; cuda_graph=False or --no-cuda-graph does so from the start", stacklevel=3)
+        return self._with_room(key, run)
+
+    def _with_room(self, key: tuple, run: Callable[[], Result]) -> Result:
+        """Runs what `key` names, and again without the graphs of all else where memory runs out."""
         try:
             return run()
-        except CaptureError as error:
-            warnings.warn(
-                f"cuda_graph: {name} cannot be captured ({error}); it runs step by step from here on, with "
-                f"the same results; cuda_graph=False or --no-cuda-graph does so from the start",
-                stacklevel=3,
-            )
-        self.capture = False
-        self._loops.clear()  # with the memory of their graphs
-        self._calls.clear()
-        return run()
+        except torch.OutOfMemoryError:
+            if not self._drop_others(key):
+                raise
+        return run()  # outside the block above, whose error holds memory
+
+    def _drop_others(self, key: tuple) -> bool:
+        others = [each for each in (*self._loops, *self._calls) if each != key]
+        for each in others:
+            self._drop(each)
+        return bool(others)
+
+    def _drop(self, key: tuple) -> None:
+        self._loops.pop(key, None)
+        self._calls.pop(key, None)
 
     def loop(self, info: ModelInfo, image_latents: Tensor, num_inference_steps: int) -> SampleLoop:
         """Returns the loop for image latents of this shape, float [B, C_image, h, w], and this number of steps.
@@ -129,7 +174,7 @@ class Lane:
                 self._loops.popitem(last=False)
             with on_stream(self.stream):  # contexts and buffers belong to the lane's device
                 steps = self.make_steps(info, image_latents, num_inference_steps)
-                self._loops[key] = SampleLoop(steps, self.stream, self.capture)
+                self._loops[key] = SampleLoop(steps, self.stream, self._captures(key))
         self._loops.move_to_end(key)
         return self._loops[key]
 
@@ -137,6 +182,10 @@ class Lane:
         """Waits until the GPU has done what was queued here."""
         if self.stream is not None:
             self.stream.synchronize()
+
+
+def _key_of(name: str, values: tuple[Tensor, ...], settings: tuple) -> tuple:
+    return (name, settings, *((tuple(value.shape), value.dtype) for value in values))
 
 
 class LanePool:

@@ -1,6 +1,6 @@
 """Finds a model to time: a folder of trained weights, or a preset's sizes with random ones.
 
-python -m benchmarks.peers.random_model --preset tiny|coco --out MODEL_DIR
+python benchmarks/random_model.py --preset tiny|coco --out MODEL_DIR
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+if __package__ in (None, ""):
+    import checkout  # noqa: F401  (run as a script)
 
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings, save_component, save_index

@@ -1,0 +1,67 @@
+"""Counts what the kernels are compiled to, with no GPU: registers, matrix instructions, waits, instructions an element.
+
+    python benchmarks/bench_instructions.py --sm 80 90
+
+`python -m ldmseg_fast.kernels.aot --headline --sass` compiles each kernel function at its headline case. The counts
+depend on Triton's version and on nothing of the machine. A build that spills or fails is a red row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    import checkout  # noqa: F401  (run as a script)
+
+from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run
+from ldmseg_fast.distributed.ending import run_command
+from ldmseg_fast.kernels.aot import Build
+from ldmseg_fast.kernels.backend import KERNELS
+
+COUNTS = ("registers", "spill_bytes", "wgmma", "mma", "waits", "loop")
+
+
+def add_rows(run: Run, builds: list[dict[str, Any]]) -> None:
+    """Adds a row for each build, as `kernels.aot --json` writes them; red where it is unfit to ship."""
+    for each in builds:
+        per_element = round(each.pop("per_element"), 1)
+        made = Build(**each)
+        case = {"kernel": made.kernel, "warps": made.num_warps, "constants": made.constants}
+        variant = f"sm_{made.sm}"
+        if made.faults:
+            run.add_red(made.function, variant, "; ".join(made.faults), case=case)
+            continue
+        counts = {name: each[name] for name in COUNTS} | ({"per_element": per_element} if per_element else {})
+        run.add_value(made.function, made.instructions, "instructions", variant=variant, case=case, **counts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="compute capabilities, as 80 for 8.0")
+    parser.add_argument("--only", nargs="+", choices=KERNELS, help="these kernels only; a quick run")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    args = parser.parse_args(argv)
+    run = Run("instructions", quick=args.only is not None, folder=args.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "builds.json"
+        command = [sys.executable, "-m", "ldmseg_fast.kernels.aot", "--headline", "--sass", "--json", path]
+        command += ["--jobs", args.jobs, "--sm", *args.sm, *(["--only", *args.only] if args.only else [])]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, check=False)
+        if not path.is_file():
+            raise BenchmarkError(f"instructions: kernels.aot ended with exit code {done.returncode} and wrote nothing")
+        add_rows(run, json.loads(path.read_text(encoding="utf-8")))
+    run.save()
+    return int(bool(run.red))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

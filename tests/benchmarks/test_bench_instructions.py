@@ -1,0 +1,48 @@
+"""Counts of machine instructions become rows and a table; a build that is unfit to ship is a red row."""
+
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks.bench_instructions import add_rows
+from benchmarks.harness import Run, validate
+from benchmarks.reporting.tables import instructions
+from ldmseg_fast.kernels.aot import Build, collect
+from ldmseg_fast.kernels.backend import KERNELS
+from ldmseg_fast.kernels.sass import longest_loop
+
+
+def build(function, **more):
+    about = {"kernel": "panoptic_head", "sm": 90, "num_warps": 4, "num_stages": 1, "registers": 9}
+    made = Build(function=function, **about | {"constants": {"BLOCK_X": 64, "BLOCK_Q": 128}} | more)
+    return asdict(made) | {"per_element": made.per_element}
+
+
+def test_rows_and_table(tmp_path):
+    run = Run("instructions", quick=True)
+    builds = [
+        build("panoptic_tile_kernel", instructions=2835, waits=3, loop=1320),
+        build("panoptic_filter_kernel", instructions=465),
+        build("panoptic_tile_kernel", sm=80, spill_bytes=8),
+    ]
+    add_rows(run, builds)
+    validate(run._head() | {"checks": run.checks, "results": run.results})
+    tile, other, spilled = run.results
+    assert tile["per_element"] == pytest.approx(1320 * 128 / (64 * 128), abs=0.05) and tile["waits"] == 3
+    assert "per_element" not in other and spilled["red"] == "spills 8 bytes"
+    lines = instructions([row | {"environment": run.environment} for row in run.results[:2]]).splitlines()
+    assert lines[2] == "| `panoptic_tile_kernel` | panoptic_head | sm_90 | 9 | 0 | 0 | 0 | 3 | 2835 | 1320 | 20.6 |"
+
+
+def test_the_longest_loop():
+    body = ["--:-:-:Y:1\tFADD R1, R1, R2;"] * 3
+    text = ["Function:f", "LBB0:", *body, "LBB1:", *body[:1], "--:-:-:Y:1\t@P0 BRA LBB1;", "01:-:-:Y:2\tBRA LBB0;"]
+    end = ["LBB2:", "--:-:-:Y:0\tBRA LBB2;", "--:-:-:Y:0\tNOP;"]  # every program's last jump is to itself
+    assert longest_loop("\n".join([*text, *end])) == 6
+    assert longest_loop("\n".join([*body, *end])) == 0
+
+
+def test_each_function_is_collected_once():
+    found, unreached = collect(90, headline=True)
+    names = [(kernel, launch.kernel.__name__) for kernel, launch, _ in found]
+    assert len(names) == len(set(names)) and {kernel for kernel, _ in names} == set(KERNELS) and not unreached
