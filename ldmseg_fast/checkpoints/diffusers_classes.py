@@ -92,6 +92,6 @@ def _drop_cross_attention(unet: nn.Module) -> None:
     """Takes attention over a context out of the blocks, which diffusers' class cannot be built without."""
     from diffusers.models.attention import BasicTransformerBlock
 
-    for block in unet.modules():
-        if isinstance(block, BasicTransformerBlock):
-            block.attn2 = block.norm2 = None
+    blocks: Any = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    for block in blocks:
+        block.attn2 = block.norm2 = None
