@@ -24,6 +24,7 @@ from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.training.checkpoints import TrainingCheckpoints
 from ldmseg_fast.training.loop import Run, train
+from ldmseg_fast.training.noise_scale import MICRO, WHOLE
 from ldmseg_fast.training.stages import STAGES
 from ldmseg_fast.training.validation import validate
 
@@ -89,6 +90,16 @@ class Scenarios:
             "train.steps=3",
         ]
         train("diffusion", self.settings(f"compiled-{zero}", *settings))
+
+    def noise(self, zero: str) -> None:
+        """Squared norms of each rank's own gradient, and of the gradient that they share."""
+        config = self.settings(f"noise-{zero}", "train.noise_scale=true", f"train.zero_stage={zero}")
+        run = Run("diffusion", config, Interrupt(), user_config=CUT if zero == "3" else None)
+        totals = run.take_step()
+        squares = distributed.gather_objects({name: float(totals[name]) for name in (MICRO, WHOLE)})
+        if distributed.is_main():
+            (self.out / f"noise-{zero}.json").write_text(json.dumps(squares))
+        run.close()
 
     def trust(self, zero: str) -> None:
         """DeepSpeed's own checkpoint: refused, and with trust resumed from."""
