@@ -1,8 +1,8 @@
 """Measures the gradient noise scale: up to about which batch a larger one saves as many steps as it costs pictures.
 
-McCandlish et al. 2018, arXiv 1812.06162, section 2.2 and appendix A.1: the squared norm of a gradient over B pictures is, in
-expectation, |G|^2 + S / B. A step has two such norms, that of its micro-batches and that of the whole batch, which give
-both constants; the noise scale is S / |G|^2 pictures.
+McCandlish et al. 2018, arXiv 1812.06162, section 2.2 and appendix A.1: the squared norm of a gradient over B pictures
+is |G|^2 + S / B in expectation. A step has two such norms, that of its micro-batches and that of the whole batch, which
+give both constants; the noise scale is S / |G|^2 pictures.
 """
 
 from __future__ import annotations
