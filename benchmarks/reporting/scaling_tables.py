@@ -85,7 +85,7 @@ def scaling_section(
     zero_stage: int = 1,
     price: float | None = None,
 ) -> str:
-    """Returns the fit with its held-out errors, and the predictions, as Markdown; with the `price` of a GPU hour, cost."""
+    """Returns the fit with its held-out errors, and the predictions, as Markdown; `price` is that of a GPU hour."""
     points, data, share = cpu_points(folder), data_seconds(folder), measured_share(folder)
     lines = [fit_section(points, folder)]
     shares = (share,) if share else SHARES
