@@ -174,6 +174,18 @@ def test_more_of_every_stage(scenes: Path, autoencoder: Path, tmp_path: Path, st
 
 
 @pytest.mark.soak
+def test_inductor_keeps_the_loss_curve_on_two_ranks(
+    scenes: Path, autoencoder: Path, tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    """At the stages of ZeRO that compiled blocks go with."""
+    job = start(deepspeed(2, SCRIPT, scenes, autoencoder, tmp_path, "compiled:0", *(f"inductor:{n}" for n in range(3))))
+    assert job.wait(1800) == 0, job.output[-4000:]
+    assert not [path.read_text() for path in tmp_path.glob("failed-*")]
+    for zero in range(3):
+        assert losses(tmp_path / f"inductor-{zero}") == pytest.approx(losses(tmp_path / "compiled-0"), rel=1e-3)
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_every_zero_stage_resumes_exactly(
     zero: int, scenes: Path, autoencoder: Path, tmp_path: Path, start: Callable[..., Job]

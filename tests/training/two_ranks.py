@@ -82,14 +82,13 @@ class Scenarios:
         settings = ["train.offload=true", f"train.zero_stage={zero}", "train.steps=3"]
         train("diffusion", self.settings(f"offload-{zero}", *settings))
 
-    def compiled(self, zero: str) -> None:
-        settings = [
-            "train.compile=blocks",
-            "train.compile_backend=aot_eager",
-            f"train.zero_stage={zero}",
-            "train.steps=3",
-        ]
-        train("diffusion", self.settings(f"compiled-{zero}", *settings))
+    def compiled(self, zero: str, backend: str = "aot_eager") -> None:
+        settings = ["train.compile=blocks", f"train.compile_backend={backend}", f"train.zero_stage={zero}"]
+        name = "compiled" if backend == "aot_eager" else backend
+        train("diffusion", self.settings(f"{name}-{zero}", *settings, "train.steps=3"))
+
+    def inductor(self, zero: str) -> None:
+        self.compiled(zero, "inductor")
 
     def noise(self, zero: str) -> None:
         """Squared norms of each rank's own gradient, and of the gradient that they share."""
