@@ -24,12 +24,9 @@ PARTS = ("unet", "image_vae", "scheduler")
 def diffusers_component(model_dir: str | Path, name: str) -> Any:
     """Loads a component of a model folder into diffusers' class of its kind, in evaluation mode and frozen.
 
-    | component | class |
-    |---|---|
-    | `unet` | `UNet2DConditionModel`; without cross-attention its blocks lose `attn2` and `norm2`, and
-    `encoder_hidden_states` is None |
-    | `image_vae` | `AutoencoderKL` or `AutoencoderTiny`; it encodes, and has no decoder |
-    | `scheduler` | `DDIMScheduler` |
+    `unet` is a `UNet2DConditionModel`; without cross-attention its blocks lose `attn2` and `norm2`, and its
+    `encoder_hidden_states` is None. `image_vae` is an `AutoencoderKL` or `AutoencoderTiny` that encodes and has no
+    decoder, `scheduler` a `DDIMScheduler`.
 
     Args:
         model_dir: a model folder, or the name of one.
