@@ -1,6 +1,7 @@
 """Predicts images a second, memory and the cost of COCO's 200 k iterations on 1 to 64 GPUs, on paper.
 
 python benchmarks/scaling.py [--gpu H100|H200] [--zero 1] [--batch 256] [--micro-batch 32] [--cores 12] [--share 0.4]
+python benchmarks/scaling.py --price 3.5       of a GPU hour, which adds what the run costs
 python benchmarks/scaling.py --image coco coco-fast [--gpu H100|H200] [--share 0.4]
 
 Prints the cost model (`measuring/cost_model.py`): its fit to what `bench_scaling.py` measured on a CPU, each kind of
@@ -10,6 +11,7 @@ work by itself and tested on points that were left out, and its predictions.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 if __package__ in (None, ""):
@@ -23,6 +25,14 @@ from ldmseg_fast.config.presets import COCO, PRESETS
 from ldmseg_fast.distributed.ending import run_command
 
 
+def price(text: str) -> float:
+    """Reads a price; raises ValueError for what is none."""
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(text)
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=list(ACCELERATORS), default="H200")
@@ -32,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--cores", type=int, default=12, help="CPU cores per GPU")
     parser.add_argument("--share", type=float, default=SHARES[1], help="of the peak")
+    parser.add_argument("--price", type=price, help="of a GPU hour, in any currency")
     parser.add_argument("--image", nargs="+", choices=list(PRESETS), help="forecast a whole image of presets instead")
     args = parser.parse_args(argv)
     gpu = ACCELERATORS[args.gpu]
@@ -40,13 +51,15 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(image_lines(name, PRESETS[name], gpu, args.share)))
         return 0
     if args.batch is None:
-        print(scaling_section(RESULTS, gpu, args.zero))
+        print(scaling_section(RESULTS, gpu, args.zero, args.price))
         return 0
     found = predict(
         COCO, gpu, args.gpus, args.share, zero_stage=args.zero, batch=args.batch, micro_batch=args.micro_batch,
         cores=args.cores, data=data_seconds(),
     )  # fmt: skip
     print(f"{found.images_per_second:.1f} images/s, {found.memory_bytes / GIB:.1f} GiB a GPU, {found.days:.1f} days")
+    if args.price is not None:
+        print(f"{found.gpu_hours:.0f} GPU hours at {args.price:g}: {found.gpu_hours * args.price:.0f}")
     return 0
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measuring.result_file import BenchmarkError
 from ldmseg_fast.config import Config
 from ldmseg_fast.models.unet import UNet
-from ldmseg_fast.training.estimate import Counts, activation_memory, count_parameters, passing_memory, state_memory
+from ldmseg_fast.training.estimate import Counts, activation_memory, count_parameters, rank_memory
 
 PER_NODE = 8
 ITERATIONS, GLOBAL_BATCH = 200_000, 256  # the paper's run on COCO
@@ -105,7 +105,8 @@ class Prediction:
     gpus: int
     images_per_second: float
     memory_bytes: float
-    exposed_seconds: float  # of communication in a step
+    communication_seconds: float  # in a step
+    exposed_seconds: float  # of it, not hidden behind the backward pass
     gpu_hours: float  # of all iterations
 
     @property
@@ -171,6 +172,6 @@ def predict(
     seconds = sum(compute) + update + exposed
     if data is not None:
         seconds = max(seconds, per_gpu * data / cores)
-    held = state_memory(counts, config, gpus, zero_stage).device + min(per_gpu, micro_batch) * activations
-    held += passing_memory(counts.trainable, gpus, zero_stage)
-    return Prediction(gpus, batch / seconds, held, exposed, ITERATIONS * seconds * gpus / 3600)
+    held = rank_memory(counts, config, gpus, zero_stage) + min(per_gpu, micro_batch) * activations
+    hours = ITERATIONS * seconds * gpus / 3600
+    return Prediction(gpus, batch / seconds, held, reduction + gathering, exposed, hours)

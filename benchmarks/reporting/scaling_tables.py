@@ -79,8 +79,13 @@ def measured_share(folder: Path = RESULTS) -> float | None:
     return None
 
 
-def scaling_section(folder: Path = RESULTS, gpu: Accelerator = ACCELERATORS["H200"], zero_stage: int = 1) -> str:
-    """Returns the fit with its held-out errors, and the predictions, as Markdown."""
+def scaling_section(
+    folder: Path = RESULTS,
+    gpu: Accelerator = ACCELERATORS["H200"],
+    zero_stage: int = 1,
+    price: float | None = None,
+) -> str:
+    """Returns the fit with its held-out errors, and the predictions, as Markdown; `price` is that of a GPU hour."""
     points, data, share = cpu_points(folder), data_seconds(folder), measured_share(folder)
     lines = [fit_section(points, folder)]
     shares = (share,) if share else SHARES
@@ -91,9 +96,13 @@ def scaling_section(folder: Path = RESULTS, gpu: Accelerator = ACCELERATORS["H20
         rate = " to ".join(f"{p.images_per_second:.0f}" for p in found)
         days = " to ".join(f"{p.days:.1f}" for p in found)
         hours = " to ".join(f"{p.gpu_hours:.0f}" for p in found)
-        memory, exposed = f"{found[0].memory_bytes / GIB:.1f}", f"{1e3 * found[0].exposed_seconds:.1f}"
-        rows.append([str(gpus), rate, memory, exposed, hours, days])
-    header = ["GPUs", "images/s", "GiB a GPU", "exposed communication, ms", "GPU hours", "days"]
+        memory, sent = f"{found[0].memory_bytes / GIB:.1f}", f"{1e3 * found[0].communication_seconds:.1f}"
+        exposed = " to ".join(f"{1e3 * p.exposed_seconds:.1f}" for p in found)
+        rows.append([str(gpus), rate, memory, sent, exposed, hours, days])
+        if price is not None:
+            rows[-1].append(" to ".join(f"{price * p.gpu_hours:.0f}" for p in found))
+    header = ["GPUs", "images/s", "GiB a GPU", "communication, ms", "of it exposed, ms", "GPU hours", "days"]
+    header += [] if price is None else [f"cost at {price:g} a GPU hour"]
     lines.append(
         f"The paper's run, {ITERATIONS:,} iterations of {GLOBAL_BATCH} images at 512x512 with self-conditioning and "
         f"cached latents, on {gpu.name}s under ZeRO {zero_stage}; {said}. Data-sheet values: {gpu.peak / 1e12:.0f} "

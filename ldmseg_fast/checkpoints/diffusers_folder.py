@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.checkpoints.schema import KLSettings, Texts, check_component, checked, read_settings
-from ldmseg_fast.config import SchedulerConfig, from_dict
+from ldmseg_fast.config import SchedulerConfig, UNetConfig, from_dict
 from ldmseg_fast.config.settings import Width, Widths
 from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import CheckpointError
@@ -208,4 +208,42 @@ def diffusers_scheduler(config: SchedulerConfig) -> dict[str, Any]:
         "steps_offset": 0,
         "clip_sample": False,
         "set_alpha_to_one": False,
+    }
+
+
+def diffusers_unet(config: UNetConfig, source: str) -> dict[str, Any]:
+    """Writes a UNet as the configuration of diffusers' `UNet2DConditionModel`; `unet_settings` is its inverse.
+
+    Without cross-attention the class has to be built with some, of which the blocks are freed afterwards.
+
+    Args:
+        config: of the UNet.
+        source: names the component, for errors.
+
+    Raises:
+        CheckpointError: parts that diffusers' class does not have.
+    """
+    foreign = {
+        "unet.separate_conv_in": config.separate_conv_in,
+        "unet.separate_image_encoder": config.separate_image_encoder,
+        "unet.mid_attention=false": not config.mid_attention,
+    }
+    if wrong := [name for name, is_there in foreign.items() if is_there]:
+        raise CheckpointError(f"{source}: diffusers' UNet2DConditionModel has no {', '.join(wrong)}")
+    down = {known: kind for kind, known in DOWN_BLOCKS.items()}
+    up = {known: kind for kind, known in UP_BLOCKS.items()}
+    return {
+        "sample_size": config.sample_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": list(config.block_out_channels),
+        "layers_per_block": config.layers_per_block,
+        "attention_head_dim": list(config.num_heads),  # this counts heads
+        "transformer_layers_per_block": config.transformer_layers,
+        "use_linear_projection": config.linear_projection,
+        "norm_num_groups": config.norm_groups,
+        "norm_eps": config.norm_eps,
+        "cross_attention_dim": config.cross_attention_dim or 1,
+        "down_block_types": [down[attends] for attends in config.attention],
+        "up_block_types": [up[attends] for attends in reversed(config.attention)],
     }

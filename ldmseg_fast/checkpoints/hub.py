@@ -19,7 +19,16 @@ from tqdm import tqdm
 
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.hub_errors import UnreachableError, library, retried, told
-from ldmseg_fast.checkpoints.hub_names import COMMIT, PREFIX, WEIGHT_FILES, HubName, files_of, hub_name, missing_in
+from ldmseg_fast.checkpoints.hub_names import (
+    COMMIT,
+    PREFIX,
+    WEIGHT_FILES,
+    HubName,
+    check_takes_file,
+    files_of,
+    hub_name,
+    missing_in,
+)
 from ldmseg_fast.errors import HubError
 from ldmseg_fast.files import replacing
 
@@ -49,19 +58,20 @@ def fetch(name: HubName, kinds: Sequence[str]) -> Path:
         kinds: of repositories that the caller can use, of `hub_names`.
 
     Returns:
-        The snapshot's folder.
+        The snapshot's folder, or the file that is asked for in it.
 
     Raises:
         HubError: a wrong name or revision, no access, no connection and nothing in the cache, or no huggingface_hub.
         CheckpointError: a repository of another kind.
     """
+    check_takes_file(name, kinds)
     hub = library(name)
     cached = _cached(hub, name)
-    lacking = missing_in(cached, kinds, _WITH_WEIGHTS.get()) if cached is not None else []
+    lacking = missing_in(cached, kinds, _WITH_WEIGHTS.get(), name.file) if cached is not None else []
     whole = cached is not None and not lacking
     if cached is not None and whole and (name.is_commit or hub.constants.HF_HUB_OFFLINE):
         _say(f"{name}: commit {cached.name}, from the cache")
-        return cached
+        return cached / name.file
     if hub.constants.HF_HUB_OFFLINE:
         has = f"has it without {', '.join(lacking[:3])}" if cached is not None else "does not have it"
         raise HubError(
@@ -75,9 +85,9 @@ def fetch(name: HubName, kinds: Sequence[str]) -> Path:
         if cached is None or not whole:
             raise
         _say(f"{error}; taking commit {cached.name} from the cache")
-        return cached
+        return cached / name.file
     with told(name):
-        return _download(hub, name, info, kinds)
+        return _download(hub, name, info, kinds) / name.file
 
 
 def _cached(hub: Any, name: HubName) -> Path | None:
@@ -97,7 +107,7 @@ def _download(hub: Any, name: HubName, info: Any, kinds: Sequence[str]) -> Path:
     commit: str = info.sha
     sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
     files = files_of(name, list(sizes), kinds)
-    if not _WITH_WEIGHTS.get():
+    if not (_WITH_WEIGHTS.get() or name.file):  # a single file's settings are in its tensors
         files = [file for file in files if not file.endswith(WEIGHT_FILES)]
     waiting = [
         file
@@ -163,9 +173,17 @@ def _agreed(hub: Any, name: HubName, info: Any) -> Any:
 
 
 def pinned(word: str, folder: Path) -> str:
-    """Writes what names a snapshot's commit for ever, for the records of a run; other folders keep their word."""
+    """Writes what names a snapshot's commit for ever, for the records of a run; other folders keep their word.
+
+    Args:
+        word: that the user wrote.
+        folder: what it was resolved to, a snapshot or a file in one.
+    """
     name = None if Path(word).exists() else hub_name(word)
-    return word if name is None else f"{PREFIX}{name.repository}@{folder.name}"
+    if name is None:
+        return word
+    snapshot = folder.parents[name.file.count("/")] if name.file else folder
+    return PREFIX + str(HubName(name.repository, snapshot.name, name.file))
 
 
 def megabytes(count: int) -> str:

@@ -23,28 +23,33 @@ _PART = r"(?!.*(?:--|\.\.))\w(?:[\w.-]{0,94}\w)?"
 REPOSITORY = re.compile(rf"{_PART}/(?!.*\.git$){_PART}", re.ASCII)
 REVISION = re.compile(r"(?!.*\.\.)[\w.+=-]+(/[\w.+=-]+)*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
+FILE = re.compile(r"(?!.*(?:\.\./|//))\w[\w. +()/-]*\.\w+", re.ASCII)
 # first parts that people's own folders have: a slip in such a path is no question to the network
 FOLDERS = (
     *("checkpoints", "ckpts", "data", "demo", "engines", "experiments", "graphs", "logs", "model", "models", "out"),
     *("output", "outputs", "releases", "results", "runs", "scenes", "tmp", "weights"),
 )
 FILES = (".bin", ".ckpt", ".json", ".onnx", ".pt", ".pth", ".safetensors", ".tar", ".yaml", ".yml", ".zip")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHT_FILES = (".safetensors", ".onnx", ".onnx.data")
 RULE = (
     "a model of the Hub is written owner/name or owner/name@revision; where a folder `owner` is here, or its name is a "
     f"usual one such as runs or models, it is a path, and {PREFIX}owner/name the model of the Hub"
 )
+FILE_RULE = "one file of the Hub is written owner/name:FILE.safetensors or owner/name@revision:FILE.safetensors"
 
 
 @dataclass(frozen=True)
 class HubName:
-    """Names a repository of the Hub at a branch, tag or commit."""
+    """Names a repository of the Hub at a branch, tag or commit, or one file of it."""
 
     repository: str
     revision: str = MAIN
+    file: str = ""
 
     def __str__(self) -> str:
-        return self.repository if self.revision == MAIN else f"{self.repository}@{self.revision}"
+        revision = "" if self.revision == MAIN else f"@{self.revision}"
+        return f"{self.repository}{revision}" + (f":{self.file}" if self.file else "")
 
     @property
     def is_commit(self) -> bool:
@@ -68,10 +73,12 @@ def hub_name(word: str, revision: str | None = None) -> HubName | None:
         revision: branch, tag or commit, where the word has none.
 
     Raises:
-        ArgumentError: a name that is none behind `hf://`, a revision that is none, or two of them.
+        ArgumentError: a name that is none behind `hf://`, a revision that is none, or two of them; a file that is no
+            safetensors file.
     """
     explicit = word.startswith(PREFIX)
-    repository, at, own = word.removeprefix(PREFIX).partition("@")
+    whole, colon, file = word.removeprefix(PREFIX).partition(":")
+    repository, at, own = whole.partition("@")
     owner = repository.partition("/")[0]
     if not REPOSITORY.fullmatch(repository):
         if explicit:
@@ -84,7 +91,10 @@ def hub_name(word: str, revision: str | None = None) -> HubName | None:
     wanted = own if at else revision
     if wanted is not None and not REVISION.fullmatch(wanted):
         raise ArgumentError(f"{repository}: revision {wanted[:200]!r} is no branch, tag or commit; leave out the @?")
-    return HubName(repository, MAIN if wanted is None else wanted)
+    if colon and not (FILE.fullmatch(file) and file.endswith(".safetensors")):
+        what = f"{file[:200]} is a pickle, which can run code" if file.endswith(PICKLES) else "no safetensors file"
+        raise ArgumentError(f"{word[:300]}: {what}; {FILE_RULE}")
+    return HubName(repository, MAIN if wanted is None else wanted, file)
 
 
 MODEL, DIFFUSERS, VAE, GRAPHS = "model", "diffusers", "vae", "graphs"  # kinds of repositories
@@ -125,8 +135,15 @@ def files_of(name: HubName, names: Sequence[str], kinds: Sequence[str]) -> list[
         kinds: that the caller can use.
 
     Raises:
-        CheckpointError: a repository of another kind, or one whose weights are pickles only.
+        CheckpointError: a repository of another kind, one whose weights are pickles only, or one without the file that
+            is asked for.
     """
+    if name.file:
+        check_takes_file(name, kinds)
+        if name.file not in names:
+            known = [each for each in names if each.endswith(".safetensors") and "/" not in each]
+            raise CheckpointError(f"{name}: no such file; there are {', '.join(sorted(known)[:5]) or 'none like it'}")
+        return [name.file]
     kind = kind_of(names)
     if kind == DIFFUSERS and DIFFUSERS not in kinds and VAE in kinds and "vae/config.json" in names:
         kind = VAE  # of the whole model the VAE alone is asked for
@@ -155,12 +172,21 @@ def files_of(name: HubName, names: Sequence[str], kinds: Sequence[str]) -> list[
     return [each for each in names if each in wanted]
 
 
+def check_takes_file(name: HubName, kinds: Sequence[str]) -> None:
+    """Raises CheckpointError where one file is asked for and a whole model is needed."""
+    if name.file and not {DIFFUSERS, VAE} & set(kinds):
+        raise CheckpointError(
+            f"{name}: one file of the Hub will do as model.init_from or as an image VAE; "
+            f"{' or '.join(_TOLD[each] for each in kinds)} expected: leave out :{name.file}"
+        )
+
+
 def is_models(name: str) -> bool:
     """Tells whether a file of a model folder, named relative to it, is one that `files_of` fetches."""
     return _OURS.fullmatch(name) is not None
 
 
-def missing_in(folder: Path, kinds: Sequence[str], weights: bool = True) -> list[str]:
+def missing_in(folder: Path, kinds: Sequence[str], weights: bool = True, file: str = "") -> list[str]:
     """Lists files that a snapshot in the cache lacks; a link that leads nowhere counts as lacking.
 
     Of shards `weight_files.read_weights` tells.
@@ -169,7 +195,10 @@ def missing_in(folder: Path, kinds: Sequence[str], weights: bool = True) -> list
         folder: of the snapshot.
         kinds: that the caller can use.
         weights: whether they have to be there too.
+        file: the one that is wanted; "": the model.
     """
+    if file:
+        return [] if (folder / file).is_file() else [file]
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     kind = kind_of(names) or (VAE if "config.json" in names else None)
     index = read_settings(folder / "model_index.json") if "model_index.json" in names else {}

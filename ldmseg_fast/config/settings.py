@@ -282,6 +282,7 @@ class TrainConfig:
     ema: Decay = 0.9999  # 0: off
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     log_every: Positive = 20
+    noise_scale: bool = False  # logs the gradient noise scale, in pictures; a step needs several micro-batches
     validate_every: Positive = 5000
     validate_share: Share = 1.0  # of the time that validations may take; those beyond it are put off, but the last
     validate_steps: TeacherSteps = 0  # sampling steps of a validation; 0: num_inference_steps

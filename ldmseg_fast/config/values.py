@@ -67,6 +67,9 @@ def _convert(value: Any, annotation: Any, key: str) -> Any:
     if annotation is str:
         if isinstance(value, (str, Path)):
             return str(value)
+        if callable(getattr(value, "save_pretrained", None)):  # a pipeline or a model of diffusers or transformers
+            kind = type(value).__name__
+            raise ConfigError(f"{key} is a {kind} and a folder is expected: its save_pretrained(FOLDER) writes one")
         raise ConfigError(f"{key}={shown(value)}: text expected")
     return _number(value, annotation, key)
 

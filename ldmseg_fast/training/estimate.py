@@ -125,23 +125,30 @@ def passing_memory(trainable: int, ranks: int, zero_stage: int) -> float:
     return 4.0 * (buckets * min(BUCKET, trainable) + copies)
 
 
+def rank_memory(counts: Counts, config: Config, ranks: int, zero_stage: int, on_gpu: bool = True) -> float:
+    """Estimates the most bytes of a rank but for activations, without what is offloaded.
+
+    One process that no launcher has started is not under DeepSpeed, whose ZeRO 0 it is like.
+    """
+    alone = ranks == 1 and zero_stage == 0 and not distributed.launched()
+    passing = 0.0 if alone else passing_memory(counts.trainable, ranks, zero_stage)
+    return state_memory(counts, config, ranks, zero_stage, on_gpu).device + passing
+
+
 def peak_memory_forecast(stage_name: str, config: Config, ranks: int) -> tuple[float, float]:
     """Forecasts the most memory of a training on CPUs: bytes of a rank, and of its loader processes together.
 
     The mask auto-encoder's activations are left out, which the point losses decide.
     """
     counts = count_parameters(stage_name, config)
-    state = state_memory(counts, config, ranks, 0, on_gpu=False)
-    passing = 0.0
-    if ranks > 1 or distributed.launched():  # under DeepSpeed
-        state = state_memory(counts, config, ranks, config.train.zero_stage, on_gpu=False)
-        passing = passing_memory(counts.trainable, ranks, config.train.zero_stage)
+    zero_stage = config.train.zero_stage if ranks > 1 or distributed.launched() else 0
+    host = state_memory(counts, config, ranks, zero_stage, on_gpu=False).host
     activations = 0
     if stage_name != "autoencoder":
         activations = activation_memory(config, micro_batch(config, ranks), config.train.checkpointing != "none")
     workers = config.data.num_workers
     return (
-        state.device + state.host + passing + activations + PROGRAM,
+        rank_memory(counts, config, ranks, zero_stage, on_gpu=False) + host + activations + PROGRAM,
         (LOADER_SERVER + workers * LOADER) if workers else 0.0,
     )
 
@@ -211,12 +218,15 @@ def report(stage_name: str, config: Config, ranks: int) -> list[str]:
     lines = [f"parameters: {counts.total:,} of which {counts.trainable:,} are trained"]
     lines += [f"  {name:<12} {count:>14,}" for name, count in counts.parts.items()]
     total = device_memory()
-    lines.append(f"memory per rank for weights, gradients, moments and averages, {ranks} ranks, GiB:")
+    lines.append(
+        f"most memory per rank for weights, gradients, moments, averages and DeepSpeed's copies, {ranks} ranks, GiB:"
+    )
     for zero_stage in range(4):
-        memory = state_memory(counts, config, ranks, zero_stage)
+        memory = rank_memory(counts, config, ranks, zero_stage)
+        offloaded = state_memory(counts, config, ranks, zero_stage).host
         chosen = "  <- train.zero_stage" if zero_stage == config.train.zero_stage else ""
-        host = f" + {memory.host / GIB:.2f} in main memory" if memory.host else ""
-        lines.append(f"  ZeRO {zero_stage}: {memory.device / GIB:8.2f}{host}{chosen}")
+        host = f" + {offloaded / GIB:.2f} in main memory" if offloaded else ""
+        lines.append(f"  ZeRO {zero_stage}: {memory / GIB:8.2f}{host}{chosen}")
     if stage_name != "autoencoder":
         images = micro_batch(config, ranks)
         plain, recomputed = (activation_memory(config, images, flag) / GIB for flag in (False, True))

@@ -220,7 +220,8 @@ def pin_hub_names(config: Config, resumed: Path | None) -> Config:
         if name is None:
             continue
         old = str(before.get(group, {}).get(key, ""))
-        if not name.is_commit and old.startswith(f"{PREFIX}{name.repository}@"):
+        began = hub_name(old) if old.startswith(PREFIX) else None
+        if not name.is_commit and began is not None and replace(began, revision=name.revision) == name:
             word = old
 
         def pin(word: str = word, kinds: Sequence[str] = kinds) -> str:

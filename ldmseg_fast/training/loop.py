@@ -45,6 +45,7 @@ from ldmseg_fast.training.inputs import (
     validation_sets,
 )
 from ldmseg_fast.training.machine import SETTINGS_VERSION, peak_memory, resolve_settings
+from ldmseg_fast.training.noise_scale import NoiseMeter
 from ldmseg_fast.training.operations import operation_rates
 from ldmseg_fast.training.optimizer import make_optimizer
 from ldmseg_fast.training.pace import Pace
@@ -116,6 +117,7 @@ class Run:
         check_batch(config)
         compile_stage(self.stage, settings.compile, settings.compile_backend)
         self.optimizer = make_optimizer(self.stage, config, user_config)
+        self.noise = NoiseMeter(self.stage, settings, distributed.world_size()) if settings.noise_scale else None
         self.progress = Progress(stage_name)
         if resume:
             self.progress = self.checkpoints.load(self.stage, self.optimizer, stage_name, self.say)
@@ -207,9 +209,12 @@ class Run:
                 totals[key] = totals.get(key, 0.0) + value.detach() / len(batches)
         self.prefetched.fetch()
         image_ids = [image_id for batch in batches for image_id in batch["image_id"]]
+        loss_scale = self.optimizer.scale.value
         skipped = self.optimizer.step()
         norm = torch.as_tensor(self.optimizer.grad_norm, device=totals["loss"].device).detach().float()
         totals["grad_norm"] = torch.where(torch.isfinite(norm), norm, 0.0)
+        if self.noise is not None:
+            totals |= self.noise.of_step(norm, loss_scale)
         progress.step, progress.items = progress.step + 1, progress.items + settings.batch_size
         self.settle(self.guard.watch(progress.step, image_ids, totals["loss"], skipped))
         self.bar.update()
@@ -225,6 +230,8 @@ class Run:
         """Writes a line of the log; all ranks call it."""
         values = self.window.means(self.config.train.batch_size)
         seconds = max(time.monotonic() - self.window.started, 1e-9)
+        if self.noise is not None:
+            self.noise.of_window(values, self.window.steps)
         values["lr"] = self.rate
         values["data_wait"] = self.batches.waited / seconds  # share of the time
         values |= operation_rates(self.progress.stage, self.config, values["images_per_s"] / distributed.world_size())

@@ -1,11 +1,13 @@
 """The cost model: exact on points that obey it, honest about those that do not, and right in its limits."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import bench_scaling
+from benchmarks import bench_scaling, scaling
 from benchmarks.harness import BenchmarkError, validate
 from benchmarks.measuring import cost_model, image_cost
 from benchmarks.measuring.cost_model import ACCELERATORS, Fit, Point, fit, gradient_traffic, held_out_errors, predict
@@ -101,6 +103,32 @@ def test_predictions_have_the_right_limits():
     assert one.days == pytest.approx(one.gpu_hours / 24)
 
 
+@pytest.mark.parametrize("gpus", [8, 16, 32, 64])
+def test_memory_is_what_a_dry_run_forecasts(gpus):
+    """By the numbers that it prints for as many ranks and the same images at a time, at every stage of ZeRO."""
+    pieces = -(-256 // gpus // 32)
+    train = replace(COCO.train, batch_size=256, accumulation=pieces, precision="bf16")
+    lines = "\n".join(estimate.report("diffusion", replace(COCO, train=train), gpus))
+    states = [float(found) for found in re.findall(r"ZeRO \d: +([\d.]+)", lines)]
+    kept, recomputed = re.search(r"GiB: ([\d.]+); with train\.checkpointing=blocks ([\d.]+)", lines).groups()
+    activations = float(kept if COCO.train.checkpointing == "none" else recomputed)
+    for zero_stage, state in enumerate(states):
+        found = predict(COCO, H200, gpus, 0.4, zero_stage=zero_stage).memory_bytes / 2**30
+        assert found == pytest.approx(state + activations, abs=0.02)
+
+
+def test_communication_hides_behind_the_backward_pass_alone():
+    for gpus in (8, 16, 32, 64):
+        stages = [predict(COCO, H200, gpus, 0.4, zero_stage=zero_stage) for zero_stage in range(4)]
+        for found in stages:
+            assert 0 <= found.exposed_seconds <= found.communication_seconds
+            assert 256 / found.images_per_second >= found.exposed_seconds
+        assert stages[3].communication_seconds > stages[2].communication_seconds
+        assert stages[1].exposed_seconds == stages[2].exposed_seconds < stages[3].exposed_seconds
+        slow = replace(H200, nvlink=H200.nvlink / 10, network=H200.network / 10)
+        assert predict(COCO, slow, gpus, 0.4).images_per_second < stages[1].images_per_second
+
+
 def test_predictions_for_a_gpu_do_not_depend_on_this_machine(monkeypatch):
     asked = []
     resolve = lambda name, device: asked.append(name) or (name, "")  # noqa: E731
@@ -118,3 +146,17 @@ def test_the_section_says_what_was_not_measured():
     assert "Data-sheet values" in text and "| 64 |" in text
     if not scaling_tables.load_rows("gpu"):
         assert "No GPU point has been measured yet" in text
+
+
+def test_the_cost_is_gpu_hours_times_the_price(capsys):
+    assert scaling.main(["--price", "2.5"]) == 0
+    text = capsys.readouterr().out
+    assert "| cost at 2.5 a GPU hour |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| 8 |")).strip("| ").split(" | ")
+    hours, cost = ([float(value) for value in row[place].split(" to ")] for place in (5, 7))
+    assert cost == [pytest.approx(2.5 * value, abs=1.5) for value in hours]
+    assert scaling.main(["--batch", "256", "--price", "2"]) == 0
+    assert "GPU hours at 2: " in capsys.readouterr().out
+    for wrong in ("-1", "nan", "much"):
+        with pytest.raises(SystemExit):
+            scaling.main(["--price", wrong])

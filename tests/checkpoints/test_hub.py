@@ -20,8 +20,10 @@ from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.commands.data_cache import load_encoder
 from ldmseg_fast.config import load_config
 from ldmseg_fast.errors import CheckpointError, HubError
+from ldmseg_fast.training.inputs import pin_hub_names
 from tests.checkpoints.hub_server import HubServer, Repository
 from tests.checkpoints.test_init_from import SD15, write_stable_diffusion
+from tests.checkpoints.test_single_file import make_networks, write
 
 pytestmark = pytest.mark.serial  # servers
 
@@ -385,3 +387,28 @@ def test_graphs_for_triton_and_the_image_vae_of_a_checkpoint(hub, tmp_path, monk
     monkeypatch.setattr(original, "read_parts", lambda *words: seen.append(words[3]) or ([], {}))
     assert cli.main(["convert", "x.pt", "--out", str(tmp_path / "made"), "--image-vae", "me/sd"]) == 0
     assert (seen[0] / "vae" / "config.json").is_file() and not (seen[0] / "unet").exists()
+
+
+def test_training_starts_from_one_file_of_the_hub(hub, tmp_path, monkeypatch, capsys):
+    """Alone of a repository's files it is fetched, a run's records name its commit, and the cache does for the next."""
+    write(tmp_path / "file", make_networks())
+    content = (tmp_path / "file" / "model.safetensors").read_bytes()
+    made = hub.repositories["me/sd"] = Repository()
+    commit = made.commit({"sub/v1.safetensors": content, "v1.ckpt": b"pickle", "unet/config.json": b"{}"})
+    settings = [
+        "unet.norm_groups=32",
+        "unet.num_heads=8,8",
+        "unet.block_out_channels=32,64",
+        "unet.attention=true,false",
+    ]
+    config = load_config("coco", [*settings, "model.init_from=me/sd:sub/v1.safetensors", "data.root=x"])
+    pinned = pin_hub_names(config, None)
+    assert pinned.model.init_from == f"hf://me/sd@{commit}:sub/v1.safetensors"
+    start = resolve_start(pinned)
+    assert start.unet is not None and start.unet.read_bytes() == content and start.image_vae == start.unet
+    assert hub.downloads() == ["sub/v1.safetensors"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_start(config).unet == start.unet
+    assert f"me/sd@{commit}:sub/v1.safetensors: commit {commit}" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"leave out :sub/v1\.safetensors"):
+        resolve_model_dir("me/sd:sub/v1.safetensors")

@@ -165,3 +165,46 @@ def test_a_snapshot_tells_what_it_lacks_and_its_name(tmp_path, model_dir):
     assert "unet/model.safetensors" in missing_in(snapshot, (MODEL,))
     assert shown_name(snapshot) == f"own/na--me@{COMMIT}"
     assert shown_name(model_dir) == model_dir.name
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("owner/name:v1-5.safetensors", HubName("owner/name", file="v1-5.safetensors")),
+        ("owner/name@v1:sub/a b.safetensors", HubName("owner/name", "v1", "sub/a b.safetensors")),
+        ("hf://runs/x:a.safetensors", HubName("runs/x", file="a.safetensors")),
+        ("runs/x:a.safetensors", None),
+    ],
+)
+def test_names_of_one_file(word, name):
+    assert hub_name(word) == name
+    if name is not None:
+        assert hub_name(f"hf://{name}") == name
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "owner/name:v1-5.ckpt",
+            "v1-5.ckpt is a pickle, which can run code; one file of the Hub is written owner/name",
+        ),
+        ("owner/name:", "no safetensors file"),
+        ("owner/name:../x.safetensors", "no safetensors file"),
+        ("owner/name:/x.safetensors", "no safetensors file"),
+        ("owner/name:a.gguf", "no safetensors file"),
+    ],
+)
+def test_names_of_files_that_are_not_taken(word, message):
+    with pytest.raises(ArgumentError, match=message) as caught:
+        hub_name(word)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_file_is_no_model():
+    name = HubName("a/b", file="x.safetensors")
+    assert files_of(name, ["unet/config.json", "x.safetensors"], (MODEL, DIFFUSERS)) == ["x.safetensors"]
+    with pytest.raises(CheckpointError, match=r"a/b:x\.safetensors: no such file; there are y\.safetensors"):
+        files_of(name, ["y.safetensors", "sub/z.safetensors", "x.ckpt"], (VAE,))
+    with pytest.raises(CheckpointError, match=r"will do as model\.init_from or as an image VAE; .*leave out :x"):
+        files_of(name, ["x.safetensors"], (MODEL,))

@@ -1,7 +1,7 @@
 """Settings: presets, overrides, files, and errors that name the key."""
 
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 
@@ -187,3 +187,13 @@ def test_the_presets_for_photographs(name, side, pictures):
     for other in ("tiny", "coco"):
         data = load_config(other).data
         assert (data.scale_min, data.color_jitter, data.aspect_jitter) == (1, 0, 0)
+
+
+def test_a_pipeline_is_no_folder():
+    class StableDiffusionPipeline:
+        def save_pretrained(self, folder):
+            """As diffusers' pipelines have it."""
+
+    config = load_config("tiny")
+    with pytest.raises(ConfigError, match=r"model\.init_from is a StableDiffusionPipeline and a folder is expected"):
+        validate(replace(config, model=replace(config.model, init_from=StableDiffusionPipeline())))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ldmseg_fast.config import Config, TrainConfig
-from ldmseg_fast.training import checkpoints
+from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.training import checkpoints, disk
 from ldmseg_fast.training.disk import SLACK, describe_disk, disk_need
 from ldmseg_fast.training.loop import train
 from tests.training.helpers import losses
@@ -90,3 +92,14 @@ def test_what_changes_is_not_shared(settings: Settings, monkeypatch: pytest.Monk
     folder = train("autoencoder", settings("run", "train.steps=3", "train.save_every=1", "data.val_limit=1"))
     files = [path.stat().st_ino for path in (folder / "checkpoints").glob("step-*/fixed.safetensors")]
     assert len(files) == len(set(files)) == 3
+
+
+def test_a_disk_that_will_not_hold_the_run_is_refused_before_the_first_step(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=SLACK))
+    config = settings("run", "train.steps=100", "train.save_every=1")
+    wanted = r"output_dir=.*run: disk: .*11 checkpoints of .*, but 16\.0 MiB are free there; lower train\.keep"
+    with pytest.raises(CheckpointError, match=wanted) as caught:
+        train("autoencoder", config)
+    assert "\n" not in str(caught.value) and not (Path(config.output_dir) / "logs").exists()

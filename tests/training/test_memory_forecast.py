@@ -7,9 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldmseg_fast.config import load_config
-from ldmseg_fast.training.estimate import LOADER, LOADER_SERVER, PROGRAM, count_parameters, peak_memory_forecast
+from ldmseg_fast.training.estimate import (
+    LOADER,
+    LOADER_SERVER,
+    PROGRAM,
+    count_parameters,
+    passing_memory,
+    peak_memory_forecast,
+    report,
+    state_memory,
+)
 from tests.training.helpers import Job, deepspeed, losses, train_command
 
 GIB = 2**30
@@ -76,3 +86,19 @@ def test_the_forecast_is_the_count_of_bytes() -> None:
         for stage in range(4)
     ]
     assert several[0] > several[1] > several[2] and several[0] > rank
+
+
+def test_a_dry_run_prints_what_a_rank_needs_at_full_size() -> None:
+    """With DeepSpeed's copies at each stage, and the most main memory where there is no GPU."""
+    config = load_config("coco", ["train.precision=fp32", "train.batch_size=2"])
+    counts = count_parameters("diffusion", config)
+    lines = "\n".join(report("diffusion", config, 2))
+    table = [float(value) for value in re.findall(r"ZeRO \d: +([\d.]+)", lines)]
+    for zero_stage, printed in enumerate(table):
+        state = state_memory(counts, config, 2, zero_stage).device
+        passing = passing_memory(counts.trainable, 2, zero_stage)
+        assert passing > 0 or zero_stage == 2
+        assert printed == pytest.approx((state + passing) / GIB, abs=0.01)
+    most = re.search(r"forecast of the most main memory, GiB: ([\d.]+) for each of 2 ranks", lines)
+    if not torch.cuda.is_available():
+        assert most is not None and float(most[1]) > 12

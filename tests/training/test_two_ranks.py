@@ -14,6 +14,7 @@ from ldmseg_fast.config import load_config
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.training.checkpoints import TrainingCheckpoints
 from ldmseg_fast.training.loop import Run, train
+from ldmseg_fast.training.noise_scale import MICRO, WHOLE
 from tests.training.helpers import TINY, Job, assembled, deepspeed, losses, metrics
 from tests.training.two_ranks import measured
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.serial
 SCENARIOS = [
     "resume:2", "stage:0", "stage:1", "stage:2", "stage:3", "accumulation:1", "fp16:0", "fp16:2", "validation",
     "resave:0", "resave:1", "resave:3", "nonfinite:0", "nonfinite:1", "nonfinite:3",
-    "offload:2", "trust:2", "bf16:1", "bf16:3",
+    "offload:2", "trust:2", "bf16:1", "bf16:3", "noise:0", "noise:1", "noise:2", "noise:3",
 ]  # fmt: skip
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
@@ -142,6 +143,17 @@ def test_bf16_at_every_stage(out: Path) -> None:
     assert losses(out / "bf16-3") == pytest.approx(losses(out / "bf16-1"), rel=2e-3)
 
 
+def test_the_noise_scale_is_that_of_the_ranks_gradients(out: Path) -> None:
+    """At every stage of ZeRO, whatever it does with gradients."""
+    found = [json.loads((out / f"noise-{zero}.json").read_text()) for zero in range(4)]
+    for ranks in found:
+        for rank, first in zip(ranks, found[0]):
+            assert rank == {name: pytest.approx(value, rel=1e-3) for name, value in first.items()}
+    first, second = found[0]
+    assert first[MICRO] != second[MICRO] and first[WHOLE] == pytest.approx(second[WHOLE])
+    assert 0 < first[WHOLE] <= (first[MICRO] + second[MICRO]) / 2 * 1.001
+
+
 def test_offloading_changes_nothing(out: Path) -> None:
     assert losses(out / "offload-2") == pytest.approx(losses(out / "one-rank")[:3], rel=1e-4)
 
@@ -159,6 +171,18 @@ def test_more_of_every_stage(scenes: Path, autoencoder: Path, tmp_path: Path, st
         assert losses(tmp_path / f"accumulation-{zero}")[:3] == pytest.approx(losses(tmp_path / "compiled-0"), rel=1e-4)
     for zero in (1, 2):
         assert losses(tmp_path / f"compiled-{zero}") == pytest.approx(losses(tmp_path / "compiled-0"), rel=1e-5)
+
+
+@pytest.mark.soak
+def test_inductor_keeps_the_loss_curve_on_two_ranks(
+    scenes: Path, autoencoder: Path, tmp_path: Path, start: Callable[..., Job]
+) -> None:
+    """At the stages of ZeRO that compiled blocks go with."""
+    job = start(deepspeed(2, SCRIPT, scenes, autoencoder, tmp_path, "compiled:0", *(f"inductor:{n}" for n in range(3))))
+    assert job.wait(1800) == 0, job.output[-4000:]
+    assert not [path.read_text() for path in tmp_path.glob("failed-*")]
+    for zero in range(3):
+        assert losses(tmp_path / f"inductor-{zero}") == pytest.approx(losses(tmp_path / "compiled-0"), rel=1e-3)
 
 
 @pytest.mark.soak

@@ -24,6 +24,7 @@ from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.training.checkpoints import TrainingCheckpoints
 from ldmseg_fast.training.loop import Run, train
+from ldmseg_fast.training.noise_scale import MICRO, WHOLE
 from ldmseg_fast.training.stages import STAGES
 from ldmseg_fast.training.validation import validate
 
@@ -81,14 +82,23 @@ class Scenarios:
         settings = ["train.offload=true", f"train.zero_stage={zero}", "train.steps=3"]
         train("diffusion", self.settings(f"offload-{zero}", *settings))
 
-    def compiled(self, zero: str) -> None:
-        settings = [
-            "train.compile=blocks",
-            "train.compile_backend=aot_eager",
-            f"train.zero_stage={zero}",
-            "train.steps=3",
-        ]
-        train("diffusion", self.settings(f"compiled-{zero}", *settings))
+    def compiled(self, zero: str, backend: str = "aot_eager") -> None:
+        settings = ["train.compile=blocks", f"train.compile_backend={backend}", f"train.zero_stage={zero}"]
+        name = "compiled" if backend == "aot_eager" else backend
+        train("diffusion", self.settings(f"{name}-{zero}", *settings, "train.steps=3"))
+
+    def inductor(self, zero: str) -> None:
+        self.compiled(zero, "inductor")
+
+    def noise(self, zero: str) -> None:
+        """Squared norms of each rank's own gradient, and of the gradient that they share."""
+        config = self.settings(f"noise-{zero}", "train.noise_scale=true", f"train.zero_stage={zero}")
+        run = Run("diffusion", config, Interrupt(), user_config=CUT if zero == "3" else None)
+        totals = run.take_step()
+        squares = distributed.gather_objects({name: float(totals[name]) for name in (MICRO, WHOLE)})
+        if distributed.is_main():
+            (self.out / f"noise-{zero}.json").write_text(json.dumps(squares))
+        run.close()
 
     def trust(self, zero: str) -> None:
         """DeepSpeed's own checkpoint: refused, and with trust resumed from."""
