@@ -77,8 +77,6 @@ def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list
         )
     check_ranges(onnx_dir, manifest, job.ranges)
     check_targets(api, job.settings)
-    if job.timing_cache is not None and not job.timing_cache.parent.is_dir():
-        raise BackendError(f"--timing-cache {job.timing_cache}: no folder {job.timing_cache.parent}")
     profiles = {name: profiles_of(graph.spec, manifest, job.ranges) for name, graph in manifest.graphs.items()}
     waiting = partial(job.progress, f"{out}: another build is under way; waiting for it")
     with disk_full_named(out), exclusive(out / LOCK, waiting):
@@ -132,6 +130,11 @@ def check_targets(api: TrtApi, settings: BuildSettings) -> None:
         if settings.version_compatible:
             raise BackendError("--version-compatible: TensorRT-RTX engines belong to one version; leave it out")
         if {"current", "same"} & set(targets):
+            if not api.machine.gpu:
+                raise BackendError(
+                    f"--target {targets[0]}: means the GPU here, and none answers to nvidia-smi; take portable, or "
+                    f"name compute capabilities, such as sm89"
+                )
             check_driver(api.machine, api.min_driver)
         if settings.strip and not api.machine.gpu:  # weights that come later are laid out by the GPU
             raise BackendError("--strip: TensorRT-RTX needs a GPU for it and none answers to nvidia-smi; leave it out")
@@ -195,15 +198,21 @@ def axis_ranges(spec: GraphSpec, manifest: Manifest, batch: Range, ranges: Range
             continue
         if ranges.sides is None:
             raise BackendError(f"{spec.name}: exported for any picture size; give --image-sizes LEAST,BEST,LARGEST")
-        multiple = manifest.size_multiple
-        if any(side % multiple for side in ranges.sides):
-            raise BackendError(f"--image-sizes {ranges.sides}: this model needs multiples of {multiple} pixels")
+        check_sides(ranges.sides, manifest.size_multiple)
         least, best, largest = (side // manifest.downsampling for side in ranges.sides)
         found[axis] = (least, best, largest)
     if "size" in spec.tensors:
         best = min(manifest.image_size or (ranges.sides or (0, 1, 0))[1], ranges.max_side)
         found |= dict.fromkeys(("height", "width"), (1, best, ranges.max_side))
     return found
+
+
+def check_sides(sides: Range, multiple: int) -> None:
+    """Raises BackendError for sides of pictures that are no multiples of what the networks divide by."""
+    if any(side % multiple for side in sides):
+        raise BackendError(
+            f"--image-sizes {','.join(map(str, sides))}: this model needs multiples of {multiple} pixels"
+        )
 
 
 def shapes_of(spec: GraphSpec, profile: Mapping[str, Range]) -> tuple[Shapes, Shapes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, check_finite, load_weights
 from ldmseg_fast.config import to_dict
+from ldmseg_fast.config.limits import OPTION_RANGES
 from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
@@ -89,6 +91,22 @@ def export_model(
         return check_parity(info, folder, settings)
 
 
+def check_comparison(args: argparse.Namespace) -> None:
+    """Checks the options of a command line that say with what an export is compared.
+
+    Raises:
+        ExportError: names the option that could change nothing.
+    """
+    if args.data is None and getattr(args, "split", None) is not None:
+        raise ExportError("--split without --data: generated scenes have one split; add --data ROOT, or leave it out")
+    if not args.no_parity:
+        return
+    if args.parity_images is not None:
+        raise ExportError("--parity-images beside --no-parity: nothing is compared; leave one of them out")
+    if args.data is not None and args.precision not in QUANTISED:  # which are calibrated on it
+        raise ExportError("--data beside --no-parity: nothing is compared; leave one of them out")
+
+
 def check_parity(info: ModelInfo, folder: NewFolder, settings: ExportSettings) -> ParityReport | None:
     """Measures the report, writes it into the folder, and discards the folder where a tolerance is missed."""
     if not settings.parity:
@@ -114,12 +132,13 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
     if settings.parity_images is not None and settings.parity_images < 1:
         raise ExportError(f"--parity-images {settings.parity_images}: at least 1; --no-parity compares nothing")
     multiple = info.size_multiple
-    image_size = _whole("--size", settings.size, {"model": info.image_size, "dynamic": 0})
+    image_size = _whole("--size", settings.size, {"model": info.image_size, "dynamic": 0}, "size")
     if image_size % multiple:
         raise ExportError(
             f"--size {image_size}: this model needs a multiple of {multiple} pixels; pictures are resized to it"
         )
-    steps = tuple(_whole("--sampler-steps", part, {}) for part in settings.sampler_steps.split(",") if part.strip())
+    parts = [part.strip() for part in settings.sampler_steps.split(",") if part.strip()]
+    steps = tuple(dict.fromkeys(_whole("--sampler-steps", part, {}, "steps") for part in parts))
     if max(steps, default=0) > MAX_SAMPLER_STEPS:
         raise ExportError(
             f"--sampler-steps {max(steps)}: whole samplers are for {MAX_SAMPLER_STEPS} steps at most, each one repeats "
@@ -131,7 +150,7 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
         )
     return GraphOptions(
         dtype=str(DTYPES.get(settings.precision, torch.float16)).removeprefix("torch."),  # fp16 beside fp8 and int8
-        batch=_whole("--batch", settings.batch, {"dynamic": 0}),
+        batch=_whole("--batch", settings.batch, {"dynamic": 0}, "batch_size"),
         image_size=image_size,
         head=settings.head,
         sampler_steps=steps,
@@ -179,12 +198,15 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
 
 
-def _whole(name: str, text: str, words: dict[str, int]) -> int:
+def _whole(name: str, text: str, words: dict[str, int], limit: str) -> int:
+    """Reads one of `words`, or a number within the row `limit` of OPTION_RANGES."""
     if text in words:
         return words[text]
-    if not text.strip().isdigit() or int(text) < 1:
-        raise ExportError(f"{name} {text}: a number from 1 on expected" + "".join(f", or {word}" for word in words))
-    return int(text)
+    allowed = OPTION_RANGES[limit]
+    number = int(text) if text.isascii() and text.strip().isdigit() and len(text) < 20 else 0
+    if not allowed.admits(number):
+        raise ExportError(f"{name} {text}: a number {allowed} expected" + "".join(f", or {word}" for word in words))
+    return number
 
 
 def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings: ExportSettings) -> Manifest:

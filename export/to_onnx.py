@@ -31,7 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--sampler-steps", default="", help="also export whole samplers of these numbers of steps, as 1,2,4"
     )
     parser.add_argument("--data", help="COCO-panoptic folder for the parity report; default generated scenes")
-    parser.add_argument("--split", default="val2017")
+    parser.add_argument("--split", help="of --data; default val2017")
     parser.add_argument("--parity-images", type=int, help="default 8, of a large model 2")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     args = parser.parse_args(argv)
@@ -48,8 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, command: str) -> int:
     """Exports as parsed arguments say; `command` is what the manifest names as its maker."""
     from ldmseg_fast.checkpoints.shipped import resolve_model_dir
-    from ldmseg_fast.export.model_export import ExportSettings, export_model
+    from ldmseg_fast.export.model_export import ExportSettings, check_comparison, export_model
 
+    check_comparison(args)
     settings = ExportSettings(
         precision=args.precision,
         opset=args.opset,
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         parity=not args.no_parity,
         parity_images=args.parity_images,
         data=args.data,
-        split=args.split,
+        split=args.split or ExportSettings.split,
         command=command,
     )
     report = export_model(resolve_model_dir(args.model_dir), args.out, settings, print)

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     job = make_job(args, command)
     api = load_api(args.flavour)
     check_targets(api, job.settings)
-    graphs, report = find_graphs(args, command)
+    graphs, report = find_graphs(args, job)
     if report is not None:
         print(report.table())
         if not report.ok:
