@@ -34,7 +34,8 @@ class Passport:
         key: of the build's settings; an equal key needs no new build.
         build_seconds, built: duration, and the time in UTC.
         parity: worst value of each comparison of the parity report.
-        compared: what that report is of: "graphs", or the "engine" itself, where it ran.
+        compared: what that report is of: "graphs", or the "engine" itself, where it ran; "missed": an engine's too, of
+            which one value is beyond its limit.
         command: that builds it again.
     """
 
@@ -132,7 +133,7 @@ def _check_values(passport: Passport, graph: str) -> None:
         "precision": passport.precision in PRECISIONS,
         "targets": bool(passport.targets),
         "profiles": bool(passport.profiles) and all(1 <= low <= best <= high <= 2**31 for low, best, high in spans),
-        "compared": passport.compared in ("graphs", "engine"),
+        "compared": passport.compared in ("graphs", "engine", "missed"),
     }
     if wrong := [name for name, good in fits.items() if not good]:
         raise ValueError(f"no build has such values: {', '.join(wrong)}")
