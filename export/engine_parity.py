@@ -19,8 +19,8 @@ from ldmseg_fast.export.parity import measure_parity
 def engines_agree(args: argparse.Namespace, api: TrtApi) -> bool:
     """Compares the engines of `args.out` with MODEL_DIR, unless their passports say already that they were compared.
 
-    Of graphs the model is not known, and engines for another machine do not run here: there is nothing to compare, and
-    the passports keep the graphs' numbers.
+    Of graphs the model is not known, engines for another machine do not run here, and with a LoRA in them they are no
+    longer MODEL_DIR's: there is nothing to compare, and the passports keep the graphs' numbers.
 
     Returns:
         False where a tolerance is missed.
@@ -29,7 +29,7 @@ def engines_agree(args: argparse.Namespace, api: TrtApi) -> bool:
         BackendError: an engine that fails to run.
     """
     source, out = resolve_model_dir(args.source, kinds=(MODEL, GRAPHS)), Path(args.out)
-    if not (source / "model_index.json").is_file():
+    if args.lora is not None or not (source / "model_index.json").is_file():
         return True
     manifest = read_manifest(out)
     passports = [read_passport(out, name) for name in manifest.graphs]

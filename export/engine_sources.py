@@ -14,7 +14,7 @@ from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config.limits import OPTION_RANGES
 from ldmseg_fast.errors import BackendError, CheckpointError
 from ldmseg_fast.export.engine_build import BuildJob, Ranges, check_sides
-from ldmseg_fast.export.model_export import ExportSettings, check_comparison, export_model, is_current
+from ldmseg_fast.export.model_export import ExportSettings, check_arguments, export_model, is_current
 from ldmseg_fast.export.output_folder import exclusive
 from ldmseg_fast.export.parity_report import ParityReport
 
@@ -36,7 +36,7 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
         _check_cache(args.timing_cache, args.out)
     if args.head == "logits" and args.max_side is not None:
         raise BackendError("--max-side beside --head logits: graphs of logits make no map; leave one of them out")
-    check_comparison(args)
+    check_arguments(args)
     settings = BuildSettings(
         targets=targets or (("portable",) if args.flavour == "rtx" else ("current",)),
         level=args.level,
@@ -117,6 +117,8 @@ def find_graphs(args: argparse.Namespace, job: BuildJob) -> tuple[Path, ParityRe
         parity=not args.no_parity,
         parity_images=args.parity_images,
         data=args.data,
+        lora=args.lora,
+        lora_scale=args.lora_scale,
         command=job.command,
     )
     if job.ranges.sides is not None:
@@ -132,6 +134,7 @@ def find_graphs(args: argparse.Namespace, job: BuildJob) -> tuple[Path, ParityRe
 def _refuse_settled(source: Path, args: argparse.Namespace) -> None:
     """Raises BackendError for options that were settled when the graphs were exported."""
     given = {"--head": args.head, "--sampler-steps": args.sampler_steps or None, "--data": args.data}
+    given |= {"--lora": args.lora, "--lora-scale": args.lora_scale}
     given |= {"--parity-images": args.parity_images, "--no-parity": args.no_parity or None}
     names = [name for name, value in given.items() if value is not None]
     if names:

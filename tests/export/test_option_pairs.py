@@ -8,13 +8,15 @@ import itertools
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ldmseg_fast.backends.trt import api as trt_api
 from ldmseg_fast.backends.trt.api import Machine
 from ldmseg_fast.export import engine_build, engine_sources, model_export, to_onnx, to_trt
 from tests.export.conftest import GPU, make_double_api
 
-DATA, FILE = "DATA", "FILE"  # stand for a data set and for a file that can be written
+DATA, FILE, LORA = "DATA", "FILE", "LORA"  # stand for a data set, a file that can be written, and a LoRA
 
 TO_ONNX = {
     "--precision": ["fp32", "fp16", "bf16"],
@@ -23,6 +25,8 @@ TO_ONNX = {
     "--size": ["model", "dynamic", "32"],
     "--head": ["panoptic", "logits", "both"],
     "--sampler-steps": ["1,4"],
+    "--lora": [LORA],
+    "--lora-scale": ["0.5"],
     "--data": [DATA],
     "--split": ["val2017"],
     "--parity-images": ["2"],
@@ -46,6 +50,8 @@ TO_TRT = {
     "--verbose": [None],
     "--head": ["panoptic", "logits"],
     "--sampler-steps": ["2"],
+    "--lora": [LORA],
+    "--lora-scale": ["0.5"],
     "--data": [DATA],
     "--parity-images": ["2"],
     "--no-parity": [None],
@@ -81,7 +87,9 @@ def test_every_option_of_the_help_is_in_the_matrix(module, options, monkeypatch)
 
 def outcomes(module, options, source, scenes, tmp_path, capsys):
     """{pair of (option, value): "works", or the error}"""
-    stand_for = {DATA: str(scenes), FILE: str(tmp_path / "timing.cache")}
+    stand_for = {DATA: str(scenes), FILE: str(tmp_path / "timing.cache"), LORA: str(tmp_path / "lora.safetensors")}
+    factors = {"unet.conv_in.lora_A.weight": torch.ones(1, 16, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(16, 1)}
+    save_file(factors, stand_for[LORA])
     found = {}
     for pair in pairs(options):
         words = [word for option, value in pair for word in (option, stand_for.get(value, value)) if word is not None]
@@ -115,6 +123,11 @@ def of(options, *names):
     return {choice for choice in choices(options) if choice[0] in names}
 
 
+def unscaled(options):
+    scale = of(options, "--lora-scale")
+    return having(options, scale) - having(options, scale, of(options, "--lora"))
+
+
 def reach(*_, **__):
     raise Reached
 
@@ -126,8 +139,9 @@ def test_pairs_of_to_onnx(model_dir, scenes, tmp_path, capsys, monkeypatch):
     expected = having(TO_ONNX, split) - having(TO_ONNX, split, of(TO_ONNX, "--data"))
     expected |= having(TO_ONNX, nothing, of(TO_ONNX, "--data", "--parity-images"))
     expected |= having(TO_ONNX, {("--precision", "bf16")}, {("--opset", "18")})
+    expected |= unscaled(TO_ONNX)
     assert refused(found) == expected
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
 MACHINES = {"gpu": GPU, "without": Machine()}
@@ -169,7 +183,7 @@ def test_pairs_of_to_trt(flavour, source, scenes, tmp_path, capsys):
     expected = having(options, batches, of(options, "--profile"))
     expected |= having(options, {("--head", "logits")}, of(options, "--max-side"))
     expected |= having(options, nothing, of(options, "--parity-images"))
-    expected |= having(options, nothing, of(options, "--data"))
+    expected |= having(options, nothing, of(options, "--data")) | unscaled(options)
     if name == "rtx":
         expected |= having(options, of(options, "--timing-cache", "--version-compatible"))
     else:
@@ -179,6 +193,7 @@ def test_pairs_of_to_trt(flavour, source, scenes, tmp_path, capsys):
         expected |= having(options, here | of(options, "--strip"))
     if kind == "graphs":
         settled = of(options, "--head", "--sampler-steps", "--data", "--parity-images", "--no-parity", "--image-sizes")
+        settled |= of(options, "--lora", "--lora-scale")
         other = of(options, "--precision") - {("--precision", "fp32")}
         expected |= having(options, settled) | having(options, other)
     assert refused(found) == expected
