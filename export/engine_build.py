@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from ldmseg_fast.backends.graphs.manifest import FILE_NAME, GraphFile, Manifest, check_files, read_manifest
 from ldmseg_fast.backends.graphs.specs import GraphSpec
-from ldmseg_fast.backends.trt.api import RTX_TARGETS, BuildSettings, Shapes, TrtApi, check_driver
+from ldmseg_fast.backends.trt.api import RTX_TARGETS, Shapes, TrtApi
+from ldmseg_fast.backends.trt.machine import check_driver
 from ldmseg_fast.backends.trt.passport import (
     Passport,
     Range,
@@ -24,6 +26,7 @@ from ldmseg_fast.backends.trt.passport import (
     passport_file,
     read_passport,
 )
+from ldmseg_fast.backends.trt.settings import BuildSettings
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.model_export import PARITY
 from ldmseg_fast.export.output_folder import disk_full_named, exclusive
@@ -254,7 +257,7 @@ def _build_one(
     if built.timing_cache:
         _replace(cache_file, built.timing_cache)
     if job.settings.detailed:
-        _replace(out / f"{name}.layers.txt", ("\n".join(built.layers) + "\n").encode())
+        _replace(out / f"{name}.layers.txt", "".join(f"{'  '.join(layer)}\n" for layer in built.layers).encode())
     passport = Passport(
         graph=name,
         engine_sha256=hashlib.sha256(built.engine).hexdigest(),
@@ -277,6 +280,7 @@ def _build_one(
         built=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         command=job.command,
         parity=parity_summary(onnx_dir),
+        layers=dict(Counter(kind for kind, _, _ in built.layers)) if job.settings.detailed else {},
     )
     passport.write(out)
     return passport

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ldmseg_fast.backends.graphs.manifest import FILE_NAME, read_manifest
 from ldmseg_fast.backends.model_info import read_model_info
-from ldmseg_fast.backends.trt.api import BuildSettings
 from ldmseg_fast.backends.trt.passport import Range
+from ldmseg_fast.backends.trt.settings import BuildSettings
 from ldmseg_fast.checkpoints.hub_names import GRAPHS, MODEL
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config.limits import OPTION_RANGES
@@ -32,6 +32,8 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
         raise BackendError(f"--target {args.target}: portable, same and current stand alone")
     if args.timing_cache is not None and args.flavour == "rtx":
         raise BackendError("--timing-cache: TensorRT-RTX tries no kernels out while it builds; leave it out")
+    if args.level is not None and args.flavour == "rtx":
+        raise BackendError("--level: TensorRT-RTX builds the same engine at every level; leave it out")
     if args.timing_cache is not None:
         _check_cache(args.timing_cache, args.out)
     if args.head == "logits" and args.max_side is not None:
@@ -39,11 +41,12 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
     check_arguments(args)
     settings = BuildSettings(
         targets=targets or (("portable",) if args.flavour == "rtx" else ("current",)),
-        level=args.level,
+        level=BuildSettings.level if args.level is None else args.level,
         workspace_gib=args.workspace,
         strip=args.strip,
         version_compatible=args.version_compatible,
         detailed=args.verbose,
+        user_allocation=args.flavour == "rtx",
     )
     sizes = {f"--{name}-batch": getattr(args, f"{name}_batch") for name in ("min", "opt", "max")}
     given = [option for option, size in sizes.items() if size is not None]

@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image-sizes", metavar="MIN,OPT,MAX", help="sides of pictures, for graphs exported with --size dynamic"
     )
-    parser.add_argument("--level", type=int, default=3, choices=range(6), help="builder optimisation level")
+    parser.add_argument("--level", type=int, choices=range(6), help="builder optimisation level, default 3")
     parser.add_argument("--workspace", type=float, default=0.0, help="GiB of scratch memory; default no limit")
     parser.add_argument("--timing-cache", type=Path, help="default DIR/timing.cache")
     parser.add_argument(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ldmseg_fast.backends.trt import api as trt_api
-from ldmseg_fast.backends.trt.api import Machine
+from ldmseg_fast.backends.trt.machine import Machine
 from ldmseg_fast.export import engine_build, engine_sources, model_export, to_onnx, to_trt
 from tests.export.conftest import GPU, make_double_api
 
@@ -185,7 +185,7 @@ def test_pairs_of_to_trt(flavour, source, scenes, tmp_path, capsys):
     expected |= having(options, nothing, of(options, "--parity-images"))
     expected |= having(options, nothing, of(options, "--data")) | unscaled(options)
     if name == "rtx":
-        expected |= having(options, of(options, "--timing-cache", "--version-compatible"))
+        expected |= having(options, of(options, "--timing-cache", "--version-compatible", "--level"))
     else:
         expected |= having(options, {("--target", "sm80,sm89")})
     if machine == "without":
