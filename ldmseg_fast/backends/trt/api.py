@@ -201,7 +201,9 @@ class TrtApi:
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         found = []
         for entry in json.loads(text)["Layers"]:
-            told = {"Name": entry} if isinstance(entry, str) else entry  # a name alone, of what has no details
+            told: dict[str, Any] = (
+                {"Name": entry} if isinstance(entry, str) else entry
+            )  # a name alone, of what has no details
             outputs = [f"{each['Format/Datatype']}{each['Dimensions']}" for each in told.get("Outputs", ())]
             found.append((told.get("LayerType", "unknown"), told["Name"], ", ".join(outputs)))
         return found
