@@ -2,8 +2,9 @@
 
 python benchmarks/bench_export.py [--quick] [--out FOLDER]
 
-Full size is Stable Diffusion's UNet without cross-attention, random weights saved in float32, exported in half. The
-export and the build each run in a process of their own, whose peak resident memory is what is reported.
+Full size is Stable Diffusion's UNet without cross-attention, random weights saved in float32, exported in half. Then
+`to_onnx.py` runs in float32 with its parity report, and `to_trt.py --flavour rtx`, as people run them. Each runs in a
+process of its own, whose peak resident memory is what is reported.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import importlib.util
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,9 +36,10 @@ from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config.presets import COCO, TINY
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.distributed.ending import run_command
-from ldmseg_fast.export.model_export import ExportSettings, export_model
+from ldmseg_fast.export.model_export import PARITY, ExportSettings, export_model
 
 MAX_MINUTES, MAX_GIB = 4.0, 4.0
+MAX_COMMAND_MINUTES, MAX_COMMAND_GIB = 20.0, 6.0  # of whole commands, on two cores
 STEPS = 4
 EXPORT = """
 import sys
@@ -63,7 +66,8 @@ from pathlib import Path
 from typing import Any
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
-from ldmseg_fast.backends.trt.api import BuildSettings, load_api
+from ldmseg_fast.backends.trt.api import load_api
+from ldmseg_fast.backends.trt.settings import BuildSettings
 from ldmseg_fast.export.engine_build import shapes_of
 info = read_model_info(sys.argv[1])
 spec = graph_specs(info, GraphOptions("float16", image_size=info.image_size))["denoiser"]
@@ -71,9 +75,16 @@ shapes = shapes_of(spec, {"batch": (1, 1, 8)})
 built = load_api("rtx").build(Path(sys.argv[2]) / "denoiser.onnx", [shapes], BuildSettings(("sm89",)))
 (Path(sys.argv[2]) / "denoiser.engine").write_bytes(built.engine)
 """
+COMMAND = """
+import importlib
+import sys
+from pathlib import Path
+code = importlib.import_module(f"ldmseg_fast.export.{sys.argv[1]}").main(sys.argv[2:])
+assert code == 0, f"exit code {code}"
+"""
 
 
-def run_apart(script: str, *arguments: Path) -> tuple[float, float]:
+def run_apart(script: str, *arguments: str | Path) -> tuple[float, float]:
     """Runs a script in a process of its own and returns minutes and peak resident GiB.
 
     Raises:
@@ -104,6 +115,29 @@ def full_size(run: Run, folder: Path) -> None:
         run.add_value("full-size UNet, TensorRT-RTX build, peak memory", gib, "GiB", case=case)
         size = (out / "denoiser.engine").stat().st_size / 2**30
         run.add_value("full-size UNet, engine", size, "GiB", case=case)
+    shutil.rmtree(out)
+    whole_commands(run, model, folder / "commands", "coco, random weights")
+
+
+def whole_commands(run: Run, model: Path, out: Path, size: str) -> None:
+    """Measures `to_onnx.py` in float32, parity report included, and `to_trt.py` for TensorRT-RTX where it is installed.
+
+    Args:
+        run: gets the rows.
+        model: MODEL_DIR.
+        out: gets both commands' folders.
+        size: of the model, for the rows.
+    """
+    commands = {"to_onnx": ["--precision", "fp32"]}
+    if importlib.util.find_spec("tensorrt_rtx") is not None:
+        commands["to_trt"] = ["--flavour", "rtx", "--target", "sm89"]
+    for name, options in commands.items():
+        minutes, gib = run_apart(COMMAND, name, model, "--out", out / name, *options)
+        case = {"model": size, "options": " ".join(options)}
+        run.add_value(f"{name}.py", minutes, "minutes", case=case, target=MAX_COMMAND_MINUTES)
+        run.add_value(f"{name}.py, peak memory", gib, "GiB", case=case, target=MAX_COMMAND_GIB)
+        run.check(f"{name}.py keeps to its memory", gib <= MAX_COMMAND_GIB)
+    run.check("to_onnx.py leaves its parity report", (out / "to_onnx" / PARITY).is_file())
 
 
 def tiny_on_the_cpu(run: Run, folder: Path, rounds: int) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from ldmseg_fast.backends.graphs.manifest import FILE_NAME, GraphFile, Manifest, check_files, read_manifest
 from ldmseg_fast.backends.graphs.specs import GraphSpec
-from ldmseg_fast.backends.trt.api import RTX_TARGETS, BuildSettings, Shapes, TrtApi, check_driver
+from ldmseg_fast.backends.trt.api import RTX_TARGETS, Shapes, TrtApi
+from ldmseg_fast.backends.trt.machine import check_driver
 from ldmseg_fast.backends.trt.passport import (
     Passport,
     Range,
@@ -24,6 +26,7 @@ from ldmseg_fast.backends.trt.passport import (
     passport_file,
     read_passport,
 )
+from ldmseg_fast.backends.trt.settings import BuildSettings
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.model_export import PARITY
 from ldmseg_fast.export.output_folder import disk_full_named, exclusive
@@ -77,8 +80,6 @@ def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list
         )
     check_ranges(onnx_dir, manifest, job.ranges)
     check_targets(api, job.settings)
-    if job.timing_cache is not None and not job.timing_cache.parent.is_dir():
-        raise BackendError(f"--timing-cache {job.timing_cache}: no folder {job.timing_cache.parent}")
     profiles = {name: profiles_of(graph.spec, manifest, job.ranges) for name, graph in manifest.graphs.items()}
     waiting = partial(job.progress, f"{out}: another build is under way; waiting for it")
     with disk_full_named(out), exclusive(out / LOCK, waiting):
@@ -132,6 +133,11 @@ def check_targets(api: TrtApi, settings: BuildSettings) -> None:
         if settings.version_compatible:
             raise BackendError("--version-compatible: TensorRT-RTX engines belong to one version; leave it out")
         if {"current", "same"} & set(targets):
+            if not api.machine.gpu:
+                raise BackendError(
+                    f"--target {targets[0]}: means the GPU here, and none answers to nvidia-smi; take portable, or "
+                    f"name compute capabilities, such as sm89"
+                )
             check_driver(api.machine, api.min_driver)
         if settings.strip and not api.machine.gpu:  # weights that come later are laid out by the GPU
             raise BackendError("--strip: TensorRT-RTX needs a GPU for it and none answers to nvidia-smi; leave it out")
@@ -195,15 +201,21 @@ def axis_ranges(spec: GraphSpec, manifest: Manifest, batch: Range, ranges: Range
             continue
         if ranges.sides is None:
             raise BackendError(f"{spec.name}: exported for any picture size; give --image-sizes LEAST,BEST,LARGEST")
-        multiple = manifest.size_multiple
-        if any(side % multiple for side in ranges.sides):
-            raise BackendError(f"--image-sizes {ranges.sides}: this model needs multiples of {multiple} pixels")
+        check_sides(ranges.sides, manifest.size_multiple)
         least, best, largest = (side // manifest.downsampling for side in ranges.sides)
         found[axis] = (least, best, largest)
     if "size" in spec.tensors:
         best = min(manifest.image_size or (ranges.sides or (0, 1, 0))[1], ranges.max_side)
         found |= dict.fromkeys(("height", "width"), (1, best, ranges.max_side))
     return found
+
+
+def check_sides(sides: Range, multiple: int) -> None:
+    """Raises BackendError for sides of pictures that are no multiples of what the networks divide by."""
+    if any(side % multiple for side in sides):
+        raise BackendError(
+            f"--image-sizes {','.join(map(str, sides))}: this model needs multiples of {multiple} pixels"
+        )
 
 
 def shapes_of(spec: GraphSpec, profile: Mapping[str, Range]) -> tuple[Shapes, Shapes]:
@@ -245,7 +257,7 @@ def _build_one(
     if built.timing_cache:
         _replace(cache_file, built.timing_cache)
     if job.settings.detailed:
-        _replace(out / f"{name}.layers.txt", ("\n".join(built.layers) + "\n").encode())
+        _replace(out / f"{name}.layers.txt", "".join(f"{'  '.join(layer)}\n" for layer in built.layers).encode())
     passport = Passport(
         graph=name,
         engine_sha256=hashlib.sha256(built.engine).hexdigest(),
@@ -268,6 +280,7 @@ def _build_one(
         built=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         command=job.command,
         parity=parity_summary(onnx_dir),
+        layers=dict(Counter(kind for kind, _, _ in built.layers)) if job.settings.detailed else {},
     )
     passport.write(out)
     return passport

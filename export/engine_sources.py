@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 
 from ldmseg_fast.backends.graphs.manifest import FILE_NAME, read_manifest
-from ldmseg_fast.backends.trt.api import BuildSettings
+from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.trt.passport import Range
+from ldmseg_fast.backends.trt.settings import BuildSettings
 from ldmseg_fast.checkpoints.hub_names import GRAPHS, MODEL
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.config.limits import OPTION_RANGES
 from ldmseg_fast.errors import BackendError, CheckpointError
-from ldmseg_fast.export.engine_build import BuildJob, Ranges
-from ldmseg_fast.export.model_export import ExportSettings, export_model, is_current
+from ldmseg_fast.export.engine_build import BuildJob, Ranges, check_sides
+from ldmseg_fast.export.model_export import ExportSettings, check_arguments, export_model, is_current
 from ldmseg_fast.export.output_folder import exclusive
 from ldmseg_fast.export.parity_report import ParityReport
 
@@ -25,24 +27,32 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
     Raises:
         BackendError: names the option that is wrong.
     """
-    targets = tuple(part.strip().lower() for part in args.target.split(",") if part.strip())
+    targets = tuple(dict.fromkeys(part.strip().lower() for part in args.target.split(",") if part.strip()))
     if len(targets) > 1 and {"portable", "current", "same"} & set(targets):
         raise BackendError(f"--target {args.target}: portable, same and current stand alone")
     if args.timing_cache is not None and args.flavour == "rtx":
         raise BackendError("--timing-cache: TensorRT-RTX tries no kernels out while it builds; leave it out")
+    if args.level is not None and args.flavour == "rtx":
+        raise BackendError("--level: TensorRT-RTX builds the same engine at every level; leave it out")
+    if args.timing_cache is not None:
+        _check_cache(args.timing_cache, args.out)
+    if args.head == "logits" and args.max_side is not None:
+        raise BackendError("--max-side beside --head logits: graphs of logits make no map; leave one of them out")
+    check_arguments(args)
     settings = BuildSettings(
         targets=targets or (("portable",) if args.flavour == "rtx" else ("current",)),
-        level=args.level,
+        level=BuildSettings.level if args.level is None else args.level,
         workspace_gib=args.workspace,
         strip=args.strip,
         version_compatible=args.version_compatible,
         detailed=args.verbose,
+        user_allocation=args.flavour == "rtx",
     )
     sizes = {f"--{name}-batch": getattr(args, f"{name}_batch") for name in ("min", "opt", "max")}
     given = [option for option, size in sizes.items() if size is not None]
     if args.profile and given:
         raise BackendError(f"{', '.join(given)} beside --profile: a profile says all three; leave one of them out")
-    batches = [_range("--profile", text) for text in args.profile]
+    batches = [_range("--profile", text, "max_batch") for text in args.profile]
     if not batches:
         default = zip(sizes.items(), (1, 1, 8))
         least, best, largest = (size if size is not None else other for (_, size), other in default)
@@ -54,24 +64,37 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
     max_side = 1024 if args.max_side is None else args.max_side
     if max_side < 1 or args.workspace < 0:
         raise BackendError(f"--max-side {max_side} must be positive, --workspace {args.workspace} not negative")
-    sides = _range("--image-sizes", args.image_sizes) if args.image_sizes else None
+    sides = _range("--image-sizes", args.image_sizes, "size") if args.image_sizes is not None else None
     option = "--profile" if args.profile else ", ".join(given)
     ranges = Ranges(tuple(batches), max_side, sides, option, args.max_side is not None)
     return BuildJob(settings, ranges, command, args.timing_cache, print)
 
 
-def _range(option: str, text: str) -> Range:
+def _check_cache(path: Path, out: Path) -> None:
+    """Raises BackendError for a timing cache that could not be written after minutes of work."""
+    if path.is_dir():
+        raise BackendError(f"--timing-cache {path}: a folder; name a file")
+    if not path.parent.is_dir() and path.parent.resolve() != out.resolve():
+        raise BackendError(f"--timing-cache {path}: no folder {path.parent}")
+
+
+def _range(option: str, text: str, limit: str) -> Range:
+    """Reads three numbers; `limit` names the row of OPTION_RANGES that they must keep to."""
     parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
         raise BackendError(f"{option} {text}: three numbers expected, such as 1,4,8")
+    if any(len(part) > 9 or not OPTION_RANGES[limit].admits(int(part)) for part in parts):
+        raise BackendError(f"{option} {text}: numbers {OPTION_RANGES[limit]} expected")
     least, best, largest = (int(part) for part in parts)
     if not 1 <= least <= best <= largest:
         raise BackendError(f"{option} {text}: least, best and largest, from 1 on, in this order")
     return least, best, largest
 
 
-def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityReport | None]:
+def find_graphs(args: argparse.Namespace, job: BuildJob) -> tuple[Path, ParityReport | None]:
     """Returns the folder of graphs to build from, and the parity report of an export that was made now.
+
+    What the engines could not be built from is refused before the export, which takes minutes.
 
     Raises:
         CheckpointError: a folder that is neither an export nor a model.
@@ -92,13 +115,17 @@ def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityRep
     settings = ExportSettings(
         precision=args.precision or DEFAULT_PRECISION,
         head=args.head or "panoptic",
-        size="dynamic" if args.image_sizes else "model",
+        size="dynamic" if job.ranges.sides else "model",
         sampler_steps=args.sampler_steps,
         parity=not args.no_parity,
         parity_images=args.parity_images,
         data=args.data,
-        command=command,
+        lora=args.lora,
+        lora_scale=args.lora_scale,
+        command=job.command,
     )
+    if job.ranges.sides is not None:
+        check_sides(job.ranges.sides, read_model_info(source).size_multiple)
     graphs = args.out / "onnx"
     with exclusive(args.out / ".export.lock", lambda: print(f"{graphs}: another export is under way; waiting for it")):
         if is_current(source, graphs, settings):
@@ -109,9 +136,10 @@ def find_graphs(args: argparse.Namespace, command: str) -> tuple[Path, ParityRep
 
 def _refuse_settled(source: Path, args: argparse.Namespace) -> None:
     """Raises BackendError for options that were settled when the graphs were exported."""
-    given = {"--head": args.head, "--sampler-steps": args.sampler_steps, "--data": args.data}
-    given |= {"--parity-images": args.parity_images, "--no-parity": args.no_parity}
-    names = [name for name, value in given.items() if value]
+    given = {"--head": args.head, "--sampler-steps": args.sampler_steps or None, "--data": args.data}
+    given |= {"--lora": args.lora, "--lora-scale": args.lora_scale}
+    given |= {"--parity-images": args.parity_images, "--no-parity": args.no_parity or None}
+    names = [name for name, value in given.items() if value is not None]
     if names:
         raise BackendError(
             f"{source}: already exported, so {', '.join(names)} can change nothing; give MODEL_DIR, or export again"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,16 +25,17 @@ from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, check_finite, load_weights
 from ldmseg_fast.config import to_dict
+from ldmseg_fast.config.limits import OPTION_RANGES
 from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
-from ldmseg_fast.export.networks import load_networks, load_queries, network_of
-from ldmseg_fast.export.output_folder import ExportError, NewFolder, new_folder
+from ldmseg_fast.export.networks import load_networks, load_queries, network_of, with_lora
+from ldmseg_fast.export.output_folder import ExportError, NewFolder, disk_full_named, new_folder
 from ldmseg_fast.export.parity import GENERATED, QUANTISED, calibration_pictures, comparison_data, measure_parity
 from ldmseg_fast.export.parity_report import ParityReport
 from ldmseg_fast.export.quantize import OPSET as QUANTISED_OPSET
 from ldmseg_fast.export.quantize import export_quantized, quantize_unet
-from ldmseg_fast.files import inside, write_json
+from ldmseg_fast.files import inside, sha256, write_json
 
 DEFAULT_OPSET, BF16_OPSET = 21, 22
 MAX_SAMPLER_STEPS = 8  # every step of a whole sampler is a copy of the network's nodes
@@ -55,6 +57,8 @@ class ExportSettings:
     parity_images: int | None = None
     data: str | None = None
     split: str = "val2017"
+    lora: Path | None = None
+    lora_scale: float | None = None
     command: str = ""
 
 
@@ -71,22 +75,47 @@ def export_model(
         BackendError: a folder that cannot be written, a full disk.
         ExportError, ValueError: settings or a model that cannot be exported.
     """
-    info = read_model_info(model_dir)
-    for name in info.index["components"]:
-        weights = info.folder / name / WEIGHTS
-        if weights.exists():  # the last graph's weights are read after minutes of work
-            check_finite(load_weights(inside(info.folder, weights)), str(weights))
-    options = resolve_options(info, settings)
-    info = info.at_size(options.image_size) if options.image_size else info
+    base = read_model_info(model_dir)
+    options = resolve_options(base, settings)
     if settings.data is not None:
-        with comparison_data(info, settings.data, settings.split, 1):
+        with comparison_data(base, settings.data, settings.split, 1):
             pass  # a wrong folder is refused before minutes of work
-    with new_folder(out, exported_files, progress) as folder:
-        if folder.waited and is_current(model_dir, out, settings):
-            folder.keep = False
-            return ParityReport.read(out / PARITY) if settings.parity else None
-        write_graphs(info, folder.path, options, settings)
-        return check_parity(info, folder, settings)
+    scale = 1.0 if settings.lora_scale is None else settings.lora_scale
+    with disk_full_named(out), with_lora(base, settings.lora, scale) as source:
+        info = read_model_info(source)
+        for name in info.index["components"]:
+            weights = info.folder / name / WEIGHTS
+            if weights.exists():  # the last graph's weights are read after minutes of work
+                check_finite(load_weights(inside(info.folder, weights)), str(weights))
+        info = info.at_size(options.image_size) if options.image_size else info
+        with new_folder(out, exported_files, progress) as folder:
+            if folder.waited and is_current(model_dir, out, settings):
+                folder.keep = False
+                return ParityReport.read(out / PARITY) if settings.parity else None
+            write_graphs(info, folder.path, options, settings)
+            report = check_parity(info, folder, settings)
+            if settings.lora is not None:
+                manifest = read_manifest(folder.path)
+                replace(manifest, model_hash=model_hash(base.folder), lora=_lora(settings)).write(folder.path)
+            return report
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Checks the options of a command line that belong together.
+
+    Raises:
+        ExportError: names the option that could change nothing.
+    """
+    if args.lora_scale is not None and args.lora is None:
+        raise ExportError("--lora-scale without --lora: it scales nothing; add --lora FILE, or leave it out")
+    if args.data is None and getattr(args, "split", None) is not None:
+        raise ExportError("--split without --data: generated scenes have one split; add --data ROOT, or leave it out")
+    if not args.no_parity:
+        return
+    if args.parity_images is not None:
+        raise ExportError("--parity-images beside --no-parity: nothing is compared; leave one of them out")
+    if args.data is not None and args.precision not in QUANTISED:  # which are calibrated on it
+        raise ExportError("--data beside --no-parity: nothing is compared; leave one of them out")
 
 
 def check_parity(info: ModelInfo, folder: NewFolder, settings: ExportSettings) -> ParityReport | None:
@@ -114,12 +143,13 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
     if settings.parity_images is not None and settings.parity_images < 1:
         raise ExportError(f"--parity-images {settings.parity_images}: at least 1; --no-parity compares nothing")
     multiple = info.size_multiple
-    image_size = _whole("--size", settings.size, {"model": info.image_size, "dynamic": 0})
+    image_size = _whole("--size", settings.size, {"model": info.image_size, "dynamic": 0}, "size")
     if image_size % multiple:
         raise ExportError(
             f"--size {image_size}: this model needs a multiple of {multiple} pixels; pictures are resized to it"
         )
-    steps = tuple(_whole("--sampler-steps", part, {}) for part in settings.sampler_steps.split(",") if part.strip())
+    parts = [part.strip() for part in settings.sampler_steps.split(",") if part.strip()]
+    steps = tuple(dict.fromkeys(_whole("--sampler-steps", part, {}, "steps") for part in parts))
     if max(steps, default=0) > MAX_SAMPLER_STEPS:
         raise ExportError(
             f"--sampler-steps {max(steps)}: whole samplers are for {MAX_SAMPLER_STEPS} steps at most, each one repeats "
@@ -131,7 +161,7 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
         )
     return GraphOptions(
         dtype=str(DTYPES.get(settings.precision, torch.float16)).removeprefix("torch."),  # fp16 beside fp8 and int8
-        batch=_whole("--batch", settings.batch, {"dynamic": 0}),
+        batch=_whole("--batch", settings.batch, {"dynamic": 0}, "batch_size"),
         image_size=image_size,
         head=settings.head,
         sampler_steps=steps,
@@ -164,6 +194,8 @@ def is_current(model_dir: str | Path, folder: Path, settings: ExportSettings) ->
         return False
     wanted = (options, settings.precision, resolve_opset(settings), _calibration(settings), versions())
     there = (manifest.options, manifest.precision, manifest.opset, manifest.calibration, manifest.versions)
+    if manifest.lora != _lora(settings):
+        return False
     compared = not settings.parity or (folder / PARITY).is_file()
     return there == wanted and compared and manifest.model_hash == model_hash(info.folder)
 
@@ -174,17 +206,27 @@ def _calibration(settings: ExportSettings) -> str:
     return GENERATED if settings.data is None else f"{Path(settings.data).resolve()}/{settings.split}"
 
 
+def _lora(settings: ExportSettings) -> str:
+    if settings.lora is None:
+        return ""
+    scale = 1.0 if settings.lora_scale is None else settings.lora_scale
+    return f"{settings.lora.name} {sha256(settings.lora)[:16]} x {scale:g}"
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that make an export."""
     return {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
 
 
-def _whole(name: str, text: str, words: dict[str, int]) -> int:
+def _whole(name: str, text: str, words: dict[str, int], limit: str) -> int:
+    """Reads one of `words`, or a number within the row `limit` of OPTION_RANGES."""
     if text in words:
         return words[text]
-    if not text.strip().isdigit() or int(text) < 1:
-        raise ExportError(f"{name} {text}: a number from 1 on expected" + "".join(f", or {word}" for word in words))
-    return int(text)
+    allowed = OPTION_RANGES[limit]
+    number = int(text) if text.isascii() and text.strip().isdigit() and len(text) < 20 else 0
+    if not allowed.admits(number):
+        raise ExportError(f"{name} {text}: a number {allowed} expected" + "".join(f", or {word}" for word in words))
+    return number
 
 
 def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings: ExportSettings) -> Manifest:

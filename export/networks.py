@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,8 @@ from torch import Tensor
 
 from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
-from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
+from ldmseg_fast.checkpoints.lora import fold_lora
+from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config, save_component
 from ldmseg_fast.checkpoints.tensors import (
     INT8_SCALE,
     WEIGHTS,
@@ -26,6 +31,30 @@ from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import inside
 from ldmseg_fast.models.pyramids import fold_norms
 from ldmseg_fast.models.unet import UNet
+
+
+@contextmanager
+def with_lora(info: ModelInfo, lora: Path | None, scale: float) -> Iterator[Path]:
+    """Yields a copy of a model folder whose UNet has a LoRA folded in; the folder itself where `lora` is None.
+
+    Raises:
+        CheckpointError: a LoRA that is damaged or does not fit, see `checkpoints.lora.fold_lora`.
+    """
+    if lora is None:
+        yield info.folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / info.folder.resolve().name
+        for name in info.index["components"]:
+            if name != "unet":
+                shutil.copytree(inside(info.folder, info.folder / name), copy / name)
+        for path in info.folder.glob("*.json"):
+            shutil.copyfile(inside(info.folder, path), copy / path.name)
+        state = fold_lora(load_component(info.folder, "unet").state_dict(), lora, scale)
+        config, extra = load_component_config(info.folder, "unet")
+        save_component(copy, "unet", config, state, extra)
+        del state
+        yield copy
 
 
 def network_of(graph: str) -> str:

@@ -30,8 +30,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--sampler-steps", default="", help="also export whole samplers of these numbers of steps, as 1,2,4"
     )
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA of the UNet, folded into the graphs' weights")
+    parser.add_argument("--lora-scale", type=float, help="of the LoRA, default 1; 0 changes nothing")
     parser.add_argument("--data", help="COCO-panoptic folder for the parity report; default generated scenes")
-    parser.add_argument("--split", default="val2017")
+    parser.add_argument("--split", help="of --data; default val2017")
     parser.add_argument("--parity-images", type=int, help="default 8, of a large model 2")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     args = parser.parse_args(argv)
@@ -48,8 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, command: str) -> int:
     """Exports as parsed arguments say; `command` is what the manifest names as its maker."""
     from ldmseg_fast.checkpoints.shipped import resolve_model_dir
-    from ldmseg_fast.export.model_export import ExportSettings, export_model
+    from ldmseg_fast.export.model_export import ExportSettings, check_arguments, export_model
 
+    check_arguments(args)
     settings = ExportSettings(
         precision=args.precision,
         opset=args.opset,
@@ -60,7 +63,9 @@ def run(args: argparse.Namespace, command: str) -> int:
         parity=not args.no_parity,
         parity_images=args.parity_images,
         data=args.data,
-        split=args.split,
+        split=args.split or ExportSettings.split,
+        lora=args.lora,
+        lora_scale=args.lora_scale,
         command=command,
     )
     report = export_model(resolve_model_dir(args.model_dir), args.out, settings, print)

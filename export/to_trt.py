@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image-sizes", metavar="MIN,OPT,MAX", help="sides of pictures, for graphs exported with --size dynamic"
     )
-    parser.add_argument("--level", type=int, default=3, choices=range(6), help="builder optimisation level")
+    parser.add_argument("--level", type=int, choices=range(6), help="builder optimisation level, default 3")
     parser.add_argument("--workspace", type=float, default=0.0, help="GiB of scratch memory; default no limit")
     parser.add_argument("--timing-cache", type=Path, help="default DIR/timing.cache")
     parser.add_argument(
@@ -52,10 +52,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--version-compatible", action="store_true", help="build engines that later versions of the same major can load"
     )
     parser.add_argument("--verbose", action="store_true", help="write a layer report beside each engine")
-    parser.add_argument("--head", choices=HEADS, help="default panoptic; this and the next four need MODEL_DIR")
+    parser.add_argument("--head", choices=HEADS, help="default panoptic; this and the next six need MODEL_DIR")
     parser.add_argument(
         "--sampler-steps", default="", help="also build whole samplers of these numbers of steps, as 1,2,4"
     )
+    parser.add_argument(
+        "--lora", type=Path, metavar="FILE", help="a LoRA of the UNet, folded into the engines' weights"
+    )
+    parser.add_argument("--lora-scale", type=float, help="of the LoRA, default 1; 0 changes nothing")
     parser.add_argument("--data", help="COCO-panoptic folder for calibration and the parity report")
     parser.add_argument("--parity-images", type=int, help="default 8, of a large model 2")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     job = make_job(args, command)
     api = load_api(args.flavour)
     check_targets(api, job.settings)
-    graphs, report = find_graphs(args, command)
+    graphs, report = find_graphs(args, job)
     if report is not None:
         print(report.table())
         if not report.ok:

@@ -79,6 +79,8 @@ class LDMSegPipeline:
         lanes: int = 1,
         threads: int | None = None,
         profile: int | None = None,
+        kernel_specialization: str | None = None,
+        graph_strategy: str | None = None,
         revision: str | None = None,
     ) -> LDMSegPipeline:
         """Loads the model in a folder, or of the Hugging Face Hub.
@@ -106,6 +108,10 @@ class LDMSegPipeline:
             lanes: how many threads can be inside the graphs or engines at a time, each with its own buffers.
             threads: of ONNX Runtime on a CPU; default torch's.
             profile: which of the engines' optimisation profiles to run, by its place; default the narrowest that fits.
+            kernel_specialization: of engines of TensorRT-RTX: kernels for the shapes at hand are compiled beside the
+                first runs ("lazy"), before them ("eager"), or not at all ("none"). Default "eager" where the sampling
+                loop is a CUDA graph, which keeps the kernels that it was captured with; otherwise "lazy".
+            graph_strategy: of the same: "whole_graph_capture" leaves CUDA graphs to TensorRT-RTX; default "disabled".
             revision: branch, tag or commit of a model of the Hub; default its main branch.
 
         Raises:
@@ -122,6 +128,7 @@ class LDMSegPipeline:
         folder = resolve_model_dir(model_dir, revision)
         speed: dict[str, Any] = {"cuda_graph": cuda_graph, "fused": fused, "precision": precision}
         speed |= {"lanes": lanes, "threads": threads, "profile": profile}
+        speed |= {"kernel_specialization": kernel_specialization, "graph_strategy": graph_strategy}
         return cls(load_backend(folder, backend, engine_dir, device, dtype, image_size, attention, **speed))
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -30,6 +30,8 @@ def load_backend(
     lanes: int = 1,
     threads: int | None = None,
     profile: int | None = None,
+    kernel_specialization: str | None = None,
+    graph_strategy: str | None = None,
 ) -> Backend:
     """Loads the backend called `name` for a model folder.
 
@@ -48,6 +50,7 @@ def load_backend(
         lanes: how many threads can be inside the last two at a time.
         threads: of onnxruntime on a CPU; default torch's.
         profile: of tensorrt: the place of the optimisation profile to run; default the narrowest that fits.
+        kernel_specialization, graph_strategy: of engines of TensorRT-RTX, see `trt.trt_backend.load_trt_backend`.
 
     Raises:
         ArgumentError: an unknown `attention` or `precision`, or both `precision` and `dtype`.
@@ -58,6 +61,10 @@ def load_backend(
     """
     if name not in BACKENDS:
         raise BackendError(f"backend={name!r}: one of {', '.join(BACKENDS)} expected")
+    rtx = {"kernel_specialization": kernel_specialization, "graph_strategy": graph_strategy}
+    for option, value in rtx.items():
+        if value is not None and name != "tensorrt":
+            raise BackendError(f"{option}={value}: backend={name} cannot use it; it is for tensorrt; leave it out")
     _check_used(name, lanes, threads, profile)
     info = read_model_info(model_dir)
     if name in ("torch", "compile"):
@@ -91,9 +98,7 @@ def load_backend(
         )
     from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
 
-    return load_trt_backend(
-        info, engine_dir, device, lanes, cuda_graph=cuda_graph, image_size=image_size, profile=profile
-    )
+    return load_trt_backend(info, engine_dir, device, lanes, cuda_graph, image_size, profile, **rtx)
 
 
 def _check_used(name: str, lanes: int, threads: int | None, profile: int | None) -> None:

@@ -117,10 +117,11 @@ def check_weights_file(path: Path) -> None:
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise CheckpointError(f"{path}: {kind} where a safetensors file is expected")
     with open_file(path, CheckpointError, "safetensors file") as file:  # which names a pointer of Git LFS
-        first = file.read(4)
+        first = file.read(9)
     if not first:
         raise CheckpointError(f"{path}: damaged safetensors file (it is empty); copy or save it again")
-    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+    # the length of a safetensors file's header, in its first 8 bytes, may look like the start of a pickle
+    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")) and first[8:] != b"{":
         raise CheckpointError(f"{path}: a pickle under the name of a safetensors file; nothing in it was run")
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ldmseg_fast.backends.trt.api import FLAVOURS, Machine, driver_major, min_driver, this_machine
+from ldmseg_fast.backends.trt.api import FLAVOURS
+from ldmseg_fast.backends.trt.machine import Machine, driver_major, min_driver, this_machine
 from ldmseg_fast.commands.doctor_finding import Finding, format_table, version_of
 from ldmseg_fast.commands.doctor_speed import examine_speed
 from ldmseg_fast.commands.options import add_json_argument, print_json

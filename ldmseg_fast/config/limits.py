@@ -69,6 +69,7 @@ OPTION_RANGES = {
     "images": Range(0, 10**7),
     "instances": Range(0, 1024),
     "limit": Range(0, 10**9),
+    "lora_scale": Range(-1000, 1000),
     "max_batch": Range(0, 4096),
     "max_pixels": Range(1, 2**28),
     "max_upload": Range(1, 2**20),

@@ -14,10 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ldmseg_fast import distributed
+from ldmseg_fast.backends.graphs.manifest import read_manifest
 from ldmseg_fast.checkpoints.categories_file import CATEGORIES
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import load_index
-from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.checkpoints.shipped import resolve_engine_dir, resolve_model_dir
 from ldmseg_fast.checkpoints.weight_files import states_of
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.evaluation import spread
@@ -123,7 +124,8 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
             own = model_categories(predictor.categories, dataset)
         source = category_source(options.class_aware, dataset) if options.class_aware else own
         mode = "reconstruction" if predictor.reconstructs else "class-aware" if source else "class-agnostic"
-        if options.backend != "torch" and not predictor.reconstructs and options.agreement_images > 0:
+        comparable = options.backend != "torch" and not predictor.reconstructs and options.agreement_images > 0
+        if comparable and not _has_lora(options):
             sampling = {key: predictor.facts[key] for key in ("num_inference_steps", "solver", "eta")}
             agreement = TorchAgreement(
                 model_dir,
@@ -171,6 +173,13 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
     if agreement is not None:
         report["agreement"] = agreement.report()
     return report
+
+
+def _has_lora(options: EvaluationOptions) -> bool:
+    """Tells whether a LoRA is part of exported graphs: then PyTorch's model is another one, and not to be compared."""
+    if options.engine_dir is None:
+        return False
+    return bool(read_manifest(resolve_engine_dir(options.engine_dir, options.backend)).lora)
 
 
 def load_predictor(

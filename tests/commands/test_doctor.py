@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldmseg_fast.backends.load import BACKENDS
-from ldmseg_fast.backends.trt.api import Machine
+from ldmseg_fast.backends.trt.machine import Machine
 from ldmseg_fast.cli import main
 from ldmseg_fast.commands import doctor, doctor_speed
 

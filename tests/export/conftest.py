@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ldmseg_fast.backends.trt import api as trt_api
-from ldmseg_fast.backends.trt.api import Machine, TrtApi
+from ldmseg_fast.backends.trt.api import TrtApi
+from ldmseg_fast.backends.trt.machine import Machine
 from ldmseg_fast.export import to_onnx, to_trt
 from tests.export.triton_double import model_config, repository, triton  # noqa: F401  (fixtures)
 

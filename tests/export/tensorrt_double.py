@@ -27,7 +27,12 @@ class DataType(enum.Enum):
 
 
 NUMPY = {1: np.float32, 2: np.uint8, 6: np.int32, 7: np.int64, 10: np.float16}
-BuilderFlag = enum.Enum("BuilderFlag", "STRIP_PLAN REFIT VERSION_COMPATIBLE")
+BuilderFlag = enum.Enum("BuilderFlag", "STRIP_PLAN REFIT VERSION_COMPATIBLE REQUIRE_USER_ALLOCATION")
+LayerInformationFormat = enum.Enum("LayerInformationFormat", "ONELINE JSON")
+ExecutionContextAllocationStrategy = enum.Enum("ExecutionContextAllocationStrategy", "STATIC USER_MANAGED")
+DynamicShapesKernelSpecializationStrategy = enum.Enum("DynamicShapesKernelSpecializationStrategy", "LAZY EAGER NONE")
+CudaGraphStrategy = enum.Enum("CudaGraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE")
+SCRATCH = 512  # bytes that every engine asks for
 MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE")
 ProfilingVerbosity = enum.Enum("ProfilingVerbosity", "LAYER_NAMES_ONLY DETAILED")
 HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS SAME_COMPUTE_CAPABILITY")
@@ -154,8 +159,62 @@ class ICudaEngine:
         self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self.kinds = {v.name: NUMPY[v.type.tensor_type.elem_type] for v in onnx.load_from_string(graph).graph.input}
 
-    def create_execution_context(self):
-        return IExecutionContext(self)
+    @property
+    def device_memory_size_v2(self):
+        return SCRATCH
+
+    def create_runtime_config(self):
+        return IRuntimeConfig()
+
+    def create_execution_context(self, strategy):
+        return IExecutionContext(self, strategy)
+
+    def create_engine_inspector(self):
+        return EngineInspector(self)
+
+
+class EngineInspector:
+    def __init__(self, engine):
+        self.engine = engine
+
+    def get_engine_information(self, format):
+        output = {"Name": "y", "Dimensions": [1, 2], "Format/Datatype": "Half"}
+        return json.dumps({"Layers": [{"Name": "fused", "LayerType": "gemm", "Outputs": [output]}, "reformat"]})
+
+
+class IRuntimeCache:
+    def __init__(self):
+        self.content = b""
+
+    def deserialize(self, blob):
+        self.content = bytes(blob) if bytes(blob).startswith(b"kernels") else b""
+        return bool(self.content)
+
+    def serialize(self):
+        return self.content
+
+
+run_configs = []  # of TensorRT-RTX
+
+
+class IRuntimeConfig:
+    def __init__(self):
+        self.allocation = ExecutionContextAllocationStrategy.STATIC
+        self.dynamic_shapes_kernel_specialization_strategy = self.cuda_graph_strategy = self.cache = None
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.allocation = strategy
+
+    def create_runtime_cache(self):
+        run_configs.append(self)
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+        return True
+
+    def get_runtime_cache(self):
+        return self.cache
 
 
 class Refitter:
@@ -179,8 +238,16 @@ class OnnxParserRefitter:
 
 
 class IExecutionContext:
-    def __init__(self, engine):
+    def __init__(self, engine, run_config):
         self.engine, self.profile, self.shapes, self.addresses = engine, None, {}, {}
+        self.run_config, self.scratch = run_config, None
+
+    def set_device_memory(self, memory, size):
+        assert size >= SCRATCH
+        self.scratch = memory
+
+    def is_stream_capturable(self, stream):
+        return True
 
     def set_optimization_profile_async(self, profile_index, stream_handle):
         self.profile = self.engine.profiles[profile_index]
@@ -199,6 +266,9 @@ class IExecutionContext:
         return True
 
     def execute_async_v3(self, stream_handle):
+        assert self.scratch or self.run_config.allocation is not ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.run_config.cache is not None:
+            self.run_config.cache.content = b"kernels of " + self.engine.session.get_inputs()[0].name.encode()
         feed = {}
         for name, kind in self.engine.kinds.items():
             shape, size = self.shapes[name], np.dtype(kind).itemsize

@@ -19,3 +19,6 @@ def test_export_and_build_keep_to_time_and_memory(tmp_path):
     assert values["full-size UNet to ONNX"] <= 4.0
     assert values["full-size UNet to ONNX, peak memory"] <= 4.0
     assert values["full-size UNet, engine"] > 1.0  # GiB: TensorRT-RTX built it
+    for name in ("to_onnx.py", "to_trt.py"):  # parity report and build included
+        assert values[f"{name}, peak memory"] <= 6.0
+    assert values["to_onnx.py"] <= 20.0

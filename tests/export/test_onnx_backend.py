@@ -121,11 +121,11 @@ def test_wrong_tensors_are_named(pipes):
         backend.denoise(torch.zeros(2, 16, 16, 16), torch.zeros(3, dtype=torch.int64))
 
 
-def test_evaluate_reports_agreement_and_latency(model_dir, graphs, scenes, tmp_path):
+def test_evaluate_reports_agreement_and_latency(model_dir, graphs, scenes, tmp_path, capsys):
     arguments = ["evaluate", str(model_dir), "--data", str(scenes), "--steps", "3", "--limit", "6", "--batch-size", "4"]
     arguments += ["--mask-th", "0", "--count-th", "0", "--overlap-th", "0"]
     assert main([*arguments, "--json", str(tmp_path / "torch.json")]) == 0
-    engine = ["--backend", "onnxruntime", "--engine-dir", str(graphs)]
+    engine = ["--backend", "onnxruntime", "--engine-dir", str(graphs), "--out", str(tmp_path / "results")]
     assert main([*arguments, *engine, "--json", str(tmp_path / "ort.json")]) == 0
     plain, report = (json.loads((tmp_path / name).read_text()) for name in ("torch.json", "ort.json"))
     assert "agreement" not in plain and report["backend"] == "onnxruntime"
@@ -134,6 +134,10 @@ def test_evaluate_reports_agreement_and_latency(model_dir, graphs, scenes, tmp_p
     assert report["agreement"]["pixel_agreement"] > 0.999
     assert abs(report["agreement"]["pq_difference"]) < 0.5
     assert report["seconds_per_image"] > 0 and report["agreement"]["torch_seconds_per_image"] > 0
+    assert ", ratio " in capsys.readouterr().out
+    assert main([*arguments, *engine]) == 0  # reads the results back, and so has no time of the graphs
+    said = capsys.readouterr().out
+    assert "no ratio: the results were read back" in said and ", ratio " not in said
 
 
 def test_a_folder_is_needed(model_dir, graphs):

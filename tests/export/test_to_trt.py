@@ -15,8 +15,10 @@ import pytest
 from ldmseg_fast.backends.graphs.manifest import read_manifest
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.trt import api as trt_api
-from ldmseg_fast.backends.trt.api import Machine, load_api
+from ldmseg_fast.backends.trt.api import load_api
+from ldmseg_fast.backends.trt.machine import Machine
 from ldmseg_fast.backends.trt.passport import read_passport
+from ldmseg_fast.backends.trt.settings import BuildSettings, Built
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export import engine_build, engine_sources, model_export, output_folder, to_trt
@@ -61,10 +63,10 @@ def test_float32_and_several_targets(graphs, rtx, tmp_path):
     graph = manifest.graphs["image_encoder"]
     profile = {"batch": (1, 2, 4)}
     for targets in (("portable",), ("sm80", "sm120")):
-        settings = trt_api.BuildSettings(targets, level=1, workspace_gib=1.0, detailed=True)
+        settings = BuildSettings(targets, level=1, workspace_gib=1.0, detailed=True, user_allocation=True)
         shapes = engine_build.shapes_of(graph.spec, profile)
         built = rtx.build(graphs / graph.file, [shapes], settings)
-        assert len(built.engine) > 10_000 and any("CONVOLUTION" in line for line in built.layers)
+        assert len(built.engine) > 10_000 and any(kind == "CONVOLUTION" for kind, _, _ in built.layers)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
@@ -85,7 +87,7 @@ def test_a_quantised_model_builds(model_dir, rtx, scenes, tmp_path, precision):
 def test_a_damaged_graph_is_refused_by_the_parser(rtx, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"no graph at all")
     with pytest.raises(BackendError, match=r"bad\.onnx: TensorRT-RTX .* does not take it"):
-        rtx.build(tmp_path / "bad.onnx", [], trt_api.BuildSettings(("portable",)))
+        rtx.build(tmp_path / "bad.onnx", [], BuildSettings(("portable",)))
 
 
 def test_tensorrt_10_is_told_to_type_strongly(double):
@@ -162,7 +164,7 @@ def _build_in_a_process(graphs: str, out: str, log: str) -> None:
         with Path(log).open("a") as file:
             file.write(f"{onnx_file.name}\n")
         time.sleep(0.2)
-        return trt_api.Built(b"engine", b"", [])
+        return Built(b"engine", b"", [])
 
     module = SimpleNamespace(ILogger=object, __version__="11.4.0.1")
     api = type(

@@ -13,7 +13,8 @@ from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.trt import api as trt_api
-from ldmseg_fast.backends.trt.api import Machine
+from ldmseg_fast.backends.trt import machine
+from ldmseg_fast.backends.trt.machine import Machine
 from ldmseg_fast.backends.trt.passport import read_passport
 from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
 from ldmseg_fast.cli import main
@@ -198,7 +199,9 @@ def test_passports_ask_what_the_level_asks(model_dir, engines, trt, monkeypatch,
 def test_each_loop_has_a_context_of_its_own(model_dir, engines, trt, double, monkeypatch):
     """A CUDA graph keeps the addresses of its context, which another shape would change."""
     made, create = [], double.ICudaEngine.create_execution_context
-    monkeypatch.setattr(double.ICudaEngine, "create_execution_context", lambda e: made.append(create(e)) or made[-1])
+    monkeypatch.setattr(
+        double.ICudaEngine, "create_execution_context", lambda e, c: made.append(create(e, c)) or made[-1]
+    )
     backend = load_backend(model_dir, "tensorrt", engines)
     for batch in (1, 2, 1, 2):
         noise, image_latents = torch.randn(batch, 4, 16, 16), torch.randn(batch, 8, 16, 16)
@@ -282,16 +285,16 @@ def test_a_model_of_another_picture_size(model_dir, engines, trt):
 
 def test_another_machine_than_the_first(monkeypatch):
     """Work on the second GPU is checked against the second GPU."""
-    monkeypatch.setattr(trt_api, "_ask_nvidia_smi", lambda: Machine("NVIDIA A100", "8.0", "580.65"))
-    assert trt_api.this_machine().gpu == "NVIDIA A100"
+    monkeypatch.setattr(machine, "_ask_nvidia_smi", lambda: Machine("NVIDIA A100", "8.0", "580.65"))
+    assert machine.this_machine().gpu == "NVIDIA A100"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((8, 0), (9, 0))[index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("NVIDIA A100", "NVIDIA H100")[index])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert trt_api.this_machine(torch.device("cuda:1")) == Machine("NVIDIA H100", "9.0", "580.65")
-    assert trt_api.this_machine(torch.device("cuda")) == Machine("NVIDIA A100", "8.0", "580.65")
+    assert machine.this_machine(torch.device("cuda:1")) == Machine("NVIDIA H100", "9.0", "580.65")
+    assert machine.this_machine(torch.device("cuda")) == Machine("NVIDIA A100", "8.0", "580.65")
 
 
 @pytest.mark.parametrize(("text", "number"), [("580.65.06", 580), ("", 0), ("[N/A]", 0)])
 def test_driver_numbers(text, number):
-    assert trt_api.driver_major(text) == number
+    assert machine.driver_major(text) == number

@@ -54,6 +54,8 @@ class Manifest:
         versions: of the packages that exported.
         command: that makes this folder again.
         calibration: what the ranges of a quantised model were measured on.
+        lora: the LoRA in the UNet's weights, by its file's name, hash and scale; empty: none. The hash of the model is
+            that of the folder without it.
         model, scheduler: the model's index and its schedule.
     """
 
@@ -68,6 +70,7 @@ class Manifest:
     versions: dict[str, str]
     command: str
     calibration: str = ""
+    lora: str = ""
     model: dict[str, Any] = field(repr=False, default_factory=dict)
     scheduler: dict[str, Any] = field(repr=False, default_factory=dict)
 
@@ -107,6 +110,7 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
             name: GraphFile(GraphSpec.from_dict(g["spec"]), g["file"], g["weights"], g["sha256"])
             for name, g in values["graphs"].items()
         }
+        values.setdefault("lora", "")  # of exports from before there were any
         plain = {item.name: values[item.name] for item in fields(Manifest) if item.name not in ("options", "graphs")}
         if missing := [name for name in GRAPHS if name not in graphs]:
             raise BackendError(f"{path}: no {', '.join(missing)} in it; export again")

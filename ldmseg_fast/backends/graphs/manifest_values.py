@@ -51,7 +51,7 @@ def wrong_values(values: Mapping[str, Any], options: GraphOptions, specs: Mappin
     wrong = [
         name for name, (value, least, most) in numbers.items() if type(value) is not int or not least <= value <= most
     ]
-    names = ("model_hash", "command", "calibration")
+    names = ("model_hash", "command", "calibration", "lora")
     texts = {name: values[name] for name in names} | {"options.dtype": options.dtype}
     wrong += [name for name, value in texts.items() if not isinstance(value, str)]
     wrong += [] if values["precision"] in PRECISIONS else ["precision"]

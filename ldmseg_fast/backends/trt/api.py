@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
+import json
+import mmap
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ldmseg_fast.backends.trt.machine import Machine, min_driver, this_machine
+from ldmseg_fast.backends.trt.settings import BuildSettings, Built, RunSettings
 from ldmseg_fast.errors import BackendError
 
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # least, best, largest per input
@@ -33,76 +35,7 @@ FLAVOURS = {
     "tensorrt": Flavour("tensorrt", (10, 13), "pip install 'ldmseg_fast[trt]' on a machine with an NVIDIA GPU", False),
     "rtx": Flavour("tensorrt_rtx", (1, 2), "pip install 'ldmseg_fast[rtx]'", True),
 }
-MIN_DRIVERS = {12: 535, 13: 580}  # NVIDIA's driver, by the CUDA that TensorRT was built for
-MIN_DRIVER = MIN_DRIVERS[13]  # where no package tells
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """Says what a builder may do.
-
-    Attributes:
-        targets: compute capabilities ("sm89"), or ("current",) for the GPU at hand, ("same",) for others of its compute
-            capability too, ("portable",) for Ampere and later.
-        level: builder optimisation level, 0 to 5.
-        workspace_gib: scratch memory; 0: no limit.
-        strip: leave weights out of the engine; they are put in when it is loaded.
-        version_compatible: loadable by later TensorRT versions of the same major.
-        detailed: keep layer details in the engine.
-    """
-
-    targets: tuple[str, ...] = ("current",)
-    level: int = 3
-    workspace_gib: float = 0.0
-    strip: bool = False
-    version_compatible: bool = False
-    detailed: bool = False
-
-
-@dataclass(frozen=True)
-class Built:
-    """Holds a serialised engine, the timing cache to keep, and one line per layer."""
-
-    engine: bytes
-    timing_cache: bytes
-    layers: list[str]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Names a GPU and its driver; empty where there is none."""
-
-    gpu: str = ""
-    compute_capability: str = ""
-    driver: str = ""
-
-
-def this_machine(device: torch.device | None = None) -> Machine:
-    """Finds the GPU behind a torch device (default the current one); nvidia-smi's first where torch has no CUDA."""
-    machine = _ask_nvidia_smi()
-    if not (machine.driver and torch.cuda.is_available()):
-        return machine
-    index = torch.cuda.current_device() if device is None or device.index is None else device.index
-    major, minor = torch.cuda.get_device_capability(index)
-    return Machine(torch.cuda.get_device_name(index), f"{major}.{minor}", machine.driver)
-
-
-@lru_cache(maxsize=1)
-def _ask_nvidia_smi() -> Machine:
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return Machine()
-    parts = [part.strip() for part in output.partition("\n")[0].split(",")]
-    return Machine(*parts) if len(parts) == 3 else Machine()
-
-
-def driver_major(driver: str) -> int:
-    """Reads 580 from "580.65.06"; 0 where it is unknown."""
-    number = driver.partition(".")[0]
-    return int(number) if number.isdigit() else 0
 
 
 class TrtApi:
@@ -214,6 +147,8 @@ class TrtApi:
         engine = builder.build_serialized_network(network, config)
         if engine is None:
             raise BackendError(f"{onnx_file}: {self.name} does not build it ({self.take_errors()})")
+        if settings.detailed and self.machine.gpu:
+            layers = self._inspect(engine, settings.version_compatible)
         return Built(bytes(engine), bytes(cache.serialize()) if cache is not None else b"", layers)
 
     def _network_flags(self) -> int:
@@ -229,6 +164,7 @@ class TrtApi:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(settings.workspace_gib * 2**30))
         flags = {"STRIP_PLAN": settings.strip, "REFIT": settings.strip}
         flags["VERSION_COMPATIBLE"] = settings.version_compatible
+        flags["REQUIRE_USER_ALLOCATION"] = settings.user_allocation
         for name, wanted in flags.items():
             if wanted:
                 config.set_flag(getattr(trt.BuilderFlag, name))
@@ -246,15 +182,38 @@ class TrtApi:
         elif settings.targets != ("current",):
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
 
-    def _describe(self, layer: Any) -> str:
+    def _describe(self, layer: Any) -> tuple[str, str, str]:
         outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
         kinds = ", ".join(f"{output.dtype.name}{list(output.shape)}" for output in outputs)
-        return f"{layer.type.name}  {layer.name}  {kinds}"
+        return layer.type.name, layer.name, kinds
+
+    def _inspect(self, plan: Any, version_compatible: bool) -> list[tuple[str, str, str]]:
+        """Lists the layers of a built engine; none where TensorRT does not load it."""
+        trt = self.trt
+        runtime = trt.Runtime(self.log)
+        if version_compatible:
+            runtime.engine_host_code_allowed = True
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            self.take_errors()
+            return []
+        inspector = engine.create_engine_inspector()
+        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        found = []
+        for entry in json.loads(text)["Layers"]:
+            told: dict[str, Any] = (
+                {"Name": entry} if isinstance(entry, str) else entry
+            )  # a name alone, of what has no details
+            outputs = [f"{each['Format/Datatype']}{each['Dimensions']}" for each in told.get("Outputs", ())]
+            found.append((told.get("LayerType", "unknown"), told["Name"], ", ".join(outputs)))
+        return found
 
     # running
 
     def deserialize(self, engine_file: Path, version_compatible: bool = False) -> Any:
         """Loads an engine. Its passport must have been checked before: a foreign file can do anything here.
+
+        TensorRT reads the file where it lies, so that a large engine is not in memory beside its own copy.
 
         Raises:
             BackendError: an engine that TensorRT does not load.
@@ -262,7 +221,8 @@ class TrtApi:
         runtime = self.trt.Runtime(self.log)
         if version_compatible:
             runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(engine_file.read_bytes())
+        with engine_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(f"{engine_file}: {self.name} does not load it ({self.take_errors()}); build it again")
         return engine
@@ -278,13 +238,54 @@ class TrtApi:
         if not (weights.refit_from_file(str(onnx_file)) and refitter.refit_cuda_engine()):
             raise BackendError(f"{onnx_file}: its weights do not fit the engine ({self.take_errors()}); build it again")
 
-    def create_context(self, engine: Any, profile: int, stream: int) -> Any:
+    def runtime_config(self, engine: Any, settings: RunSettings, kernels: bytes = b"") -> Any:
+        """Says how contexts of an engine run: in scratch memory that they are given, and as `settings` say.
+
+        Args:
+            engine: as `deserialize` returned it.
+            settings: of TensorRT-RTX.
+            kernels: what TensorRT-RTX compiled before, see `compiled_kernels`; what does not fit is not used.
+        """
+        trt = self.trt
+        run_config = engine.create_runtime_config()
+        run_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self.flavour == "rtx":
+            strategies = trt.DynamicShapesKernelSpecializationStrategy, trt.CudaGraphStrategy
+            chosen = settings.kernel_specialization.upper(), settings.graph_strategy.upper()
+            run_config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies[0], chosen[0])
+            run_config.cuda_graph_strategy = getattr(strategies[1], chosen[1])
+            compiled = run_config.create_runtime_cache()
+            if kernels and not compiled.deserialize(kernels):
+                self.take_errors()  # of another version or GPU: it compiles them again
+            run_config.set_runtime_cache(compiled)
+        return run_config
+
+    def compiled_kernels(self, run_config: Any) -> bytes:
+        """Returns the kernels that TensorRT-RTX has compiled while engines ran, for the next start; else nothing."""
+        if self.flavour != "rtx":
+            return b""
+        compiled = run_config.get_runtime_cache()
+        return bytes(compiled.serialize()) if compiled is not None else b""
+
+    def scratch_bytes(self, engine: Any) -> int:
+        """Returns how much scratch memory a context of an engine needs, whatever its profile."""
+        return int(engine.device_memory_size_v2)
+
+    def create_context(self, engine: Any, profile: int, stream: int, run_config: Any, scratch: Tensor) -> Any:
         """Makes an execution context of one optimisation profile on a CUDA stream, given by its handle.
+
+        Args:
+            engine, run_config: of `deserialize` and `runtime_config`.
+            profile: its place.
+            stream: what runs on it shares `scratch`.
+            scratch: uint8 [N], of `scratch_bytes` at least.
 
         Raises:
             BackendError: TensorRT makes none; most often the GPU's memory is full.
         """
-        context = engine.create_execution_context()
+        context = engine.create_execution_context(run_config)
+        if context is not None and scratch.numel():
+            context.set_device_memory(scratch.data_ptr(), scratch.numel())
         if context is None or not context.set_optimization_profile_async(profile, stream):
             raise BackendError(
                 f"{self.name} makes no execution context ({self.take_errors()}); is the GPU's memory full?"
@@ -303,6 +304,13 @@ class TrtApi:
         for name, address in outputs.items():
             if not context.set_tensor_address(name, address):
                 raise BackendError(f"{self.name} refuses the memory for {name} ({self.take_errors()})")
+
+    def can_be_captured(self, context: Any, stream: int) -> bool:
+        """Tells whether a run on a stream, given by its handle, may become part of a CUDA graph.
+
+        TensorRT-RTX says so of shapes that were set, see `bind`. TensorRT always tries.
+        """
+        return self.flavour != "rtx" or bool(context.is_stream_capturable(stream))
 
     def execute(self, context: Any, stream: int) -> None:
         """Queues one run on a stream, given by its handle. Raises BackendError where TensorRT refuses."""
@@ -333,25 +341,3 @@ def load_api(flavour: str) -> TrtApi:
         least = ".".join(map(str, known.minimum))
         raise BackendError(f"{known.module} {api.version}: {least} or later is needed; {known.install}")
     return api
-
-
-def min_driver(module: str) -> int:
-    """Returns the least major of NVIDIA's driver for an installed flavour's `module`, by the CUDA of its package."""
-    for major, driver in MIN_DRIVERS.items():
-        for name in (f"{module}_cu{major}", f"{module}_cu{major}_bindings"):
-            try:
-                importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-            return driver
-    return MIN_DRIVER
-
-
-def check_driver(machine: Machine, least: int = MIN_DRIVER) -> None:
-    """Checks the GPU and its driver. Raises BackendError where none answers, or its major is below `least`."""
-    if not machine.gpu:
-        raise BackendError(
-            "TensorRT runs on NVIDIA GPUs and none answers to nvidia-smi; use backend=onnxruntime or torch here"
-        )
-    if driver_major(machine.driver) < least:
-        raise BackendError(f"NVIDIA driver {machine.driver}: TensorRT needs {least} or later; update the driver")

@@ -9,7 +9,8 @@ from typing import Any
 
 from ldmseg_fast.backends.graphs.manifest import Manifest
 from ldmseg_fast.backends.graphs.manifest_values import PRECISIONS
-from ldmseg_fast.backends.trt.api import FLAVOURS, MIN_DRIVER, Machine, driver_major
+from ldmseg_fast.backends.trt.api import FLAVOURS
+from ldmseg_fast.backends.trt.machine import MIN_DRIVER, Machine, driver_major
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.files import read_text, sha256, write_json
 
@@ -34,7 +35,10 @@ class Passport:
         key: of the build's settings; an equal key needs no new build.
         build_seconds, built: duration, and the time in UTC.
         parity: worst value of each comparison of the parity report.
-        compared: what that report is of: "graphs", or the "engine" itself, where it ran.
+        compared: what that report is of: "graphs", or the "engine" itself, where it ran; "missed": an engine's too, of
+            which one value is beyond its limit.
+        layers: with --verbose how many layers of each type the engine has, or where it was built without a GPU the
+            network that it was built from.
         command: that builds it again.
     """
 
@@ -60,6 +64,7 @@ class Passport:
     command: str
     parity: dict[str, float] = field(default_factory=dict)
     compared: str = "graphs"
+    layers: dict[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
@@ -112,13 +117,13 @@ def read_passport(folder: Path, graph: str) -> Passport:
 def _check_values(passport: Passport, graph: str) -> None:
     """Raises TypeError for a value of another type than `Passport` has, ValueError for one that no build has."""
     sizes = [size for profile in passport.profiles for span in profile.values() for size in span]
-    numbers = [*sizes, passport.engine_bytes, passport.image_size]
+    numbers = [*sizes, passport.engine_bytes, passport.image_size, *passport.layers.values()]
     texts = [getattr(passport, item.name) for item in fields(Passport) if item.type == "str"]
     flags = [passport.version_compatible, passport.stripped]
     measured = [passport.build_seconds, *passport.parity.values()]
     for kinds, values in (
         ((int,), numbers),
-        ((str,), [*texts, *passport.targets, *passport.parity]),
+        ((str,), [*texts, *passport.targets, *passport.parity, *passport.layers]),
         ((bool,), flags),
         ((int, float), measured),
     ):
@@ -132,7 +137,7 @@ def _check_values(passport: Passport, graph: str) -> None:
         "precision": passport.precision in PRECISIONS,
         "targets": bool(passport.targets),
         "profiles": bool(passport.profiles) and all(1 <= low <= best <= high <= 2**31 for low, best, high in spans),
-        "compared": passport.compared in ("graphs", "engine"),
+        "compared": passport.compared in ("graphs", "engine", "missed"),
     }
     if wrong := [name for name, good in fits.items() if not good]:
         raise ValueError(f"no build has such values: {', '.join(wrong)}")

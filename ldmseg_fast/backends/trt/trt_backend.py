@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from ldmseg_fast.backends.graphs.manifest import GraphFile, at_graphs_size, hash
 from ldmseg_fast.backends.graphs.specs import GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.trt import api as trt_api
+from ldmseg_fast.backends.trt.kernel_files import keep_kernels, read_kernels
+from ldmseg_fast.backends.trt.machine import check_driver
 from ldmseg_fast.backends.trt.passport import Passport, check_passport, engine_file, read_passport
+from ldmseg_fast.backends.trt.settings import GRAPH_STRATEGIES, SPECIALIZATIONS, RunSettings
 from ldmseg_fast.errors import BackendError
 
 OPTIONS = {
@@ -27,26 +31,42 @@ OPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class LoadedEngine:
+    """Holds an engine, and its runtime configuration; see `TrtApi.deserialize` and `TrtApi.runtime_config`."""
+
+    engine: Any
+    config: Any
+
+
 class TrtRunner:
     """Runs one engine on one stream, in torch's own memory.
 
     Calls share one context per optimisation profile. What is repeated may be captured in a CUDA graph, which keeps the
-    addresses of its context's scratch memory: such a loop gets a context that no other shape changes.
+    state of its context: such a loop gets a context that no other shape changes.
 
     Args:
         api: the imported TensorRT.
-        engine: as `api.deserialize` returned it.
+        engine: the engine.
         spec: of the graph that the engine was built from.
         passport: of the engine.
         stream: handle of the CUDA stream.
         profiles: places of the passport's profiles that may run.
+        scratch: uint8 [N], the scratch memory of all engines that run on the stream, one after the other.
     """
 
     def __init__(
-        self, api: trt_api.TrtApi, engine: Any, spec: GraphSpec, passport: Passport, stream: int, profiles: range
+        self,
+        api: trt_api.TrtApi,
+        engine: LoadedEngine,
+        spec: GraphSpec,
+        passport: Passport,
+        stream: int,
+        profiles: range,
+        scratch: Tensor,
     ) -> None:
         self.api, self.engine, self.spec, self.passport, self.stream = api, engine, spec, passport, stream
-        self.profiles = profiles
+        self.profiles, self.scratch = profiles, scratch
         self._contexts: dict[int, Any] = {}
         self._loops: list[tuple[weakref.ref[Tensor], Any]] = []
 
@@ -58,6 +78,9 @@ class TrtRunner:
 
         def run(alive: tuple[Tensor, ...] = tuple(tensors.values())) -> None:  # the context holds addresses only
             self.api.bind(context, inputs, outputs)
+            captures = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            if captures and not self.api.can_be_captured(context, self.stream):
+                raise RuntimeError(f"{self.api.name} cannot capture {self.spec.name}")  # the lane goes on without
             self.api.execute(context, self.stream)
 
         return run
@@ -66,16 +89,20 @@ class TrtRunner:
         """Finds or makes the context of a single call, or that of a loop, which its steps share."""
         if not repeated:
             if profile not in self._contexts:
-                self._contexts[profile] = self.api.create_context(self.engine, profile, self.stream)
+                self._contexts[profile] = self._make_context(profile)
             return self._contexts[profile]
         fixed = tensors["image_latents"]  # the one buffer that all steps of a loop have, and no other loop
         self._loops = [(buffer, context) for buffer, context in self._loops if buffer() is not None]
         for buffer, context in self._loops:
             if buffer() is fixed:
                 return context
-        context = self.api.create_context(self.engine, profile, self.stream)
+        context = self._make_context(profile)
         self._loops.append((weakref.ref(fixed), context))
         return context
+
+    def _make_context(self, profile: int) -> Any:
+        engine, config = self.engine.engine, self.engine.config
+        return self.api.create_context(engine, profile, self.stream, config, self.scratch)
 
     def _profile(self, tensors: Mapping[str, Tensor]) -> int:
         """Finds the narrowest profile for these shapes. Raises BackendError naming the option that widens it."""
@@ -108,6 +135,8 @@ def load_trt_backend(
     cuda_graph: bool | None = None,
     image_size: int | None = None,
     profile: int | None = None,
+    kernel_specialization: str | None = None,
+    graph_strategy: str | None = None,
 ) -> GraphBackend:
     """Loads the engines that `to_trt.py` built.
 
@@ -121,6 +150,8 @@ def load_trt_backend(
         image_size: side in pixels of what the networks see; default the engines' own, or the model's.
         profile: the place of the optimisation profile to run; default the narrowest that fits. A graph with a single
             profile, as the mask decoder's, keeps it.
+        kernel_specialization, graph_strategy: of TensorRT-RTX, see `RunSettings`. Where it captures graphs itself, the
+            sampling loop is none. What it compiles is kept, see `kernel_files`.
 
     Raises:
         BackendError: no TensorRT, no GPU, or an engine that was not built for this model, machine, version or size.
@@ -130,31 +161,40 @@ def load_trt_backend(
     manifest = read_manifest(folder, "to_trt.py")
     passports = {name: read_passport(folder, name) for name in manifest.graphs}
     api = trt_api.load_api(passports["denoiser"].flavour)
+    if graph_strategy not in (None, "disabled"):
+        if cuda_graph:
+            raise BackendError(f"graph_strategy={graph_strategy} beside cuda_graph=True: only one may capture; choose")
+        cuda_graph = False
     device = torch.device(device) if device is not None else api.device
+    capture = use_cuda_graph(cuda_graph, device)
+    settings = _run_settings(api, kernel_specialization, graph_strategy, capture)
     if device.type != api.device.type:
         raise BackendError(f"device={device}: TensorRT engines run on {api.device}; use backend=onnxruntime or torch")
     api.device = device
-    trt_api.check_driver(api.machine, api.min_driver)
+    check_driver(api.machine, api.min_driver)
     digest = model_hash(info.folder)
     for passport in passports.values():
         check_passport(passport, folder, manifest, digest, api.flavour, api.version, api.machine, api.min_driver)
     info = at_graphs_size(info, folder, manifest, image_size)
     chosen = {name: _chosen(passport, profile) for name, passport in passports.items()}
     _check_sides(info, passports["denoiser"], manifest.downsampling)
+    engines: dict[str, LoadedEngine] = {}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        engines = {
-            name: api.deserialize(engine_file(folder, name), passport.version_compatible)
-            for name, passport in passports.items()
-        }
         for name, passport in passports.items():
+            engine = api.deserialize(engine_file(folder, name), passport.version_compatible)
             if passport.stripped:
-                api.refit(engines[name], weights_of(folder, manifest.graphs[name]))
+                api.refit(engine, weights_of(folder, manifest.graphs[name]))
+            config = api.runtime_config(engine, settings, read_kernels(folder, passport))
+            engines[name] = LoadedEngine(engine, config)
+    scratch_bytes = max(api.scratch_bytes(loaded.engine) for loaded in engines.values())
     specs = {name: graph.spec for name, graph in manifest.graphs.items()}
 
     def make_runners(stream: torch.cuda.Stream | None) -> Mapping[str, Runner]:
         handle = stream.cuda_stream if stream is not None else 0
+        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
         return {
-            name: TrtRunner(api, engines[name], specs[name], passports[name], handle, chosen[name]) for name in engines
+            name: TrtRunner(api, loaded, specs[name], passports[name], handle, chosen[name], scratch)
+            for name, loaded in engines.items()
         }
 
     batch = manifest.options.batch
@@ -163,9 +203,32 @@ def load_trt_backend(
         name: tuple((fixed | passports[name].profiles[index])["batch"][::2] for index in indices)
         for name, indices in chosen.items()
     }
-    return GraphBackend(
-        info, specs, make_runners, device, lanes, use_cuda_graph(cuda_graph, device), batches, engines.clear
+
+    def close() -> None:
+        keep()
+        engines.clear()
+
+    backend = GraphBackend(info, specs, make_runners, device, lanes, capture, batches, close)
+    configs = {name: loaded.config for name, loaded in engines.items()}
+    keep = weakref.finalize(backend, keep_kernels, api, folder, passports, configs)  # of what is never closed too
+    return backend
+
+
+def _run_settings(api: trt_api.TrtApi, specialization: str | None, strategy: str | None, capture: bool) -> RunSettings:
+    """Checks how TensorRT-RTX is to run. Raises BackendError for what it does not know, and for TensorRT.
+
+    capture: the sampling loop becomes a CUDA graph, which keeps the kernels that are there when it is captured.
+    """
+    given = (
+        ("kernel_specialization", specialization, SPECIALIZATIONS),
+        ("graph_strategy", strategy, GRAPH_STRATEGIES),
     )
+    for name, value, known in given:
+        if value is not None and api.flavour != "rtx":
+            raise BackendError(f"{name}={value}: of TensorRT-RTX alone, and these engines are {api.name}'s")
+        if value is not None and value not in known:
+            raise BackendError(f"{name}={value!r}: one of {', '.join(known)} expected")
+    return RunSettings(specialization or ("eager" if capture else "lazy"), strategy or "disabled")
 
 
 def _chosen(passport: Passport, profile: int | None) -> range:
