@@ -207,7 +207,10 @@ class TorchBackend(DdimBackend):
         encoded, given, sampled, decoded = finite.tolist()
         require_sampled(sampled, lambda: encoded, lambda: given, info, self.dtype)
         require_finite(decoded, _DECODED[bool(logits)], info, self.dtype)
-        return results if info.categories is None else with_categories(results, *logits, info.categories)
+        if info.categories is None:
+            return results
+        mask_logits, category_logits = logits
+        return with_categories(results, mask_logits, category_logits, info.categories)
 
     @torch.inference_mode()
     def decode_mask(
