@@ -89,8 +89,10 @@ class Build:
         They are those of the longest loop, which goes from tile to tile, or all where there is none.
         """
         sides = next((sides for prefix, sides in TILES.items() if self.function.startswith(prefix)), ())
+        if not sides or any(side not in self.constants for side in sides):
+            return 0.0
         elements = math.prod(self.constants[side] for side in sides)
-        return (self.loop or self.instructions) * 32 * self.num_warps / elements if sides else 0.0
+        return (self.loop or self.instructions) * 32 * self.num_warps / elements
 
     @property
     def faults(self) -> list[str]:

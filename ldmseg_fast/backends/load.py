@@ -98,7 +98,9 @@ def load_backend(
         )
     from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
 
-    return load_trt_backend(info, engine_dir, device, lanes, cuda_graph, image_size, profile, **rtx)
+    return load_trt_backend(
+        info, engine_dir, device, lanes, cuda_graph=cuda_graph, image_size=image_size, profile=profile, **rtx
+    )
 
 
 def _check_used(name: str, lanes: int, threads: int | None, profile: int | None) -> None:

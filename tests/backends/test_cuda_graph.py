@@ -385,7 +385,7 @@ def test_fp8_is_left_out_where_there_is_none_and_can_be_emulated(model_dir):
 
 def test_a_precision_is_a_dtype_by_name(model_dir):
     assert LDMSegPipeline.from_pretrained(model_dir, device="cpu", precision="fp32").backend.dtype == torch.float32
-    with pytest.raises(ArgumentError, match=r"^precision='half': one of fp32, bf16, fp16, fp8"):
+    with pytest.raises(ArgumentError, match=r"^precision='half': one of fp32, bf16, fp16, tf32, fp8"):
         LDMSegPipeline.from_pretrained(model_dir, device="cpu", precision="half")
     with pytest.raises(ArgumentError, match="give one of them"):
         LDMSegPipeline.from_pretrained(model_dir, device="cpu", precision="fp32", dtype=torch.float32)
