@@ -39,7 +39,7 @@ from ldmseg_fast.export.parity_reference import (
     whole_runs,
 )
 from ldmseg_fast.export.parity_report import ParityReport, Row
-from ldmseg_fast.export.parity_rows import exact_rows, loop_rows, native_rows, pq_row, scale_row
+from ldmseg_fast.export.parity_rows import exact_rows, loop_rows, native_rows, pq_row, relative_error, scale_row
 from ldmseg_fast.export.quantize import LayerScales, quantize_unet, scales_of
 from ldmseg_fast.metrics.pq import PanopticQuality
 
@@ -100,6 +100,13 @@ class _Run:
     latency: dict[str, float] = field(default_factory=dict)
     pq: dict[str, float] = field(default_factory=dict)
     scales: dict[str, LayerScales] = field(default_factory=dict)
+
+    def encoders_own_error(self, values: Values) -> float:
+        """Tells the relative error of float32 in PyTorch's image encoder, against float64; `values` are its own."""
+        options = None if self.manifest.precision == "fp32" else self.manifest.options
+        with torch.inference_mode(False), torch.no_grad():
+            exact = ReferenceBackend(self.info, options).encode_exactly(values["image"])
+        return relative_error(values["image_latents"].double(), exact)
 
     def save(self, stage: str, index: int, values: Values) -> None:
         torch.save(values, self.scratch / f"{stage}-{index}.pt")
@@ -227,7 +234,7 @@ def _run_graphs(run: _Run, folder: Path, stage: str) -> None:
         if stage == "exact":
             for size in run.work.batches:
                 expected = run.first(reference, size)
-                run.rows += exact_rows(size, network_outputs(backend, expected), expected)
+                run.rows += exact_rows(size, network_outputs(backend, expected), expected, run.encoders_own_error)
         for index in range(run.work.images):
             inputs = run.load(reference, index)
             found = whole_runs(backend, inputs, run.work.steps, run.bar.update)

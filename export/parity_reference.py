@@ -70,6 +70,11 @@ class ReferenceBackend(TorchBackend):
         with _RoundedScale(self._dtypes.get("image_vae", torch.float32)):
             return super().encode_image(images)
 
+    def encode_exactly(self, images: Tensor) -> Tensor:
+        """Encodes uint8 [B, 3, S, S] as float64 [B, C, h, w], with the same weights; the encoder stays in float64."""
+        with _RoundedScale(self._dtypes.get("image_vae", torch.float32)):
+            return self.image_vae.double()(images.to(self.device))
+
     def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """See `Backend.denoise`."""
         with _RoundedScale(self._dtypes.get("unet", torch.float32)):

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from ldmseg_fast.backends.graphs.manifest import hash_files, read_manifest
 from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.commands.convert import convert_checkpoint
 from ldmseg_fast.export import parity
 from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
+from ldmseg_fast.export.parity_rows import exact_rows
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 
@@ -182,3 +185,32 @@ def test_ten_of_ten_faults_are_found(model_dir, healthy, torch_runs_once, tmp_pa
         if found.ok:
             missed.append(f"{graph}: {fault.__name__}\n{found.table()}")
     assert not missed, "\n".join(missed)
+
+
+def test_a_deep_image_encoder_errs_in_float32_itself(shared, torch_runs_once, tmp_path):
+    """A converted original's encoder misses the limit by its own rounding; faults are found."""
+    golden = shared / "golden"
+    files = (golden / "base_unet_config.json", golden / "image_vae_config.json")
+    model = convert_checkpoint(golden / "original_ldm.pt", tmp_path / "model", *files)
+    healthy = export(model, tmp_path / "graphs", "fp32")
+    found = report(model, healthy)
+    assert found.ok, found.table()
+    for fault in (one_weight_times_ten, a_whole_tensor_is_zero, a_sign_flips):
+        plant(healthy, tmp_path / fault.__name__, "image_encoder", fault)
+        assert not report(model, tmp_path / fault.__name__).ok, fault.__name__
+
+
+def test_only_an_encoder_that_misses_the_limit_is_asked_for_its_own_error():
+    values = {"image_latents": torch.ones(1, 4, 2, 2), "model_output": torch.ones(1, 4, 2, 2)}
+
+    def row(error, own):
+        ours = {name: value * (1 + error) for name, value in values.items()}
+        rows = {row.what: row for row in exact_rows(1, ours, values, own)}
+        return [rows[f"{name}, batch 1: relative error"].ok for name in ("image_encoder", "denoiser")]
+
+    def never(values):
+        raise AssertionError("within the limit")
+
+    assert row(5e-6, never) == [True, True]
+    assert row(2e-5, lambda values: 1e-5) == [True, False]
+    assert row(5e-5, lambda values: 1e-5) == [False, False]
