@@ -23,6 +23,7 @@ from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
 from ldmseg_fast.training.disk import describe_disk, disk_need
+from ldmseg_fast.training.rates import factor_of, rate_factors
 from ldmseg_fast.training.stages.few_step import started_from_model
 
 GIB = 2**30
@@ -48,11 +49,16 @@ def count_parameters(stage_name: str, config: Config) -> Counts:
     """Counts parameters on the meta device: no weights are made or read."""
     parts = network_parts(stage_name, config)
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
-    if stage_name == "autoencoder":
-        return Counts(counts, counts["mask_vae"])
-    frozen = config.model.freeze
-    trainable = sum(p.numel() for name, p in parts["unet"].named_parameters() if not name.startswith(frozen))
-    trainable += counts["image_vae"] if config.image_encoder.is_trained else 0
+    trained, factors = {"mask_vae": stage_name == "autoencoder"}, rate_factors(config)
+    trained |= {"unet": True, "image_vae": config.image_encoder.is_trained}
+    trains_decoder = stage_name == "one_step" and config.few_step.train_decoder
+    trainable = 0
+    for part, module in parts.items():
+        frozen = config.model.freeze if part == "unet" else ()
+        for name, parameter in module.named_parameters():
+            learns = trained[part] or (part == "mask_vae" and trains_decoder and name.startswith("decoder."))
+            if learns and not name.startswith(frozen) and factor_of(f"{part}.{name}", factors):
+                trainable += parameter.numel()
     return Counts(counts, trainable)
 
 

@@ -27,6 +27,7 @@ from ldmseg_fast.training.losses import (
     share_num_labelled,
     share_num_masks,
 )
+from ldmseg_fast.training.rates import factor_of, rate_factors
 
 T = TypeVar("T")
 
@@ -196,27 +197,20 @@ class Stage(nn.Module, abc.ABC):
         Raises:
             ConfigError: a factor that is no number, or for a prefix that no trained parameter has.
         """
-        train = self.config.train
-        # of a pre-trained encoder the factor is for what is pre-trained
-        encoder = "image_vae.network." if self.config.image_encoder.is_pyramid else "image_vae."
-        factors = {encoder: train.image_encoder_lr} if train.image_encoder_lr != 1.0 else {}
-        factors |= _parse_factors(train.lr_factors)
+        train, factors = self.config.train, rate_factors(self.config)
         kinds = parameter_kinds(self)
-        unused = set(factors) - {encoder}
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        given = {item.partition(":")[0] for item in train.lr_factors}
+        if unused := sorted(prefix for prefix in given if not any(name.startswith(prefix) for name in trained)):
+            raise ConfigError(f"train.lr_factors: no trained parameter's name starts with {', '.join(unused)}")
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            matching = [prefix for prefix in factors if name.startswith(prefix)]
-            unused -= set(matching)
-            factor = factors[max(matching, key=len)] if matching else 1.0
+        for name, parameter in trained.items():
+            factor = factor_of(name, factors)
             if factor == 0:
                 parameter.requires_grad_(False)
                 continue
             decay = 0.0 if kinds[name] in train.no_decay else train.weight_decay
             groups.setdefault((decay, factor), []).append(parameter)
-        if unused:
-            raise ConfigError(f"train.lr_factors: no trained parameter's name starts with {', '.join(sorted(unused))}")
         return [
             {"params": parameters, "weight_decay": decay, "lr_factor": factor}
             for (decay, factor), parameters in groups.items()
@@ -228,17 +222,6 @@ def _draws(step: int, batch: dict[str, Any]) -> list[str]:
     if "sample" in batch:
         return [str(sample) for sample in batch["sample"]]
     return [f"{step}/{image_id}" for image_id in batch["image_id"]]
-
-
-def _parse_factors(items: Sequence[str]) -> dict[str, float]:
-    factors = {}
-    for item in items:
-        prefix, _, value = item.partition(":")
-        try:
-            factors[prefix] = float(value)
-        except ValueError:
-            raise ConfigError(f"train.lr_factors: {item!r} is not PREFIX:NUMBER, such as unet.conv_in:10") from None
-    return factors
 
 
 def per_image(draw: Callable[..., Tensor], shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:

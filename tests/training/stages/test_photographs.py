@@ -13,6 +13,7 @@ from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.config import load_config
 from ldmseg_fast.errors import BackendError, ConfigError
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+from ldmseg_fast.training.estimate import count_parameters
 from ldmseg_fast.training.loop import train
 from ldmseg_fast.training.stages import DiffusionStage, DistillationStage, OneStepStage
 from tests.conftest import NARROW
@@ -172,3 +173,20 @@ def test_a_model_goes_on_with_patches(autoencoder, scenes, tmp_path):
     assert load_component_config(folder, "image_vae")[0].fine_features == "patches"
     again = OneStepStage(config(f"model.init_from={folder}"))
     assert again.config.image_encoder.fine_features == "patches"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.image_encoder_lr=0", "few_step.train_decoder=true"],
+        ["train.lr_factors=image_vae.network.:0,image_vae.network.blocks.15.:0.1", "model.freeze=time_embedding"],
+    ],
+    ids=["decoder", "last block"],
+)
+def test_the_forecast_counts_what_is_trained(autoencoder, settings):
+    run = config(f"model.mask_vae={autoencoder}", *settings)
+    stage = OneStepStage(run)
+    groups = stage.parameter_groups()
+    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+    assert trained == sum(parameter.numel() for parameter in stage.parameters() if parameter.requires_grad)
+    assert count_parameters("one_step", stage.config).trainable == trained
