@@ -3,9 +3,9 @@
 from ldmseg_fast.kernels.point_loss.op import (
     point_logits,
     point_margin,
-    sample_bce_dice,
     sample_ce,
+    sample_losses,
     slot_logits,
 )
 
-__all__ = ["point_logits", "point_margin", "sample_bce_dice", "sample_ce", "slot_logits"]
+__all__ = ["point_logits", "point_margin", "sample_ce", "sample_losses", "slot_logits"]

@@ -22,11 +22,16 @@ def cases() -> Iterator[Case]:
         loss, _, logsumexp = host.sample_ce_forward(logits, ids, points, weights)
         return loss, host.sample_ce_backward(torch.ones_like(loss), logits, ids, points, logsumexp, weights)
 
-    def dice_forward_backward(logits, ids, image_index, slots, points):
-        bce, dice, sums = host.sample_bce_dice_forward(logits, ids, image_index, slots, points)
-        one = torch.ones_like(bce)
-        grad = host.sample_bce_dice_backward(one, one, logits, ids, image_index, slots, points, sums)
-        return bce + dice, grad
+    def losses_forward_backward(logits, ids, points, image_index, slots, row_points):
+        ce, _, logsumexp = host.sample_ce_forward(logits, ids, points)
+        bce, dice, sums = host.sample_bce_dice_forward(logits, ids, image_index, slots, row_points)
+        rows, one = (image_index, slots, row_points, sums), torch.ones_like(ce)
+        grad = host.sample_losses_backward(one, one, one, logits, ids, points, logsumexp, *rows)
+        return ce + bce + dice, grad
+
+    def losses(*arguments):
+        ce, _, bce, dice = reference.sample_losses(*arguments)
+        return ce + bce + dice
 
     for dtype, channels_last in ((torch.bfloat16, True), (torch.float32, False)):
         corners, label = 4 * dtype.itemsize, "channels_last" if channels_last else "planes"
@@ -53,9 +58,8 @@ def cases() -> Iterator[Case]:
             weights = torch.rand(CATEGORIES + 1, device=device)
             return scores, ids, torch.rand((batch, POINTS, 2), device=device), weights
 
-        def make_dice(device, logits=logits, segments=segments):
-            points = torch.rand((rows, POINTS, 2), device=device)
-            return logits(device), random_ids(batch, 512, device), *segments(device), points
+        def make_losses(device, make_ce=make_ce, segments=segments):
+            return *make_ce(device), *segments(device), torch.rand((rows, POINTS, 2), device=device)
 
         plane = batch * SLOTS * 256 * 256 * dtype.itemsize
         sampled = min(plane, batch * POINTS * SLOTS * corners)  # the points of an image meet most pixels
@@ -75,18 +79,6 @@ def cases() -> Iterator[Case]:
             yield Case("point_loss", f"{name} {label}", make=make, triton=run, torch=plain, bytes_moved=moved, **about)
         yield Case(
             "point_loss",
-            f"ce forward, backward {label}",
-            make=make_ce,
-            triton=ce_forward_backward,
-            torch=lambda *arguments: reference.sample_ce(*arguments)[0],
-            bytes_moved=2 * sampled + plane,
-            exponentials=batch * POINTS * SLOTS,
-            leaves=(0,),
-            headline=channels_last,
-            **about,
-        )
-        yield Case(
-            "point_loss",
             f"ce of categories, forward, backward {label}",
             make=make_categories,
             triton=ce_forward_backward,
@@ -98,11 +90,12 @@ def cases() -> Iterator[Case]:
         )
         yield Case(
             "point_loss",
-            f"bce dice forward, backward {label}",
-            make=make_dice,
-            triton=dice_forward_backward,
-            torch=lambda *arguments: sum(reference.sample_bce_dice(*arguments)),
-            bytes_moved=2 * sampled_rows + plane,
+            f"losses forward, backward {label}",
+            make=make_losses,
+            triton=losses_forward_backward,
+            torch=losses,
+            bytes_moved=2 * (sampled + sampled_rows) + plane,
+            exponentials=batch * POINTS * SLOTS,
             leaves=(0,),
             headline=channels_last,
             **about,
@@ -121,7 +114,8 @@ def edge_cases() -> Iterator[Callable[[], object]]:
         for weights in (None, meta(1, dtype=torch.float32)):
             loss, _, logsumexp = host.sample_ce_forward(logits, ids, points, weights)
             host.sample_ce_backward(loss, logits, ids, points, logsumexp, weights)
-        loss, _, sums = host.sample_bce_dice_forward(logits, ids, one, one, points)
-        host.sample_bce_dice_backward(loss, loss, logits, ids, one, one, points, sums)
+        _, _, sums = host.sample_bce_dice_forward(logits, ids, one, one, points)
+        rows = (one, one, points, sums)
+        host.sample_losses_backward(loss, loss, loss, logits, ids, points, logsumexp, *rows)
 
     yield run

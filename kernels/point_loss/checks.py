@@ -32,13 +32,16 @@ def check_points(mask_logits: Tensor, points: Tensor, least_slots: int = 1) -> N
     _check_coordinates(mask_logits, points)
 
 
-def check_rows(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor) -> None:
+def check_rows(
+    mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: Tensor, name_of_points: str = "points"
+) -> None:
     """Refuses rows that do not fit the logits.
 
     Args:
         mask_logits: float [B, Q, h, w].
         image_index, slots: int64 [M].
         points: float32 [M, P, 2]; also float64 for float64 logits.
+        name_of_points: as the message calls them.
 
     Raises:
         ValueError: wrong shape, dtype or device; the message starts with the argument's name.
@@ -55,11 +58,12 @@ def check_rows(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points: 
     )
     require(
         points.ndim == 3 and points.shape[0] == slots.shape[0] and points.shape[2] == 2,
-        "points: expected [{}, P, 2], got shape {}",
+        "{}: expected [{}, P, 2], got shape {}",
+        name_of_points,
         slots.shape[0],
         points.shape,
     )
-    _check_coordinates(mask_logits, points)
+    _check_coordinates(mask_logits, points, name_of_points)
     require_same_device(mask_logits, image_index=image_index, slots=slots)
 
 
@@ -92,10 +96,10 @@ def _check_logits(mask_logits: Tensor, least_slots: int) -> None:
     require(mask_logits.shape[2] > 0 and mask_logits.shape[3] > 0, "mask_logits: no cells in {}", mask_logits.shape)
 
 
-def _check_coordinates(mask_logits: Tensor, points: Tensor) -> None:
+def _check_coordinates(mask_logits: Tensor, points: Tensor, name: str = "points") -> None:
     expected = (torch.float32, torch.float64) if mask_logits.dtype == torch.float64 else (torch.float32,)
-    require(points.dtype in expected, "points: expected float32, got {}", points.dtype)
-    require_same_device(mask_logits, points=points)
+    require(points.dtype in expected, "{}: expected float32, got {}", name, points.dtype)
+    require_same_device(mask_logits, **{name: points})
 
 
 def check_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor, weights: Tensor | None = None) -> None:
@@ -117,13 +121,18 @@ def check_ce(mask_logits: Tensor, segment_ids: Tensor, points: Tensor, weights: 
         require_same_device(mask_logits, weights=weights)
 
 
-def check_bce_dice(
-    mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
+def check_losses(
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    row_points: Tensor,
 ) -> None:
-    """Refuses what `sample_bce_dice` does not take: logits float [B, Q, h, w], ids integer [B, H, W].
+    """Refuses what `sample_losses` does not take: logits float [B, Q, h, w], ids integer [B, H, W]; arguments as there.
 
     Raises:
-        ValueError: see `check_rows` and `check_ids`.
+        ValueError: see `check_ce` and `check_rows`.
     """
-    check_rows(mask_logits, image_index, slots, points)
-    check_ids(mask_logits, segment_ids)
+    check_ce(mask_logits, segment_ids, points)
+    check_rows(mask_logits, image_index, slots, row_points, "row_points")

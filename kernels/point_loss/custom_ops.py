@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldmseg_fast.kernels.backend import at_least_float32
 from ldmseg_fast.kernels.point_loss import reference
-from ldmseg_fast.kernels.point_loss.checks import check_bce_dice, check_ce, check_points, check_rows
+from ldmseg_fast.kernels.point_loss.checks import check_ce, check_losses, check_points, check_rows
 
 
 @torch.library.custom_op("ldmseg_fast::point_logits", mutates_args=())
@@ -196,96 +196,126 @@ def _(
     return torch.empty_like(mask_logits)
 
 
-@torch.library.custom_op("ldmseg_fast::sample_bce_dice", mutates_args=())
-def sample_bce_dice_op(
-    mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the forward pass of `sample_bce_dice`, and keeps what the backward pass needs; differentiable.
+@torch.library.custom_op("ldmseg_fast::sample_losses", mutates_args=())
+def sample_losses_op(
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    row_points: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Runs the forward pass of `sample_losses`, and keeps what the backward pass needs; differentiable.
 
     Args:
         mask_logits: float [B, Q, h, w], either memory format.
         segment_ids: integer [B, H, W].
+        points: float32 [B, P, 2], (x, y) in [0, 1], of the cross entropy.
         image_index, slots: int64 [M].
-        points: float32 [M, P, 2], (x, y) in [0, 1].
+        row_points: float32 [M, P', 2], (x, y) in [0, 1].
 
     Returns:
-        both summed losses, scalars, and sums over the points of p t, p and t [M, 3], with p the sigmoid and t the
-        target; all float32 (float64 for float64 logits).
+        the summed cross entropy, its number of points that are not void, the summed BCE and Dice, scalars; the
+        logsumexp [B, P]; sums over the rows' points of p t, p and t [M, 3], with p the sigmoid and t the target. All
+        are float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: see `checks.check_bce_dice`.
+        ValueError: see `checks.check_losses`.
     """
-    check_bce_dice(mask_logits, segment_ids, image_index, slots, points)
-    return reference.sample_bce_dice_forward(mask_logits, segment_ids, image_index, slots, points)
+    check_losses(mask_logits, segment_ids, points, image_index, slots, row_points)
+    ce, count, logsumexp = reference.sample_ce_forward(mask_logits, segment_ids, points)
+    rows = (image_index, slots, row_points)
+    bce, dice, sums = reference.sample_bce_dice_forward(mask_logits, segment_ids, *rows)
+    return ce, count, bce, dice, logsumexp, sums
 
 
-@sample_bce_dice_op.register_kernel("cuda")
-def _(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@sample_losses_op.register_kernel("cuda")
+def _(
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    row_points: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ldmseg_fast.kernels.point_loss import host
 
-    check_bce_dice(*args)
-    return host.sample_bce_dice_forward(*args)
+    check_losses(mask_logits, segment_ids, points, image_index, slots, row_points)
+    ce, count, logsumexp = host.sample_ce_forward(mask_logits, segment_ids, points)
+    bce, dice, sums = host.sample_bce_dice_forward(mask_logits, segment_ids, image_index, slots, row_points)
+    return ce, count, bce, dice, logsumexp, sums
 
 
-@sample_bce_dice_op.register_fake
+@sample_losses_op.register_fake
 def _(
-    mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_bce_dice(mask_logits, segment_ids, image_index, slots, points)
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    row_points: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_losses(mask_logits, segment_ids, points, image_index, slots, row_points)
     dtype = at_least_float32(mask_logits).dtype
-    return (
-        points.new_empty((), dtype=dtype),
-        points.new_empty((), dtype=dtype),
-        points.new_empty((slots.shape[0], 3), dtype=dtype),
-    )
+    ce, count, bce, dice = (points.new_empty((), dtype=dtype) for _ in range(4))
+    logsumexp, sums = (points.new_empty(shape, dtype=dtype) for shape in (points.shape[:2], (slots.shape[0], 3)))
+    return ce, count, bce, dice, logsumexp, sums
 
 
-@torch.library.custom_op("ldmseg_fast::sample_bce_dice_backward", mutates_args=())
-def sample_bce_dice_backward_op(
+@torch.library.custom_op("ldmseg_fast::sample_losses_backward", mutates_args=())
+def sample_losses_backward_op(
+    grad_ce: Tensor,
     grad_bce: Tensor,
     grad_dice: Tensor,
     mask_logits: Tensor,
     segment_ids: Tensor,
+    points: Tensor,
+    logsumexp: Tensor,
     image_index: Tensor,
     slots: Tensor,
-    points: Tensor,
+    row_points: Tensor,
     sums: Tensor,
 ) -> Tensor:
-    """Runs the backward pass of `sample_bce_dice_op`.
+    """Runs the backward pass of `sample_losses_op`; the losses' gradients are added up in float32.
 
     Args:
-        grad_bce, grad_dice: scalars, the gradients of the losses.
+        grad_ce, grad_bce, grad_dice: scalars, the gradients of the losses.
         mask_logits: float [B, Q, h, w], either memory format.
         segment_ids: integer [B, H, W].
+        points: float32 [B, P, 2], (x, y) in [0, 1].
+        logsumexp: [B, P], what the forward pass returned.
         image_index, slots: int64 [M].
-        points: float32 [M, P, 2], (x, y) in [0, 1].
+        row_points: float32 [M, P', 2], (x, y) in [0, 1].
         sums: [M, 3], what the forward pass returned.
 
     Returns:
         the gradient of `mask_logits`, in its shape, dtype and memory format.
     """
-    grad = reference.sample_bce_dice_backward(
-        grad_bce, grad_dice, mask_logits, segment_ids, image_index, slots, points, sums
-    )
+    rows = (image_index, slots, row_points, sums)
+    grads = (grad_ce, grad_bce, grad_dice)
+    grad = reference.sample_losses_backward(*grads, mask_logits, segment_ids, points, logsumexp, *rows)
     return _like(grad, mask_logits)
 
 
-@sample_bce_dice_backward_op.register_kernel("cuda")
+@sample_losses_backward_op.register_kernel("cuda")
 def _(*args: Tensor) -> Tensor:
     from ldmseg_fast.kernels.point_loss import host
 
-    return host.sample_bce_dice_backward(*args)
+    return host.sample_losses_backward(*args)
 
 
-@sample_bce_dice_backward_op.register_fake
+@sample_losses_backward_op.register_fake
 def _(
+    grad_ce: Tensor,
     grad_bce: Tensor,
     grad_dice: Tensor,
     mask_logits: Tensor,
     segment_ids: Tensor,
+    points: Tensor,
+    logsumexp: Tensor,
     image_index: Tensor,
     slots: Tensor,
-    points: Tensor,
+    row_points: Tensor,
     sums: Tensor,
 ) -> Tensor:
     return torch.empty_like(mask_logits)
@@ -307,16 +337,19 @@ def _backward_ce(ctx, grad_loss: Tensor, _grad_count: Tensor | None, _grad_logsu
     return sample_ce_backward_op(grad_loss, *ctx.saved_tensors), None, None, None
 
 
-def _save_bce_dice(ctx, inputs, output) -> None:
-    sums = output[2]
-    ctx.save_for_backward(*inputs, sums)
-    ctx.mark_non_differentiable(sums)
+def _save_losses(ctx, inputs, output) -> None:
+    _, count, _, _, logsumexp, sums = output
+    ctx.save_for_backward(*inputs, logsumexp, sums)
+    ctx.mark_non_differentiable(count, logsumexp, sums)
 
 
-def _backward_bce_dice(ctx, grad_bce: Tensor, grad_dice: Tensor, _grad_sums: Tensor | None):
-    grad = sample_bce_dice_backward_op(grad_bce, grad_dice, *ctx.saved_tensors)
-    return grad, None, None, None, None
+def _backward_losses(ctx, grad_ce: Tensor, _grad_count: Tensor | None, grad_bce: Tensor, grad_dice: Tensor, *_: Any):
+    mask_logits, segment_ids, points, image_index, slots, row_points, logsumexp, sums = ctx.saved_tensors
+    rows = (image_index, slots, row_points, sums)
+    grads = (grad_ce, grad_bce, grad_dice)
+    grad = sample_losses_backward_op(*grads, mask_logits, segment_ids, points, logsumexp, *rows)
+    return grad, None, None, None, None, None
 
 
 sample_ce_op.register_autograd(_backward_ce, setup_context=_save_ce)
-sample_bce_dice_op.register_autograd(_backward_bce_dice, setup_context=_save_bce_dice)
+sample_losses_op.register_autograd(_backward_losses, setup_context=_save_losses)

@@ -149,9 +149,22 @@ def sample_ce_backward(
     Returns:
         the gradient of `mask_logits`, in its shape, dtype and memory format.
     """
+    grad = torch.zeros_like(mask_logits, dtype=torch.float32)
+    _add_ce_gradient(grad, grad_loss, mask_logits, segment_ids, points, logsumexp, weights)
+    return grad.to(mask_logits.dtype)
+
+
+def _add_ce_gradient(
+    grad: Tensor,
+    grad_loss: Tensor,
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    logsumexp: Tensor,
+    weights: Tensor | None,
+) -> None:
     batch, slots, height, width = mask_logits.shape
     count = points.shape[1]
-    grad = torch.zeros_like(mask_logits, dtype=torch.float32)
     config = find_config("sample_ce", _ce_class(mask_logits))
     launch(
         ce_backward_kernel,
@@ -161,7 +174,6 @@ def sample_ce_backward(
         config=config,
         WEIGHTED=weights is not None,
     )
-    return grad.to(mask_logits.dtype)
 
 
 def sample_bce_dice_forward(
@@ -192,37 +204,43 @@ def sample_bce_dice_forward(
     return bce.sum(), dice.sum(), sums
 
 
-def sample_bce_dice_backward(
+def sample_losses_backward(
+    grad_ce: Tensor,
     grad_bce: Tensor,
     grad_dice: Tensor,
     mask_logits: Tensor,
     segment_ids: Tensor,
+    points: Tensor,
+    logsumexp: Tensor,
     image_index: Tensor,
     slots: Tensor,
-    points: Tensor,
+    row_points: Tensor,
     sums: Tensor,
 ) -> Tensor:
-    """Launches the gradient of `sample_bce_dice_forward`.
+    """Launches the gradient of `sample_ce_forward` and `sample_bce_dice_forward`, added up in one float32 tensor.
 
     Args:
-        grad_bce, grad_dice: scalars, the gradients of the losses.
+        grad_ce, grad_bce, grad_dice: scalars, the gradients of the losses.
         mask_logits: float [B, Q, h, w], either memory format.
         segment_ids: integer [B, H, W].
+        points: float32 [B, P, 2], (x, y) in [0, 1], of the cross entropy.
+        logsumexp: [B, P], what its forward pass returned.
         image_index, slots: int64 [M].
-        points: float32 [M, P, 2], (x, y) in [0, 1].
-        sums: [M, 3], what the forward pass returned.
+        row_points: float32 [M, P', 2], (x, y) in [0, 1].
+        sums: [M, 3], what the rows' forward pass returned.
 
     Returns:
         the gradient of `mask_logits`, in its shape, dtype and memory format.
     """
-    rows, count = points.shape[:2]
     grad = torch.zeros_like(mask_logits, dtype=torch.float32)
+    _add_ce_gradient(grad, grad_ce, mask_logits, segment_ids, points, logsumexp, None)
+    rows, count = row_points.shape[:2]
     config = find_config("sample_bce_dice_backward", "all")
     launch(
         bce_dice_backward_kernel,
         (triton.cdiv(count, config.constants["BLOCK_P"]), rows),
         *(grad_bce, grad_dice, mask_logits, segment_ids.contiguous(), image_index.contiguous(), slots.contiguous()),
-        *(points.contiguous(), sums, grad, count, *mask_logits.shape, *segment_ids.shape[1:]),
+        *(row_points.contiguous(), sums, grad, count, *mask_logits.shape, *segment_ids.shape[1:]),
         *(*mask_logits.stride(), *grad.stride()),
         config=config,
     )

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ldmseg_fast.kernels.backend import runs_reference
 from ldmseg_fast.kernels.point_loss import reference
-from ldmseg_fast.kernels.point_loss.checks import check_bce_dice, check_ce, check_points, check_rows
+from ldmseg_fast.kernels.point_loss.checks import check_ce, check_losses, check_points, check_rows
 from ldmseg_fast.kernels.point_loss.custom_ops import (
     point_logits_op,
     point_margin_op,
-    sample_bce_dice_op,
     sample_ce_op,
+    sample_losses_op,
     slot_logits_op,
 )
 
@@ -104,30 +104,40 @@ def sample_ce(
     return loss, count
 
 
-def sample_bce_dice(
-    mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Computes binary cross entropy and Dice (+1 smoothing) of present segments, each on its own slot's plane.
+def sample_losses(
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    row_points: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes `sample_ce` of all slots, and BCE and Dice (+1 smoothing) of present segments, each on its own plane.
+
+    On CUDA their gradients are added up in one float32 tensor.
 
     Args:
         mask_logits: [B, Q, h, w] float, either memory format.
         segment_ids: [B, H, W] integer; 0 is void.
+        points: float32 [B, P, 2], (x, y) in [0, 1], of the cross entropy.
         image_index, slots: int64 [M], which segment each row is. Rows whose slot is 0 or none of the Q, and on CUDA
             those whose image is none of the B, add nothing, so that a list of fixed length needs no count on the host.
-        points: float32 [M, P, 2], (x, y) in [0, 1]. The binary mask `segment_ids == slot` is sampled bilinearly.
+        row_points: float32 [M, P', 2], (x, y) in [0, 1]. The binary mask `segment_ids == slot` is sampled bilinearly.
 
     Returns:
-        sum over rows of the mean BCE and sum over rows of the Dice loss; float32 scalars, differentiable in
+        the cross entropy summed over points, and the number of points that were not void, as `sample_ce`; sum over
+        rows of the mean BCE and sum over rows of the Dice loss. All are float32 scalars, the losses differentiable in
         `mask_logits`.
 
     Raises:
         ValueError: wrong shape, dtype or device.
     """
+    args = (mask_logits, segment_ids, points, image_index, slots, row_points)
     if _runs_reference(mask_logits):
-        check_bce_dice(mask_logits, segment_ids, image_index, slots, points)
-        return reference.sample_bce_dice(mask_logits, segment_ids, image_index, slots, points)
-    bce, dice, _ = sample_bce_dice_op(mask_logits, segment_ids, image_index, slots, points)
-    return bce, dice
+        check_losses(*args)
+        return reference.sample_losses(*args)
+    ce, count, bce, dice, _, _ = sample_losses_op(*args)
+    return ce, count, bce, dice
 
 
 def _runs_reference(mask_logits: Tensor) -> bool:

@@ -91,7 +91,7 @@ def sample_ce(
 def sample_bce_dice(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Computes the summed losses of the rows, float scalars, as `op.sample_bce_dice`."""
+    """Computes the summed losses of the rows, float scalars, as `op.sample_losses`."""
     logits = slot_logits(mask_logits, image_index, slots, points)  # [M, P]
     target = slot_targets(segment_ids, image_index, slots, points.to(logits.dtype))
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)  # [M]
@@ -99,6 +99,19 @@ def sample_bce_dice(
     dice = 1 - (2 * (probability * target).sum(1) + 1) / (probability.sum(1) + target.sum(1) + 1)
     present = (slots > 0) & (slots < mask_logits.shape[1])
     return (bce * present).sum(), (dice * present).sum()
+
+
+def sample_losses(
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    row_points: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes (cross entropy, its count, BCE, Dice), float scalars, as `op.sample_losses`."""
+    rows = sample_bce_dice(mask_logits, segment_ids, image_index, slots, row_points)
+    return *sample_ce(mask_logits, segment_ids, points), *rows
 
 
 def sample_ce_forward(
@@ -128,7 +141,7 @@ def sample_ce_backward(
 def sample_bce_dice_forward(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes (summed BCE, summed Dice, float sums [M, 3] over points of p t, p and t), as `op.sample_bce_dice_op`."""
+    """Computes (summed BCE, summed Dice, float sums [M, 3] over points of p t, p and t), as `host.sample_bce_dice_forward`."""
     bce, dice = sample_bce_dice(mask_logits, segment_ids, image_index, slots, points)
     p = slot_logits(mask_logits, image_index, slots, points).sigmoid()
     t = slot_targets(segment_ids, image_index, slots, points.to(p.dtype))
@@ -145,7 +158,7 @@ def sample_bce_dice_backward(
     points: Tensor,
     sums: Tensor,
 ) -> Tensor:
-    """Computes the gradient of the logits, float [B, Q, h, w], as `op.sample_bce_dice_backward_op`."""
+    """Computes the gradient of the logits, float [B, Q, h, w], of the rows' losses alone."""
     p = slot_logits(mask_logits, image_index, slots, points).sigmoid()  # [M, P]
     t = slot_targets(segment_ids, image_index, slots, points.to(p.dtype))
     numerator, denominator = 2 * sums[:, :1] + 1, sums[:, 1:2] + sums[:, 2:] + 1
@@ -155,6 +168,26 @@ def sample_bce_dice_backward(
     present = (slots > 0) & (slots < mask_logits.shape[1])
     grad_planes = _scatter((grad * present[:, None])[:, None], mask_logits[index][:, None], points)[:, 0]
     return torch.zeros_like(mask_logits).index_put(index, grad_planes, accumulate=True)
+
+
+def sample_losses_backward(
+    grad_ce: Tensor,
+    grad_bce: Tensor,
+    grad_dice: Tensor,
+    mask_logits: Tensor,
+    segment_ids: Tensor,
+    points: Tensor,
+    logsumexp: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    row_points: Tensor,
+    sums: Tensor,
+) -> Tensor:
+    """Computes the gradient of the logits, float [B, Q, h, w], as `op.sample_losses_backward_op`."""
+    grad = sample_ce_backward(grad_ce, mask_logits, segment_ids, points, logsumexp)
+    return grad + sample_bce_dice_backward(
+        grad_bce, grad_dice, mask_logits, segment_ids, image_index, slots, row_points, sums
+    )
 
 
 def _scatter(grad: Tensor, mask_logits: Tensor, points: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldmseg_fast.config import LossConfig
 from ldmseg_fast.distributed import all_reduce_mean
-from ldmseg_fast.kernels.point_loss import point_margin, sample_bce_dice, sample_ce, slot_logits
+from ldmseg_fast.kernels.point_loss import point_margin, sample_ce, sample_losses, slot_logits
 
 TINY = 1e-6  # a divisor where there is nothing to divide
 
@@ -198,17 +198,15 @@ def mask_losses(
         return torch.where(_labelled(segment_ids, points), -point_margin(mask_logits, points), -torch.inf)
 
     points = _uncertain_points(where_labelled, [1] * len(mask_logits), config, device, generator)
-    ce_sum, ce_count = sample_ce(mask_logits, segment_ids, points)
+    image, slot = segments.image, segments.slot
+    row_points = _uncertain_points(
+        lambda points: -slot_logits(mask_logits, image, slot, points).abs(), segments.counts, config, device, generator
+    )
+    ce_sum, ce_count, bce_sum, dice_sum = sample_losses(mask_logits, segment_ids, points, image, slot, row_points)
     category_sum = None
     if category_logits is not None and category_ids is not None:
         category_logits = category_logits if device.type == "cuda" else category_logits.float()
         category_sum, _ = sample_ce(category_logits, category_ids, points, category_weights)
-
-    image, slot = segments.image, segments.slot
-    points = _uncertain_points(
-        lambda points: -slot_logits(mask_logits, image, slot, points).abs(), segments.counts, config, device, generator
-    )
-    bce_sum, dice_sum = sample_bce_dice(mask_logits, segment_ids, image, slot, points)
 
     if num_masks is None:
         num_masks = all_reduce_mean(torch.full((), float(len(image)), device=device))

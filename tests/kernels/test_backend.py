@@ -13,7 +13,7 @@ from ldmseg_fast.kernels.ddim_step import ddim_step
 from ldmseg_fast.kernels.group_norm_silu import group_norm_silu
 from ldmseg_fast.kernels.mask_bits import decode_mask_bits, encode_mask_bits
 from ldmseg_fast.kernels.panoptic_head import panoptic_head
-from ldmseg_fast.kernels.point_loss import sample_bce_dice, sample_ce
+from ldmseg_fast.kernels.point_loss import sample_ce, sample_losses
 
 CUDA = torch.cuda.is_available()
 
@@ -50,7 +50,7 @@ def calls(device) -> dict[str, tuple[str, Callable[..., object], tuple[Tensor, .
         "group_norm_silu": ("group_norm_silu", lambda x, w: group_norm_silu(x, w, w, 4, 1e-5), (x, weight)),
         "ddim_step": ("ddim_step", ddim_step, (x, x, x, step, table)),
         "sample_ce": ("point_loss", sample_ce, (x, ids, points)),
-        "sample_bce_dice": ("point_loss", sample_bce_dice, (x, ids, rows, rows, points)),
+        "sample_losses": ("point_loss", sample_losses, (x, ids, points, rows, rows, points)),
     }
 
 

@@ -64,7 +64,6 @@ def no_points(batch: int, rows: int, count: int) -> dict[str, tuple]:
     logits, ids = torch.zeros(batch, 4, 6, 5), torch.zeros(batch, 7, 7, dtype=torch.uint8)
     per_image, per_row = torch.zeros(batch, count, 2), torch.zeros(rows, count, 2)
     index, one = torch.zeros(rows, dtype=torch.int64), torch.tensor(1.0)
-    about = (logits, ids, index, index, per_row)
     ops, own = points_ops, points
     return {
         "logits": (ops.point_logits_op, own.point_logits, (logits, per_image)),
@@ -76,11 +75,10 @@ def no_points(batch: int, rows: int, count: int) -> dict[str, tuple]:
             own.sample_ce_backward,
             (one, logits, ids, per_image, torch.zeros(batch, count)),
         ),
-        "bce dice": (ops.sample_bce_dice_op, own.sample_bce_dice_forward, about),
-        "bce dice backward": (
-            ops.sample_bce_dice_backward_op,
-            own.sample_bce_dice_backward,
-            (one, one, *about, torch.zeros(rows, 3)),
+        "losses backward": (
+            ops.sample_losses_backward_op,
+            own.sample_losses_backward,
+            (*[one] * 3, logits, ids, per_image, torch.zeros(batch, count), index, index, per_row, torch.zeros(rows, 3)),
         ),
     }
 

@@ -7,10 +7,10 @@ from ldmseg_fast.kernels.point_loss import host, reference
 from ldmseg_fast.kernels.point_loss.custom_ops import (
     point_logits_op,
     point_margin_op,
-    sample_bce_dice_backward_op,
-    sample_bce_dice_op,
     sample_ce_backward_op,
     sample_ce_op,
+    sample_losses_backward_op,
+    sample_losses_op,
     slot_logits_op,
 )
 
@@ -55,13 +55,14 @@ def test_kernels_equal_reference(shape, ids_size, count, rows, memory_format, dt
     close(grad, grad_exact)
     assert grad.stride() == logits.stride()
 
-    bce, dice = reference.sample_bce_dice(leaf, ids, image_index, slots, exact_rows)
-    (grad_exact,) = torch.autograd.grad(1.5 * bce - 2 * dice, leaf)
+    loss, _, bce, dice = reference.sample_losses(leaf, ids, exact_points, image_index, slots, exact_rows)
+    (grad_exact,) = torch.autograd.grad(0.5 * loss + 1.5 * bce - 2 * dice, leaf)
     ours = host.sample_bce_dice_forward(logits, ids, image_index, slots, row_points)
     close(ours[0], bce.detach())
     close(ours[1], dice.detach())
-    weights = (torch.tensor(1.5, device=device), torch.tensor(-2.0, device=device))
-    grad = host.sample_bce_dice_backward(*weights, logits, ids, image_index, slots, row_points, ours[2])
+    weights = torch.tensor([0.5, 1.5, -2.0], device=device).unbind()
+    rows = (image_index, slots, row_points, ours[2])
+    grad = host.sample_losses_backward(*weights, logits, ids, points, logsumexp, *rows)
     close(grad, grad_exact)
     assert grad.stride() == logits.stride()
 
@@ -116,8 +117,8 @@ def test_void_counts_for_nothing(device):
     index = torch.zeros(1, dtype=torch.int64, device=device)
     bce, dice, sums = host.sample_bce_dice_forward(logits, ids, index, index, points)
     assert (bce.item(), dice.item()) == (0.0, 0.0)
-    one = torch.ones((), device=device)
-    assert not host.sample_bce_dice_backward(one, one, logits, ids, index, index, points, sums).any()
+    one, rows = torch.ones((), device=device), (index, index, points, sums)
+    assert not host.sample_losses_backward(one, one, one, logits, ids, points, logsumexp, *rows).any()
 
 
 def test_padding_rows_change_nothing(device):
@@ -132,7 +133,7 @@ def test_padding_rows_change_nothing(device):
 def test_rows_of_no_image_and_points_of_no_place_touch_nothing(device):
     """Indices that are wrong: no memory beside the tensors is read or written, and other rows are as they were."""
     args = make_inputs((2, 6, 5, 7), (10, 14), 40, 3, torch.float32, torch.contiguous_format, device)
-    logits, ids, _, image_index, slots, points = args
+    logits, ids, at, image_index, slots, points = args
     more = torch.tensor([-1, 2, 2**40, -(2**62)], device=device)
     wide = torch.cat([image_index, more]), torch.cat([slots, more.new_full((4,), 3)])
     wide_points = torch.cat([points, points[:1].expand(4, -1, -1)])
@@ -140,9 +141,10 @@ def test_rows_of_no_image_and_points_of_no_place_touch_nothing(device):
     wide_sums = host.sample_bce_dice_forward(logits, ids, *wide, wide_points)
     for ours, theirs in zip(wide_sums[:2], sums[:2]):
         torch.testing.assert_close(ours, theirs)
-    one = torch.ones((), device=device)
-    grad = host.sample_bce_dice_backward(one, one, logits, ids, image_index, slots, points, sums[2])
-    wide_grad = host.sample_bce_dice_backward(one, one, logits, ids, *wide, wide_points, wide_sums[2])
+    ones = [torch.ones((), device=device)] * 3
+    image_wise = (logits, ids, at, host.sample_ce_forward(logits, ids, at)[2])
+    grad = host.sample_losses_backward(*ones, *image_wise, image_index, slots, points, sums[2])
+    wide_grad = host.sample_losses_backward(*ones, *image_wise, *wide, wide_points, wide_sums[2])
     torch.testing.assert_close(wide_grad, grad)
     assert not host.slot_logits(logits, *wide, wide_points)[3:].any()
     for strange in (float("nan"), float("inf"), -float("inf"), 1e30):
@@ -158,11 +160,12 @@ def test_nothing_to_sample(device):
     bce, dice, sums = host.sample_bce_dice_forward(logits, ids, *rows)
     assert (bce.item(), dice.item(), sums.shape) == (0.0, 0.0, (0, 3))
     one = torch.ones((), device=device)
-    assert not host.sample_bce_dice_backward(one, one, logits, ids, *rows, sums).any()
-    loss, count, _ = host.sample_ce_forward(logits[:0], ids[:0], points[:0])
+    loss, count, logsumexp = host.sample_ce_forward(logits[:0], ids[:0], points[:0])
     assert (loss.item(), count.item()) == (0.0, 0.0)
-    public_bce, public_dice = point_loss.sample_bce_dice(logits.requires_grad_(), ids, *rows)
-    (public_bce + public_dice).backward()
+    none = (logits[:0], ids[:0], points[:0], logsumexp, *rows, sums)
+    assert host.sample_losses_backward(one, one, one, *none).shape == (0, 6, 5, 7)
+    ce, _, public_bce, public_dice = point_loss.sample_losses(logits.requires_grad_(), ids, points, *rows)
+    (public_bce + public_dice + 0 * ce).backward()
     assert not logits.grad.any()
 
 
@@ -175,7 +178,9 @@ def test_gradients_of_the_ops(device):
     weights = torch.rand(6, device=device)
     assert torch.autograd.gradcheck(lambda x: sample_ce_op(x, ids, points)[0], logits)
     assert torch.autograd.gradcheck(lambda x: sample_ce_op(x, ids, points, weights)[0], logits)
-    assert torch.autograd.gradcheck(lambda x: sample_bce_dice_op(x, ids, *rows)[:2], logits)
+    each = (0, 2, 3)
+    assert torch.autograd.gradcheck(lambda x: [sample_losses_op(x, ids, points, *rows)[i] for i in each], logits)
+    assert torch.autograd.gradcheck(lambda x: sample_losses_op(x, ids, points, *rows)[2], logits)
     assert torch.autograd.gradcheck(lambda x: point_loss.point_logits(x, points), logits)
     assert torch.autograd.gradcheck(lambda x: point_loss.slot_logits(x, *rows), logits)
 
@@ -190,9 +195,11 @@ def test_ops(device, check_op):
     one = torch.ones((), device=device)
     check_op(sample_ce_op, (logits.clone().requires_grad_(), ids, points))
     check_op(sample_ce_op, (logits.clone().requires_grad_(), ids, points, torch.rand(6, device=device)))
-    check_op(sample_bce_dice_op, (logits.clone().requires_grad_(), ids, *rows))
+    check_op(sample_losses_op, (logits.clone().requires_grad_(), ids, points, *rows))
     check_op(sample_ce_backward_op, (one, logits, ids, points, torch.zeros(2, 13, device=device)))
-    check_op(sample_bce_dice_backward_op, (one, one, logits, ids, *rows, torch.zeros(3, 3, device=device)))
+    statistics = torch.zeros(2, 13, device=device), torch.zeros(3, 3, device=device)
+    saved = (logits, ids, points, statistics[0], *rows, statistics[1])
+    check_op(sample_losses_backward_op, (one, one, one, *saved))
 
 
 def test_public_functions(device):
@@ -202,8 +209,8 @@ def test_public_functions(device):
     torch.testing.assert_close(point_loss.point_margin(logits, points), reference.point_margin(logits, points))
     torch.testing.assert_close(point_loss.slot_logits(logits, *rows), reference.slot_logits(logits, *rows))
     logits.requires_grad_()
-    ce, count = point_loss.sample_ce(logits, ids, points)
-    bce, dice = point_loss.sample_bce_dice(logits, ids, *rows)
+    ce, count, bce, dice = point_loss.sample_losses(logits, ids, points, *rows)
+    torch.testing.assert_close(point_loss.sample_ce(logits, ids, points), (ce, count))
     assert count.dtype == torch.float32 and not count.requires_grad
     (ce / count + bce + dice).backward()
     assert torch.isfinite(logits.grad).all() and logits.grad.any()
@@ -223,8 +230,10 @@ def test_bad_input(device, refuses):
     refuses("weights", ce, op, (logits, ids, points, torch.ones(5, device=device)))
     refuses("weights", ce, op, (logits, ids, points, torch.ones(6, device=device).double()))
     refuses("mask_logits", point_loss.point_margin, point_margin_op, (logits[:, :1], points))
-    both, op = point_loss.sample_bce_dice, sample_bce_dice_op
-    refuses("image_index", both, op, (logits, ids, image_index.int(), slots, row_points))
-    refuses("slots", both, op, (logits, ids, image_index, slots[:1], row_points))
-    refuses("slots", both, op, (logits, ids, image_index, slots[None], row_points))
-    refuses("points", both, op, (logits, ids, image_index, slots, row_points[:2]))
+    all_, op = point_loss.sample_losses, sample_losses_op
+    refuses("points", all_, op, (logits, ids, points[:1], image_index, slots, row_points))
+    refuses("image_index", all_, op, (logits, ids, points, image_index.int(), slots, row_points))
+    refuses("slots", all_, op, (logits, ids, points, image_index, slots[:1], row_points))
+    refuses("slots", all_, op, (logits, ids, points, image_index, slots[None], row_points))
+    refuses("row_points", all_, op, (logits, ids, points, image_index, slots, row_points[:2]))
+    refuses("row_points", all_, op, (logits, ids, points, image_index, slots, row_points.double()))

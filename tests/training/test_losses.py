@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ldmseg_fast.config import LossConfig
-from ldmseg_fast.kernels.point_loss import sample_ce
+from ldmseg_fast.kernels.point_loss import sample_losses
 from ldmseg_fast.training import losses as losses_module
 from ldmseg_fast.training.losses import (
     labelled_points,
@@ -122,11 +122,11 @@ def test_labelled_points_are_those_of_the_loss(monkeypatch):
     counted = []
 
     def counting(*arguments):
-        result = sample_ce(*arguments)
+        result = sample_losses(*arguments)
         counted.append(result[1])
         return result
 
-    monkeypatch.setattr(losses_module, "sample_ce", counting)
+    monkeypatch.setattr(losses_module, "sample_losses", counting)
     ids, logits = unequal_void()
     config = LossConfig(num_points=100)
     for seed in range(5):
