@@ -8,7 +8,7 @@ TABLE: Table = {
     "point_logits": {
         80: {
             "channels_last": make_config(4, 1, BLOCK_P=16, BLOCK_Q=128),
-            "planes": make_config(4, 1, BLOCK_P=64, BLOCK_Q=8),
+            "planes": make_config(8, 1, BLOCK_P=64, BLOCK_Q=8),
         },
     },
     "slot_logits": {80: {"all": make_config(4, 1, BLOCK_P=256)}},
