@@ -53,6 +53,46 @@ def row_weight(row, top, bottom, blend, scale, size):
 
 
 @triton.jit
+def split_columns(columns, dtype: tl.constexpr):
+    """Splits float32 weights into three parts of `dtype` whose sum is nearly exact; of float32 the parts fit TF32."""
+    if dtype == tl.float32:
+        high = leading_bits(columns)
+        return high, columns - high, high
+    high = columns.to(dtype)
+    rest = columns - high.to(tl.float32)
+    middle = rest.to(dtype)
+    return high, middle, (rest - middle.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def resized_row(row_ptr, inside, high, middle, low, CAREFUL: tl.constexpr):
+    """Resizes one row of logits, [WINDOW, BLOCK_Q], to the tile's columns, by weights [BLOCK_X, WINDOW] in parts.
+
+    Returns:
+        float32 [BLOCK_X, BLOCK_Q], and [BLOCK_X]: the weight of cells with logits that are not finite, where CAREFUL.
+    """
+    dtype: tl.constexpr = row_ptr.dtype.element_ty
+    row = tl.load(row_ptr, mask=inside, other=0.0)
+    unsound = tl.zeros([high.shape[0]], tl.float32)
+    if CAREFUL:
+        wide = row.to(tl.float32)
+        cell = tl.max(tl.where(tl.abs(wide) <= FLOAT32_MAX, 0, 1), 1)
+        unsound = tl.sum((high.to(tl.float32) + middle.to(tl.float32)) * cell.to(tl.float32)[None, :], 1)
+        row = tl.where((cell > 0)[:, None], 0.0, tl.minimum(tl.maximum(wide, -LARGEST), LARGEST)).to(dtype)
+    if dtype == tl.float32:  # 3xTF32
+        leading = leading_bits(row)
+        logits = tl.dot(high, row - leading, input_precision="tf32")
+        logits = tl.dot(middle, leading, logits, input_precision="tf32")
+        logits = tl.dot(high, leading, logits, input_precision="tf32")
+    else:  # products of halves are exact in float32; two parts of float16 hold what three of bfloat16 do
+        logits = tl.dot(middle, row)
+        if dtype == tl.bfloat16:
+            logits = tl.dot(low, row, logits)
+        logits = tl.dot(high, row, logits)
+    return logits, unsound
+
+
+@triton.jit
 def panoptic_tile_kernel(
     logits_ptr,  # [B, Q, h, w]
     segmentation_ptr,  # [B, H, W] int32: slot + 1 where confident and not slot 0
@@ -110,8 +150,7 @@ def panoptic_tile_kernel(
     columns = resize_matrix(
         tl.minimum(x, target_width - 1), start, scale_x, width, target_scale_x, network_width, WINDOW
     )  # [BLOCK_X, WINDOW]
-    columns_high = leading_bits(columns)
-    columns_low = columns - columns_high
+    high, middle, low = split_columns(columns, logits_ptr.dtype.element_ty)
     column = start + tl.arange(0, WINDOW)
     inside = tl.broadcast_to((column < width)[:, None], [WINDOW, BLOCK_Q])
     if not ALL_SLOTS:
@@ -120,28 +159,37 @@ def panoptic_tile_kernel(
 
     above = tl.zeros([BLOCK_X, BLOCK_Q // 2], tl.int32)  # two slots share an int32: at most BLOCK_X BLOCK_Y < 2^16 each
     unsure = tl.zeros([BLOCK_X], tl.int32)
+    # three neighbouring rows, resized, of which `held` is the last; each is resized once
+    lower = tl.zeros([BLOCK_X, BLOCK_Q], tl.float32)
+    unsound_lower = tl.zeros([BLOCK_X], tl.float32)
+    upper, middle_row, unsound_upper, unsound_middle = lower, lower, unsound_lower, unsound_lower
+    held = -1
     for y in range(first_y, tl.minimum(first_y + BLOCK_Y, target_height)):
         top, bottom, blend = source(y, target_scale_y, network_height)
         first_row, _, _ = source(top, scale_y, height)
-        last_row, _, _ = source(bottom, scale_y, height)
-        rows = tl.zeros([WINDOW, BLOCK_Q], tl.float32)
-        unsound = tl.zeros([WINDOW], tl.float32)
-        for i in tl.static_range(SOURCE_ROWS):
-            # three rows in sequence, or two pairs of neighbours that lie further apart
-            row = first_row + i if SOURCE_ROWS == 3 or i < 2 else tl.maximum(last_row, first_row + 2) + (i - 2)
-            weight = row_weight(row, top, bottom, blend, scale_y, height)
-            row_ptr = window_ptr + tl.minimum(row, height - 1).to(tl.int64) * row_stride
-            loaded = tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32)
-            if CAREFUL:
-                cell = tl.max(tl.where(tl.abs(loaded) <= FLOAT32_MAX, 0, 1), 1)
-                unsound += weight * cell.to(tl.float32)
-                loaded = tl.where((cell > 0)[:, None], 0.0, tl.minimum(tl.maximum(loaded, -LARGEST), LARGEST))
-            rows += weight * loaded
-
-        rows_high = leading_bits(rows)
-        logits = tl.dot(columns_high, rows - rows_high, input_precision="tf32")  # [BLOCK_X, BLOCK_Q]
-        logits = tl.dot(columns_low, rows_high, logits, input_precision="tf32")
-        logits = tl.dot(columns_high, rows_high, logits, input_precision="tf32")
+        if SOURCE_ROWS == 3:
+            while held < first_row + 2:
+                held = tl.maximum(held, first_row - 1) + 1
+                upper, middle_row = middle_row, lower
+                unsound_upper, unsound_middle = unsound_middle, unsound_lower
+                row_ptr = window_ptr + tl.minimum(held, height - 1).to(tl.int64) * row_stride
+                lower, unsound_lower = resized_row(row_ptr, inside, high, middle, low, CAREFUL)
+            first = row_weight(first_row, top, bottom, blend, scale_y, height)
+            second = row_weight(first_row + 1, top, bottom, blend, scale_y, height)
+            third = row_weight(first_row + 2, top, bottom, blend, scale_y, height)
+            logits = first * upper + second * middle_row + third * lower
+            unsound = first * unsound_upper + second * unsound_middle + third * unsound_lower
+        else:  # two pairs of neighbours, far apart
+            last_row, _, _ = source(bottom, scale_y, height)
+            logits = tl.zeros([BLOCK_X, BLOCK_Q], tl.float32)
+            unsound = tl.zeros([BLOCK_X], tl.float32)
+            for i in tl.static_range(4):
+                row = first_row + i if i < 2 else tl.maximum(last_row, first_row + 2) + (i - 2)
+                weight = row_weight(row, top, bottom, blend, scale_y, height)
+                row_ptr = window_ptr + tl.minimum(row, height - 1).to(tl.int64) * row_stride
+                resized, unsound_row = resized_row(row_ptr, inside, high, middle, low, CAREFUL)
+                logits += weight * resized
+                unsound += weight * unsound_row
         if not ALL_SLOTS:
             logits = tl.where((slot < slots)[None, :], logits, float("-inf"))
         ranked = logits
@@ -155,7 +203,7 @@ def panoptic_tile_kernel(
         probability = 1.0 / tl.sum(tl.math.exp2((logits - best[:, None]) * LOG2_E), 1)
         counted = in_row
         if CAREFUL:
-            sound = tl.sum((columns_high + columns_low) * unsound[None, :], 1) <= UNSOUND_WEIGHT
+            sound = unsound <= UNSOUND_WEIGHT
             probability = tl.where(sound, probability, 0.0)
             label = tl.where(sound, label, 0)
             counted = in_row & sound
