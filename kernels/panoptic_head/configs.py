@@ -7,16 +7,15 @@ from ldmseg_fast.kernels.configs import Candidates, Table, make_config
 TABLE: Table = {
     "panoptic_head": {
         80: {
+            "q128_half_channels_last": make_config(4, 1, BLOCK_X=32, BLOCK_Y=16, BY_EQUALITY=0),
+            "q128_half_planes": make_config(4, 1, BLOCK_X=32, BLOCK_Y=16, BY_EQUALITY=0),
             "q128_channels_last": make_config(4, 1, BLOCK_X=32, BLOCK_Y=16, BY_EQUALITY=0),
             "q128_planes": make_config(4, 1, BLOCK_X=32, BLOCK_Y=16, BY_EQUALITY=0),
             "q256_channels_last": make_config(8, 1, BLOCK_X=32, BLOCK_Y=16, BY_EQUALITY=0),
             "q256_planes": make_config(8, 1, BLOCK_X=32, BLOCK_Y=16, BY_EQUALITY=0),
         },
         90: {
-            "q128_channels_last": make_config(4, 2, BLOCK_X=64, BLOCK_Y=16, BY_EQUALITY=0),
-            "q128_planes": make_config(8, 1, BLOCK_X=64, BLOCK_Y=16, BY_EQUALITY=0),
-            "q256_channels_last": make_config(8, 1, BLOCK_X=64, BLOCK_Y=16, BY_EQUALITY=0),
-            "q256_planes": make_config(8, 1, BLOCK_X=32, BLOCK_Y=16, BY_EQUALITY=0),
+            "q128_half_channels_last": make_config(4, 1, BLOCK_X=64, BLOCK_Y=16, BY_EQUALITY=0),
         },
     },
     "panoptic_statistics": {80: {"all": make_config(1, 1, BLOCK_X=32, BLOCK_Y=16)}},

@@ -3,8 +3,9 @@
 Both resizings, softmax and argmax run for one tile of target pixels at a time; a pass over tiles with logits that are
 not finite (as a rule none) and two passes over the labels follow.
 
-Two bilinear resizings of an axis are one sparse matrix. A program composes them for its tile: each target row is a sum
-of at most four rows of logits, and the columns are one small matrix product, in which 3xTF32 keeps float32's precision.
+Two bilinear resizings of an axis are one sparse matrix. A program composes them for its tile: a small matrix product
+resizes the columns of each row of logits once, in parts that keep float32's precision, and each target row is a sum of
+at most three such rows, which the program holds (of four where logits are shrunk).
 Full-size logits therefore exist in registers only. All sums over pixels are of integers, so that results do not depend
 on the order of the programs.
 """
@@ -83,8 +84,8 @@ def panoptic_head(
     batch, slots, height, width = mask_logits.shape
     block_q = max(16, triton.next_power_of_2(slots))
     slots_first = mask_logits.stride(1) == 1  # channels_last
-    shape_class = ("q128" if block_q <= 128 else "q256") + ("_channels_last" if slots_first else "_planes")
-    config = find_config("panoptic_head", shape_class)
+    kind = "q256" if block_q > 128 else "q128_half" if mask_logits.element_size() == 2 else "q128"
+    config = find_config("panoptic_head", f"{kind}_{'channels_last' if slots_first else 'planes'}")
     alignment = 1 if slots_first else 16 // mask_logits.element_size()
     block_x = config.constants["BLOCK_X"]
     window = window_columns(width, network_size[1], target_size[1], block_x, alignment)
