@@ -50,7 +50,6 @@ TILES = {
     "forward_": ("BLOCK_P", "BLOCK_C"),
     "backward_apply": ("BLOCK_P", "BLOCK_C"),
     "backward_partial": ("BLOCK_P", "BLOCK_C"),
-    "group_": ("BLOCK_P", "BLOCK_C"),
     "geglu": ("BLOCK",),
     "ddim_step": ("BLOCK",),
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 # the folders of `kernels/`; a new kernel is entered here and nowhere else
 KERNELS = (
-    *("mask_bits", "attention", "panoptic_head", "group_norm_silu", "added_norm", "geglu"),
+    *("mask_bits", "attention", "panoptic_head", "group_norm_silu", "added_layer_norm", "geglu"),
     *("ddim_step", "point_loss"),
 )
 BACKENDS = ("auto", "torch")

@@ -1,12 +1,14 @@
-"""Triton: the backward pass, with n the normalised input, u = n gain + offset, and du the gradient of u."""
+"""Triton: the backward pass, with n = (x + added - mean) rstd, u = n gain + offset, and du the gradient of u."""
 
 import triton
 import triton.language as tl
 
 from ldmseg_fast.kernels.group_norm_silu.tiles import (
     activate_backward,
+    add_vector,
     group_channels,
     group_offsets,
+    load_added,
     load_affine,
     reduce_partials,
     row_channels,
@@ -19,6 +21,7 @@ from ldmseg_fast.kernels.group_norm_silu.tiles import (
 def backward_whole_kernel(
     grad_y_ptr,  # [B, P, C]
     x_ptr,  # [B, P, C]
+    added_ptr,  # [B, C]
     weight_ptr,
     bias_ptr,
     scale_ptr,
@@ -27,9 +30,11 @@ def backward_whole_kernel(
     rstd_ptr,
     sums_ptr,  # [B, 2, C] sums over pixels of du and du n
     grad_x_ptr,  # [B, P, C]
+    added_stride,
     pixels,
     channels,
     CHANNELS_PER_GROUP: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
@@ -41,12 +46,14 @@ def backward_whole_kernel(
     offsets, inside = group_offsets(image, channel, in_group, pixels, channels, BLOCK_P)
 
     row = image * tl.num_programs(0) + group
+    added = load_added(added_ptr, image, added_stride, channel, in_group, HAS_ADDED)
     mean = tl.load(mean_ptr + row)
     rstd = tl.load(rstd_ptr + row)
     gain, offset = load_affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, channel, channels, in_group, HAS_SCALE, HAS_SHIFT
     )
-    n = (tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    n = (add_vector(x, added, HAS_ADDED) - mean) * rstd
     grad_y = tl.load(grad_y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     du = activate_backward(grad_y, n, gain[None, :], offset[None, :], SILU)
     sum_du = tl.sum(du, 0)  # [BLOCK_C]
@@ -65,6 +72,7 @@ def backward_whole_kernel(
 def backward_partial_kernel(
     grad_y_ptr,
     x_ptr,
+    added_ptr,  # [B, C]
     weight_ptr,
     bias_ptr,
     scale_ptr,
@@ -72,9 +80,11 @@ def backward_partial_kernel(
     mean_ptr,
     rstd_ptr,
     partial_ptr,  # [B, 2, chunks, C] sums of du and du n
+    added_stride,
     pixels,
     channels,
     CHANNELS_PER_GROUP: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
@@ -88,6 +98,7 @@ def backward_partial_kernel(
     channel, in_row = row_channels(channels, BLOCK_C)
     row = image * (channels // CHANNELS_PER_GROUP) + channel // CHANNELS_PER_GROUP
     mean = tl.load(mean_ptr + row, mask=in_row, other=0.0)
+    added = load_added(added_ptr, image, added_stride, channel, in_row, HAS_ADDED)
     rstd = tl.load(rstd_ptr + row, mask=in_row, other=0.0)
     gain, offset = load_affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, channel, channels, in_row, HAS_SCALE, HAS_SHIFT
@@ -97,7 +108,8 @@ def backward_partial_kernel(
     sum_du_n = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for tile in range(TILES):
         offsets, inside = tile_offsets(image, chunk * TILES + tile, channel, in_row, pixels, channels, BLOCK_P)
-        n = (tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        n = (add_vector(x, added, HAS_ADDED) - mean[None, :]) * rstd[None, :]
         grad_y = tl.load(grad_y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         du = activate_backward(grad_y, n, gain[None, :], offset[None, :], SILU)
         sum_du += du
@@ -141,6 +153,7 @@ def backward_reduce_kernel(
 def backward_apply_kernel(
     grad_y_ptr,
     x_ptr,
+    added_ptr,  # [B, C]
     weight_ptr,
     bias_ptr,
     scale_ptr,
@@ -149,9 +162,11 @@ def backward_apply_kernel(
     rstd_ptr,
     means_ptr,  # [B, 2, G]
     grad_x_ptr,
+    added_stride,
     pixels,
     channels,
     CHANNELS_PER_GROUP: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
@@ -166,13 +181,15 @@ def backward_apply_kernel(
     groups = channels // CHANNELS_PER_GROUP
     group = channel // CHANNELS_PER_GROUP
     mean = tl.load(mean_ptr + image * groups + group, mask=in_row, other=0.0)
+    added = load_added(added_ptr, image, added_stride, channel, in_row, HAS_ADDED)
     rstd = tl.load(rstd_ptr + image * groups + group, mask=in_row, other=0.0)
     mean_dn = tl.load(means_ptr + image * 2 * groups + group, mask=in_row, other=0.0)
     mean_dn_n = tl.load(means_ptr + (image * 2 + 1) * groups + group, mask=in_row, other=0.0)
     gain, offset = load_affine(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, channel, channels, in_row, HAS_SCALE, HAS_SHIFT
     )
-    n = (tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    n = (add_vector(x, added, HAS_ADDED) - mean[None, :]) * rstd[None, :]
     grad_y = tl.load(grad_y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     du = activate_backward(grad_y, n, gain[None, :], offset[None, :], SILU)
     grad_x = rstd[None, :] * (du * gain[None, :] - mean_dn[None, :] - n * mean_dn_n[None, :])

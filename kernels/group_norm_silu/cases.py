@@ -15,9 +15,11 @@ def cases() -> Iterator[Case]:
     """Yields the cases of the kernel; they reach every entry of its table."""
     shapes = [(1, 320, 64), (16, 320, 64), (16, 640, 32), (16, 1280, 16), (16, 1280, 8), (1, 128, 512)]
 
-    def forward_backward(x, weight, bias, groups, eps, scale, shift, residual, silu):
-        y, mean, rstd = host.group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, residual, silu)
-        grads = host.group_norm_silu_backward(torch.ones_like(y), x, mean, rstd, weight, bias, scale, shift, silu)
+    def forward_backward(x, weight, bias, groups, eps, *rest):
+        y, mean, rstd = host.group_norm_silu_forward(x, weight, bias, groups, eps, *rest)
+        scale, shift, _, silu = rest[:4]
+        grad_y = torch.ones_like(y)
+        grads = host.group_norm_silu_backward(grad_y, x, mean, rstd, weight, bias, scale, shift, silu, *rest[4:])
         return y, *grads[:3]
 
     for batch, channels, size in shapes:
@@ -35,6 +37,10 @@ def cases() -> Iterator[Case]:
                 scale = normal(*x.shape[:2], device=device, dtype=x.dtype)
                 return x, weight, bias, 32, 1e-5, scale, scale, torch.randn_like(x), True
 
+            def make_added(device, make=make):
+                inputs = make(device)
+                return *inputs, torch.ones(inputs[0].shape[:2], device=device)
+
             about: dict[str, Any] = {"dtype": dtype, "batch": batch, "torch": reference.group_norm_silu}
             headline = dtype == torch.float16
             yield Case(
@@ -44,6 +50,14 @@ def cases() -> Iterator[Case]:
                 triton=lambda *arguments: host.group_norm_silu_forward(*arguments)[0],
                 bytes_moved=2 * elements,
                 headline=headline,
+                **about,
+            )
+            yield Case(
+                "group_norm_silu",
+                f"forward, added {name}",  # time embedding
+                make=make_added,
+                triton=lambda *arguments: host.group_norm_silu_forward(*arguments)[0],
+                bytes_moved=2 * elements,
                 **about,
             )
             if headline or size in (16, 8):
@@ -65,6 +79,15 @@ def cases() -> Iterator[Case]:
                 headline=headline,
                 **about,
             )
+            yield Case(
+                "group_norm_silu",
+                f"forward, backward, added {name}",
+                make=make_added,
+                triton=forward_backward,
+                bytes_moved=6 * elements,
+                leaves=(0, 1, 2, 9),
+                **about,
+            )
 
 
 def edge_cases() -> Iterator[Callable[[], object]]:
@@ -72,8 +95,9 @@ def edge_cases() -> Iterator[Callable[[], object]]:
 
     def run(x: Tensor, scale: Tensor) -> None:
         weight = scale[0]
-        y, mean, rstd = host.group_norm_silu_forward(x, weight, weight, 1, 1e-5, scale, scale, x, True)
-        host.group_norm_silu_backward(y, x, mean, rstd, weight, weight, scale, scale, True)
+        for added in (None, scale):
+            y, mean, rstd = host.group_norm_silu_forward(x, weight, weight, 1, 1e-5, scale, scale, x, True, added)
+            host.group_norm_silu_backward(y, x, mean, rstd, weight, weight, scale, scale, True, added)
 
     for size in (1, 256):  # a group at once, and in tiles
         yield partial(run, meta(1, 1, size, size), meta(1, 1))

@@ -6,7 +6,7 @@ from ldmseg_fast.kernels.configs import Candidates, Table, make_config
 
 TABLE: Table = {
     "group_norm_silu_forward": {
-        80: {"small": make_config(4, 1), "large": make_config(16, 1), "tiled": make_config(4, 1, ELEMENTS=4096)},
+        80: {"small": make_config(4, 1), "large": make_config(16, 1), "tiled": make_config(4, 1, ELEMENTS=8192)},
     },
     "group_norm_silu_backward": {
         80: {"small": make_config(4, 1), "large": make_config(16, 1), "tiled": make_config(4, 1, ELEMENTS=2048)},

@@ -2,13 +2,16 @@
 
 Tensors are channels_last: x is [B, P, C] with P = H W pixels, statistics in float32.
 
-Groups that fit on one multiprocessor are read once, by one program each. Larger ones take three launches: sums per
-channel and chunk of pixels (which needs no grouping, so every access is dense whatever C/G is), a reduction of those to
-one mean and rstd per group, and the normalisation. The last one takes the images in reverse, so that what the first
-read last is still in L2. Sums are taken about the channel's value at pixel 0, which keeps them exact where the mean is
-large against the deviation. The backward has the same two ways.
+Groups that fit on one multiprocessor are read once, by one program each. Larger ones take two launches: mean and squares
+of each chunk of pixels, and the normalisation, whose programs merge the chunks themselves. Both walk over whole groups,
+as many as make rows of 16-byte accesses: 12 groups of 10 channels, say, in 128 lanes. The last one takes the images in
+reverse, so that what the first read last is still in L2.
+
+Backward, a large group takes three: sums per channel and chunk of pixels (which needs no grouping, so every access is
+dense whatever C/G is), a reduction of those per group, and the gradient.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,14 +28,30 @@ from ldmseg_fast.kernels.group_norm_silu.backward import (
 )
 from ldmseg_fast.kernels.group_norm_silu.forward import (
     forward_apply_kernel,
-    forward_partial_kernel,
-    forward_reduce_kernel,
+    forward_moments_kernel,
     forward_whole_kernel,
 )
 from ldmseg_fast.kernels.launch import launch
 
 MAX_WHOLE = 16384  # elements of a group, padded, that one program holds in registers
-MAX_PARTIALS = 8192  # chunks times channels of a group that one program reduces
+MAX_CHUNKS = 64  # that one program merges, forward
+MAX_PARTIALS = 8192  # chunks times channels of a group that one program reduces, backward
+MAX_GROUPS = 32  # of one program
+LANES = 128  # wanted, unless others are used better
+
+
+@cache
+def groups_of_a_program(num_groups: int, per_group: int) -> int:
+    """Chooses how many whole groups a program takes: rows that start on 16 bytes, then few idle lanes."""
+
+    def merit(groups: int) -> tuple[bool, float, int]:
+        lanes = triton.next_power_of_2(groups * per_group)
+        used = num_groups * per_group / (triton.cdiv(num_groups, groups) * lanes)
+        return groups * per_group % 8 == 0 or groups == num_groups, round(used, 2), -abs(lanes - LANES)
+
+    most = max(2 * LANES, triton.next_power_of_2(per_group))
+    fitting = (n for n in range(1, min(num_groups, MAX_GROUPS) + 1) if n == 1 or n * per_group <= most)
+    return max(fitting, key=merit)
 
 
 def _channel_block(channels: int) -> int:
@@ -52,10 +71,10 @@ def _whole_config(kernel: str, blocks: dict[str, int]) -> Config:
 
 
 def _tiling(
-    kernel: str, pixels: int, channels: int, channels_per_group: int
+    pixels: int, channels: int, channels_per_group: int
 ) -> tuple[Config, dict[str, int], int, int]:
-    """(configuration, block sizes, tiles of one program of the partial sums, programs over the pixels)"""
-    config = find_config(kernel, "tiled")
+    """Backward: (configuration, block sizes, tiles of one program of the partial sums, programs over the pixels)"""
+    config = find_config("group_norm_silu_backward", "tiled")
     block_c = _channel_block(channels)
     block_p = max(config.constants["ELEMENTS"] // block_c, 1)
     tiles = triton.cdiv(pixels, block_p)
@@ -69,6 +88,14 @@ def _pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
     return instead if tensor is None else tensor.contiguous()
 
 
+def _vector(added: Tensor | None, instead: Tensor) -> tuple[Tensor, int]:
+    """The vector to add with the stride of its images, which may share one."""
+    if added is None:
+        return instead, 0
+    dense = added if added.stride(1) == 1 else added.contiguous()
+    return dense, 0 if len(added) == 1 else dense.stride(0)
+
+
 def group_norm_silu_forward(
     x: Tensor,
     weight: Tensor,
@@ -79,8 +106,9 @@ def group_norm_silu_forward(
     shift: Tensor | None,
     residual: Tensor | None,
     silu: bool,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the forward pass: one kernel where a group fits on one multiprocessor, three otherwise.
+    """Launches the forward pass: one kernel where a group fits on one multiprocessor, two otherwise.
 
     Args:
         x: float16, bfloat16 or float32 [B, C, H, W]; copied where it is not channels_last, as the residual is.
@@ -90,6 +118,7 @@ def group_norm_silu_forward(
         scale, shift: float [B, C], or None.
         residual: [B, C, H, W] of x's dtype, or None.
         silu: False leaves the activation out.
+        added: float [B, C] of any stride over the images, or None.
 
     Returns:
         y [B, C, H, W] of x's dtype in channels_last, and per group mean and 1 / standard deviation, float32 [B, G].
@@ -101,46 +130,46 @@ def group_norm_silu_forward(
     mean, rstd = (torch.empty((batch, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
-    added = x if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    other = x if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    vector, stride = _vector(added, weight)
     affine = (weight.contiguous(), bias.contiguous(), _pointer(scale, weight), _pointer(shift, weight))
-    flags: dict[str, Any] = {"HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None, "SILU": silu}
-    flags |= {"HAS_RESIDUAL": residual is not None, "CHANNELS_PER_GROUP": per_group}
-    flags["INTERPRETED"] = triton.knobs.runtime.interpret
+    flags: dict[str, Any] = {"CHANNELS_PER_GROUP": per_group, "HAS_ADDED": added is not None}
+    finish: dict[str, Any] = {"HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None, "SILU": silu}
+    finish |= {"HAS_RESIDUAL": residual is not None, "INTERPRETED": triton.knobs.runtime.interpret}
 
     blocks = _whole_blocks(pixels, per_group)
     if blocks is not None:
         config = _whole_config("group_norm_silu_forward", blocks)
-        arguments = (x, *affine, added, y, mean, rstd, pixels, channels, eps)
-        launch(forward_whole_kernel, (num_groups, batch), *arguments, config=config, **flags, **blocks)
+        arguments = (x, vector, *affine, other, y, mean, rstd, stride, pixels, channels, eps)
+        launch(forward_whole_kernel, (num_groups, batch), *arguments, config=config, **flags, **finish, **blocks)
         return y, mean, rstd
 
-    config, blocks, tiles, chunks = _tiling("group_norm_silu_forward", pixels, channels, per_group)
-    partial = torch.empty((batch, 2, chunks, channels), dtype=torch.float32, device=x.device)
-    columns = triton.cdiv(channels, blocks["BLOCK_C"])
+    config = find_config("group_norm_silu_forward", "tiled")
+    groups = groups_of_a_program(num_groups, per_group)
+    lanes = triton.next_power_of_2(groups * per_group)
+    block_p = max(config.constants["ELEMENTS"] // lanes, 1)
+    tiles = triton.cdiv(triton.cdiv(pixels, block_p), MAX_CHUNKS)
+    chunks = triton.cdiv(pixels, block_p * tiles)
+    columns = triton.cdiv(num_groups, groups)
+    blocks = {"GROUPS": groups, "TILES": tiles, "BLOCK_G": triton.next_power_of_2(groups)}
+    blocks |= {"BLOCK_P": block_p, "BLOCK_C": lanes}
+    partial = torch.empty((batch, 2, chunks, num_groups), dtype=torch.float32, device=x.device)
     launch(
-        forward_partial_kernel,
+        forward_moments_kernel,
         (chunks, columns, batch),
-        *(x, partial, pixels, channels),
+        *(x, vector, partial, stride, pixels, channels, num_groups),
         config=config,
-        TILES=tiles,
+        **flags,
         **blocks,
     )
     launch(
-        forward_reduce_kernel,
-        (num_groups, batch),
-        *(x, partial, mean, rstd, pixels, channels, chunks, eps),
-        config=find_config("group_norm_silu_reduce", "all"),
-        CHANNELS_PER_GROUP=per_group,
-        CHUNKS_PADDED=triton.next_power_of_2(chunks),
-        BLOCK_C=triton.next_power_of_2(per_group),
-    )
-    grid = (triton.cdiv(pixels, blocks["BLOCK_P"]), columns, batch)
-    launch(
         forward_apply_kernel,
-        grid,
-        *(x, *affine, added, y, mean, rstd, pixels, channels),
+        (triton.cdiv(pixels, block_p), columns, batch),
+        *(x, vector, *affine, other, partial, y, mean, rstd, stride, pixels, channels, num_groups, chunks, eps),
         config=config,
+        CHUNKS_PADDED=triton.next_power_of_2(chunks),
         **flags,
+        **finish,
         **blocks,
     )
     return y, mean, rstd
@@ -156,17 +185,18 @@ def group_norm_silu_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the backward pass: two kernels where a group fits on one multiprocessor, four otherwise.
 
     Args:
         grad_y: float [B, C, H, W].
-        x, weight, bias, scale, shift, silu: as in `group_norm_silu_forward`.
+        x, weight, bias, scale, shift, silu, added: as in `group_norm_silu_forward`.
         mean, rstd: float32 [B, G], what that returned.
 
     Returns:
-        the gradients of x [B, C, H, W] (x's dtype, channels_last), and float32 of weight and bias [C], scale and shift
-        [B, C].
+        the gradients of x [B, C, H, W] (x's dtype, channels_last; its sum over pixels is that of the added vector), and
+        float32 of weight and bias [C], scale and shift [B, C].
     """
     batch, channels, height, width = x.shape
     num_groups = mean.shape[1]
@@ -181,25 +211,26 @@ def group_norm_silu_backward(
     sums = torch.empty((batch, 2, channels), **like)
     weight, bias = weight.contiguous(), bias.contiguous()
     affine = (weight, bias, _pointer(scale, weight), _pointer(shift, weight))
-    flags = {"HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None, "CHANNELS_PER_GROUP": per_group}
+    vector, stride = _vector(added, weight)
+    scaled = {"HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None, "CHANNELS_PER_GROUP": per_group}
+    flags = scaled | {"HAS_ADDED": added is not None, "SILU": silu}
 
     blocks = _whole_blocks(pixels, per_group)
     if blocks is not None:
         config = _whole_config("group_norm_silu_backward", blocks)
-        arguments = (grad_y, x, *affine, mean, rstd, sums, grad_x, pixels, channels)
-        launch(backward_whole_kernel, (num_groups, batch), *arguments, config=config, SILU=silu, **flags, **blocks)
+        arguments = (grad_y, x, vector, *affine, mean, rstd, sums, grad_x, stride, pixels, channels)
+        launch(backward_whole_kernel, (num_groups, batch), *arguments, config=config, **flags, **blocks)
     else:
-        config, blocks, tiles, chunks = _tiling("group_norm_silu_backward", pixels, channels, per_group)
+        config, blocks, tiles, chunks = _tiling(pixels, channels, per_group)
         partial = torch.empty((batch, 2, chunks, channels), **like)
         means = torch.empty((batch, 2, num_groups), **like)
         columns = triton.cdiv(channels, blocks["BLOCK_C"])
         launch(
             backward_partial_kernel,
             (chunks, columns, batch),
-            *(grad_y, x, *affine, mean, rstd, partial, pixels, channels),
+            *(grad_y, x, vector, *affine, mean, rstd, partial, stride, pixels, channels),
             config=config,
             TILES=tiles,
-            SILU=silu,
             **flags,
             **blocks,
         )
@@ -210,14 +241,13 @@ def group_norm_silu_backward(
             config=find_config("group_norm_silu_reduce", "all"),
             CHUNKS_PADDED=triton.next_power_of_2(chunks),
             BLOCK_C=triton.next_power_of_2(per_group),
-            **flags,
+            **scaled,
         )
         launch(
             backward_apply_kernel,
             (triton.cdiv(pixels, blocks["BLOCK_P"]), columns, batch),
-            *(grad_y, x, *affine, mean, rstd, means, grad_x, pixels, channels),
+            *(grad_y, x, vector, *affine, mean, rstd, means, grad_x, stride, pixels, channels),
             config=config,
-            SILU=silu,
             **flags,
             **blocks,
         )

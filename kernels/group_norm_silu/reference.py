@@ -17,11 +17,14 @@ def group_norm_silu(
     shift: Tensor | None = None,  # [B, C]
     residual: Tensor | None = None,  # [B, C, H, W]
     silu: bool = True,
+    added: Tensor | None = None,  # [B, C]
 ) -> Tensor:
-    """Computes silu(group_norm(x) (1 + scale) + shift) + residual by torch's ops (Wu and He, arXiv 1803.08494).
+    """Computes silu(group_norm(x + added) (1 + scale) + shift) + residual by torch's ops (Wu and He, arXiv 1803.08494).
 
     Arguments and result as in `op.group_norm_silu`: x is [B, C, H, W], and everything is in x's dtype.
     """
+    if added is not None:
+        x = x + added.to(x.dtype)[:, :, None, None]
     y = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
         y = y * (1 + scale.to(x.dtype)[:, :, None, None])
@@ -42,6 +45,7 @@ def group_norm_silu_forward(
     shift: Tensor | None,
     residual: Tensor | None,
     silu: bool,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `group_norm_silu`, all arithmetic in float32 or better.
 
@@ -52,7 +56,7 @@ def group_norm_silu_forward(
     if x.numel() == 0:
         mean = at_least_float32(x).new_zeros((x.shape[0], num_groups))
         return torch.empty_like(x), mean, mean.clone()
-    groups = at_least_float32(x).reshape(x.shape[0], num_groups, -1)  # [B, G, C/G * H * W]
+    groups = _add(x, added).reshape(x.shape[0], num_groups, -1)  # [B, G, C/G * H * W]
     variance, mean = torch.var_mean(groups, 2, correction=0)
     rstd = (variance + eps).rsqrt()
     normalised = ((groups - mean[..., None]) * rstd[..., None]).view(x.shape)
@@ -75,6 +79,7 @@ def group_norm_silu_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the gradients; the residual's is `grad_y` itself.
 
@@ -83,18 +88,18 @@ def group_norm_silu_backward(
 
     Args:
         grad_y: float [B, C, H, W].
-        x, weight, bias, scale, shift, silu: as in `group_norm_silu`.
+        x, weight, bias, scale, shift, silu, added: as in `group_norm_silu`.
         mean, rstd: [B, G] from `group_norm_silu_forward`.
 
     Returns:
-        the gradients of x [B, C, H, W] (x's dtype), and in the dtype of `mean` of weight and bias [C], scale and shift
-        [B, C].
+        the gradients of x [B, C, H, W] (x's dtype; its sum over pixels is that of the added vector), and in the dtype of
+        `mean` of weight and bias [C], scale and shift [B, C].
     """
     batch, num_groups = mean.shape
     if x.numel() == 0:
         zeros = (mean.new_zeros(shape) for shape in (x.shape[1:2], x.shape[1:2], x.shape[:2], x.shape[:2]))
         return torch.empty_like(x), *zeros
-    n = (at_least_float32(x).reshape(batch, num_groups, -1) - mean[..., None]) * rstd[..., None]
+    n = (_add(x, added).reshape(batch, num_groups, -1) - mean[..., None]) * rstd[..., None]
     n = n.reshape(batch, x.shape[1], -1)  # [B, C, H W]
     gain, offset = _fold(weight, bias, scale, shift)
     du = at_least_float32(grad_y).reshape(n.shape)
@@ -116,6 +121,12 @@ def group_norm_silu_backward(
     grad_bias = (one_plus_scale * sum_du).sum(0)
     grad_scale = at_least_float32(weight) * sum_du_n + at_least_float32(bias) * sum_du
     return grad_x.view(x.shape).to(x.dtype), grad_weight, grad_bias, grad_scale, sum_du
+
+
+def _add(x: Tensor, added: Tensor | None) -> Tensor:
+    """x + added, in float32 or better"""
+    x = at_least_float32(x)
+    return x if added is None else x + added.to(x.dtype)[:, :, None, None]
 
 
 def _fold(weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What the kernels of both directions share: where a program's channels and pixels lie, the affine part, SiLU."""
+"""What the kernels of both directions share: where a program's channels and pixels lie, the vectors, SiLU."""
 
 import triton
 import triton.language as tl
@@ -79,6 +79,23 @@ def load_affine(
     if HAS_SHIFT:
         offset += tl.load(shift_ptr + image * channels + channel, mask=inside, other=0.0).to(tl.float32)
     return gain, offset
+
+
+@triton.jit
+def load_added(added_ptr, image, added_stride, channel, inside, HAS_ADDED: tl.constexpr):
+    """Loads the vector that is added before the statistics, zeros without one."""
+    added = tl.zeros(channel.shape, tl.float32)
+    if HAS_ADDED:
+        added = tl.load(added_ptr + image * added_stride + channel, mask=inside, other=0.0).to(tl.float32)
+    return added
+
+
+@triton.jit
+def add_vector(x, added, HAS_ADDED: tl.constexpr):
+    """Adds a vector [BLOCK_C] to [BLOCK_P, BLOCK_C] if there is one: a sum with zeros would cost an instruction."""
+    if HAS_ADDED:
+        x += added[None, :]
+    return x
 
 
 @triton.jit

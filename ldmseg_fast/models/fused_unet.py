@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmseg_fast.config import UNetConfig
-from ldmseg_fast.kernels.added_norm import added_group_norm, added_layer_norm
+from ldmseg_fast.kernels.added_layer_norm import added_layer_norm
 from ldmseg_fast.kernels.geglu import geglu
 from ldmseg_fast.models.attention import attention
 from ldmseg_fast.models.layers import ResnetBlock, SpatialTransformer, TransformerBlock
@@ -50,9 +50,7 @@ class FusedResnet:
         block = self.block
         hidden = F.conv2d(_norm(block.norm1, x, self.added), block.conv1.weight, padding=1)
         assert block.time_slice is not None
-        norm = block.norm2
-        added = time[:, block.time_slice]
-        hidden = added_group_norm(hidden, added, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
+        hidden = block.norm2(hidden, time[:, block.time_slice])
         hidden = F.conv2d(hidden, block.conv2.weight, padding=1)
         if self.shortcut is None:
             return hidden.add_(x)
@@ -209,8 +207,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _norm(norm: Any, x: Tensor, pending: Pending) -> Tensor:
-    added = None if pending is None else pending.expand(x.shape[0], -1)
-    return added_group_norm(x, added, norm.weight, norm.bias, norm.num_groups, norm.eps, norm.silu)
+    return norm(x, None if pending is None else pending.expand(x.shape[0], -1))
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor, pending: Pending) -> Tensor:

@@ -29,9 +29,9 @@ class GroupNorm(nn.GroupNorm):
 
     silu = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps float [B, C, h, w] to the same shape."""
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Maps float [B, C, h, w] to the same shape; `added`, [B, C], is added to all cells first."""
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu, added=added)
 
 
 class GroupNormSiLU(GroupNorm):
@@ -73,11 +73,12 @@ class ResnetBlock(nn.Module):
         projections of all blocks side by side, and the slice is this one's.
         """
         hidden = self.conv1(self.norm1(x))
+        added = None
         if self.time_slice is not None and time is not None:
-            hidden = hidden + time[:, self.time_slice, None, None]
+            added = time[:, self.time_slice]
         elif self.time_emb_proj is not None and time is not None:
-            hidden = hidden + self.time_emb_proj(time)[:, :, None, None]
-        hidden = self.conv2(self.norm2(hidden))
+            added = self.time_emb_proj(time)
+        hidden = self.conv2(self.norm2(hidden, added))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
 
 
