@@ -192,12 +192,12 @@ def attend_fp8(
     decay = tl.math.exp2(top - new_top)
     total = total * decay + tl.sum(weights, 1)
     weights = to_e4m3(weights, EMULATE)
-    # on sm_90 sums inside an e4m3 product keep fewer bits than float32: add up in registers from block to block
+    # on sm_90 sums inside an e4m3 product keep fewer bits than float32: each block has sums of its own, added in registers
     v1 = tl.trans(load_columns(v_ptr, start, keys_padded, 0, V1, BLOCK_N, D))
-    acc1 = tl.dot(weights, v1, acc1 * decay[:, None], max_num_imprecise_acc=BLOCK_N)
+    acc1 = acc1 * decay[:, None] + tl.dot(weights, v1)
     if D > V1:
         v2 = tl.trans(load_columns(v_ptr, start, keys_padded, V1, V2, BLOCK_N, D))
-        acc2 = tl.dot(weights, v2, acc2 * decay[:, None], max_num_imprecise_acc=BLOCK_N)
+        acc2 = acc2 * decay[:, None] + tl.dot(weights, v2)
     return acc1, acc2, new_top, total
 
 
