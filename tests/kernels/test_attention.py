@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from ldmseg_fast.kernels.attention import attention, host, reference
 from ldmseg_fast.kernels.attention.op import attention_backward_op, attention_forward_op
+from ldmseg_fast.kernels.configs import all_configs
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.float16, *([torch.bfloat16] if CUDA else [])]
@@ -44,6 +45,16 @@ def test_no_more_than_twice_the_error_of_torch(shape, dtype, device, poison):
         assert error <= 2 * max(their_error, rounding / 2), f"{name}: {error:.1e} against torch's {their_error:.1e}"
     scores = torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double()) * scale
     torch.testing.assert_close(logsumexp.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_padded_heads_are_a_tuned_choice(device, poison, monkeypatch, close):
+    for classes in all_configs()["attention_forward"].values():
+        monkeypatch.setitem(classes["d48"].constants, "PADDED", 1)
+    q, k, v, _ = make_inputs((2, 63, 70, 2, 40), torch.float16, device)
+    out, logsumexp = host.attention_forward(q, k, v, 0.2)
+    exact, exact_logsumexp = reference.attention_forward(q.double(), k.double(), v.double(), 0.2)
+    close(out, exact)
+    close(logsumexp, exact_logsumexp)
 
 
 @pytest.mark.parametrize("shape", [(4, 4096, 8, 40), (16, 256, 8, 160)] if CUDA else [(1, 70, 1, 40)], ids=str)
