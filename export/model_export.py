@@ -35,7 +35,7 @@ from ldmseg_fast.export.parity import GENERATED, QUANTISED, calibration_pictures
 from ldmseg_fast.export.parity_report import ParityReport
 from ldmseg_fast.export.quantize import OPSET as QUANTISED_OPSET
 from ldmseg_fast.export.quantize import export_quantized, quantize_unet
-from ldmseg_fast.files import inside, sha256, write_json
+from ldmseg_fast.files import inside, real_path, sha256, write_json
 
 DEFAULT_OPSET, BF16_OPSET = 21, 22
 MAX_SAMPLER_STEPS = 8  # every step of a whole sampler is a copy of the network's nodes
@@ -203,7 +203,7 @@ def is_current(model_dir: str | Path, folder: Path, settings: ExportSettings) ->
 def _calibration(settings: ExportSettings) -> str:
     if settings.precision not in QUANTISED:
         return ""
-    return GENERATED if settings.data is None else f"{Path(settings.data).resolve()}/{settings.split}"
+    return GENERATED if settings.data is None else f"{real_path(settings.data)}/{settings.split}"
 
 
 def _lora(settings: ExportSettings) -> str:
