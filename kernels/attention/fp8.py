@@ -192,7 +192,7 @@ def attend_fp8(
     decay = tl.math.exp2(top - new_top)
     total = total * decay + tl.sum(weights, 1)
     weights = to_e4m3(weights, EMULATE)
-    # on sm_90 sums inside an e4m3 product keep fewer bits than float32: each block has sums of its own, added in registers
+    # on sm_90 sums inside an e4m3 product keep fewer bits than float32: each block's are its own, added in registers
     v1 = tl.trans(load_columns(v_ptr, start, keys_padded, 0, V1, BLOCK_N, D))
     acc1 = acc1 * decay[:, None] + tl.dot(weights, v1)
     if D > V1:

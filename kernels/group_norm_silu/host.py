@@ -2,8 +2,8 @@
 
 Tensors are channels_last: x is [B, P, C] with P = H W pixels, statistics in float32.
 
-Groups that fit on one multiprocessor are read once, by one program each. Larger ones take two launches: mean and squares
-of each chunk of pixels, and the normalisation, whose programs merge the chunks themselves. Both walk over whole groups,
+Groups that fit on one multiprocessor are read once, by one program each. Larger ones take two launches: mean and
+squares of each chunk of pixels, and the normalisation, whose programs merge the chunks themselves. Both walk over whole groups,
 as many as make rows of 16-byte accesses: 12 groups of 10 channels, say, in 128 lanes. The last one takes the images in
 reverse, so that what the first read last is still in L2.
 
@@ -70,9 +70,7 @@ def _whole_config(kernel: str, blocks: dict[str, int]) -> Config:
     return find_config(kernel, "large" if blocks["BLOCK_P"] * blocks["BLOCK_C"] > 4096 else "small")
 
 
-def _tiling(
-    pixels: int, channels: int, channels_per_group: int
-) -> tuple[Config, dict[str, int], int, int]:
+def _tiling(pixels: int, channels: int, channels_per_group: int) -> tuple[Config, dict[str, int], int, int]:
     """Backward: (configuration, block sizes, tiles of one program of the partial sums, programs over the pixels)"""
     config = find_config("group_norm_silu_backward", "tiled")
     block_c = _channel_block(channels)

@@ -166,9 +166,7 @@ def group_norm_silu_backward_op(
         the gradients of x [B, C, H, W] (x's dtype, channels_last), weight and bias [C], scale and shift [B, C]; all
         but the first in the dtype of `mean`.
     """
-    grad_x, *others = reference.group_norm_silu_backward(
-        grad_y, x, mean, rstd, weight, bias, scale, shift, silu, added
-    )
+    grad_x, *others = reference.group_norm_silu_backward(grad_y, x, mean, rstd, weight, bias, scale, shift, silu, added)
     return in_format(grad_x, torch.channels_last), others[0], others[1], others[2], others[3]
 
 

@@ -92,8 +92,8 @@ def group_norm_silu_backward(
         mean, rstd: [B, G] from `group_norm_silu_forward`.
 
     Returns:
-        the gradients of x [B, C, H, W] (x's dtype; its sum over pixels is that of the added vector), and in the dtype of
-        `mean` of weight and bias [C], scale and shift [B, C].
+        the gradients of x [B, C, H, W] (x's dtype; its sum over pixels is that of the added vector), and in the dtype
+        of `mean` of weight and bias [C], scale and shift [B, C].
     """
     batch, num_groups = mean.shape
     if x.numel() == 0:

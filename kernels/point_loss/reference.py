@@ -141,7 +141,7 @@ def sample_ce_backward(
 def sample_bce_dice_forward(
     mask_logits: Tensor, segment_ids: Tensor, image_index: Tensor, slots: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes (summed BCE, summed Dice, float sums [M, 3] over points of p t, p and t), as `host.sample_bce_dice_forward`."""
+    """Computes (BCE, Dice, float sums [M, 3] over points of p t, p and t), as `host.sample_bce_dice_forward`."""
     bce, dice = sample_bce_dice(mask_logits, segment_ids, image_index, slots, points)
     p = slot_logits(mask_logits, image_index, slots, points).sigmoid()
     t = slot_targets(segment_ids, image_index, slots, points.to(p.dtype))

@@ -78,7 +78,17 @@ def no_points(batch: int, rows: int, count: int) -> dict[str, tuple]:
         "losses backward": (
             ops.sample_losses_backward_op,
             own.sample_losses_backward,
-            (*[one] * 3, logits, ids, per_image, torch.zeros(batch, count), index, index, per_row, torch.zeros(rows, 3)),
+            (
+                *[one] * 3,
+                logits,
+                ids,
+                per_image,
+                torch.zeros(batch, count),
+                index,
+                index,
+                per_row,
+                torch.zeros(rows, 3),
+            ),
         ),
     }
 
