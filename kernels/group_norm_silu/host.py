@@ -3,9 +3,9 @@
 Tensors are channels_last: x is [B, P, C] with P = H W pixels, statistics in float32.
 
 Groups that fit on one multiprocessor are read once, by one program each. Larger ones take two launches: mean and
-squares of each chunk of pixels, and the normalisation, whose programs merge the chunks themselves. Both walk over whole groups,
-as many as make rows of 16-byte accesses: 12 groups of 10 channels, say, in 128 lanes. The last one takes the images in
-reverse, so that what the first read last is still in L2.
+squares of each chunk of pixels, and the normalisation, whose programs merge the chunks themselves. Both walk over whole
+groups, as many as make rows of 16-byte accesses: 12 groups of 10 channels, say, in 128 lanes. The last one takes the
+images in reverse, so that what the first read last is still in L2.
 
 Backward, a large group takes three: sums per channel and chunk of pixels (which needs no grouping, so every access is
 dense whatever C/G is), a reduction of those per group, and the gradient.
