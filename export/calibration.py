@@ -62,7 +62,7 @@ def calibrate(info: ModelInfo, precision: str, dtype: torch.dtype, pictures: Ten
     Args:
         info: of the model.
         precision: "fp8" (E4M3, one scale per weight) or "int8" (one per output channel).
-        dtype: of the graph's floats. Integers beside float32 are what ONNX Runtime's kernels for the CPU take: unsigned,
+        dtype: of the graph's floats. Beside float32 integers are what ONNX Runtime takes on a CPU: unsigned,
             and 3x3 convolutions return them too. Integers beside halves are what TensorRT takes: signed.
         pictures: uint8 [B, 3, S, S]; scales come from sampling their maps.
 

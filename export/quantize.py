@@ -47,9 +47,9 @@ def quantize_graph(
             if names:
                 _quantize_node(model.graph, node, names, [scales[name] for name in names], precision)
                 missing.difference_update(names)
-    tidy(model)
     if missing:
         raise ValueError(f"no node in the graph for {', '.join(sorted(missing)[:3])}")
+    tidy(model)
 
 
 def _layers_of(node: Any, prefix: str, scales: Mapping[str, LayerScales]) -> list[str]:
