@@ -30,7 +30,7 @@ from ldmseg_fast.backends.trt.settings import BuildSettings
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.model_export import PARITY
 from ldmseg_fast.export.output_folder import disk_full_named, exclusive
-from ldmseg_fast.files import read_text
+from ldmseg_fast.files import read_text, real_path
 
 TIMING_CACHE, LOCK, UNFINISHED = "timing.cache", ".lock", ".ldmseg-new-"
 
@@ -98,7 +98,7 @@ def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list
             job.progress(f"{name}: {passport.engine_bytes / 2**20:.1f} MiB, {how}")
         # the manifest last: a folder without it is not loaded
         for file in (FILE_NAME, PARITY):
-            if (onnx_dir / file).is_file() and onnx_dir.resolve() != out.resolve():
+            if (onnx_dir / file).is_file() and real_path(onnx_dir) != real_path(out):
                 _replace(out / file, (onnx_dir / file).read_bytes())
         if not (onnx_dir / PARITY).is_file():
             (out / PARITY).unlink(missing_ok=True)  # of graphs that were here before

@@ -17,6 +17,7 @@ from ldmseg_fast.export.engine_build import BuildJob, Ranges, check_sides
 from ldmseg_fast.export.model_export import ExportSettings, check_arguments, export_model, is_current
 from ldmseg_fast.export.output_folder import exclusive
 from ldmseg_fast.export.parity_report import ParityReport
+from ldmseg_fast.files import real_path
 
 DEFAULT_PRECISION = "fp16"
 
@@ -74,7 +75,7 @@ def _check_cache(path: Path, out: Path) -> None:
     """Raises BackendError for a timing cache that could not be written after minutes of work."""
     if path.is_dir():
         raise BackendError(f"--timing-cache {path}: a folder; name a file")
-    if not path.parent.is_dir() and path.parent.resolve() != out.resolve():
+    if not path.parent.is_dir() and real_path(path.parent) != real_path(out):
         raise BackendError(f"--timing-cache {path}: no folder {path.parent}")
 
 

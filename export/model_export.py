@@ -37,7 +37,7 @@ from ldmseg_fast.export.output_folder import ExportError, NewFolder, disk_full_n
 from ldmseg_fast.export.parity import GENERATED, QUANTISED, calibration_pictures, comparison_data, measure_parity
 from ldmseg_fast.export.parity_report import ParityReport
 from ldmseg_fast.export.quantize import quantize_graph
-from ldmseg_fast.files import inside, sha256, write_json
+from ldmseg_fast.files import inside, real_path, sha256, write_json
 
 DEFAULT_OPSET, BF16_OPSET = 21, 22
 MAX_SAMPLER_STEPS = 8  # every step of a whole sampler is a copy of the network's nodes
@@ -230,8 +230,8 @@ def _calibration(settings: ExportSettings) -> str:
     if settings.precision not in QUANTISED:
         return ""
     if settings.calibration is not None:
-        return f"{Path(settings.calibration).resolve()}/{CALIBRATION_SPLIT}"
-    return GENERATED if settings.data is None else f"{Path(settings.data).resolve()}/{settings.split}"
+        return f"{real_path(settings.calibration)}/{CALIBRATION_SPLIT}"
+    return GENERATED if settings.data is None else f"{real_path(settings.data)}/{settings.split}"
 
 
 def _lora(settings: ExportSettings) -> str:

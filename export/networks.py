@@ -28,7 +28,7 @@ from ldmseg_fast.checkpoints.tensors import (
     plain_names,
 )
 from ldmseg_fast.errors import CheckpointError
-from ldmseg_fast.files import inside
+from ldmseg_fast.files import inside, real_path
 from ldmseg_fast.models.pyramids import fold_norms
 from ldmseg_fast.models.unet import UNet
 
@@ -44,7 +44,7 @@ def with_lora(info: ModelInfo, lora: Path | None, scale: float) -> Iterator[Path
         yield info.folder
         return
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / info.folder.resolve().name
+        copy = Path(scratch) / real_path(info.folder).name
         for name in info.index["components"]:
             if name != "unet":
                 shutil.copytree(inside(info.folder, info.folder / name), copy / name)

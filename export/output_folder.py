@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from ldmseg_fast.errors import BackendError
+from ldmseg_fast.files import real_path
 from ldmseg_fast.locks import is_at
 from ldmseg_fast.temporary import NEW, put_in_place, temporary_folder
 
@@ -56,7 +57,7 @@ def new_folder(
         ExportError: `out` holds something else, or cannot be replaced.
         BackendError: the disk is full, or `out` lies where nothing can be written.
     """
-    out = out.resolve()  # of a link, the folder that it means
+    out = real_path(out)  # of a link, the folder that it means
     folder = NewFolder(out.with_name(f".{out.name}.new"))
 
     def waiting() -> None:

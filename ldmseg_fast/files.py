@@ -49,9 +49,11 @@ def require_file(path: str | os.PathLike, kind: type[UserError] = DataError, wha
         what: it should be, for the error.
 
     Raises:
-        UserError: of this kind: a folder, pipe, socket or device.
+        UserError: of this kind: a folder, pipe, socket or device, or a link that leads to itself.
         OSError: nothing is there, or it may not be looked at.
     """
+    if _leads_to_itself(path):
+        raise kind(f"{os.fspath(path)}: a link that leads to itself; put the {what} in its place")
     _check_mode(path, os.stat(path).st_mode, kind, what)  # noqa: PTH116 (the Path of "" is a folder)
 
 
@@ -64,7 +66,8 @@ def open_file(path: str | os.PathLike, kind: type[UserError] = DataError, what: 
         what: it should be, for the error.
 
     Raises:
-        UserError: of this kind, at once: a folder, pipe, socket or device, or a pointer of Git LFS.
+        UserError: of this kind, at once: a folder, pipe, socket or device, a link that leads to itself, or a pointer of
+                Git LFS.
         OSError: a file that cannot be opened.
     """
     try:
@@ -240,14 +243,26 @@ def inside(folder: Path, path: Path) -> Path:
     Raises:
         CheckpointError: a link out of the folder. A download cache's own links, snapshots/ to blobs/, are followed.
     """
-    try:
-        root, real = folder.resolve(), path.resolve()
-    except RuntimeError:  # Python's word for a link that ends in itself
-        raise CheckpointError(f"{path}: a link that leads to itself; put the file in its place") from None
+    if _leads_to_itself(path):
+        raise CheckpointError(f"{path}: a link that leads to itself; put the file in its place")
+    root, real = real_path(folder), real_path(path)
     roots = [root] + [parent.parent.parent / "blobs" for parent in (root, *root.parents) if _is_snapshot(parent)]
     if not any(real.is_relative_to(each) for each in roots):
         raise CheckpointError(f"{path}: a link out of the folder, to {real}; put a copy of the file in its place")
     return path
+
+
+def real_path(path: str | os.PathLike) -> Path:
+    """Follows all links; a link that leads to itself stays, where `Path.resolve` raises under Python 3.11 and 3.12."""
+    return Path(os.path.realpath(path))
+
+
+def _leads_to_itself(path: str | os.PathLike) -> bool:
+    try:
+        os.stat(path)  # noqa: PTH116 (the Path of "" is a folder)
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def _is_snapshot(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.files import is_standard_output
+from ldmseg_fast.files import is_standard_output, real_path
 
 AnyPath = str | Path
 REPORTS = (".json", ".jsonl", ".csv", ".html", ".htm", ".txt", ".md", ".log")  # what may lie beside pictures
@@ -83,7 +82,7 @@ def same_place(first: Path, second: Path) -> bool:
             return first.samefile(second)
     except OSError:
         return False
-    first, second = _real(first), _real(second)
+    first, second = real_path(first), real_path(second)
     if first == second:
         return True
     if _folded(first.name) != _folded(second.name) or not same_place(first.parent, second.parent):
@@ -91,13 +90,9 @@ def same_place(first: Path, second: Path) -> bool:
     return first.name == second.name or _ignores_case(first.parent)
 
 
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # which a link that leads to itself does not disturb, as it does Path.resolve
-
-
 def is_inside(path: Path, folder: Path) -> bool:
     """Tells whether a path lies in a folder, at any depth and after all links."""
-    return any(same_place(parent, folder) for parent in _real(path).parents)
+    return any(same_place(parent, folder) for parent in real_path(path).parents)
 
 
 def report_stream(paths: Iterable[AnyPath | None]) -> IO[str]:

@@ -13,7 +13,19 @@ from pathlib import Path
 import pytest
 
 from ldmseg_fast import temporary
-from ldmseg_fast.files import check_output, is_standard_output, read_lines, replacing, replacing_folder, write_json
+from ldmseg_fast.errors import CheckpointError, DataError
+from ldmseg_fast.files import (
+    check_output,
+    inside,
+    is_standard_output,
+    open_file,
+    read_lines,
+    real_path,
+    replacing,
+    replacing_folder,
+    require_file,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,6 +95,17 @@ def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
         assert caught.value.filename == str(tmp_path / name)
     assert (tmp_path / "thesis").read_text() == "mine" and (tmp_path / "pipe").is_fifo()
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_link_that_leads_to_itself(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.png"
+    loop.symlink_to(loop.name)
+    for check in (require_file, open_file):
+        with pytest.raises(DataError, match=r"loop\.png: a link that leads to itself; put the file in its place"):
+            check(loop)
+    with pytest.raises(CheckpointError, match="leads to itself"):
+        inside(tmp_path, loop)
+    assert real_path(loop) == real_path(tmp_path) / "loop.png"
 
 
 def test_a_device_is_written_to(tmp_path: Path) -> None:

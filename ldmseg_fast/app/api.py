@@ -23,6 +23,7 @@ from ldmseg_fast.app.segments import Segments
 from ldmseg_fast.app.work import Segmented, Settings, Worker
 from ldmseg_fast.data.masks import read_mask
 from ldmseg_fast.errors import ArgumentError, UserError
+from ldmseg_fast.files import real_path
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.results import PanopticResult
 
@@ -168,8 +169,8 @@ def upload_of(value: Any, name: str) -> Path:
     path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
     if not isinstance(path, str) or not path or "\0" in path:
         raise ArgumentError(f"{name}: a file expected: upload it first")
-    real = Path(path).resolve()
-    if not real.is_relative_to(Path(get_upload_folder()).resolve()) or not real.is_file():
+    real = real_path(path)
+    if not real.is_relative_to(real_path(get_upload_folder())) or not real.is_file():
         raise ArgumentError(f"{name}: no such upload, or it was dropped after some time: upload the file again")
     return real
 
@@ -177,7 +178,7 @@ def upload_of(value: Any, name: str) -> Path:
 def one_line(error: BaseException) -> str:
     """Writes an error as one line; of an uploaded file only its own name is told."""
     text = str(error)
-    for folder in dict.fromkeys((str(Path(get_upload_folder()).resolve()), get_upload_folder())):
+    for folder in dict.fromkeys((str(real_path(get_upload_folder())), get_upload_folder())):
         while (start := text.find(folder)) >= 0:
             rest = text[start + len(folder) :].lstrip("/")
             first, slash, after = rest.partition("/")

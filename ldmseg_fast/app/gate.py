@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from ldmseg_fast.app.limits import Limits
+from ldmseg_fast.files import real_path
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -188,7 +189,7 @@ def _file_refusal(body: bytes, folder: Path) -> tuple[int, str] | None:
 
 def _is_upload(path: str, folder: Path) -> bool:
     try:
-        return Path(path).resolve().is_relative_to(folder.resolve())
+        return real_path(path).is_relative_to(real_path(folder))
     except (ValueError, OSError):  # a null character, a name that is too long
         return False
 

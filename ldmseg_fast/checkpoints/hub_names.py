@@ -15,6 +15,7 @@ from ldmseg_fast.checkpoints.schema import COMPONENTS, read_settings
 from ldmseg_fast.checkpoints.tensors import WEIGHTS
 from ldmseg_fast.checkpoints.weight_files import choose_files
 from ldmseg_fast.errors import ArgumentError, CheckpointError
+from ldmseg_fast.files import real_path
 
 PREFIX = "hf://"
 MAIN = "main"
@@ -59,7 +60,7 @@ class HubName:
 
 def shown_name(folder: Path) -> str:
     """Names a model folder in reports: its own name, or repository and commit of a snapshot in the cache."""
-    folder = folder.resolve() if folder.name in ("", "..") else folder
+    folder = real_path(folder) if folder.name in ("", "..") else folder
     if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):
         return f"{folder.parents[1].name.removeprefix('models--').replace('--', '/', 1)}@{folder.name}"
     return folder.name

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldmseg_fast.commands.options import add_json_argument, print_json
 from ldmseg_fast.errors import ArgumentError, DataError
+from ldmseg_fast.files import real_path
 from ldmseg_fast.formats.data_set import DataSet
 from ldmseg_fast.formats.kinds import KINDS
 from ldmseg_fast.formats.options import ReadOptions, Summary, WriteOptions
@@ -41,7 +42,7 @@ def import_data(kind: str, source: Path, out: Path, options: ReadOptions, writte
     data_set = _chosen(reader.read(source, options), options, source)
     if not data_set.categories:
         raise DataError(f"{source}: nothing in it is labelled with a category; label it, and export it again")
-    origin = f"{kind} {source.resolve() if source.exists() else source} {replace(options, splits=())}"
+    origin = f"{kind} {real_path(source) if source.exists() else source} {replace(options, splits=())}"
     return write(with_options(data_set, options), out, replace(written, origin=origin))
 
 

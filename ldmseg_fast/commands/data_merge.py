@@ -11,7 +11,7 @@ from typing import Any
 from ldmseg_fast.data.folders import SplitFolders, find_split
 from ldmseg_fast.data.pictures import stored_size
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.files import replacing
+from ldmseg_fast.files import real_path, replacing
 from ldmseg_fast.locks import only_writer
 from ldmseg_fast.outputs import check_outputs
 from ldmseg_fast.panoptic.annotations import load_panoptic_json
@@ -113,10 +113,10 @@ def _size(image: dict[str, Any], path: Path) -> tuple[int, int]:
 def _link(link: Path, target: Path) -> None:
     """Makes a link, also in the place of another one that an interrupted merge has left."""
     link.parent.mkdir(parents=True, exist_ok=True)
-    if link.is_symlink() and link.readlink() != target.resolve():
+    if link.is_symlink() and link.readlink() != real_path(target):
         link.unlink()
     if not link.is_symlink():
-        link.symlink_to(target.resolve())
+        link.symlink_to(real_path(target))
 
 
 EXAMPLES = ("ldmseg data merge merged coco:train2017 scenes:train2017:1000",)

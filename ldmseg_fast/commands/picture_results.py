@@ -16,7 +16,7 @@ from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.picture_folders import FoundPicture
 from ldmseg_fast.data.pictures import Picture
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.files import replacing
+from ldmseg_fast.files import real_path, replacing
 from ldmseg_fast.inference.ensemble import EnsembleResult
 from ldmseg_fast.outputs import check_replaced
 from ldmseg_fast.panoptic.format import write_panoptic_png
@@ -37,9 +37,9 @@ def check_results(pictures: Sequence[FoundPicture], out: Path, keep: Sequence[Pa
         ArgumentError: results would replace each other, one of the pictures, or one of the files to `keep`, or have
             names that no file system takes.
     """
-    folder = out.resolve()
+    folder = real_path(out)
     read = dict.fromkeys((*(picture.source() for picture in pictures), *keep))
-    inputs = {file.resolve(): file for file in read}
+    inputs = {real_path(file): file for file in read}
     names: dict[Path, Path] = {}
     for picture in pictures:
         for ending in ENDINGS:

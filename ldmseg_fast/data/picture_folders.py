@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 
 from ldmseg_fast.data.pictures import Picture, read_picture
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.files import require_file
+from ldmseg_fast.files import real_path, require_file
 
 OWN = ".ldmseg"  # how our own folders and files begin, of a start at work
 _NO_PICTURES = ("IPTC", "MPEG")  # formats that Pillow recognises and cannot decode
@@ -91,7 +91,7 @@ def find_pictures(paths: Sequence[str | Path], *, recursive: bool = False, out: 
     for path in map(Path, paths):
         if path.is_dir():
             before = len(found.pictures)
-            _search(path, Path(), recursive, out and out.resolve(), found)
+            _search(path, Path(), recursive, out and real_path(out), found)
             found.from_folders = True
             if len(found.pictures) == before:
                 left_out = "; left out: " + described(found.left_out) if found.left_out else ""
@@ -128,7 +128,7 @@ def _search(folder: Path, below: Path, recursive: bool, out: Path | None, found:
                 found.left_out["sub-folders (--recursive takes them)"] += 1
             elif path.is_symlink():
                 found.left_out["links to folders"] += 1
-            elif path.resolve() == out:
+            elif real_path(path) == out:
                 found.left_out["folders of results"] += 1
             else:
                 _search(path, below / path.name, recursive, out, found)

@@ -44,6 +44,7 @@ from ldmseg_fast.evaluation.scores import (
     without_crowds,
 )
 from ldmseg_fast.evaluation.store import Store
+from ldmseg_fast.files import real_path
 from ldmseg_fast.metrics.inpainting import drop_blocks
 from ldmseg_fast.panoptic.results import PanopticResult, instances_of, write_json_list
 
@@ -150,7 +151,7 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
         if instances is not None and options.instances:
             _write_instances(Path(options.instances), instances)
         if gallery is not None and options.page:
-            title = f"{shown_name(model_dir.resolve())} on {options.split}"
+            title = f"{shown_name(real_path(model_dir))} on {options.split}"
             gallery.write(Path(options.page), title, class_aware=source is not None)
     store.finish()
     report = {
@@ -230,11 +231,11 @@ def _what_results_depend_on(
 ) -> dict[str, Any]:
     truth = predictor.dataset.folders.annotations
     return {
-        "model": str(model_dir.resolve()),
+        "model": str(real_path(model_dir)),
         "weights": states_of(model_dir, [f"{name}/*" for name in load_index(model_dir)["components"]] + [CATEGORIES]),
-        "engine_dir": engine_dir and str(Path(engine_dir).resolve()),
+        "engine_dir": engine_dir and str(real_path(engine_dir)),
         "engines": states_of(Path(engine_dir), ["*"]) if engine_dir else {},
-        "data": str(truth.resolve()),
+        "data": str(real_path(truth)),
         "annotations": states_of(truth.parent, [truth.name]),
         "thresholds": asdict(thresholds),
         **predictor.facts,

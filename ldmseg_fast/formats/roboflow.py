@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from ldmseg_fast.errors import DataError
+from ldmseg_fast.files import real_path
 from ldmseg_fast.formats.coco_files import CocoFile, data_set_of
 from ldmseg_fast.formats.data_set import DataSet
 from ldmseg_fast.formats.options import ReadOptions
@@ -35,6 +36,6 @@ def read(source: Path, options: ReadOptions) -> DataSet:
     files = []
     for name in names:
         folder = "" if (parent := PurePosixPath(name).parent.as_posix()) == "." else parent
-        split = PurePosixPath(folder).name or tree.root.resolve().name
+        split = PurePosixPath(folder).name or real_path(tree.root).name
         files.append(CocoFile(name, split, (folder,), placeholder=True))
     return data_set_of(tree, files, options)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.files import replacing, sync_folder
+from ldmseg_fast.files import real_path, replacing, sync_folder
 from ldmseg_fast.formats.options import WriteOptions
 from ldmseg_fast.formats.places import Place
 
@@ -113,7 +113,7 @@ class SplitJournal:
         path, picture = self._pictures / place.name, place.entry.picture
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(picture, Path) and not copy:
-            target = picture.resolve()
+            target = real_path(picture)
             if path.is_symlink() and path.readlink() != target:
                 path.unlink()
             try:

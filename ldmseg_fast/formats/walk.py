@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ldmseg_fast.data.pictures import read_content
 from ldmseg_fast.errors import DataError, UserError
-from ldmseg_fast.files import replacing
+from ldmseg_fast.files import real_path, replacing
 from ldmseg_fast.formats.data_set import AnnotatedMap, DataSet
 from ldmseg_fast.formats.options import Summary, WriteOptions
 from ldmseg_fast.formats.places import Place, check_categories, check_split, plan
@@ -66,7 +66,7 @@ class Item:
                 shutil.copyfile(picture, temporary)
         else:
             try:
-                path.symlink_to(picture.resolve())
+                path.symlink_to(real_path(picture))
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise DataError(f"{self.name}: the file system of OUT holds no links; use --copy") from None

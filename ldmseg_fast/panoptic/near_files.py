@@ -9,6 +9,8 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
+from ldmseg_fast.files import real_path
+
 MOST_FILES = 1_000_000  # looked at per folder
 
 
@@ -28,7 +30,7 @@ class NearFiles:
     """
 
     def __init__(self, folder: Path, around: Path | None = None, without: Collection[Path] = ()) -> None:
-        self.folder, self.around, self.without = folder, around, {path.resolve() for path in (folder, *without)}
+        self.folder, self.around, self.without = folder, around, {real_path(path) for path in (folder, *without)}
 
     def nearest(self, name: str) -> str:
         """Describes the file that comes nearest to `name` and what to do; "" where there is none."""
@@ -93,7 +95,7 @@ def is_file(path: Path) -> bool:
 
 def _files_below(folder: Path, without: Collection[Path]) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not without or (Path(root) / name).resolve() not in without)
+        folders[:] = sorted(name for name in folders if not without or real_path(Path(root) / name) not in without)
         for name in sorted(files):
             yield Path(root) / name
 

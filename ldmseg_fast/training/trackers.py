@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.files import read_json, write_json
+from ldmseg_fast.files import read_json, real_path, write_json
 
 FILE = "trackers.json"
 
@@ -59,7 +59,7 @@ def start_trackers(projects: Mapping[str, str], folder: Path, resumed: bool, set
     path = folder / FILE
     known: dict[str, str] = read_json(path) if resumed and path.is_file() else {}
     started: list[Tracker] = []
-    name = folder.resolve().parent.name
+    name = real_path(folder).parent.name
     for kind, project in projects.items():
         if not project:
             continue

@@ -132,7 +132,7 @@ def started_from_model(config: Config) -> Config:
     missing = sorted({"unet", "mask_vae", "image_vae", "scheduler"} - set(index.get("components", [])))
     if missing:
         raise CheckpointError(f"model.init_from={folder}: a model folder without {', '.join(missing)}; train it first")
-    folders = {"model.init_from": folder}
+    folders = {} if config.few_step.new_autoencoder else {"model.init_from": folder}
     if config.model.mask_vae:
         folders["model.mask_vae"] = resolve_model_dir(config.model.mask_vae)
     check_categories(config.mask_vae.num_categories, folders)

@@ -55,7 +55,8 @@ class LatentStage(Stage):
         autoencoder = resolve_model_dir(config.model.mask_vae)
         load_index(autoencoder)
         folders = {"model.mask_vae": autoencoder}
-        if start.ours and start.unet is not None and start.unet.parent != autoencoder:
+        exchanged = config.few_step.new_autoencoder  # the categories are the auto-encoder's
+        if start.ours and start.unet is not None and start.unet.parent != autoencoder and not exchanged:
             folders["model.init_from"] = start.unet.parent
         check_categories(config.mask_vae.num_categories, folders)
         self.mask_vae: Any = load_component(autoencoder, "mask_vae")

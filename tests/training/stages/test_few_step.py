@@ -11,6 +11,7 @@ from PIL import Image
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.checkpoints.model_folder import load_component, load_index
 from ldmseg_fast.config import LossConfig, load_config
+from ldmseg_fast.config.categories import Category, CategoryTable
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.diffusion.inpainting import KnownLatents
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
@@ -293,6 +294,19 @@ def test_a_new_auto_encoder_takes_the_place_of_the_models(settings, scenes, apar
     stage.save(tmp_path / "saved")
     pipe = LDMSegPipeline.from_pretrained(tmp_path / "saved")
     assert pipe(Image.new("RGB", (70, 50)))[0].segmentation.shape == (50, 70)
+
+
+def test_another_autoencoder_brings_its_categories(settings, scenes, tmp_path):
+    autoencoder = tmp_path / "autoencoder"
+    categories = ["mask_vae.num_categories=2", f"data.root={scenes}"]  # the start has none
+    trained = AutoencoderStage(load_config("tiny", [*SMALL, *categories]))
+    trained.categories = CategoryTable((Category(7, "tree", True, (0, 255, 3)), Category(3, "sky", False, (9, 9, 9))))
+    trained.save(autoencoder)
+    exchange = ["few_step.new_autoencoder=true", f"model.mask_vae={autoencoder}", *categories]
+    stage = OneStepStage(settings(*exchange))
+    assert stage.categories == trained.categories
+    with pytest.raises(ConfigError, match=r"mask_vae.num_categories=7: model.mask_vae=.* has 2 categories"):
+        OneStepStage(settings(*exchange, "mask_vae.num_categories=7"))
 
 
 def test_an_auto_encoder_is_no_start(settings, model_dir):
