@@ -31,7 +31,6 @@ EXTRAS = {
     "onnx-gpu": ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime-gpu>=1.25"],
     "trt": ["tensorrt-cu13>=11.4"],
     "rtx": ["tensorrt-rtx-cu13>=1.7"],
-    "quantize": ["nvidia-modelopt>=0.47"],
     "xformers": ["xformers>=0.0.35"],
     "app": ["gradio>=6.31,<7", "prometheus-client>=0.22"],  # a major of Gradio renames arguments and events
     "hub": ["huggingface_hub>=2.0"],
@@ -60,7 +59,6 @@ EXTRAS = {
         "tensorrt-rtx-cu13>=1.7; platform_system=='Linux' and platform_machine=='x86_64'",
         # the Python layer without its libraries: names to compare with
         "tensorrt-cu13-bindings>=11.4,<12; platform_system=='Linux' and platform_machine=='x86_64'",
-        "nvidia-modelopt>=0.47",
         "types-PyYAML",
     ],
 }

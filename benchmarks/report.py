@@ -41,6 +41,7 @@ SUITES = {
     "data": "Input pipeline",
     "evaluation": "Panoptic quality and post-processing on the CPU",
     "export": "Export and ONNX Runtime",
+    "quantised": "Quantised graphs: time, size and PQ",
     "quality": "Quality of trained models",
     "instructions": "What kernels are compiled to",
     "soak": "Long tests",

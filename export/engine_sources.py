@@ -105,6 +105,10 @@ def find_graphs(args: argparse.Namespace, job: BuildJob) -> tuple[Path, ParityRe
     if (source / FILE_NAME).is_file():
         manifest = read_manifest(source)
         _refuse_settled(source, args)
+        if manifest.is_for_cpu:
+            raise BackendError(
+                f"{source}: in int8 for a CPU, which TensorRT does not take; give MODEL_DIR with --precision int8"
+            )
         if args.precision not in (None, manifest.precision):
             raise BackendError(
                 f"{source}: exported in {manifest.precision}, --precision {args.precision} was asked for; precision is "
@@ -121,6 +125,8 @@ def find_graphs(args: argparse.Namespace, job: BuildJob) -> tuple[Path, ParityRe
         parity=not args.no_parity,
         parity_images=args.parity_images,
         data=args.data,
+        calibration=args.calibration,
+        runtime="tensorrt",
         lora=args.lora,
         lora_scale=args.lora_scale,
         command=job.command,
@@ -138,7 +144,7 @@ def find_graphs(args: argparse.Namespace, job: BuildJob) -> tuple[Path, ParityRe
 def _refuse_settled(source: Path, args: argparse.Namespace) -> None:
     """Raises BackendError for options that were settled when the graphs were exported."""
     given = {"--head": args.head, "--sampler-steps": args.sampler_steps or None, "--data": args.data}
-    given |= {"--lora": args.lora, "--lora-scale": args.lora_scale}
+    given |= {"--lora": args.lora, "--lora-scale": args.lora_scale, "--calibration": args.calibration}
     given |= {"--parity-images": args.parity_images, "--no-parity": args.no_parity or None}
     names = [name for name, value in given.items() if value is not None]
     if names:

@@ -6,6 +6,7 @@ or weights stands out of that, and would be lost in the rounding of half precisi
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from ldmseg_fast.backends.graphs.manifest import GraphFile, Manifest, hash_files
 from ldmseg_fast.backends.graphs.specs import TensorSpec
+from ldmseg_fast.export.calibration import Scale
 
 HALVES = ("float16", "bfloat16")
 
@@ -22,7 +24,7 @@ def float_twin(folder: Path, manifest: Manifest, out: Path) -> Path:
     """Writes the copy into `out`, one tensor in memory at a time.
 
     Every half type becomes float32, weights keep their (rounded) values. Where inputs of layers are quantised the copy
-    leaves them as they are, see `activation_scales`; weights stay quantised.
+    leaves them as they are, see `flow_scales`; weights stay quantised.
     """
     graphs = {name: _twin(folder, graph, out) for name, graph in manifest.graphs.items()}
     options = replace(manifest.options, dtype="float32")
@@ -30,18 +32,26 @@ def float_twin(folder: Path, manifest: Manifest, out: Path) -> Path:
     return out
 
 
-def activation_scales(path: Path) -> list[float]:
-    """Reads the scales by which a graph quantises what flows between its nodes, in the order of its nodes."""
+def flow_scales(path: Path) -> dict[str, Scale]:
+    """Reads the scales by which a graph quantises what flows, as `LAYER/inputs` and `LAYER/outputs`.
+
+    Where QuantizeLinear and DequantizeLinear of a pair differ, the scale's step is NaN.
+    """
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    constants |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
-    return [
-        float(onnx.numpy_helper.to_array(constants[node.input[1]]))
-        for node in graph.node
-        if node.op_type == "QuantizeLinear" and node.input[0] not in constants
-    ]
+    back = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    found = {}
+    for node in graph.node:
+        if node.op_type != "QuantizeLinear":
+            continue
+        step, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:])
+        same = list(back[node.output[0]].input[1:]) == list(node.input[1:])
+        scale = Scale(float(step) if same else math.nan, int(zero), zero.dtype == np.uint8)
+        layers, end, _ = node.name.split("/")
+        found |= {f"{layer}/{end}": scale for layer in layers.split("+")}
+    return found
 
 
 def _twin(folder: Path, graph: GraphFile, out: Path) -> GraphFile:
@@ -100,6 +110,10 @@ def _bypass_quantisers(graph: Any) -> None:
     kept = [node for node in graph.node if node.output[0] not in quantised and node.output[0] not in plain]
     del graph.node[:]
     graph.node.extend(kept)
+    used = {name for node in kept for name in node.input} | {value.name for value in graph.output}
+    initializers = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(initializers)
 
 
 def _convert(graph: Any, onnx: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ EMBEDDED_BYTES = 64 * 2**20  # larger weights go into a file of their own
 
 
 def export_graph(
-    spec: GraphSpec, module: nn.Module, info: ModelInfo, folder: Path, opset: int, metadata: dict[str, str]
+    spec: GraphSpec,
+    module: nn.Module,
+    info: ModelInfo,
+    folder: Path,
+    opset: int,
+    metadata: dict[str, str],
+    edits: Sequence[Callable[[Any], None]] = (),
 ) -> GraphFile:
     """Traces, translates, simplifies, saves and checks one graph.
 
@@ -32,6 +38,7 @@ def export_graph(
         module: what it computes, see `backends.graphs`.
         folder: gets NAME.onnx, and NAME.onnx.data where the weights are large.
         metadata: written into the file.
+        edits: change the `onnx_ir.Model` before it is saved, one after the other.
 
     Raises:
         ExportError: a graph whose inputs or outputs are not the spec's.
@@ -52,6 +59,10 @@ def export_graph(
             verbose=False,
         )
     _name_axes(program.model, spec)
+    for edit in edits:
+        edit(program.model)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # lines of source code, by their paths here
     program.model.metadata_props.update(metadata)
     weight_bytes = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     external = weight_bytes > EMBEDDED_BYTES

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,24 +29,30 @@ from ldmseg_fast.config import to_dict
 from ldmseg_fast.config.limits import OPTION_RANGES
 from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.errors import BackendError
+from ldmseg_fast.export.calibration import LayerScales, calibrate
+from ldmseg_fast.export.cpu_graph import rewrite_for_cpu
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
-from ldmseg_fast.export.networks import load_networks, load_queries, network_of, with_lora
+from ldmseg_fast.export.networks import load_networks, network_of, with_lora
 from ldmseg_fast.export.output_folder import ExportError, NewFolder, disk_full_named, new_folder
 from ldmseg_fast.export.parity import GENERATED, QUANTISED, calibration_pictures, comparison_data, measure_parity
 from ldmseg_fast.export.parity_report import ParityReport
-from ldmseg_fast.export.quantize import OPSET as QUANTISED_OPSET
-from ldmseg_fast.export.quantize import export_quantized, quantize_unet
+from ldmseg_fast.export.quantize import quantize_graph
 from ldmseg_fast.files import inside, real_path, sha256, write_json
 
 DEFAULT_OPSET, BF16_OPSET = 21, 22
 MAX_SAMPLER_STEPS = 8  # every step of a whole sampler is a copy of the network's nodes
 PARITY = "parity.json"
+CALIBRATION_SPLIT = "train2017"
 PACKAGES = ("ldmseg_fast", "torch", "onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Holds the settings as the command line of `to_onnx.py` has them."""
+    """Holds the settings as the command line of `to_onnx.py` has them.
+
+    Attributes:
+        runtime: what int8 is for: "onnxruntime", on a CPU beside float32, or "tensorrt", beside float16.
+    """
 
     precision: str = "fp32"
     opset: int | None = None
@@ -57,6 +64,8 @@ class ExportSettings:
     parity_images: int | None = None
     data: str | None = None
     split: str = "val2017"
+    calibration: str | None = None
+    runtime: str = "onnxruntime"
     lora: Path | None = None
     lora_scale: float | None = None
     command: str = ""
@@ -80,6 +89,8 @@ def export_model(
     if settings.data is not None:
         with comparison_data(base, settings.data, settings.split, 1):
             pass  # a wrong folder is refused before minutes of work
+    if settings.calibration is not None:
+        calibration_pictures(base, _calibration(settings), 1)
     scale = 1.0 if settings.lora_scale is None else settings.lora_scale
     with disk_full_named(out), with_lora(base, settings.lora, scale) as source:
         info = read_model_info(source)
@@ -110,11 +121,17 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ExportError("--lora-scale without --lora: it scales nothing; add --lora FILE, or leave it out")
     if args.data is None and getattr(args, "split", None) is not None:
         raise ExportError("--split without --data: generated scenes have one split; add --data ROOT, or leave it out")
+    if args.calibration is not None and args.precision not in QUANTISED:
+        raise ExportError(
+            f"--calibration beside --precision {args.precision or 'fp16'}: only {' and '.join(QUANTISED)} have scales; "
+            f"leave it out"
+        )
     if not args.no_parity:
         return
     if args.parity_images is not None:
         raise ExportError("--parity-images beside --no-parity: nothing is compared; leave one of them out")
-    if args.data is not None and args.precision not in QUANTISED:  # which are calibrated on it
+    calibrated_on_it = args.precision in QUANTISED and args.calibration is None
+    if args.data is not None and not calibrated_on_it:
         raise ExportError("--data beside --no-parity: nothing is compared; leave one of them out")
 
 
@@ -140,6 +157,8 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
         raise ExportError(f"--opset {opset}: {OPSETS[0]} to {OPSETS[-1]}; 21 is what every runtime here takes")
     if settings.precision == "bf16" and opset < BF16_OPSET:
         raise ExportError(f"--opset {opset}: ONNX has convolutions in bfloat16 from {BF16_OPSET} on")
+    if settings.precision in QUANTISED and opset < DEFAULT_OPSET:
+        raise ExportError(f"--opset {opset}: {settings.precision} needs {DEFAULT_OPSET}; leave it out")
     if settings.parity_images is not None and settings.parity_images < 1:
         raise ExportError(f"--parity-images {settings.parity_images}: at least 1; --no-parity compares nothing")
     multiple = info.size_multiple
@@ -160,12 +179,19 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
             f"--sampler-steps: unet.conditioning={info.conditioning} is sampled step by step; leave the option out"
         )
     return GraphOptions(
-        dtype=str(DTYPES.get(settings.precision, torch.float16)).removeprefix("torch."),  # fp16 beside fp8 and int8
+        dtype=_dtype(settings),
         batch=_whole("--batch", settings.batch, {"dynamic": 0}, "batch_size"),
         image_size=image_size,
         head=settings.head,
         sampler_steps=steps,
     )
+
+
+def _dtype(settings: ExportSettings) -> str:
+    """Returns the type of a graph's floats; of a quantised one, of those that stay floats."""
+    if settings.precision not in QUANTISED:
+        return str(DTYPES[settings.precision]).removeprefix("torch.")
+    return "float32" if (settings.precision, settings.runtime) == ("int8", "onnxruntime") else "float16"
 
 
 def resolve_opset(settings: ExportSettings) -> int:
@@ -203,6 +229,8 @@ def is_current(model_dir: str | Path, folder: Path, settings: ExportSettings) ->
 def _calibration(settings: ExportSettings) -> str:
     if settings.precision not in QUANTISED:
         return ""
+    if settings.calibration is not None:
+        return f"{real_path(settings.calibration)}/{CALIBRATION_SPLIT}"
     return GENERATED if settings.data is None else f"{real_path(settings.data)}/{settings.split}"
 
 
@@ -232,29 +260,25 @@ def _whole(name: str, text: str, words: dict[str, int], limit: str) -> int:
 def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings: ExportSettings) -> Manifest:
     """Writes every graph and `export.json`. One network is in memory at a time."""
     digest, packages = model_hash(info.folder), versions()
-    quantised = settings.precision in QUANTISED
     opset = resolve_opset(settings)
     configs = {name: to_dict(load_component_config(info.folder, name)[0]) for name in info.index["components"]}
     metadata = {"model_hash": digest, "precision": settings.precision, "config": json.dumps(configs)} | packages
+    scales: dict[str, LayerScales] = {}
+    if settings.precision in QUANTISED:
+        pictures = calibration_pictures(info, _calibration(settings))
+        scales = calibrate(info, settings.precision, getattr(torch, options.dtype), pictures)
     files, loaded = {}, {}
     for name, spec in graph_specs(info, options).items():
         needed = network_of(name)
         if needed not in loaded:
             loaded.clear()
-            if quantised and needed == "unet":
-                loaded = {
-                    "unet": quantize_unet(
-                        info, settings.precision, calibration_pictures(info, settings.data, settings.split)
-                    )
-                }
-                loaded |= load_queries(info, torch.float16)
-            else:
-                loaded = load_networks(info, spec, options)
+            loaded = load_networks(info, spec, options)
         module = build_graph(spec, info, loaded, options.head)
-        if quantised and needed == "unet":
-            files[name] = export_quantized(spec, module, info, folder, metadata | {"opset": str(QUANTISED_OPSET)})
-        else:
-            files[name] = export_graph(spec, module, info, folder, opset, metadata | {"opset": str(opset)})
+        edits = []
+        if scales and needed == "unet":
+            edits += [rewrite_for_cpu] if options.dtype == "float32" else []
+            edits += [_quantiser(module, loaded["unet"], scales, settings.precision)]
+        files[name] = export_graph(spec, module, info, folder, opset, metadata | {"opset": str(opset)}, edits)
     manifest = Manifest(
         model_hash=digest,
         precision=settings.precision,
@@ -272,6 +296,10 @@ def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings:
     )
     manifest.write(folder)
     return manifest
+
+
+def _quantiser(module: Any, unet: Any, scales: dict[str, LayerScales], precision: str) -> Callable[[Any], None]:
+    return lambda model: quantize_graph(model, module, unet, scales, precision)
 
 
 def _installed(name: str) -> bool:

@@ -27,7 +27,8 @@ from ldmseg_fast.checkpoints.tensors import WEIGHTS
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.scenes import write_scenes
 from ldmseg_fast.evaluation import OBJECT, in_percent
-from ldmseg_fast.export.float_twin import activation_scales, float_twin
+from ldmseg_fast.export.calibration import LayerScales, calibrate
+from ldmseg_fast.export.float_twin import float_twin, flow_scales
 from ldmseg_fast.export.parity_reference import (
     Quantised,
     ReferenceBackend,
@@ -40,7 +41,6 @@ from ldmseg_fast.export.parity_reference import (
 )
 from ldmseg_fast.export.parity_report import ParityReport, Row
 from ldmseg_fast.export.parity_rows import exact_rows, loop_rows, native_rows, pq_row, relative_error, scale_row
-from ldmseg_fast.export.quantize import LayerScales, quantize_unet, scales_of
 from ldmseg_fast.metrics.pq import PanopticQuality
 
 QUANTISED = ("fp8", "int8")
@@ -172,8 +172,8 @@ def measure_parity(
                 float_twin(folder, manifest, exact)
             _run_graphs(run, exact, "exact")
             if run.scales:
-                found = activation_scales(folder / manifest.graphs["denoiser"].file)
-                run.rows.append(scale_row(found, [layer.inputs for layer in run.scales.values()]))
+                found = flow_scales(folder / manifest.graphs["denoiser"].file)
+                run.rows.append(scale_row(found, run.scales))
             if precision not in ("fp32", "bf16"):  # bfloat16 is what ONNX Runtime does not run
                 _run_graphs(run, folder, "graphs")
     run.rows += [Row(f"maps: PQ of {name}", value) for name, value in run.pq.items()]
@@ -202,10 +202,9 @@ def _run_torch(run: _Run) -> None:
         return
     del plain
     if manifest.precision in QUANTISED:
-        source = None if manifest.calibration == GENERATED else manifest.calibration.rpartition("/")
-        pictures = calibration_pictures(info, source and source[0], source[2] if source else "")
+        pictures = calibration_pictures(info, manifest.calibration)
         with torch.inference_mode(False):
-            run.scales = scales_of(quantize_unet(info, manifest.precision, pictures), manifest.precision)
+            run.scales = calibrate(info, manifest.precision, getattr(torch, manifest.options.dtype), pictures)
     for stage in ("exact", "quantised") if run.scales else ("exact",):
         gc.collect()
         quantised = Quantised(manifest.precision, run.scales, stage == "quantised") if run.scales else None
@@ -282,7 +281,8 @@ def comparison_data(info: ModelInfo, data: str | None, split: str, images: int) 
         yield CocoPanoptic(data, split, info.image_size, num_slots=slots, limit=images, picture_size=info.picture_size)
 
 
-def calibration_pictures(info: ModelInfo, data: str | None, split: str) -> Tensor:
-    """Reads pictures, uint8 [B, 3, S, S], of the data set's split, or of generated scenes where `data` is None."""
-    with comparison_data(info, data, split, CALIBRATION_IMAGES) as dataset:
+def calibration_pictures(info: ModelInfo, source: str, images: int = CALIBRATION_IMAGES) -> Tensor:
+    """Reads pictures, uint8 [B, 3, S, S], of a `source` that is GENERATED or ROOT/SPLIT of a COCO-panoptic folder."""
+    data, _, split = source.rpartition("/")
+    with comparison_data(info, None if source == GENERATED else data, split, images) as dataset:
         return collate([dataset[index] for index in range(len(dataset))])["image"]

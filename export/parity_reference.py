@@ -21,7 +21,7 @@ from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
-from ldmseg_fast.export.quantize import LayerScales, fake_quantize
+from ldmseg_fast.export.calibration import LayerScales, fake_quantize, to_eight_bits
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.models.conditioning import with_context
 
@@ -31,11 +31,11 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Quantised:
-    """Says how the reference's UNet is quantised: scales by layer, and whether what flows in is quantised too."""
+    """Says how the reference's UNet is quantised: scales by layer, and whether what flows is quantised too."""
 
     precision: str
     layers: Mapping[str, LayerScales]
-    inputs: bool
+    flows: bool
 
 
 class ReferenceBackend(TorchBackend):
@@ -110,11 +110,15 @@ def _quantise(unet: nn.Module, quantised: Quantised, device: torch.device) -> No
     precision = quantised.precision
     for name, scales in quantised.layers.items():
         layer: Any = unet.get_submodule(name)
-        layer.weight.copy_(fake_quantize(layer.weight, scales.weight.to(device), precision))
-        if quantised.inputs:
-            layer.register_forward_pre_hook(
-                lambda _, args, scale=scales.inputs: (fake_quantize(args[0], scale, precision), *args[1:])
-            )
+        steps = scales.weight.to(device)
+        layer.weight.copy_(to_eight_bits(layer.weight, steps, precision).float() * steps)
+        if not quantised.flows:
+            continue
+        layer.register_forward_pre_hook(
+            lambda _, args, scale=scales.inputs: (fake_quantize(args[0], scale, precision), *args[1:])
+        )
+        if scales.outputs is not None:
+            layer.register_forward_hook(lambda *given, scale=scales.outputs: fake_quantize(given[2], scale, precision))
 
 
 @contextmanager

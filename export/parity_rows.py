@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ldmseg_fast.export.calibration import LayerScales, Scale
 from ldmseg_fast.export.parity_reference import Values
 from ldmseg_fast.export.parity_report import Row
 
@@ -99,13 +100,16 @@ def _same_categories(pairs: Sequence[tuple[Values, Values]]) -> float:
     return sum(named) / max(len(named), 1)
 
 
-def scale_row(found: Sequence[float], expected: Sequence[float]) -> Row:
-    """Compares the scales that a graph quantises inputs by with the calibrated ones, in whatever order."""
-    what = "denoiser, scales of quantised inputs: largest relative difference"
-    if len(found) != len(expected):
-        return Row(what, float("inf"), SCALES)
-    pairs = zip(sorted(found), sorted(expected))
-    return Row(what, max((abs(ours - theirs) / theirs for ours, theirs in pairs), default=0.0), SCALES)
+def scale_row(found: Mapping[str, Scale], layers: Mapping[str, LayerScales]) -> Row:
+    """Compares the scales that a graph quantises by, of `float_twin.flow_scales`, with the calibrated ones."""
+    expected = {f"{name}/inputs": layer.inputs for name, layer in layers.items()}
+    expected |= {f"{name}/outputs": layer.outputs for name, layer in layers.items() if layer.outputs is not None}
+    differences = [abs(found[name].step / scale.step - 1) for name, scale in expected.items() if name in found]
+    alike = found.keys() == expected.keys() and all(
+        (ours.zero, ours.unsigned) == (expected[name].zero, expected[name].unsigned) for name, ours in found.items()
+    )
+    what = "denoiser, scales of what flows: largest relative difference"
+    return Row(what, max(differences, default=0.0) if alike else float("inf"), SCALES)
 
 
 def pq_row(precision: str, pq: dict[str, float]) -> Row:

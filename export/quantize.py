@@ -1,177 +1,105 @@
-"""Quantises the denoiser after training through nvidia-modelopt: calibrated on real sampling, exported with Q/DQ.
+"""Quantises an exported UNet: pairs of QuantizeLinear and DequantizeLinear on what flows, weights stored in 8 bits.
 
-The image encoder and the mask decoder stay in half: each runs once per image, the denoiser N times.
+It edits the graph as the dynamo exporter made it, so that everything else, group norms included, stays as it is. The
+image encoder and the mask decoder stay floats: each runs once per image, the denoiser N times.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
-from contextlib import redirect_stdout
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldmseg_fast.backends.graphs.manifest import GraphFile, hash_files
-from ldmseg_fast.backends.graphs.specs import GraphSpec, sample_inputs
-from ldmseg_fast.backends.model_info import ModelInfo
-from ldmseg_fast.backends.torch_backend import TorchBackend
-from ldmseg_fast.diffusion.sampler import ddim, image_noise
-from ldmseg_fast.diffusion.scheduler import Scheduler
-from ldmseg_fast.errors import BackendError
-from ldmseg_fast.export.graph_export import EMBEDDED_BYTES, check_graph, example_sizes, quiet
-from ldmseg_fast.models.conditioning import with_context
+from ldmseg_fast.export.calibration import PARTS, LayerScales, Scale, to_eight_bits
+from ldmseg_fast.export.graph_values import constant, replace_value, tidy
 
-OPSET = 20  # the newest that the tracing exporter writes; modelopt's nodes need that exporter
-# first and last convolution and the time embedding: few FLOPs, and errors there reach every step; norms gain nothing
-SENSITIVE = ("*conv_in*", "*conv_out*", "*time_embedding*", "*time_emb_proj*", "*norm*")
-CALIBRATION_STEPS = 4
-LARGEST = {"fp8": 448.0, "int8": 127.0}  # the values that the largest magnitudes become
+SCOPES = "pkg.torch.onnx.name_scopes"  # a node's modules, from the outermost in, as the exporter tells them
+LAYERS = ("Conv", "MatMul", "Gemm")
 
 
-def quantize_unet(info: ModelInfo, precision: str, pictures: Tensor) -> nn.Module:
-    """Quantises the UNet: half precision, with quantisers around every other convolution and linear layer.
+def quantize_graph(
+    model: Any, module: nn.Module, unet: nn.Module, scales: Mapping[str, LayerScales], precision: str
+) -> None:
+    """Quantises the layers of a graph in place.
+
+    A QuantizeLinear is named `LAYER/inputs/NODE` or `LAYER/outputs/NODE`; where one product makes q, k and v, LAYER is
+    the three names joined by "+".
 
     Args:
-        precision: "fp8" (E4M3) or "int8".
-        pictures: uint8 [B, 3, S, S]; scales come from sampling their maps.
+        model: `onnx_ir.Model` of `module`.
+        module: what was exported, with `unet` in it.
+        unet: whose layers have `scales`.
+        scales: see `calibration.calibrate`.
+        precision: "fp8" or "int8".
 
     Raises:
-        BackendError: nvidia-modelopt is not installed.
+        ValueError: a layer that has scales and no node.
     """
-    mtq = _modelopt()
-    backend = TorchBackend(info, "cpu", torch.float32)
-    unet: Any = backend.unet
-    unet.unfuse()  # modelopt knows linear layers, not bare products
-    image_latents = backend.encode_image(pictures)
-    noise = image_noise(0, list(range(len(pictures))), info.latent_shape)
-
-    def calibrate(model: nn.Module) -> None:
-        denoise = model if backend.conditioning is None else with_context(model, backend.conditioning, pictures)
-        ddim(denoise, noise, image_latents, Scheduler(info.scheduler), CALIBRATION_STEPS, info.self_condition)
-
-    config = mtq.FP8_DEFAULT_CFG if precision == "fp8" else mtq.INT8_DEFAULT_CFG
-    with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        unet = mtq.quantize(unet, config, calibrate)
-        for pattern in SENSITIVE:
-            mtq.disable_quantizer(unet, pattern)
-    for module in unet.modules():
-        if hasattr(module, "trt_high_precision_dtype"):
-            module.trt_high_precision_dtype = "Half"  # scales in the type of what they scale
-    return unet.half()
+    prefix = next(name for name, each in module.named_modules() if each is unet) + "."
+    missing = set(scales)
+    for node in list(model.graph):
+        if node.op_type in LAYERS and node.inputs[1].const_value is not None:
+            names = _layers_of(node, prefix, scales)
+            if names:
+                _quantize_node(model.graph, node, names, [scales[name] for name in names], precision)
+                missing.difference_update(names)
+    if missing:
+        raise ValueError(f"no node in the graph for {', '.join(sorted(missing)[:3])}")
+    tidy(model)
 
 
-@dataclass(frozen=True)
-class LayerScales:
-    """Holds the scales of one quantised layer, rounded to half as its graph holds them.
-
-    Attributes:
-        inputs: of what flows in.
-        weight: float32, one for all, or [C, 1, ...], one per output channel.
-    """
-
-    inputs: float
-    weight: Tensor
+def _layers_of(node: Any, prefix: str, scales: Mapping[str, LayerScales]) -> list[str]:
+    """Returns the layer whose weight a node holds, or the three of a fused one; [] for one that is not quantised."""
+    scopes = [re.sub(r"@\d+", "", name) for name in re.findall(r"'([^']*)'", node.metadata_props.get(SCOPES, ""))]
+    name = scopes[-2].removeprefix(prefix) if len(scopes) > 1 else ""  # the last one is the node's own
+    names = [name] if name in scales else [f"{name}.{part}" for part in PARTS]
+    return names if all(each in scales for each in names) else []
 
 
-def scales_of(unet: nn.Module, precision: str) -> dict[str, LayerScales]:
-    """Reads the scales of every quantised layer, by its name, from what `quantize_unet` returned."""
-    largest = LARGEST[precision]
-    return {
-        name: LayerScales(
-            _scale(layer.input_quantizer.amax, largest).item(), _scale(layer.weight_quantizer.amax, largest)
-        )
-        for name, layer in unet.named_modules()
-        if hasattr(layer, "weight_quantizer") and layer.weight_quantizer.is_enabled
-    }
+def _quantize_node(graph: Any, node: Any, names: list[str], layers: list[LayerScales], precision: str) -> None:
+    import onnx_ir as ir
+
+    name, weight, floats = "+".join(names), node.inputs[1], node.inputs[1].const_value.dtype.numpy()
+    kind = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}[precision]
+
+    def pair(value: Any, scale: Scale, end: str) -> list[Any]:
+        step = constant(graph, f"{name}/{end}/step", np.array(scale.step, floats))
+        zero_kind = ir.DataType.UINT8 if scale.unsigned else kind
+        zero = constant(graph, f"{name}/{end}/zero", np.array(scale.zero, zero_kind.numpy()))
+        quantise = ir.node("QuantizeLinear", [value, step, zero], name=f"{name}/{end}/{node.name}")
+        return [quantise, ir.node("DequantizeLinear", [quantise.outputs[0], step, zero])]
+
+    axis = 1 if node.op_type == "MatMul" else 0
+    stored, steps, zeros = f"{name}/weight", f"{name}/weight/step", f"{name}/weight/zero"
+    if stored not in graph.initializers:  # a whole sampler's steps share it
+        values, found = _stored(weight.const_value.numpy(), layers, axis, precision)
+        constant(graph, stored, values.view(kind.numpy()))
+        constant(graph, steps, found.astype(floats))
+        constant(graph, zeros, np.zeros(found.shape, kind.numpy()))
+    per_channel = {"axis": axis} if layers[0].weight.ndim else {}
+    parts = [graph.initializers[each] for each in (stored, steps, zeros)]
+    dequantise = ir.node("DequantizeLinear", parts, attributes=per_channel)
+    inputs = pair(node.inputs[0], layers[0].inputs, "inputs")
+    graph.insert_before(node, [*inputs, dequantise])
+    node.replace_input_with(0, inputs[-1].outputs[0])
+    node.replace_input_with(1, dequantise.outputs[0])
+    if layers[0].outputs is not None:
+        outputs = pair(node.outputs[0], layers[0].outputs, "outputs")
+        replace_value(node.outputs[0], outputs[-1].outputs[0])
+        outputs[0].replace_input_with(0, node.outputs[0])
+        graph.insert_after(node, outputs)
 
 
-def _scale(amax: Tensor, largest: float) -> Tensor:
-    return (amax.float() / largest).half().float()
-
-
-def fake_quantize(values: Tensor, scale: Tensor | float, precision: str) -> Tensor:
-    """Rounds values, float32 of any shape, as ONNX's QuantizeLinear and DequantizeLinear do."""
-    scaled = values / scale
-    if precision == "int8":
-        return scaled.round().clamp(-128, 127) * scale
-    return scaled.clamp(-LARGEST["fp8"], LARGEST["fp8"]).to(torch.float8_e4m3fn).float() * scale
-
-
-def _modelopt() -> Any:
-    try:
-        with warnings.catch_warnings():  # modelopt warns of every transformers release that it does not know
-            warnings.simplefilter("ignore")
-            import modelopt.torch.quantization as mtq
-    except ImportError as error:
-        raise BackendError(
-            f"--precision fp8 and int8 need nvidia-modelopt ({error}); pip install 'ldmseg_fast[quantize]'"
-        ) from None
-    return mtq
-
-
-def export_quantized(
-    spec: GraphSpec, module: nn.Module, info: ModelInfo, folder: Path, metadata: dict[str, str]
-) -> GraphFile:
-    """Exports a quantised module as `graph_export.export_graph` does, but through the tracing exporter."""
-    import onnx
-
-    inputs = sample_inputs(spec, info, example_sizes(spec, info))
-    file = f"{spec.name}.onnx"
-    axes = {
-        tensor.name: {index: axis for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
-        for tensor in (*spec.inputs, *spec.outputs)
-    }
-    there = set(folder.iterdir())
-    with quiet("torch.onnx"), torch.no_grad():
-        torch.onnx.export(
-            module,
-            (),
-            str(folder / file),
-            kwargs=inputs,
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=[tensor.name for tensor in spec.inputs],
-            output_names=[tensor.name for tensor in spec.outputs],
-            dynamic_axes=axes,
-        )
-    model = onnx.load(str(folder / file))
-    for stray in set(folder.iterdir()) - there - {folder / file}:  # over 2 GB the exporter writes a file per tensor
-        stray.unlink()
-    standard_float8(model, onnx)
-    del model.graph.value_info[:]  # types from before
-    for value, tensor in zip(model.graph.output, spec.outputs):  # the tracer loses sizes behind the quantisers
-        kind = value.type.tensor_type.elem_type
-        value.CopyFrom(onnx.helper.make_tensor_value_info(tensor.name, kind, list(tensor.shape)))
-    onnx.helper.set_model_props(model, metadata)
-    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EMBEDDED_BYTES
-    weights = f"{file}.data" if external else None
-    onnx.save(model, str(folder / file), save_as_external_data=external, location=weights)
-    check_graph(folder / file, spec)
-    return GraphFile(spec, file, weights, hash_files(folder, file, weights))
-
-
-def standard_float8(model: Any, onnx: Any) -> None:
-    """Replaces modelopt's own float8 nodes by ONNX's QuantizeLinear and DequantizeLinear, which every runtime reads."""
-    zero = "float8_zero"
-    used = False
-    for node in model.graph.node:
-        if node.domain != "trt":
-            continue
-        node.domain, used = "", True
-        if node.op_type == "TRT_FP8QuantizeLinear":
-            node.op_type = "QuantizeLinear"
-            node.input.append(zero)
-        else:
-            node.op_type = "DequantizeLinear"
-        del node.attribute[:]
-    if used:
-        empty = onnx.helper.make_tensor(zero, onnx.TensorProto.FLOAT8E4M3FN, [], [0.0])
-        model.graph.initializer.append(empty)
-    kept = [opset for opset in model.opset_import if opset.domain != "trt"]
-    del model.opset_import[:]
-    model.opset_import.extend(kept)
+def _stored(weight: np.ndarray, layers: list[LayerScales], axis: int, precision: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a weight as bytes, of its shape, and their steps, float32 [] or [C]; fused layers one after the other."""
+    values = torch.from_numpy(weight.astype(np.float32))
+    steps: Tensor = layers[0].weight
+    along = steps
+    if layers[0].weight.ndim:
+        steps = torch.cat([layer.weight.flatten() for layer in layers])
+        along = steps.reshape([-1 if index == axis else 1 for index in range(values.ndim)])
+    return to_eight_bits(values, along, precision).view(torch.uint8).numpy(), steps.numpy()

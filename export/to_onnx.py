@@ -1,6 +1,6 @@
 """Exports a model folder as ONNX graphs, checked against PyTorch.
 
-python export/to_onnx.py MODEL_DIR --out DIR [--precision fp32|fp16|bf16] [--data ROOT]
+python export/to_onnx.py MODEL_DIR --out DIR [--precision fp32|fp16|bf16|int8] [--data ROOT]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="to_onnx.py", description="Export a model folder as ONNX graphs.")
     parser.add_argument("model_dir", help="a folder, a shipped model, or owner/name[@revision] of the Hub")
     parser.add_argument("--out", required=True, type=Path, help="folder for the graphs; an older export is replaced")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16", "int8"])
     parser.add_argument("--opset", type=int, help="opset of ONNX, 18 to 23; default 21, for bf16 22")
     parser.add_argument("--batch", default="dynamic", help="a fixed batch size; default dynamic")
     parser.add_argument("--size", default="model", help="side of the pictures, or dynamic; default the model's")
@@ -34,6 +34,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora-scale", type=float, help="of the LoRA, default 1; 0 changes nothing")
     parser.add_argument("--data", help="COCO-panoptic folder for the parity report; default generated scenes")
     parser.add_argument("--split", help="of --data; default val2017")
+    parser.add_argument(
+        "--calibration",
+        metavar="ROOT",
+        help="of int8: a COCO-panoptic folder, whose train2017 it sees; default --data, or generated scenes",
+    )
     parser.add_argument("--parity-images", type=int, help="default 8, of a large model 2")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     args = parser.parse_args(argv)
@@ -63,6 +68,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         parity=not args.no_parity,
         parity_images=args.parity_images,
         data=args.data,
+        calibration=args.calibration,
         split=args.split or ExportSettings.split,
         lora=args.lora,
         lora_scale=args.lora_scale,

@@ -60,7 +60,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--lora", type=Path, metavar="FILE", help="a LoRA of the UNet, folded into the engines' weights"
     )
     parser.add_argument("--lora-scale", type=float, help="of the LoRA, default 1; 0 changes nothing")
-    parser.add_argument("--data", help="COCO-panoptic folder for calibration and the parity report")
+    parser.add_argument("--data", help="COCO-panoptic folder for the parity report; default generated scenes")
+    parser.add_argument(
+        "--calibration",
+        metavar="ROOT",
+        help="of fp8 and int8: a COCO-panoptic folder, whose train2017 they see; default --data, or generated scenes",
+    )
     parser.add_argument("--parity-images", type=int, help="default 8, of a large model 2")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     args = parser.parse_args(argv)

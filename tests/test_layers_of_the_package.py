@@ -40,8 +40,8 @@ LATE = {
 }
 THIRD_PARTY = {
     "accelerate", "datasets", "deepspeed", "diffusers", "evaluate", "fastapi", "fiftyone", "gradio",
-    "gradio_client", "hotcoco", "huggingface_hub", "hypothesis", "kernels", "matplotlib", "mlflow", "modelopt",
-    "numpy", "onnx", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "ray", "safetensors",
+    "gradio_client", "hotcoco", "huggingface_hub", "hypothesis", "kernels", "matplotlib", "mlflow", "numpy",
+    "onnx", "onnx_ir", "onnxruntime", "onnxscript", "panopticapi", "PIL", "pycocotools", "pytest", "ray", "safetensors",
     "shtab", "supervision", "tensorboard", "tensorrt", "tensorrt_rtx", "torch", "torchao", "tqdm", "trackio",
     "transformers", "triton", "wandb", "xformers", "yaml",
 }  # fmt: skip

@@ -59,6 +59,12 @@ class OrtRunner:
         return run
 
 
+def _sums_saturate() -> bool:
+    """Tells whether the CPU adds products of unsigned and signed bytes in 16 bits; of unsigned ones it uses 32."""
+    found = torch.cpu.get_capabilities()
+    return found.get("architecture") == "x86_64" and not (found.get("avx512_vnni") or found.get("avx_vnni"))
+
+
 def load_onnx_backend(
     info: ModelInfo,
     engine_dir: str | Path,
@@ -74,7 +80,7 @@ def load_onnx_backend(
     Args:
         info: of MODEL_DIR.
         engine_dir: its exported graphs.
-        device: default CUDA where torch and ONNX Runtime both have it, else the CPU.
+        device: default CUDA where torch and ONNX Runtime both have it and the graphs are not for a CPU, else the CPU.
         lanes: how many threads can be inside at a time.
         threads: of ONNX Runtime on the CPU; default torch's.
         cuda_graph: let ONNX Runtime capture each step of the sampling loop, on a GPU; None: do not.
@@ -83,7 +89,7 @@ def load_onnx_backend(
 
     Raises:
         BackendError: no ONNX Runtime, a folder that is no export or not of this model, a provider that is not there, a
-            CUDA graph on another device than a GPU.
+            CUDA graph on another device than a GPU, int8 for a CPU on another device.
         CheckpointError: a damaged model folder.
     """
     try:
@@ -101,8 +107,11 @@ def load_onnx_backend(
         raise BackendError(f"{folder}: exported in bf16, which ONNX Runtime does not run; export with --precision fp16")
     available = ort.get_available_providers()
     if device is None:
-        device = "cuda" if torch.cuda.is_available() and PROVIDERS["cuda"] in available else "cpu"
+        has_gpu = torch.cuda.is_available() and PROVIDERS["cuda"] in available
+        device = "cuda" if has_gpu and not manifest.is_for_cpu else "cpu"
     device = torch.device(device)
+    if manifest.is_for_cpu and device.type != "cpu":
+        raise BackendError(f"{folder}: int8 for a CPU, device={device} was asked for; export with --precision fp16")
     provider = PROVIDERS.get(device.type)
     if provider not in available:
         raise BackendError(
@@ -119,6 +128,8 @@ def load_onnx_backend(
         # moving quantisers past other nodes makes float8 inputs that those refuse
         if exact or manifest.precision == "fp8":
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if manifest.is_for_cpu and _sums_saturate():
+            options.add_session_config_entry("session.x64quantprecision", "1")
         settings: dict[str, str] = {}
         if device.type == "cuda":
             settings = {"device_id": str(device.index or 0)}

@@ -37,7 +37,6 @@ def examine() -> list[Finding]:
         _package("ONNX export", ("onnx", "onnxscript"), ONNX, all_of_them=True),
         _tensorrt("TensorRT", "tensorrt"),
         _tensorrt("TensorRT-RTX", "rtx"),
-        _package("modelopt", ("nvidia-modelopt",), "for fp8 and int8 engines: pip install 'ldmseg_fast[quantize]'"),
         _package("DeepSpeed", ("deepspeed",), "for several ranks: pip install 'ldmseg_fast[train]'"),
         _package(
             "app", ("gradio", "prometheus-client"), "for `ldmseg app`: pip install 'ldmseg_fast[app]'", all_of_them=True

@@ -97,7 +97,6 @@ def test_a_machine_with_everything(machine):
             "CUDA build of PyTorch",
         ),
         ("ONNX export", {"packages": {"onnx": "1.23.2"}}, "onnx 1.23.2", "[onnx]"),
-        ("modelopt", {}, "not installed", "[quantize]"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_cure(machine, subject, settings, value, cure):

@@ -19,7 +19,7 @@ from tests.export.conftest import GPU, make_double_api
 DATA, FILE, LORA = "DATA", "FILE", "LORA"  # stand for a data set, a file that can be written, and a LoRA
 
 TO_ONNX = {
-    "--precision": ["fp32", "fp16", "bf16"],
+    "--precision": ["fp32", "fp16", "bf16", "int8"],
     "--opset": ["18", "22", "23"],
     "--batch": ["dynamic", "3"],
     "--size": ["model", "dynamic", "32"],
@@ -28,6 +28,7 @@ TO_ONNX = {
     "--lora": [LORA],
     "--lora-scale": ["0.5"],
     "--data": [DATA],
+    "--calibration": [DATA],
     "--split": ["val2017"],
     "--parity-images": ["2"],
     "--no-parity": [None],
@@ -53,6 +54,7 @@ TO_TRT = {
     "--lora": [LORA],
     "--lora-scale": ["0.5"],
     "--data": [DATA],
+    "--calibration": [DATA],
     "--parity-images": ["2"],
     "--no-parity": [None],
 }
@@ -128,6 +130,11 @@ def unscaled(options):
     return having(options, scale) - having(options, scale, of(options, "--lora"))
 
 
+def uncalibrated(options):
+    folder = of(options, "--calibration")
+    return having(options, folder) - having(options, folder, {("--precision", "int8")})
+
+
 def reach(*_, **__):
     raise Reached
 
@@ -138,7 +145,8 @@ def test_pairs_of_to_onnx(model_dir, scenes, tmp_path, capsys, monkeypatch):
     split, nothing = {("--split", "val2017")}, {("--no-parity", None)}
     expected = having(TO_ONNX, split) - having(TO_ONNX, split, of(TO_ONNX, "--data"))
     expected |= having(TO_ONNX, nothing, of(TO_ONNX, "--data", "--parity-images"))
-    expected |= having(TO_ONNX, {("--precision", "bf16")}, {("--opset", "18")})
+    expected |= having(TO_ONNX, {("--precision", "bf16"), ("--precision", "int8")}, {("--opset", "18")})
+    expected |= uncalibrated(TO_ONNX)
     expected |= unscaled(TO_ONNX)
     assert refused(found) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
@@ -183,7 +191,7 @@ def test_pairs_of_to_trt(flavour, source, scenes, tmp_path, capsys):
     expected = having(options, batches, of(options, "--profile"))
     expected |= having(options, {("--head", "logits")}, of(options, "--max-side"))
     expected |= having(options, nothing, of(options, "--parity-images"))
-    expected |= having(options, nothing, of(options, "--data")) | unscaled(options)
+    expected |= having(options, nothing, of(options, "--data")) | unscaled(options) | uncalibrated(options)
     if name == "rtx":
         expected |= having(options, of(options, "--timing-cache", "--version-compatible", "--level"))
     else:
@@ -193,7 +201,7 @@ def test_pairs_of_to_trt(flavour, source, scenes, tmp_path, capsys):
         expected |= having(options, here | of(options, "--strip"))
     if kind == "graphs":
         settled = of(options, "--head", "--sampler-steps", "--data", "--parity-images", "--no-parity", "--image-sizes")
-        settled |= of(options, "--lora", "--lora-scale")
+        settled |= of(options, "--lora", "--lora-scale", "--calibration")
         other = of(options, "--precision") - {("--precision", "fp32")}
         expected |= having(options, settled) | having(options, other)
     assert refused(found) == expected

@@ -17,14 +17,20 @@ from ldmseg_fast.export import parity
 from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
 from ldmseg_fast.export.parity_rows import exact_rows
 
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
+PRECISIONS = {
+    "fp32": ExportSettings("fp32"),
+    "fp16": ExportSettings("fp16"),
+    "bf16": ExportSettings("bf16"),
+    "fp8": ExportSettings("fp8"),
+    "int8": ExportSettings("int8"),
+    "int8-tensorrt": ExportSettings("int8", runtime="tensorrt"),
+}
 
 
 def weights(model, part="", ndim=2):
-    """The floats of at least `ndim` axes whose name has `part`, the largest first."""
-    found = [
-        t for t in model.graph.initializer if part in t.name and len(t.dims) >= ndim and t.data_type in (1, 10, 16)
-    ]
+    """The floats and stored bytes of at least `ndim` axes whose name has `part`, the largest first."""
+    kinds = (1, 3, 10, 16, 17)  # TensorProto: float, int8, float16, bfloat16, float8e4m3fn
+    found = [t for t in model.graph.initializer if part in t.name and len(t.dims) >= ndim and t.data_type in kinds]
     return sorted(found, key=lambda t: (-np.prod(t.dims), t.name))
 
 
@@ -32,6 +38,8 @@ def change(tensor, edit):
     values = numpy_helper.to_array(tensor)
     changed = values.astype(np.float32)
     edit(changed)
+    largest = {"int8": 127, "float8_e4m3fn": 448}.get(values.dtype.name, np.inf)
+    changed = changed.clip(-largest, largest)
     assert not np.array_equal(values.astype(np.float32), changed), "the fault changes nothing"
     tensor.CopyFrom(numpy_helper.from_array(changed.astype(values.dtype), tensor.name))
 
@@ -95,11 +103,31 @@ def a_norm_gains_a_percent(model):
     change(next(t for t in model.graph.initializer if t.name == scale), lambda values: values.__imul__(1.01))
 
 
+def scale_of_node(model, index, kind="QuantizeLinear"):
+    """An input of the second node that quantises what flows, or of the second that restores weights."""
+    constants = {t.name: t for t in model.graph.initializer}
+    stored = kind == "DequantizeLinear"
+    nodes = [n for n in model.graph.node if n.op_type == kind and (n.input[0] in constants) == stored]
+    return constants[nodes[1].input[index]]
+
+
 def a_scale_is_doubled(model):
-    constants = {node.output[0]: node for node in model.graph.node if node.op_type == "Constant"}
-    names = {t.name for t in model.graph.initializer}
-    node = [n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] not in names][1]
-    change(constants[node.input[1]].attribute[0].t, lambda values: values.__imul__(2))
+    change(scale_of_node(model, 1), lambda values: values.__imul__(2))
+
+
+def a_zero_moves(model):
+    change(scale_of_node(model, 2), lambda values: values.__iadd__(3))
+
+
+def steps_of_a_weight_are_doubled(model):
+    change(scale_of_node(model, 1, "DequantizeLinear"), lambda values: values.__imul__(2))
+
+
+def a_result_is_quantised_as_another(model):
+    first, second = [n for n in model.graph.node if n.op_type == "QuantizeLinear"][1:3]
+    (back,) = [n for n in model.graph.node if n.input and n.input[0] == first.output[0]]
+    for node in (first, back):
+        node.input[1] = second.input[1]
 
 
 FAULTS = [
@@ -116,8 +144,14 @@ FAULTS = [
 ]
 
 
+OF_SCALES = [a_scale_is_doubled, a_zero_moves, steps_of_a_weight_are_doubled, a_result_is_quantised_as_another]
+
+
 def faults_of(precision):
-    return [*FAULTS[:-1], ("denoiser", a_scale_is_doubled)] if precision in ("fp8", "int8") else FAULTS
+    """Those of floats, and of a quantised graph's scales; E4M3 has no zero but 0."""
+    if precision not in ("fp8", "int8", "int8-tensorrt"):
+        return FAULTS
+    return FAULTS + [("denoiser", fault) for fault in OF_SCALES if (precision, fault) != ("fp8", a_zero_moves)]
 
 
 def plant(healthy: Path, out: Path, graph: str, fault) -> None:
@@ -134,7 +168,7 @@ def plant(healthy: Path, out: Path, graph: str, fault) -> None:
 
 def export(model: Path, out: Path, precision: str) -> Path:
     out.mkdir()
-    info, settings = read_model_info(model), ExportSettings(precision)
+    info, settings = read_model_info(model), PRECISIONS[precision]
     write_graphs(info, out, resolve_options(info, settings), settings)
     return out
 
@@ -145,8 +179,6 @@ def healthy(model_dir, tmp_path_factory):
     root, made = tmp_path_factory.mktemp("healthy"), {}
 
     def get(precision):
-        if precision in ("fp8", "int8"):
-            pytest.importorskip("modelopt", reason="pip install 'ldmseg_fast[quantize]'")
         if precision not in made:
             made[precision] = export(model_dir, root / precision, precision)
         return made[precision]
@@ -175,7 +207,7 @@ def report(model, folder):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_ten_of_ten_faults_are_found(model_dir, healthy, torch_runs_once, tmp_path, precision):
+def test_every_fault_is_found(model_dir, healthy, torch_runs_once, tmp_path, precision):
     folder, missed = healthy(precision), []
     found = report(model_dir, folder)
     assert found.ok, found.table()

@@ -71,7 +71,6 @@ def test_float32_and_several_targets(graphs, rtx, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_a_quantised_model_builds(model_dir, rtx, scenes, tmp_path, precision):
-    pytest.importorskip("modelopt", reason="pip install 'ldmseg_fast[quantize]'")
     out = tmp_path / precision
     arguments = ["--flavour", "rtx", "--target", "sm89", "--precision", precision, "--data", str(scenes)]
     assert to_trt.main([str(model_dir), "--out", str(out), *arguments]) == 0

@@ -74,6 +74,11 @@ class Manifest:
     model: dict[str, Any] = field(repr=False, default_factory=dict)
     scheduler: dict[str, Any] = field(repr=False, default_factory=dict)
 
+    @property
+    def is_for_cpu(self) -> bool:
+        """Whether integers are as ONNX Runtime's kernels for the CPU take them."""
+        return self.precision == "int8" and self.options.dtype == "float32"
+
     def write(self, folder: Path) -> None:
         """Writes the folder's `export.json`."""
         graphs = {

@@ -1,0 +1,157 @@
+"""Measures quantised graphs of a trained model: a step's time on one core, sizes, and the PQ that they lose.
+
+python benchmarks/bench_quantised.py [MODEL_DIR] [--images N] [--seeds N] [--out FOLDER]
+
+int8 for a CPU runs in ONNX Runtime. Graphs for TensorRT are emulated in PyTorch, which rounds where they do; so their
+PQ is what rounding costs, and says nothing of an engine's own kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __package__ in (None, ""):
+    import checkout  # noqa: F401  (run as a script)
+
+from benchmarks.harness import RESULTS, Run, measure
+from ldmseg_fast.backends.graphs.manifest import Manifest
+from ldmseg_fast.backends.graphs.modules import DenoiserGraph
+from ldmseg_fast.backends.graphs.specs import sample_inputs
+from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
+from ldmseg_fast.backends.onnx_backend import load_onnx_backend
+from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.config.limits import check_ranges
+from ldmseg_fast.data.coco_panoptic import CocoPanoptic
+from ldmseg_fast.data.scenes import write_scenes
+from ldmseg_fast.diffusion.sampler import image_noise
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.distributed.ending import run_command
+from ldmseg_fast.evaluation import OBJECT, in_percent
+from ldmseg_fast.export.calibration import calibrate
+from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
+from ldmseg_fast.export.parity import calibration_pictures
+from ldmseg_fast.export.parity_reference import Quantised, ReferenceBackend
+from ldmseg_fast.metrics.pq import PanopticQuality
+
+CPU_INT8 = "int8, onnxruntime"
+EXPORTS = {
+    "fp32": ExportSettings("fp32"),
+    "fp16": ExportSettings("fp16"),
+    CPU_INT8: ExportSettings("int8"),
+    "int8, tensorrt": ExportSettings("int8", runtime="tensorrt"),
+    "fp8, tensorrt": ExportSettings("fp8"),
+}
+SIZES = {CPU_INT8: ("fp32", 0.30), "int8, tensorrt": ("fp16", 0.55), "fp8, tensorrt": ("fp16", 0.55)}
+LOSSES = {CPU_INT8: 0.3, "int8, tensorrt": 0.5, "fp8, tensorrt": 0.3}  # points of PQ
+SPEED_WITH_VNNI, SPEED = 4.0, 2.6
+BATCH = 25
+SEED = 1  # of the scenes; calibration sees those of seed 0
+
+
+def step_times(run: Run, info: ModelInfo, graphs: Path, rounds: int) -> None:
+    """Times a denoising step at batch 1 on one thread beside eager PyTorch in float32."""
+    reference = TorchBackend(info, "cpu", torch.float32)
+    module = DenoiserGraph(reference.unet, info.scheduler.prediction_type)
+    backends = {name: load_onnx_backend(info, graphs / name, "cpu", threads=1) for name in ("fp32", CPU_INT8)}
+    inputs = sample_inputs(backends["fp32"].specs["denoiser"], info, {"batch": 1})
+    steps: dict[str, Any] = {"torch eager": torch.inference_mode()(partial(module, **inputs))}
+    steps |= {name: partial(backend.run_graph, "denoiser", inputs) for name, backend in backends.items()}
+    found = torch.cpu.get_capabilities()
+    vnni = bool(found.get("avx512_vnni") or found.get("avx_vnni"))
+    case = {"batch": 1, "threads": 1, "size": f"{info.image_size}x{info.image_size}", "vnni": vnni}
+    target = SPEED_WITH_VNNI if vnni else SPEED
+    run.add("one step", measure(steps, rounds=rounds), baseline="torch eager", case=case, target=target)
+
+
+def sizes(run: Run, manifests: dict[str, Manifest], graphs: Path) -> None:
+    """Compares the denoiser's files with those of the floats that they stand for."""
+
+    def size(name: str) -> int:
+        graph = manifests[name].graphs["denoiser"]
+        return sum((graphs / name / file).stat().st_size for file in (graph.file, graph.weights) if file)
+
+    for name, (floats, target) in SIZES.items():
+        ratio = size(name) / size(floats)
+        run.add_value("size of the denoiser", ratio, f"of {floats}", case={}, variant=name, target=target)
+
+
+def losses(run: Run, info: ModelInfo, manifests: dict[str, Manifest], graphs: Path, images: int, seeds: int) -> None:
+    """Scores each export on held-out scenes, at the model's own number of steps, beside PyTorch in float32."""
+    root = write_scenes(graphs / "scenes", 8, info.image_size, SEED, workers=1, val_images=images, version=1)
+    dataset = CocoPanoptic(str(root), "val2017", info.image_size, num_slots=info.mask_vae.num_slots)
+    case = {"images": images, "seeds": seeds, "steps": info.num_inference_steps}
+    pictures = torch.stack([torch.as_tensor(dataset[index]["image"]) for index in range(images)])
+    plain = mean_pq(TorchBackend(info, "cpu", torch.float32), dataset, pictures, seeds)
+    run.add_value("PQ", plain, "%", case=case, variant="torch float32")
+    for name, limit in LOSSES.items():
+        backend = backend_of(info, manifests[name], graphs / name)
+        found = mean_pq(backend, dataset, pictures, seeds)
+        run.add_value("PQ", found, "%", case=case, variant=name)
+        run.add_value("PQ lost", plain - found, "points", case=case, variant=name, target=limit)
+        backend.close()
+
+
+def backend_of(info: ModelInfo, manifest: Manifest, folder: Path) -> Any:
+    """Returns ONNX Runtime over graphs for a CPU; of others the emulation in PyTorch."""
+    if manifest.is_for_cpu:
+        return load_onnx_backend(info, folder, "cpu", threads=1)
+    pictures = calibration_pictures(info, manifest.calibration)
+    scales = calibrate(info, manifest.precision, torch.float16, pictures)
+    return ReferenceBackend(info, manifest.options, Quantised(manifest.precision, scales, flows=True))
+
+
+@torch.inference_mode()
+def mean_pq(backend: Any, dataset: CocoPanoptic, pictures: torch.Tensor, seeds: int) -> float:
+    """Returns the mean class-agnostic PQ in percent over noise seeds; pictures are uint8 [N, 3, S, S]."""
+    info, values = backend.info, []
+    for seed in range(seeds):
+        stat = PanopticQuality(OBJECT, class_agnostic=True)
+        for start in range(0, len(pictures), BATCH):
+            indices = list(range(start, min(start + BATCH, len(pictures))))
+            noise, image_latents = (
+                image_noise(seed, indices, info.latent_shape),
+                backend.encode_image(pictures[indices]),
+            )
+            latents = backend.sample(noise, image_latents, Scheduler(info.scheduler), info.num_inference_steps)
+            for index, latent in zip(indices, latents):
+                ids, segments = dataset.ground_truth(index)
+                (result,) = backend.decode_mask(latent[None].float(), ids.shape)
+                stat.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
+        values.append(in_percent(stat.compute())["pq"])
+    return sum(values) / len(values)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench_quantised.py", description=__doc__.splitlines()[0])
+    parser.add_argument("model_dir", nargs="?", default="tiny", help="a model of scenes; default tiny")
+    parser.add_argument("--images", type=int, default=500, help="held-out scenes")
+    parser.add_argument("--seeds", type=int, default=3, help="of the noise")
+    parser.add_argument("--rounds", type=int, default=60, help="of the timing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    args = parser.parse_args(argv)
+    check_ranges(args)
+    torch.set_num_threads(1)
+    run = Run("quantised", folder=args.out)
+    info = read_model_info(args.model_dir)
+    manifests = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, settings in EXPORTS.items():
+            folder = Path(scratch) / name
+            folder.mkdir()
+            manifests[name] = write_graphs(info, folder, resolve_options(info, settings), settings)
+        sizes(run, manifests, Path(scratch))
+        step_times(run, info, Path(scratch), args.rounds)
+        losses(run, info, manifests, Path(scratch), args.images, args.seeds)
+    run.save(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,157 @@
+"""Measures the scales of a quantised UNet over real sampling in PyTorch, and rounds as its graph does."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmseg_fast.backends.model_info import ModelInfo
+from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.diffusion.sampler import ddim, image_noise
+from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.models.conditioning import with_context
+from ldmseg_fast.models.layers import Attention
+
+# first and last convolutions and the time embedding: few FLOPs, and errors there reach every step
+SENSITIVE = re.compile(r"(conv_in|image_conv_in|conv_out|time_embedding)(\.|$)")
+PARTS = ("to_q", "to_k", "to_v")  # of an attention
+CALIBRATION_STEPS = 4
+OUTLIERS = 3e-5  # the share of values that int8 cuts off at each end
+LARGEST = {"fp8": 448.0, "int8": 127.0}  # the values that the largest magnitudes become
+LEAST_STEP = 1e-6  # of what is zero throughout
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps a float x to x / `step` + `zero`, rounded.
+
+    Attributes:
+        step: what one integer, or 1.0 in E4M3, stands for.
+        zero: the integer that 0.0 becomes.
+        unsigned: whether integers go from 0 to 255, instead of -128 to 127.
+    """
+
+    step: float
+    zero: int = 0
+    unsigned: bool = False
+
+
+@dataclass(frozen=True)
+class LayerScales:
+    """Holds the scales of one quantised layer, their steps rounded as its graph holds them.
+
+    Attributes:
+        inputs: of what flows in.
+        weight: steps, float32: one for all, [], or [C, 1, ...], one per output channel.
+        outputs: of what flows out; None: it stays a float.
+    """
+
+    inputs: Scale
+    weight: Tensor
+    outputs: Scale | None = None
+
+
+def calibrate(info: ModelInfo, precision: str, dtype: torch.dtype, pictures: Tensor) -> dict[str, LayerScales]:
+    """Measures the scales of every convolution and linear layer of the UNet but the `SENSITIVE` ones.
+
+    Args:
+        info: of the model.
+        precision: "fp8" (E4M3, one scale per weight) or "int8" (one per output channel).
+        dtype: of the graph's floats. Beside float32 integers are what ONNX Runtime takes on a CPU: unsigned,
+            and 3x3 convolutions return them too. Integers beside halves are what TensorRT takes: signed.
+        pictures: uint8 [B, 3, S, S]; scales come from sampling their maps.
+
+    Returns:
+        The scales by the layer's name.
+    """
+    backend = TorchBackend(info, "cpu", torch.float32)
+    unet: Any = backend.unet
+    unet.unfuse()  # fused products would pass the layers by
+    layers = {name: layer for name, layer in unet.named_modules() if _is_quantised(name, layer)}
+    spans: dict[tuple[str, str], tuple[float, float]] = {}
+    share = OUTLIERS if precision == "int8" else 0.0
+
+    def see(name: str, _: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        for end, values in (("inputs", args[0]), ("outputs", output)):
+            least, most = spans.get((name, end), (0.0, 0.0))
+            low, high = _ends(values, share)
+            spans[name, end] = min(least, low), max(most, high)
+
+    for name, layer in layers.items():
+        layer.register_forward_hook(partial(see, name))
+    with torch.no_grad():
+        image_latents = backend.encode_image(pictures)
+        noise = image_noise(0, list(range(len(pictures))), info.latent_shape)
+        denoise = unet if backend.conditioning is None else with_context(unet, backend.conditioning, pictures)
+        ddim(denoise, noise, image_latents, Scheduler(info.scheduler), CALIBRATION_STEPS, info.self_condition)
+    for_cpu = precision == "int8" and dtype == torch.float32
+
+    def scale(name: str, end: str) -> Scale:
+        low, high = spans[name, end]
+        if for_cpu:
+            step = _rounded(max((high - low) / 255, LEAST_STEP), dtype)
+            return Scale(step, round(-low / step), unsigned=True)
+        return Scale(_rounded(max(-low / LARGEST[precision], high / LARGEST[precision], LEAST_STEP), dtype))
+
+    steps = {name: _weight_steps(layer.weight.detach(), precision, dtype) for name, layer in layers.items()}
+    if precision == "fp8":  # one product makes the three
+        for name, module in unet.named_modules():
+            if isinstance(module, Attention):
+                parts = [f"{name}.{part}" for part in PARTS]
+                steps |= dict.fromkeys(parts, torch.stack([steps[part] for part in parts]).max())
+    return {
+        name: LayerScales(
+            scale(name, "inputs"),
+            steps[name],
+            scale(name, "outputs") if for_cpu and _is_wide(layer) else None,
+        )
+        for name, layer in layers.items()
+    }
+
+
+def _is_quantised(name: str, layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d | nn.Linear) and not SENSITIVE.match(name)
+
+
+def _is_wide(layer: nn.Module) -> bool:
+    """Tells a convolution that sees its neighbours; the graph for the CPU makes products of 1x1 convolutions."""
+    return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+
+
+def _ends(values: Tensor, share: float) -> tuple[float, float]:
+    """Returns what a share of the values, float of any shape, lies below, and what as many lie above."""
+    flat = values.flatten()
+    count = int(share * flat.numel()) + 1
+    return flat.topk(count, largest=False).values[-1].item(), flat.topk(count).values[-1].item()
+
+
+def _rounded(step: float, dtype: torch.dtype) -> float:
+    return torch.tensor(step).to(dtype).item()
+
+
+def _weight_steps(weight: Tensor, precision: str, dtype: torch.dtype) -> Tensor:
+    largest = weight.abs().max() if precision == "fp8" else weight.abs().flatten(1).amax(1)
+    steps = (largest / LARGEST[precision]).clamp(min=LEAST_STEP).to(dtype).float()
+    return steps if precision == "fp8" else steps.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def to_eight_bits(
+    values: Tensor, step: Tensor | float, precision: str, zero: int = 0, unsigned: bool = False
+) -> Tensor:
+    """Rounds values, float32 of any shape, as ONNX's QuantizeLinear does: to uint8, int8 or float8_e4m3fn."""
+    scaled = values / step
+    if precision == "int8":
+        least, most, kind = (0, 255, torch.uint8) if unsigned else (-128, 127, torch.int8)
+        return (scaled.round() + zero).clamp(least, most).to(kind)
+    return scaled.clamp(-LARGEST["fp8"], LARGEST["fp8"]).to(torch.float8_e4m3fn)
+
+
+def fake_quantize(values: Tensor, scale: Scale, precision: str) -> Tensor:
+    """Rounds values, float32 of any shape, as QuantizeLinear and DequantizeLinear do one after the other."""
+    stored = to_eight_bits(values, scale.step, precision, scale.zero, scale.unsigned)
+    return (stored.float() - scale.zero) * scale.step

@@ -1,0 +1,197 @@
+"""Quantised graphs: what the passes put into them, what stays as it is, and how small they are."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from ldmseg_fast.backends.graphs.manifest import read_manifest
+from ldmseg_fast.backends.graphs.modules import build_graph
+from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs, sample_inputs
+from ldmseg_fast.backends.load import load_backend
+from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.errors import BackendError
+from ldmseg_fast.export import calibration, model_export, to_onnx, to_trt
+from ldmseg_fast.export.calibration import Scale, calibrate, fake_quantize
+from ldmseg_fast.export.cpu_graph import rewrite_for_cpu
+from ldmseg_fast.export.float_twin import flow_scales
+from ldmseg_fast.export.graph_export import export_graph
+from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
+from ldmseg_fast.export.networks import load_network
+from ldmseg_fast.export.quantize import quantize_graph
+from tests.conftest import make_model
+
+PAIRS = {"QuantizeLinear", "DequantizeLinear"}
+WIDE = ("unet.block_out_channels=32,192",)  # weights outweigh nodes and the embedding of the time
+KINDS = {
+    "fp32": ExportSettings("fp32"),
+    "fp16": ExportSettings("fp16"),
+    "fp8": ExportSettings("fp8"),
+    "int8": ExportSettings("int8", runtime="tensorrt"),
+    "int8 for a CPU": ExportSettings("int8"),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model with one wide level."""
+    return make_model(tmp_path_factory.mktemp("wide") / "model", WIDE)
+
+
+@pytest.fixture(scope="module")
+def denoiser(wide, scenes, tmp_path_factory):
+    """A function: the path of the wide model's denoiser, exported as one of KINDS; made once, without other graphs."""
+    root, info = tmp_path_factory.mktemp("denoisers"), read_model_info(wide)
+
+    def get(kind: str) -> Path:
+        folder, settings = root / kind, replace(KINDS[kind], calibration=str(scenes))
+        if not folder.exists():
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                only = {"denoiser": graph_specs(info, resolve_options(info, settings))["denoiser"]}
+                patch.setattr(model_export, "graph_specs", lambda *_: only)
+                write_graphs(info, folder, resolve_options(info, settings), settings)
+        return folder / "denoiser.onnx"
+
+    return get
+
+
+def nodes(path):
+    return onnx.load(path).graph.node
+
+
+def bytes_of(path):
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_all_but_the_pairs_is_as_in_half_precision(denoiser, kind):
+    plain, quantised = (Counter(node.op_type for node in nodes(denoiser(name))) for name in ("fp16", kind))
+    pairs = {name: quantised.pop(name) for name in PAIRS}
+    assert quantised == plain and plain["GroupNormalization"] and not plain["InstanceNormalization"]
+    layers = len({name.partition("/")[0] for name in flow_scales(denoiser(kind))})
+    fused = sum(name.endswith(".to_k/inputs") for name in flow_scales(denoiser(kind)))
+    assert pairs == {"QuantizeLinear": layers - 2 * fused, "DequantizeLinear": 2 * (layers - 2 * fused)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "than", "ratio"), [("fp8", "fp16", 0.55), ("int8", "fp16", 0.55), ("int8 for a CPU", "fp32", 0.30)]
+)
+def test_weights_are_stored_in_eight_bits(denoiser, kind, than, ratio):
+    assert bytes_of(denoiser(kind)) <= ratio * bytes_of(denoiser(than))
+    assert [o.version for o in onnx.load(denoiser(kind)).opset_import if o.domain == ""] == [21]
+
+
+def test_the_cpu_multiplies_integers_in_every_layer(wide, denoiser, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3  # it warns that such a file is for this machine
+    onnxruntime.InferenceSession(str(denoiser("int8 for a CPU")), options)
+    found = Counter(node.op_type for node in nodes(tmp_path / "optimised.onnx"))
+    scales = flow_scales(denoiser("int8 for a CPU"))
+    convolutions = sum(name.endswith("/outputs") for name in scales)
+    fused = sum(name.endswith(".to_k/inputs") for name in scales)
+    assert found["QLinearConv"] == convolutions
+    assert found["MatMulIntegerToFloat"] == len(scales) - 2 * convolutions - 2 * fused
+    assert found["Conv"] == 2  # the first and the last
+    assert all(scale.unsigned for scale in scales.values())
+
+
+def test_a_graph_for_the_cpu_computes_the_same_at_any_size(model_dir, tmp_path):
+    info = read_model_info(model_dir)
+    spec = graph_specs(info, GraphOptions())["denoiser"]
+    module = build_graph(spec, info, {"unet": load_network(info, "unet", torch.float32)})
+    export_graph(spec, module, info, tmp_path, 21, {}, [rewrite_for_cpu])
+    kinds = {node.op_type for node in nodes(tmp_path / "denoiser.onnx")}
+    assert not kinds & {"GroupNormalization", "Gemm"}
+    session = onnxruntime.InferenceSession(str(tmp_path / "denoiser.onnx"))
+    for batch, height, width in ((1, 16, 16), (3, 8, 12)):
+        inputs = sample_inputs(spec, info, {"batch": batch, "latent_height": height, "latent_width": width})
+        found = session.run(["model_output"], {name: value.numpy() for name, value in inputs.items()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), module(**inputs)[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "scale", "kind"),
+    [
+        ("int8", Scale(0.03), onnx.TensorProto.INT8),
+        ("int8", Scale(0.03, 77, unsigned=True), onnx.TensorProto.UINT8),
+        ("fp8", Scale(0.01), onnx.TensorProto.FLOAT8E4M3FN),
+    ],
+)
+def test_the_emulation_rounds_as_onnx_does(precision, scale, kind):
+    values = torch.cat([torch.linspace(-5, 5, 999), torch.tensor([0.015, 0.045, -0.015])])
+    zero = onnx.helper.make_tensor("zero", kind, [], [scale.zero])
+    step = onnx.numpy_helper.from_array(np.float32(scale.step), "step")
+    pair = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["y"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None]) for name in "xy"]
+    graph = onnx.helper.make_graph(pair, "pair", ends[:1], ends[1:], [zero, step])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    expected = ReferenceEvaluator(model).run(None, {"x": values.numpy()})[0]
+    np.testing.assert_allclose(fake_quantize(values, scale, precision), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_outliers_are_cut_off(model_dir, monkeypatch):
+    pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    info = read_model_info(model_dir)
+    few = calibrate(info, "int8", torch.float16, pictures)
+    monkeypatch.setattr(calibration, "OUTLIERS", 0.01)
+    many = calibrate(info, "int8", torch.float16, pictures)
+    assert few.keys() == many.keys() and not any("conv_in" in name or "conv_out" in name for name in few)
+    assert all(many[name].inputs.step <= scales.inputs.step for name, scales in few.items())
+    assert sum(many[name].inputs.step < 0.9 * scales.inputs.step for name, scales in few.items()) > len(few) / 2
+    eight = calibrate(info, "fp8", torch.float16, pictures)
+    parts = [eight[f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{part}"].weight for part in "qkv"]
+    assert parts[0] == parts[1] == parts[2] and parts[0].ndim == 0
+
+
+def test_a_layer_without_a_node_is_an_error(model_dir):
+    class Graph(list):
+        pass
+
+    class Model:
+        graph = Graph()
+
+    unet = load_network(read_model_info(model_dir), "unet", torch.float32)
+    scales = {"lost": calibration.LayerScales(Scale(1.0), torch.tensor(1.0))}
+    with pytest.raises(ValueError, match="no node in the graph for lost"):
+        quantize_graph(Model, torch.nn.ModuleDict({"unet": unet}), unet, scales, "int8")
+
+
+def test_to_onnx_calibrates_on_a_folder_and_shares_weights(model_dir, scenes, tmp_path, capsys):
+    out = tmp_path / "graphs"
+    options = ["--precision", "int8", "--calibration", str(scenes), "--sampler-steps", "2", "--parity-images", "2"]
+    assert to_onnx.main([str(model_dir), "--out", str(out), *options]) == 0
+    manifest = read_manifest(out)
+    assert manifest.calibration == f"{scenes.resolve()}/train2017" and manifest.options.dtype == "float32"
+    stored = [
+        sum(
+            len(tensor.raw_data)
+            for tensor in onnx.load(out / f"{name}.onnx").graph.initializer
+            if tensor.data_type == 3
+        )
+        for name in ("denoiser", "sampler_2")
+    ]
+    assert stored[0] == stored[1] > 0
+    backend = load_backend(model_dir, "onnxruntime", out)
+    assert backend.device.type == "cpu"
+    with pytest.raises(BackendError, match="int8 for a CPU, device=cuda was asked for"):
+        load_backend(model_dir, "onnxruntime", out, device="cuda")
+    assert to_trt.main([str(out), "--out", str(tmp_path / "engines"), "--flavour", "rtx"]) == 2
+    assert "in int8 for a CPU, which TensorRT does not take; give MODEL_DIR" in capsys.readouterr().err
+
+
+def test_a_calibration_folder_without_pictures_is_one_error(model_dir, tmp_path, capsys):
+    options = ["--precision", "int8", "--calibration", str(tmp_path / "none")]
+    assert to_onnx.main([str(model_dir), "--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "none" in error and not (tmp_path / "out").exists()
