@@ -20,7 +20,7 @@ from ldmseg_fast.errors import LaunchError, Stopped, UserError
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 + SIGINT, 128 + SIGTERM
 PATIENCE = 8.0  # seconds that other ranks wait for rank 0's word
-TOLD = 2.0  # seconds that a rank leaves to rank 0 to say what is wrong for all
+TOLD = 5.0  # seconds that a rank leaves to rank 0 to say what is wrong for all
 _FAILED = "ldmseg/failed"  # in the launcher's store: "RANK:EXIT_CODE:why"
 
 
