@@ -52,9 +52,13 @@ def require_file(path: str | os.PathLike, kind: type[UserError] = DataError, wha
         UserError: of this kind: a folder, pipe, socket or device, or a link that leads to itself.
         OSError: nothing is there, or it may not be looked at.
     """
-    if _leads_to_itself(path):
-        raise kind(f"{os.fspath(path)}: a link that leads to itself; put the {what} in its place")
-    _check_mode(path, os.stat(path).st_mode, kind, what)  # noqa: PTH116 (the Path of "" is a folder)
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (the Path of "" is a folder)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise kind(f"{os.fspath(path)}: a link that leads to itself; put the {what} in its place") from None
+        raise
+    _check_mode(path, mode, kind, what)
 
 
 def open_file(path: str | os.PathLike, kind: type[UserError] = DataError, what: str = "file") -> io.FileIO:
@@ -66,8 +70,7 @@ def open_file(path: str | os.PathLike, kind: type[UserError] = DataError, what: 
         what: it should be, for the error.
 
     Raises:
-        UserError: of this kind, at once: a folder, pipe, socket or device, a link that leads to itself, or a pointer of
-                Git LFS.
+        UserError: of this kind, at once: what `require_file` refuses, or a pointer of Git LFS.
         OSError: a file that cannot be opened.
     """
     try:
