@@ -46,6 +46,7 @@ from ldmseg_fast.metrics.pq import PanopticQuality
 QUANTISED = ("fp8", "int8")
 CALIBRATION_IMAGES = 16
 GENERATED = "generated scenes"
+ATTENTION_OPSET = 23  # from where on graphs have the operator Attention, with its scale in float32
 LARGE_BYTES = 400 * 2**20  # of a UNet's weights, from where on one evaluation takes seconds on a CPU
 
 
@@ -101,12 +102,20 @@ class _Run:
     pq: dict[str, float] = field(default_factory=dict)
     scales: dict[str, LayerScales] = field(default_factory=dict)
 
-    def encoders_own_error(self, values: Values) -> float:
-        """Tells the relative error of float32 in PyTorch's image encoder, against float64; `values` are its own."""
+    def reference(self, stage: str = "exact", device: str = "cpu") -> ReferenceBackend:
+        """Builds PyTorch's side: `exact` as the float twin computes, or `quantised` as the graphs do."""
         options = None if self.manifest.precision == "fp32" else self.manifest.options
-        with torch.inference_mode(False), torch.no_grad():
-            exact = ReferenceBackend(self.info, options).encode_exactly(values["image"])
-        return relative_error(values["image_latents"].double(), exact)
+        quantised = Quantised(self.manifest.precision, self.scales, stage == "quantised") if self.scales else None
+        with torch.inference_mode(False):
+            return ReferenceBackend(
+                self.info, options, quantised, device, rounds_scale=self.manifest.opset < ATTENTION_OPSET
+            )
+
+    def own_errors(self, values: Values) -> dict[str, float]:
+        """Tells the relative error of float32 itself in PyTorch's outputs, against float64; `values` are its own."""
+        gc.collect()
+        exact = network_outputs(self.reference().in_float64(), values)
+        return {name: relative_error(values[name], each) for name, each in exact.items() if each.is_floating_point()}
 
     def save(self, stage: str, index: int, values: Values) -> None:
         torch.save(values, self.scratch / f"{stage}-{index}.pt")
@@ -207,10 +216,7 @@ def _run_torch(run: _Run) -> None:
             run.scales = calibrate(info, manifest.precision, getattr(torch, manifest.options.dtype), pictures)
     for stage in ("exact", "quantised") if run.scales else ("exact",):
         gc.collect()
-        quantised = Quantised(manifest.precision, run.scales, stage == "quantised") if run.scales else None
-        with torch.inference_mode(False):
-            backend = ReferenceBackend(info, manifest.options, quantised, device)
-        _store(run, backend, stage, run.work.steps)
+        _store(run, run.reference(stage, device), stage, run.work.steps)
 
 
 def _store(run: _Run, backend: Any, stage: str, steps: tuple[int, ...]) -> None:
@@ -233,7 +239,7 @@ def _run_graphs(run: _Run, folder: Path, stage: str) -> None:
         if stage == "exact":
             for size in run.work.batches:
                 expected = run.first(reference, size)
-                run.rows += exact_rows(size, network_outputs(backend, expected), expected, run.encoders_own_error)
+                run.rows += exact_rows(size, network_outputs(backend, expected), expected, run.own_errors)
         for index in range(run.work.images):
             inputs = run.load(reference, index)
             found = whole_runs(backend, inputs, run.work.steps, run.bar.update)

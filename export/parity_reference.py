@@ -46,6 +46,7 @@ class ReferenceBackend(TorchBackend):
         options: of the graphs; None rounds nothing.
         quantised: of the UNet, where it is.
         device: where it runs.
+        rounds_scale: attention's scale is rounded too, as a graph of `options` without the operator Attention does.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class ReferenceBackend(TorchBackend):
         options: GraphOptions | None = None,
         quantised: Quantised | None = None,
         device: str | torch.device = "cpu",
+        rounds_scale: bool = True,
     ) -> None:
         self._dtypes = {}
+        self._rounds_scale = rounds_scale
         if options is not None:
             half, decoder = (getattr(torch, name) for name in (options.dtype, options.decoder_dtype))
             self._dtypes = {"unet": half, "image_vae": half, "mask_vae": decoder}
@@ -65,20 +68,27 @@ class ReferenceBackend(TorchBackend):
         if quantised is not None:
             self.unet.unfuse()  # products of fused weights would pass the quantised layers by
 
+    def in_float64(self) -> ReferenceBackend:
+        """Turns the networks, as they are rounded, into float64, and returns itself."""
+        self.unet.unfuse()
+        for module in (self.image_vae, self.unet, self.mask_vae, self.conditioning):
+            if module is not None:
+                module.double()
+        self.dtype = torch.float64
+        return self
+
     def encode_image(self, images: Tensor) -> Tensor:
         """See `Backend.encode_image`."""
-        with _RoundedScale(self._dtypes.get("image_vae", torch.float32)):
+        with self._rounded_scale("image_vae"):
             return super().encode_image(images)
-
-    def encode_exactly(self, images: Tensor) -> Tensor:
-        """Encodes uint8 [B, 3, S, S] as float64 [B, C, h, w], with the same weights; the encoder stays in float64."""
-        with _RoundedScale(self._dtypes.get("image_vae", torch.float32)):
-            return self.image_vae.double()(images.to(self.device))
 
     def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """See `Backend.denoise`."""
-        with _RoundedScale(self._dtypes.get("unet", torch.float32)):
+        with self._rounded_scale("unet"):
             return super().denoise(unet_input, timesteps, context)
+
+    def _rounded_scale(self, network: str) -> _RoundedScale:
+        return _RoundedScale(self._dtypes.get(network, torch.float32) if self._rounds_scale else torch.float32)
 
     @torch.no_grad()
     def _load(self, name: str, attention: str = "auto") -> Any:
@@ -182,7 +192,7 @@ def _decode(backend: Any, latents: Tensor) -> Values:
         spec = backend.specs["mask_decoder"]
         fixed = {"size": size, "mask_threshold": threshold} if "size" in spec.tensors else {}
         return backend.run_rows("mask_decoder", {"latents": latents}, fixed, height=int(size[0]), width=int(size[1]))
-    outputs = MaskDecoderGraph(backend.mask_vae, "both")(latents, size, threshold)
+    outputs = MaskDecoderGraph(backend.mask_vae, "both")(latents.to(backend.dtype), size, threshold)
     names = ["label", "confidence", "sigmoid_area", "category", "category_score", "mask_logits", "category_logits"]
     if len(outputs) == 4:
         names = [*names[:3], "mask_logits"]

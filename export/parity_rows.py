@@ -25,21 +25,25 @@ SAME_PIXELS = {"exact": EXACT_SAME, "fp32": 0.98, "fp16": 0.97, "bf16": 0.9, "fp
 PQ_DIFFERENCE = {"fp32": 0.5, "fp16": 3.0, "bf16": 5.0, "fp8": 10.0, "int8": 10.0}
 
 
-def exact_rows(size: int, ours: Values, theirs: Values, own_error: Callable[[Values], float]) -> list[Row]:
+def exact_rows(
+    size: int, ours: Values, theirs: Values, own_errors: Callable[[Values], Mapping[str, float]]
+) -> list[Row]:
     """Compares every output of the three networks at one batch: float32 and integers, [B, ...].
 
-    A deep image encoder errs by more than the limit in float32 itself. Where one misses it, `own_error` of PyTorch's
-    values tells by how much, and `OWN_ERRORS` times that is the limit.
+    A deep network errs by more than the limit in float32 itself. Where an output misses it, `own_errors` of PyTorch's
+    values tells by how much each does, and `OWN_ERRORS` times that is the limit.
     """
     rows: list[Row] = []
+    own: Mapping[str, float] | None = None
     for name, value in ours.items():
         what = f"{NETWORKS.get(name, 'mask_decoder')}, batch {size}"
         what += "" if name in NETWORKS else f", {name}"
         expected = theirs[name]
         if value.is_floating_point():
             error, limit = relative_error(value, expected), EXACT_ERROR
-            if name == "image_latents" and error > limit:
-                limit = max(limit, OWN_ERRORS * own_error(theirs))
+            if error > limit:
+                own = own_errors(theirs) if own is None else own
+                limit = max(limit, OWN_ERRORS * own[name])
             rows.append(Row(f"{what}: relative error", error, limit))
             largest = (value - expected).abs().max().item() / max(1.0, expected.abs().max().item())
             rows.append(Row(f"{what}: max abs", largest, EXACT_MAX))

@@ -18,6 +18,7 @@ from ldmseg_fast.checkpoints.model_folder import load_component_config, load_ind
 from ldmseg_fast.checkpoints.schema import read_settings
 from ldmseg_fast.checkpoints.shipped import RANDOM, pretrained_weights, recorded, resolve_image_vae, resolve_model_dir
 from ldmseg_fast.config import Config, ImageEncoderConfig, SchedulerConfig, UNetConfig, update, validate
+from ldmseg_fast.config.settings import FINE_FEATURES
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.files import inside
 
@@ -165,18 +166,19 @@ def started_encoder(config: Config, found: ImageEncoderConfig) -> ImageEncoderCo
     """Returns the image encoder of a run that starts from a folder of ours, which has the encoder `found`.
 
     A pre-trained one of the run takes the place of one that is not. No weight depends on the pictures' size, which
-    `few_step.resize` leaves to the run. One that averages fine features goes on with patches where the run asks for it.
+    `few_step.resize` leaves to the run. One that averages fine features goes on with patches or convolutions where the
+    run asks for them.
     """
     if config.image_encoder.is_pyramid and not found.is_pyramid:
         return config.image_encoder
     resized = config.few_step.resize and found.is_pyramid
     own = config.image_encoder
-    return replace(
-        found,
-        path="",
-        picture_scale=(own if resized else found).picture_scale,
-        fine_features="patches" if own.fine_features == "patches" and found.is_pyramid else found.fine_features,
-    )
+    found = replace(found, path="", picture_scale=(own if resized else found).picture_scale)
+    if found.is_pyramid and FINE_FEATURES.index(own.fine_features) > FINE_FEATURES.index(found.fine_features):
+        found = replace(found, fine_features=own.fine_features)
+        if own.has_convolutions:
+            found = replace(found, widths=own.widths, blocks=own.blocks, norm_groups=own.norm_groups)
+    return found
 
 
 def _ours(config: Config, folder: Path) -> Start:

@@ -165,6 +165,8 @@ def check_component(name: str, config: Any, extra: dict[str, Any], source: str) 
             if vae.get("latent_channels", 4) != config.latent_channels:
                 wrong.append(f"latent_channels={config.latent_channels}, its _vae_config makes another number")
         reduction = config.downsampling * config.picture_scale
+        if config.is_pyramid and config.has_convolutions and config.downsampling != 2 ** (len(config.widths) - 1):
+            wrong.append(f"downsampling={config.downsampling}, its {len(config.widths)} widths make another number")
         if not config.is_pyramid and reduction != 2 ** (levels - 1):
             scaled = f" * picture_scale={config.picture_scale}" if config.picture_scale > 1 else ""
             wrong.append(f"downsampling={config.downsampling}{scaled}, its {levels} levels make {2 ** (levels - 1)}")

@@ -178,7 +178,7 @@ def _image_vae_state(start: Start, taesd: bool) -> dict[str, Tensor]:
     if start.ours:
         state = load_weights(inside(start.image_vae.parent, start.image_vae / WEIGHTS))
         encoder = start.config.image_encoder
-        return as_patches(state, encoder) if encoder.fine_features == "patches" else state
+        return as_patches(state, encoder) if encoder.fine_features != "mean" else state
     if taesd:
         return {f"layers.{key}": value for key, value in load_weights(start.image_vae).items()}
     if start.image_vae.is_file():

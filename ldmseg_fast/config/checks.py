@@ -148,7 +148,7 @@ def _width_checks(config: Config) -> list[tuple[bool, str]]:
     if vae.num_mid_blocks or vae.num_categories:
         normed.append(("mask_vae", vae.norm_groups, "decoder_width", vae.decoder_width))
     normed += [("unet", unet.norm_groups, "block_out_channels", width) for width in unet.block_out_channels]
-    if encoder.kind == "conv":
+    if encoder.has_convolutions:
         used = [width for width, blocks in zip(encoder.widths, encoder.blocks) if blocks]
         normed += [("image_encoder", encoder.norm_groups, "widths", width) for width in (*used, encoder.widths[-1])]
     levels = zip(

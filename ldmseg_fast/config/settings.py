@@ -99,6 +99,7 @@ class UNetConfig:
     image_channels: Width = 4  # of in_channels; read where one of the two above is set
 
 
+FINE_FEATURES = ("mean", "patches", "convolutions")  # each computes what those before it can
 PYRAMID_STRIDES = {"efficientnet_lite": 32}  # kinds of image encoders with features at several strides: the largest
 
 
@@ -108,22 +109,27 @@ class ImageEncoderConfig:
 
     kind: Literal["conv", "taesd", "autoencoder_kl", "efficientnet_lite"] = "autoencoder_kl"
     latent_channels: Width = 4
-    widths: Widths = (32, 64, 128)  # "conv" only
-    blocks: Blocks = (0, 1, 1)  # "conv" only: residual blocks per level
+    widths: Widths = (32, 64, 128)  # "conv", and fine features by convolutions
+    blocks: Blocks = (0, 1, 1)  # alike: residual blocks per level
     norm_groups: Width = 8
     downsampling: Pixels = 8
     scaling_factor: Factor = 0.18215
     path: Location = ""  # weights: a diffusers folder or a .safetensors file; see below
     picture_scale: Annotated[int, Range(1, 16)] = 1  # side of the pictures it sees, as a multiple of data.image_size
     variant: Annotated[int, Range(0, 4)] = 0  # "efficientnet_lite" only: Lite0 to Lite4
-    # "efficientnet_lite" only: features finer than the latents are averaged, or weighted by their place in a patch
-    fine_features: Literal["mean", "patches"] = "mean"
+    # "efficientnet_lite" only: features finer than the latents are averaged, or weighted by their place in a patch, and
+    # convolutions trained with the UNet see the picture beside that
+    fine_features: Literal["mean", "patches", "convolutions"] = "mean"
 
     # "efficientnet_lite" without a path takes the ImageNet weights that come with the package; path "random": none
 
     @property
     def is_pyramid(self) -> bool:
         return self.kind in PYRAMID_STRIDES
+
+    @property
+    def has_convolutions(self) -> bool:
+        return self.kind == "conv" or (self.is_pyramid and self.fine_features == "convolutions")
 
     @property
     def is_trained(self) -> bool:

@@ -15,6 +15,7 @@ from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.commands.convert import convert_checkpoint
 from ldmseg_fast.export import parity
 from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
+from ldmseg_fast.export.parity_report import ParityReport, Row
 from ldmseg_fast.export.parity_rows import exact_rows
 
 PRECISIONS = {
@@ -232,7 +233,7 @@ def test_a_deep_image_encoder_errs_in_float32_itself(shared, torch_runs_once, tm
         assert not report(model, tmp_path / fault.__name__).ok, fault.__name__
 
 
-def test_only_an_encoder_that_misses_the_limit_is_asked_for_its_own_error():
+def test_only_an_output_that_misses_the_limit_is_asked_for_its_own_error():
     values = {"image_latents": torch.ones(1, 4, 2, 2), "model_output": torch.ones(1, 4, 2, 2)}
 
     def row(error, own):
@@ -244,5 +245,13 @@ def test_only_an_encoder_that_misses_the_limit_is_asked_for_its_own_error():
         raise AssertionError("within the limit")
 
     assert row(5e-6, never) == [True, True]
-    assert row(2e-5, lambda values: 1e-5) == [True, False]
-    assert row(5e-5, lambda values: 1e-5) == [False, False]
+    assert row(2e-5, lambda values: {"image_latents": 1e-5, "model_output": 2e-6}) == [True, False]
+    assert row(5e-5, lambda values: dict.fromkeys(values, 1e-5)) == [False, False]
+
+
+def test_a_report_tells_the_times_that_were_taken():
+    """Engines have a runtime of their own, and graphs of a larger fixed batch take no single image."""
+    rows = [Row("maps", 1.0)]
+    engine = ParityReport("fp16", 1, "scenes", rows, {"torch": 4.0, "tensorrt": 2.0, "ratio": 2.0})
+    assert engine.table().endswith("one step at batch 1: torch 4.0 ms, tensorrt 2.0 ms, ratio 2.00")
+    assert "one step" not in ParityReport("fp16", 1, "scenes", rows, {"torch": 4.0}).table()

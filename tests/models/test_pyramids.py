@@ -178,12 +178,13 @@ def test_sizes_that_do_not_fit_are_refused(settings, message):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fine", ["patches", "convolutions"])
 @pytest.mark.parametrize("scale", [1, 2, 4])
-def test_patches_begin_as_means(scale):
+def test_finer_features_begin_as_means(scale, fine):
     """They compute the same, and then tell where in a patch something lies."""
     config = ImageEncoderConfig("efficientnet_lite", 8, downsampling=4, scaling_factor=1.0, picture_scale=scale)
     means = build_image_encoder(config).eval()
-    patches = build_image_encoder(replace(config, fine_features="patches")).eval()
+    patches = build_image_encoder(replace(config, fine_features=fine)).eval()
     state = as_patches(means.state_dict(), patches.config)
     patches.load_state_dict(state)
     images = picture(128)
@@ -192,3 +193,18 @@ def test_patches_begin_as_means(scale):
     assert all(torch.equal(value, state[name]) for name, value in as_patches(state, patches.config).items())
     sides = [projection.kernel_size[0] for projection in patches.projections]
     assert sides == [max(1, 4 * scale // stride) for stride in patches.network.strides]
+
+
+@torch.no_grad()
+def test_convolutions_go_on_from_patches():
+    """Their last layer starts at zero, so that nothing changes; then they add what they see at the masks' size."""
+    config = ImageEncoderConfig("efficientnet_lite", 8, downsampling=4, scaling_factor=1.0, picture_scale=2)
+    patches = build_image_encoder(replace(config, fine_features="patches")).eval()
+    both = build_image_encoder(replace(config, fine_features="convolutions")).eval()
+    both.load_state_dict(as_patches(patches.state_dict(), both.config))
+    images = picture(128)
+    expected = patches(images)
+    assert torch.equal(both(images), expected)
+    torch.nn.init.ones_(both.convolutions.layers[-1].weight)
+    small = torch.nn.functional.avg_pool2d(images.float(), 2)
+    assert torch.allclose(both(images), expected + both.convolutions(small), rtol=1e-5, atol=1e-5)

@@ -83,6 +83,11 @@ class LatentStage(Stage):
                 f"{encoder.picture_scale} make {needed}, but image_encoder.kind={encoder.kind} divides the picture's "
                 f"side by {encoder.reduction}; choose {cure}"
             )
+        if encoder.is_pyramid and encoder.has_convolutions and encoder.downsampling != 2 ** (len(encoder.widths) - 1):
+            raise ConfigError(
+                f"image_encoder.downsampling={encoder.downsampling}, but {len(encoder.widths)} image_encoder.widths "
+                f"make {2 ** (len(encoder.widths) - 1)}; choose another of the two"
+            )
         check_start(start)
         self.image_vae: Any = build_image_encoder(encoder, start.vae_config)
         load_image_encoder(self.image_vae, start)

@@ -158,21 +158,22 @@ def test_a_model_goes_on_at_another_size(autoencoder, tmp_path):
     assert pipe.info.image_size == 128 and pipe.info.picture_size == 128
 
 
-def test_a_model_goes_on_with_patches(autoencoder, scenes, tmp_path):
+@pytest.mark.parametrize("fine", ["patches", "convolutions"])
+def test_a_model_goes_on_with_finer_features(fine, autoencoder, scenes, tmp_path):
     """It starts where the averages ended; the folder that it writes is predicted with and trained on again."""
     DiffusionStage(config(f"model.mask_vae={autoencoder}", "image_encoder.picture_scale=2")).save(tmp_path / "model")
     start = [f"model.init_from={tmp_path / 'model'}", f"data.root={scenes}", f"output_dir={tmp_path / 'run'}"]
     images = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8)
-    old, new = (OneStepStage(config(*start, *more)) for more in ([], ["image_encoder.fine_features=patches"]))
+    old, new = (OneStepStage(config(*start, *more)) for more in ([], [f"image_encoder.fine_features={fine}"]))
     with torch.no_grad():
         expected = old.encode_images(images)
         assert (new.encode_images(images) - expected).abs().max() < 1e-4 * expected.abs().max()
-    folder = train("one_step", config(*start, "image_encoder.fine_features=patches"))
+    folder = train("one_step", config(*start, f"image_encoder.fine_features={fine}"))
     pipe = LDMSegPipeline.from_pretrained(folder)
     assert pipe(np.zeros((40, 60, 3), np.uint8))[0].segmentation.shape == (40, 60)
-    assert load_component_config(folder, "image_vae")[0].fine_features == "patches"
+    assert load_component_config(folder, "image_vae")[0].fine_features == fine
     again = OneStepStage(config(f"model.init_from={folder}"))
-    assert again.config.image_encoder.fine_features == "patches"
+    assert again.config.image_encoder.fine_features == fine
 
 
 @pytest.mark.parametrize(
