@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ldmseg_fast import __version__
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.threads import limit_threads
 
 # command -> its module, and what `ldmseg --help` says of it
@@ -130,6 +131,20 @@ def _one_line(
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
+def _check_given(argv: Sequence[str]) -> None:
+    """Refuses empty arguments: as a path, "" would be the folder that the shell is in.
+
+    Raises:
+        ArgumentError: names the first, or the option before it.
+    """
+    for before, value in zip(("", *argv), argv):
+        if not value or (value.startswith("--") and value.endswith("=")):
+            name = value[:-1] or (before if before.startswith("-") else f"behind {before!r}")
+            raise ArgumentError(
+                f"{name}: an empty argument; fill it or leave it out (is a variable of the shell not set?)"
+            )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
@@ -144,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from ldmseg_fast.config.limits import check_ranges  # late, as all that a command needs
 
+        _check_given(sys.argv[1:] if argv is None else argv)
         check_ranges(args)
         code = args.run(args)
         sys.stdout.flush()

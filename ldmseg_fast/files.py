@@ -58,6 +58,8 @@ def require_file(path: str | os.PathLike, kind: type[UserError] = DataError, wha
         if error.errno == errno.ELOOP:
             raise kind(f"{os.fspath(path)}: a link that leads to itself; put the {what} in its place") from None
         raise
+    except ValueError:
+        raise kind(f"{os.fspath(path)!r:.200}: a null character in the name of a {what}; leave it out") from None
     _check_mode(path, mode, kind, what)
 
 
@@ -75,8 +77,8 @@ def open_file(path: str | os.PathLike, kind: type[UserError] = DataError, what: 
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | _AT_ONCE)
-    except OSError:
-        require_file(path, kind, what)  # a socket cannot be opened at all
+    except (OSError, ValueError):
+        require_file(path, kind, what)  # a socket cannot be opened at all, nor a name with a null character
         raise
     try:
         _check_mode(path, os.fstat(descriptor).st_mode, kind, what)

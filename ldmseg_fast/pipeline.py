@@ -335,9 +335,9 @@ class LDMSegPipeline:
             ArgumentError: a num_samples out of range; what `__call__` refuses.
             ConfigError, DataError: as in `__call__`.
         """
-        from ldmseg_fast.inference.ensemble import Views, sample_ensemble
+        from ldmseg_fast.inference.ensemble import Views, as_scales, sample_ensemble
 
-        views = Views(flip, tuple(scales), fusion)
+        views = Views(flip, as_scales(scales), fusion)
         check_count("num_samples", num_samples, 1, MAX_SAMPLES)
         refused = settings.keys() & {"generator", "latents", "output_type"}
         if refused:
@@ -459,7 +459,7 @@ class LDMSegPipeline:
     def _check_captions(self, captions: Sequence[str] | None, count: int) -> None:
         if captions is None:
             return
-        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+        if not isinstance(captions, (list, tuple)) or not all(isinstance(caption, str) for caption in captions):
             raise ArgumentError(f"captions={captions!r:.200}: a list of texts expected, one an image")
         if self.info.conditioning != "clip_text" or len(captions) != count:
             raise ArgumentError(
@@ -478,6 +478,8 @@ class LDMSegPipeline:
                 raise ArgumentError(f"latents: {type(latents).__name__}; a tensor expected, float {list(shape)}")
             if tuple(latents.shape) != shape:
                 raise ArgumentError(f"latents: shape {tuple(latents.shape)}, expected {shape}")
+            if latents.is_complex() or latents.is_meta:
+                raise ArgumentError(f"latents: {latents.dtype} on {latents.device}; real numbers expected")
             return latents.float()
         if generator is not None:
             return torch.randn(shape, generator=generator, device=generator.device)

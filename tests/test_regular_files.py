@@ -55,6 +55,8 @@ def test_what_is_read(tmp_path: Path) -> None:
     for read in (require_file, open_file, read_file):
         with pytest.raises(FileNotFoundError, match=r"none\.json"):
             read(tmp_path / "none.json")
+        with pytest.raises(DataError, match=r"'a.x00b': a null character in the name of a file"):
+            read("a\0b")
 
 
 def test_every_reader_refuses_a_pipe_at_once(pipe: Path) -> None:

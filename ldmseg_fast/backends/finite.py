@@ -62,5 +62,6 @@ def require_sampled(
     """
     if not bool(sampled):
         require_finite(encoded(), "image_vae: image latents", info, dtype)
-        require_finite(given(), "the initial noise: its values", info, torch.float32)
+        if not bool(given()):  # noise of seeds is finite
+            raise NonFiniteError("latents: the initial noise is not finite (NaN or infinity); give other latents")
         require_finite(False, "unet: sampled latents", info, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from ldmseg_fast.backends.backend import Backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.checkpoints.shipped import resolve_engine_dir
-from ldmseg_fast.errors import BackendError
+from ldmseg_fast.errors import ArgumentError, BackendError
 
 BACKENDS = ("torch", "compile", "onnxruntime", "tensorrt")
 
@@ -53,10 +54,11 @@ def load_backend(
         kernel_specialization, graph_strategy: of engines of TensorRT-RTX, see `trt.trt_backend.load_trt_backend`.
 
     Raises:
-        ArgumentError: an unknown `attention` or `precision`, or both `precision` and `dtype`.
-        BackendError: an unknown name, a missing package, an `engine_dir` that is missing or not meant for it, a size
-            that the model or its graphs do not take, an `attention` that cannot run on the device, cuda_graph=True
-            without a GPU, or `fused` or `precision` for exported graphs.
+        ArgumentError: an unknown `attention` or `precision`, a `dtype` that no network computes in, or both, or a
+            `fused` or `cuda_graph` that is neither True nor False.
+        BackendError: an unknown name, a device that is not there, a missing package, an `engine_dir` that is missing or
+            not meant for it, a size that the model or its graphs do not take, an `attention` that cannot run on the
+            device, cuda_graph=True without a GPU, or `fused` or `precision` for exported graphs.
         CheckpointError: a folder that is no model.
     """
     if name not in BACKENDS:
@@ -66,6 +68,10 @@ def load_backend(
         if value is not None and name != "tensorrt":
             raise BackendError(f"{option}={value}: backend={name} cannot use it; it is for tensorrt; leave it out")
     _check_used(name, lanes, threads, profile)
+    for option, flag in (("fused", fused), ("cuda_graph", cuda_graph)):
+        if not isinstance(flag, bool) and (flag is not None or option == "fused"):
+            raise ArgumentError(f"{option}={flag!r}: True or False expected")
+    device = _checked_device(device, name)
     info = read_model_info(model_dir)
     if name in ("torch", "compile"):
         if engine_dir is not None:
@@ -114,5 +120,19 @@ def _check_used(name: str, lanes: int, threads: int | None, profile: int | None)
         if unused:
             raise BackendError(f"{option}={value}: backend={name} cannot use it; it is for {meant}; leave it out")
     for option, value, least in (("lanes", lanes, 1), ("threads", threads, 1), ("profile", profile, 0)):
-        if value is not None and not least <= value <= 4096:
-            raise BackendError(f"{option}={value}: from {least} to 4096 expected")
+        if value is not None and not (isinstance(value, Integral) and least <= value <= 4096):
+            raise BackendError(f"{option}={value!r}: a whole number from {least} to 4096 expected")
+
+
+def _checked_device(device: Any, name: str) -> torch.device | None:
+    """Returns the device that a caller has named; graphs find out for themselves whether it is there."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        if name in ("torch", "compile"):
+            torch.empty(1, device=found).cpu()  # "meta" has no numbers to give
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BackendError(f"device={device!r}: no such device here ({reason}); give cpu, cuda or cuda:N") from error
+    return found

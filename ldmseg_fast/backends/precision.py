@@ -14,6 +14,7 @@ from ldmseg_fast.models.attention import check_backend
 from ldmseg_fast.models.fp8_layers import why_not_fp8_products
 
 PRECISIONS = (*DTYPES, "tf32", "fp8", "fp8-emulated")
+COMPUTED = (*DTYPES.values(), torch.float64)
 
 
 class Precision(NamedTuple):
@@ -35,9 +36,11 @@ def choose_precision(precision: str | None, dtype: torch.dtype | None, device: t
         device: where both are None it decides: bfloat16 on a GPU, float32 on a CPU.
 
     Raises:
-        ArgumentError: an unknown precision, or both `precision` and `dtype`.
+        ArgumentError: an unknown precision, a dtype that is none of COMPUTED, or both.
     """
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in COMPUTED):
+        raise ArgumentError(f"dtype={dtype!r}: one of {', '.join(map(str, COMPUTED))} expected")
     if precision is None:
         return Precision(dtype or default)
     if precision not in PRECISIONS:

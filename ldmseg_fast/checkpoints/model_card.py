@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast import __version__
+from ldmseg_fast.checkpoints.run_records import read_log
 from ldmseg_fast.config import describe
-from ldmseg_fast.files import read_json, read_lines, replacing
+from ldmseg_fast.files import read_json, replacing
 
 USE = """```python
 from ldmseg_fast import LDMSegPipeline
@@ -48,7 +49,7 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
 
 def training_facts(folder: Path) -> dict[str, Any]:
     """Reads last step and last validation from the log in `folder`; nothing where there is none."""
-    records = [record for record in read_lines(folder / "logs" / "log.jsonl") if "step" in record]
+    records = read_log(folder)
     facts: dict[str, Any] = {"steps": records[-1]["step"]} if records else {}
     validated = [record for record in records if "val/pq" in record]
     if validated:

@@ -51,8 +51,10 @@ def resolve_model_dir(name_or_path: str | Path, revision: str | None = None, kin
     Raises:
         CheckpointError: a word that is neither a folder nor a shipped model, or a repository without a model.
         HubError: see `hub.fetch`.
-        ArgumentError: a revision of something that has none, or no name behind `hf://`.
+        ArgumentError: neither path nor text, a revision of something that has none, or no name behind `hf://`.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise ArgumentError(f"model {name_or_path!r:.200}: a folder or the name of a model expected")
     path = Path(name_or_path)
     word = str(name_or_path)
     found = None

@@ -15,6 +15,7 @@ from ldmseg_fast.files import real_path, replacing
 from ldmseg_fast.locks import only_writer
 from ldmseg_fast.outputs import check_outputs
 from ldmseg_fast.panoptic.annotations import load_panoptic_json
+from ldmseg_fast.panoptic.splits import check_split_name
 
 OBJECT = {"id": 1, "name": "object", "supercategory": "object", "isthing": 1, "color": [220, 20, 60]}
 
@@ -31,11 +32,13 @@ def merge_splits(out: str | Path, sources: Sequence[str], split: str = "train201
         How many annotated maps it has.
 
     Raises:
-        DataError: a source that is not there, lacks files or is written otherwise, or a split that OUT has already.
+        DataError: a source that is not there, lacks files or is written otherwise, or a split that OUT has already or
+            that is no name.
         PanopticFormatError: a source's JSON that no command reads, see `load_panoptic_json`.
         ArgumentError: OUT's pictures or maps would lie among a source's.
         InUseError: another merge writes into OUT.
     """
+    check_split_name(split)
     out = Path(out)
     path = out / "annotations" / f"panoptic_{split}.json"
     parts = [_parse(source) for source in sources]

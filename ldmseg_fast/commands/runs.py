@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from ldmseg_fast.checkpoints.run_records import LOG, read_log
 from ldmseg_fast.commands.options import add_json_argument, print_json
 from ldmseg_fast.files import read_text
-from ldmseg_fast.reports.run_page import LOG, read_log
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,24 @@ def summarize(run: Path, base: Path) -> RunSummary:
     """Sums up the run in the folder `run`; its name is relative to `base`."""
     records = read_log(run)
     config = _json(run / "config.json")
-    settings = config.get("train", {})
+    steps, minutes = (_number(config.get("train"), name) for name in ("steps", "max_minutes"))
     losses = [record for record in records if "loss" in record]
     validated = [record for record in records if "val/pq" in record]
     best = max(validated, key=lambda record: record["val/pq"], default={})
     last: dict[str, Any] = losses[-1] if losses else {}
-    checkpoints = [int(path.parent.name[5:]) for path in run.glob("checkpoints/step-*/manifest.json")]
+    numbers = [path.parent.name[5:] for path in run.glob("checkpoints/step-*/manifest.json")]
+    checkpoints = [int(number) for number in numbers if number.isdecimal()]
     return RunSummary(
         name="." if run == base else run.relative_to(base).as_posix(),
         stage=str(config.get("stage", "?")),
-        step=int(last.get("step", 0)),
-        steps=int(settings.get("steps", 0)),
+        step=last.get("step", 0),
+        steps=int(steps),
         loss=last.get("loss"),
         images_per_s=last.get("images_per_s"),
         best_pq=best.get("val/pq"),
         best_step=best.get("step"),
         checkpoint=max(checkpoints, default=None),
-        time_used=last.get("seconds", 0.0) / (60 * minutes) if (minutes := settings.get("max_minutes", 0.0)) else 0.0,
+        time_used=last.get("seconds", 0.0) / (60 * minutes) if minutes else 0.0,
     )
 
 
@@ -100,9 +102,15 @@ def _text(value: float | int | None, form: str) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(read_text(path))
-    except (OSError, ValueError):
-        return {}
+        found = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _number(settings: Any, name: str) -> float:
+    value = settings.get(name) if isinstance(settings, dict) else None
+    return value if type(value) in (int, float) and isfinite(value) else 0
 
 
 EXAMPLES = (

@@ -21,13 +21,14 @@ from ldmseg_fast.checkpoints.categories_file import CATEGORIES, load_categories,
 from ldmseg_fast.checkpoints.hub_names import PREFIX
 from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
+from ldmseg_fast.checkpoints.run_records import read_log, read_run_settings
 from ldmseg_fast.checkpoints.schema import COMPONENTS
 from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, load_weights, save_weights
 from ldmseg_fast.config import PRESETS, to_dict
 from ldmseg_fast.config.roots import set_names
 from ldmseg_fast.config.settings import PYRAMID_STRIDES
 from ldmseg_fast.errors import ArgumentError, CheckpointError
-from ldmseg_fast.files import read_json, read_lines, replacing_folder
+from ldmseg_fast.files import read_lines, replacing_folder
 from ldmseg_fast.outputs import check_outputs, is_inside
 from ldmseg_fast.training.provenance import STARTS, ancestors, cpu_minutes
 
@@ -148,17 +149,17 @@ def history(run_dir: Path, machine: str = "") -> dict[str, Any]:
     """Gathers facts for the model card: each training that led to these weights, first to last."""
     facts: dict[str, Any] = {}
     for number, folder in enumerate(ancestors(run_dir), 1):
-        settings = read_json(folder / "config.json")
+        settings = read_run_settings(folder)
         stage, logs = settings["stage"], folder / "logs"
-        starts, records = read_lines(logs / STARTS), read_lines(logs / "log.jsonl")
-        machines = dict.fromkeys(start["machine"] for start in starts)
+        starts, records = read_lines(logs / STARTS), read_log(folder)
+        machines = dict.fromkeys(start["machine"] for start in starts if isinstance(start.get("machine"), str))
         validated = [record for record in records if "val/pq" in record]
         training = {
             "command": command(settings),
             "data": ",".join(set_names(settings["data"]["root"])),
             "seed": settings["train"]["seed"],
             "steps": records[-1]["step"] if records else "not recorded",
-            "ranks": max((start["ranks"] for start in starts), default="not recorded"),
+            "ranks": max((r for start in starts if type(r := start.get("ranks")) is int), default="not recorded"),
             "minutes of processor time (rank 0)": round(cpu_minutes(logs), 1) or "not recorded",
             "machine": "; ".join(machines) or machine or "not recorded",
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -21,6 +22,19 @@ from ldmseg_fast.errors import LaunchError, Stopped, UserError
 INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 + SIGINT, 128 + SIGTERM
 PATIENCE = 8.0  # seconds that other ranks wait for rank 0's word
 TOLD = 5.0  # seconds that a rank leaves to rank 0 to say what is wrong for all
+_CURES = {
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "it is no folder: choose another path",
+    errno.ENOTDIR: "a part of the path is no folder: choose another path",
+    errno.EISDIR: "name a file",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EPERM: "change its permissions, or choose another path",
+    errno.EROFS: "choose another path",
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some space, or choose another disk",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise `ulimit -n`",
+}
 _FAILED = "ldmseg/failed"  # in the launcher's store: "RANK:EXIT_CODE:why"
 
 
@@ -36,7 +50,17 @@ def reason_of(error: BaseException) -> tuple[str, int] | None:
         return "stopped by SIGTERM", TERMINATED
     if isinstance(error, Stopped):
         return str(error), error.exit_code
-    return (f"error: {error}", 2) if isinstance(error, UserError | OSError) else None
+    if isinstance(error, OSError):
+        return f"error: {_with_cure(error)}", 2
+    return (f"error: {error}", 2) if isinstance(error, UserError) else None
+
+
+def _with_cure(error: OSError) -> str:
+    """Writes what the system says of a file, the file first, with what to do about it."""
+    if error.filename is None or error.filename2 is not None or error.errno is None:
+        return str(error)
+    cure = f"; {_CURES[error.errno]}" if error.errno in _CURES and error.strerror == os.strerror(error.errno) else ""
+    return f"{os.fsdecode(error.filename) or repr('')}: {error.strerror}{cure}"
 
 
 def end_alone(text: str, code: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -83,6 +84,17 @@ class Views:
     def largest(self) -> float:
         """The largest of the scales, at least 1."""
         return max(1.0, *self.scales)
+
+
+def as_scales(scales: Any) -> tuple[float, ...]:
+    """Returns the numbers of a sequence or an array, NumPy's as Python's.
+
+    Raises:
+        ArgumentError: neither.
+    """
+    if not isinstance(scales, (Sequence, np.ndarray)):
+        raise ArgumentError(f"scales={scales!r}: a list of numbers expected, such as (0.75, 1)")
+    return tuple(float(scale) if isinstance(scale, np.floating) else scale for scale in scales)
 
 
 def sample_ensemble(

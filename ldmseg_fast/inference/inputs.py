@@ -97,7 +97,7 @@ def scaled_picture(image: Any, index: int, size: int, *, exif: bool, max_pixels:
             raise ArgumentError(str(error)) from error
         image = Picture(rgb, (rgb.height, rgb.width))
     elif isinstance(image, np.ndarray):
-        pixels = image if image.dtype == np.uint8 else scale(image, _RANGES[str(image.dtype)])
+        pixels = image if image.dtype == np.uint8 else scale(image, _RANGES[image.dtype.name])
         image = Picture(pixels, pixels.shape[:2])  # type: ignore[arg-type]
     return Picture(resize_image(image.pixels, size), image.size)
 
@@ -111,7 +111,7 @@ def _checked(image: Any, name: str) -> Any:
     if not hasattr(image, "__array__"):
         raise ArgumentError(f"{name}: {_kind(image)}; {_EXPECTED}")
     array = as_array(image, name)
-    largest = _RANGES.get(str(array.dtype))
+    largest = _RANGES.get(array.dtype.name)  # in either byte order
     if largest is None or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise ArgumentError(f"{name}: {array.dtype} of shape {array.shape}; {_cure(array)}")
     try:
@@ -140,7 +140,7 @@ def _check_path(path: Any, name: str) -> None:
     except FileNotFoundError:
         raise ArgumentError(f"{name}: {str(path)!r:.200}: no such file; {_EXPECTED}") from None
     except (OSError, ValueError) as error:  # ValueError: a null character
-        if isinstance(error, DataError):
+        if isinstance(error, DataError) and "\0" not in str(path):
             raise
         raise ArgumentError(f"{name}: {str(path)!r:.200}: no file ({error}); {_EXPECTED}") from None
 
@@ -289,7 +289,11 @@ def check_thresholds(thresholds: Any) -> None:
     if thresholds is not None:
         if not isinstance(thresholds, PostprocessConfig):
             raise ArgumentError(f"thresholds: {_kind(thresholds)}; give a PostprocessConfig")
-        update(PostprocessConfig(), asdict(thresholds), "thresholds.")
+        given = asdict(thresholds)
+        for name, value in given.items():
+            if isinstance(value, str):  # what a command line gives, and `update` takes
+                raise ArgumentError(f"thresholds.{name}={value!r}: a number expected")
+        update(PostprocessConfig(), given, "thresholds.")
 
 
 def batches_of(count: int, batch_size: int) -> list[slice]:

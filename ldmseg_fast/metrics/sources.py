@@ -195,7 +195,7 @@ def png_folder(json_path: str | Path, given: str | Path | None = None) -> Path:
         PanopticFormatError: there is none; the message names the places looked at.
     """
     path = Path(json_path)
-    places = [path.with_suffix(""), path.parent.parent / path.stem] if given is None else [Path(given)]
+    places = [path.parent / path.stem, path.parent.parent / path.stem] if given is None else [Path(given)]
     for place in places:
         if place.is_dir():
             return place

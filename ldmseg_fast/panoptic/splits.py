@@ -52,6 +52,16 @@ def list_splits(root: str | os.PathLike) -> list[str]:
     )
 
 
+def check_split_name(split: str) -> None:
+    """Checks the name of a new split, which becomes the name of a folder.
+
+    Raises:
+        DataError: empty, a path, or a name that starts with a dot.
+    """
+    if not split or split.startswith(".") or any(letter in split for letter in "/\\\0"):
+        raise DataError(f"split {split!r}: a name for a folder expected, such as train2017")
+
+
 def find_split(root: str | os.PathLike, split: str) -> SplitFolders:
     """Finds the files of a split.
 

@@ -8,9 +8,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from ldmseg_fast.checkpoints.run_records import read_log
 from ldmseg_fast.files import read_json, read_lines
 from ldmseg_fast.reports.page import Page
-from ldmseg_fast.reports.run_page import curves, last_picture, quality_rows, read_log
+from ldmseg_fast.reports.run_page import curves, last_picture, quality_rows
 
 STAGES = {"diffusion": "Diffusion model", "autoencoder": "Mask auto-encoder"}
 

@@ -6,17 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+from ldmseg_fast.checkpoints.run_records import LOG, read_log
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.reports.page import Page
-
-LOG = Path("logs") / "log.jsonl"  # of a run's folder
-
-
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """Reads the whole lines of a run's log; none where it has not logged."""
-    from ldmseg_fast.files import read_lines
-
-    return read_lines(run / LOG)
 
 
 def require_matplotlib() -> None:
@@ -84,7 +76,7 @@ def write_run_report(run: Path, path: Path) -> Path:
         page.picture(picture, "image, truth, prediction on the validation split")
     settings = run / "settings.txt"
     if settings.is_file():
-        page.details("settings", settings.read_text(encoding="utf-8"))
+        page.details("settings", settings.read_text(encoding="utf-8", errors="replace"))
     page.write(path)
     return path
 

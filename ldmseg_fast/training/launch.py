@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from ldmseg_fast.files import read_lines
+from ldmseg_fast.checkpoints.run_records import read_log
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 PERIOD = 0.5  # seconds between two looks at a training
@@ -108,7 +108,7 @@ class Bar:
         self.bar = tqdm(total=seconds, desc=stage, bar_format=form, disable=None)
 
     def _newest(self) -> dict[str, Any]:
-        records = [record for record in read_lines(self.folder / "logs" / "log.jsonl") if "loss" in record]
+        records = [record for record in read_log(self.folder) if "loss" in record]
         return records[-1] if records else {}
 
     def update(self, state: str = "") -> None:

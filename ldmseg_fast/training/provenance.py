@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ldmseg_fast import distributed
-from ldmseg_fast.files import read_lines, read_text
+from ldmseg_fast.checkpoints.run_records import read_log, read_run_settings
 from ldmseg_fast.threads import cores
 
 STARTS = "starts.jsonl"
@@ -47,7 +47,7 @@ def record_start(logs: Path, stage: str, start_step: int) -> None:
 def cpu_minutes(logs: Path) -> float:
     """Adds up the processor time of rank 0, all starts together, in minutes."""
     total = previous = 0.0
-    for record in read_lines(logs / "log.jsonl"):
+    for record in read_log(logs.parent):
         now = record.get("cpu_seconds")
         if now is not None:
             total += now - (previous if now >= previous else 0.0)  # the counter begins again with each start
@@ -56,7 +56,11 @@ def cpu_minutes(logs: Path) -> float:
 
 
 def ancestors(run_dir: Path) -> list[Path]:
-    """Lists the folders that are there of the runs that this one was built on: oldest first, itself last."""
+    """Lists the folders that are there of the runs that this one was built on: oldest first, itself last.
+
+    Raises:
+        CheckpointError: settings that no training wrote; see `read_run_settings`.
+    """
     chain: list[Path] = []
     waiting = [run_dir]
     while waiting:
@@ -64,7 +68,7 @@ def ancestors(run_dir: Path) -> list[Path]:
         if not (folder / "config.json").is_file() or folder in chain:
             continue
         chain.append(folder)
-        model = json.loads(read_text(folder / "config.json")).get("model", {})
+        model = read_run_settings(folder)["model"]
         waiting += [Path(model[key]) for key in ("init_from", "mask_vae") if model.get(key)]
     return chain[::-1]
 

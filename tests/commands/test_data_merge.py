@@ -37,6 +37,9 @@ def test_what_is_there_stays(scenes, tmp_path):
     for source in ("nowhere", f"{scenes}:val2017:x", f"{scenes}:val2017:0", f"{scenes}:other", "a:b:1:2"):
         with pytest.raises(DataError):
             merge_splits(tmp_path / "b", [source])
+    for split in ("", "..", "../out", "a/b", "a\\b", ".hidden", "a\0b"):
+        with pytest.raises(DataError, match=r"split .*: a name for a folder expected"):
+            merge_splits(tmp_path / "b", [f"{scenes}:val2017:2"], split)
     assert not (tmp_path / "b").exists()
 
 

@@ -106,7 +106,14 @@ def test_every_error_of_ours_is_a_user_error():
     ("error", "expected"),
     [
         (errors.ConfigError("train.steps=-1"), ("error: train.steps=-1", 2)),
-        (FileNotFoundError(2, "No such file", "x"), ("error: [Errno 2] No such file: 'x'", 2)),
+        (FileNotFoundError(2, "No such file", "x"), ("error: x: No such file", 2)),
+        (FileNotFoundError(2, os.strerror(2), "x"), ("error: x: No such file or directory; check the path", 2)),
+        (
+            FileExistsError(17, os.strerror(17), b"x"),
+            ("error: x: File exists; it is no folder: choose another path", 2),
+        ),
+        (IsADirectoryError("x is a folder: name a file in it"), ("error: x is a folder: name a file in it", 2)),
+        (OSError(28, os.strerror(28)), ("error: [Errno 28] No space left on device", 2)),
         (KeyboardInterrupt(), ("interrupted", 130)),
         (errors.Stopped(7, 15), ("stopped by SIGTERM at step 7 and saved; go on with --resume", 143)),
         (ValueError("operands could not be broadcast"), None),
@@ -116,6 +123,24 @@ def test_every_error_of_ours_is_a_user_error():
 )
 def test_reasons(error, expected):
     assert reason_of(error) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["data", "check", ""], "behind 'check'"),
+        (["data", "scenes", "x", "--images", "2", "--sheet", ""], "--sheet"),
+        (["pq", "gt.json", "pred.json", "--csv="], "--csv"),
+        (["predict", "tiny", "", "--out", "x"], "behind 'tiny'"),
+        (["predict", "tiny", "a.png", "--out", ""], "--out"),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_argument_is_not_the_folder_that_the_shell_is_in(argv, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {named}: an empty argument; ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_command(capsys):

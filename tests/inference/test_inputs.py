@@ -196,12 +196,19 @@ def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
         ({"exif": None}, "exif=None"),
         ({"callback": 3}, "callback=3"),
         ({"captions": "text"}, "captions='text'"),
+        ({"captions": 5}, "captions=5: a list of texts"),
+        ({"captions": {"text": 1}}, "captions=.*: a list of texts"),
         ({"image_ids": "a"}, "image_ids='a'"),
         ({"image_ids": [None]}, r"image_ids\[0\]=None"),
         ({"image_ids": ["\udcff"]}, r"image_ids\[0\]"),
         ({"latents": [1.0]}, "latents: list"),
+        ({"latents": torch.zeros(1, 4, 16, 16, dtype=torch.complex64)}, "latents: torch.complex64"),
+        ({"latents": torch.zeros(1, 4, 16, 16, device="meta")}, "latents: .* on meta"),
+        ({"latents": torch.full((1, 4, 16, 16), torch.nan)}, "latents: the initial noise is not finite"),
         ({"generator": 3}, "generator=3"),
         ({"thresholds": 0.5}, "thresholds: float"),
+        ({"thresholds": PostprocessConfig(mask_threshold="0.5")}, "thresholds.mask_threshold='0.5': a number"),
+        ({"thresholds": PostprocessConfig(count_threshold="12")}, "thresholds.count_threshold='12': a number"),
         ({"thresholds": PostprocessConfig(mask_threshold=50)}, "thresholds.mask_threshold=50"),
         ({"thresholds": PostprocessConfig(overlap_threshold=float("nan"))}, "thresholds.overlap_threshold=nan"),
     ],
@@ -210,6 +217,42 @@ def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
 def test_numbers_out_of_range(pipe: LDMSegPipeline, arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipe(picture(), **({"num_inference_steps": 1} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model_dir": None}, "model None: a folder or the name of a model"),
+        ({"model_dir": b"tiny"}, "model b'tiny'"),
+        ({"model_dir": ["tiny"]}, r"model \['tiny'\]"),
+        ({"device": "gpu"}, "device='gpu': no such device here"),
+        ({"device": "meta"}, "device='meta': no such device here"),
+        ({"device": "xla"}, "device='xla': no such device here"),
+        ({"device": -7}, "device=-7: no such device here"),
+        ({"dtype": "fp16"}, "dtype='fp16': one of torch.float32"),
+        ({"dtype": np.float32}, "dtype=.*: one of torch.float32"),
+        ({"dtype": torch.int8}, "dtype=torch.int8"),
+        ({"dtype": torch.complex64}, "dtype=torch.complex64"),
+        ({"fused": "no"}, "fused='no': True or False"),
+        ({"cuda_graph": "no"}, "cuda_graph='no': True or False"),
+        ({"backend": "onnxruntime", "lanes": "2"}, "lanes='2': a whole number"),
+        ({"backend": "onnxruntime", "threads": 1.5}, "threads=1.5: a whole number"),
+    ],
+    ids=str,
+)
+def test_what_no_model_is_loaded_with(model_dir: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LDMSegPipeline.from_pretrained(**({"model_dir": model_dir} | arguments))
+
+
+def test_either_byte_order_and_numbers_of_numpy(pipe: LDMSegPipeline) -> None:
+    deep = picture().astype(np.uint16) * 257
+    assert (pixels_of(deep.astype(deep.dtype.newbyteorder())) == pixels_of(deep)).all()
+    for scales in (np.ones(1, np.float32), [np.float16(1)], (1,)):
+        assert len(pipe.ensemble(picture(), 1, num_inference_steps=1, scales=scales)) == 1
+    for scales in (5, None):
+        with pytest.raises(ArgumentError, match=f"scales={scales}: a list of numbers"):
+            pipe.ensemble(picture(), 1, scales=scales)
 
 
 def test_ranges_of_the_other_calls(pipe: LDMSegPipeline, model_dir: Path) -> None:
