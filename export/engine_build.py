@@ -296,11 +296,18 @@ def _cached(out: Path, name: str, key: str) -> Passport | None:
 
 
 def parity_summary(onnx_dir: Path) -> dict[str, float]:
-    """Returns each comparison of the export's parity report; empty where the export has none."""
+    """Returns each comparison of the export's parity report; empty where the export has none.
+
+    Raises:
+        BackendError: a damaged report.
+    """
     path = onnx_dir / PARITY
     if not path.is_file():
         return {}
-    return {row["what"]: row["value"] for row in json.loads(read_text(path))["rows"]}
+    try:
+        return {row["what"]: row["value"] for row in json.loads(read_text(path))["rows"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BackendError(f"{path}: damaged parity report ({type(error).__name__}: {error}); export again") from None
 
 
 def _replace(path: Path, content: bytes) -> None:

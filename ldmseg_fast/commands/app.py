@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ldmseg_fast.app import server
     from ldmseg_fast.app.visitors import visitors_folder
-    from ldmseg_fast.errors import DataError
+    from ldmseg_fast.errors import ArgumentError, DataError
     from ldmseg_fast.files import read_text
     from ldmseg_fast.outputs import check_outputs
 
@@ -83,7 +83,10 @@ def run(args: argparse.Namespace) -> int:
         auth, where = os.environ.pop(AUTH), AUTH
     if auth is not None and auth.startswith("@"):
         where = f"--auth {auth}"
-        auth = read_text(auth[1:], DataError).strip("\r\n")
+        try:
+            auth = read_text(auth[1:], DataError).strip("\r\n")
+        except UnicodeDecodeError:
+            raise ArgumentError(f"{where}: no text in UTF-8; a file with the line USER:PASSWORD expected") from None
     if auth is not None:
         auth = server.check_auth(auth, where)
     address = server.Address(args.host, args.port, auth, args.share)

@@ -176,8 +176,10 @@ def load_config(
             config = update(Config(), values)
         except ConfigError as error:
             raise ConfigError(f"{name_or_file}: {error}") from None
+    if isinstance(overrides, str):
+        raise ConfigError(f"{overrides!r}: a list of settings expected, such as ['train.steps=1000']")
     for item in (*recipe, *overrides):
-        key, equals, value = item.partition("=")
+        key, equals, value = item.partition("=") if isinstance(item, str) else ("", "", "")
         if not equals or not key:
             raise ConfigError(f"{item!r}: settings are written key=value, such as train.steps=1000")
         nested: Any = value

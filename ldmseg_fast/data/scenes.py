@@ -132,7 +132,7 @@ def _check_arguments(size: int, seed: int, version: int) -> None:
 def _read_record(out: Path) -> dict | None:
     try:
         return json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

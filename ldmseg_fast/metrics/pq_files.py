@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.metrics.file_pair import FilePair, why_missing
 from ldmseg_fast.metrics.pq import PanopticQuality
 from ldmseg_fast.metrics.pq_report import image_qualities
-from ldmseg_fast.metrics.resampling import bootstrap_interval
+from ldmseg_fast.metrics.resampling import bootstrap_interval, check_draws
 from ldmseg_fast.metrics.slices import slices_of
 from ldmseg_fast.metrics.sources import png_folder
 from ldmseg_fast.threads import cores, startable_threads
@@ -62,7 +63,11 @@ def evaluate_files(
         PanopticFormatError: names the file. See `open_source`, `read_panoptic_png` and `match_segments`; besides,
             images without prediction unless `allow_missing`, predictions of other images alone, and a missing folder of
             PNGs.
+        ArgumentError: replicates or a seed below 0, a table without `by`.
     """
+    check_draws(replicates, seed)
+    if table is not None and by is None:
+        raise ArgumentError(f"table={table}: needs `by`, the column to take of it")
     options = (class_agnostic, allow_missing, num_threads, boundary)
     stat, facts = match_all(gt_json, pred_json, gt_folder, pred_folder, *options)
     return report_of(stat, facts, replicates, seed, by, table)

@@ -1,6 +1,7 @@
 """Resamples images: an interval of PQ, and the paired comparison of two methods on the same images."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,17 @@ class _Cells:
         return total, np.bincount(self.category, times * self.iou, self.categories)
 
 
+def check_draws(replicates: int, seed: int) -> None:
+    """Checks what random draws are made by.
+
+    Raises:
+        ArgumentError: names what is no whole number of at least 0.
+    """
+    for name, value in (("replicates", replicates), ("seed", seed)):
+        if not isinstance(value, Integral) or value < 0:
+            raise ArgumentError(f"{name}={value!r}: a whole number of at least 0 expected")
+
+
 def bootstrap_interval(
     stat: PanopticQuality, replicates: int = 1000, seed: int = 0, level: float = LEVEL
 ) -> dict[str, Any] | None:
@@ -37,6 +49,7 @@ def bootstrap_interval(
     It does not depend on the order in which images were added. Source: Efron, "Bootstrap methods: another look at the
     jackknife", 1979.
     """
+    check_draws(replicates, seed)
     if not len(stat.image_ids) or not len(stat.matches()) or not replicates:
         return None
     cells = _cells(stat)
@@ -68,12 +81,13 @@ def compare(
         `level`, and `changed`: image_id, pq of both and their difference, by the size of the difference.
 
     Raises:
-        ArgumentError: statistics over other images or categories.
+        ArgumentError: statistics over other images or categories, replicates or a seed below 0.
     """
     if first.categories != second.categories or set(first.image_ids) != set(second.image_ids):
         raise ArgumentError("methods are compared on the same images and categories: evaluate both on one ground truth")
     if not len(first.image_ids):
         raise ArgumentError("there are no images to compare methods on")
+    check_draws(replicates, seed)
     one, two = _cells(first), _cells(second)
     ones = [np.ones(len(cells.image)) for cells in (one, two)]
     pq = [_mean_quality(*cells.quality(times)) for cells, times in zip((one, two), ones)]

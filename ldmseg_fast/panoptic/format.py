@@ -74,6 +74,8 @@ def check_ids(ids: np.ndarray) -> np.ndarray:
     Raises:
         PanopticFormatError: it is no such map.
     """
+    if not isinstance(ids, np.ndarray):
+        raise PanopticFormatError(f"expected an array of integer ids [H, W], got {type(ids).__name__}")
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise PanopticFormatError(f"expected integer ids [H, W], got {list(ids.shape)} {ids.dtype}")
     if ids.min() < 0 or ids.max() > MAX_ID:

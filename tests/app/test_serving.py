@@ -354,3 +354,9 @@ def test_a_tunnel_that_fails_is_one_line(monkeypatch):
     with listen("127.0.0.1", 0) as bound, pytest.raises(BackendError, match="leave --share out") as caught:
         server.public_address(bound)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_a_password_that_is_no_text(model_dir, tmp_path, capsys):
+    (tmp_path / "password").write_bytes(b"\x89PNG\xff")
+    assert main(["app", "--model", str(model_dir), "--auth", f"@{tmp_path / 'password'}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --auth @{tmp_path / 'password'}: no text in UTF-8; ")

@@ -197,3 +197,9 @@ def test_a_pipeline_is_no_folder():
     config = load_config("tiny")
     with pytest.raises(ConfigError, match=r"model\.init_from is a StableDiffusionPipeline and a folder is expected"):
         validate(replace(config, model=replace(config.model, init_from=StableDiffusionPipeline())))
+
+
+@pytest.mark.parametrize("overrides", ["train.steps=1", [5], [None], ["train.steps"], ["=1"]])
+def test_settings_that_are_not_written_as_such(overrides):
+    with pytest.raises(ConfigError, match=r"a list of settings expected|settings are written key=value"):
+        load_config("tiny", overrides)

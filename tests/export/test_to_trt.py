@@ -347,3 +347,10 @@ def test_pictures_of_any_size(graphs):
         engine_build.axis_ranges(spec, manifest, (1, 2, 3), engine_build.Ranges())
     with pytest.raises(BackendError, match="multiples of 8 pixels"):
         engine_build.axis_ranges(spec, manifest, (1, 2, 3), engine_build.Ranges(sides=(32, 60, 64)))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"rows": 3}', b'{"rows": [{}]}', b"\xff\xfe", b"[" * 9999])
+def test_a_damaged_parity_report(tmp_path, content):
+    (tmp_path / model_export.PARITY).write_bytes(content)
+    with pytest.raises(BackendError, match=rf"{model_export.PARITY}: damaged parity report .*; export again"):
+        engine_build.parity_summary(tmp_path)

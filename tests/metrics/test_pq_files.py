@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldmseg_fast.cli import main
-from ldmseg_fast.errors import PanopticFormatError
+from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 from ldmseg_fast.metrics import file_pair, matching
 from ldmseg_fast.metrics.pq_files import evaluate_files, png_folder
 from ldmseg_fast.metrics.pq_report import format_table
@@ -358,3 +358,19 @@ def test_folders_without_a_name(tmp_path, monkeypatch, capsys):
     for given in (["/", "/"], [".", "."], ["..", "."]):
         assert main(["pq", *given]) == 2
         assert capsys.readouterr().err.startswith(f"error: {given[0]}: no PNG in this folder")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replicates": -1}, "replicates=-1: a whole number"),
+        ({"replicates": 1.5}, "replicates=1.5: a whole number"),
+        ({"seed": -1}, "seed=-1: a whole number"),
+        ({"seed": "x"}, "seed='x': a whole number"),
+        ({"table": "none.csv"}, "table=none.csv: needs `by`"),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_api(dataset, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        evaluate_files(*dataset, **options)

@@ -335,3 +335,9 @@ def test_chunks_that_claim_much(implementation, tmp_path):
     if _C is not None and panoptic_format._C is not None:
         with pytest.raises(PanopticFormatError, match="not of the size"):
             read_panoptic_png(path)
+
+
+@pytest.mark.parametrize("ids", [None, [[1, 2]], "map.png"])
+def test_what_is_no_array(tmp_path, ids):
+    with pytest.raises(PanopticFormatError, match=f"expected an array of integer ids .*, got {type(ids).__name__}"):
+        write_panoptic_png(tmp_path / "map.png", ids)
