@@ -14,6 +14,7 @@ from typing import Any
 
 from ldmseg_fast import __version__
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.streams import open_streams
 from ldmseg_fast.threads import limit_threads
 
 # command -> its module, and what `ldmseg --help` says of it
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 
     `ldmseg --help` lists the codes.
     """
+    open_streams()
     limit_threads()
     args = build_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):

@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     from ldmseg_fast.distributed.ending import exit_code_of
     from ldmseg_fast.distributed.liveness import Interrupt
+    from ldmseg_fast.streams import open_streams
 
+    open_streams()
     try:
         distributed.start()
         with Interrupt():  # from here on the ranks end together, also while the rest is imported

@@ -184,6 +184,17 @@ def test_nobody_reads_the_output_any_more(tmp_path):
     assert process.stderr.read() == "" and process.wait(60) == 141
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(scenes, tmp_path, closed):
+    truth = scenes / "annotations" / "panoptic_val2017.json"
+    arguments = ["pq", truth, truth, "--gt-folder", scenes / "panoptic_val2017"]
+    arguments += ["--pred-folder", scenes / "panoptic_val2017", "--csv", tmp_path / "pq.csv"]
+    command = shlex.join(map(str, [sys.executable, "-m", "ldmseg_fast.cli", *arguments]))
+    done = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "pq.csv").read_text().startswith("category")
+
+
 def test_commands_wait_for_no_imports_of_others():
     code = (
         "import sys; from ldmseg_fast.cli import main\n"

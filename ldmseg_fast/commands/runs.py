@@ -109,7 +109,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _number(settings: Any, name: str) -> float:
-    value = settings.get(name) if isinstance(settings, dict) else None
+    value: Any = settings.get(name) if isinstance(settings, dict) else None
     return value if type(value) in (int, float) and isfinite(value) else 0
 
 

@@ -18,6 +18,7 @@ from ldmseg_fast import distributed
 from ldmseg_fast.distributed.liveness import LOST_RANK, Heartbeat, is_running, lost_ranks
 from ldmseg_fast.distributed.ranks import ranks_of
 from ldmseg_fast.errors import LaunchError, Stopped, UserError
+from ldmseg_fast.streams import open_streams
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 + SIGINT, 128 + SIGTERM
 PATIENCE = 8.0  # seconds that other ranks wait for rank 0's word
@@ -83,6 +84,7 @@ def run_command(run: Callable[[], int | None]) -> int:
 
     An error that the user can mend ends in one line on stderr. A fault of ours keeps its traceback.
     """
+    open_streams()
     try:
         return run() or 0
     except (Exception, KeyboardInterrupt) as error:

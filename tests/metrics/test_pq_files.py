@@ -353,11 +353,10 @@ def test_nothing_is_written_beside_the_data(dataset):
     assert sorted((path, path.stat().st_mtime_ns) for path in gt_json.parents[2].rglob("*")) == before
 
 
-def test_folders_without_a_name(tmp_path, monkeypatch, capsys):
+def test_a_folder_without_a_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for given in (["/", "/"], [".", "."], ["..", "."]):
-        assert main(["pq", *given]) == 2
-        assert capsys.readouterr().err.startswith(f"error: {given[0]}: no PNG in this folder")
+    assert main(["pq", ".", "."]) == 2
+    assert capsys.readouterr().err.startswith("error: .: no PNG in this folder")
 
 
 @pytest.mark.parametrize(
