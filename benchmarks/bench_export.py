@@ -106,8 +106,6 @@ def full_size(run: Run, folder: Path) -> None:
     case = {"precision": "fp16", "size": "512x512"}
     run.add_value("full-size UNet to ONNX", minutes, "minutes", case=case, target=MAX_MINUTES)
     run.add_value("full-size UNet to ONNX, peak memory", gib, "GiB", case=case, target=MAX_GIB)
-    run.check("the export keeps to its time", minutes <= MAX_MINUTES)
-    run.check("the export keeps to its memory", gib <= MAX_GIB)
     if importlib.util.find_spec("tensorrt_rtx") is not None:
         minutes, gib = run_apart(BUILD, model, out)
         case["target"] = "sm89"
@@ -136,7 +134,6 @@ def whole_commands(run: Run, model: Path, out: Path, size: str) -> None:
         case = {"model": size, "options": " ".join(options)}
         run.add_value(f"{name}.py", minutes, "minutes", case=case, target=MAX_COMMAND_MINUTES)
         run.add_value(f"{name}.py, peak memory", gib, "GiB", case=case, target=MAX_COMMAND_GIB)
-        run.check(f"{name}.py keeps to its memory", gib <= MAX_COMMAND_GIB)
     run.check("to_onnx.py leaves its parity report", (out / "to_onnx" / PARITY).is_file())
 
 

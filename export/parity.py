@@ -30,6 +30,7 @@ from ldmseg_fast.evaluation import OBJECT, in_percent
 from ldmseg_fast.export.calibration import LayerScales, calibrate
 from ldmseg_fast.export.float_twin import float_twin, flow_scales
 from ldmseg_fast.export.parity_reference import (
+    InFloat64,
     Quantised,
     ReferenceBackend,
     Values,
@@ -111,21 +112,24 @@ class _Run:
                 self.info, options, quantised, device, rounds_scale=self.manifest.opset < ATTENTION_OPSET
             )
 
-    def own_errors(self, values: Values) -> dict[str, float]:
+    def own_errors(self, network: str, values: Values) -> dict[str, float]:
         """Tells the relative error of float32 itself in PyTorch's outputs, against float64; `values` are its own."""
         gc.collect()
-        exact = network_outputs(self.reference().in_float64(), values)
+        reference = self.reference()
+        reference.unet.unfuse()  # joined weights are float32's
+        with InFloat64():
+            exact = network_outputs(reference, values, [network])
         return {name: relative_error(values[name], each) for name, each in exact.items() if each.is_floating_point()}
 
     def save(self, stage: str, index: int, values: Values) -> None:
         torch.save(values, self.scratch / f"{stage}-{index}.pt")
 
     def load(self, stage: str, index: int) -> Values:
-        return torch.load(self.scratch / f"{stage}-{index % self.work.images}.pt", weights_only=True)
+        return torch.load(self.scratch / f"{stage}-{index}.pt", weights_only=True)
 
     def first(self, stage: str, size: int) -> Values:
         """Stacks what is stored of the first `size` images, repeated from the start where there are fewer."""
-        values = [self.load(stage, index) for index in range(size)]
+        values = [self.load(stage, index % self.work.images) for index in range(size)]
         return {name: torch.cat([each[name] for each in values]) for name in values[0]}
 
 
@@ -238,8 +242,7 @@ def _run_graphs(run: _Run, folder: Path, stage: str) -> None:
     try:
         if stage == "exact":
             for size in run.work.batches:
-                expected = run.first(reference, size)
-                run.rows += exact_rows(size, network_outputs(backend, expected), expected, run.own_errors)
+                run.save("batch", size, network_outputs(backend, run.first(reference, size)))
         for index in range(run.work.images):
             inputs = run.load(reference, index)
             found = whole_runs(backend, inputs, run.work.steps, run.bar.update)
@@ -257,6 +260,9 @@ def _run_graphs(run: _Run, folder: Path, stage: str) -> None:
                 run.latency["ratio"] = run.latency["torch"] / run.latency[runtime]
     finally:
         backend.close()
+    del backend  # PyTorch may come back into memory for float32's own errors
+    for size in run.work.batches if stage == "exact" else ():
+        run.rows += exact_rows(size, run.load("batch", size), run.first(reference, size), run.own_errors)
 
 
 def _pq(run: _Run, backend: Any, stage: str, steps: tuple[int, ...]) -> float:
