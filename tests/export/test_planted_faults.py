@@ -246,7 +246,8 @@ def test_only_an_output_that_misses_the_limit_is_asked_for_its_own_error():
         raise AssertionError("within the limit")
 
     assert row(5e-6, never) == [True, True]
-    assert row(2e-5, lambda network, _: {"image_encoder": {"image_latents": 1e-5}, "denoiser": {"model_output": 2e-6}}[network]) == [True, False]
+    own = {"image_encoder": {"image_latents": 1e-5}, "denoiser": {"model_output": 2e-6}}
+    assert row(2e-5, lambda network, _: own[network]) == [True, False]
     assert row(5e-5, lambda _, values: dict.fromkeys(values, 1e-5)) == [False, False]
 
 
