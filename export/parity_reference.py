@@ -23,6 +23,7 @@ from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.export.calibration import LayerScales, fake_quantize, to_eight_bits
+from ldmseg_fast.export.networks import load_network
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.models.conditioning import with_context
 
@@ -85,7 +86,8 @@ class ReferenceBackend(TorchBackend):
 
     @torch.no_grad()
     def _load(self, name: str, attention: str = "auto") -> Any:
-        module = super()._load(name, attention)
+        network = load_network(self.info, name, torch.float32)  # without the pages of its file, which count as memory
+        module = network.to(device=self.device, memory_format=torch.channels_last)
         if (dtype := self._dtypes.get(name, torch.float32)) != torch.float32:
             for values in module.state_dict().values():
                 if values.is_floating_point():
