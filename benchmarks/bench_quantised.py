@@ -1,18 +1,20 @@
-"""Measures quantised graphs of a trained model: a step's time on one core, sizes, and the PQ that they lose.
+"""Measures quantised graphs of a trained model: time, size, the PQ that they lose, and what TensorRT-RTX fuses in them.
 
-python benchmarks/bench_quantised.py [MODEL_DIR] [--images N] [--seeds N] [--out FOLDER]
+python benchmarks/bench_quantised.py [MODEL_DIR] [--parts graphs engines] [--images N] [--seeds N] [--out FOLDER]
     [--data ROOT:TRAIN:TEST ...]
 
 Without --data a model of scenes is scored on new ones. With it, scales come from pictures of the first set's TRAIN, and
 the first --images of each TEST are scored.
 
 int8 for a CPU runs in ONNX Runtime. Graphs for TensorRT are emulated in PyTorch, which rounds where they do; so their
-PQ is what rounding costs, and says nothing of an engine's own kernels.
+PQ is what rounding costs, and says nothing of an engine's own kernels. `engines` builds the denoiser's with
+TensorRT-RTX, which needs no GPU, and counts by the builder's log what becomes of the graph's nodes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 from dataclasses import replace
@@ -20,18 +22,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, Run, measure
+from benchmarks.measuring.builder_log import build_logged, fusions
 from ldmseg_fast.backends.graphs.manifest import Manifest
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph
 from ldmseg_fast.backends.graphs.specs import sample_inputs
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.backends.trt.api import load_api
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import DataConfig
@@ -44,6 +49,7 @@ from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.evaluation import OBJECT, in_percent
 from ldmseg_fast.export.calibration import calibrate
+from ldmseg_fast.export.engine_build import shapes_of
 from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
 from ldmseg_fast.export.parity import calibration_pictures
 from ldmseg_fast.export.parity_reference import Quantised, ReferenceBackend
@@ -57,10 +63,13 @@ EXPORTS = {
     "int8, tensorrt": ExportSettings("int8", runtime="tensorrt"),
     "fp8, tensorrt": ExportSettings("fp8"),
 }
+PARTS = ("graphs", "engines")
+BUILT = ("fp16", "int8, tensorrt", "fp8, tensorrt")  # by TensorRT-RTX
 SIZES = {CPU_INT8: ("fp32", 0.30), "int8, tensorrt": ("fp16", 0.55), "fp8, tensorrt": ("fp16", 0.55)}
 LOSSES = {CPU_INT8: 0.3, "int8, tensorrt": 0.5, "fp8, tensorrt": 0.3}  # points of PQ
 SPEED_WITH_VNNI, SPEED = 4.0, 2.6
 BATCH = 25
+TARGET = "sm89"  # of the engines
 SEED = 1  # of the scenes; calibration sees those of seed 0
 
 
@@ -113,6 +122,20 @@ def losses(
         backend.close()
 
 
+def engines(run: Run, info: ModelInfo, manifests: dict[str, Manifest], graphs: Path) -> None:
+    """Builds the denoiser of the exports for TensorRT and counts its layers by the builder's log."""
+    api = load_api("rtx")
+    case = {"model": info.folder.name, "target": TARGET, "builder": api.name}
+    for name, manifest in manifests.items():
+        graph = manifest.graphs["denoiser"]
+        shapes = shapes_of(graph.spec, {"batch": (1, 1, 8)})
+        layers, size = build_logged(api, graphs / name / graph.file, shapes, TARGET)
+        nodes = onnx.load(str(graphs / name / graph.file), load_external_data=False).graph.node
+        found = fusions(layers, {node.name: node.op_type for node in nodes})
+        for what, (value, unit) in (found | {"engine": (size / 2**20, "MiB")}).items():
+            run.add_value(what, value, unit, case=case, variant=name)
+
+
 def held_out(args: argparse.Namespace, info: ModelInfo, scratch: Path) -> dict[str, CocoPanoptic]:
     """Returns the sets to score on, by their names: `--data`, or generated scenes."""
     places = {"scenes": (str(scratch / "scenes"), "val2017")}
@@ -162,6 +185,7 @@ def mean_pq(backend: Any, dataset: CocoPanoptic, seeds: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_quantised.py", description=__doc__.splitlines()[0])
     parser.add_argument("model_dir", nargs="?", default="tiny", help="a model of scenes; default tiny")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--images", type=int, default=500, help="held-out pictures of a set")
     parser.add_argument("--seeds", type=int, default=3, help="of the noise")
     parser.add_argument("--data", nargs="+", metavar="ROOT:TRAIN:TEST", help="COCO-panoptic folders; default scenes")
@@ -175,17 +199,24 @@ def main(argv: list[str] | None = None) -> int:
     named = {"model": shown_name(resolve_model_dir(args.model_dir))} if args.data else {}
     manifests = {}
     with tempfile.TemporaryDirectory() as scratch:
-        sets = held_out(args, info, Path(scratch))
+        sets = held_out(args, info, Path(scratch)) if "graphs" in args.parts else {}
         for name, settings in EXPORTS.items():
+            if "graphs" not in args.parts and name not in BUILT:
+                continue
             if args.data:
                 place = set_places(DataConfig(root=args.data[0]))[0]
                 settings = replace(settings, data=place.root, split=place.train_split)
             folder = Path(scratch) / name
             folder.mkdir()
             manifests[name] = write_graphs(info, folder, resolve_options(info, settings), settings)
-        sizes(run, manifests, Path(scratch), named)
-        step_times(run, info, Path(scratch), args.rounds, named)
-        losses(run, info, manifests, Path(scratch), sets, args.seeds, named)
+        if "graphs" in args.parts:
+            sizes(run, manifests, Path(scratch), named)
+            step_times(run, info, Path(scratch), args.rounds, named)
+            losses(run, info, manifests, Path(scratch), sets, args.seeds, named)
+        if "engines" in args.parts and importlib.util.find_spec("tensorrt_rtx") is None:
+            print("engines: not built, TensorRT-RTX is not installed; pip install 'ldmseg_fast[rtx]'")
+        elif "engines" in args.parts:
+            engines(run, info, {name: manifests[name] for name in BUILT if name in manifests}, Path(scratch))
     run.save(args.out)
     return 0
 
