@@ -1,6 +1,6 @@
 """Measures export and engine builds at full size, and times steps in ONNX Runtime beside eager PyTorch.
 
-python benchmarks/bench_export.py [--quick] [--parts tiny unet commands] [--out FOLDER]
+python benchmarks/bench_export.py [--quick] [--parts tiny unet to_onnx to_trt] [--out FOLDER]
 
 Full size is Stable Diffusion's UNet without cross-attention, random weights saved in float32, exported in half. Then
 `to_onnx.py` runs in float32 with its parity report, and `to_trt.py --flavour rtx`, as people run them. Each runs in a
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.export.model_export import ExportSettings, export_model
 
-PARTS = ("tiny", "unet", "commands")
+PARTS = ("tiny", "unet", "to_onnx", "to_trt")
 MAX_MINUTES, MAX_GIB = 4.0, 4.0
 MAX_COMMAND_MINUTES, MAX_COMMAND_GIB = 20.0, 6.0  # of whole commands, on two cores
 STEPS = 4
@@ -115,7 +116,7 @@ def full_size(run: Run, model: Path, out: Path) -> None:
     shutil.rmtree(out)
 
 
-def whole_commands(run: Run, model: Path, out: Path, size: str) -> None:
+def whole_commands(run: Run, model: Path, out: Path, size: str, names: Sequence[str]) -> None:
     """Measures `to_onnx.py` in float32, parity report included, and `to_trt.py` for TensorRT-RTX where it is installed.
 
     Args:
@@ -123,11 +124,12 @@ def whole_commands(run: Run, model: Path, out: Path, size: str) -> None:
         model: MODEL_DIR.
         out: gets both commands' folders.
         size: of the model, for the rows.
+        names: of the commands.
     """
     commands = {"to_onnx": ["--precision", "fp32"]}
     if importlib.util.find_spec("tensorrt_rtx") is not None:
         commands["to_trt"] = ["--flavour", "rtx", "--target", "sm89"]
-    for name, options in commands.items():
+    for name, options in ((name, commands[name]) for name in names if name in commands):
         case = {"model": size, "options": " ".join(options)}
         try:
             minutes, gib = run_apart(COMMAND, name, model, "--out", out / name, *options)
@@ -190,8 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             model = save_random_model(Path(scratch) / "model", COCO)
             if "unet" in args.parts:
                 full_size(run, model, Path(scratch) / "graphs")
-            if "commands" in args.parts:
-                whole_commands(run, model, Path(scratch) / "commands", "coco, random weights")
+            whole_commands(run, model, Path(scratch) / "commands", "coco, random weights", args.parts)
     run.save(args.out)
     return int(bool(run.red))
 

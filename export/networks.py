@@ -102,8 +102,8 @@ def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
 def read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Reads a safetensors file and converts its floats, any shape, to `dtype`.
 
-    It copies tensor by tensor, from a file that is mapped anew for each: a full-size model is never in memory twice, nor
-    is a part of it beside the file's own pages. Integers and int8 scales stay.
+    It copies tensor by tensor, from a file that is mapped anew for each: a full-size model is never in memory twice,
+    and not beside its file's pages. Integers and int8 scales stay.
 
     Raises:
         CheckpointError: a file that is missing or damaged.

@@ -71,6 +71,12 @@ class ReferenceBackend(TorchBackend):
         if quantised is not None:
             self.unet.unfuse()  # products of fused weights would pass the quantised layers by
 
+    def keep_for(self, network: str) -> None:
+        """Makes ready for `InFloat64`, and frees the UNet where another of NETWORKS is all that will run."""
+        self.unet.unfuse()  # joined weights are float32's
+        if network != "denoiser":
+            self.unet = self._network = self._denoise = None  # type: ignore[assignment]
+
     def encode_image(self, images: Tensor) -> Tensor:
         """See `Backend.encode_image`."""
         with self._rounded_scale("image_vae"):
