@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmseg_fast.backends.packages import Packages, can_package
 from ldmseg_fast.backends.packed_weights import compile_frozen
 from ldmseg_fast.backends.process_settings import CACHE_VARIABLE, compile_cache
 
@@ -36,7 +37,8 @@ def compile_network(network: Any, name: str, device: torch.device) -> Callable[.
         device: where it runs.
     """
     if device.type == "cpu":
-        return FirstCalls(compile_frozen(network), name)
+        folder = user_cache("packages") if can_package(network) else None
+        return FirstCalls(Packages(network, folder) if folder else compile_frozen(network), name)
     compiled = torch.compile(network, dynamic=False, options=dict(GPU_OPTIONS))
     return FirstCalls(compiled, name, cache_folder())
 
@@ -80,9 +82,16 @@ def cache_folder() -> str | None:
     own = None if utilities is None else utilities.default_cache_dir()
     if os.environ.get(CACHE_VARIABLE, own) != own:
         return None
+    folder = user_cache("inductor")
+    return str(folder) if folder else None
+
+
+def user_cache(kind: str) -> Path | None:
+    """Makes a folder of the user's cache and returns it; None where that cannot be, or belongs to somebody else."""
     with suppress(OSError, RuntimeError):  # no home, or one that cannot be written
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldmseg_fast" / "inductor"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldmseg_fast" / kind
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return str(folder)
+        is_own = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
+        if is_own and os.access(folder, os.W_OK):
+            return folder
     return None

@@ -1,4 +1,4 @@
-"""Takes the step: torch's AdamW on one process, DeepSpeed ZeRO where a launcher started several."""
+"""Takes the step: torch's AdamW or Muon on one process, DeepSpeed ZeRO where a launcher started several."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ldmseg_fast import distributed
 from ldmseg_fast.config import Config
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
+from ldmseg_fast.training.muon import Muon, hidden_matrices
 from ldmseg_fast.training.shards import Averages, Shard, flat_shards, parameter_shards, whole_shards
 from ldmseg_fast.training.stages import Stage
 
@@ -166,7 +167,22 @@ def make_optimizer(stage: Stage, config: Config, user_config: dict[str, Any] | N
 def _make_adamw(stage: Stage, config: Config, fused: bool) -> torch.optim.AdamW:
     settings = config.train
     groups = stage.parameter_groups()
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
+    if distributed.launched() and settings.zero_stage:
+        raise ConfigError(
+            f"train.optimizer=muon: train.zero_stage={settings.zero_stage} cuts the matrices that it takes whole; "
+            "choose train.zero_stage=0 or train.optimizer=adamw"
+        )
+    hidden = {id(parameter) for parameter in hidden_matrices(stage)}
+    if not hidden:
+        raise ConfigError("train.optimizer=muon: no trained matrix of a UNet here; choose train.optimizer=adamw")
+    split = []
+    for group in groups:
+        for orthogonal in (False, True):
+            chosen = [parameter for parameter in group["params"] if (id(parameter) in hidden) == orthogonal]
+            split += [group | {"params": chosen, "orthogonal": orthogonal}] if chosen else []
+    return Muon(split, lr=settings.learning_rate, betas=settings.betas, fused=fused)
 
 
 def _norm_and_scale(gradients: list[Tensor], clip: float, loss_scale: float) -> tuple[Tensor, Tensor]:
@@ -177,7 +193,7 @@ def _norm_and_scale(gradients: list[Tensor], clip: float, loss_scale: float) -> 
 
 
 class PlainOptimizer(Optimizer):
-    """Trains on one process: AdamW, clipping, accumulation, loss scaling; nothing in it waits for the device."""
+    """Trains on one process: AdamW or Muon, clipping, loss scaling; nothing in it waits for the device."""
 
     def __init__(self, stage: Stage, config: Config) -> None:
         super().__init__(stage, config)
@@ -212,7 +228,7 @@ class PlainOptimizer(Optimizer):
 
 
 class DeepSpeedOptimizer(Optimizer):
-    """Trains on several ranks: DeepSpeed ZeRO 0-3 (Rajbhandari et al. 2020) around the same AdamW."""
+    """Trains on several ranks: DeepSpeed ZeRO 0-3 (Rajbhandari et al. 2020) around AdamW, and ZeRO 0 around Muon."""
 
     def __init__(self, stage: Stage, config: Config, user_config: dict[str, Any]) -> None:
         try:

@@ -12,6 +12,7 @@ import torch
 from ldmseg_fast.backends import compiled
 from ldmseg_fast.backends.compiled import FirstCalls, cache_folder, compile_network
 from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.backends.packages import Packages
 from ldmseg_fast.backends.precision import choose_precision
 from ldmseg_fast.backends.process_settings import CACHE_VARIABLE, gpu_settings
 from ldmseg_fast.backends.torch_backend import TorchBackend
@@ -46,9 +47,14 @@ def test_a_gpu_gets_the_tuned_form_and_a_kept_cache(monkeypatch, home):
     assert asked["options"].keys() <= set(list_options())
 
 
-def test_a_cpu_keeps_its_cache_to_itself(monkeypatch):
+def test_a_cpu_gets_packages_and_functions_are_compiled(monkeypatch, home):
     monkeypatch.setattr(compiled, "compile_frozen", lambda network: network)
     assert compile_network(abs, "unet", CPU)(torch.tensor(-1.0)) == 1
+    module = torch.nn.Linear(2, 3)
+    packages = compile_network(module, "unet", CPU).compiled
+    assert isinstance(packages, Packages) and packages.folder == home / "ldmseg_fast" / "packages"
+    monkeypatch.setattr("ldmseg_fast.backends.packages.LARGEST", 9 * 4)
+    assert compile_network(module, "unet", CPU).compiled is module
     assert CACHE_VARIABLE not in os.environ
 
 

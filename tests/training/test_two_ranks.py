@@ -24,6 +24,7 @@ SCENARIOS = [
     "resume:2", "stage:0", "stage:1", "stage:2", "stage:3", "accumulation:1", "fp16:0", "fp16:2", "validation",
     "resave:0", "resave:1", "resave:3", "nonfinite:0", "nonfinite:1", "nonfinite:3",
     "offload:2", "trust:2", "bf16:1", "bf16:3", "noise:0", "noise:1", "noise:2", "noise:3",
+    "muon:0", "muon:1", "muon:2", "muon:3",
 ]  # fmt: skip
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
@@ -152,6 +153,15 @@ def test_the_noise_scale_is_that_of_the_ranks_gradients(out: Path) -> None:
     first, second = found[0]
     assert first[MICRO] != second[MICRO] and first[WHOLE] == pytest.approx(second[WHOLE])
     assert 0 < first[WHOLE] <= (first[MICRO] + second[MICRO]) / 2 * 1.001
+
+
+def test_muon_turns_every_matrix_or_says_why_it_cannot(out: Path) -> None:
+    """DeepSpeed has passed such optimizers by without a word."""
+    for turned, hidden in json.loads((out / "muon-0.json").read_text()):
+        assert turned == hidden > 10
+    for zero in (1, 2, 3):
+        for message in json.loads((out / f"muon-{zero}.json").read_text()):
+            assert message.startswith(f"train.optimizer=muon: train.zero_stage={zero} cuts the matrices")
 
 
 def test_offloading_changes_nothing(out: Path) -> None:

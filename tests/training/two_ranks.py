@@ -12,6 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from ldmseg_fast import distributed
 from ldmseg_fast.config import Config, load_config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.distributed.liveness import Interrupt
-from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.training import muon
 from ldmseg_fast.training.checkpoints import TrainingCheckpoints
 from ldmseg_fast.training.loop import Run, train
 from ldmseg_fast.training.noise_scale import MICRO, WHOLE
@@ -67,6 +69,24 @@ class Scenarios:
     def accumulation(self, zero: str) -> None:
         settings = ["train.accumulation=2", f"train.zero_stage={zero}", "train.steps=4"]
         train("diffusion", self.settings(f"accumulation-{zero}", *settings))
+
+    def muon(self, zero: str) -> None:
+        """Counts the matrices that a step turns, or keeps the reason why it turns none."""
+        config = self.settings(f"muon-{zero}", f"train.zero_stage={zero}", "train.optimizer=muon", "train.steps=3")
+        found: Any = []
+        try:
+            run = Run("diffusion", config, Interrupt())
+        except ConfigError as error:
+            found = str(error)
+        else:
+            orthogonalize = muon.orthogonalize
+            with patch.object(muon, "orthogonalize", lambda matrix: found.append(0) or orthogonalize(matrix)):
+                run.take_step()
+            found = [len(found), len(list(muon.hidden_matrices(run.stage)))]
+            run.close()
+        results = distributed.gather_objects(found)
+        if distributed.is_main():
+            (self.out / f"muon-{zero}.json").write_text(json.dumps(results))
 
     def fp16(self, zero: str) -> None:
         """Loss scaling, by our own scale, under ZeRO."""
