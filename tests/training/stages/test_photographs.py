@@ -11,7 +11,7 @@ from PIL import Image
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.config import load_config
-from ldmseg_fast.errors import BackendError, ConfigError
+from ldmseg_fast.errors import BackendError, CheckpointError, ConfigError
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.training.estimate import count_parameters
 from ldmseg_fast.training.loop import train
@@ -156,6 +156,20 @@ def test_a_model_goes_on_at_another_size(autoencoder, tmp_path):
     resized.save(tmp_path / "resized")
     pipe = LDMSegPipeline.from_pretrained(tmp_path / "resized")
     assert pipe.info.image_size == 128 and pipe.info.picture_size == 128
+
+
+def test_convolutions_reach_the_latents(autoencoder, tmp_path):
+    both = [f"model.mask_vae={autoencoder}", "image_encoder.fine_features=convolutions"]
+    with pytest.raises(ConfigError, match=r"downsampling=4, but 2 image_encoder.widths make 2; choose another of the"):
+        DiffusionStage(config(*both, "image_encoder.widths=8,16", "image_encoder.blocks=0,1"))
+    DiffusionStage(config(*both)).save(tmp_path / "model")
+    file = tmp_path / "model" / "image_vae" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"widths": [8, 16], "blocks": [0, 1]}))
+    with pytest.raises(
+        CheckpointError, match=r"image_vae/config.json: downsampling=4, its 2 widths make another number"
+    ):
+        LDMSegPipeline.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("fine", ["patches", "convolutions"])
