@@ -303,7 +303,7 @@ def parity_summary(onnx_dir: Path) -> dict[str, float]:
     return {row["what"]: row["value"] for row in json.loads(read_text(path))["rows"]}
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace(path: Path, content: bytes | memoryview) -> None:
     """Writes beside the file and renames: a reader sees the old one or the new one."""
     free = shutil.disk_usage(path.parent).free
     if free < len(content):
