@@ -1,6 +1,6 @@
 """Measures export and engine builds at full size, and times steps in ONNX Runtime beside eager PyTorch.
 
-python benchmarks/bench_export.py [--quick] [--out FOLDER]
+python benchmarks/bench_export.py [--quick] [--parts tiny unet to_onnx to_trt] [--out FOLDER]
 
 Full size is Stable Diffusion's UNet without cross-attention, random weights saved in float32, exported in half. Then
 `to_onnx.py` runs in float32 with its parity report, and `to_trt.py --flavour rtx`, as people run them. Each runs in a
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +37,9 @@ from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config.presets import COCO, TINY
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.distributed.ending import run_command
-from ldmseg_fast.export.model_export import PARITY, ExportSettings, export_model
+from ldmseg_fast.export.model_export import ExportSettings, export_model
 
+PARTS = ("tiny", "unet", "to_onnx", "to_trt")
 MAX_MINUTES, MAX_GIB = 4.0, 4.0
 MAX_COMMAND_MINUTES, MAX_COMMAND_GIB = 20.0, 6.0  # of whole commands, on two cores
 STEPS = 4
@@ -97,17 +99,13 @@ def run_apart(script: str, *arguments: str | Path) -> tuple[float, float]:
     return (time.perf_counter() - start) / 60, int(output.split()[-2]) / 2**20
 
 
-def full_size(run: Run, folder: Path) -> None:
+def full_size(run: Run, model: Path, out: Path) -> None:
     """Measures the export of the full-size UNet in half, and its build where TensorRT-RTX is installed."""
-    model = save_random_model(folder / "model", COCO)
-    out = folder / "graphs"
     out.mkdir()
     minutes, gib = run_apart(EXPORT, model, out)
     case = {"precision": "fp16", "size": "512x512"}
     run.add_value("full-size UNet to ONNX", minutes, "minutes", case=case, target=MAX_MINUTES)
     run.add_value("full-size UNet to ONNX, peak memory", gib, "GiB", case=case, target=MAX_GIB)
-    run.check("the export keeps to its time", minutes <= MAX_MINUTES)
-    run.check("the export keeps to its memory", gib <= MAX_GIB)
     if importlib.util.find_spec("tensorrt_rtx") is not None:
         minutes, gib = run_apart(BUILD, model, out)
         case["target"] = "sm89"
@@ -116,10 +114,9 @@ def full_size(run: Run, folder: Path) -> None:
         size = (out / "denoiser.engine").stat().st_size / 2**30
         run.add_value("full-size UNet, engine", size, "GiB", case=case)
     shutil.rmtree(out)
-    whole_commands(run, model, folder / "commands", "coco, random weights")
 
 
-def whole_commands(run: Run, model: Path, out: Path, size: str) -> None:
+def whole_commands(run: Run, model: Path, out: Path, size: str, names: Sequence[str]) -> None:
     """Measures `to_onnx.py` in float32, parity report included, and `to_trt.py` for TensorRT-RTX where it is installed.
 
     Args:
@@ -127,17 +124,21 @@ def whole_commands(run: Run, model: Path, out: Path, size: str) -> None:
         model: MODEL_DIR.
         out: gets both commands' folders.
         size: of the model, for the rows.
+        names: of the commands.
     """
     commands = {"to_onnx": ["--precision", "fp32"]}
     if importlib.util.find_spec("tensorrt_rtx") is not None:
         commands["to_trt"] = ["--flavour", "rtx", "--target", "sm89"]
-    for name, options in commands.items():
-        minutes, gib = run_apart(COMMAND, name, model, "--out", out / name, *options)
+    for name, options in ((name, commands[name]) for name in names if name in commands):
         case = {"model": size, "options": " ".join(options)}
+        try:
+            minutes, gib = run_apart(COMMAND, name, model, "--out", out / name, *options)
+        except subprocess.CalledProcessError as error:
+            print(error.stdout)
+            run.add_red(f"{name}.py", "ours", f"exit code {error.returncode}", case=case)
+            continue
         run.add_value(f"{name}.py", minutes, "minutes", case=case, target=MAX_COMMAND_MINUTES)
         run.add_value(f"{name}.py, peak memory", gib, "GiB", case=case, target=MAX_COMMAND_GIB)
-        run.check(f"{name}.py keeps to its memory", gib <= MAX_COMMAND_GIB)
-    run.check("to_onnx.py leaves its parity report", (out / "to_onnx" / PARITY).is_file())
 
 
 def tiny_on_the_cpu(run: Run, folder: Path, rounds: int) -> None:
@@ -180,15 +181,20 @@ def tiny_on_the_cpu(run: Run, folder: Path, rounds: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_export.py", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the tiny model only")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args(argv)
     run = Run("export", quick=args.quick, folder=args.out)
     with tempfile.TemporaryDirectory() as scratch:
-        tiny_on_the_cpu(run, Path(scratch), 6 if args.quick else 20)
-        if not args.quick:
-            full_size(run, Path(scratch))
+        if args.quick or "tiny" in args.parts:
+            tiny_on_the_cpu(run, Path(scratch), 6 if args.quick else 20)
+        if not args.quick and args.parts != ["tiny"]:
+            model = save_random_model(Path(scratch) / "model", COCO)
+            if "unet" in args.parts:
+                full_size(run, model, Path(scratch) / "graphs")
+            whole_commands(run, model, Path(scratch) / "commands", "coco, random weights", args.parts)
     run.save(args.out)
-    return 0
+    return int(bool(run.red))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Times one picture, whole and stage by stage, beside the plain loop with diffusers' parts.
 
-python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole eomt]
-    [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M] [--engine-dir DIR ...]
+python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole eomt
+    openvino] [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M]
+    [--engine-dir DIR ...]
 
 Every backend's latents and maps are compared with the baseline's first. One that disagrees, or cannot run here, is a
 red row with its reason, and is not timed. `whole image` is from the array to map and segments, `file to file` adds
 reading the picture and writing PNG and JSON. Engines of several precisions stand in one table, each named by its
 runtime and precision; a batch that they take in parts, or filled up, is warned of and says so in its row. `eomt` times
-EoMT-S with random weights, forward alone and from array to map. Exit code 1 where a row is red.
+EoMT-S with random weights, forward alone and from array to map. `openvino` times one step of our graphs, in float32 and
+int8, in OpenVINO and in ONNX Runtime beside eager PyTorch. Exit code 1 where a row is red.
 """
 
 from __future__ import annotations
@@ -35,16 +37,22 @@ if __package__ in (None, ""):
 from benchmarks.harness import RESULTS, Run, Timing, measure, reason_of
 from benchmarks.peers.candidates import OurPipeline, engine_candidates, our_candidates, plain_candidates
 from benchmarks.peers.eomt import Eomt
+from benchmarks.peers.openvino_step import openvino_step
 from benchmarks.random_model import find_model
+from ldmseg_fast.backends.graphs.modules import DenoiserGraph
+from ldmseg_fast.backends.graphs.specs import sample_inputs
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
+from ldmseg_fast.backends.onnx_backend import load_onnx_backend
+from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.sampler import image_noise
 from ldmseg_fast.distributed.ending import run_command
+from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
 from ldmseg_fast.kernels.roofline import find_gpu
 from ldmseg_fast.models.unet import UNet
 
-PARTS = ("step", "stages", "whole")  # by default; "eomt" is a rival's
+PARTS = ("step", "stages", "whole")  # by default; "eomt" and "openvino" are rivals'
 TARGETS = {"cpu": 2.0, "cuda": 5.0}  # whole image, times the plain loop
 LOOP = 10  # steps of the loop that `step` is a share of
 SECONDS_TO_COMPILE = 60  # with less time left nothing is compiled
@@ -244,6 +252,39 @@ def bench_eomt(bench: Bench, picture: np.ndarray, batch: int, quick: bool) -> No
             bench.run.add_red("EoMT forward", name, reason_of(error), case=case)
 
 
+def bench_openvino(bench: Bench, batch: int, scratch: Path) -> None:
+    """Times one step of our graphs on a CPU; a runtime that is not there, or computes something else, is a red row."""
+    info, threads, name = bench.info, torch.get_num_threads(), "step of graphs in OpenVINO"
+    case = bench.case(batch=batch)
+    reference = TorchBackend(info, "cpu", torch.float32)
+    module = DenoiserGraph(reference.unet, info.scheduler.prediction_type)
+    steps: dict[str, Callable[[], Any]] = {}
+    for precision in ("fp32", "int8"):
+        folder, settings = scratch / f"openvino-{precision}-{batch}", ExportSettings(precision)
+        folder.mkdir()
+        graph = write_graphs(info, folder, resolve_options(info, settings), settings).graphs["denoiser"]
+        inputs = sample_inputs(graph.spec, info, {"batch": batch})
+        ours = load_onnx_backend(info, folder, "cpu", threads=threads)
+        steps.setdefault("torch eager", torch.inference_mode()(partial(module, **inputs)))
+        steps[f"onnxruntime {precision}"] = partial(ours.run_graph, "denoiser", inputs)
+        variant = f"openvino {precision}"
+        try:
+            steps[variant] = openvino_step(folder / graph.file, inputs, threads)
+            expected = steps["torch eager"]()[0]
+            error = float((steps[variant]() - expected).norm() / expected.norm())
+        except Exception as failure:  # not installed, or a graph that it does not take
+            steps.pop(variant, None)
+            bench.run.add_red(name, variant, reason_of(failure), case=case)
+            continue
+        if error > TOLERANCES[precision == "fp32"][0]:
+            del steps[variant]
+            bench.run.add_red(name, variant, f"differs from torch eager: {error:.2g}", case=case)
+            continue
+        bench.run.check(f"{variant} equals torch eager at batch {batch}: {error:.2g} apart", True)
+    timings = measure(steps, device="cpu", rounds=bench.rounds, warmup=2, flush_l2=False)
+    bench.run.add(name, timings, baseline="torch eager", case=case)
+
+
 def make_picture(size: str) -> np.ndarray:
     """Returns a generated scene, uint8 [H, W, 3]."""
     height, width = (int(side) for side in size.split("x"))
@@ -283,6 +324,9 @@ def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
     if "eomt" in args.parts:
         for batch in args.batch:
             bench_eomt(bench, pictures[0], batch, args.quick)
+    if "openvino" in args.parts:
+        for batch in args.batch:
+            bench_openvino(bench, batch, scratch)
     if "stages" in args.parts:
         for picture in pictures:
             bench_stages(bench, picture, everyone, scratch)
@@ -295,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=["tiny", "coco"], default="tiny")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="batch 1, 10 steps, one size, nothing compiled")
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "eomt"], default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "eomt", "openvino"], default=PARTS)
     parser.add_argument("--variants", nargs="+", help="beside the baseline and the engines, these only")
     parser.add_argument("--steps", type=int, nargs="+")
     parser.add_argument("--batch", type=int, nargs="+")

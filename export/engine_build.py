@@ -310,7 +310,7 @@ def parity_summary(onnx_dir: Path) -> dict[str, float]:
         raise BackendError(f"{path}: damaged parity report ({type(error).__name__}: {error}); export again") from None
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace(path: Path, content: bytes | memoryview) -> None:
     """Writes beside the file and renames: a reader sees the old one or the new one."""
     free = shutil.disk_usage(path.parent).free
     if free < len(content):

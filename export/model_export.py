@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import json
 from collections.abc import Callable
@@ -104,6 +105,7 @@ def export_model(
                 folder.keep = False
                 return ParityReport.read(out / PARITY) if settings.parity else None
             write_graphs(info, folder.path, options, settings)
+            gc.collect()  # the exporter's programs hold each other, and the networks
             report = check_parity(info, folder, settings)
             if settings.lora is not None:
                 manifest = read_manifest(folder.path)

@@ -102,7 +102,8 @@ def load_network(info: ModelInfo, name: str, dtype: torch.dtype) -> Any:
 def read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Reads a safetensors file and converts its floats, any shape, to `dtype`.
 
-    It converts tensor by tensor: a full-size model is never in memory twice. Integers and int8 scales stay.
+    It copies tensor by tensor, from a file that is mapped anew for each: a full-size model is never in memory twice,
+    and not beside its file's pages. Integers and int8 scales stay.
 
     Raises:
         CheckpointError: a file that is missing or damaged.
@@ -111,10 +112,12 @@ def read_converted(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     try:
         state = {}
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a file, not a dictionary)
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(name)
-                keep = name.endswith(INT8_SCALE) or not tensor.is_floating_point()
-                state[name] = tensor if keep else tensor.to(dtype)
+            keep = name.endswith(INT8_SCALE) or not tensor.is_floating_point()
+            state[name] = tensor.to(tensor.dtype if keep else dtype, copy=True)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or save it again") from None
     return state

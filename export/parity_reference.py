@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ldmseg_fast.backends.graphs.graph_backend import GraphBackend
 from ldmseg_fast.backends.graphs.modules import MaskDecoderGraph
@@ -22,9 +23,11 @@ from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.export.calibration import LayerScales, fake_quantize, to_eight_bits
+from ldmseg_fast.export.networks import load_network
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.models.conditioning import with_context
 
+NETWORKS = ("image_encoder", "denoiser", "mask_decoder")
 TIMES = 5  # of the schedule that single evaluations are spread over
 Values = dict[str, Tensor]
 
@@ -68,14 +71,11 @@ class ReferenceBackend(TorchBackend):
         if quantised is not None:
             self.unet.unfuse()  # products of fused weights would pass the quantised layers by
 
-    def in_float64(self) -> ReferenceBackend:
-        """Turns the networks, as they are rounded, into float64, and returns itself."""
-        self.unet.unfuse()
-        for module in (self.image_vae, self.unet, self.mask_vae, self.conditioning):
-            if module is not None:
-                module.double()
-        self.dtype = torch.float64
-        return self
+    def keep_for(self, network: str) -> None:
+        """Makes ready for `InFloat64`, and frees the UNet where another of NETWORKS is all that will run."""
+        self.unet.unfuse()  # joined weights are float32's
+        if network != "denoiser":
+            self.unet = self._network = self._denoise = None  # type: ignore[assignment]
 
     def encode_image(self, images: Tensor) -> Tensor:
         """See `Backend.encode_image`."""
@@ -92,7 +92,8 @@ class ReferenceBackend(TorchBackend):
 
     @torch.no_grad()
     def _load(self, name: str, attention: str = "auto") -> Any:
-        module = super()._load(name, attention)
+        network = load_network(self.info, name, torch.float32)  # without the pages of its file, which count as memory
+        module = network.to(device=self.device, memory_format=torch.channels_last)
         if (dtype := self._dtypes.get(name, torch.float32)) != torch.float32:
             for values in module.state_dict().values():
                 if values.is_floating_point():
@@ -100,6 +101,27 @@ class ReferenceBackend(TorchBackend):
         if name == "unet" and self._quantised is not None:
             _quantise(module, self._quantised, self.device)
         return module
+
+
+class InFloat64(TorchFunctionMode):
+    """Computes in float64 inside a `with` block, where a network's weights and what they made come in.
+
+    Weights stay float32 in memory; each is converted when it is used.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = args, kwargs or {}
+        tensors = [each for each in tree_leaves(given) if isinstance(each, Tensor)]
+        if any(each.dtype == torch.float64 or isinstance(each, nn.Parameter) for each in tensors):
+            args, kwargs = tree_map(_widened, given)
+            func = Tensor.double if func is Tensor.float else func
+        return func(*args, **(kwargs or {}))
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    return torch.float64 if value is torch.float32 else value
 
 
 class _RoundedScale(TorchFunctionMode):
@@ -171,15 +193,18 @@ def make_inputs(reference: TorchBackend, dataset: Any, index: int) -> Values:
     return found | {"unet_input": unet_input(noisy, image_latents, condition), "time": time}
 
 
-def network_outputs(backend: Any, inputs: Values) -> Values:
+def network_outputs(backend: Any, inputs: Values, networks: Sequence[str] = NETWORKS) -> Values:
     """Evaluates each network once, in one call, on `inputs` of a batch of any size: float32 and integers, [B, ...].
 
     The mask decoder's outputs have the names of its graph.
     """
-    image, given = inputs["image"], inputs["unet_input"].to(backend.device)
-    found = {"image_latents": backend.encode_image(image)}
-    found["model_output"] = denoiser(backend, image)(given.to(backend.dtype), inputs["time"].to(backend.device))
-    found |= _decode(backend, inputs["mask_latents"].to(backend.device))
+    image, given, found = inputs["image"], inputs["unet_input"].to(backend.device), {}
+    if "image_encoder" in networks:
+        found["image_latents"] = backend.encode_image(image)
+    if "denoiser" in networks:
+        found["model_output"] = denoiser(backend, image)(given.to(backend.dtype), inputs["time"].to(backend.device))
+    if "mask_decoder" in networks:
+        found |= _decode(backend, inputs["mask_latents"].to(backend.device))
     return {name: value.cpu().float() if value.is_floating_point() else value.cpu() for name, value in found.items()}
 
 

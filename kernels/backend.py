@@ -1,5 +1,6 @@
 """Chooses which implementation a public function runs, and refuses arguments in one way."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ KERNELS = (
     *("ddim_step", "point_loss"),
 )
 BACKENDS = ("auto", "torch")
+LEAST_CAPABILITY = (8, 0)  # of the GPUs that launch configurations are for
 _backends = dict.fromkeys(KERNELS, "auto")
 
 
@@ -24,6 +26,18 @@ def set_backend(kernel: str, backend: str) -> None:
     require(kernel in KERNELS, "kernel: {!r} is not one of {}", kernel, ", ".join(KERNELS))
     require(backend in BACKENDS, "backend: {!r} is not one of {}", backend, ", ".join(BACKENDS))
     _backends[kernel] = backend
+
+
+def turn_off_on_old_gpus(device: torch.device) -> None:
+    """Runs `set_backend(kernel, "torch")` for all kernels, with a warning, where `device` is a GPU older than sm_80."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        for kernel in KERNELS:
+            set_backend(kernel, "torch")
+        text = "kernels: for GPUs of sm_{}{} and newer, this is sm_{}{}; PyTorch's own operations run instead"
+        warnings.warn(text.format(*LEAST_CAPABILITY, *capability), stacklevel=4)
 
 
 def get_backend(kernel: str) -> str:

@@ -21,6 +21,7 @@ PACKAGES = (
     "transformers",
     "deepspeed",
     "onnxruntime",
+    "openvino",
     "xformers",
     "hotcoco",
     "pillow",

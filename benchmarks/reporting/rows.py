@@ -6,6 +6,7 @@ go, whatever their variants and cases. The subject of a row is
 - its name up to the first comma or bracket, whatever the numbers in it: what one function of a benchmark measures
   ("growth, peak memory" is of "growth", and "10 steps" is of "4 steps"), of one model where the case names it;
 - in the suite "quality" a model, or a baseline, on the same images in the same way, whatever the number of steps;
+- in the suite "instructions" a function as one version of Triton compiles it;
 - in the suite "soak" a test; a whole campaign, which has the row "tests", replaces all rows.
 
 A release that a better one has replaced has no rows (`WITHDRAWN`).
@@ -33,14 +34,21 @@ WHOLE = "tests"  # the row of a whole campaign of long tests
 
 
 def subject(suite: str, row: Row) -> str:
-    """Returns what a row measures: rows of one subject are replaced together."""
+    """Returns what a row, with its run's `environment`, measures: rows of one subject are replaced together."""
     if suite == "soak":
         return str(row["name"])
+    if suite == "instructions":
+        return json.dumps([row["name"], triton_version(row)])
     if suite != "quality":
         name = re.sub(r"\d+", "#", re.split(r"[,\[]", row["name"])[0].strip())
         return json.dumps([name, row["case"]["model"]]) if "model" in row["case"] else name
     case = {key: value for key, value in row["case"].items() if key not in VARIED}
     return json.dumps([row["name"], row["variant"], case, row.get("unit")], sort_keys=True)
+
+
+def triton_version(row: Row) -> str:
+    """Returns the version of Triton that a row's run had; "?" where it does not say."""
+    return str(row["environment"]["packages"].get("triton", "?"))
 
 
 def load_rows(suite: str, folder: Path = RESULTS) -> list[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting.rows import RESULTS, Row, load_rows
+from benchmarks.reporting.rows import RESULTS, Row, load_rows, triton_version
 
 
 def machine(rows: Sequence[Row]) -> str:
@@ -147,18 +147,32 @@ def soak(rows: Sequence[Row]) -> str:
 
 
 def instructions(rows: Sequence[Row]) -> str:
-    """Returns what each kernel function is compiled to, a line for each architecture."""
+    """Returns what each kernel function is compiled to, a line for each architecture, by the last run's Triton.
+
+    Of other versions of Triton it returns sums.
+    """
     counts = ("registers", "spill_bytes", "wgmma", "mma", "waits", "value", "loop")
+    by_version: dict[str, list[Row]] = {}
+    for row in rows:
+        by_version.setdefault(triton_version(row), []).append(row)
+    version = triton_version(rows[-1])
     lines = [
         [f"`{row['name']}`", row["case"]["kernel"], row["variant"]]
         + [str(row[name]) for name in counts]
         + [f"{row['per_element']:g}" if "per_element" in row else ""]
-        for row in rows
+        for row in by_version[version]
     ]
     header = ["function", "kernel", "for", "registers", "spilled bytes", "wgmma", "mma", "waits for wgmma"]
-    versions = dict.fromkeys(row["environment"]["packages"].get("triton", "?") for row in rows)
-    made = table([*header, "instructions", "in its loop", "per element"], lines)
-    return f"{made}\nCompiled by Triton {', '.join(versions)}.\n"
+    made = f"{table([*header, 'instructions', 'in its loop', 'per element'], lines)}\nCompiled by Triton {version}.\n"
+    if len(by_version) == 1:
+        return made
+    sums = [
+        [name, str(len(own)), str(max(row["registers"] for row in own))]
+        + [str(sum(row[count] for row in own)) for count in ("spill_bytes", "wgmma", "mma", "waits", "value")]
+        for name, own in sorted(by_version.items())
+    ]
+    header = ["Triton", "builds", "most registers", "spilled bytes", "wgmma", "mma", "waits for wgmma", "instructions"]
+    return f"{made}\nBy each version, in all:\n\n{table(header, sums)}"
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {

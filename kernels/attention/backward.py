@@ -174,7 +174,7 @@ def attend_backward(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds one block of keys to the gradient of one block of queries; keys beyond the end are zero and add nothing."""
+    """Adds one block of keys to the gradient of one block of queries."""
     k1 = load_tile(k_ptr, start, keys, k_row, BLOCK_N, 0, D1, D, MASKED)
     v1 = load_tile(v_ptr, start, keys, v_row, BLOCK_N, 0, D1, D, MASKED)
     scores = tl.dot(q1, tl.trans(k1))  # [BLOCK_M, BLOCK_N]
@@ -184,6 +184,8 @@ def attend_backward(
         v2 = load_tile(v_ptr, start, keys, v_row, BLOCK_N, D1, D2, D, MASKED)
         scores = tl.dot(q2, tl.trans(k2), scores)
         grad_weights = tl.dot(grad_out2, tl.trans(v2), grad_weights)
+    if MASKED:  # a score of 0 may be far above every key's, and its weight infinite
+        scores = tl.where((start + tl.arange(0, BLOCK_N) < keys)[None, :], scores, float("-inf"))
     weights = tl.math.exp2(scores * scale_log2 - logsumexp[:, None])
     grad_scores = (weights * (grad_weights - delta[:, None])).to(k1.dtype)
     grad_q1 = tl.dot(grad_scores, k1, grad_q1)

@@ -63,5 +63,7 @@ def ddim_step(
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """`tensor` itself where one stride walks over its cells row by row."""
-    return tensor if tensor.stride(2) == tensor.shape[3] * tensor.stride(3) else tensor.contiguous()
+    """`tensor` itself where one stride walks over its cells row by row, or a copy."""
+    if tensor.stride(2) == tensor.shape[3] * tensor.stride(3):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the stride of a width of 1

@@ -67,7 +67,7 @@ def decode_mask_bits(bits: Tensor) -> Tensor:
     """Launches the decoding of float [B, K, H, W], either memory format, to int32 [B, H, W]."""
     batch, num_bits, height, width = bits.shape
     if bits.stride(2) != width * bits.stride(3):
-        bits = bits.contiguous()
+        bits = bits.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the stride of a width of 1
     ids = torch.empty((batch, height, width), dtype=torch.int32, device=bits.device)
     config = find_config("decode_mask_bits", "all")
     grid = (triton.cdiv(height * width, config.constants["BLOCK"]), batch)

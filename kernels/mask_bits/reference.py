@@ -23,7 +23,7 @@ def encode_mask_bits(
     bits = _planes(segment_ids, num_bits, dtype)
     if category_ids is not None:
         bits = torch.cat([bits, _planes(category_ids, category_bits, dtype)], 1)
-    return bits.contiguous(memory_format=torch.channels_last) if channels_last else bits
+    return bits.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _planes(ids: Tensor, num_bits: int, dtype: torch.dtype) -> Tensor:  # [B, H, W] -> [B, K, H, W]

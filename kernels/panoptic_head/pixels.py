@@ -223,6 +223,8 @@ def panoptic_tile_kernel(
         tl.store(unsure_ptr, again)
         pair = tl.where(again > 0, 0, pair)
     slot = tl.arange(0, BLOCK_Q // 2) * 2
+    if not ALL_SLOTS:  # a threshold of 0 is reached by slots that do not exist, too
+        pair = tl.where(slot + 1 < slots, pair, tl.where(slot < slots, pair & 0xFFFF, 0))
     counts_ptr += (image * 6 + 1) * slots
     tl.atomic_add(counts_ptr + slot, pair & 0xFFFF, mask=pair & 0xFFFF != 0, sem="relaxed")
     tl.atomic_add(counts_ptr + slot + 1, pair >> 16, mask=pair >> 16 != 0, sem="relaxed")

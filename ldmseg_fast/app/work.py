@@ -48,8 +48,8 @@ class Worker:
         model: MODEL_DIR or the name of a model, as `LDMSegPipeline.from_pretrained` takes it.
         backends: names of those that visitors may choose; the first is the default. The others load on first use.
         engine_dir: exported graphs or engines, for "onnxruntime" and "tensorrt".
-        speed: `cuda_graph`, `fused`, `precision` and `attention` of `LDMSegPipeline.from_pretrained`; graphs take the
-            first only.
+        speed: `cuda_graph`, `fused`, `precision`, `attention` and `profile` of `LDMSegPipeline.from_pretrained`; graphs
+            take the first and the last only, and beside them torch does without the last.
         max_pixels: of a picture; larger ones are refused before they are decoded.
 
     Attributes:
@@ -283,11 +283,10 @@ class Worker:
     def _backend(self, name: str) -> _Loaded:
         with self._loading:
             if name not in self._loaded:
-                graphs, speed = None, self.speed
-                if name in OF_GRAPHS:
-                    graphs = self.engine_dir
-                    if len(self.backends) > 1:  # the others are for torch, which visitors may choose; see `left_out`
-                        speed = {key: value for key, value in speed.items() if key == "cuda_graph"}
+                graphs, speed = self.engine_dir if name in OF_GRAPHS else None, self.speed
+                if len(self.backends) > 1:  # the others are for torch, which visitors may choose; see `left_out`
+                    used = ("cuda_graph", "profile") if name in OF_GRAPHS else speed.keys() - {"profile"}
+                    speed = {key: value for key, value in speed.items() if key in used}
                 pipe = LDMSegPipeline.from_pretrained(self.model, name, graphs, **speed)
                 pipe.max_pixels = self.max_pixels
                 self._loaded[name] = _Loaded(pipe)

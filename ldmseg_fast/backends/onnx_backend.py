@@ -85,7 +85,7 @@ def load_onnx_backend(
         threads: of ONNX Runtime on the CPU; default torch's.
         cuda_graph: let ONNX Runtime capture each step of the sampling loop, on a GPU; None: do not.
         image_size: side in pixels of what the networks see; default the graphs' own, or the model's.
-        exact: keep a GPU from rounding float32 to TF32.
+        exact: for comparing: keep a GPU from rounding float32 to TF32, and no memory from one run to the next.
 
     Raises:
         BackendError: no ONNX Runtime, a folder that is no export or not of this model, a provider that is not there, a
@@ -125,6 +125,8 @@ def load_onnx_backend(
         options.intra_op_num_threads = threads or torch.get_num_threads()
         # between calls its threads would go on spinning on the cores that torch's pre- and post-processing use
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if exact:  # which is for comparing: a run's memory goes back after it, at some cost in time
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         # moving quantisers past other nodes makes float8 inputs that those refuse
         if exact or manifest.precision == "fp8":
             options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -25,6 +25,7 @@ from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import warn_if_emulated
+from ldmseg_fast.kernels.backend import turn_off_on_old_gpus
 from ldmseg_fast.models.fp8_layers import use_fp8
 from ldmseg_fast.models.fused_unet import FusedUNet, why_not_fused
 from ldmseg_fast.models.pyramids import fold_norms
@@ -77,6 +78,7 @@ class TorchBackend(DdimBackend):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, fp8, self.tf32 = choose_precision(precision, dtype, self.device)
         warn_if_emulated(self.device, self.dtype)
+        turn_off_on_old_gpus(self.device)
         attention = choose_attention(attention, self.device, self.dtype)
         self.cuda_graph = use_cuda_graph(cuda_graph, self.device)
         self.unet = self._load("unet", attention)

@@ -195,6 +195,7 @@ def _check_meant_for_model(args: argparse.Namespace) -> None:
                 "--fused": args.fused,
                 "--precision": args.precision is not None,
                 "--attention": args.attention != "auto",
+                "--profile": args.profile is not None,
             },
         )
     else:

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     def settings() -> dict[str, Any]:
         names = ("backend", "steps", "solver", "seed", "size", "exif", "max_pixels", "batch_size", "unknown_id")
         own = {name: getattr(args, name) for name in names}
-        own |= {name: value for name, value in speed_of(args).items() if name != "cuda_graph"}
+        own |= {name: value for name, value in speed_of(args).items() if name not in ("cuda_graph", "profile")}
         return {"command": "inpaint", **model_state(args.model_dir, args.engine_dir), **own}
 
     def load() -> Any:

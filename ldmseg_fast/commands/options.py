@@ -103,7 +103,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --precision, --attention, --fused, --cuda-graph and --no-cuda-graph, which `speed_of` reads."""
+    """Adds --precision, --attention, --fused, --profile, --cuda-graph and --no-cuda-graph, which `speed_of` reads."""
     parser.add_argument(
         "--precision",
         help="of torch and compile: fp32, tf32, bf16, fp16, fp8 (GPUs of sm_89 and newer) or fp8-emulated (slow, to "
@@ -113,6 +113,12 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", default="auto", help="of torch and compile: auto, triton, sdpa, xformers or fp8 (default auto)"
     )
     parser.add_argument("--fused", action="store_true", help="of torch: run the UNet in few launches, for a GPU")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        metavar="N",
+        help="of tensorrt: the place of the engines' optimisation profile to run; default the narrowest that fits",
+    )
     graph = parser.add_mutually_exclusive_group()
     graph.add_argument(
         "--cuda-graph",
@@ -131,7 +137,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def speed_of(args: argparse.Namespace) -> dict[str, Any]:
     """Gives the options of `add_speed_arguments` as `LDMSegPipeline.from_pretrained` takes them."""
-    return {name: getattr(args, name) for name in ("cuda_graph", "fused", "precision", "attention")}
+    return {name: getattr(args, name) for name in ("cuda_graph", "fused", "precision", "attention", "profile")}
 
 
 def add_share_arguments(parser: argparse.ArgumentParser) -> None:

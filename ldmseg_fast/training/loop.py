@@ -26,7 +26,7 @@ from ldmseg_fast.data.loader import Prefetcher
 from ldmseg_fast.distributed.liveness import Agreement, Heartbeat, Interrupt
 from ldmseg_fast.errors import Stopped
 from ldmseg_fast.files import replacing, write_json
-from ldmseg_fast.kernels.backend import KERNELS, set_backend
+from ldmseg_fast.kernels.backend import KERNELS, set_backend, turn_off_on_old_gpus
 from ldmseg_fast.threads import cores
 from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
@@ -100,6 +100,7 @@ class Run:
         np.random.seed(settings.seed % 2**32)  # noqa: NPY002
         for kernel in KERNELS:
             set_backend(kernel, "auto" if config.model.kernels else "torch")
+        turn_off_on_old_gpus(self.device)
 
         self.stage = STAGES[stage_name](config).to(self.device)
         self.config = config = self.stage.config  # with what pre-trained folders say

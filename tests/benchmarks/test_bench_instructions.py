@@ -1,11 +1,13 @@
 """Counts of machine instructions become rows and a table; a build that is unfit to ship is a red row."""
 
+import json
 from dataclasses import asdict
 
 import pytest
 
 from benchmarks.bench_instructions import add_rows
 from benchmarks.harness import Run, validate
+from benchmarks.reporting.rows import load_rows, superseded_files
 from benchmarks.reporting.tables import instructions
 from ldmseg_fast.kernels.aot import Build, collect
 from ldmseg_fast.kernels.backend import KERNELS
@@ -32,6 +34,27 @@ def test_rows_and_table(tmp_path):
     assert "per_element" not in other and spilled["red"] == "spills 8 bytes"
     lines = instructions([row | {"environment": run.environment} for row in run.results[:2]]).splitlines()
     assert lines[2] == "| `panoptic_tile_kernel` | panoptic_head | sm_90 | 9 | 0 | 0 | 0 | 3 | 2835 | 1320 | 20.6 |"
+
+
+def test_versions_of_triton_stand_beside_each_other(tmp_path):
+    def write(time, triton, registers):
+        run = Run("instructions", folder=tmp_path)
+        add_rows(run, [build("panoptic_filter_kernel", instructions=465, registers=registers)])
+        run.environment["packages"]["triton"] = triton
+        record = run._head() | {"checks": {}, "results": run.results}
+        (tmp_path / f"instructions-{time}.json").write_text(json.dumps(record), encoding="utf-8")
+
+    for time, triton, registers in (("1", "3.8.0", 60), ("2", "3.7.1", 61), ("3", "3.7.1", 62)):
+        write(time, triton, registers)
+    rows = load_rows("instructions", tmp_path)
+    assert [row["registers"] for row in rows] == [60, 62]
+    assert [path.name for path in superseded_files(tmp_path)] == ["instructions-2.json"]
+    text = instructions(rows)
+    assert text.count("`panoptic_filter_kernel`") == 1 and "| 62 |" in text and "Compiled by Triton 3.7.1." in text
+    assert text.splitlines()[-2:] == [
+        "| 3.7.1 | 1 | 62 | 0 | 0 | 0 | 0 | 465 |",
+        "| 3.8.0 | 1 | 60 | 0 | 0 | 0 | 0 | 465 |",
+    ]
 
 
 def test_the_longest_loop():

@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -114,6 +115,56 @@ def test_the_rival_is_timed(model_dir, tmp_path):
     record = json.loads(next(tmp_path.glob("latency-*.json")).read_text())
     rows = {row["name"]: row for row in record["results"]}
     assert rows["EoMT whole image"]["p50"] > rows["EoMT forward"]["p50"] > 0
+
+
+def test_a_runtime_that_is_not_there_is_a_red_row(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    arguments = ["--variants", "none", "--sizes", "48x64", "--parts", "openvino"]
+    assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == 1
+    rows = json.loads(next(tmp_path.glob("latency-*.json")).read_text())["results"]
+    red = {row["variant"]: row["red"] for row in rows if "red" in row}
+    assert red.keys() == {"openvino fp32", "openvino int8"} and all("openvino" in reason for reason in red.values())
+    timed = {row["variant"]: row for row in rows if "red" not in row}
+    assert timed.keys() == {"torch eager", "onnxruntime fp32", "onnxruntime int8"}
+
+
+def test_openvino_runs_where_it_is(model_dir, tmp_path, monkeypatch):
+    """Through a double, which computes what the graph does."""
+
+    class Tensor:
+        def __init__(self, data):
+            self.data = data
+
+    class Request:
+        def __init__(self, graph):
+            self.session, self.inputs = onnxruntime.InferenceSession(graph), {}
+
+        def set_tensor(self, name, tensor):
+            self.inputs[name] = tensor.data
+
+        def infer(self):
+            (self.output,) = self.session.run(["model_output"], self.inputs)
+
+        def get_tensor(self, name):
+            return Tensor(self.output + (offset if name == "model_output" else 0))
+
+    offset = 0
+    compiled = SimpleNamespace(
+        compile_model=lambda graph, *_: SimpleNamespace(create_infer_request=lambda: Request(graph))
+    )
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: compiled, Tensor=Tensor))
+    arguments = ["--variants", "none", "--sizes", "48x64", "--parts", "openvino"]
+    assert run_quick(bench_latency.main, model_dir, tmp_path / "same", *arguments) == 0
+    record = json.loads(next((tmp_path / "same").glob("latency-*.json")).read_text())
+    names = {
+        "torch eager",
+        *(f"{runtime} {kind}" for runtime in ("onnxruntime", "openvino") for kind in ("fp32", "int8")),
+    }
+    assert {row["variant"] for row in record["results"]} == names and len(record["checks"]) >= 2
+    offset = 1
+    assert run_quick(bench_latency.main, model_dir, tmp_path / "other", *arguments) == 1
+    record = json.loads(next((tmp_path / "other").glob("latency-*.json")).read_text())
+    assert sum("differs from torch eager" in row.get("red", "") for row in record["results"]) == 2
 
 
 def run_quick(main, model_dir, out, *arguments):

@@ -1,5 +1,7 @@
 """`--lora FILE --lora-scale X`: graphs hold the folded weights, and still belong to the model that they came from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,11 +9,14 @@ from safetensors.torch import save_file
 from ldmseg_fast.backends.graphs.manifest import model_hash, read_manifest
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
+from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.export import model_export, to_onnx
-from ldmseg_fast.export.model_export import ExportSettings, is_current
+from ldmseg_fast.export.model_export import ExportSettings, export_model, is_current
 from ldmseg_fast.export.networks import with_lora
+from ldmseg_fast.export.parity import measure_parity
+from ldmseg_fast.export.parity_rows import relative_error
 
 SCALE = 0.5
 
@@ -66,6 +71,32 @@ def test_graphs_compute_what_folded_weights_compute(model_dir, lora, scenes, tmp
         EvaluationOptions(steps=1, limit=1, baselines=False, backend="onnxruntime", engine_dir=str(out)),
     )
     assert "agreement" not in report, "PyTorch's model has no LoRA"
+
+
+@pytest.mark.parametrize(("precision", "runtime"), [("int8", "onnxruntime"), ("int8", "tensorrt"), ("fp8", "tensorrt")])
+def test_quantised_graphs_have_the_lora_too(model_dir, lora, scenes, tmp_path, precision, runtime):
+    path, out, info = lora[0], tmp_path / "graphs", read_model_info(model_dir)
+    settings = ExportSettings(
+        precision, runtime=runtime, lora=path, lora_scale=SCALE, parity_images=1, calibration=str(scenes)
+    )
+    if runtime == "onnxruntime":
+        options = ["--precision", precision, "--lora", str(path), "--lora-scale", str(SCALE), "--parity-images", "1"]
+        assert to_onnx.main([str(model_dir), "--out", str(out), *options, "--calibration", str(scenes)]) == 0
+    else:
+        assert export_model(model_dir, out, settings).ok
+    assert is_current(model_dir, out, settings) and not is_current(model_dir, out, replace(settings, lora=None))
+    plain = measure_parity(info, out, read_manifest(out), str(scenes), images=1)
+    missed = {row.what for row in plain.rows if not row.ok}
+    assert "denoiser, batch 1: relative error" in missed, plain.table()
+    assert not any(what.startswith(("image_encoder", "mask_decoder")) for what in missed), plain.table()
+
+    with with_lora(info, path, SCALE) as folder:
+        folded, graphs = load_backend(folder, device="cpu"), load_onnx_backend(info, out, "cpu")
+        base = load_backend(model_dir, device="cpu")
+    given, times = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([10, 900])
+    ours = graphs.denoise(given.to(graphs.dtype), times).float()
+    apart, unfolded = (relative_error(ours, each.denoise(given, times)) for each in (folded, base))
+    assert apart < 0.1 and unfolded > 3 * apart
 
 
 def test_a_scale_of_zero_is_the_base(model_dir, lora):

@@ -36,7 +36,7 @@ TO_ONNX = {
 TO_TRT = {
     "--flavour": ["tensorrt", "rtx"],
     "--target": ["current", "same", "portable", "sm80,sm89"],
-    "--precision": ["fp32", "fp16", "int8"],
+    "--precision": ["fp32", "fp16", "bf16", "fp8", "int8"],
     "--min-batch": ["1"],
     "--opt-batch": ["2"],
     "--max-batch": ["4"],
@@ -132,7 +132,7 @@ def unscaled(options):
 
 def uncalibrated(options):
     folder = of(options, "--calibration")
-    return having(options, folder) - having(options, folder, {("--precision", "int8")})
+    return having(options, folder) - having(options, folder, {("--precision", "fp8"), ("--precision", "int8")})
 
 
 def reach(*_, **__):

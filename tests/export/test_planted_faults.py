@@ -15,6 +15,7 @@ from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.commands.convert import convert_checkpoint
 from ldmseg_fast.export import parity
 from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
+from ldmseg_fast.export.parity_reference import InFloat64, ReferenceBackend, make_inputs, network_outputs
 from ldmseg_fast.export.parity_report import ParityReport, Row
 from ldmseg_fast.export.parity_rows import exact_rows
 
@@ -241,12 +242,34 @@ def test_only_an_output_that_misses_the_limit_is_asked_for_its_own_error():
         rows = {row.what: row for row in exact_rows(1, ours, values, own)}
         return [rows[f"{name}, batch 1: relative error"].ok for name in ("image_encoder", "denoiser")]
 
-    def never(values):
+    def never(network):
         raise AssertionError("within the limit")
 
     assert row(5e-6, never) == [True, True]
-    assert row(2e-5, lambda values: {"image_latents": 1e-5, "model_output": 2e-6}) == [True, False]
-    assert row(5e-5, lambda values: dict.fromkeys(values, 1e-5)) == [False, False]
+    own = {"image_encoder": {"image_latents": 1e-5}, "denoiser": {"model_output": 2e-6}}
+    assert row(2e-5, own.__getitem__) == [True, False]
+    assert row(5e-5, lambda _: dict.fromkeys(values, 1e-5)) == [False, False]
+
+
+def test_float64_is_as_of_networks_in_float64(model_dir, scenes):
+    info = read_model_info(model_dir)
+    plain, exact = ReferenceBackend(info), ReferenceBackend(info)
+    for backend in (plain, exact):
+        backend.unet.unfuse()
+    for network in (exact.image_vae, exact.unet, exact.mask_vae):
+        network.double()
+    exact.dtype = torch.float64
+    with torch.inference_mode(), parity.comparison_data(info, str(scenes), "val2017", 1) as data:
+        inputs = make_inputs(plain, data, 0)
+        expected, float32 = network_outputs(exact, inputs), network_outputs(plain, inputs)
+        with InFloat64():
+            found = network_outputs(plain, inputs)
+            only = network_outputs(plain, inputs, ["denoiser"])
+    for name, value in found.items():
+        assert torch.equal(value.to(expected[name].dtype), expected[name]), name
+        assert value.dtype != torch.float64 or not torch.equal(value, float32[name].double()), name
+    assert {name: torch.equal(value, found[name]) for name, value in only.items()} == {"model_output": True}
+    assert {weight.dtype for weight in plain.unet.parameters()} == {torch.float32}
 
 
 def test_a_report_tells_the_times_that_were_taken():

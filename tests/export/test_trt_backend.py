@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.app.work import Settings, Worker
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.trt import api as trt_api
-from ldmseg_fast.backends.trt import machine
+from ldmseg_fast.backends.trt import machine, trt_backend
 from ldmseg_fast.backends.trt.machine import Machine
 from ldmseg_fast.backends.trt.passport import read_passport
 from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
@@ -23,6 +24,7 @@ from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError, NonFiniteError
 from ldmseg_fast.export import to_trt
+from ldmseg_fast.panoptic.format import read_panoptic_png
 
 OPEN = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
 
@@ -124,6 +126,42 @@ def test_the_narrowest_profile_runs(model_dir, graphs, trt, double, tmp_path, mo
     for batch in (1, 3, 1, 6):
         backend.encode_image(torch.zeros(batch, 3, 64, 64, dtype=torch.uint8))
     assert chosen == [0, 1]  # one context per profile, made once
+
+
+def test_commands_choose_a_profile(model_dir, graphs, trt, scenes, tmp_path, capsys, monkeypatch):
+    out, picture = tmp_path / "engines", next((scenes / "val2017").iterdir())
+    given = scenes / "panoptic_val2017" / f"{picture.stem}.png"
+    assert to_trt.main([str(graphs), "--out", str(out), "--profile", "1,1,1", "--profile", "2,4,6"]) == 0
+    engines = ["--backend", "tensorrt", "--engine-dir", str(out)]
+    model = str(model_dir)
+    commands = {
+        "predict": [model, str(picture), "--steps", "2", "--out", str(tmp_path / "predicted")],
+        "inpaint": [model, "--image", str(picture), "--map", str(given), "--steps", "2"],
+        "evaluate": [model, "--data", str(scenes), "--limit", "2", "--steps", "2"],
+    }
+    segment = str(read_panoptic_png(given).max())
+    commands["inpaint"] += ["--unknown-id", segment, "--out", str(tmp_path / "completed")]
+    capsys.readouterr()
+    for name, options in commands.items():
+        for wrong, message in (
+            ([*engines, "--profile", "2"], f"profile=2: {out} has 2, counted from 0"),
+            ([*engines, "--profile", "-1"], "profile=-1: from 0 to 4096 expected"),
+            (["--profile", "0"], "profile=0: backend=torch cannot use it; it is for tensorrt; leave it out"),
+        ):
+            assert main([name, *options, *wrong]) == 2, name
+            assert message in capsys.readouterr().err, name
+    chosen = []
+    load = trt_backend.load_trt_backend
+    monkeypatch.setattr(trt_backend, "load_trt_backend", lambda *a, **k: chosen.append(k["profile"]) or load(*a, **k))
+    for name in ("predict", "inpaint", "evaluate"):
+        assert main([name, *commands[name], *engines, "--profile", "1"]) == 0
+    with pytest.raises(BackendError, match="profile=2"):
+        Worker(model_dir, ("tensorrt", "torch"), out, speed={"profile": 2})  # the app's, in a process of its own
+    worker = Worker(model_dir, ("tensorrt", "torch"), out, speed={"profile": 1})
+    worker.segment(generate_scene(64, 0, 0, version=1)[0], Settings())
+    worker.segment(generate_scene(64, 0, 0, version=1)[0], Settings(backend="torch"))
+    worker.close()
+    assert chosen == [1, 1, 1, 2, 1]
 
 
 def test_failures_of_the_runtime_are_named(model_dir, engines, trt, double, monkeypatch):

@@ -1,5 +1,6 @@
 """Which implementation runs: on a CPU and in an exported graph torch's own ops, on CUDA ours, unless switched back."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -91,6 +92,22 @@ def test_an_exported_graph_holds_no_op_of_ours(op, device):
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not {target for target in targets if target.startswith("ldmseg_fast")}
     torch.testing.assert_close(program.module()(*args), function(*args))
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "torch"), ((8, 0), "auto"), ((12, 0), "auto")])
+def test_old_gpus_run_torch(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    before = {kernel: backend.get_backend(kernel) for kernel in backend.KERNELS}
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            backend.turn_off_on_old_gpus(torch.device("cuda"))
+        assert {backend.get_backend(kernel) for kernel in backend.KERNELS} == {expected}
+        assert ["this is sm_75" in str(each.message) for each in said] == [True] * (expected == "torch")
+        backend.turn_off_on_old_gpus(torch.device("cpu"))
+    finally:
+        for kernel, name in before.items():
+            backend.set_backend(kernel, name)
 
 
 def test_backends_are_checked_and_restored():

@@ -172,6 +172,38 @@ def test_views(view, device):
         torch.testing.assert_close(one_result, other, rtol=1e-5, atol=1e-5, msg=lambda m, i=i: f"result {i}: {m}")
 
 
+def strides(result) -> list[list[int]]:
+    """Of the axes that have more than one member: the others' mean nothing"""
+    results = (result,) if isinstance(result, Tensor) else result
+    return [[step for step, size in zip(each.stride(), each.shape) if size > 1] for each in results]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_of_results_are_those_that_are_promised(view, device):
+    for name, (op, _, args) in (nothing(2, 4) | no_points(2, 3, 5)).items():
+        args = [each.to(device) if isinstance(each, Tensor) else each for each in args]
+        args = [VIEWS[view](each) if isinstance(each, Tensor) and each.ndim > 2 else each for each in args]
+        args += [True] if op is bits_ops.encode_op else []
+        with FakeTensorMode() as mode:
+            promised = op(*(mode.from_tensor(each) if isinstance(each, Tensor) else each for each in args))
+        assert strides(op(*args)) == strides(promised), name
+        if op is bits_ops.encode_op:
+            planes = op(args[0], 3, None, torch.float32, False, False)
+            assert planes.is_contiguous()
+
+
+def test_a_column_of_cells_has_two_strides(device):
+    """Transposed, the one axis of a picture of width 1 lies dense, and the stride of its width means nothing."""
+    x = torch.randn(2, 4, 1, 5, device=device).transpose(2, 3)
+    assert x.is_contiguous() and x.stride(3) == 5
+    assert torch.equal(bits.decode_mask_bits(x), bits.decode_mask_bits(x.clone(memory_format=torch.contiguous_format)))
+    step, table = torch.tensor(0, device=device), torch.full((3, 4), 0.5, device=device)
+    args = (step, table, "epsilon", True, torch.float32)
+    dense = x.clone(memory_format=torch.contiguous_format)
+    for one, other in zip(ddim.ddim_step(x, dense, x, *args), ddim.ddim_step(dense, dense, dense, *args)):
+        assert torch.equal(one, other)
+
+
 def far_apart(*shape: int, device, dtype=torch.float16) -> tuple[Tensor, Tensor]:
     """Two images that lie more than 2^31 elements apart (memory in between is never touched), and a dense copy"""
     image = torch.randn(2, *shape, device=device).to(dtype)

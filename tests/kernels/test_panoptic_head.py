@@ -68,6 +68,15 @@ def test_thresholds(thresholds, device, argmax, poison):
     compare(actual, logits, (16, 16), (20, 24), thresholds)
 
 
+@pytest.mark.parametrize("slots", [1, 3, 20])
+def test_a_threshold_of_zero_is_reached_by_all_slots_that_exist(slots, device, argmax, poison):
+    logits = make_logits((2, slots, 8, 8), device)
+    actual = host.panoptic_head(logits, (16, 16), (20, 24), 0.0, 1, 0.0)
+    expected = reference.panoptic_head(logits, (16, 16), (20, 24), 0.0, 1, 0.0)
+    for ours, theirs in zip(actual, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_noise_with_every_label_in_a_tile(device, argmax, poison):
     """Many labels per tile, most of them dropped"""
     logits = 30 * torch.randn(1, 64, 12, 16, device=device)

@@ -22,6 +22,7 @@ from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.checkpoints.model_folder import load_component
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import BackendError
+from ldmseg_fast.kernels.backend import turn_off_on_old_gpus
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess, resize_logits
 from ldmseg_fast.panoptic.segment_categories import name_segments
 
@@ -68,6 +69,7 @@ class GraphBackend(DdimBackend):
         self.info = info if takes_context else replace(info, conditioning="none")
         self.specs = dict(specs)
         self.device = device
+        turn_off_on_old_gpus(device)
         self.dtype = specs["image_encoder"].outputs[0].torch_dtype
         self.batches = dict(batches or {})
         self.conditioning = load_component(info.folder, "conditioning").to(device) if takes_context else None

@@ -149,7 +149,7 @@ class TrtApi:
             raise BackendError(f"{onnx_file}: {self.name} does not build it ({self.take_errors()})")
         if settings.detailed and self.machine.gpu:
             layers = self._inspect(engine, settings.version_compatible)
-        return Built(bytes(engine), bytes(cache.serialize()) if cache is not None else b"", layers)
+        return Built(memoryview(engine), bytes(cache.serialize()) if cache is not None else b"", layers)
 
     def _network_flags(self) -> int:
         """TensorRT 11 and RTX have strong typing always; 10 must be told."""

@@ -37,7 +37,7 @@ class Built:
     those of the network that it was built from.
     """
 
-    engine: bytes
+    engine: bytes | memoryview  # as TensorRT made it: a copy would be another gigabyte
     timing_cache: bytes
     layers: list[tuple[str, str, str]]
 

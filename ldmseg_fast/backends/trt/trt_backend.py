@@ -176,6 +176,9 @@ def load_trt_backend(
     for passport in passports.values():
         check_passport(passport, folder, manifest, digest, api.flavour, api.version, api.machine, api.min_driver)
     info = at_graphs_size(info, folder, manifest, image_size)
+    most = max(len(passport.profiles) for passport in passports.values())
+    if profile is not None and profile >= most:
+        raise BackendError(f"profile={profile}: {folder} has {most}, counted from 0; leave it out, or build another")
     chosen = {name: _chosen(passport, profile) for name, passport in passports.items()}
     _check_sides(info, passports["denoiser"], manifest.downsampling)
     engines: dict[str, LoadedEngine] = {}
