@@ -111,6 +111,7 @@ def test_compiled_weights_are_packed():
 
 def test_the_compiled_backend_freezes_its_weights(info, monkeypatch):
     frozen = []
+    monkeypatch.setattr("ldmseg_fast.backends.compiled.can_package", lambda network: False)
     monkeypatch.setattr("ldmseg_fast.backends.compiled.compile_frozen", lambda network: frozen.append(network))
     backend = TorchBackend(info, "cpu", BFLOAT16, compile_networks=True)
     assert frozen == [backend.unet, backend.image_vae]

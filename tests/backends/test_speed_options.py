@@ -22,6 +22,7 @@ def test_where_nothing_can_be_fused_the_plain_network_runs(model_dir, monkeypatc
     backend = "compile" if "compile" in reason else "torch"
     if backend == "torch":
         monkeypatch.setattr("ldmseg_fast.backends.torch_backend.why_not_fused", lambda _: reason)
+    monkeypatch.setattr("ldmseg_fast.backends.compiled.can_package", lambda network: False)
     monkeypatch.setattr("ldmseg_fast.backends.compiled.compile_frozen", lambda network: network)
     plain = TorchBackend(read_model_info(model_dir), "cpu", torch.float32)
     with pytest.warns(UserWarning, match=f"^fused: {reason}; the plain network runs instead, with the same results$"):

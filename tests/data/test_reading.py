@@ -105,7 +105,7 @@ def test_damaged_pictures_are_named(native: bool, tmp_path: Path, without_c: Cal
 
 def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.png", f"{tmp_path}/a\0b.png"):
-        with pytest.raises(DataError, match=r"no such picture|not a readable picture"):
+        with pytest.raises(DataError, match=r"no such picture|not a readable picture|a null character in the name"):
             load_picture(path)
     huge = tmp_path / "huge.png"
     with huge.open("wb") as file:

@@ -145,7 +145,7 @@ def test_commands_choose_a_profile(model_dir, graphs, trt, scenes, tmp_path, cap
     for name, options in commands.items():
         for wrong, message in (
             ([*engines, "--profile", "2"], f"profile=2: {out} has 2, counted from 0"),
-            ([*engines, "--profile", "-1"], "profile=-1: from 0 to 4096 expected"),
+            ([*engines, "--profile", "-1"], "profile=-1: a whole number from 0 to 4096 expected"),
             (["--profile", "0"], "profile=0: backend=torch cannot use it; it is for tensorrt; leave it out"),
         ):
             assert main([name, *options, *wrong]) == 2, name
