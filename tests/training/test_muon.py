@@ -30,8 +30,9 @@ def test_singular_values_come_near_one(shape):
     assert not orthogonalize(torch.zeros(shape)).any()
 
 
-def test_a_matrix_steps_as_pytorchs_own_muon_does():
-    """PyTorch's takes matrices alone; convolutions are matrices [R, C k k]."""
+def test_a_matrix_steps_as_pytorchs_own_muon_does(monkeypatch):
+    """PyTorch's takes matrices alone, and always bfloat16; convolutions are matrices [R, C k k]."""
+    monkeypatch.setattr(muon, "has_units", lambda *_: True)
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.ones(16, 4, 3, 3)) for _ in range(2))
     flat = nn.Parameter(theirs.detach().flatten(1))
