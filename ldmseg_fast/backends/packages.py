@@ -77,11 +77,8 @@ class Packages:
             _make(self.network, args, path)
         except OSError as error:  # a full disk, say
             warnings.warn(f"{path}: {error.strerror or error}; compiled for this process alone", stacklevel=4)
-            return self._compiled_here(tuple(each is None for each in args))
+            return compile_frozen(_WithoutNone(self.network, tuple(each is None for each in args)))
         return _load_package(path)
-
-    def _compiled_here(self, absent: tuple[bool, ...]) -> Run:
-        return compile_frozen(_WithoutNone(self.network, absent))
 
 
 def _dense(value: Tensor) -> Tensor:
