@@ -4,12 +4,13 @@ python benchmarks/bench_export.py [--quick] [--parts tiny unet to_onnx to_trt] [
 
 Full size is Stable Diffusion's UNet without cross-attention, random weights saved in float32, exported in half. Then
 `to_onnx.py` runs in float32 with its parity report, and `to_trt.py --flavour rtx`, as people run them. Each runs in a
-process of its own, whose peak resident memory is what is reported.
+process of its own, whose peak memory is reported, with and without pages of mapped files.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +64,7 @@ export_graph(spec, module, info, Path(sys.argv[2]), 21, {})
 PEAK = """
 print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
 """
+SAMPLING_SECONDS = 0.05
 BUILD = """
 import sys
 from pathlib import Path
@@ -86,31 +89,65 @@ assert code == 0, f"exit code {code}"
 """
 
 
-def run_apart(script: str, *arguments: str | Path) -> tuple[float, float]:
-    """Runs a script in a process of its own and returns minutes and peak resident GiB.
+@dataclass(frozen=True)
+class Cost:
+    """Holds what a script took.
+
+    Attributes:
+        minutes: from its start to its end.
+        resident: its peak of resident memory in GiB, pages of mapped files included, which the system can take back.
+        own: the peak of the rest, sampled.
+    """
+
+    minutes: float
+    resident: float
+    own: float
+
+
+def run_apart(script: str, *arguments: str | Path) -> Cost:
+    """Runs a script in a process of its own.
 
     Raises:
         subprocess.CalledProcessError: the script failed.
     """
-    start = time.perf_counter()
+    start, own = time.perf_counter(), 0
     command = [sys.executable, "-c", script + PEAK, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    output = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return (time.perf_counter() - start) / 60, int(output.split()[-2]) / 2**20
+    with tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, text=True) as process:
+            while process.poll() is None:
+                own = max(own, _own_kib(process.pid))
+                time.sleep(SAMPLING_SECONDS)
+        minutes = (time.perf_counter() - start) / 60
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, text)
+    return Cost(minutes, int(text.split()[-2]) / 2**20, own / 2**20)
+
+
+def _own_kib(process: int) -> int:
+    with contextlib.suppress(OSError):  # it has ended
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1])
+    return 0
+
+
+def _add_cost(run: Run, what: str, cost: Cost, case: dict[str, str], minutes: float | None, gib: float | None) -> None:
+    run.add_value(what, cost.minutes, "minutes", case=case, target=minutes)
+    run.add_value(f"{what}, peak memory of its own", cost.own, "GiB", case=case, target=gib)
+    run.add_value(f"{what}, peak memory with mapped files", cost.resident, "GiB", case=case)
 
 
 def full_size(run: Run, model: Path, out: Path) -> None:
     """Measures the export of the full-size UNet in half, and its build where TensorRT-RTX is installed."""
     out.mkdir()
-    minutes, gib = run_apart(EXPORT, model, out)
     case = {"precision": "fp16", "size": "512x512"}
-    run.add_value("full-size UNet to ONNX", minutes, "minutes", case=case, target=MAX_MINUTES)
-    run.add_value("full-size UNet to ONNX, peak memory", gib, "GiB", case=case, target=MAX_GIB)
+    _add_cost(run, "full-size UNet to ONNX", run_apart(EXPORT, model, out), case, MAX_MINUTES, MAX_GIB)
     if importlib.util.find_spec("tensorrt_rtx") is not None:
-        minutes, gib = run_apart(BUILD, model, out)
-        case["target"] = "sm89"
-        run.add_value("full-size UNet, TensorRT-RTX build", minutes, "minutes", case=case)
-        run.add_value("full-size UNet, TensorRT-RTX build, peak memory", gib, "GiB", case=case)
+        case = case | {"target": "sm89"}
+        _add_cost(run, "full-size UNet, TensorRT-RTX build", run_apart(BUILD, model, out), case, None, None)
         size = (out / "denoiser.engine").stat().st_size / 2**30
         run.add_value("full-size UNet, engine", size, "GiB", case=case)
     shutil.rmtree(out)
@@ -132,13 +169,12 @@ def whole_commands(run: Run, model: Path, out: Path, size: str, names: Sequence[
     for name, options in ((name, commands[name]) for name in names if name in commands):
         case = {"model": size, "options": " ".join(options)}
         try:
-            minutes, gib = run_apart(COMMAND, name, model, "--out", out / name, *options)
+            cost = run_apart(COMMAND, name, model, "--out", out / name, *options)
         except subprocess.CalledProcessError as error:
             print(error.stdout)
             run.add_red(f"{name}.py", "ours", f"exit code {error.returncode}", case=case)
             continue
-        run.add_value(f"{name}.py", minutes, "minutes", case=case, target=MAX_COMMAND_MINUTES)
-        run.add_value(f"{name}.py, peak memory", gib, "GiB", case=case, target=MAX_COMMAND_GIB)
+        _add_cost(run, f"{name}.py", cost, case, MAX_COMMAND_MINUTES, MAX_COMMAND_GIB)
 
 
 def tiny_on_the_cpu(run: Run, folder: Path, rounds: int) -> None:

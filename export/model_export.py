@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.metadata
 import json
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.calibration import LayerScales, calibrate
 from ldmseg_fast.export.cpu_graph import rewrite_for_cpu
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
+from ldmseg_fast.export.memory import free_memory
 from ldmseg_fast.export.networks import load_networks, network_of, with_lora
 from ldmseg_fast.export.output_folder import ExportError, NewFolder, disk_full_named, new_folder
 from ldmseg_fast.export.parity import GENERATED, QUANTISED, calibration_pictures, comparison_data, measure_parity
@@ -105,7 +105,7 @@ def export_model(
                 folder.keep = False
                 return ParityReport.read(out / PARITY) if settings.parity else None
             write_graphs(info, folder.path, options, settings)
-            gc.collect()  # the exporter's programs hold each other, and the networks
+            free_memory()  # the exporter's programs hold each other, and the networks
             report = check_parity(info, folder, settings)
             if settings.lora is not None:
                 manifest = read_manifest(folder.path)

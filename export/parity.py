@@ -7,7 +7,6 @@ Then they run as they are, where a runtime here can.
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from ldmseg_fast.data.scenes import write_scenes
 from ldmseg_fast.evaluation import OBJECT, in_percent
 from ldmseg_fast.export.calibration import LayerScales, calibrate
 from ldmseg_fast.export.float_twin import float_twin, flow_scales
+from ldmseg_fast.export.memory import free_memory
 from ldmseg_fast.export.parity_reference import (
     InFloat64,
     Quantised,
@@ -105,14 +105,16 @@ class _Run:
     scales: dict[str, LayerScales] = field(default_factory=dict)
     own: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def reference(self, stage: str = "exact", device: str = "cpu") -> ReferenceBackend:
-        """Builds PyTorch's side: `exact` as the float twin computes, or `quantised` as the graphs do."""
+    def reference(self, stage: str = "exact", device: str = "cpu", only: str | None = None) -> ReferenceBackend:
+        """Builds PyTorch's side: `exact` as the float twin computes, or `quantised` as the graphs do.
+
+        `only` is the one network that will run, ready for `InFloat64`; None: all.
+        """
         options = None if self.manifest.precision == "fp32" else self.manifest.options
         quantised = Quantised(self.manifest.precision, self.scales, stage == "quantised") if self.scales else None
         with torch.inference_mode(False):
-            return ReferenceBackend(
-                self.info, options, quantised, device, rounds_scale=self.manifest.opset < ATTENTION_OPSET
-            )
+            rounds_scale = self.manifest.opset < ATTENTION_OPSET
+            return ReferenceBackend(self.info, options, quantised, device, rounds_scale, only)
 
     def own_errors(self, network: str) -> dict[str, float]:
         """Tells the relative error of float32 itself in a network's outputs, against float64: the larger of two images.
@@ -120,9 +122,8 @@ class _Run:
         In float64 PyTorch unfolds what a convolution sees, so that a batch of large pictures would take gigabytes.
         """
         if network not in self.own:
-            gc.collect()
-            reference = self.reference()
-            reference.keep_for(network)
+            free_memory()
+            reference = self.reference(only=network)
             errors: dict[str, float] = {}
             for index in range(min(OWN_IMAGES, self.work.images)):
                 values = self.load("exact", index)
@@ -232,7 +233,7 @@ def _run_torch(run: _Run) -> None:
         with torch.inference_mode(False):
             run.scales = calibrate(info, manifest.precision, getattr(torch, manifest.options.dtype), pictures)
     for stage in ("exact", "quantised") if run.scales else ("exact",):
-        gc.collect()
+        free_memory()
         _store(run, run.reference(stage, device), stage, run.work.steps)
 
 
@@ -246,7 +247,7 @@ def _store(run: _Run, backend: Any, stage: str, steps: tuple[int, ...]) -> None:
 
 def _run_graphs(run: _Run, folder: Path, stage: str) -> None:
     """Runs graphs or engines and adds their rows: `exact` ones at every batch, within float32's own error."""
-    gc.collect()
+    free_memory()
     if stage == "engine":
         backend = load_trt_backend(run.info, folder)
     else:
@@ -255,6 +256,7 @@ def _run_graphs(run: _Run, folder: Path, stage: str) -> None:
     try:
         if stage == "exact":
             for size in run.work.batches:
+                free_memory()
                 run.save("batch", size, network_outputs(backend, run.first(reference, size)))
         for index in range(run.work.images):
             inputs = run.load(reference, index)

@@ -20,12 +20,14 @@ from ldmseg_fast.backends.graphs.modules import MaskDecoderGraph
 from ldmseg_fast.backends.graphs.specs import GraphOptions
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.export.calibration import LayerScales, fake_quantize, to_eight_bits
 from ldmseg_fast.export.networks import load_network
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.models.conditioning import with_context
+from ldmseg_fast.models.unet import UNet
 
 NETWORKS = ("image_encoder", "denoiser", "mask_decoder")
 TIMES = 5  # of the schedule that single evaluations are spread over
@@ -50,6 +52,7 @@ class ReferenceBackend(TorchBackend):
         quantised: of the UNet, where it is.
         device: where it runs.
         rounds_scale: attention's scale is rounded too, as a graph of `options` without the operator Attention does.
+        only: the one of NETWORKS that will run; None: all. Without the denoiser the UNet's weights are not loaded.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class ReferenceBackend(TorchBackend):
         quantised: Quantised | None = None,
         device: str | torch.device = "cpu",
         rounds_scale: bool = True,
+        only: str | None = None,
     ) -> None:
         self._dtypes = {}
+        self._loads_unet = only in (None, "denoiser")
         self._rounds_scale = rounds_scale
         if options is not None:
             half, decoder = (getattr(torch, name) for name in (options.dtype, options.decoder_dtype))
@@ -68,14 +73,8 @@ class ReferenceBackend(TorchBackend):
             self._dtypes |= {"conditioning": half} if info.conditioning == "learned" else {}
         self._quantised = quantised
         super().__init__(info, device, torch.float32, cuda_graph=False)
-        if quantised is not None:
-            self.unet.unfuse()  # products of fused weights would pass the quantised layers by
-
-    def keep_for(self, network: str) -> None:
-        """Makes ready for `InFloat64`, and frees the UNet where another of NETWORKS is all that will run."""
-        self.unet.unfuse()  # joined weights are float32's
-        if network != "denoiser":
-            self.unet = self._network = self._denoise = None  # type: ignore[assignment]
+        if quantised is not None or only is not None:
+            self.unet.unfuse()  # products of fused weights pass the quantised layers by, and are float32's
 
     def encode_image(self, images: Tensor) -> Tensor:
         """See `Backend.encode_image`."""
@@ -92,6 +91,9 @@ class ReferenceBackend(TorchBackend):
 
     @torch.no_grad()
     def _load(self, name: str, attention: str = "auto") -> Any:
+        if name == "unet" and not self._loads_unet:
+            with torch.device("meta"):
+                return UNet(load_component_config(self.info.folder, "unet")[0])
         network = load_network(self.info, name, torch.float32)  # without the pages of its file, which count as memory
         module = network.to(device=self.device, memory_format=torch.channels_last)
         if (dtype := self._dtypes.get(name, torch.float32)) != torch.float32:

@@ -127,7 +127,9 @@ def load_onnx_backend(
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if exact:  # which is for comparing: a run's memory goes back after it, at some cost in time
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-            options.add_session_config_entry("session.disable_prepacking", "1")  # or weights are there twice
+            # weights stay in the mapped file: neither packed nor laid out anew for this processor
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         # moving quantisers past other nodes makes float8 inputs that those refuse
         if exact or manifest.precision == "fp8":
             options.add_session_config_entry("session.disable_quant_qdq", "1")
