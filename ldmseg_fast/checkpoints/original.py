@@ -16,10 +16,11 @@ from ldmseg_fast.checkpoints.diffusers_folder import read_config, unet_settings
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings
 from ldmseg_fast.checkpoints.original_sizes import image_vae_config, mask_vae_config, scheduler_config, unet_config
 from ldmseg_fast.checkpoints.safe_pickle import check_tensors
+from ldmseg_fast.checkpoints.shipped import resolve_image_vae
 from ldmseg_fast.checkpoints.tensors import plain_names
 from ldmseg_fast.checkpoints.weight_files import read_weights
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.errors import ArgumentError, CheckpointError
 
 LATENT_SIDE = 64  # where nothing says otherwise
 
@@ -35,24 +36,31 @@ class Part:
 
 
 def read_parts(
-    values: dict[str, Any], source: str, unet_path: Path | None = None, vae_path: Path | None = None
+    values: dict[str, Any], source: str, unet_path: Path | None = None, image_vae: str | Path | None = None
 ) -> tuple[list[Part], dict[str, Any]]:
     """Reads the components, and the settings of `model_index.json`.
 
     Args:
         values: the checkpoint.
         source: its name, for errors.
-        unet_path, vae_path: diffusers' configurations, see `convert.convert_checkpoint`.
+        unet_path, image_vae: diffusers' configurations, see `convert.convert_checkpoint`.
 
     Raises:
+        ArgumentError: configurations of networks that the checkpoint does not have.
         CheckpointError: not a checkpoint of this kind, or one that does not fit the configurations.
     """
     encoding = _settings(values, "train_kwargs").get("encoding_mode", "bits")
     if encoding != "bits":
         raise CheckpointError(f"{source}: ids encoded as {encoding!r}; only bit planes ('bits') are converted")
     if "unet" in values:
-        return _model(values, source, unet_path, vae_path)
+        return _model(values, source, unet_path, None if image_vae is None else resolve_image_vae(image_vae))
     if "vae" in values:
+        given = [("--unet-config", unet_path), ("--image-vae", image_vae)]
+        if useless := [f"{option} {value}" for option, value in given if value is not None]:
+            raise ArgumentError(
+                f"{source}: an auto-encoder ('vae'), without UNet and image VAE, so that {' and '.join(useless)} would "
+                f"change nothing; leave {'it' if len(useless) == 1 else 'them'} out"
+            )
         return _auto_encoder(values, source)
     raise CheckpointError(
         f"{source}: neither a model ('unet', 'vae_semseg', 'vae_image') nor an auto-encoder ('vae') of the original "

@@ -47,13 +47,13 @@ def convert_checkpoint(
     Raises:
         CheckpointError: a checkpoint that is damaged, of another kind, asks for code, or does not fit the
             configurations; the message lists what is wrong.
+        ArgumentError: `unet_config` or `image_vae` of an auto-encoder, which has neither network.
         FileExistsError: `out` holds something.
     """
     from ldmseg_fast.checkpoints.model_card import write_model_card
     from ldmseg_fast.checkpoints.model_folder import save_component, save_index
     from ldmseg_fast.checkpoints.original import read_parts
     from ldmseg_fast.checkpoints.safe_pickle import load_torch_file
-    from ldmseg_fast.checkpoints.shipped import resolve_image_vae
     from ldmseg_fast.files import replacing_folder
 
     source, target = Path(checkpoint), Path(out)
@@ -64,7 +64,7 @@ def convert_checkpoint(
         load_torch_file(source),
         str(source),
         None if unet_config is None else Path(unet_config),
-        None if image_vae is None else resolve_image_vae(image_vae),
+        image_vae,
     )
 
     # 2. A folder beside `out`, each tensor from the checkpoint straight into its file, then a rename

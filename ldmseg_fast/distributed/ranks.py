@@ -71,12 +71,21 @@ def is_srun(environment: Mapping[str, str]) -> bool:
     """Tells whether `srun` started this process as one of several.
 
     A batch script and an interactive shell have Slurm's variables too, but no step of their own.
+
+    Raises:
+        LaunchError: a task's number without its job's: variables that were left over, or of which a container has got
+            some. Its rank would wait for others that may not be there.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or ""
     if not (environment.get("SLURM_PROCID") and tasks.isdecimal() and int(tasks) > 1):
         return False
     step = environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEPID") or ""
-    return int(step) < _SPECIAL_STEPS if step.isdecimal() else not environment.get("SLURM_JOB_ID")
+    if not (environment.get("SLURM_JOB_ID") or environment.get("SLURM_JOBID")):
+        raise LaunchError(
+            f"SLURM_PROCID={environment['SLURM_PROCID']} of {tasks} tasks, but SLURM_JOB_ID is not set: "
+            "`unset SLURM_PROCID` to run one process, or pass on all variables that srun sets"
+        )
+    return step.isdecimal() and int(step) < _SPECIAL_STEPS
 
 
 def use_slurm(environment: MutableMapping[str, str]) -> None:

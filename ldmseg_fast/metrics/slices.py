@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,7 +36,10 @@ def slices_of(stat: PanopticQuality, column: str, table: str | Path | None, gt_p
         DataError: a table that cannot be read, without the column, or with an image twice.
         ArgumentError: a column that no image has, or one of over `MOST_VALUES` values.
     """
-    found = _of_images(gt_path, column) if table is None else _of_table(Path(table), column, _names(gt_path))
+    if table is None:
+        found = _of_images(gt_path, column)
+    else:
+        found = _of_table(Path(table), column, _names(gt_path), {str(image_id) for image_id in stat.image_ids})
     values = [found.get(str(image_id)) for image_id in stat.image_ids]
     where = f"`images` of {gt_path}" if table is None else str(table)
     if not any(value is not None for value in values):
@@ -84,7 +89,16 @@ def _names(gt_path: Path) -> dict[str, str]:
     return names
 
 
-def _of_table(table: Path, column: str, names: Mapping[str, str]) -> dict[str, str]:
+def _image_of(text: str, listed: Collection[str]) -> str:
+    """Returns the image that a table means: its id as the ground truth has it, or as a spreadsheet writes 7: 7.0."""
+    if text in listed:
+        return text
+    found = re.fullmatch(r"\s*([+-]?)0*(\d+)(?:\.0*)?\s*", text, re.ASCII)
+    number = "" if found is None else found[1].replace("+", "") + found[2]
+    return number if number in listed else text
+
+
+def _of_table(table: Path, column: str, names: Mapping[str, str], listed: Collection[str]) -> dict[str, str]:
     try:
         reader = csv.DictReader(io.StringIO(text_of(read_file(table, DataError, "CSV file")), newline=""), strict=True)
         fields = list(reader.fieldnames or [])
@@ -93,14 +107,27 @@ def _of_table(table: Path, column: str, names: Mapping[str, str]) -> dict[str, s
             wanted = f"a column {column}" if key is not None else f"one of the columns {', '.join(KEYS)}"
             raise DataError(f"{table}: needs {wanted}, has {', '.join(fields)[:200] or 'no header'}")
         values: dict[str, str] = {}
+        unknown: list[str] = []
+        seen: set[str] = set()
         for row in reader:
             image_id = row[key] or ""
             if key == "file_name":
                 image_id = names.get(image_id, names.get(PurePosixPath(image_id).stem, image_id))
-            if image_id in values:
+            else:
+                image_id = _image_of(image_id, listed)
+            if image_id not in listed:
+                unknown.append(row[key] or "")
+            if image_id in seen:
                 raise DataError(f"{table}: line {reader.line_num}: image {row[key]} is there twice; keep one line")
+            seen.add(image_id)
             if row[column] not in (None, ""):
                 values[image_id] = row[column]
+        if unknown and (absent := sorted(set(listed) - seen)):
+            print(
+                f"warning: {table}: {key} {unknown[0]!r:.80} of {len(unknown)} lines is none of the ground truth's, "
+                f"and {len(absent)} of its images have no line, such as {absent[0]!r:.80}; do both mean the same?",
+                file=sys.stderr,
+            )
         return values
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: no CSV ({error})") from None

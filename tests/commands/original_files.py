@@ -65,7 +65,8 @@ def write(path: Path, values) -> Path:
 
 
 def run(files, values, **arguments):
-    arguments = {"unet_config": files / "unet.json", "image_vae": files / "vae.json"} | arguments
+    if "unet" in values:
+        arguments = {"unet_config": files / "unet.json", "image_vae": files / "vae.json"} | arguments
     return convert_checkpoint(write(files / "model.pt", values), files / "out", **arguments)
 
 

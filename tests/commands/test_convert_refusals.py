@@ -13,7 +13,7 @@ import torch
 
 from ldmseg_fast.commands.convert import convert_checkpoint
 from ldmseg_fast.config import MaskVAEConfig, UNetConfig
-from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.models.mask_vae import MaskVAE
 from tests.commands.original_files import (
     BASE_UNET,
@@ -226,4 +226,16 @@ def test_configuration_files_that_are_none(files):
     (files / "linked" / "config.json").symlink_to(secret)
     with pytest.raises(CheckpointError, match="a link out of the folder"):
         run(files, values, image_vae=files / "linked")
+    assert_nothing_written(files)
+
+
+def test_configurations_of_networks_that_an_auto_encoder_does_not_have_are_refused(files):
+    values = {"vae": MaskVAE(MASK).state_dict(), "p": P}
+    for options, words in (
+        ({"unet_config": files / "nowhere.json"}, "--unet-config .*nowhere.json would change nothing; leave it out"),
+        ({"image_vae": "owner/nowhere"}, "--image-vae owner/nowhere would change nothing; leave it out"),
+        ({"unet_config": files / "unet.json", "image_vae": files}, "--unet-config .* and --image-vae .* leave them out"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            run(files, values, **{"unet_config": None, "image_vae": None} | options)
     assert_nothing_written(files)

@@ -25,7 +25,7 @@ def numbers(found: Ranks) -> tuple[int, int, int, int]:
 def test_torchrun_and_srun():
     assert numbers(ranks_of(TORCHRUN)) == (3, 4, 1, 2)
     assert numbers(ranks_of(SRUN)) == (5, 8, 1, 4)
-    assert numbers(ranks_of(BARE)) == (1, 2, 1, 2)
+    assert numbers(ranks_of(BARE | {"SLURM_JOBID": "9", "SLURM_STEPID": "0"})) == (1, 2, 1, 2)
     assert numbers(ranks_of(SRUN | TORCHRUN)) == (3, 4, 1, 2)  # srun torchrun
     assert numbers(ranks_of({"RANK": "1", "WORLD_SIZE": "2"})) == (1, 2, 1, 2)  # no meeting point is needed
 
@@ -54,8 +54,11 @@ def test_one_process(environment):
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x"),
         (SRUN | {"SLURM_PROCID": "8"}, "SLURM_PROCID=8"),
         (SRUN | {"SLURM_LOCALID": "-1"}, "SLURM_LOCALID=-1"),
+        (BARE, "SLURM_PROCID=1 of 2 tasks, but SLURM_JOB_ID is not set: `unset SLURM_PROCID`"),
+        (SRUN | {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is not set"),
     ],
-    ids=["RANK alone", "RANK too large", "no number", "SLURM_PROCID too large", "SLURM_LOCALID negative"],
+    ids=["RANK alone", "RANK too large", "no number", "SLURM_PROCID too large", "SLURM_LOCALID negative", "no job",
+         "empty job"],  # fmt: skip
 )
 def test_wrong_variables(environment, word):
     with pytest.raises(LaunchError, match=word):

@@ -325,6 +325,29 @@ def test_slices_and_tables(files, tmp_path, capsys):
     assert re.findall(r"^(9|10|\(none\)) *\|", told, re.MULTILINE) == ["9", "10", "(none)"]
 
 
+@pytest.mark.parametrize("spelled", ["{}.0", " {} ", "{:012d}", "+{}", "{}.00"])
+def test_ids_of_a_table_as_spreadsheets_write_them(files, tmp_path, capsys, spelled):
+    table = tmp_path / "table.csv"
+    table.write_text("image_id,speed\n" + "".join(f"{spelled.format(n)},{n % 2}\n" for n in range(1, 9)))
+    result = evaluate_files(files / "gt.json", files / "pred.json", by="speed", table=table, replicates=0)
+    assert [(row["value"], row["images"]) for row in result["slices"]["rows"]] == [("0", 4), ("1", 4)]
+    assert not capsys.readouterr().err
+
+
+def test_lines_that_name_no_image_are_told_where_images_have_no_line(files, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    table.write_text("image_id,speed\n1.5,1\n2,1\n3,0\n")
+    assert _pq(files / "gt.json", files / "pred.json", "--by", "speed", "--table", table) == 0
+    told = capsys.readouterr().err
+    assert "image_id '1.5' of 1 lines is none of the ground truth's, and 6 of its images have no line" in told
+    table.write_text("image_id,speed\n" + "".join(f"{n},{n % 2}\n" for n in range(30)))  # of a larger set
+    assert _pq(files / "gt.json", files / "pred.json", "--by", "speed", "--table", table) == 0
+    assert not capsys.readouterr().err
+    table.write_text("image_id,speed\n1,\n1,3\n")
+    assert _pq(files / "gt.json", files / "pred.json", "--by", "speed", "--table", table) == 2
+    assert "line 3: image 1 is there twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
