@@ -34,15 +34,16 @@ def only_writer(folder: str | Path, what: str, cure: str, make: bool = True) -> 
         folder: the folder.
         what: what writes into it, such as "a training".
         cure: what else to do than to wait, such as "choose another output_dir".
-        make: makes the folder where there is none; otherwise nothing is locked then.
+        make: makes the folder where there is none, with its parents, which vanish if nothing is written; otherwise
+            nothing is locked then.
 
     Raises:
         InUseError: another process writes there; it names the process and its machine.
         OSError: the folder cannot be written.
     """
     folder = Path(folder)
-    is_new = not folder.exists()
-    if is_new and not make:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    if made and not make:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,9 +53,9 @@ def only_writer(folder: str | Path, what: str, cure: str, make: bool = True) -> 
             yield
         finally:
             path.unlink(missing_ok=True)
-            if is_new:
-                with contextlib.suppress(OSError):  # something was written
-                    folder.rmdir()
+            with contextlib.suppress(OSError):  # something was written
+                for path in made:
+                    path.rmdir()
 
 
 @contextmanager

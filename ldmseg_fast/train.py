@@ -40,7 +40,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--config", default="tiny", help=f"a preset ({', '.join(PRESETS)}) or a YAML/JSON file")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
     parser.add_argument("--trust", action="store_true", help="with --resume: also read pickles that DeepSpeed wrote")
-    parser.add_argument("--dry-run", action="store_true", help="print settings, parameters and memory, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, parameters and memory, check data.root and output_dir, and stop")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="file of more DeepSpeed settings, merged with ours")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # other scripts are started with it
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
@@ -64,9 +64,15 @@ def run(argv: list[str] | None) -> None:
         user_config = read_user_config(args.deepspeed_config)
     if args.dry_run:
         from ldmseg_fast.training.estimate import dry_run
+        from ldmseg_fast.training.rehearsal import rehearse
 
+        lines = [*recipe, *dry_run(args.stage, config, user_config)]
         if distributed.is_main():
-            print("\n".join([*recipe, *dry_run(args.stage, config, user_config)]))
+            print("\n".join(lines))
+        if found := rehearse(args.stage, config, args.resume, args.trust):
+            lines = ["", *found]
+            if distributed.is_main():
+                print("\n".join(lines))
         return
     for key, value in (("data.root", config.data.root), ("output_dir", config.output_dir)):
         if not value:

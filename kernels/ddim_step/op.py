@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.kernels.backend import in_format, require, require_same_device, runs_reference
+from ldmseg_fast.kernels.backend import exporting, in_format, require, require_same_device, runs_reference
 from ldmseg_fast.kernels.ddim_step import reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -62,8 +62,9 @@ def ddim_step(
         model_output: [B, C, h, w] float, what the UNet returned; either memory format.
         noisy_latents: float32 [B, C, h, w].
         image_latents: [B, Ci, h, w] float.
-        step_index: one integer on the device, int32 or int64: the row of `table`. It is read by the kernel, so that a
-            CUDA graph of the loop can be replayed; a value outside the table is clamped there.
+        step_index: one integer on the device, int32 or int64: the row of `table`. On a GPU it is read there, so that a
+            CUDA graph of the loop can be replayed and nothing waits; a value outside the table is clamped. A CPU's is
+            checked; a compiled graph clamps it.
         table: float32 [N, 4] from `make_ddim_table`.
         prediction_type: what `model_output` is: "epsilon", "sample" or "v_prediction".
         self_condition: append the estimate of x0 to the next input.
@@ -74,14 +75,23 @@ def ddim_step(
         next_unet_input `dtype` [B, C + Ci (+ C), h, w] in channels_last: previous sample, image, (x0).
 
     Raises:
-        ValueError: wrong shape, dtype or device, unknown prediction type.
+        ValueError: wrong shape, dtype or device, unknown prediction type, a CPU's step outside the table.
     """
     args = (model_output, noisy_latents, image_latents, step_index, table, prediction_type, self_condition, dtype)
     needs_grad = torch.is_grad_enabled() and (model_output.requires_grad or noisy_latents.requires_grad)
     if runs_reference("ddim_step", model_output) or needs_grad:
         check(*args)
+        if not (exporting() or torch.compiler.is_compiling()):
+            _check_step(step_index, table)
         return reference.ddim_step(*args)
     return ddim_step_op(*args)
+
+
+def _check_step(step_index: Tensor, table: Tensor) -> None:
+    """Refuses a step outside the table where looking at it costs no wait for a GPU."""
+    if step_index.device.type == "cpu":
+        step, last = int(step_index), table.shape[0] - 1
+        require(0 <= step <= last, "step_index: expected 0 to {}, got {}", last, step)
 
 
 def check(
@@ -147,10 +157,11 @@ def ddim_step_op(
     """Runs `ddim_step` on float [B, C, h, w], with its arguments and results; without gradient.
 
     Raises:
-        ValueError: see `check`.
+        ValueError: see `ddim_step`.
     """
     args = (model_output, noisy_latents, image_latents, step_index, table, prediction_type, self_condition, dtype)
     check(*args)
+    _check_step(step_index, table)
     prev, x0, next_unet_input = reference.ddim_step(*args)
     if x0.data_ptr() == model_output.data_ptr():  # an op may not return its argument
         x0 = x0.clone()

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from ldmseg_fast.kernels.backend import exporting
+
 
 def ddim_step(
     model_output: Tensor,  # [B, C, h, w]
     noisy_latents: Tensor,  # [B, C, h, w]
     image_latents: Tensor,  # [B, Ci, h, w]
-    step_index: Tensor,  # one integer
+    step_index: Tensor,  # one integer; outside the table it is clamped, as in the kernel
     table: Tensor,  # [N, 4] sqrt(a_t), sqrt(1 - a_t), sqrt(a_prev), sqrt(1 - a_prev)
     prediction_type: str,
     self_condition: bool,
@@ -20,6 +22,8 @@ def ddim_step(
         prev_latents and pred_original_sample float32 [B, C, h, w], and the next input, `dtype`
         [B, C + Ci (+ C), h, w] in channels_last.
     """
+    if not exporting():  # its steps are constants
+        step_index = step_index.clamp(0, table.shape[0] - 1)
     row = table.index_select(0, step_index.reshape(1))[0]
     sqrt_alpha, sqrt_one_minus_alpha, sqrt_prev, sqrt_one_minus_prev = row[0], row[1], row[2], row[3]
     output, noisy = model_output.float(), noisy_latents.float()

@@ -96,10 +96,11 @@ class TrainingCheckpoints:
         """Names the folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
-    def check_start(self, resume: bool, trust: bool = False) -> None:
+    def check_start(self, resume: bool, trust: bool = False, recover: bool = True) -> None:
         """Checks on rank 0 that a run may start here; all ranks call it.
 
-        With `trust`, a checkpoint that DeepSpeed itself wrote there will do; `foreign` is its folder then.
+        With `trust`, a checkpoint that DeepSpeed itself wrote there will do; `foreign` is its folder then. With
+        `recover`, what a killed run left is cleared first.
 
         Raises:
             CheckpointError: there is nothing to resume, or a fresh start would hide an older run or replace a model.
@@ -107,6 +108,8 @@ class TrainingCheckpoints:
         error = None
         if distributed.is_main():
             try:
+                if recover:
+                    self._recover()
                 self._check_start(resume, trust)
             except CheckpointError as failure:
                 error = failure
@@ -115,7 +118,6 @@ class TrainingCheckpoints:
             raise error
 
     def _check_start(self, resume: bool, trust: bool) -> None:
-        self._recover()
         steps, run = self.steps(), self.folder.parent
         self.foreign = None
         if not resume and steps:

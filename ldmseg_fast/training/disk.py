@@ -84,16 +84,25 @@ def check_disk(folder: Path, stage: nn.Module, train: TrainConfig, step: int) ->
         # ZeRO 3 leaves empty tensors in the place of weights
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in stage.parameters()]
         need = disk_need(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), train, step)
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-        free = shutil.disk_usage(existing).free + _written(folder)
-        if need.total > free:
-            raise CheckpointError(
-                f"output_dir={folder}: {describe_disk(need)}, but {_size(free)} are free there; lower train.keep or "
-                f"train.keep_best, or take another disk"
-            )
+        require_space(folder, need)
         return describe_disk(need)
 
     return distributed.from_main(check)
+
+
+def require_space(folder: Path, need: DiskNeed) -> None:
+    """Checks that the disk of an output folder, which need not be there, holds a run.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free + _written(folder)
+    if need.total > free:
+        raise CheckpointError(
+            f"output_dir={folder}: {describe_disk(need)}, but {_size(free)} are free there; lower train.keep or "
+            f"train.keep_best, or take another disk"
+        )
 
 
 def _written(folder: Path) -> int:

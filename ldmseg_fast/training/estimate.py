@@ -300,6 +300,20 @@ def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = 
     return [text for _, text in best]
 
 
+def with_start(stage_name: str, config: Config) -> Config:
+    """Puts into the settings what the folders say that a stage starts from; no weights are fetched or read.
+
+    Raises:
+        ConfigError, CheckpointError: as `dry_run`.
+    """
+    with settings_alone():
+        if stage_name in ("one_step", "distillation"):
+            config = started_from_model(config)
+        if stage_name != "autoencoder" and config.model.init_from:
+            config = resolve_start(config).config
+    return config
+
+
 def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None) -> list[str]:
     """Writes what `--dry-run` prints, as lines.
 
@@ -312,11 +326,7 @@ def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None)
         ConfigError: settings that contradict a pre-trained folder or the user's DeepSpeed configuration.
         CheckpointError: a pre-trained folder that is missing or damaged.
     """
-    with settings_alone():
-        if stage_name in ("one_step", "distillation"):
-            config = started_from_model(config)
-        if stage_name != "autoencoder" and config.model.init_from:
-            config = resolve_start(config).config
+    config = with_start(stage_name, config)
     precision, reason = resolve_precision(config.train.precision, distributed.device())
     config = replace(config, train=replace(config.train, precision=precision))
     ranks = distributed.world_size()

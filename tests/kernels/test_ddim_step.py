@@ -58,11 +58,22 @@ def test_a_whole_loop_recovers_the_sample(table):
     torch.testing.assert_close(latents, clean, rtol=1e-4, atol=1e-4)
 
 
-def test_step_outside_the_table_is_clamped(table):
-    args = make_inputs((1, 4, 4, 4), table, "epsilon", step=2)
-    beyond = (*args[:3], torch.tensor([99], dtype=torch.int32, device=table.device), *args[4:])
-    for one, other in zip(host.ddim_step(*args), host.ddim_step(*beyond)):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize(("step", "inside"), [(99, 2), (3, 2), (-1, 0)])
+def test_step_outside_the_table_is_clamped_by_kernel_and_reference(table, step, inside):
+    args = make_inputs((1, 4, 4, 4), table, "epsilon", step=inside)
+    beyond = (*args[:3], torch.tensor([step], dtype=torch.int32, device=table.device), *args[4:])
+    for function in (host.ddim_step, reference.ddim_step):
+        for one, other in zip(function(*args), function(*beyond)):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("step", [3, -1])
+def test_step_of_a_cpu_outside_the_table_is_refused(step):
+    table = torch.full((3, 4), 0.5)
+    args = make_inputs((1, 4, 4, 4), table, "epsilon", step=step)
+    for function in (ddim_step, ddim_step_op):
+        with pytest.raises(ValueError, match=rf"^step_index: expected 0 to 2, got {step}$"):
+            function(*args)
 
 
 def test_table(table):

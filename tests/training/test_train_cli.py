@@ -76,6 +76,41 @@ def test_dry_run(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert re.search(r"mask_vae +334,600", capsys.readouterr().out)
 
 
+def test_dry_run_says_what_the_start_would_say(
+    capfd: pytest.CaptureFixture, scenes: Path, tmp_path: Path
+) -> None:
+    """The mistakes that are the folders' are the same line with --dry-run and without, and nothing is left behind."""
+    used, file = tmp_path / "used", tmp_path / "file"
+    used.mkdir()
+    (used / "model_index.json").write_text("{}")
+    file.touch()
+    run = tmp_path / "new" / "run"
+    for settings, words in (
+        ((f"data.root={tmp_path / 'none'}", f"output_dir={run}"), "none"),
+        ((f"data.root={tmp_path}", f"output_dir={run}"), str(tmp_path)),
+        ((f"data.root={scenes}", "data.train_split=train2018", f"output_dir={run}"), "train2017, val2017"),
+        ((f"data.root={scenes}", f"output_dir={file}"), "it is no folder"),
+        ((f"data.root={scenes}", f"output_dir={used}"), "holds a model"),
+        ((f"data.root={scenes}", f"output_dir={scenes}"), "choose another path"),
+        ((f"data.root={scenes}", f"output_dir={run}", "--resume"), "leave out --resume"),
+        ((f"data.root={scenes}", f"output_dir={run}", f"train.keep={2**31}", f"train.steps={2**31}",
+          "train.save_every=1"), "are free there"),
+    ):  # fmt: skip
+        said = []
+        for more in ((), ("--dry-run",)):
+            assert main(["autoencoder", "--config", str(TINY), *settings, *more]) == 2, settings
+            said.append(capfd.readouterr().err.strip())
+        assert said[0] == said[1] and words in said[0] and len(said[0].splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "used"]
+    settings = (f"data.root={scenes}", f"output_dir={run}")
+    assert main(["autoencoder", "--config", str(TINY), *settings, "--dry-run"]) == 0
+    told = capfd.readouterr().out
+    assert re.search(r"trains on \d+ images", told) and f"output_dir={run} can be written" in told
+    assert main(["autoencoder", "--config", str(TINY), f"output_dir={file / 'run'}", "--dry-run"]) == 2
+    assert "a part of the path is no folder" in capfd.readouterr().err
+    assert not run.parent.exists()
+
+
 def test_dry_run_merges_a_deepspeed_file(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 12345}}))
