@@ -40,7 +40,11 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--config", default="tiny", help=f"a preset ({', '.join(PRESETS)}) or a YAML/JSON file")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
     parser.add_argument("--trust", action="store_true", help="with --resume: also read pickles that DeepSpeed wrote")
-    parser.add_argument("--dry-run", action="store_true", help="print settings, parameters and memory, check data.root and output_dir, and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print settings, parameters and memory, check data.root and output_dir, and stop",
+    )
     parser.add_argument("--deepspeed_config", metavar="JSON", help="file of more DeepSpeed settings, merged with ours")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # other scripts are started with it
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it

@@ -234,7 +234,10 @@ def test_configurations_of_networks_that_an_auto_encoder_does_not_have_are_refus
     for options, words in (
         ({"unet_config": files / "nowhere.json"}, "--unet-config .*nowhere.json would change nothing; leave it out"),
         ({"image_vae": "owner/nowhere"}, "--image-vae owner/nowhere would change nothing; leave it out"),
-        ({"unet_config": files / "unet.json", "image_vae": files}, "--unet-config .* and --image-vae .* leave them out"),
+        (
+            {"unet_config": files / "unet.json", "image_vae": files},
+            "--unet-config .* and --image-vae .* leave them out",
+        ),
     ):
         with pytest.raises(ArgumentError, match=words):
             run(files, values, **{"unet_config": None, "image_vae": None} | options)

@@ -57,8 +57,15 @@ def test_one_process(environment):
         (BARE, "SLURM_PROCID=1 of 2 tasks, but SLURM_JOB_ID is not set: `unset SLURM_PROCID`"),
         (SRUN | {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is not set"),
     ],
-    ids=["RANK alone", "RANK too large", "no number", "SLURM_PROCID too large", "SLURM_LOCALID negative", "no job",
-         "empty job"],  # fmt: skip
+    ids=[
+        "RANK alone",
+        "RANK too large",
+        "no number",
+        "SLURM_PROCID too large",
+        "SLURM_LOCALID negative",
+        "no job",
+        "empty job",
+    ],
 )
 def test_wrong_variables(environment, word):
     with pytest.raises(LaunchError, match=word):

@@ -76,9 +76,7 @@ def test_dry_run(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert re.search(r"mask_vae +334,600", capsys.readouterr().out)
 
 
-def test_dry_run_says_what_the_start_would_say(
-    capfd: pytest.CaptureFixture, scenes: Path, tmp_path: Path
-) -> None:
+def test_dry_run_says_what_the_start_would_say(capfd: pytest.CaptureFixture, scenes: Path, tmp_path: Path) -> None:
     """The mistakes that are the folders' are the same line with --dry-run and without, and nothing is left behind."""
     used, file = tmp_path / "used", tmp_path / "file"
     used.mkdir()
