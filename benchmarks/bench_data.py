@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import numpy as np
+import torch
 
 from benchmarks.harness import RESULTS, Run, measure
 from benchmarks.peers.plain_item import plain_item

@@ -21,11 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import numpy as np
+import torch
 
 from benchmarks.harness import RESULTS, Run, measure, peak_memory
 from benchmarks.measuring.panoptic_maps import CATEGORIES, PanopticMaps

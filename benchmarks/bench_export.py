@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import torch
 
 from benchmarks.harness import RESULTS, ROOT, Run, measure
 from benchmarks.random_model import save_random_model

@@ -23,11 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import torch
+from torch import Tensor
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure, reason_of
 from benchmarks.measuring.kernel_tuning import compile_in_parallel, tune

@@ -25,14 +25,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):
+    import checkout  # noqa: F401  (run as a script)
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-
-if __package__ in (None, ""):
-    import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, Run, Timing, measure, reason_of
 from benchmarks.peers.candidates import OurPipeline, engine_candidates, our_candidates, plain_candidates

@@ -22,11 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
-import torch
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import onnx
+import torch
 
 from benchmarks.harness import RESULTS, Run, measure
 from benchmarks.measuring.builder_log import build_logged, fusions

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import RESULTS, Run, measure
 from benchmarks.reporting.scaling_tables import PASSES, STEP

@@ -27,13 +27,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):
+    import checkout  # noqa: F401  (run as a script)
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-if __package__ in (None, ""):
-    import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, Run, Timing, measure
 from benchmarks.measuring.processes import measure_processes

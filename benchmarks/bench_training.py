@@ -19,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import RESULTS, measure
 from benchmarks.harness import Run as Record

@@ -31,10 +31,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import torch
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, read_journal, read_results
 from benchmarks.measuring.gpu_plan import Part, choose, make_plan

@@ -13,10 +13,10 @@ python benchmarks/harness.py --self-test [--device cuda]       # A/A: one functi
 import argparse
 import sys
 
-import torch
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import torch
 
 from benchmarks.measuring.environment import PACKAGES, ROOT, environment
 from benchmarks.measuring.result_file import (

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import numpy as np
 
 from benchmarks.bench_quality import Tuned
 from ldmseg_fast import LDMSegPipeline

@@ -11,11 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from torch.profiler import ProfilerActivity, profile
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.random_model import find_model
 from ldmseg_fast.backends.model_info import read_model_info

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
+
+import torch
 
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings, save_component, save_index

@@ -14,6 +14,7 @@ from typing import Any
 
 from ldmseg_fast import __version__
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.stopping import terminable, why_stopped
 from ldmseg_fast.streams import open_streams
 from ldmseg_fast.threads import limit_threads
 
@@ -146,6 +147,17 @@ def _check_given(argv: Sequence[str]) -> None:
             )
 
 
+def _run(argv: list[str] | None) -> int:
+    args = build_parser().parse_args(argv)
+    from ldmseg_fast.config.limits import check_ranges  # late, as all that a command needs
+
+    _check_given(sys.argv[1:] if argv is None else argv)
+    check_ranges(args)
+    code = args.run(args)
+    sys.stdout.flush()
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
@@ -153,25 +165,22 @@ def main(argv: list[str] | None = None) -> int:
     """
     open_streams()
     limit_threads()
-    args = build_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text in the terminal's encoding
     format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
-        from ldmseg_fast.config.limits import check_ranges  # late, as all that a command needs
-
-        _check_given(sys.argv[1:] if argv is None else argv)
-        check_ranges(args)
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
+        with terminable():
+            return _run(argv)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the rest is written again at exit
         return 128 + signal.SIGPIPE
     except SystemExit:
         raise
     except BaseException as error:
+        if (stopped := why_stopped(error)) and "ldmseg_fast.distributed.ending" not in sys.modules:
+            print(stopped[0], file=sys.stderr)  # what a command needs may be imported in part
+            return stopped[1]
         from ldmseg_fast.distributed.ending import end_alone, reason_of  # late: a command that ends well needs no torch
 
         reason = reason_of(error)

@@ -13,6 +13,10 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: this folder must not hide other packages, the checkout must be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    from ldmseg_fast.stopping import tell_interrupts
+
+    tell_interrupts()
 
 from ldmseg_fast import distributed
 from ldmseg_fast.config import PRESETS, Config, load_config

@@ -28,7 +28,7 @@ LAYERS = (
     ("files",),
     ("temporary",),
     ("locks",),
-    ("errors", "native", "threads", "streams"),
+    ("errors", "native", "threads", "streams", "stopping"),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 # imports inside a function that point upwards on purpose: a name on first use, what an export checks itself with, and

@@ -12,15 +12,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ldmseg_fast import distributed
 from ldmseg_fast.distributed.liveness import LOST_RANK, Heartbeat, is_running, lost_ranks
 from ldmseg_fast.distributed.ranks import ranks_of
 from ldmseg_fast.errors import LaunchError, Stopped, UserError
+from ldmseg_fast.stopping import INTERRUPTED, TERMINATED, Terminated, terminable, terminate, why_stopped
 from ldmseg_fast.streams import open_streams
 
-INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 + SIGINT, 128 + SIGTERM
 PATIENCE = 8.0  # seconds that other ranks wait for rank 0's word
 TOLD = 5.0  # seconds that a rank leaves to rank 0 to say what is wrong for all
 _CURES = {
@@ -39,16 +39,10 @@ _CURES = {
 _FAILED = "ldmseg/failed"  # in the launcher's store: "RANK:EXIT_CODE:why"
 
 
-class Terminated(BaseException):
-    """Is raised by SIGTERM while ranks work together."""
-
-
 def reason_of(error: BaseException) -> tuple[str, int] | None:
     """Returns the line and the exit code of an error that the user can mend; None for a fault in this package."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", INTERRUPTED
-    if isinstance(error, Terminated):
-        return "stopped by SIGTERM", TERMINATED
+    if stopped := why_stopped(error):
+        return stopped
     if isinstance(error, Stopped):
         return str(error), error.exit_code
     if isinstance(error, OSError):
@@ -86,8 +80,9 @@ def run_command(run: Callable[[], int | None]) -> int:
     """
     open_streams()
     try:
-        return run() or 0
-    except (Exception, KeyboardInterrupt) as error:
+        with terminable():
+            return run() or 0
+    except (Exception, KeyboardInterrupt, Terminated) as error:
         reason = reason_of(error)
         if reason is None:
             raise
@@ -114,11 +109,6 @@ def joined_ranks() -> Iterator[None]:
                 watch.fail(error)
         signal.signal(signal.SIGTERM, before)
     distributed.stop()
-
-
-def terminate(number: int, frame: Any) -> NoReturn:
-    """Raises `Terminated`; a signal handler."""
-    raise Terminated
 
 
 class _RankWatch(Heartbeat):

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldmseg_fast.distributed import rank_file
-from ldmseg_fast.distributed.ending import INTERRUPTED, TERMINATED, Terminated, reason_of
+from ldmseg_fast.distributed.ending import reason_of
 from ldmseg_fast.distributed.liveness import LOST_RANK
 from ldmseg_fast.distributed.ranks import Ranks
+from ldmseg_fast.stopping import INTERRUPTED, TERMINATED, Terminated
 
 PERIOD = 0.5  # seconds between two looks at the other ranks
 AGAIN = "run the command again: what is complete stays"

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.distributed import rank_file
-from ldmseg_fast.distributed.ending import TERMINATED, Terminated, end_alone, terminate
+from ldmseg_fast.distributed.ending import end_alone
 from ldmseg_fast.distributed.launcher import QUIET
 from ldmseg_fast.distributed.liveness import LOST_RANK
 from ldmseg_fast.distributed.rank_watch import AGAIN, PERIOD, RankWatch, appeared, rank_path
@@ -36,6 +36,7 @@ from ldmseg_fast.distributed.run_journal import Record, journal, keep_settings, 
 from ldmseg_fast.errors import DataError, InUseError, LaunchError, UserError
 from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.locks import only_writer
+from ldmseg_fast.stopping import TERMINATED, Terminated, terminate
 
 RUN = ".ldmseg-run"
 COMING = 60.0  # seconds that rank 0 waits, when all is done, for ranks that have not come

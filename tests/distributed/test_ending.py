@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torch.distributed import HashStore
 
-from ldmseg_fast import cli, errors
+from ldmseg_fast import cli, errors, stopping
 from ldmseg_fast.distributed import ending
 from ldmseg_fast.distributed.ending import reason_of, run_command
 from ldmseg_fast.export import to_onnx, to_triton, to_trt
@@ -170,7 +170,7 @@ def test_a_launcher_that_stops_a_rank_that_says_why_changes_nothing(monkeypatch,
     def leave(code):
         raise _Left(code, signal.getsignal(signal.SIGTERM))
 
-    before = signal.signal(signal.SIGTERM, ending.terminate)
+    before = signal.signal(signal.SIGTERM, stopping.terminate)
     try:
         monkeypatch.setattr(os, "_exit", leave)
         monkeypatch.setattr(ending.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
@@ -185,7 +185,7 @@ def test_a_launcher_that_stops_a_rank_that_says_why_changes_nothing(monkeypatch,
 
 def test_a_rank_that_is_stopped_before_the_work_says_so_in_one_line(monkeypatch, capsys):
     def stopped(args):
-        raise ending.Terminated
+        raise stopping.Terminated
 
     monkeypatch.setattr("ldmseg_fast.commands.doctor.run", stopped)
     assert cli.main(["doctor"]) == 143

@@ -99,7 +99,7 @@ def test_dry_run_says_what_the_start_would_say(capfd: pytest.CaptureFixture, sce
             assert main(["autoencoder", "--config", str(TINY), *settings, *more]) == 2, settings
             said.append(capfd.readouterr().err.strip())
         start, rehearsal = (re.sub(r"[\d.]+ GiB are free", "are free", text) for text in said)
-            assert start == rehearsal and words in start and len(start.splitlines()) == 1
+        assert start == rehearsal and words in start and len(start.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "used"]
     settings = (f"data.root={scenes}", f"output_dir={run}")
     assert main(["autoencoder", "--config", str(TINY), *settings, "--dry-run"]) == 0
