@@ -169,8 +169,10 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
         raise ExportError(
             f"--size {image_size}: this model needs a multiple of {multiple} pixels; pictures are resized to it"
         )
-    parts = [part.strip() for part in settings.sampler_steps.split(",") if part.strip()]
-    steps = tuple(dict.fromkeys(_whole("--sampler-steps", part, {}, "steps") for part in parts))
+    parts = [part.strip() for part in settings.sampler_steps.split(",")] if settings.sampler_steps else []
+    steps = tuple(_whole("--sampler-steps", part, {}, "steps") for part in parts)
+    if len(set(steps)) < len(steps):
+        raise ExportError(f"--sampler-steps {settings.sampler_steps}: a number is there twice; leave one of them out")
     if max(steps, default=0) > MAX_SAMPLER_STEPS:
         raise ExportError(
             f"--sampler-steps {max(steps)}: whole samplers are for {MAX_SAMPLER_STEPS} steps at most, each one repeats "

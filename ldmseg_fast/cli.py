@@ -179,7 +179,8 @@ def main(argv: list[str] | None = None) -> int:
         raise
     except BaseException as error:
         if (stopped := why_stopped(error)) and "ldmseg_fast.distributed.ending" not in sys.modules:
-            print(stopped[0], file=sys.stderr)  # what a command needs may be imported in part
+            if os.environ.get("RANK", "").strip() in ("", "0"):  # the first rank says it for all
+                print(stopped[0], file=sys.stderr)  # what a command needs may be imported in part
             return stopped[1]
         from ldmseg_fast.distributed.ending import end_alone, reason_of  # late: a command that ends well needs no torch
 

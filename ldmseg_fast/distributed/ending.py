@@ -67,6 +67,8 @@ def end_alone(text: str, code: int) -> int:
     with suppress(LaunchError):
         rank = ranks_of(os.environ).rank
     if rank > 0:
+        if code == TERMINATED:  # a launcher stops all of them
+            return code
         time.sleep(TOLD)
         text = text.replace("error: ", f"error: rank {rank}: ", 1)
     print(text, file=sys.stderr, flush=True)
