@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from ldmseg_fast.backends.graphs.manifest import read_manifest
+from ldmseg_fast.backends.graphs.seal import sealed
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.trt import api as trt_api
 from ldmseg_fast.backends.trt.api import load_api
@@ -290,7 +291,7 @@ def test_wrong_sources(graphs, trt, tmp_path, capsys):
     assert "neither a model folder (model_index.json) nor exported graphs" in capsys.readouterr().err
     shutil.copytree(graphs, tmp_path / "new")
     path = tmp_path / "new" / "export.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"opset": 26}))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"opset": 26})))
     assert to_trt.main([str(tmp_path / "new"), "--out", str(tmp_path / "e")]) == 2
     assert "opset 26; TensorRT 11.4.0.1 takes up to 25" in capsys.readouterr().err
     (tmp_path / "new" / "denoiser.onnx").unlink()

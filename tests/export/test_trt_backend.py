@@ -12,6 +12,7 @@ import torch
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.app.work import Settings, Worker
+from ldmseg_fast.backends.graphs.seal import sealed
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.trt import api as trt_api
@@ -192,7 +193,7 @@ def test_closing_frees_the_engines(model_dir, engines, trt):
 
 def edit(folder, graph, **values):
     path = folder / f"{graph}.passport.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | values)))
 
 
 MISMATCHES = [
@@ -209,7 +210,7 @@ MISMATCHES = [
     ({"profiles": [{"width": [1, 2, 3]}]}, "axes of profile 0: ['width'], the graph has ['batch']"),
     ({"engine_sha256": "c" * 64}, "engine file: cccccccccccc, here "),
     ({"engine_bytes": 12}, "engine file: 12 bytes, here "),
-    ({"format_version": 7}, "passport format 7, this version reads 1"),
+    ({"format_version": 7}, "passport format 7, this version reads 2"),
 ]
 
 

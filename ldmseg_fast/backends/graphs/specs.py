@@ -110,9 +110,7 @@ class GraphSpec:
         def tensors(items: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
             return tuple(TensorSpec(i["name"], i["dtype"], tuple(i["shape"]), i["is_shape"]) for i in items)
 
-        name = values["name"]
-        kind = values.get("kind") or ("sampler" if name.startswith("sampler_") else name)  # older exports name it only
-        return cls(name, kind, tensors(values["inputs"]), tensors(values["outputs"]))
+        return cls(values["name"], values["kind"], tensors(values["inputs"]), tensors(values["outputs"]))
 
 
 def _resolve(axis: str, sizes: Mapping[str, int]) -> int:

@@ -57,10 +57,6 @@ def test_a_spec_survives_json(info):
         assert GraphSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-def test_exports_that_name_no_kind_are_read(info):
-    for spec in graph_specs(info, GraphOptions(sampler_steps=(4,))).values():
-        older = {key: value for key, value in spec.to_dict().items() if key != "kind"}
-        assert GraphSpec.from_dict(older) == spec
 
 
 def test_without_self_condition(info):
