@@ -54,7 +54,10 @@ def test_every_graph_is_warmed_up_with_inputs_that_it_takes(repository, model_co
 def test_the_readme_says_how_to_start_and_to_ask(repository, engines, tmp_path):
     text = (repository / "README.md").read_text()
     assert "--gpus" not in text and "tritonserver --model-repository=/models\n" in text and "TensorRT" not in text
-    assert (repository / "Dockerfile").read_text().count("FROM nvcr.io/nvidia/tritonserver:") == 1
+    docker = (repository / "Dockerfile").read_text()
+    assert docker.count("FROM nvcr.io/nvidia/tritonserver:") == 1
+    assert "docker build -t ldmseg-triton .\n" in text  # it copies from the folder
+    assert "COPY Dockerfile *.whl /wheels/\n" in docker
     assert to_triton.main([str(engines), "--out", str(tmp_path / "r"), "--image", "registry/server:1"]) == 0
     text = (tmp_path / "r" / "README.md").read_text()
     assert "docker run --rm --gpus all" in text and "TensorRT 11.4.0.1 exactly" in text
