@@ -23,6 +23,7 @@ from ldmseg_fast.backends.trt.settings import BuildSettings, Built
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export import engine_build, engine_sources, model_export, output_folder, to_trt
+from ldmseg_fast.export.parity_report import ParityReport, Row
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,22 @@ def test_a_model_is_exported_once(model_dir, trt, tmp_path, capsys):
     assert model_export.is_current(model_dir, tmp_path / "e" / "onnx", settings)
     for change in ({"precision": "fp16"}, {"head": "both"}, {"parity": True}, {"size": "32"}, {"sampler_steps": "2"}):
         assert not model_export.is_current(model_dir, tmp_path / "e" / "onnx", replace(settings, **change))
+
+
+def test_a_comparison_that_was_asked_for_is_made(tmp_path):
+    """What was compared on other pictures, or on fewer, is not taken for it."""
+    settings = model_export.ExportSettings("fp32")
+    assert not model_export._is_compared(tmp_path, settings)
+    report = ParityReport("fp32", 2, "generated scenes", [Row("maps", 1.0)], {})
+    (tmp_path / model_export.PARITY).write_text(json.dumps(report.to_dict()))
+    assert model_export._is_compared(tmp_path, settings)
+    assert model_export._is_compared(tmp_path, replace(settings, parity_images=2))
+    for change in ({"parity_images": 3}, {"data": "scenes"}):
+        assert not model_export._is_compared(tmp_path, replace(settings, **change))
+    (tmp_path / model_export.PARITY).write_text(json.dumps(replace(report, source="scenes/val2017").to_dict()))
+    assert model_export._is_compared(tmp_path, replace(settings, data="/of/scenes"))
+    (tmp_path / model_export.PARITY).write_text("[" * 9999)
+    assert not model_export._is_compared(tmp_path, settings)
 
 
 def test_what_a_killed_build_left_is_removed(graphs, trt, tmp_path):
