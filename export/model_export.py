@@ -177,6 +177,8 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
             f"--size {image_size}: this model needs a multiple of {multiple} pixels; pictures are resized to it"
         )
     parts = [part.strip() for part in settings.sampler_steps.split(",") if part.strip()]
+    if settings.sampler_steps and not parts:
+        raise ExportError(f"--sampler-steps {settings.sampler_steps!r}: names no number; 1,2,4 for example")
     steps = tuple(dict.fromkeys(_whole("--sampler-steps", part, {}, "steps") for part in parts))
     if max(steps, default=0) > MAX_SAMPLER_STEPS:
         raise ExportError(

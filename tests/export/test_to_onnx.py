@@ -172,6 +172,7 @@ def test_large_weights_go_beside_the_graph(model_dir, tmp_path, monkeypatch):
         (["--size", "large"], "--size large: a number"),
         (["--batch", "0"], "--batch 0: a number from 1 to 4096 expected, or dynamic"),
         (["--sampler-steps", "2,x"], "--sampler-steps x"),
+        (["--sampler-steps", ","], "--sampler-steps ',': names no number"),
         (["--sampler-steps", "50"], "--sampler-steps 50: whole samplers are for 8 steps at most"),
         (["--data", "nowhere"], "nowhere"),
     ],

@@ -285,6 +285,7 @@ def test_an_interrupted_rebuild_is_not_loaded(graphs, trt, double, tmp_path, mon
         (["--precision", "fp16"], "exported in fp32, --precision fp16 was asked for"),
         (["--target", "sm80"], "TensorRT builds for the GPU it runs on, sm90"),
         (["--target", "portable,sm80"], "portable, same and current stand alone"),
+        (["--target", ","], "--target ',': names nothing; current, same, portable, or sm80"),
         (["--max-batch", "0"], "--max-batch 0: from 1 on, in this order"),
         (["--opt-batch", "9"], "--opt-batch 9, --max-batch 8"),
         (["--profile", "1,2"], "--profile 1,2: three numbers expected"),
