@@ -195,6 +195,7 @@ class DataConfig:
     scale_min: Annotated[float, Range(0.05, 1)] = 1.0  # random scale/crop, off at 1
     aspect_jitter: Annotated[float, Range(0, 0.9)] = 0.0  # largest relative change of a random crop's width to height
     color_jitter: Share = 0.0
+    paste: Share = 0.0  # of pictures that get things of another picture of their set
     min_area: Number = 10  # smaller segments are void in training
     id_assignment: IdAssignment = "random"
     resize: Literal["pillow", "torch"] = "pillow"  # of training pictures; torch's is faster and differs by a grey level

@@ -23,6 +23,7 @@ from ldmseg_fast.data.transforms import (
     compact_ids,
     crop_box,
     make_remap_table,
+    paste,
     resize_ids,
     resize_image,
 )
@@ -49,20 +50,21 @@ class CocoPanoptic(Dataset):
     - num_segments: int; image_id: int or str; original_size: (H, W) in pixels
 
     With `train`, crowds and segments under `min_area` pixels of the original map become void. `augmentation` then crops
-    at random before the resize, and mirrors and changes colours after it. Of more than num_slots - 1 segments the
-    largest stay: slot 0 is void.
+    at random before the resize, and after it pastes things of another item of the split, mirrors and changes colours.
+    Of more than num_slots - 1 segments the largest stay: slot 0 is void.
 
     Random numbers are drawn from (seed, epoch, index), so items do not depend on workers or order. The epoch is the one
     of `set_epoch`, or the first of an (epoch, index) pair as `EpochSampler` gives. Without `train` it is always 0.
 
     `cache` keeps resized pictures and maps in memory: 3 P^2 + S^2 bytes an item, in each process that reads. It works
-    best without worker processes, and it excludes random crops.
+    best without worker processes, and it excludes random crops and pasting.
 
     `resize="torch"` is several times faster than Pillow's resize and differs from it by a grey level or two here and
     there.
 
     Raises:
-        ArgumentError: a size, seed, number of slots or id assignment that cannot be, or a cache beside random crops.
+        ArgumentError: a size, seed, number of slots or id assignment that cannot be, or a cache beside random crops or
+            pasting.
         DataError: here, a missing folder, JSON, picture or map, or an empty split; on access, a file that cannot be
             read or does not match its annotation.
     """
@@ -92,10 +94,10 @@ class CocoPanoptic(Dataset):
         self.num_slots, self.id_assignment, self.min_area, self.seed = num_slots, id_assignment, min_area, seed
         self.resize = resize
         self.augmentation = augmentation if augmentation is not None else Augmentation()
-        if cache and train and self.augmentation.crops:
+        if cache and train and (self.augmentation.crops or self.augmentation.paste):
             raise ArgumentError(
-                "the cache keeps resized pictures, which cannot be cropped: set cache=false, or scale_min=1 and "
-                "aspect_jitter=0"
+                "the cache keeps resized pictures, which cannot be cropped, nor things of them pasted: set "
+                "cache=false, or scale_min=1, aspect_jitter=0 and paste=0"
             )
         self.folders = find_split(root, split)
         self._images, self._maps = str(self.folders.images), str(self.folders.maps)
@@ -105,6 +107,7 @@ class CocoPanoptic(Dataset):
         except PanopticFormatError as error:
             raise DataError(str(error)) from error
         self.categories: list[dict] = content["categories"]
+        self._things = {category["id"] for category in self.categories if category.get("isthing", 1)}
         self._entries = Packed(self._join(content)[: limit or None])
         cached = len(self) if cache else 0  # zeros cost no memory until they are written
         self._latents: Any = None
@@ -267,7 +270,19 @@ class CocoPanoptic(Dataset):
         return self._cached_rgb[index], self._cached_ids[index], category_ids, num_segments, (height, width)
 
     def _decoded_item(self, entry: dict, rng: np.random.Generator) -> _Item:
-        """Decodes an item, voids crowds and crumbs, crops and resizes."""
+        """Decodes an item, voids crowds and crumbs, crops, resizes and pastes."""
+        rgb, dense, box = self._decode(entry, rng)
+        small, segments = resize_ids(dense, self.size, box), entry["segments_info"]
+        if self.train and self.augmentation.paste and rng.random() < self.augmentation.paste:
+            rgb, small, segments = self._paste(rgb, small, segments, rng)
+        segment_ids, num_segments = compact_ids(small, self.num_slots - 1)
+        height, width = dense.shape
+        return rgb, segment_ids, self._category_ids(segments, small, segment_ids), num_segments, (height, width)
+
+    def _decode(
+        self, entry: dict, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int] | None]:
+        """Reads an item: its picture, cropped and resized, uint8 [P, P, 3], its dense map [H, W], and the crop."""
         picture = None
         if self._latents is None:
             picture = load_picture(os.path.join(self._images, entry["image_name"]))  # noqa: PTH118 (as for the map)
@@ -285,15 +300,29 @@ class CocoPanoptic(Dataset):
             rgb = _resize_fast(picture, self.picture_size, box)
         else:
             rgb = resize_image(picture, self.picture_size, box)
-        small = resize_ids(dense, self.size, box)
-        segment_ids, num_segments = compact_ids(small, self.num_slots - 1)
-        return rgb, segment_ids, self._category_ids(entry, small, segment_ids), num_segments, (height, width)
+        return rgb, dense, box
 
-    def _category_ids(self, entry: dict, dense: np.ndarray, segment_ids: np.ndarray) -> np.ndarray | None:
+    def _paste(
+        self, rgb: np.ndarray, ids: np.ndarray, segments: list[dict], rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+        """Pastes about half of the things of another item; its segments follow `segments`."""
+        entry = self._entries[int(rng.integers(len(self)))]
+        other, dense, box = self._decode(entry, rng)
+        fine, coarse = resize_ids(dense, self.picture_size, box), resize_ids(dense, self.size, box)
+        if rng.random() < self.augmentation.flip:
+            other, fine, coarse = (np.ascontiguousarray(array[:, ::-1]) for array in (other, fine, coarse))
+        found = entry["segments_info"]
+        chosen = rng.random(len(found)) < 0.5
+        chosen &= [segment["category_id"] in self._things for segment in found]
+        places = np.zeros(len(found) + 1, np.int32)
+        places[1:] = np.where(chosen, np.arange(len(found)) + len(segments) + 1, 0)
+        return *paste(rgb, ids, other, (fine, coarse), places), [*segments, *found]
+
+    def _category_ids(self, segments: list[dict], dense: np.ndarray, segment_ids: np.ndarray) -> np.ndarray | None:
         """Looks up the categories of a dense map [S, S], void wherever `segment_ids` [S, S] is."""
         if self._numbers is None:
             return None
-        numbers = [0, *(self._numbers[segment["category_id"]] for segment in entry["segments_info"])]
+        numbers = [0, *(self._numbers[segment["category_id"]] for segment in segments)]
         return np.where(segment_ids > 0, np.array(numbers, self._category_dtype)[dense], 0).astype(self._category_dtype)
 
     def _dense_map(self, entry: dict) -> np.ndarray:

@@ -213,6 +213,7 @@ def why_not(config: Config) -> str:
         (config.image_encoder.is_trained, f"image_encoder.kind={config.image_encoder.kind} is trained"),
         (data.scale_min < 1, f"data.scale_min={data.scale_min} crops at random"),
         (data.aspect_jitter > 0, f"data.aspect_jitter={data.aspect_jitter} crops at random"),
+        (data.paste > 0, f"data.paste={data.paste} changes pictures at random"),
         (data.color_jitter > 0, f"data.color_jitter={data.color_jitter} changes colours at random"),
         (data.resize != "pillow", f"data.resize={data.resize} differs from the cache's, which is Pillow's"),
         (config.diffusion.sample_posterior, "diffusion.sample_posterior draws other latents each time"),

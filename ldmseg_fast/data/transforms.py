@@ -21,6 +21,7 @@ __all__ = [
     "crop_box",
     "dense_ids",
     "make_remap_table",
+    "paste",
     "present_ids",
     "resize_ids",
     "resize_image",
@@ -41,6 +42,7 @@ class Augmentation:
         scale_min: the smallest side of a random crop as a share of the picture's (1: no crop).
         color_jitter: the largest relative change of brightness, contrast and saturation (0: none).
         aspect_jitter: the largest relative change of a random crop's width to height (0: none).
+        paste: the probability of pasting things of another picture (Ghiasi et al. 2021, arXiv 2012.07177).
 
     Raises:
         ArgumentError: a number that is out of range.
@@ -50,10 +52,11 @@ class Augmentation:
     scale_min: float = 1.0
     color_jitter: float = 0.0
     aspect_jitter: float = 0.0
+    paste: float = 0.0
 
     def __post_init__(self) -> None:
-        limits = (("flip", 0, 1), ("scale_min", 0.05, 1), ("color_jitter", 0, 1), ("aspect_jitter", 0, 0.9))
-        for name, low, high in limits:
+        shares = (("flip", 0, 1), ("color_jitter", 0, 1), ("paste", 0, 1))
+        for name, low, high in (*shares, ("scale_min", 0.05, 1), ("aspect_jitter", 0, 0.9)):
             if not low <= getattr(self, name) <= high:
                 raise ArgumentError(f"{name}={getattr(self, name)}: a number from {low} to {high} expected")
 
@@ -166,6 +169,25 @@ def resize_ids(ids: np.ndarray, size: int, box: Box | None = None) -> np.ndarray
     if box is None and ids.shape == (size, size):
         return ids
     return np.array(Image.fromarray(ids).resize((size, size), Image.Resampling.NEAREST, box=box))
+
+
+def paste(
+    rgb: np.ndarray, ids: np.ndarray, other: np.ndarray, maps: tuple[np.ndarray, np.ndarray], places: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pastes segments of another picture.
+
+    Args:
+        rgb: the picture, uint8 [P, P, 3].
+        ids: its map, integers [S, S].
+        other: the other picture, uint8 [P, P, 3].
+        maps: of the other picture: integers [P, P] and the same [S, S], 0..N.
+        places: int32 [N + 1], which number each of its segments gets; 0: it is not pasted.
+
+    Returns:
+        A new picture and a new map, int32 [S, S].
+    """
+    fine, coarse = (places[numbers] for numbers in maps)
+    return np.where(fine[..., None] > 0, other, rgb), np.where(coarse > 0, coarse, ids)
 
 
 def color_jitter(rgb: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:

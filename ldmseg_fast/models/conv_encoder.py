@@ -17,6 +17,13 @@ def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (images.float() * (2.0 / 255.0) - 1.0).to(dtype)
 
 
+def scaled(latents: Tensor, config: ImageEncoderConfig) -> Tensor:
+    """Multiplies latents, float [B, C, h, w], by `scaling_factor` in float32: half would round it."""
+    if config.scaling_factor == 1:
+        return latents
+    return (latents.float() * config.scaling_factor).to(latents.dtype)
+
+
 class ConvEncoder(nn.Module):
     """Encodes pictures by a few convolutions, which are trained jointly with the UNet: this project's own design."""
 
@@ -34,4 +41,4 @@ class ConvEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encodes uint8 or float [B, 3, H, W] in [0, 255] as float [B, C, H/f, W/f]."""
-        return self.layers(normalize(images, next(self.parameters()).dtype)) * self.config.scaling_factor
+        return scaled(self.layers(normalize(images, next(self.parameters()).dtype)), self.config)

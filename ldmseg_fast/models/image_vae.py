@@ -14,7 +14,7 @@ from ldmseg_fast.config import ImageEncoderConfig
 from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import ArgumentError, CheckpointError
 from ldmseg_fast.models.attention import attention
-from ldmseg_fast.models.conv_encoder import ConvEncoder, normalize
+from ldmseg_fast.models.conv_encoder import ConvEncoder, normalize, scaled
 from ldmseg_fast.models.layers import GroupNorm, GroupNormSiLU, ResnetBlock, numbered_tensors
 from ldmseg_fast.models.pyramids import PyramidEncoder
 
@@ -48,7 +48,7 @@ class TaesdEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encodes uint8 [B, 3, H, W] as float [B, 4, H/8, W/8]."""
-        return self.layers((images.float() / 255.0).to(next(self.parameters()).dtype)) * self.config.scaling_factor
+        return scaled(self.layers((images.float() / 255.0).to(next(self.parameters()).dtype)), self.config)
 
 
 class _KLAttention(nn.Module):
@@ -158,7 +158,7 @@ class KLEncoder(nn.Module):
         moments = self.encoder(normalize(images, self.encoder.conv_in.weight.dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
-        return moments.chunk(2, dim=1)[0] * self.config.scaling_factor
+        return scaled(moments.chunk(2, dim=1)[0], self.config)
 
 
 # diffusers' defaults of AutoencoderKL, and what its encoder must be

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmseg_fast.config import ImageEncoderConfig
-from ldmseg_fast.models.conv_encoder import ConvEncoder
+from ldmseg_fast.models.conv_encoder import ConvEncoder, scaled
 from ldmseg_fast.models.efficientnet_lite import ConvNorm, EfficientNetLite
 
 
@@ -68,7 +68,7 @@ class PyramidEncoder(nn.Module):
                 latents = latents + F.interpolate(project(features), size, mode="bilinear", align_corners=False)
         if self.config.fine_features == "convolutions":
             latents = latents + self.convolutions(F.avg_pool2d(images.float(), self.config.picture_scale))
-        return latents * self.config.scaling_factor
+        return scaled(latents, self.config)
 
 
 def as_patches(state: Mapping[str, Tensor], config: ImageEncoderConfig) -> dict[str, Tensor]:

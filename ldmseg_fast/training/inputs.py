@@ -118,7 +118,7 @@ def make_dataset(
         num_slots=num_slots,
         id_assignment=data.id_assignment,
         min_area=data.min_area,
-        augmentation=Augmentation(data.flip, data.scale_min, data.color_jitter, data.aspect_jitter),
+        augmentation=Augmentation(data.flip, data.scale_min, data.color_jitter, data.aspect_jitter, data.paste),
         seed=config.train.seed + number,
         cache=data.cache,
         resize=data.resize if train else "pillow",

@@ -24,6 +24,7 @@ EPSILON = ("scheduler.prediction_type=epsilon", "unet.mid_attention=false", "une
 SPLIT_INPUT = ("unet.separate_conv_in=true", "unet.image_channels=8")
 QUERIES = ("unet.conditioning=learned", "unet.cross_attention_dim=12", "conditioning.num_queries=5")
 PYRAMID = ("image_encoder.kind=efficientnet_lite", "image_encoder.path=random", "data.image_size=96")
+FACTOR = ("image_encoder.scaling_factor=0.18215",)  # which no half type holds
 NAMES = (f"mask_vae.num_categories={len(CATEGORIES[2])}",)
 
 HEALTHY = {
@@ -36,11 +37,11 @@ HEALTHY = {
     "deep-half": (DEEP, ExportSettings("fp16", opset=23, batch="2")),
     "deep-int8": (DEEP, ExportSettings("int8", runtime="tensorrt")),
     "wide": (WIDE, ExportSettings("fp32", size="dynamic", head="logits")),
-    "wide-bfloat": (WIDE, ExportSettings("bf16", sampler_steps="2")),
+    "wide-bfloat": ((*WIDE, *FACTOR), ExportSettings("bf16", sampler_steps="2")),
     "wide-fp8": (WIDE, ExportSettings("fp8", size="dynamic")),
     "one-level-half": (ONE_LEVEL, ExportSettings("fp16", size="32")),
     "large": ((*LARGE, *SPLIT_INPUT), ExportSettings("fp32", batch="3", opset=20)),
-    "large-half": ((*LARGE, *NO_MEMORY), ExportSettings("fp16", head="both", sampler_steps="8")),
+    "large-half": ((*LARGE, *NO_MEMORY, *FACTOR), ExportSettings("fp16", head="both", sampler_steps="8")),
     "other-decoder-half": (OTHER_VAE, ExportSettings("fp16", opset=19)),
     "other-schedule": (SCHEDULE, ExportSettings("fp32", sampler_steps="3")),
     "other-schedule-bfloat": (EPSILON, ExportSettings("bf16", opset=23)),
@@ -65,6 +66,14 @@ def test_no_fault_is_found_in_a_healthy_export(name, tmp_path, record_property):
     report = export_model(model(settings, tmp_path / "model"), tmp_path / "graphs", export)
     record_property("comparisons", len(report.rows))
     record_property("false alarms", sum(not row.ok for row in report.rows))
+    assert report.ok, report.table()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_graph_in_half_does_not_round_the_latents_factor(precision, tmp_path):
+    report = export_model(
+        make_model(tmp_path / "model", FACTOR), tmp_path / "graphs", ExportSettings(precision, parity_images=1)
+    )
     assert report.ok, report.table()
 
 
