@@ -36,8 +36,8 @@ docker run --rm {gpus}--shm-size 1g --ulimit memlock=-1 \\
 ```
 
 The server is ready when `curl -f 127.0.0.1:8000/v2/health/ready` succeeds. Ports: HTTP 8000, gRPC 8001, metrics 8002.
-`docker build --build-arg LDMSEG=...` installs another version of the package, with `/wheels/NAME` a wheel that lies here.
-{version_note}
+`docker build --build-arg LDMSEG=...` installs another version of the package, or with `/wheels/NAME` a wheel that lies
+here. {version_note}
 ## Ask it
 
 ```bash

@@ -49,8 +49,8 @@ class Worker:
         model: MODEL_DIR or the name of a model, as `LDMSegPipeline.from_pretrained` takes it.
         backends: names of those that visitors may choose; the first is the default. The others load on first use.
         engine_dir: exported graphs or engines, for "onnxruntime" and "tensorrt".
-        speed: `cuda_graph`, `fused`, `precision`, `attention` and OF_ENGINES of `LDMSegPipeline.from_pretrained`; graphs
-            take the first and the last only, and beside them torch does without the last.
+        speed: `cuda_graph`, `fused`, `precision`, `attention` and OF_ENGINES of `LDMSegPipeline.from_pretrained`;
+            graphs take the first and the last only, and beside them torch does without the last.
         max_pixels: of a picture; larger ones are refused before they are decoded.
 
     Attributes:

@@ -57,8 +57,6 @@ def test_a_spec_survives_json(info):
         assert GraphSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-
-
 def test_without_self_condition(info):
     specs = graph_specs(replace(info, self_condition=False), GraphOptions(image_size=64))
     assert [tensor.name for tensor in specs["denoiser"].inputs] == [
