@@ -150,6 +150,13 @@ def test_what_cannot_be_served(graphs, engines, tmp_path, capsys):
     shutil.copytree(graphs, tmp_path / "g")
     path = tmp_path / "g" / "export.json"
     values = json.loads(path.read_text())
+    for precision, message in (
+        ("bf16", "which ONNX Runtime does not run; export with --precision fp16"),
+        ("int8", "int8 for a CPU; add --device cpu"),
+    ):
+        path.write_text(json.dumps(sealed(values | {"precision": precision})))
+        assert to_triton.main([str(tmp_path / "g"), "--out", str(tmp_path / "r")]) == 2
+        assert message in capsys.readouterr().err
     values["options"]["head"] = "logits"
     path.write_text(json.dumps(sealed(values)))
     assert to_triton.main([str(tmp_path / "g"), "--out", str(tmp_path / "r")]) == 2
