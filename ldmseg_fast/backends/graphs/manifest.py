@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.backends.graphs.manifest_values import wrong_values
-from ldmseg_fast.backends.graphs.seal import check_seal, sealed
+from ldmseg_fast.backends.graphs.seal import UNSEALED, check_seal, sealed
 from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.config.values import shown
@@ -107,7 +107,7 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
         )
     try:
         values = json.loads(read_text(path))
-        if values.get("format_version") != FORMAT_VERSION:
+        if values.get("format_version") not in (UNSEALED, FORMAT_VERSION):
             raise BackendError(
                 f"{path}: format {values.get('format_version')!r}, this version reads {FORMAT_VERSION}; export again"
             )
@@ -117,6 +117,7 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
             name: GraphFile(GraphSpec.from_dict(g["spec"]), g["file"], g["weights"], g["sha256"])
             for name, g in values["graphs"].items()
         }
+        values.setdefault("lora", "")  # of exports from before there were any
         plain = {item.name: values[item.name] for item in fields(Manifest) if item.name not in ("options", "graphs")}
         if missing := [name for name in GRAPHS if name not in graphs]:
             raise BackendError(f"{path}: no {', '.join(missing)} in it; export again")

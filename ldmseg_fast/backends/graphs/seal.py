@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SEAL = "seal"
+UNSEALED = 1  # the format that older versions wrote
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,6 +18,8 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_seal(values: Mapping[str, Any]) -> None:
     """Checks a record as it was read. Raises ValueError where any of its values is not the one that was written."""
+    if values.get("format_version") == UNSEALED and SEAL not in values:
+        return
     if values.get(SEAL) != _digest(values):
         raise ValueError("a value is not the one that was written")
 

@@ -110,7 +110,9 @@ class GraphSpec:
         def tensors(items: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
             return tuple(TensorSpec(i["name"], i["dtype"], tuple(i["shape"]), i["is_shape"]) for i in items)
 
-        return cls(values["name"], values["kind"], tensors(values["inputs"]), tensors(values["outputs"]))
+        name = values["name"]
+        kind = values.get("kind") or ("sampler" if name.startswith("sampler_") else name)  # older exports name it only
+        return cls(name, kind, tensors(values["inputs"]), tensors(values["outputs"]))
 
 
 def _resolve(axis: str, sizes: Mapping[str, int]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldmseg_fast.backends.graphs.manifest import Manifest
 from ldmseg_fast.backends.graphs.manifest_values import PRECISIONS
-from ldmseg_fast.backends.graphs.seal import check_seal, sealed
+from ldmseg_fast.backends.graphs.seal import UNSEALED, check_seal, sealed
 from ldmseg_fast.backends.trt.api import FLAVOURS
 from ldmseg_fast.backends.trt.machine import MIN_DRIVER, Machine, driver_major
 from ldmseg_fast.errors import BackendError
@@ -98,7 +98,7 @@ def read_passport(folder: Path, graph: str) -> Passport:
         )
     try:
         values: dict[str, Any] = json.loads(read_text(path))
-        if values.get("format_version") != FORMAT_VERSION:
+        if values.get("format_version") not in (UNSEALED, FORMAT_VERSION):
             raise BackendError(
                 f"{path}: passport format {values.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
                 f"build it again:\n  {values.get('command', 'python export/to_trt.py')}"

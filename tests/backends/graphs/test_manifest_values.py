@@ -98,6 +98,16 @@ def test_a_json_that_was_only_laid_out_anew_is_read(folder, tmp_path):
     assert read_manifest(tmp_path) == read_manifest(folder)
 
 
+def test_exports_of_before_there_were_seals_are_read(folder, tmp_path):
+    values = json.loads((folder / "export.json").read_text()) | {"format_version": 1}
+    del values["seal"], values["lora"]
+    (tmp_path / "export.json").write_text(json.dumps(values))
+    assert read_manifest(tmp_path) == read_manifest(folder)
+    (tmp_path / "export.json").write_text(json.dumps(values | {"precision": "x"}))
+    with pytest.raises(BackendError, match=r"export\.json: damaged"):
+        read_manifest(tmp_path)
+
+
 @pytest.mark.parametrize(
     "option", [{"lanes": 2}, {"threads": 2}, {"profile": 0}], ids=lambda option: next(iter(option))
 )

@@ -57,6 +57,12 @@ def test_a_spec_survives_json(info):
         assert GraphSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
+def test_exports_that_name_no_kind_are_read(info):
+    for spec in graph_specs(info, GraphOptions(sampler_steps=(4,))).values():
+        older = {key: value for key, value in spec.to_dict().items() if key != "kind"}
+        assert GraphSpec.from_dict(older) == spec
+
+
 def test_without_self_condition(info):
     specs = graph_specs(replace(info, self_condition=False), GraphOptions(image_size=64))
     assert [tensor.name for tensor in specs["denoiser"].inputs] == [
