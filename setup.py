@@ -29,8 +29,10 @@ EXTRAS = {
     # onnxruntime and onnxruntime-gpu overwrite each other: never both
     "onnx": ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.25"],
     "onnx-gpu": ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime-gpu>=1.25"],
-    "trt": ["tensorrt-cu13>=11.4"],
+    "trt": ["tensorrt-cu13>=11.4"],  # CUDA 13, for drivers from 580 on; CUDA 12 from 535 on
+    "trt-cu12": ["tensorrt-cu12>=11.4"],
     "rtx": ["tensorrt-rtx-cu13>=1.7"],
+    "rtx-cu12": ["tensorrt-rtx-cu12>=1.7"],
     "xformers": ["xformers>=0.0.35"],
     "app": ["gradio>=6.31,<7", "prometheus-client>=0.22"],  # a major of Gradio renames arguments and events
     "hub": ["huggingface_hub>=2.0"],

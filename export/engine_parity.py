@@ -19,6 +19,8 @@ from ldmseg_fast.export.parity import measure_parity
 def engines_agree(args: argparse.Namespace, api: TrtApi) -> bool:
     """Compares the engines of `args.out` with MODEL_DIR, unless their passports say already that they were compared.
 
+    With --data or --parity-images they are compared again, as these ask for.
+
     Of graphs the model is not known, engines for another machine do not run here, and with a LoRA in them they are no
     longer MODEL_DIR's: there is nothing to compare, and the passports keep the graphs' numbers.
 
@@ -33,7 +35,9 @@ def engines_agree(args: argparse.Namespace, api: TrtApi) -> bool:
         return True
     manifest = read_manifest(out)
     passports = [read_passport(out, name) for name in manifest.graphs]
-    if all(passport.compared == "engine" for passport in passports) or not _run_here(passports, out, source, api):
+    asked = args.data is not None or args.parity_images is not None
+    compared = all(passport.compared == "engine" for passport in passports)
+    if (compared and not asked) or not _run_here(passports, out, source, api):
         return True
     report = measure_parity(read_model_info(source), out, manifest, args.data, images=args.parity_images, engines=True)
     print(report.table())

@@ -28,7 +28,9 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
     Raises:
         BackendError: names the option that is wrong.
     """
-    targets = tuple(dict.fromkeys(part.strip().lower() for part in args.target.split(",") if part.strip()))
+    targets = tuple(dict.fromkeys(part.strip().lower() for part in (args.target or "").split(",") if part.strip()))
+    if args.target is not None and not targets:
+        raise BackendError(f"--target {args.target!r}: names nothing; current, same, portable, or sm80,sm89,...")
     if len(targets) > 1 and {"portable", "current", "same"} & set(targets):
         raise BackendError(f"--target {args.target}: portable, same and current stand alone")
     if args.timing_cache is not None and args.flavour == "rtx":

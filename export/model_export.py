@@ -28,14 +28,21 @@ from ldmseg_fast.checkpoints.tensors import WEIGHTS, check_finite, load_weights
 from ldmseg_fast.config import to_dict
 from ldmseg_fast.config.limits import OPTION_RANGES
 from ldmseg_fast.config.precision import DTYPES
-from ldmseg_fast.errors import BackendError
+from ldmseg_fast.errors import BackendError, UserError
 from ldmseg_fast.export.calibration import LayerScales, calibrate
 from ldmseg_fast.export.cpu_graph import rewrite_for_cpu
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
 from ldmseg_fast.export.memory import free_memory
 from ldmseg_fast.export.networks import load_networks, network_of, with_lora
 from ldmseg_fast.export.output_folder import ExportError, NewFolder, disk_full_named, new_folder
-from ldmseg_fast.export.parity import GENERATED, QUANTISED, calibration_pictures, comparison_data, measure_parity
+from ldmseg_fast.export.parity import (
+    GENERATED,
+    QUANTISED,
+    calibration_pictures,
+    comparison_data,
+    measure_parity,
+    source_name,
+)
 from ldmseg_fast.export.parity_report import ParityReport
 from ldmseg_fast.export.quantize import quantize_graph
 from ldmseg_fast.files import inside, real_path, sha256, write_json
@@ -170,6 +177,8 @@ def resolve_options(info: ModelInfo, settings: ExportSettings) -> GraphOptions:
             f"--size {image_size}: this model needs a multiple of {multiple} pixels; pictures are resized to it"
         )
     parts = [part.strip() for part in settings.sampler_steps.split(",")] if settings.sampler_steps else []
+    if parts and not any(parts):
+        raise ExportError(f"--sampler-steps {settings.sampler_steps!r}: names no number; 1,2,4 for example")
     steps = tuple(_whole("--sampler-steps", part, {}, "steps") for part in parts)
     if len(set(steps)) < len(steps):
         raise ExportError(f"--sampler-steps {settings.sampler_steps}: a number is there twice; leave one of them out")
@@ -226,8 +235,18 @@ def is_current(model_dir: str | Path, folder: Path, settings: ExportSettings) ->
     there = (manifest.options, manifest.precision, manifest.opset, manifest.calibration, manifest.versions)
     if manifest.lora != _lora(settings):
         return False
-    compared = not settings.parity or (folder / PARITY).is_file()
+    compared = not settings.parity or _is_compared(folder, settings)
     return there == wanted and compared and manifest.model_hash == model_hash(info.folder)
+
+
+def _is_compared(folder: Path, settings: ExportSettings) -> bool:
+    """Tells whether the folder has a parity report of the pictures that were asked for."""
+    try:
+        report = ParityReport.read(folder / PARITY)
+    except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    source = settings.data is None or report.source == source_name(settings.data, settings.split)
+    return source and settings.parity_images in (None, report.images)
 
 
 def _calibration(settings: ExportSettings) -> str:

@@ -179,7 +179,7 @@ def measure_parity(
     info = info.at_size(manifest.image_size) if manifest.image_size else info
     work = plan(info, manifest, images, batches)
     precision = manifest.precision
-    source = GENERATED if data is None else f"{Path(data).name}/{split}"
+    source = source_name(data, split)
     with (
         tempfile.TemporaryDirectory() as scratch,
         comparison_data(info, data, split, work.images) as dataset,
@@ -294,6 +294,11 @@ def _pq(run: _Run, backend: Any, stage: str, steps: tuple[int, ...]) -> float:
         (result,) = backend.decode_mask(latents.to(backend.device), ids.shape)
         stat.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
     return in_percent(stat.compute())["pq"]
+
+
+def source_name(data: str | None, split: str) -> str:
+    """Names the pictures of a comparison in its report."""
+    return GENERATED if data is None else f"{Path(data).name}/{split}"
 
 
 @contextmanager

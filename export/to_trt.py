@@ -26,7 +26,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flavour", default="tensorrt", choices=["tensorrt", "rtx"])
     parser.add_argument(
         "--target",
-        default="",
         help="current, same (compute capability), portable, or sm80,sm89,...; default current, rtx: portable",
     )
     parser.add_argument(

@@ -95,6 +95,10 @@ def _serving(source: Path, manifest: Manifest, settings: RepositorySettings) -> 
         passports = _engines(source, settings)
     elif not settings.cuda_graphs:
         raise BackendError(f"--no-cuda-graph: of engines only, and {source} holds ONNX graphs; leave it out")
+    elif manifest.precision == "bf16":
+        raise BackendError(f"{source}: exported in bf16, which ONNX Runtime does not run; export with --precision fp16")
+    elif manifest.is_for_cpu and settings.device != "cpu":
+        raise BackendError(f"{source}: int8 for a CPU; add --device cpu, or export with --precision fp16")
     else:
         check_files(source, manifest)
     decoder = passports["mask_decoder"].profiles if passports else ()

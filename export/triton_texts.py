@@ -12,8 +12,9 @@ MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.h
 DOCKERFILE_TEXT = """\
 # The server with the package that the repository's Python models import.
 FROM {image}
-# a wheel's name beside this file, or a path or address that pip takes
+# a requirement, the address of a wheel, or /wheels/NAME of one that lies beside this file
 ARG LDMSEG=ldmseg_fast=={version}
+COPY Dockerfile *.whl /wheels/
 RUN pip install --no-cache-dir --break-system-packages "$LDMSEG"
 """
 
@@ -27,7 +28,7 @@ README_TEXT = """\
 Here, where this file lies:
 
 ```bash
-docker build -t ldmseg-triton - < Dockerfile
+docker build -t ldmseg-triton .
 docker run --rm {gpus}--shm-size 1g --ulimit memlock=-1 \\
     -p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 -p 127.0.0.1:8002:8002 \\
     -v "$PWD:/models:ro" ldmseg-triton \\
@@ -35,7 +36,8 @@ docker run --rm {gpus}--shm-size 1g --ulimit memlock=-1 \\
 ```
 
 The server is ready when `curl -f 127.0.0.1:8000/v2/health/ready` succeeds. Ports: HTTP 8000, gRPC 8001, metrics 8002.
-`docker build --build-arg LDMSEG=...` installs another version of the package. {version_note}
+`docker build --build-arg LDMSEG=...` installs another version of the package, or with `/wheels/NAME` a wheel that lies
+here. {version_note}
 ## Ask it
 
 ```bash

@@ -60,7 +60,7 @@ def test_every_extra_that_is_named_exists(extras):
 
 
 def test_what_is_promised_is_there(extras):
-    assert {"train", "app", "onnx", "trt", "hub", "all", "dev"} <= extras.keys()
+    assert {"train", "app", "onnx", "trt", "trt-cu12", "hub", "all", "dev"} <= extras.keys()
     together = extras["all"][0].partition("[")[2].rstrip("]").split(",")
     assert {"train", "app", "onnx", "hub"} <= set(together) <= extras.keys()
 

@@ -29,6 +29,7 @@ from ldmseg_fast.panoptic.results import PanopticResult
 from ldmseg_fast.pipeline import LDMSegPipeline
 
 OF_GRAPHS = ("onnxruntime", "tensorrt")  # backends that run exported graphs
+OF_ENGINES = ("profile", "kernel_specialization", "graph_strategy")  # options of the last
 _TAKE = 0.05  # seconds between two looks at `stop` while another visitor's work runs
 
 
@@ -48,8 +49,8 @@ class Worker:
         model: MODEL_DIR or the name of a model, as `LDMSegPipeline.from_pretrained` takes it.
         backends: names of those that visitors may choose; the first is the default. The others load on first use.
         engine_dir: exported graphs or engines, for "onnxruntime" and "tensorrt".
-        speed: `cuda_graph`, `fused`, `precision`, `attention` and `profile` of `LDMSegPipeline.from_pretrained`; graphs
-            take the first and the last only, and beside them torch does without the last.
+        speed: `cuda_graph`, `fused`, `precision`, `attention` and OF_ENGINES of `LDMSegPipeline.from_pretrained`;
+            graphs take the first and the last only, and beside them torch does without the last.
         max_pixels: of a picture; larger ones are refused before they are decoded.
 
     Attributes:
@@ -285,7 +286,7 @@ class Worker:
             if name not in self._loaded:
                 graphs, speed = self.engine_dir if name in OF_GRAPHS else None, self.speed
                 if len(self.backends) > 1:  # the others are for torch, which visitors may choose; see `left_out`
-                    used = ("cuda_graph", "profile") if name in OF_GRAPHS else speed.keys() - {"profile"}
+                    used = ("cuda_graph", *OF_ENGINES) if name in OF_GRAPHS else speed.keys() - {*OF_ENGINES}
                     speed = {key: value for key, value in speed.items() if key in used}
                 pipe = LDMSegPipeline.from_pretrained(self.model, name, graphs, **speed)
                 pipe.max_pixels = self.max_pixels

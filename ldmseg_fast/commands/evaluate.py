@@ -196,6 +196,8 @@ def _check_meant_for_model(args: argparse.Namespace) -> None:
                 "--precision": args.precision is not None,
                 "--attention": args.attention != "auto",
                 "--profile": args.profile is not None,
+                "--kernel-specialization": args.kernel_specialization is not None,
+                "--graph-strategy": args.graph_strategy is not None,
             },
         )
     else:

@@ -17,6 +17,7 @@ from ldmseg_fast.commands.options import (
     listed,
     lists_among,
     model_folders,
+    networks_of,
     print_json,
     speed_of,
 )
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     def settings() -> dict[str, Any]:
         names = ("backend", "steps", "solver", "seed", "size", "exif", "max_pixels", "batch_size", "unknown_id")
         own = {name: getattr(args, name) for name in names}
-        own |= {name: value for name, value in speed_of(args).items() if name not in ("cuda_graph", "profile")}
+        own |= networks_of(args)
         return {"command": "inpaint", **model_state(args.model_dir, args.engine_dir), **own}
 
     def load() -> Any:

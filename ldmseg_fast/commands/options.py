@@ -12,6 +12,9 @@ from typing import Any
 from ldmseg_fast.errors import CheckpointError, DataError
 from ldmseg_fast.files import read_text
 
+NETWORKS = ("fused", "precision", "attention")  # how networks compute, and how a runtime runs them
+RUNTIME = ("cuda_graph", "profile", "kernel_specialization", "graph_strategy")
+
 
 def add_model_argument(parser: argparse.ArgumentParser, kinds: str = "") -> None:
     """Adds MODEL_DIR and --revision; `kinds` says more of which models it takes."""
@@ -103,7 +106,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --precision, --attention, --fused, --profile, --cuda-graph and --no-cuda-graph, which `speed_of` reads."""
+    """Adds --precision, --attention, --fused, those of engines, --cuda-graph and --no-cuda-graph for `speed_of`."""
     parser.add_argument(
         "--precision",
         help="of torch and compile: fp32, tf32, bf16, fp16, fp8 (GPUs of sm_89 and newer) or fp8-emulated (slow, to "
@@ -118,6 +121,16 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="of tensorrt: the place of the engines' optimisation profile to run; default the narrowest that fits",
+    )
+    parser.add_argument(
+        "--kernel-specialization",
+        metavar="WHEN",
+        help="of engines of TensorRT-RTX: compile kernels for the shapes at hand lazy, eager or none",
+    )
+    parser.add_argument(
+        "--graph-strategy",
+        metavar="WHO",
+        help="of engines of TensorRT-RTX: with whole_graph_capture it makes CUDA graphs itself; default disabled",
     )
     graph = parser.add_mutually_exclusive_group()
     graph.add_argument(
@@ -137,7 +150,12 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def speed_of(args: argparse.Namespace) -> dict[str, Any]:
     """Gives the options of `add_speed_arguments` as `LDMSegPipeline.from_pretrained` takes them."""
-    return {name: getattr(args, name) for name in ("cuda_graph", "fused", "precision", "attention", "profile")}
+    return {name: getattr(args, name) for name in (*NETWORKS, *RUNTIME)}
+
+
+def networks_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Gives those of `speed_of` that results depend on, within rounding."""
+    return {name: getattr(args, name) for name in NETWORKS}
 
 
 def add_share_arguments(parser: argparse.ArgumentParser) -> None:

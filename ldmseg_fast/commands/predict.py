@@ -21,6 +21,7 @@ from ldmseg_fast.commands.options import (
     listed,
     lists_among,
     model_folders,
+    networks_of,
     print_json,
     speed_of,
     views_of,
@@ -162,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     def settings() -> dict[str, Any]:
         names = ("backend", "steps", "seed", "samples", "size", "max_pixels", "batch_size")
         own = {name: getattr(args, name) for name in names}
-        own |= {name: value for name, value in speed_of(args).items() if name not in ("cuda_graph", "profile")}
+        own |= networks_of(args)
         own |= {"flip": args.flip, "scales": " ".join(map(str, args.scales)), "fusion": args.fusion}
         return {"command": "predict", **model_state(args.model_dir, args.engine_dir), **own, **sampling}
 

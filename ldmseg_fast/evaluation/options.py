@@ -39,11 +39,13 @@ class EvaluationOptions:
     eta: float = 0.0  # of the DDIM solver's noise
     backend: str = "torch"
     engine_dir: str | None = None
-    cuda_graph: bool | None = None  # it and the four below: see `LDMSegPipeline.from_pretrained`
+    cuda_graph: bool | None = None  # it and the six below: see `LDMSegPipeline.from_pretrained`
     fused: bool = False
     precision: str | None = None
     attention: str = "auto"
     profile: int | None = None
+    kernel_specialization: str | None = None
+    graph_strategy: str | None = None
     agreement_images: int = 64  # of a backend other than torch, compared with torch; per rank
     baselines: bool = True
     boundary: bool = False  # also count boundary PQ
@@ -112,7 +114,8 @@ class EvaluationOptions:
     @property
     def speed(self) -> dict[str, Any]:
         """How the networks run, as `LDMSegPipeline.from_pretrained` takes it."""
-        return {name: getattr(self, name) for name in ("cuda_graph", "fused", "precision", "attention", "profile")}
+        names = ("fused", "precision", "attention", "cuda_graph", "profile", "kernel_specialization", "graph_strategy")
+        return {name: getattr(self, name) for name in names}
 
     def sparsities(self) -> list[tuple[int, float]]:
         """Lists (block, probability) of an inpainting evaluation, each once, ascending."""

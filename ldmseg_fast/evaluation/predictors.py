@@ -79,7 +79,7 @@ class DiffusionModel:
         image_size: side in pixels of what the networks see; None: the model's own.
         steps: of sampling; None: the model's own.
         solver, eta, backend, engine_dir: as `LDMSegPipeline` has them.
-        speed: `cuda_graph`, `fused`, `precision`, `attention` and `profile` of `LDMSegPipeline.from_pretrained`.
+        speed: as `EvaluationOptions.speed`, for `LDMSegPipeline.from_pretrained`.
         ensemble: `num_samples`, `flip`, `scales` and `fusion` of `LDMSegPipeline.ensemble`; None: one sample a picture.
 
     Raises:

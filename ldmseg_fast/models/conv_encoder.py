@@ -18,7 +18,10 @@ def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def scaled(latents: Tensor, config: ImageEncoderConfig) -> Tensor:
-    """Multiplies latents, float [B, C, h, w], by `scaling_factor` in float32: half would round it."""
+    """Multiplies latents, float [B, C, h, w], by `scaling_factor` in float32: half would round it.
+
+    It brings them to unit variance (Rombach et al. 2022).
+    """
     if config.scaling_factor == 1:
         return latents
     return (latents.float() * config.scaling_factor).to(latents.dtype)

@@ -14,7 +14,8 @@ from ldmseg_fast.errors import ArgumentError, BackendError
 from ldmseg_fast.panoptic.format import read_panoptic_png
 from tests.backends.test_cuda_graph import make_inputs
 
-USUAL = {"cuda_graph": None, "fused": False, "precision": None, "attention": "auto"}
+ENGINES = {"profile": None, "kernel_specialization": None, "graph_strategy": None}
+USUAL = {"cuda_graph": None, "fused": False, "precision": None, "attention": "auto", **ENGINES}
 
 
 @pytest.mark.parametrize("reason", ["backend=compile makes its own kernels", "it has one down path"])
@@ -73,8 +74,10 @@ def test_a_precision_is_a_dtype_by_name(model_dir):
         (["--no-cuda-graph"], USUAL | {"cuda_graph": False}),
         (["--fused", "--precision", "bf16", "--attention", "sdpa"],
          USUAL | {"fused": True, "precision": "bf16", "attention": "sdpa"}),
+        (["--profile", "1", "--kernel-specialization", "eager", "--graph-strategy", "whole_graph_capture"],
+         USUAL | {"profile": 1, "kernel_specialization": "eager", "graph_strategy": "whole_graph_capture"}),
     ],
-    ids=["none", "no graph", "all others"],
+    ids=["none", "no graph", "of networks", "of engines"],
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["predict", "inpaint", "evaluate", "app"])
 def test_commands_pass_the_options(model_dir, tmp_path, monkeypatch, scenes, command, option, expected):
@@ -102,7 +105,7 @@ def test_commands_pass_the_options(model_dir, tmp_path, monkeypatch, scenes, com
         with pytest.raises(AttributeError):  # it goes on with no worker
             main(["app", "--model", str(model_dir), "--port", "0", *option])
         with pytest.raises(BackendError, match="far enough"):
-            Worker(model_dir, speed=worker_options[0])
+            Worker(model_dir, ("tensorrt",), tmp_path, speed=worker_options[0])
     else:
         assert main([command, str(model_dir), *images[command], *option]) == 2
     assert seen == [expected]

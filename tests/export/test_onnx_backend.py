@@ -12,6 +12,7 @@ import torch
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.backends.graphs.manifest import read_manifest
+from ldmseg_fast.backends.graphs.seal import sealed
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
@@ -173,10 +174,10 @@ def test_damaged_folders(model_dir, graphs, tmp_path):
     def changed(name, **values):
         shutil.copytree(graphs, tmp_path / name)
         path = tmp_path / name / "export.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        path.write_text(json.dumps(sealed(json.loads(path.read_text()) | values)))
         return tmp_path / name
 
-    with pytest.raises(BackendError, match="format 99, this version reads 1"):
+    with pytest.raises(BackendError, match="format 99, this version reads 2"):
         load(changed("c", format_version=99))
     with pytest.raises(BackendError, match=r"(?s)made from another model than .*to_onnx\.py"):
         load(changed("d", model_hash="0" * 64))
@@ -217,7 +218,7 @@ def test_a_manifest_with_other_values(place, value, graphs, tmp_path):
     for key in place[:-1]:
         owner = owner[key]
     owner[place[-1]] = value
-    (tmp_path / "export.json").write_text(json.dumps(values))
+    (tmp_path / "export.json").write_text(json.dumps(sealed(values)))
     with pytest.raises(BackendError, match=r"export\.json: damaged"):
         read_manifest(tmp_path)
     (tmp_path / "export.json").write_text("[" * 100_000)
@@ -230,7 +231,7 @@ def test_graphs_without_their_weights_file(model_dir, graphs, tmp_path):
     path = tmp_path / "a" / "export.json"
     values = json.loads(path.read_text())
     values["graphs"]["denoiser"]["weights"] = "denoiser.onnx.data"
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(sealed(values)))
     with pytest.raises(BackendError, match=r"denoiser\.onnx\.data: missing, it holds the weights of denoiser"):
         load_backend(model_dir, "onnxruntime", tmp_path / "a")
 

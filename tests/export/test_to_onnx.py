@@ -174,6 +174,7 @@ def test_large_weights_go_beside_the_graph(model_dir, tmp_path, monkeypatch):
         (["--sampler-steps", "2,x"], "--sampler-steps x"),
         (["--sampler-steps", "1,,2"], "--sampler-steps : a number from 1"),
         (["--sampler-steps", "1,1"], "--sampler-steps 1,1: a number is there twice"),
+        (["--sampler-steps", ","], "--sampler-steps ',': names no number"),
         (["--sampler-steps", "50"], "--sampler-steps 50: whole samplers are for 8 steps at most"),
         (["--data", "nowhere"], "nowhere"),
     ],

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import torch
 
+from ldmseg_fast.backends.graphs.seal import sealed
 from ldmseg_fast.export import to_triton
 from tests.export.triton_double import read_configs
 
@@ -53,7 +54,10 @@ def test_every_graph_is_warmed_up_with_inputs_that_it_takes(repository, model_co
 def test_the_readme_says_how_to_start_and_to_ask(repository, engines, tmp_path):
     text = (repository / "README.md").read_text()
     assert "--gpus" not in text and "tritonserver --model-repository=/models\n" in text and "TensorRT" not in text
-    assert (repository / "Dockerfile").read_text().count("FROM nvcr.io/nvidia/tritonserver:") == 1
+    docker = (repository / "Dockerfile").read_text()
+    assert docker.count("FROM nvcr.io/nvidia/tritonserver:") == 1
+    assert "docker build -t ldmseg-triton .\n" in text  # it copies from the folder
+    assert "COPY Dockerfile *.whl /wheels/\n" in docker
     assert to_triton.main([str(engines), "--out", str(tmp_path / "r"), "--image", "registry/server:1"]) == 0
     text = (tmp_path / "r" / "README.md").read_text()
     assert "docker run --rm --gpus all" in text and "TensorRT 11.4.0.1 exactly" in text
@@ -117,12 +121,12 @@ def test_every_profile_is_named_and_every_batch_has_one(engines, model_config, t
         path = tmp_path / "e" / f"{name}.passport.json"
         values = json.loads(path.read_text())
         few, many = ({**values["profiles"][0], "batch": batch} for batch in ([1, 1, 2], [3, 4, 8]))
-        path.write_text(json.dumps(values | {"profiles": [few, many]}))
+        path.write_text(json.dumps(sealed(values | {"profiles": [few, many]})))
     assert to_triton.main([str(tmp_path / "e"), "--out", str(tmp_path / "r")]) == 0
     configs = read_configs(tmp_path / "r", model_config)
     assert configs["ldmseg_denoiser"].instance_group[0].profile == ["0", "1"]
     assert configs["ldmseg"].max_batch_size == 8
-    path.write_text(json.dumps(values | {"profiles": [few, {**many, "batch": [4, 4, 8]}]}))
+    path.write_text(json.dumps(sealed(values | {"profiles": [few, {**many, "batch": [4, 4, 8]}]})))
     assert to_triton.main([str(tmp_path / "e"), "--out", str(tmp_path / "r")]) == 2
     assert "image_encoder.engine: no profile takes 3 of the 8 pictures" in capsys.readouterr().err
 
@@ -140,13 +144,20 @@ def test_what_cannot_be_served(graphs, engines, tmp_path, capsys):
     assert "was built for batches of up to 4" in capsys.readouterr().err
     shutil.copytree(engines, tmp_path / "e")
     path = tmp_path / "e" / "denoiser.passport.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"flavour": "rtx"}))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"flavour": "rtx"})))
     assert to_triton.main([str(tmp_path / "e"), "--out", str(tmp_path / "r")]) == 2
     assert "the server takes whole TensorRT engines" in capsys.readouterr().err
     shutil.copytree(graphs, tmp_path / "g")
     path = tmp_path / "g" / "export.json"
     values = json.loads(path.read_text())
+    for precision, message in (
+        ("bf16", "which ONNX Runtime does not run; export with --precision fp16"),
+        ("int8", "int8 for a CPU; add --device cpu"),
+    ):
+        path.write_text(json.dumps(sealed(values | {"precision": precision})))
+        assert to_triton.main([str(tmp_path / "g"), "--out", str(tmp_path / "r")]) == 2
+        assert message in capsys.readouterr().err
     values["options"]["head"] = "logits"
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(sealed(values)))
     assert to_triton.main([str(tmp_path / "g"), "--out", str(tmp_path / "r")]) == 2
     assert "--head panoptic or both" in capsys.readouterr().err

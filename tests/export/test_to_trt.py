@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from ldmseg_fast.backends.graphs.manifest import read_manifest
+from ldmseg_fast.backends.graphs.seal import sealed
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.trt import api as trt_api
 from ldmseg_fast.backends.trt.api import load_api
@@ -22,6 +23,7 @@ from ldmseg_fast.backends.trt.settings import BuildSettings, Built
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export import engine_build, engine_sources, model_export, output_folder, to_trt
+from ldmseg_fast.export.parity_report import ParityReport, Row
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,22 @@ def test_a_model_is_exported_once(model_dir, trt, tmp_path, capsys):
     assert model_export.is_current(model_dir, tmp_path / "e" / "onnx", settings)
     for change in ({"precision": "fp16"}, {"head": "both"}, {"parity": True}, {"size": "32"}, {"sampler_steps": "2"}):
         assert not model_export.is_current(model_dir, tmp_path / "e" / "onnx", replace(settings, **change))
+
+
+def test_a_comparison_that_was_asked_for_is_made(tmp_path):
+    """What was compared on other pictures, or on fewer, is not taken for it."""
+    settings = model_export.ExportSettings("fp32")
+    assert not model_export._is_compared(tmp_path, settings)
+    report = ParityReport("fp32", 2, "generated scenes", [Row("maps", 1.0)], {})
+    (tmp_path / model_export.PARITY).write_text(json.dumps(report.to_dict()))
+    assert model_export._is_compared(tmp_path, settings)
+    assert model_export._is_compared(tmp_path, replace(settings, parity_images=2))
+    for change in ({"parity_images": 3}, {"data": "scenes"}):
+        assert not model_export._is_compared(tmp_path, replace(settings, **change))
+    (tmp_path / model_export.PARITY).write_text(json.dumps(replace(report, source="scenes/val2017").to_dict()))
+    assert model_export._is_compared(tmp_path, replace(settings, data="/of/scenes"))
+    (tmp_path / model_export.PARITY).write_text("[" * 9999)
+    assert not model_export._is_compared(tmp_path, settings)
 
 
 def test_what_a_killed_build_left_is_removed(graphs, trt, tmp_path):
@@ -267,6 +285,7 @@ def test_an_interrupted_rebuild_is_not_loaded(graphs, trt, double, tmp_path, mon
         (["--precision", "fp16"], "exported in fp32, --precision fp16 was asked for"),
         (["--target", "sm80"], "TensorRT builds for the GPU it runs on, sm90"),
         (["--target", "portable,sm80"], "portable, same and current stand alone"),
+        (["--target", ","], "--target ',': names nothing; current, same, portable, or sm80"),
         (["--max-batch", "0"], "--max-batch 0: from 1 on, in this order"),
         (["--opt-batch", "9"], "--opt-batch 9, --max-batch 8"),
         (["--profile", "1,2"], "--profile 1,2: three numbers expected"),
@@ -290,7 +309,7 @@ def test_wrong_sources(graphs, trt, tmp_path, capsys):
     assert "neither a model folder (model_index.json) nor exported graphs" in capsys.readouterr().err
     shutil.copytree(graphs, tmp_path / "new")
     path = tmp_path / "new" / "export.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"opset": 26}))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"opset": 26})))
     assert to_trt.main([str(tmp_path / "new"), "--out", str(tmp_path / "e")]) == 2
     assert "opset 26; TensorRT 11.4.0.1 takes up to 25" in capsys.readouterr().err
     (tmp_path / "new" / "denoiser.onnx").unlink()

@@ -1,5 +1,6 @@
 """`backend="tensorrt"` through TensorRT's double: loop, pool, passport and evaluation run as on a GPU."""
 
+import importlib.metadata
 import itertools
 import json
 import shutil
@@ -11,6 +12,7 @@ import torch
 
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.app.work import Settings, Worker
+from ldmseg_fast.backends.graphs.seal import sealed
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.trt import api as trt_api
@@ -191,7 +193,7 @@ def test_closing_frees_the_engines(model_dir, engines, trt):
 
 def edit(folder, graph, **values):
     path = folder / f"{graph}.passport.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | values)))
 
 
 MISMATCHES = [
@@ -208,7 +210,7 @@ MISMATCHES = [
     ({"profiles": [{"width": [1, 2, 3]}]}, "axes of profile 0: ['width'], the graph has ['batch']"),
     ({"engine_sha256": "c" * 64}, "engine file: cccccccccccc, here "),
     ({"engine_bytes": 12}, "engine file: 12 bytes, here "),
-    ({"format_version": 7}, "passport format 7, this version reads 1"),
+    ({"format_version": 7}, "passport format 7, this version reads 2"),
 ]
 
 
@@ -336,3 +338,31 @@ def test_another_machine_than_the_first(monkeypatch):
 @pytest.mark.parametrize(("text", "number"), [("580.65.06", 580), ("", 0), ("[N/A]", 0)])
 def test_driver_numbers(text, number):
     assert machine.driver_major(text) == number
+
+
+@pytest.mark.parametrize(
+    ("installed", "least"),
+    [
+        ("tensorrt_cu12", 535),
+        ("tensorrt_cu13", 580),
+        ("tensorrt_cu12_bindings", 535),
+        ("tensorrt_rtx_cu12", 580),  # of the other flavour
+        (None, 580),
+    ],
+)
+def test_the_least_driver_follows_from_the_package(monkeypatch, installed, least):
+    def version(name):
+        if name == installed:
+            return "11.4.0"
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert machine.min_driver("tensorrt") == least
+
+
+def test_a_driver_of_cuda_12_is_told_the_package_for_it():
+    machine.check_driver(Machine("NVIDIA A100", "8.0", "535.12"), machine.MIN_DRIVERS[12])
+    with pytest.raises(BackendError, match=r"needs 580 or later; update the driver, or take .*\[trt-cu12\]"):
+        machine.check_driver(Machine("NVIDIA A100", "8.0", "550.54"), machine.MIN_DRIVERS[13])
+    with pytest.raises(BackendError, match=r"needs 580 or later; update the driver$"):
+        machine.check_driver(Machine("NVIDIA A100", "8.0", "470.12"), machine.MIN_DRIVERS[13])

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.backends.graphs.manifest_values import wrong_values
+from ldmseg_fast.backends.graphs.seal import UNSEALED, check_seal, sealed
 from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.files import read_text, sha256, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "export.json"
 GRAPHS = ("image_encoder", "denoiser", "mask_decoder")
 
@@ -86,7 +87,7 @@ class Manifest:
             for name, g in self.graphs.items()
         }
         record = vars(self) | {"graphs": graphs, "options": vars(self.options), "format_version": FORMAT_VERSION}
-        write_json(folder / FILE_NAME, record)
+        write_json(folder / FILE_NAME, sealed(record))
 
 
 def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
@@ -97,7 +98,7 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
         script: makes such a folder; errors name it.
 
     Raises:
-        BackendError: a folder that holds no export, a damaged one, or one of another format.
+        BackendError: a folder that holds no export, one that is damaged or was edited, or one of another format.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
@@ -106,10 +107,11 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
         )
     try:
         values = json.loads(read_text(path))
-        if values.get("format_version") != FORMAT_VERSION:
+        if values.get("format_version") not in (UNSEALED, FORMAT_VERSION):
             raise BackendError(
                 f"{path}: format {values.get('format_version')!r}, this version reads {FORMAT_VERSION}; export again"
             )
+        check_seal(values)
         options = values["options"] | {"sampler_steps": tuple(values["options"]["sampler_steps"])}
         graphs = {
             name: GraphFile(GraphSpec.from_dict(g["spec"]), g["file"], g["weights"], g["sha256"])

@@ -13,6 +13,7 @@ from ldmseg_fast.errors import BackendError
 
 MIN_DRIVERS = {12: 535, 13: 580}  # NVIDIA's driver, by the CUDA that TensorRT was built for
 MIN_DRIVER = MIN_DRIVERS[13]  # where no package tells
+OLDER_CUDA = "or take TensorRT for CUDA 12: pip install 'ldmseg_fast[trt-cu12]', or [rtx-cu12]"
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,7 @@ def check_driver(machine: Machine, least: int = MIN_DRIVER) -> None:
         raise BackendError(
             "TensorRT runs on NVIDIA GPUs and none answers to nvidia-smi; use backend=onnxruntime or torch here"
         )
-    if driver_major(machine.driver) < least:
-        raise BackendError(f"NVIDIA driver {machine.driver}: TensorRT needs {least} or later; update the driver")
+    found = driver_major(machine.driver)
+    if found < least:
+        cure = f"update the driver, {OLDER_CUDA}" if found >= MIN_DRIVERS[12] else "update the driver"
+        raise BackendError(f"NVIDIA driver {machine.driver}: TensorRT needs {least} or later; {cure}")

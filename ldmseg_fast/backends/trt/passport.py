@@ -9,12 +9,13 @@ from typing import Any
 
 from ldmseg_fast.backends.graphs.manifest import Manifest
 from ldmseg_fast.backends.graphs.manifest_values import PRECISIONS
+from ldmseg_fast.backends.graphs.seal import UNSEALED, check_seal, sealed
 from ldmseg_fast.backends.trt.api import FLAVOURS
 from ldmseg_fast.backends.trt.machine import MIN_DRIVER, Machine, driver_major
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.files import read_text, sha256, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Range = tuple[int, int, int]  # least, best, largest
 
 
@@ -69,7 +70,7 @@ class Passport:
 
     def write(self, folder: Path) -> None:
         """Writes the passport beside its engine."""
-        write_json(passport_file(folder, self.graph), asdict(self))
+        write_json(passport_file(folder, self.graph), sealed(asdict(self)))
 
     @property
     def rebuild(self) -> str:
@@ -88,7 +89,7 @@ def engine_file(folder: Path, graph: str) -> Path:
 
 
 def read_passport(folder: Path, graph: str) -> Passport:
-    """Reads a passport. Raises BackendError where there is none, or it is damaged or of another format."""
+    """Reads a passport. Raises BackendError where there is none, or it is damaged, edited or of another format."""
     path = passport_file(folder, graph)
     if not path.is_file():
         raise BackendError(
@@ -97,11 +98,12 @@ def read_passport(folder: Path, graph: str) -> Passport:
         )
     try:
         values: dict[str, Any] = json.loads(read_text(path))
-        if values.get("format_version") != FORMAT_VERSION:
+        if values.get("format_version") not in (UNSEALED, FORMAT_VERSION):
             raise BackendError(
                 f"{path}: passport format {values.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
                 f"build it again:\n  {values.get('command', 'python export/to_trt.py')}"
             )
+        check_seal(values)
         names = {item.name for item in fields(Passport)}
         values = {key: value for key, value in values.items() if key in names}
         values["profiles"] = tuple(
