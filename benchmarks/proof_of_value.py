@@ -150,7 +150,7 @@ class Checkout:
     def defaults(self, preset: str) -> dict[str, Any]:
         """Returns every setting of a preset, and the DeepSpeed configuration that they mean."""
         command = [self.root / "ldmseg_fast" / "train.py", "diffusion", "--config", preset, "--dry-run"]
-        text = self.run(*command, "data.root=data", "output_dir=out")
+        text = self.run(*command)
         found: dict[str, Any] = dict(re.findall(r"^(\w+(?:\.\w+)*)=(.*)$", text, re.MULTILINE))
         configuration = re.search(r"^DeepSpeed configuration[^{]*(\{.*?^\})", text, re.MULTILINE | re.DOTALL)
         if not found or configuration is None:
