@@ -75,19 +75,24 @@ def _floats(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
 
 
 def _write_float(tensor: Any, folder: Path, file: IO[bytes], onnx: Any) -> None:
-    """Converts an initializer; a large one goes into the file of weights and leaves memory."""
-    helper = onnx.external_data_helper
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        helper.load_external_data_for_tensor(tensor, str(folder))
-        tensor.data_location = onnx.TensorProto.DEFAULT
-        del tensor.external_data[:]
-    if tensor.data_type in _halves(onnx):
-        tensor.CopyFrom(_as_float(tensor, onnx))
-    if len(tensor.raw_data) > 1024:
+    """Converts an initializer; a large one goes into the file of weights and leaves memory.
+
+    It is converted apart: what a part of a model has held stays in memory as long as the model.
+    """
+    helper, apart = onnx.external_data_helper, onnx.TensorProto()
+    apart.CopyFrom(tensor)
+    if apart.data_location == onnx.TensorProto.EXTERNAL:
+        helper.load_external_data_for_tensor(apart, str(folder))
+        apart.data_location = onnx.TensorProto.DEFAULT
+        del apart.external_data[:]
+    if apart.data_type in _halves(onnx):
+        apart = _as_float(apart, onnx)
+    if len(apart.raw_data) > 1024:
         start = file.tell()
-        file.write(tensor.raw_data)
-        helper.set_external_data(tensor, Path(file.name).name, start, file.tell() - start)
-        tensor.ClearField("raw_data")
+        file.write(apart.raw_data)
+        helper.set_external_data(apart, Path(file.name).name, start, file.tell() - start)
+        apart.ClearField("raw_data")
+    tensor.CopyFrom(apart)
 
 
 def _bypass_quantisers(graph: Any) -> None:

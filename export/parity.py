@@ -196,6 +196,7 @@ def measure_parity(
             if precision != "fp32":
                 exact = run.scratch / "twin"
                 exact.mkdir()
+                free_memory()
                 float_twin(folder, manifest, exact)
             _run_graphs(run, exact, "exact")
             if run.scales:
