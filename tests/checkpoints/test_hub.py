@@ -383,8 +383,8 @@ def test_graphs_for_triton_and_the_image_vae_of_a_checkpoint(hub, tmp_path, monk
     hub.repositories["me/sd"].commit(files)
     assert resolve_image_vae("vae.json") == Path("vae.json") and resolve_image_vae("./me/sd") == Path("me/sd")
     seen = []
-    monkeypatch.setattr("ldmseg_fast.checkpoints.safe_pickle.load_torch_file", lambda _: {})
-    monkeypatch.setattr(original, "read_parts", lambda *words: seen.append(words[3]) or ([], {}))
+    monkeypatch.setattr("ldmseg_fast.checkpoints.safe_pickle.load_torch_file", lambda _: {"unet": {}})
+    monkeypatch.setattr(original, "_model", lambda *words: seen.append(words[3]) or ([], {}))
     assert cli.main(["convert", "x.pt", "--out", str(tmp_path / "made"), "--image-vae", "me/sd"]) == 0
     assert (seen[0] / "vae" / "config.json").is_file() and not (seen[0] / "unet").exists()
 
