@@ -211,7 +211,7 @@ def open_checked(path: str | os.PathLike, content: bytes, max_pixels: int) -> Im
         max_pixels: of a picture that is read.
 
     Raises:
-        DataError: no picture, or one that is too large.
+        DataError: no picture, one that is too large, or PostScript.
     """
     try:
         with _bounds(max_pixels):
@@ -222,6 +222,8 @@ def open_checked(path: str | os.PathLike, content: bytes, max_pixels: int) -> Im
         ) from None
     except Exception as error:  # what Pillow's formats raise on damaged files is nowhere listed
         raise unreadable(path, error) from error
+    if image.format == "EPS":
+        raise DataError(f"{path}: PostScript, a program that another one would have to run; save it as PNG")
     check_pixels(path, *image.size, max_pixels)
     return image
 

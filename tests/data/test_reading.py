@@ -209,3 +209,15 @@ def test_a_warning_of_too_many_pixels_is_our_error(tmp_path: Path, monkeypatch: 
             warnings.simplefilter(action)  # type: ignore[arg-type]
             with pytest.raises(DataError, match=r"large\.png: .*over 50000 pixels: scale it down"):
                 read_picture(path, max_pixels=50_000)
+
+
+def test_postscript_is_refused_before_it_could_run(tmp_path, monkeypatch):
+    """Pillow hands it to Ghostscript, and a picture may come from anybody."""
+    path = tmp_path / "a.eps"
+    Image.new("RGB", (8, 8)).save(path)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it ran"))
+    for name in ("a.eps", "a.png"):
+        path.rename(tmp_path / name)
+        path = tmp_path / name
+        with pytest.raises(DataError, match=rf"{name}: PostScript, .* save it as PNG"):
+            read_picture(path)
