@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ldmseg_fast.errors import DataError
 
 T = TypeVar("T")
 
+PIECE = 1.0  # second, of a wait
 CURE = "Raise data.timeout where reading takes longer, and go on with --resume"
 
 
@@ -43,13 +44,22 @@ class PatientReader:
                 return function()
             self._thread = thread
         self._wanted.put(function)
-        try:
-            result, error = self._done.get(timeout=self.timeout)
-        except queue.Empty:
-            raise hang_error(self.timeout, self.where(), self.cure) from None
+        result, error = self._wait()
         if error is not None:
             raise error
         return result
+
+    def _wait(self) -> Any:
+        """Waits for what a call gave; a process that is suspended meanwhile has waited for one piece at most."""
+        waited = 0.0
+        while True:
+            piece = min(PIECE, self.timeout - waited)
+            try:
+                return self._done.get(timeout=piece)
+            except queue.Empty:
+                waited += piece
+            if waited >= self.timeout:
+                raise hang_error(self.timeout, self.where(), self.cure) from None
 
     def close(self) -> None:
         """Ends the thread."""
