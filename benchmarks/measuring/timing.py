@@ -1,6 +1,5 @@
 """Fair timing: interleaved rounds, so that drift hits both sides; CUDA events or perf_counter; peak memory."""
 
-import ctypes
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from ldmseg_fast.errors import UserError
+from ldmseg_fast.export.memory import free_memory
 
 _FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 
@@ -124,12 +124,12 @@ def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # or memory freed earlier is reused unseen
+        free_memory()  # or what was freed earlier is reused unseen
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark VmHWM
         before = _status_bytes("VmRSS")
         function()
         return max(0, _status_bytes("VmHWM") - before)
-    except (OSError, AttributeError):  # no procfs, no glibc
+    except OSError:  # no procfs
         return None
 
 
