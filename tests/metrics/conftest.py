@@ -1,5 +1,6 @@
 """Fixtures of the metrics' tests."""
 
+import json
 from types import ModuleType
 
 import numpy as np
@@ -7,9 +8,49 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from ldmseg_fast.panoptic.format import MAX_ID
+from ldmseg_fast.panoptic.coco_masks import rle_of_mask
+from ldmseg_fast.panoptic.format import MAX_ID, write_panoptic_png
 
+CATEGORIES = [{"id": 1, "name": "cat", "isthing": 1}, {"id": 2, "name": "sky", "isthing": 0}]
 IDS = [0, 1, 2, 3, 7, 255, 256, 65535, 65536, MAX_ID - 1, MAX_ID]
+
+
+def _masks_of(ids, segments, image_id, score=None):
+    return [
+        {"image_id": image_id, "category_id": s["category_id"], "iscrowd": s.get("iscrowd", 0)}
+        | {"segmentation": rle_of_mask(ids == s["id"]), "bbox": [0.5, 1, 2, 3e0]}
+        | ({} if score is None else {"score": score})
+        for s in segments
+    ]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Eight images as PNGs, as instances and as a list of results; ROOT/{gt,pred}.json, _masks.json, pred_list.json."""
+    rng = np.random.default_rng(1)
+    shared = {"images": [], "categories": CATEGORIES}
+    entries, masks = {"gt": [], "pred": []}, {"gt": [], "pred": []}
+    for kind in entries:
+        (tmp_path / kind).mkdir()
+    for image_id in range(1, 9):
+        gt = np.kron(rng.integers(0, 7, (5, 6)), np.ones((9, 11), int)).astype(np.int32)
+        pred = np.where(rng.random(gt.shape) < 0.15, 0, np.roll(gt, 2, 1)).astype(np.int32)
+        image = {"id": image_id, "file_name": f"{image_id:06d}.jpg", "height": 45, "width": 66}
+        shared["images"].append(image | {"weather": "rain" if image_id % 3 else "sun"})
+        for kind, ids in (("gt", gt), ("pred", pred)):
+            segments = [
+                {"id": int(i), "category_id": int(i) % 2 + 1, "iscrowd": int(kind == "gt" and i == 6)}
+                for i in np.unique(ids[ids > 0])
+            ]
+            write_panoptic_png(tmp_path / kind / f"{image_id:06d}.png", ids)
+            entry = {"image_id": image_id, "file_name": f"{image_id:06d}.png", "segments_info": segments}
+            entries[kind].append(entry)
+            masks[kind] += _masks_of(ids, segments, image_id, None if kind == "gt" else 0.5)
+    for kind in entries:
+        (tmp_path / f"{kind}.json").write_text(json.dumps(shared | {"annotations": entries[kind]}))
+        (tmp_path / f"{kind}_masks.json").write_text(json.dumps(shared | {"annotations": masks[kind]}))
+    (tmp_path / "pred_list.json").write_text(json.dumps(masks["pred"]))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")
