@@ -156,8 +156,8 @@ class Gate:
             refusal = (
                 403,
                 (
-                    f"Host: {host:.80} is no address of this machine: open http://127.0.0.1 with the app's port. A server "
-                    "before the app sends Host: 127.0.0.1, or the app asks for a password by --auth"
+                    f"Host: {host:.80} is no address of this machine: open http://127.0.0.1 with the app's port. A "
+                    "server before the app sends Host: 127.0.0.1, or the app asks for a password by --auth"
                 ),
             )
         if refusal:

@@ -24,7 +24,9 @@ import httpx
 
 from benchmarks.bench_app import put_load
 from benchmarks.measuring.app_server import AppError, Visitor, serving
+from ldmseg_fast.app.api import upload_of
 from ldmseg_fast.app.work import Settings
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
 
 pytestmark = pytest.mark.serial
@@ -178,7 +180,6 @@ def test_settings_out_of_range_are_told(visitor, scene):
         ("complete", ("P", "P", None, {}, True), "unknown_id=True: at least 0"),
         ("complete", ("P", "P", None, {}, -1), "unknown_id=-1: at least 0"),
         ("segment", ("P", {"size": 10**30}), "at most 16384"),
-        ("segment", ("\ud800", {}), "picture: a file expected"),
         ("segment", ("P", {"a" * 10000: 1}), "no such setting"),
     ],
     ids=lambda value: "",
@@ -199,6 +200,12 @@ def test_calls_that_gradio_would_log_are_refused_in_a_line(visitor):
     ):
         answer = visitor.client.post(f"/gradio_api/{path}", json=body)
         assert answer.status_code == 400 and word in answer.json()["detail"]
+
+
+def test_half_of_a_character_is_no_file():
+    for value in ("\ud800", {"path": "\ud800"}):
+        with pytest.raises(ArgumentError, match="picture: a file expected"):
+            upload_of(value, "picture")
 
 
 def test_whole_numbers_may_be_written_with_a_point(visitor, scene):
