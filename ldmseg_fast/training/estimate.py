@@ -24,7 +24,8 @@ from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
 from ldmseg_fast.training.disk import describe_disk, disk_need
 from ldmseg_fast.training.rates import factor_of, rate_factors
-from ldmseg_fast.training.stages.few_step import started_from_model
+from ldmseg_fast.training.stages import STAGES
+from ldmseg_fast.training.stages.few_step import FewStepStage
 
 GIB = 2**30
 # main memory before any weight is there, measured on Linux x86 with PyTorch 2.13: the program with DeepSpeed, the
@@ -307,8 +308,9 @@ def with_start(stage_name: str, config: Config) -> Config:
         ConfigError, CheckpointError: as `dry_run`.
     """
     with settings_alone():
-        if stage_name in ("one_step", "distillation"):
-            config = started_from_model(config)
+        stage = STAGES[stage_name]
+        if issubclass(stage, FewStepStage):
+            config = stage.started(config)
         if stage_name != "autoencoder" and config.model.init_from:
             config = resolve_start(config).config
     return config

@@ -76,6 +76,15 @@ def test_dry_run(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert re.search(r"mask_vae +334,600", capsys.readouterr().out)
 
 
+def test_dry_run_of_one_step_from_an_autoencoder_alone(autoencoder: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["one_step", "--config", str(TINY), "--dry-run", "few_step.steps=2"]
+    assert main([*command, f"model.mask_vae={autoencoder}"]) == 0
+    told = capsys.readouterr().out
+    assert "num_inference_steps=2" in told and re.search(r"unet +[\d,]+", told)
+    assert main(command) == 2
+    assert "model.init_from is missing" in capsys.readouterr().err
+
+
 def test_dry_run_says_what_the_start_would_say(capfd: pytest.CaptureFixture, scenes: Path, tmp_path: Path) -> None:
     """The mistakes that are the folders' are the same line with --dry-run and without, and nothing is left behind."""
     used, file = tmp_path / "used", tmp_path / "file"

@@ -44,10 +44,14 @@ class FewStepStage(LatentStage):
     starts_fresh = False  # whether it can do without `model.init_from`
 
     def __init__(self, config: Config) -> None:
-        if self.starts_fresh and not config.model.init_from and config.model.mask_vae:
-            super().__init__(resolve_start(started_fresh(config)))
-        else:
-            super().__init__(resolve_start(started_from_model(config)))
+        super().__init__(resolve_start(self.started(config)))
+
+    @classmethod
+    def started(cls, config: Config) -> Config:
+        """Puts into `config` what its start fixes, a model or an auto-encoder alone. Errors as the class's."""
+        if cls.starts_fresh and not config.model.init_from and config.model.mask_vae:
+            return started_fresh(config)
+        return started_from_model(config)
 
     def step_times(self) -> tuple[list[int], list[int]]:
         """Lists the sampler's timesteps, and the one after each."""
