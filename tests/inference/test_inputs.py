@@ -13,7 +13,7 @@ from PIL import Image
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError, DataError, UserError
-from ldmseg_fast.inference.inputs import check_images, scaled_picture
+from ldmseg_fast.inference.inputs import check_images, check_thresholds, scaled_picture
 from tests.data.test_pixel_formats import png, samples, tiff
 
 
