@@ -186,15 +186,19 @@ def _wrong_call(page: Any, path: str, body: Any) -> str | None:
     """Says what is wrong with a call that gradio would answer with a traceback in the log; None where nothing is."""
     if not isinstance(body, dict):
         return None
-    call = re.fullmatch(r"/gradio_api/call/([^/]+)/?", path)
+    found = re.fullmatch(r"/gradio_api/call/([^/]+)/?", path)
+    call = found and found[1]
     number, data = body.get("fn_index"), body.get("data")
     if call is None and path.startswith("/gradio_api/") and isinstance(number, int) and number not in page.fns:
         return f"fn_index={number!r:.40}: this app has no such function: load the page again"
+    if not isinstance(data, list):
+        return None
     for function in page.fns.values():
-        if isinstance(data, list) and function.api_name == (call and call[1]) and len(data) != len(function.inputs):
-            return f"{call[1]}: `data` has {len(data)} values; {len(function.inputs)} expected, see docs/app.md"
-        if isinstance(data, list) and function._id == number and not call and len(data) < len(function.inputs):
-            return f"fn_index={number}: `data` has {len(data)} values; {len(function.inputs)} expected"
+        expected = len(function.inputs)
+        if call is not None and function.api_name == call and len(data) != expected:
+            return f"{call}: `data` has {len(data)} values; {expected} expected, see docs/app.md"
+        if call is None and function._id == number and len(data) < expected:
+            return f"fn_index={number}: `data` has {len(data)} values; {expected} expected"
     return None
 
 

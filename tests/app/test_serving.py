@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,12 @@ async def inner(scope, receive, send):
     await send({"type": "http.response.body", "body": message.get("body", b"")})
 
 
+def run(work):
+    """Runs a coroutine in a thread of its own: the browser of other tests has a loop in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
 def ask(gate, path="/", method="GET", body=b"", headers=(), query=b""):
     """Sends one request through a gate: status and body."""
     sent = []
@@ -58,7 +65,7 @@ def ask(gate, path="/", method="GET", body=b"", headers=(), query=b""):
         sent.append(message)
 
     scope = {"type": "http", "path": path, "method": method, "headers": list(headers), "query_string": query}
-    asyncio.run(gate(scope, receive, send))
+    run(gate(scope, receive, send))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 
@@ -407,9 +414,9 @@ def test_a_visitor_who_hangs_up_in_an_upload_is_no_fault(limits, tmp_path):
         scope = {"type": "http", "path": path, "method": "GET", "headers": [], "query_string": b""}
         await Gate(reading, limits, tmp_path)(scope, receive, None)
 
-    asyncio.run(left("/gradio_api/upload"))
+    run(left("/gradio_api/upload"))
     with pytest.raises(KeyError, match="ours"):
-        asyncio.run(left("/"))
+        run(left("/"))
 
 
 def test_where_only_this_machine_comes_in():
