@@ -81,6 +81,18 @@ def test_recipe_of_scenes_with_categories(tmp_path):
     assert card.count("## training") == 3 and "things (19)" in card
 
 
+def test_recipe_of_photographs(scenes, tmp_path):
+    """Two sets, of which one has no categories that count."""
+    (tmp_path / "others").symlink_to(scenes)
+    sets = f"{scenes}:train2017:val2017,{tmp_path / 'others'}:train2017:"
+    small = [*NARROW, "unet.in_channels=40", "data.image_size=32", "unet.sample_size=8", *SHORT]
+    recipe = ["bash", EXAMPLES / "recipes" / "photographs.sh", tmp_path / "out", sets, "others", "14", *small]
+    run(*recipe)
+    card = (tmp_path / "out" / "shipped" / "model" / "README.md").read_text(encoding="utf-8")
+    assert card.count("## training") == 3 and "data.paste=0.2" in card
+    assert "resumed at step 2 of 2" in run(*recipe)
+
+
 def test_recipes_of_generated_scenes(tmp_path):
     """tiny.sh, a second time too, and one_step.sh on its result."""
     pytest.importorskip("scipy")
