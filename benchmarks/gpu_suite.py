@@ -34,6 +34,7 @@ from typing import Any
 if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
+import torch
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, read_journal, read_results
 from benchmarks.measuring.gpu_plan import Part, choose, make_plan
