@@ -1,6 +1,9 @@
 """A model that is damaged, or that leads out of its folder, is not shipped."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldmseg_fast.cli import main
+from ldmseg_fast.distributed.ending import run_command
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -43,6 +49,32 @@ def test_weights_that_are_missing_or_of_another_model(run, capsys):
     assert "not finite (NaN or infinity): conv_in.bias; the file is damaged" in refused(run, capsys)
     path.unlink()
     assert "unet/model.safetensors: no such file" in refused(run, capsys)
+
+
+LITTLE_SPACE = """
+import os, resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from ldmseg_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk(run):
+    out = run.parent / "shipped"
+    command = [sys.executable, "-c", LITTLE_SPACE, "ship", str(run), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == f"error: {out}: File too large; raise `ulimit -f`, or choose another disk\n"
+    assert done.returncode == 2 and [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_command(Path.cwd) == 2
+    assert "the folder that this command was started in has been removed" in capsys.readouterr().err
 
 
 def test_files_of_others_do_not_come_along(run, tmp_path, capsys):
