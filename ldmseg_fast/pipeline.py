@@ -237,7 +237,7 @@ class LDMSegPipeline:
             raise ArgumentError(f"output_type={output_type!r}: one of {', '.join(OUTPUT_TYPES)} expected")
         inputs = check_images(images)  # N, not decoded yet
         ids = image_ids_of(len(inputs), image_ids)
-        check_thresholds(thresholds)
+        thresholds = check_thresholds(thresholds)
         self._check_captions(captions, len(inputs))
         sampling = self.sampler.settings(
             num_inference_steps,
@@ -346,7 +346,7 @@ class LDMSegPipeline:
             )
         inputs = check_images(images)
         ids = image_ids_of(len(inputs), image_ids)
-        check_thresholds(thresholds)
+        thresholds = check_thresholds(thresholds)
         self._check_captions(captions, len(inputs))
         sampling = self.sampler.settings(num_inference_steps, seed=seed, **settings)
         check_count("seed + num_samples", seed + num_samples, 1, MAX_SEED)
@@ -425,7 +425,7 @@ class LDMSegPipeline:
         check_given(len(inputs), maps, masks)
         numbers = given_categories(segments_info, len(inputs), self.info.categories)
         check_count("draft_steps", draft_steps, 0, MAX_STEPS)
-        check_thresholds(thresholds)
+        thresholds = check_thresholds(thresholds)
         sampling = self.sampler.settings(
             num_inference_steps, solver=solver, eta=eta, timesteps=timesteps, seed=seed, callback=callback
         )

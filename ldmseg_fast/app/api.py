@@ -24,7 +24,9 @@ from ldmseg_fast.app.work import Segmented, Settings, Worker
 from ldmseg_fast.data.masks import read_mask
 from ldmseg_fast.errors import ArgumentError, UserError
 from ldmseg_fast.files import real_path
-from ldmseg_fast.panoptic.format import write_panoptic_png
+from ldmseg_fast.inference.inputs import check_count
+from ldmseg_fast.panoptic.annotations import has_surrogates
+from ldmseg_fast.panoptic.format import MAX_ID, write_panoptic_png
 from ldmseg_fast.panoptic.results import PanopticResult
 
 NAMES = ("segment", "complete", "compare", "score", "batch")
@@ -76,6 +78,8 @@ class _Api:
         path, map_path = upload_of(picture, "picture"), upload_of(map, "map")
         if (known is None) == (unknown_id is None):
             raise ArgumentError("give one of known, a mask, and unknown_id, a number")
+        if unknown_id is not None:
+            check_count("unknown_id", unknown_id, 0, MAX_ID)
         with self._work("complete", request) as stop:
             ids = self.worker.read_map(map_path)
             given = ids != unknown_id
@@ -118,6 +122,8 @@ class _Api:
         self, files: list[gr.FileData], settings: dict | None = None, format: str = MAPS, request: gr.Request = NOBODY
     ) -> tuple[dict, gr.FileData]:
         """Segments pictures and zips of them. Returns counts and what was left out (JSON), and the results (zip)."""
+        if files is not None and not isinstance(files, list):
+            raise ArgumentError(f"files: {type(files).__name__}; a list of uploaded files expected")
         paths = [upload_of(each, f"files[{place}]") for place, each in enumerate(files or [])]
         check_kind(format or MAPS, cityscapes=self.worker.info.categories is not None)
         with self._work("batch", request) as stop, tempfile.TemporaryDirectory(dir=get_upload_folder()) as held:
@@ -167,7 +173,7 @@ def upload_of(value: Any, name: str) -> Path:
         ArgumentError: no file, or one that was not uploaded here.
     """
     path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
-    if not isinstance(path, str) or not path or "\0" in path:
+    if not isinstance(path, str) or not path or "\0" in path or has_surrogates(path):
         raise ArgumentError(f"{name}: a file expected: upload it first")
     real = real_path(path)
     if not real.is_relative_to(real_path(get_upload_folder())) or not real.is_file():

@@ -7,13 +7,14 @@ import base64
 import binascii
 import contextlib
 import hmac
+import ipaddress
 import json
 import re
 import shutil
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 from ldmseg_fast.app.limits import Limits
 from ldmseg_fast.files import real_path
@@ -46,6 +47,9 @@ class Gate:
         app: FastAPI's, with gradio's in it.
         limits: hear of visitors who come and leave, and count what is turned away.
         folder: of the uploads.
+        check: is given the path and the JSON of a POST, and says in a line what is wrong with it.
+        local: whether only programs of this machine are to come in. A browser is one, whose pages may be of any site:
+            then `Host` is to be an address or localhost, or a site whose name leads to this machine could read all.
         auth: "USER:PASSWORD" that HTTP's Basic authentication asks for; None: everybody may come in.
         forget: is told the id of a request of the API whose connection has closed.
     """
@@ -57,8 +61,12 @@ class Gate:
         folder: Path,
         auth: str | None = None,
         forget: Callable[[str], None] = lambda event: None,
+        *,
+        check: Callable[[str, Any], str | None] = lambda path, body: None,
+        local: bool = False,
     ) -> None:
         self.app, self.limits, self.folder, self.forget = app, limits, folder, forget
+        self.check, self.local = check, local
         self._auth = None if auth is None else auth.encode("utf-8")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,14 +81,16 @@ class Gate:
             self.limits.metrics.rejected("auth")
             await _answer(send, 401, "a user name and a password are needed", ((b"www-authenticate", b"Basic"),))
             return
-        if refusal := self._refusal(scope):
+        if refusal := self._of_another_site(scope) or self._refusal(scope):
             await _answer(send, *refusal)
             return
         if scope["method"] == "POST" and not path.startswith("/gradio_api/upload"):
             body = await _body(receive)
-            refusal = (413, f"over {MAX_BODY} bytes were sent") if body is None else _file_refusal(body, self.folder)
-            if body is None or refusal:
-                await _answer(send, *(refusal or (400, "no body")))
+            if body is None:
+                await _answer(send, 413, f"over {MAX_BODY} bytes were sent")
+                return
+            if refusal := self._body_refusal(path, body):
+                await _answer(send, *refusal)
                 return
             if path == "/gradio_api/cancel":
                 self._cancel(body)
@@ -90,7 +100,13 @@ class Gate:
     async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs a request; where a visitor waits for results in it, tells when they come and leave."""
         visitor = _visitor_of(scope)
-        finished = False
+        finished = gone = False
+
+        async def hear() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
 
         async def watch(message: Message) -> None:
             nonlocal finished
@@ -107,9 +123,11 @@ class Gate:
         if visitor is not None:
             self.limits.arrive(visitor)
         try:
-            await self.app(scope, receive, watch)
-        except RuntimeError as error:
-            if "response already started" not in str(error):
+            await self.app(scope, hear, watch)
+        except Exception as error:
+            if gone and type(error).__name__ == "ClientDisconnect":  # Starlette's, in the middle of an upload
+                return
+            if not isinstance(error, RuntimeError) or "response already started" not in str(error):
                 raise
             with contextlib.suppress(RuntimeError):  # gradio's answer to an id that is not known
                 await send({"type": "http.response.body", "body": b""})
@@ -128,6 +146,35 @@ class Gate:
         except (binascii.Error, ValueError):
             content = b""
         return hmac.compare_digest(content, self._auth)
+
+    def _of_another_site(self, scope: Scope) -> tuple[int, str] | None:
+        """Refuses what a page of another site sends through the browser of somebody who may come in."""
+        refusal = None
+        if scope["method"] == "POST" and _header(scope, b"sec-fetch-site") == "cross-site":
+            refusal = 403, "a page of another site sent this: open the app itself"
+        elif self.local and not _is_local(host := _header(scope, b"host")):
+            refusal = (
+                403,
+                (
+                    f"Host: {host:.80} is no address of this machine: open http://127.0.0.1 with the app's port. A "
+                    "server before the app sends Host: 127.0.0.1, or the app asks for a password by --auth"
+                ),
+            )
+        if refusal:
+            self.limits.metrics.rejected("site")
+        return refusal
+
+    def _body_refusal(self, path: str, body: bytes) -> tuple[int, str] | None:
+        if not body.strip():
+            return None
+        try:
+            value = json.loads(body)  # always: JSON may write "path" with escapes, and in UTF-16
+        except (ValueError, RecursionError):
+            return 400, "no JSON"
+        refusal = _file_refusal(value, self.folder)
+        if refusal is None and (wrong := self.check(path, value)) is not None:
+            refusal = 400, wrong
+        return refusal
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         if scope["method"] != "POST":
@@ -167,12 +214,18 @@ def _visitor_of(scope: Scope) -> str | None:
     return found[1] or next(iter(parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [])), None)
 
 
-def _file_refusal(body: bytes, folder: Path) -> tuple[int, str] | None:
-    """Refuses files that lie elsewhere: gradio would fetch them from the network, or copy them from this machine."""
+def _is_local(host: str) -> bool:
+    """Tells whether a Host header is an address or localhost; no other machine's name server leads either here."""
     try:
-        waiting = [json.loads(body)]  # always: JSON may write "path" with escapes, and in UTF-16
-    except (ValueError, RecursionError):
-        return (400, "no JSON") if body.strip() else None
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or name.endswith(".localhost") or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def _file_refusal(body: Any, folder: Path) -> tuple[int, str] | None:
+    """Refuses files that lie elsewhere: gradio would fetch them from the network, or copy them from this machine."""
+    waiting = [body]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
@@ -189,7 +242,8 @@ def _file_refusal(body: bytes, folder: Path) -> tuple[int, str] | None:
 
 def _is_upload(path: str, folder: Path) -> bool:
     try:
-        return real_path(path).is_relative_to(real_path(folder))
+        real = real_path(path)
+        return real.is_relative_to(real_path(folder)) and real.is_file()
     except (ValueError, OSError):  # a null character, a name that is too long
         return False
 

@@ -47,7 +47,7 @@ class Settings:
         """
         known = [each.name for each in fields(cls)]
         if unknown := [name for name in values if name not in known]:
-            raise ArgumentError(f"{unknown[0]}: no such setting; there are {', '.join(known)}")
+            raise ArgumentError(f"{unknown[0]!r:.80}: no such setting; there are {', '.join(known)}")
         return cls(**{name: value for name, value in values.items() if value is not None})
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import ipaddress
 import logging
+import re
 import signal
 import socket
 import sys
@@ -94,7 +97,20 @@ def _free_port(family: int, kind: int, address: tuple[Any, ...]) -> int:
     return 0
 
 
-def make_app(worker: Worker, limits: Limits, folder: Path, auth: str | None, build: Callable[..., Any]) -> Any:
+def only_local(bound: socket.socket, address: Address) -> bool:
+    """Tells whether a server is for programs of this machine only: no network, no tunnel and no password."""
+    inside = ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
+    return inside and not address.share and address.auth is None
+
+
+def make_app(
+    worker: Worker,
+    limits: Limits,
+    folder: Path,
+    auth: str | None,
+    build: Callable[..., Any],
+    local: bool = False,
+) -> Any:
     """Makes the ASGI app: the page at /, the API below /gradio_api, /health and /metrics.
 
     Args:
@@ -102,6 +118,7 @@ def make_app(worker: Worker, limits: Limits, folder: Path, auth: str | None, bui
         folder: of `visitors_folder`.
         auth: as in `Address`.
         build: (worker, limits) -> the page, a `gr.Blocks`; where its module has `look()`, that gives its style.
+        local: of `only_local`.
     """
     import fastapi
     import gradio as gr
@@ -162,7 +179,27 @@ def make_app(worker: Worker, limits: Limits, folder: Path, auth: str | None, bui
         page._queue.pending_event_ids_session.pop(event, None)
 
     page.has_launched = True  # or gradio takes any file of this machine for an upload
-    return Gate(outer, limits, folder, auth, forget)
+    return Gate(outer, limits, folder, auth, forget, check=functools.partial(_wrong_call, page), local=local)
+
+
+def _wrong_call(page: Any, path: str, body: Any) -> str | None:
+    """Says what is wrong with a call that gradio would answer with a traceback in the log; None where nothing is."""
+    if not isinstance(body, dict):
+        return None
+    found = re.fullmatch(r"/gradio_api/call/([^/]+)/?", path)
+    call = found and found[1]
+    number, data = body.get("fn_index"), body.get("data")
+    if call is None and path.startswith("/gradio_api/") and isinstance(number, int) and number not in page.fns:
+        return f"fn_index={number!r:.40}: this app has no such function: load the page again"
+    if not isinstance(data, list):
+        return None
+    for function in page.fns.values():
+        expected = len(function.inputs)
+        if call is not None and function.api_name == call and len(data) != expected:
+            return f"{call}: `data` has {len(data)} values; {expected} expected, see docs/app.md"
+        if call is None and function._id == number and len(data) < expected:
+            return f"fn_index={number}: `data` has {len(data)} values; {expected} expected"
+    return None
 
 
 def _counting(keep: Callable[..., None] | None, limits: Limits) -> Callable[..., None]:

@@ -99,7 +99,7 @@ class Worker:
         settings = settings or Settings()
         backend = settings.backend or self.backends[0]
         if backend not in self.backends:
-            raise ArgumentError(f"backend={backend!r}: this app has {', '.join(self.backends)}")
+            raise ArgumentError(f"backend={backend!r:.80}: this app has {', '.join(self.backends)}")
         own = self.info.postprocess
         values: dict[str, Any] = {
             "steps": self.info.num_inference_steps,
@@ -308,7 +308,7 @@ class Worker:
     def _at_size(self, loaded: _Loaded, settings: Settings) -> LDMSegPipeline:
         size, backend = settings.size, loaded.own.backend
         if isinstance(size, bool) or not isinstance(size, int):
-            raise ArgumentError(f"size={size!r}: a whole number of pixels expected")
+            raise ArgumentError(f"size={size!r:.80}: a whole number of pixels expected")
         if size == loaded.own.info.image_size:
             return loaded.own
         if loaded.other is None or loaded.other.info.image_size != size:

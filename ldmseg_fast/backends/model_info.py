@@ -16,6 +16,8 @@ from ldmseg_fast.config import MaskVAEConfig, PostprocessConfig, SchedulerConfig
 from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.errors import BackendError, CheckpointError
 
+MAX_IMAGE_SIZE = 16384  # pixels, as of `config.settings.Pixels`
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -70,10 +72,10 @@ class ModelInfo:
         Raises:
             BackendError: a size that its networks cannot divide.
         """
-        if image_size < 1 or image_size % self.size_multiple:
+        if not 1 <= image_size <= MAX_IMAGE_SIZE or image_size % self.size_multiple:
             raise BackendError(
-                f"image_size={image_size}: this model takes multiples of {self.size_multiple} pixels; pictures are "
-                f"resized to it"
+                f"image_size={image_size!r:.40}: this model takes multiples of {self.size_multiple} pixels, at most "
+                f"{MAX_IMAGE_SIZE}; pictures are resized to it"
             )
         return replace(self, image_size=image_size)
 

@@ -130,7 +130,7 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
     worker = ProcessWorker(args.model_dir, backends, args.engine_dir, **own)
     try:
         worker.keep = None if args.keep is None else Keeper(args.keep)
-        app = server.make_app(worker, limits, folder, address.auth, build)
+        app = server.make_app(worker, limits, folder, address.auth, build, server.only_local(bound, address))
         host, port = bound.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

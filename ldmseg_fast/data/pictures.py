@@ -23,7 +23,7 @@ from ldmseg_fast.data.pixel_formats import check_depth, decode, pillow_errors, r
 from ldmseg_fast.errors import DataError
 from ldmseg_fast.files import MAX_BYTES, read_file
 from ldmseg_fast.native import _C
-from ldmseg_fast.panoptic.format import MAX_PIXELS
+from ldmseg_fast.panoptic.format import MAX_PIXELS, MAX_SIDE  # of maps: a picture's map is read again
 
 _MAY_BE_TURNED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # a PNG's places for the orientation
 
@@ -33,7 +33,6 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG = (b"\x08\x02\0\0\0", b"\x08\0\0\0\0")  # 8-bit RGB or grey, not interlaced
 _STILLS = ("MPO", "PSD", "ICO", "ICNS")  # further frames are previews or layers
 _SIZED = ("JPEG", "MPO", "PNG", "WEBP", "BMP")  # decoding others may change the size that their header gives
-MAX_SIDE = 2**17  # pixels; resizing keeps a table as long as a side
 LARGE = 2**24  # pixels; Pillow reads larger pictures, as it would need a copy of an array to resize it
 _lock = threading.RLock()
 

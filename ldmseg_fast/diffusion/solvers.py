@@ -156,7 +156,7 @@ def check_solver(solver: str, eta: float = 0.0) -> None:
         ArgumentError: an unknown solver, an eta outside 0..1, or an eta of a solver that has none.
     """
     if solver not in SOLVERS:
-        raise ArgumentError(f"solver={solver!r}: one of {', '.join(SOLVERS)} expected")
+        raise ArgumentError(f"solver={solver!r:.80}: one of {', '.join(SOLVERS)} expected")
     if not 0.0 <= eta <= 1.0:
         raise ArgumentError(f"eta={eta}: from 0 (deterministic) to 1 (ancestral sampling)")
     if eta and solver != "ddim":

@@ -273,27 +273,28 @@ def check_count(name: str, value: Any, least: int, most: int) -> None:
     try:
         number = operator.index(value)
     except TypeError:
-        raise ArgumentError(f"{name}={value!r}: a whole number expected") from None
+        raise ArgumentError(f"{name}={value!r:.80}: a whole number expected") from None
     if isinstance(value, bool) or not least <= number <= most:
         shown = repr(value) if abs(number) < 10**30 else f"a number of {number.bit_length()} bits"
         raise ArgumentError(f"{name}={shown}: at least {least}, and at most {most}")
 
 
-def check_thresholds(thresholds: Any) -> None:
-    """Checks thresholds of the post-processing.
+def check_thresholds(thresholds: Any) -> PostprocessConfig | None:
+    """Checks thresholds of the post-processing, and returns them with 8.0 as 8 where a whole number is expected.
 
     Raises:
         ArgumentError: no PostprocessConfig.
         ConfigError: a threshold out of range; it is named.
     """
-    if thresholds is not None:
-        if not isinstance(thresholds, PostprocessConfig):
-            raise ArgumentError(f"thresholds: {_kind(thresholds)}; give a PostprocessConfig")
-        given = asdict(thresholds)
-        for name, value in given.items():
-            if isinstance(value, str):  # what a command line gives, and `update` takes
-                raise ArgumentError(f"thresholds.{name}={value!r}: a number expected")
-        update(PostprocessConfig(), given, "thresholds.")
+    if thresholds is None:
+        return None
+    if not isinstance(thresholds, PostprocessConfig):
+        raise ArgumentError(f"thresholds: {_kind(thresholds)}; give a PostprocessConfig")
+    given = asdict(thresholds)
+    for name, value in given.items():
+        if isinstance(value, str):  # what a command line gives, and `update` takes
+            raise ArgumentError(f"thresholds.{name}={value!r:.80}: a number expected")
+    return update(PostprocessConfig(), given, "thresholds.")
 
 
 def batches_of(count: int, batch_size: int) -> list[slice]:

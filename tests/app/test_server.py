@@ -24,7 +24,9 @@ import httpx
 
 from benchmarks.bench_app import put_load
 from benchmarks.measuring.app_server import AppError, Visitor, serving
+from ldmseg_fast.app.api import upload_of
 from ldmseg_fast.app.work import Settings
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
 
 pytestmark = pytest.mark.serial
@@ -167,6 +169,50 @@ def test_settings_out_of_range_are_told(visitor, scene):
     for settings, word in (({"steps": 0}, "num_inference_steps=0"), ({"stepz": 1}, "stepz"), ([1], "JSON object")):
         with pytest.raises(AppError, match=word):
             visitor.call("segment", file, settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "word"),
+    [
+        ("batch", (5, {}, "maps"), "files: int; a list of uploaded files"),
+        ("batch", (True, {}, "maps"), "files: bool; a list"),
+        ("complete", ("P", "P", None, {}, "1"), "unknown_id='1': a whole number"),
+        ("complete", ("P", "P", None, {}, True), "unknown_id=True: at least 0"),
+        ("complete", ("P", "P", None, {}, -1), "unknown_id=-1: at least 0"),
+        ("segment", ("P", {"size": 10**30}), "at most 16384"),
+        ("segment", ("P", {"a" * 10000: 1}), "no such setting"),
+    ],
+    ids=lambda value: "",
+)
+def test_values_of_other_kinds_are_named(visitor, scene, name, values, word):
+    uploaded = visitor.upload(scene[0])
+    with pytest.raises(AppError, match=word) as error:
+        visitor.call(name, *(uploaded if value == "P" else value for value in values))
+    assert len(str(error.value)) < 400
+
+
+def test_calls_that_gradio_would_log_are_refused_in_a_line(visitor):
+    for path, body, word in (
+        ("call/segment", {"data": []}, "`data` has 0 values; 2 expected"),
+        ("call/batch", {"data": [1, 2, 3, 4]}, "`data` has 4 values; 3 expected"),
+        ("queue/join", {"data": [], "fn_index": -1, "session_hash": "a"}, "fn_index=-1: this app has no"),
+        ("queue/join", {"data": [], "fn_index": 10**400, "session_hash": "a"}, "this app has no such function"),
+    ):
+        answer = visitor.client.post(f"/gradio_api/{path}", json=body)
+        assert answer.status_code == 400 and word in answer.json()["detail"]
+
+
+def test_half_of_a_character_is_no_file():
+    for value in ("\ud800", {"path": "\ud800"}):
+        with pytest.raises(ArgumentError, match="picture: a file expected"):
+            upload_of(value, "picture")
+
+
+def test_whole_numbers_may_be_written_with_a_point(visitor, scene):
+    described = visitor.call("segment", visitor.upload(scene[0]), {"count_threshold": 8.0})[0]
+    assert described == visitor.call("segment", visitor.upload(scene[0]), {"count_threshold": 8})[0] | {
+        "seconds": described["seconds"]
+    }
 
 
 def test_large_uploads_and_bodies_are_refused(visitor):

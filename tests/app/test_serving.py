@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,12 @@ async def inner(scope, receive, send):
     await send({"type": "http.response.body", "body": message.get("body", b"")})
 
 
+def run(work):
+    """Runs a coroutine in a thread of its own: the browser of other tests has a loop in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
 def ask(gate, path="/", method="GET", body=b"", headers=(), query=b""):
     """Sends one request through a gate: status and body."""
     sent = []
@@ -58,7 +65,7 @@ def ask(gate, path="/", method="GET", body=b"", headers=(), query=b""):
         sent.append(message)
 
     scope = {"type": "http", "path": path, "method": method, "headers": list(headers), "query_string": query}
-    asyncio.run(gate(scope, receive, send))
+    run(gate(scope, receive, send))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 
@@ -360,3 +367,64 @@ def test_a_file_of_a_password_that_is_no_text(model_dir, tmp_path, capsys):
     (tmp_path / "password").write_bytes(b"\x89PNG\xff")
     assert main(["app", "--model", str(model_dir), "--auth", f"@{tmp_path / 'password'}"]) == 2
     assert capsys.readouterr().err.startswith(f"error: --auth @{tmp_path / 'password'}: no text in UTF-8; ")
+
+
+@pytest.mark.parametrize(
+    ("host", "local", "status"),
+    [
+        (b"127.0.0.1:7860", True, 200),
+        (b"[::1]:7860", True, 200),
+        (b"localhost", True, 200),
+        (b"a.localhost:1", True, 200),
+        (b"evil.example:7860", True, 403),
+        (b"127.0.0.1.evil.example", True, 403),
+        (b"[", True, 403),
+        (b"", True, 403),
+        (b"app.example", False, 200),
+    ],
+)
+def test_a_name_of_another_site_does_not_lead_in(limits, tmp_path, host, local, status):
+    gate = Gate(inner, limits, tmp_path, local=local)
+    for path in ("/", "/gradio_api/file=/x", "/health"):
+        assert ask(gate, path, headers=[(b"host", host)])[0] == status
+    assert ('ldmseg_rejected_total{reason="site"} 3.0' in limits.metrics.text().decode()) == (status == 403)
+
+
+def test_pages_of_other_sites_send_nothing(limits, tmp_path):
+    for site, status in ((b"cross-site", 403), (b"same-origin", 200), (b"none", 200)):
+        for path in ("/gradio_api/call/segment", "/gradio_api/queue/join"):
+            headers = [(b"sec-fetch-site", site)]
+            assert ask(Gate(inner, limits, tmp_path), path, "POST", b'{"data": []}', headers)[0] == status
+    assert ask(Gate(inner, limits, tmp_path), "/", headers=[(b"sec-fetch-site", b"cross-site")])[0] == 200  # a link
+
+
+def test_a_visitor_who_hangs_up_in_an_upload_is_no_fault(limits, tmp_path):
+    class ClientDisconnect(Exception):
+        """Has the name of Starlette's."""
+
+    async def reading(scope, receive, send):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        raise ClientDisconnect if scope["path"] == "/gradio_api/upload" else KeyError("ours")
+
+    async def left(path):
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        scope = {"type": "http", "path": path, "method": "GET", "headers": [], "query_string": b""}
+        await Gate(reading, limits, tmp_path)(scope, receive, None)
+
+    run(left("/gradio_api/upload"))
+    with pytest.raises(KeyError, match="ours"):
+        run(left("/"))
+
+
+def test_where_only_this_machine_comes_in():
+    for host, options, expected in (
+        ("127.0.0.1", {}, True),
+        ("127.0.0.1", {"auth": "a:b"}, False),
+        ("127.0.0.1", {"share": True}, False),
+        ("0.0.0.0", {}, False),
+    ):
+        with listen(host, 0) as bound:
+            assert server.only_local(bound, Address(host, 0, **options)) is expected

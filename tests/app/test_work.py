@@ -67,7 +67,7 @@ def test_a_setting_out_of_range_is_named(worker, scene, settings, error, word):
 
 def test_settings_of_json():
     assert Settings.of({"steps": 2, "size": None}) == Settings(steps=2)
-    with pytest.raises(ArgumentError, match="stepz: no such setting; there are steps, size"):
+    with pytest.raises(ArgumentError, match="'stepz': no such setting; there are steps, size"):
         Settings.of({"stepz": 2})
 
 

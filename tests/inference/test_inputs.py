@@ -13,7 +13,7 @@ from PIL import Image
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError, DataError, UserError
-from ldmseg_fast.inference.inputs import check_images, scaled_picture
+from ldmseg_fast.inference.inputs import check_images, check_thresholds, scaled_picture
 from tests.data.test_pixel_formats import png, samples, tiff
 
 
@@ -267,3 +267,9 @@ def test_ranges_of_the_other_calls(pipe: LDMSegPipeline, model_dir: Path) -> Non
             pipe.inpaint([picture()], [np.ones((16, 16), int)], wrong, 1)
     with pytest.raises(ArgumentError, match="image_size=1000000000"):
         LDMSegPipeline.from_pretrained(model_dir, image_size=10**9)
+
+
+def test_thresholds_are_given_back_as_the_numbers_that_they_stand_for():
+    given = check_thresholds(PostprocessConfig(count_threshold=8.0, mask_threshold=1))
+    assert given == PostprocessConfig(count_threshold=8, mask_threshold=1.0) and type(given.count_threshold) is int
+    assert check_thresholds(None) is None
