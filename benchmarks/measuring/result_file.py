@@ -3,6 +3,8 @@
 Rows are on disk, in a journal beside that file, the moment they are measured: a run that is killed keeps them.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -38,6 +40,7 @@ class Run:
     results: list[dict[str, Any]] = field(default_factory=list)
     checks: dict[str, bool] = field(default_factory=dict)
     folder: Path | None = None
+    _journal: Path | None = None
 
     def check(self, name: str, passed: bool) -> None:
         """Records a correctness test that stands beside the numbers; raises `BenchmarkError` if it is red."""
@@ -122,10 +125,10 @@ class Run:
     def _note(self, entry: Mapping[str, Any]) -> None:
         if self.folder is None:
             return
-        journal = self._path(self.folder, "jsonl")
-        lines = [entry] if journal.exists() else [self._head(), entry]
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        with journal.open("a", encoding="utf-8") as file:
+        lines = [self._head(), entry] if self._journal is None else [entry]
+        if self._journal is None:
+            self._journal = self._new_file(self.folder, "jsonl")
+        with self._journal.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
@@ -134,9 +137,16 @@ class Run:
         head = {"schema": SCHEMA_VERSION, "suite": self.suite, "quick": self.quick}
         return head | {"environment": self.environment}
 
-    def _path(self, folder: Path, ending: str) -> Path:
+    def _new_file(self, folder: Path, ending: str) -> Path:
+        """Makes an empty file named by suite and time, and a number where another run began in the same second."""
         stamp = self.environment["time"].replace("-", "").replace(":", "")
-        return folder / f"{self.suite}-{stamp}.{ending}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            path = folder / f"{self.suite}-{stamp}{f'-{number}' if number > 1 else ''}.{ending}"
+            with contextlib.suppress(FileExistsError):
+                path.touch(exist_ok=False)
+                return path
+        raise AssertionError("itertools.count ends")
 
     def save(self, folder: Path = RESULTS) -> Path:
         """Writes the run as a new file that no later run touches; raises `BenchmarkError` if it breaks the schema."""
@@ -144,13 +154,12 @@ class Run:
             raise BenchmarkError(f"{self.suite}: nothing was measured; give it more --minutes, or ask for other parts")
         record = self._head() | {"checks": self.checks, "results": self.results}
         validate(record)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(folder, "json")
-        with path.open("x", encoding="utf-8") as file:
+        path = self._new_file(folder, "json")
+        with path.open("w", encoding="utf-8") as file:
             json.dump(record, file, indent=1, allow_nan=False)
             file.write("\n")
-        if self.folder is not None:
-            self._path(self.folder, "jsonl").unlink(missing_ok=True)
+        if self._journal is not None:
+            self._journal.unlink(missing_ok=True)
         print(f"saved {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
         return path
 

@@ -42,8 +42,8 @@ def test_a_run_is_saved_whole(harness, monkeypatch, tmp_path, capsys):
     assert 1.0 <= slow["p50"] < 20  # two items a call
     assert slow["p5"] <= slow["p20"] <= slow["p50"] <= slow["p99"]
     assert value["value"] == 51.7
-    with pytest.raises(FileExistsError):  # records are never overwritten
-        run.save(tmp_path)
+    before = path.read_bytes()
+    assert run.save(tmp_path).name == f"{path.stem}-2.json" and path.read_bytes() == before  # nothing is overwritten
     assert "sleep" in capsys.readouterr().out
 
 
@@ -75,6 +75,17 @@ def test_a_run_that_is_killed_keeps_its_rows(harness, tmp_path):
         journal.write_text(text)
         with pytest.raises(harness.BenchmarkError, match="no journal of a run"):
             harness.read_journal(journal)
+
+
+def test_two_runs_of_one_second_keep_both(harness, tmp_path):
+    runs = [harness.Run("trial", quick=True, folder=tmp_path) for _ in range(2)]
+    for run, value in zip(runs, (1.0, 2.0)):
+        run.environment["time"] = "2026-11-29T12:00:00Z"
+        run.add_value("pq", value, "percent")
+    assert len(list(tmp_path.iterdir())) == 2
+    paths = [run.save(tmp_path) for run in runs]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert [harness.read_results(path)["results"][0]["value"] for path in paths] == [1.0, 2.0]
 
 
 def test_a_red_row_ends_what_older_runs_say(harness, tmp_path, record):
