@@ -83,7 +83,7 @@ def test_numbers_out_of_range(refused, name, option, values):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("bench_data", ["--data", "/nowhere"], "/nowhere/annotations/panoptic_train2017.json"),
+        ("bench_data", ["--data", "/nowhere"], "'/nowhere' is not a folder"),
         ("bench_export", ["--quick", "--parts", "unet"], "--quick measures the part tiny alone"),
         ("scaling", ["--gpus", "64"], "--gpus 64: does nothing, as the tables"),
         ("scaling", ["--image", "tiny", "--batch", "8"], "--batch 8: does nothing, as --image"),
