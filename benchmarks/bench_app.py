@@ -25,6 +25,7 @@ from PIL import Image
 
 from benchmarks.harness import RESULTS, Run
 from benchmarks.measuring.app_server import AppError, ServerProcess, Visitor, serving
+from benchmarks.measuring.options import parse_options
 from benchmarks.measuring.timing import Timing
 from ldmseg_fast.data.scenes import generate_scene
 from ldmseg_fast.distributed.ending import run_command
@@ -108,12 +109,12 @@ def _next(numbers: Any, lock: threading.Lock) -> int | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--requests", type=int, help="default 200, with --quick 40")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--note", default="", help="said beside the numbers, such as what else the machine did")
-    parser.add_argument("--quick", action="store_true", help="40 requests")
-    args = parser.parse_args()
-    requests = 40 if args.quick else args.requests
+    parser.add_argument("--quick", action="store_true", help="few requests")
+    args = parse_options(parser)
+    requests = args.requests or (40 if args.quick else 200)
     record = Run("app", quick=args.quick, folder=args.out)
     with serving() as server:
         start = time.perf_counter()

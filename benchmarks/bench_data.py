@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import RESULTS, Run, measure
+from benchmarks.measuring.options import parse_options
 from benchmarks.peers.plain_item import plain_item
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.loader import TrainingBatches
@@ -31,6 +32,7 @@ from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 
 NUM_BITS, NUM_SLOTS, TARGET = 7, 128, 4.0
+COCO_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"
 
 
 def same_content(dataset: CocoPanoptic, index: int) -> bool:
@@ -110,17 +112,18 @@ def bench(run: Run, name: str, root: Path, split: str, size: int, images: int, w
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared/data/coco_mini")
+    parser.add_argument("--data", type=Path, help="COCO-panoptic folder; default coco_mini beside the checkout, if any")
     parser.add_argument("--split", default="train2017")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    args = parser.parse_args()
+    args = parse_options(parser)
     torch.set_num_threads(1)
     run = Run("data", quick=args.quick, folder=args.out)
     images = 8 if args.quick else 40
-    if args.data.is_dir():
-        bench(run, args.data.name, args.data, args.split, args.size, images, [] if args.quick else [0, 1, 2])
+    data = args.data or COCO_MINI
+    if args.data or data.is_dir():
+        bench(run, data.name, data, args.split, args.size, images, [] if args.quick else [0, 1, 2])
     for side in (64, 256):
         with tempfile.TemporaryDirectory() as folder:
             scenes = write_scenes(Path(folder) / "scenes", images, side, 0, version=1)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import RESULTS, Run, measure, peak_memory
+from benchmarks.measuring.options import parse_options
 from benchmarks.measuring.panoptic_maps import CATEGORIES, PanopticMaps
 from benchmarks.measuring.timing import seconds_of, time_differences
 from benchmarks.peers.plain_pq import match_by_masks, numpy_joint_histogram
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="maps in all (default: 500, with --quick 40)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="run these only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    args = parser.parse_args()
+    args = parse_options(parser)
     torch.set_num_threads(1)
     images = args.images or (40 if args.quick else 500)
     run = Run("evaluation", quick=args.quick, folder=args.out)

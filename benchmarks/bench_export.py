@@ -30,6 +30,7 @@ if __package__ in (None, ""):
 import torch
 
 from benchmarks.harness import RESULTS, ROOT, Run, measure
+from benchmarks.measuring.options import parse_options
 from benchmarks.random_model import save_random_model
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph
 from ldmseg_fast.backends.graphs.specs import sample_inputs
@@ -39,6 +40,7 @@ from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config.presets import COCO, TINY
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.distributed.ending import run_command
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.export.model_export import ExportSettings, export_model
 
 PARTS = ("tiny", "unet", "to_onnx", "to_trt")
@@ -219,7 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the tiny model only")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
+    if args.quick and "tiny" not in args.parts:
+        raise ArgumentError("--quick measures the part tiny alone, which --parts leaves out: leave one out")
     run = Run("export", quick=args.quick, folder=args.out)
     with tempfile.TemporaryDirectory() as scratch:
         if args.quick or "tiny" in args.parts:

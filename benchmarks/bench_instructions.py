@@ -21,6 +21,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run
+from benchmarks.measuring.options import parse_options
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels.aot import Build
 from ldmseg_fast.kernels.backend import KERNELS
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=KERNELS, help="these kernels only; a quick run")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     run = Run("instructions", quick=args.only is not None, folder=args.out)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "builds.json"
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if not path.is_file():
             raise BenchmarkError(f"instructions: kernels.aot ended with exit code {done.returncode} and wrote nothing")
         add_rows(run, json.loads(path.read_text(encoding="utf-8")))
-    run.save()
+    run.save(args.out)
     return int(bool(run.red))
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure, reason_of
 from benchmarks.measuring.kernel_tuning import compile_in_parallel, tune
+from benchmarks.measuring.options import parse_options
 from benchmarks.measuring.timing import captured
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels import configs
@@ -264,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="write the best configurations found to FILE")
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
     cases = [case for case in all_cases() if not options.only or case.kernel in options.only]
     if options.quick:
         cases = [case for case in cases if case.headline]

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import RESULTS, Run, Timing, measure, reason_of
+from benchmarks.measuring.options import parse_options, sides
 from benchmarks.peers.candidates import OurPipeline, engine_candidates, our_candidates, plain_candidates
 from benchmarks.peers.eomt import Eomt
 from benchmarks.peers.openvino_step import openvino_step
@@ -300,6 +301,8 @@ def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
     engines = engine_candidates(info, args.device, args.engine_dir)
     makers = {**plain, **ours}
     if args.variants:
+        for name in sorted({*args.variants} - makers.keys() - {"none"}):
+            print(f"{name}: not measured (no such variant here; there are {', '.join(makers)})")
         makers = {name: make for name, make in makers.items() if name == next(iter(plain)) or name in args.variants}
     makers |= engines
     makers = dict(sorted(makers.items(), key=lambda item: "compile" in item[0]))  # a stable sort: the baseline is first
@@ -343,14 +346,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", help="beside the baseline and the engines, these only")
     parser.add_argument("--steps", type=int, nargs="+")
     parser.add_argument("--batch", type=int, nargs="+")
-    parser.add_argument("--sizes", nargs="+", default=None, help="of pictures, HEIGHTxWIDTH")
+    parser.add_argument("--sizes", nargs="+", type=sides, default=None, help="of pictures, HEIGHTxWIDTH")
     parser.add_argument("--threads", type=int, default=1, help="of torch and ONNX Runtime on a CPU")
     parser.add_argument("--minutes", type=float, default=60.0, help="time budget; what is left out is named")
     parser.add_argument(
         "--engine-dir", type=Path, nargs="+", default=[], metavar="DIR", help="engines, or ONNX graphs, of --model"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     args.steps = args.steps or ([LOOP] if args.quick else [1, 4, 10, 20, 50])
     args.batch = args.batch or ([1] if args.quick else [1, 4, 16, 32])
     args.sizes = args.sizes or (["480x640"] if args.quick else ["480x640", "64x64"])

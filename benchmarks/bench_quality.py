@@ -26,6 +26,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, BenchmarkError, Run
+from benchmarks.measuring.options import parse_options
 from benchmarks.peers.annotators import mean_over_annotators
 from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.hub_names import shown_name
@@ -364,7 +365,7 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     if not args.models and not args.classical:
         parser.error("give NAME=MODEL_DIR, or --classical SPLIT")
     if args.names and not args.classical:

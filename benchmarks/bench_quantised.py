@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.harness import RESULTS, Run, measure
 from benchmarks.measuring.builder_log import build_logged, fusions
+from benchmarks.measuring.options import parse_options
 from ldmseg_fast.backends.graphs.manifest import Manifest
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph
 from ldmseg_fast.backends.graphs.specs import sample_inputs
@@ -40,7 +41,6 @@ from ldmseg_fast.backends.trt.api import load_api
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import DataConfig
-from ldmseg_fast.config.limits import check_ranges
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.joined_sets import set_places
 from ldmseg_fast.data.scenes import write_scenes
@@ -191,8 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", metavar="ROOT:TRAIN:TEST", help="COCO-panoptic folders; default scenes")
     parser.add_argument("--rounds", type=int, default=60, help="of the timing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    args = parser.parse_args(argv)
-    check_ranges(args)
+    args = parse_options(parser, argv)
     torch.set_num_threads(1)
     run = Run("quantised", folder=args.out)
     info = read_model_info(args.model_dir)

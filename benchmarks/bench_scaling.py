@@ -19,6 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import RESULTS, Run, measure
+from benchmarks.measuring.options import parse_options
 from benchmarks.reporting.scaling_tables import PASSES, STEP
 from ldmseg_fast.config.presets import TINY
 from ldmseg_fast.distributed.ending import run_command
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=2.0, help="time budget of the measurement")
     parser.add_argument("--quick", action="store_true", help="three small batches, three rounds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     torch.set_num_threads(1)
     run = Run("scaling", quick=args.quick, folder=args.out)
     measure_points(run, args.minutes, BATCHES[:3] if args.quick else BATCHES, (3, 3) if args.quick else (5, 40))

@@ -36,6 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.harness import RESULTS, Run, Timing, measure
+from benchmarks.measuring.options import parse_options, sides
 from benchmarks.measuring.processes import measure_processes
 from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.random_model import find_model
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="six pictures, four steps, one backend")
     parser.add_argument("--images", type=int, help="a pass; default 16, with --quick 6")
     parser.add_argument("--steps", type=int, help="default 10, with --quick 4")
-    parser.add_argument("--size", default="480x640", help="of the pictures, HEIGHTxWIDTH")
+    parser.add_argument("--size", type=sides, default="480x640", help="of the pictures, HEIGHTxWIDTH")
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", help="backends of ours, by the names of bench_latency")
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, nargs="+", help="measure `ldmseg predict` in so many processes alone")
     parser.add_argument("--minutes", type=float, default=3.0, help="time budget of everything")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     args.images = args.images or (6 if args.quick else 64 if args.processes else 16)
     args.steps = args.steps or (4 if args.quick else 10)
     args.batch = args.batch or ([3] if args.quick else [1, 4, 8])

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import RESULTS, measure
 from benchmarks.harness import Run as Record
+from benchmarks.measuring.options import parse_options
 from benchmarks.measuring.training_parts import make_parts, settings
 from benchmarks.measuring.zero_memory import bench_zero
 from benchmarks.peers.plain_loop import PlainLoop
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--minutes", type=float, default=10.0, help="of which half is for the timed steps")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
-    args = parser.parse_args()
+    args = parse_options(parser)
     torch.set_num_threads(1)
     record = Record("training", quick=args.quick, folder=args.out)
     with tempfile.TemporaryDirectory() as name:

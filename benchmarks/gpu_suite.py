@@ -38,6 +38,7 @@ import torch
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, read_journal, read_results
 from benchmarks.measuring.gpu_plan import Part, choose, make_plan
+from benchmarks.measuring.options import check_options
 from benchmarks.reporting.gpu_targets import format_table
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.errors import ArgumentError
@@ -223,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here; --quick --device cpu walks through the parts", file=sys.stderr)
         return 1
+    check_options(args)
     if args.resume and not (args.work and (args.work / STATE).is_file()):
         raise ArgumentError("--resume: --work names no folder of an unfinished suite")
     if not args.resume and args.work and (args.work / STATE).is_file():

@@ -19,6 +19,7 @@ if __package__ in (None, ""):
 import torch
 
 from benchmarks.measuring.environment import PACKAGES, ROOT, environment
+from benchmarks.measuring.options import parse_options
 from benchmarks.measuring.result_file import (
     PERCENTILES,
     RESULTS,
@@ -77,8 +78,8 @@ def self_test(device: str = "cpu", rounds: int = 60) -> bool:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the harness itself: the same function under two names.")
     parser.add_argument("--self-test", action="store_true", required=True)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args = parse_options(parser, argv)
     return 0 if self_test(args.device) else 1
 
 

@@ -20,6 +20,7 @@ if __package__ in (None, ""):
 import numpy as np
 
 from benchmarks.bench_quality import Tuned
+from benchmarks.measuring.options import parse_options
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.config import DataConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
@@ -83,7 +84,7 @@ def rows_of(
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = parse_options(build_parser(), argv)
     classical.require_skimage()
     pipe = LDMSegPipeline.from_pretrained(args.model)
     data = DataConfig(root=",".join(args.data))

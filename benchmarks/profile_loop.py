@@ -17,6 +17,7 @@ if __package__ in (None, ""):
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measuring.options import parse_options
 from benchmarks.random_model import find_model
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rows", type=int, default=20)
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder, _ = find_model(args.model, args.preset, Path(scratch))
         info = read_model_info(folder)

@@ -16,6 +16,7 @@ if __package__ in (None, ""):
 
 import torch
 
+from benchmarks.measuring.options import parse_options
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import postprocess_settings, save_component, save_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), required=True)
     parser.add_argument("--out", type=Path, metavar="MODEL_DIR", required=True)
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     print(save_random_model(args.out, PRESETS[args.preset]).name)
     return 0
 

@@ -19,6 +19,7 @@ if __package__ in (None, ""):
 
 from benchmarks.measuring.cost_model import ACCELERATORS, predict
 from benchmarks.measuring.image_cost import image_lines
+from benchmarks.measuring.options import parse_options, refuse_unused
 from benchmarks.reporting.rows import RESULTS
 from benchmarks.reporting.scaling_tables import GIB, SHARES, data_seconds, scaling_section
 from ldmseg_fast.config.presets import COCO, PRESETS
@@ -44,13 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--share", type=float, default=SHARES[1], help="of the peak")
     parser.add_argument("--price", type=price, help="of a GPU hour, in any currency")
     parser.add_argument("--image", nargs="+", choices=list(PRESETS), help="forecast a whole image of presets instead")
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     gpu = ACCELERATORS[args.gpu]
     if args.image:
+        unused = ("batch", "zero", "price", "gpus", "micro_batch", "cores")
+        refuse_unused(args, parser, "as --image forecasts one picture on one GPU", *unused)
         for name in args.image:
             print("\n".join(image_lines(name, PRESETS[name], gpu, args.share)))
         return 0
     if args.batch is None:
+        refuse_unused(args, parser, "as the tables have columns of it", "gpus", "micro_batch", "cores", "share")
         print(scaling_section(RESULTS, gpu, args.zero, args.price))
         return 0
     found = predict(

@@ -24,6 +24,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run
+from benchmarks.measuring.options import check_options
 from ldmseg_fast.distributed.ending import run_command
 
 
@@ -60,6 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args, arguments = parser.parse_known_args()
+    check_options(args)
     record = Run("soak")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

@@ -336,6 +336,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         NotADirectoryError: `path` is something else than a folder, which stays.
+        OSError: a full disk; it names `path`.
     """
     final = behind_links(Path(path))
     if final.exists() and not final.is_dir():
@@ -343,7 +344,12 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(final.parent) as holder:
         (holder / NEW).mkdir()
-        yield holder / NEW
+        try:
+            yield holder / NEW
+        except OSError as error:
+            if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                error.filename = str(path)
+            raise
         put_in_place(holder, final)
 
 

@@ -150,6 +150,8 @@ class Run:
 
     def save(self, folder: Path = RESULTS) -> Path:
         """Writes the run as a new file that no later run touches; raises `BenchmarkError` if it breaks the schema."""
+        if not self.results:
+            raise BenchmarkError(f"{self.suite}: nothing was measured; give it more --minutes, or ask for other parts")
         record = self._head() | {"checks": self.checks, "results": self.results}
         validate(record)
         path = self._new_file(folder, "json")

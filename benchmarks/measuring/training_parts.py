@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ def make_parts(folder: Path, config: Config) -> tuple[Path, Path]:
     """Writes an untrained mask auto-encoder's folder and an untrained TAESD file, and returns both paths."""
     torch.manual_seed(0)
     model = folder / "autoencoder"
-    save_component(model, "mask_vae", config.mask_vae, MaskVAE(config.mask_vae).state_dict())
+    untrained = replace(config.mask_vae, scaling_factor=config.mask_vae.scaling_factor or 1.0)  # 0 is a training's
+    save_component(model, "mask_vae", untrained, MaskVAE(untrained).state_dict())
     save_index(model, ["mask_vae"], {})
     encoder = TaesdEncoder(ImageEncoderConfig(kind="taesd"))
     taesd = folder / "taesd.safetensors"

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldmseg_fast.checkpoints.tensors import check_finite, opened_weights
@@ -25,6 +26,9 @@ from ldmseg_fast.errors import CheckpointError
 METADATA = "lora_adapter_metadata"  # diffusers' entry: PEFT's settings as JSON, their names with the network's before
 FACTOR = re.compile(r"(?P<layer>.+?)[._]lora(?:[._](?P<old>up|down)|_(?P<new>[AB])(?:\.[^.]+)?)\.weight")
 ALPHA = re.compile(r"(?P<layer>.+?)(?:[._]lora)?\.alpha")
+SLOW = re.compile(r"\)[*+?{]")  # a repeated group: a search may take exponential time
+QUANTIFIER = re.compile(r"[*+{]")  # each is a power of the name's length
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TEXT_ENCODER = ("text_encoder", "lora_te", "text_model")
 
 
@@ -61,6 +65,11 @@ def fold_lora(state: Mapping[str, Tensor], path: Path, scale: float = 1.0) -> di
         raise CheckpointError(f"{path}: a LoRA of a text encoder alone, which no graph holds; give one of a UNet")
     layers = {name.removesuffix(".weight") for name in state if name.endswith(".weight") and state[name].ndim > 1}
     changes = _read_changes(ours, layers, path)
+    if other := [name for name, value in ours.items() if value.dtype not in FLOATS]:
+        raise CheckpointError(
+            f"{path}: tensors of another type: {_listed(f'{name} {ours[name].dtype}' for name in other)}; save the "
+            f"LoRA in float32 or float16"
+        )
     check_finite(ours, str(path))
     settings = _settings(metadata, path)
     folded = dict(state)
@@ -71,6 +80,11 @@ def fold_lora(state: Mapping[str, Tensor], path: Path, scale: float = 1.0) -> di
         alpha = _alpha(change, settings, layer, rank, path)
         delta = (up.flatten(1).float() @ down.flatten(1).float()).view(weight.shape)
         folded[f"{layer}.weight"] = weight + (scale * alpha / rank) * delta
+        if not folded[f"{layer}.weight"].isfinite().all():
+            raise CheckpointError(
+                f"{path}: {layer}: its change at scale {scale:g} and alpha {alpha:g} is beyond float32; take a smaller "
+                f"scale, or copy the file again"
+            )
     return folded
 
 
@@ -144,9 +158,17 @@ def _alpha(change: Change, settings: Mapping[str, Any], layer: str, rank: int, p
         return change.alpha
     patterns = settings.get("alpha_pattern") or {}
     try:
+        if slow := [name for name in patterns if SLOW.search(name) or len(QUANTIFIER.findall(name)) > 3]:
+            raise CheckpointError(
+                f"{path}: alpha_pattern {slow[0]!r:.80}: a pattern that may be searched for without end; name layers"
+            )
         given = [value for name, value in patterns.items() if re.search(rf"(^|\.){name}$", layer)]
         alpha = float(given[0] if given else settings.get("lora_alpha", rank))
-    except (AttributeError, TypeError, ValueError, re.error):
+        if not math.isfinite(alpha):
+            raise ValueError
+    except CheckpointError:
+        raise
+    except (AttributeError, TypeError, ValueError, OverflowError, re.error):
         raise CheckpointError(
             f"{path}: damaged, its {METADATA} has an alpha that is no number; copy it again"
         ) from None

@@ -20,15 +20,15 @@ from torch import Tensor
 from ldmseg_fast.checkpoints.categories_file import CATEGORIES, load_categories, save_categories
 from ldmseg_fast.checkpoints.hub_names import PREFIX
 from ldmseg_fast.checkpoints.model_card import write_model_card
-from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
+from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config, load_index
 from ldmseg_fast.checkpoints.run_records import read_log, read_run_settings
 from ldmseg_fast.checkpoints.schema import COMPONENTS
-from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, load_weights, save_weights
+from ldmseg_fast.checkpoints.tensors import INT8_SCALE, WEIGHTS, check_finite, load_weights, save_weights
 from ldmseg_fast.config import PRESETS, to_dict
 from ldmseg_fast.config.roots import set_names
 from ldmseg_fast.config.settings import PYRAMID_STRIDES
 from ldmseg_fast.errors import ArgumentError, CheckpointError
-from ldmseg_fast.files import read_lines, replacing_folder
+from ldmseg_fast.files import inside, read_lines, replacing_folder
 from ldmseg_fast.outputs import check_outputs, is_inside
 from ldmseg_fast.training.provenance import STARTS, ancestors, cpu_minutes
 
@@ -81,8 +81,8 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
         machine: where the run was trained, for runs whose log does not say so.
 
     Raises:
-        CheckpointError: no model folder, weights that half precision does not hold, more bytes than `out`
-            may have, or something else than a shipped model in it.
+        CheckpointError: no model folder or a damaged one, weights that half precision does not hold, more bytes than
+            `out` may have, or something else than a shipped model in it.
         ArgumentError: `out` is the run or a run that it was built on, or holds one.
     """
     index = load_index(run_dir)
@@ -105,16 +105,35 @@ def ship(run_dir: Path, out: Path, dtype: str = "fp16", machine: str = "") -> Pa
         shutil.copy2(run_dir / "model_index.json", temporary)
         save_categories(temporary, table)
         for component in index["components"]:
-            shutil.copytree(run_dir / component, temporary / component, ignore=shutil.ignore_patterns(WEIGHTS))
-            if (run_dir / component / WEIGHTS).is_file():
+            _check_component(run_dir, component)
+            _copy_others(run_dir, component, temporary)
+            if component != "scheduler":
                 weights = run_dir / component / WEIGHTS
                 state = load_weights(weights)
+                check_finite(state, str(weights))
                 floats = torch.bfloat16 if dtype == "bf16" else torch.float16  # the scales of int8 too
                 state = half(to_int8(state) if dtype == "int8" else state, floats, str(weights))
                 save_weights(state, temporary / component / WEIGHTS)
         write_model_card(temporary, {"weights": dtype, **history(run_dir, machine)})
         check_size(run_dir, folder_size(temporary), out, dtype)
     return out
+
+
+def _check_component(run_dir: Path, name: str) -> None:
+    """Checks that a component can be loaded; of `conditioning`, which needs transformers, its configuration."""
+    if name in ("scheduler", "conditioning"):
+        load_component_config(run_dir, name)
+    else:
+        load_component(run_dir, name)
+
+
+def _copy_others(run_dir: Path, name: str, out: Path) -> None:
+    """Copies a component's files, the weights apart. Raises CheckpointError for a link out of the model."""
+    for path in sorted((run_dir / name).rglob("*")):
+        if path.is_file() and path.name != WEIGHTS:
+            copy = out / path.relative_to(run_dir)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(inside(run_dir, path), copy)
 
 
 def check_size(run_dir: Path, size: int, out: Path, dtype: str) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ldmseg_fast.errors import ArgumentError
@@ -98,14 +100,14 @@ OPTION_RANGES = {
 }
 
 
-def check_ranges(args: argparse.Namespace) -> None:
-    """Checks every number of a command line against OPTION_RANGES.
+def check_ranges(args: argparse.Namespace, ranges: Mapping[str, Range] = MappingProxyType(OPTION_RANGES)) -> None:
+    """Checks every number of a command line against `ranges`, by the option's name.
 
     Raises:
         ArgumentError: names the first option that is out of range.
     """
     for name, value in vars(args).items():
-        limit = OPTION_RANGES.get(name)
+        limit = ranges.get(name)
         for number in value if isinstance(value, list) else [value]:
             if limit is not None and isinstance(number, (int, float)) and not limit.admits(number):
                 raise ArgumentError(f"--{name.replace('_', '-')} {number}: {limit} expected")

@@ -32,6 +32,7 @@ _CURES = {
     errno.EPERM: "change its permissions, or choose another path",
     errno.EROFS: "choose another path",
     errno.ENOSPC: "free some space, or choose another disk",
+    errno.EFBIG: "raise `ulimit -f`, or choose another disk",
     errno.EDQUOT: "free some space, or choose another disk",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "raise `ulimit -n`",
@@ -52,10 +53,21 @@ def reason_of(error: BaseException) -> tuple[str, int] | None:
 
 def _with_cure(error: OSError) -> str:
     """Writes what the system says of a file, the file first, with what to do about it."""
+    if error.errno == errno.ENOENT and error.filename is None and _is_gone():
+        return "the folder that this command was started in has been removed; change to another folder"
     if error.filename is None or error.filename2 is not None or error.errno is None:
         return str(error)
     cure = f"; {_CURES[error.errno]}" if error.errno in _CURES and error.strerror == os.strerror(error.errno) else ""
     return f"{os.fsdecode(error.filename) or repr('')}: {error.strerror}{cure}"
+
+
+def _is_gone() -> bool:
+    """Tells whether the current folder has been removed, which the system says without a name."""
+    try:
+        os.getcwd()  # noqa: PTH109 (`Path.cwd` does the same)
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def end_alone(text: str, code: int) -> int:

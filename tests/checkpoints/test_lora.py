@@ -144,6 +144,36 @@ def test_what_does_not_fit_is_one_error(state, tmp_path, tensors, message):
     assert str(raised.value).startswith(str(tmp_path / "l.safetensors")) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_factors_of_another_type(state, tmp_path, dtype):
+    tensors = {f"{LINEAR}.lora_A.weight": A.to(dtype), f"{LINEAR}.lora_B.weight": B}
+    save_file(tensors, tmp_path / "l.safetensors")
+    with pytest.raises(CheckpointError, match=rf"another type: {LINEAR}\.lora_A\.weight {dtype}; save the LoRA in"):
+        fold_lora(state, tmp_path / "l.safetensors")
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(1e38, 1000.0), (1.0, 1e38)])
+def test_a_change_beyond_float32(state, factors, tmp_path, alpha, scale):
+    path = file_of(tmp_path / "l.safetensors", factors, alpha=alpha)
+    path = path if alpha > 1 else file_of(path, {k: (d * 1e20, u) for k, (d, u) in factors.items()})
+    with pytest.raises(CheckpointError, match=r"l\.safetensors: .* is beyond float32; take a smaller scale"):
+        fold_lora(state, path, scale)
+
+
+def test_a_pattern_without_end(state, factors, tmp_path):
+    for pattern in ("(.+)+(.+)+zzz", "(a|b)*", ".*.*.*.*q"):
+        metadata = {METADATA: json.dumps({"unet.alpha_pattern": {pattern: 1}})}
+        with pytest.raises(CheckpointError, match=r"alpha_pattern '.*': a pattern that may be searched"):
+            fold_lora(state, file_of(tmp_path / "l.safetensors", factors, metadata=metadata))
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "1" + "0" * 400])
+def test_an_alpha_that_is_not_finite(state, factors, tmp_path, alpha):
+    path = file_of(tmp_path / "l.safetensors", factors, metadata={METADATA: f'{{"unet.lora_alpha": {alpha}}}'})
+    with pytest.raises(CheckpointError, match=f"damaged, its {METADATA} has an alpha that is no number"):
+        fold_lora(state, path)
+
+
 @pytest.mark.parametrize("text", ["no json", "[]", '{"unet.lora_alpha": "much"}', '{"unet.alpha_pattern": {"(": 1}}'])
 def test_damaged_metadata(state, factors, tmp_path, text):
     file_of(tmp_path / "l.safetensors", factors, metadata={METADATA: text})
