@@ -229,7 +229,6 @@ def main(argv: list[str] | None = None) -> int:
         raise ArgumentError("--resume: --work names no folder of an unfinished suite")
     if not args.resume and args.work and (args.work / STATE).is_file():
         raise ArgumentError(f"{args.work} holds a suite: add --resume to go on with it, or name another folder")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside; what was measured is kept"))
     run = Run("gpu", quick=args.quick)
     with tempfile.TemporaryDirectory() as scratch:
         work = (args.work or Path(scratch)).absolute()
