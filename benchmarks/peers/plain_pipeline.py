@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.checkpoints.model_folder import load_component, load_component_config
 from ldmseg_fast.config import PostprocessConfig, UNetConfig
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.kernels.backend import KERNELS, backend
 from ldmseg_fast.panoptic.postprocess import PanopticResult
@@ -214,12 +215,14 @@ class PlainPipeline:
     @torch.inference_mode()
     def finish(self, latents: Tensor, sizes: list[tuple[int, int]]) -> list[PanopticResult]:
         with plain_kernels():
-            logits = self.mask_vae.decode((latents / self.info.mask_vae.scaling_factor).to(self.dtype)).float()
-        logits = F.interpolate(logits, (self.info.image_size,) * 2, mode="bilinear", align_corners=False)
+            decoded, named = self.mask_vae.decode_both((latents / self.info.mask_vae.scaling_factor).to(self.dtype))
+        logits = F.interpolate(decoded.float(), (self.info.image_size,) * 2, mode="bilinear", align_corners=False)
         results = []
-        for one, size in zip(logits, sizes):
+        for image, (one, size) in enumerate(zip(logits, sizes)):
             full = F.interpolate(one[None], size, mode="bilinear", align_corners=False)[0]  # [Q, H, W]
             results.append(plain_postprocess(full, self.info.postprocess))
+            if named is not None and self.info.categories is not None:
+                plain_names(results[-1], decoded[image].float(), named[image].float(), self.info.categories)
         return results
 
     def write(self, result: PanopticResult, path: Path) -> None:
@@ -256,3 +259,26 @@ def plain_postprocess(logits: Tensor, thresholds: PostprocessConfig) -> Panoptic
             {"id": slot + 1, "category_id": 1, "isthing": True, "iscrowd": 0, "area": area, "bbox": box, "score": score}
         )
     return PanopticResult(segmentation.cpu().numpy(), segments_info)
+
+
+def plain_names(result: PanopticResult, logits: Tensor, category_logits: Tensor, table: CategoryTable) -> None:
+    """Names segments slot by slot, and makes one of all stuff of a category, in place.
+
+    Logits are those of the decoder, float [Q, h, w] and [C + 1, h / f, w / f].
+    """
+    slots = logits.softmax(dim=0)
+    categories = F.interpolate(category_logits[None], slots.shape[-2:], mode="nearest")[0].softmax(dim=0)
+    first: dict[int, dict[str, Any]] = {}
+    for segment in list(result.segments_info):
+        number = (slots[segment["id"] - 1] * categories).sum(dim=(1, 2))[1:].argmax().item() + 1
+        segment |= {"category_id": table[number].id, "name": table[number].name, "isthing": table[number].isthing}
+        other = segment if segment["isthing"] else first.setdefault(number, segment)
+        if other is not segment:
+            result.segmentation[result.segmentation == segment["id"]] = other["id"]
+            result.segments_info.remove(segment)
+            y, x = np.nonzero(result.segmentation == other["id"])
+            left, top = int(x.min()), int(y.min())
+            other["bbox"] = [left, top, int(x.max()) - left + 1, int(y.max()) - top + 1]
+            area = other["area"] + segment["area"]
+            other["score"] = (other["score"] * other["area"] + segment["score"] * segment["area"]) / area
+            other["area"] = area

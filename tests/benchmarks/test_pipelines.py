@@ -16,15 +16,16 @@ from benchmarks.harness import validate
 from benchmarks.measuring.gpu_plan import OURS_ON_A_GPU
 from benchmarks.peers import candidates, plain_pipeline
 from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
-from benchmarks.peers.plain_pipeline import PlainPipeline, plain_postprocess
+from benchmarks.peers.plain_pipeline import PlainPipeline, plain_names, plain_postprocess
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.config.precision import has_units
 from ldmseg_fast.diffusion.sampler import image_noise
 from ldmseg_fast.kernels.panoptic_head import reference
 from ldmseg_fast.models.layers import Attention
-from ldmseg_fast.panoptic.postprocess import make_segments_info
+from ldmseg_fast.panoptic.postprocess import make_segments_info, with_categories
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,22 @@ def test_plain_postprocessing_is_the_paper_s():
     assert len(found.segments_info) > 3
     for one, other in zip(found.segments_info, make_segments_info(*(t[0].numpy() for t in (area, box, score)))):
         assert all(one[key] == other[key] for key in ("id", "area", "bbox"))
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_plain_names_are_ours():
+    """Stuff of one category is one segment in both, or the baseline would do less than we do."""
+    generator = torch.Generator().manual_seed(0)
+    logits, categories = (4 * torch.randn(1, count, 12, 16, generator=generator) for count in (12, 4))
+    kinds = [{"id": 7 + number, "name": f"{number}", "isthing": int(number == 0)} for number in range(3)]
+    table = CategoryTable.of_data_set(kinds, "here")
+    found = plain_postprocess(logits[0], PostprocessConfig(0.0, 1, 0.0))
+    (ours,) = with_categories([plain_postprocess(logits[0], PostprocessConfig(0.0, 1, 0.0))], logits, categories, table)
+    plain_names(found, logits[0], categories[0], table)
+    assert len(ours.segments_info) > 3 and any(segment.get("was_fused") for segment in ours.segments_info)
+    assert np.array_equal(found.segmentation, ours.segmentation)
+    for one, other in zip(found.segments_info, ours.segments_info, strict=True):
+        assert all(one[key] == other[key] for key in ("id", "area", "bbox", "category_id", "name", "isthing"))
         assert one["score"] == pytest.approx(other["score"], abs=1e-5)
 
 
