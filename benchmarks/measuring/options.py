@@ -22,7 +22,7 @@ RANGES = OPTION_RANGES | {
     "jobs": Range(1, 1024),
     "mask_th": Range(0, 1),
     "micro_batch": Range(1, 2**20),
-    "minutes": Range(0.01, 10**6),
+    "minutes": Range(0.0001, 10**6),
     "processes": Range(1, 256),
     "requests": Range(1, 10**7),
     "rounds": Range(1, 10**6),
