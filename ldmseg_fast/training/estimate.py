@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.hub import settings_alone
 from ldmseg_fast.checkpoints.init_from import resolve_start
-from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
-from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import Config, describe
 from ldmseg_fast.config.precision import resolve_precision
 from ldmseg_fast.models.image_vae import build_image_encoder
@@ -315,10 +313,6 @@ def with_start(stage_name: str, config: Config) -> Config:
             config = stage.started(config)
         if stage_name != "autoencoder" and config.model.init_from:
             config = resolve_start(config).config
-        if stage_name != "autoencoder" and config.model.mask_vae:
-            folder = resolve_model_dir(config.model.mask_vae)
-            load_index(folder)
-            load_component_config(folder, "mask_vae")
     return config
 
 

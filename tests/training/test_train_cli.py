@@ -216,12 +216,3 @@ def test_an_empty_folder_is_refused_quickly(tmp_path: Path, scenes: Path) -> Non
 
 def test_the_script_is_where_the_readme_says() -> None:
     assert TRAIN.relative_to(ROOT).as_posix() == "ldmseg_fast/train.py"
-
-
-@pytest.mark.parametrize("stage", ["diffusion", "one_step"])
-def test_a_dry_run_reads_the_settings_of_the_auto_encoder(tmp_path, capsys, stage):
-    assert main([stage, "--dry-run", f"model.mask_vae={tmp_path / 'none'}"]) == 2
-    assert f"{tmp_path / 'none'}: no such model folder" in capsys.readouterr().err
-    (tmp_path / "model_index.json").write_bytes(b"")
-    assert main([stage, "--dry-run", f"model.mask_vae={tmp_path}"]) == 2
-    assert "model_index.json: damaged, no JSON" in capsys.readouterr().err
