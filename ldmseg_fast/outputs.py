@@ -1,8 +1,9 @@
-"""Refuses outputs that would replace what a command reads, or each other."""
+"""Refuses outputs that would replace what a command reads, or each other, or that cannot be written."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -68,6 +69,21 @@ def check_replaced(results: Iterable[Path], inputs: Iterable[Path]) -> None:
     for result in results:
         if result.is_symlink() and result.exists() and (source := read.get(_identity(result))) is not None:
             raise ArgumentError(f"{result}: a link to {source}, which would be replaced; {_CURE}")
+
+
+def check_writable(folder: Path) -> None:
+    """Checks that files can be made in a folder, or that it can be made; nothing stays there.
+
+    Raises:
+        OSError: names the folder.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        error.filename = str(folder if existing == folder else f"{folder}: {existing}")
+        raise
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ldmseg_fast.config.limits import OPTION_RANGES, Range, check_ranges
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.outputs import check_writable
 
 RANGES = OPTION_RANGES | {
     "batch": Range(1, 2**20),
@@ -51,24 +50,9 @@ def check_options(args: argparse.Namespace) -> None:
     check_ranges(args, RANGES)
     out = getattr(args, "out", None)
     if out is not None and not out.suffix:  # else a picture
-        check_results_folder(out)
+        check_writable(out)
     if getattr(args, "device", "") == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("--device cuda: no CUDA device here; use --device cpu")
-
-
-def check_results_folder(folder: Path) -> None:
-    """Checks that files can be made in a folder, or that it can be made; nothing stays there.
-
-    Raises:
-        OSError: names the folder.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        error.filename = str(folder if existing == folder else f"{folder}: {existing}")
-        raise
 
 
 def sides(text: str) -> str:

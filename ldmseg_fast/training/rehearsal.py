@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from ldmseg_fast import distributed
 from ldmseg_fast.config import Config
+from ldmseg_fast.outputs import check_writable
 from ldmseg_fast.training.checkpoints import TrainingCheckpoints
 from ldmseg_fast.training.disk import disk_need, require_space
 from ldmseg_fast.training.estimate import count_parameters, with_start
@@ -30,7 +30,8 @@ def rehearse(stage_name: str, config: Config, resume: bool = False, trust: bool 
     if config.output_dir:
         folder = Path(config.output_dir)
         check_output_dir(config)
-        check_writable(folder)
+        with distributed.only_writer_on_main(folder, "a training", "stop it, or take another output_dir", make=False):
+            check_writable(folder)
         TrainingCheckpoints(folder / "checkpoints", config.train.keep, config.train.keep_best).check_start(
             resume, trust, recover=False
         )
@@ -48,20 +49,3 @@ def rehearse(stage_name: str, config: Config, resume: bool = False, trust: bool 
             require_space(folder, disk_need(counts.trainable, counts.total, config.train))
         lines.append(f"output_dir={folder} can be written")
     return lines
-
-
-def check_writable(folder: Path) -> None:
-    """Checks that files can be made in a folder, or that it can be made; nothing stays there.
-
-    Raises:
-        OSError: names the folder.
-        InUseError: another training writes there.
-    """
-    with distributed.only_writer_on_main(folder, "a training", "stop it, or take another output_dir", make=False):
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-        try:
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-        except OSError as error:
-            error.filename = str(folder if existing == folder else f"{folder}: {existing}")
-            raise
