@@ -2,7 +2,7 @@
 
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [...] [--split S] [--steps 1 4 10]
     [--solvers ddim heun] [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT]] [--picture FILE] [--journal FILE]
-    [--size S] [--flip] [--scales X ...] [--fusion F] [--snapshots]
+    [--size S] [--flip] [--scales X ...] [--fusion F] [--connected PX] [--snapshots]
 
 A ROOT may name splits of its own, ROOT:TRAIN:TEST; each set has rows of its own. Rows are measured one after the other;
 with --journal a stopped campaign goes on with the first that is missing. With several annotators per image the values
@@ -32,7 +32,7 @@ from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
-from ldmseg_fast.commands.options import add_view_arguments, views_of
+from ldmseg_fast.commands.options import add_connected_argument, add_view_arguments, views_of
 from ldmseg_fast.config import DataConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.joined_sets import SetPlace, set_places
@@ -109,6 +109,8 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
         facts["prediction_type"] = load_component_config(model_dir, "scheduler")[0].prediction_type
         if options.image_size:
             own_case["size"] = report["image_size"]
+    if options.connected:
+        own_case["connected"] = options.connected
     if options.mask_threshold is not None:
         own_case["mask_threshold"] = options.mask_threshold
     if options.is_ensemble:
@@ -273,6 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
     parser.add_argument("--limit", type=int, default=0, help="first N images, of each annotator")
     add_view_arguments(parser)
+    add_connected_argument(parser)
     parser.add_argument(
         "--snapshots", action="store_true", help="the models are one run at several times: rows of a learning curve"
     )
@@ -326,6 +329,7 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                     id_assignment=args.ids,
                     image_size=args.size,
                     mask_threshold=args.mask_th,
+                    connected=args.connected,
                     count_threshold=args.count_th,
                     inpainting=args.inpainting,
                     boundary=not args.inpainting,

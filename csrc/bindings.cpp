@@ -184,17 +184,19 @@ py::tuple py_segment_shapes(const Array<int32_t>& ids, bool rle) {
     return py::make_tuple(segment_ids, areas, boxes, counts);
 }
 
-Array<int32_t> py_clean_segments(const Array<int32_t>& ids, int64_t min_island, int64_t max_hole) {
+// (ids [H, W], segments [P])
+py::tuple py_split_segments(const Array<int32_t>& ids, int64_t least) {
     const auto [height, width] = map_size(ids);
-    Array<int32_t> cleaned({height, width});
+    Array<int32_t> split({height, width});
     const int32_t* in = ids.data();
-    int32_t* out = cleaned.mutable_data();
+    int32_t* out = split.mutable_data();
+    std::vector<int32_t> sources;
     {
         py::gil_scoped_release release;
         std::copy(in, in + height * width, out);
-        clean_segments(out, height, width, min_island, max_hole);
+        sources = split_segments(out, height, width, least);
     }
-    return cleaned;
+    return py::make_tuple(split, to_array(sources));
 }
 
 // (points [N, 2], ends [R], ids [R], pieces [R])
@@ -279,7 +281,7 @@ PYBIND11_MODULE(_C, m) {
 
     // segments.hpp
     m.def("segment_shapes", &py_segment_shapes, py::arg("ids").noconvert(), py::arg("rle"));
-    m.def("clean_segments", &py_clean_segments, py::arg("ids").noconvert(), py::arg("min_island"), py::arg("max_hole"));
+    m.def("split_segments", &py_split_segments, py::arg("ids").noconvert(), py::arg("least"));
 
     // outlines.hpp
     m.def("outlines", &py_outlines, py::arg("ids").noconvert());

@@ -42,7 +42,7 @@ std::string compress(const std::vector<uint32_t>& counts) {
     return text;
 }
 
-struct Piece {  // a run of one row, [begin, end)
+struct Stretch {  // a run of one row, [begin, end)
     int32_t id, row, begin, end;
 };
 
@@ -91,67 +91,45 @@ std::vector<SegmentShape> segment_shapes(const int32_t* ids, size_t height, size
     return shapes;
 }
 
-// Union-find over the runs of rows: runs of equal id that overlap from one row to the next are joined.
-static void relabel(int32_t* ids, size_t height, size_t width, bool holes, int64_t limit) {
+std::vector<int32_t> split_segments(int32_t* ids, size_t height, size_t width, int64_t least) {
     const RunMap map(ids, height, width);
-    std::vector<Piece> pieces;
+    std::vector<Stretch> runs;
     std::vector<size_t> first_of_row(height + 1);
     for (size_t y = 0; y < height; ++y) {
-        first_of_row[y] = pieces.size();
+        first_of_row[y] = runs.size();
         for (const Run* run = map.row(y); run->begin < static_cast<int32_t>(width); ++run)
-            pieces.push_back({run->id, static_cast<int32_t>(y), run->begin, run[1].begin});
+            runs.push_back({run->id, static_cast<int32_t>(y), run->begin, run[1].begin});
     }
-    first_of_row[height] = pieces.size();
+    first_of_row[height] = runs.size();
 
-    std::vector<size_t> parent(pieces.size());
+    // Union-find: runs of equal id that overlap from one row to the next are one piece, whose root is its first run.
+    std::vector<size_t> parent(runs.size());
     std::iota(parent.begin(), parent.end(), size_t{0});
-    std::vector<std::pair<size_t, size_t>> touching;  // vertical neighbours of different ids
     for (size_t y = 1; y < height; ++y) {
         for (size_t a = first_of_row[y - 1], b = first_of_row[y]; a < first_of_row[y] && b < first_of_row[y + 1];) {
-            if (pieces[a].id == pieces[b].id)
-                parent[root(parent, b)] = root(parent, a);
-            else if (holes)
-                touching.emplace_back(a, b);
-            const int32_t a_end = pieces[a].end, b_end = pieces[b].end;
+            if (runs[a].id == runs[b].id) {
+                const size_t above = root(parent, a), below = root(parent, b);
+                parent[std::max(above, below)] = std::min(above, below);
+            }
+            const int32_t a_end = runs[a].end, b_end = runs[b].end;
             a += a_end <= b_end;
             b += b_end <= a_end;
         }
     }
-    std::vector<int64_t> area(pieces.size(), 0);
-    for (size_t k = 0; k < pieces.size(); ++k) area[root(parent, k)] += pieces[k].end - pieces[k].begin;
+    std::vector<int64_t> area(runs.size(), 0);
+    for (size_t k = 0; k < runs.size(); ++k) area[root(parent, k)] += runs[k].end - runs[k].begin;
 
-    // What surrounds a piece of void: 0 nothing yet, -1 the edge or several segments, otherwise the one segment.
-    std::vector<int32_t> around(holes ? pieces.size() : 0, 0);
-    const auto meet = [&](size_t k, int32_t id) {
-        int32_t& known = around[root(parent, k)];
-        known = known == 0 || known == id ? id : -1;
-    };
-    if (holes) {
-        for (const auto& [a, b] : touching) {
-            meet(a, pieces[b].id);
-            meet(b, pieces[a].id);
+    std::vector<int32_t> sources, number(runs.size(), 0);
+    for (size_t k = 0; k < runs.size(); ++k) {
+        const Stretch& run = runs[k];
+        const size_t first = root(parent, k);
+        if (first == k && run.id != 0 && area[k] >= least) {
+            sources.push_back(run.id);
+            number[k] = static_cast<int32_t>(sources.size());
         }
-        for (size_t k = 0; k < pieces.size(); ++k) {
-            const Piece& piece = pieces[k];
-            const bool edge_row = piece.row == 0 || piece.row + 1 == static_cast<int32_t>(height);
-            if (edge_row || piece.begin == 0 || piece.end == static_cast<int32_t>(width)) meet(k, -1);
-            if (piece.begin > 0) meet(k, pieces[k - 1].id);
-            if (piece.end < static_cast<int32_t>(width)) meet(k, pieces[k + 1].id);
-        }
+        std::fill(ids + run.row * width + run.begin, ids + run.row * width + run.end, number[first]);
     }
-    for (size_t k = 0; k < pieces.size(); ++k) {
-        const Piece& piece = pieces[k];
-        const size_t whole = root(parent, k);
-        int32_t id = piece.id;
-        if (!holes && id != 0 && area[whole] < limit) id = 0;
-        if (holes && id == 0 && area[whole] <= limit && around[whole] > 0) id = around[whole];
-        if (id != piece.id) std::fill(ids + piece.row * width + piece.begin, ids + piece.row * width + piece.end, id);
-    }
-}
-
-void clean_segments(int32_t* ids, size_t height, size_t width, int64_t min_island, int64_t max_hole) {
-    if (min_island > 1) relabel(ids, height, width, false, min_island);
-    if (max_hole > 0) relabel(ids, height, width, true, max_hole);
+    return sources;
 }
 
 }  // namespace ldmseg

@@ -17,8 +17,8 @@ struct SegmentShape {
 // Every id but 0, ascending, in one pass over the map.
 std::vector<SegmentShape> segment_shapes(const int32_t* ids, size_t height, size_t width, bool rle);
 
-// In place: 4-connected pieces of a segment under `min_island` pixels become void, then pieces of void of at most
-// `max_hole` pixels that touch one segment alone, and not the image's edge, are given to it.
-void clean_segments(int32_t* ids, size_t height, size_t width, int64_t min_island, int64_t max_hole);
+// In place: numbers the 4-connected pieces of segments from 1 in the order of reading; those under `least` pixels become
+// void. Returns the segment that each piece is of.
+std::vector<int32_t> split_segments(int32_t* ids, size_t height, size_t width, int64_t least);
 
 }  // namespace ldmseg

@@ -34,6 +34,7 @@ from ldmseg_fast.inference.inputs import (
 )
 from ldmseg_fast.inference.sampling import MAX_STEPS, MaskSampler
 from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.panoptic.postprocess import connected as in_pieces
 
 if TYPE_CHECKING:
     from ldmseg_fast.inference.ensemble import EnsembleResult
@@ -195,6 +196,7 @@ class LDMSegPipeline:
         cache_interval: int = 1,
         cache_branch: int = 0,
         exif: bool = True,
+        connected: int = 0,
     ) -> list[PanopticResult] | Tensor:
         """Segments images.
 
@@ -221,6 +223,8 @@ class LDMSegPipeline:
             cache_branch: the skip connection, counted from the outermost, below which features are kept.
             exif: turn files and PIL images as their EXIF orientation says, so that a map has the size that viewers
                 show; False keeps the stored pixels, as COCO's maps do.
+            connected: above 0, each connected piece of a segment is a segment of its own, and pieces of fewer pixels
+                are void; see `panoptic.postprocess.connected`.
 
         Returns:
             "panoptic": a PanopticResult per image, at its own size. "logits": float32 [N, Q, S, S] at the network's
@@ -238,6 +242,7 @@ class LDMSegPipeline:
         inputs = check_images(images)  # N, not decoded yet
         ids = image_ids_of(len(inputs), image_ids)
         thresholds = check_thresholds(thresholds)
+        check_count("connected", connected, 0, MAX_PIXELS)
         self._check_captions(captions, len(inputs))
         sampling = self.sampler.settings(
             num_inference_steps,
@@ -295,7 +300,7 @@ class LDMSegPipeline:
 
         # 10. Return a result per picture, at its own size, or one tensor
         if output_type == "panoptic":
-            return outputs
+            return [in_pieces(output, connected) for output in outputs] if connected else outputs
         return torch.cat(outputs) if outputs else torch.empty(0, *self.info.latent_shape)
 
     @torch.inference_mode()
@@ -314,6 +319,7 @@ class LDMSegPipeline:
         flip: bool = False,
         scales: Sequence[float] = (1.0,),
         fusion: str = "medoid",
+        connected: int = 0,
         **settings: Any,
     ) -> list[EnsembleResult]:
         """Segments images `num_samples` times, from noise of the seeds seed, seed + 1, ..., and compares the results.
@@ -325,6 +331,7 @@ class LDMSegPipeline:
             num_samples: k, 1 to 1000.
             num_inference_steps, seed, image_ids, thresholds, batch_size, captions, exif: as in `__call__`.
             flip, scales, fusion: what the samples see and how they are joined; see `inference.ensemble.Views`.
+            connected: as in `__call__`, of the joined map.
             settings: `solver`, `eta`, `timesteps`, `callback`, `cache_interval` and `cache_branch` of `__call__`.
 
         Returns:
@@ -347,6 +354,7 @@ class LDMSegPipeline:
         inputs = check_images(images)
         ids = image_ids_of(len(inputs), image_ids)
         thresholds = check_thresholds(thresholds)
+        check_count("connected", connected, 0, MAX_PIXELS)
         self._check_captions(captions, len(inputs))
         sampling = self.sampler.settings(num_inference_steps, seed=seed, **settings)
         check_count("seed + num_samples", seed + num_samples, 1, MAX_SEED)
@@ -362,7 +370,7 @@ class LDMSegPipeline:
                 captions=captions and captions[batch],
                 views=views,
             )
-        return results
+        return [in_pieces(result, connected) for result in results] if connected else results
 
     @torch.inference_mode()
     def inpaint(

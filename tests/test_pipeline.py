@@ -8,6 +8,7 @@ from PIL import Image
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.panoptic.postprocess import connected
 
 ANYTHING_GOES = PostprocessConfig(mask_threshold=0.0, count_threshold=0, overlap_threshold=0.0)
 
@@ -61,6 +62,18 @@ def test_logits_decode_to_the_same_map(pipe):
     assert (np.where(labels > 0, labels + 1, 0) == result.segmentation).mean() > 0.999
 
 
+def test_connected_pieces(pipe):
+    settings = {"images": picture(48, 64), "num_inference_steps": 1, "thresholds": ANYTHING_GOES}
+    whole, split = pipe(**settings)[0], pipe(**settings, connected=9)[0]
+    assert len(split.segments_info) != len(whole.segments_info)
+    assert min(segment["area"] for segment in split.segments_info) >= 9
+    np.testing.assert_array_equal(split.segmentation, connected(whole, 9).segmentation)
+    settings["num_samples"] = 2
+    (whole,), (split,) = pipe.ensemble(**settings), pipe.ensemble(**settings, connected=9)
+    np.testing.assert_array_equal(split.segmentation, connected(whole, 9).segmentation)
+    np.testing.assert_array_equal(split.agreement, whole.agreement)
+
+
 def test_callback_sees_every_step(pipe):
     seen = []
     pipe(picture(64, 64), 4, output_type="latent", callback=lambda step, time, latents, x0: seen.append((step, time)))
@@ -83,6 +96,8 @@ def test_grey_and_transparent_pictures_work(pipe):
         ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents: shape \(1, 4, 3, 3\)"),
         ({"image_ids": [1, 2]}, "2 ids for 1 images"),
         ({"batch_size": 0}, "batch_size=0: at least 1"),
+        ({"connected": -1}, "connected=-1: at least 0"),
+        ({"connected": 0.5}, "connected=0.5: a whole number"),
     ],
 )
 def test_wrong_arguments_are_named(pipe, arguments, message):

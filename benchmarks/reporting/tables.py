@@ -108,8 +108,9 @@ def _how(case: dict[str, Any]) -> str:
     solver = case.get("solver", "ddim")
     size = f"{case['size']} px" if "size" in case else ""
     least = f"mask threshold {case['mask_threshold']:g}" if "mask_threshold" in case else ""
-    others = [text for text in ("" if solver == "ddim" else solver, size, case.get("views", ""), least) if text]
-    return ", ".join([f"{case['steps']} steps", *others])
+    pieces = f"connected, from {case['connected']} px" if "connected" in case else ""
+    others = ["" if solver == "ddim" else solver, size, case.get("views", ""), pieces, least]
+    return ", ".join([f"{case['steps']} steps", *filter(None, others)])
 
 
 def timings(rows: Sequence[Row]) -> str:

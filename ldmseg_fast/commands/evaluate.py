@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ldmseg_fast.commands.options import (
     add_backend_arguments,
+    add_connected_argument,
     add_model_argument,
     add_report_argument,
     add_view_arguments,
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask-th", type=float, help="least softmax probability of a pixel")
     parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
     parser.add_argument("--overlap-th", type=float, help="least share of a segment's own area that it must win")
+    add_connected_argument(parser)
     parser.add_argument("--ids", help="id assignment of an auto-encoder's reconstruction (random, position, ...)")
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
     parser.add_argument("--seed", type=int, default=0)
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         mask_threshold=args.mask_th,
         count_threshold=args.count_th,
         overlap_threshold=args.overlap_th,
+        connected=args.connected,
         seed=args.seed,
         seeds=args.seeds,
         samples=args.samples,

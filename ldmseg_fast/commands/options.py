@@ -216,6 +216,17 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_connected_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --connected, as `LDMSegPipeline` takes it."""
+    parser.add_argument(
+        "--connected",
+        type=int,
+        default=0,
+        metavar="PX",
+        help="each connected piece of a segment is a segment of its own, and pieces of fewer than PX pixels are void",
+    )
+
+
 def views_of(args: argparse.Namespace) -> dict[str, Any]:
     """Gives `flip`, `scales` and `fusion` as `LDMSegPipeline.ensemble` takes them; nothing where all are the defaults.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ldmseg_fast.commands.options import (
     add_backend_arguments,
+    add_connected_argument,
     add_json_argument,
     add_model_argument,
     add_picture_arguments,
@@ -136,6 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-interval", type=int, default=1, metavar="N", help="compute deep features every N steps only"
     )
+    add_connected_argument(parser)
     add_picture_arguments(parser)
     add_backend_arguments(parser)
 
@@ -146,7 +148,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: the files that were named, if none of them could be read.
     """
-    sampling = {"solver": args.solver, "eta": args.eta, "cache_interval": args.cache_interval, "exif": args.exif}
+    names = ("solver", "eta", "cache_interval", "exif", "connected")
+    sampling = {name: getattr(args, name) for name in names}
     views = views_of(args)
     stream = sys.stderr if args.json else sys.stdout
 

@@ -66,6 +66,7 @@ OPTION_RANGES = {
     "batch_size": Range(1, 4096),
     "block": Range(1, 16384),
     "cache_interval": Range(1, 10**6),
+    "connected": Range(0, 2**28),
     "count_th": Range(0, 2**30),
     "diffusion_steps": Range(0, 10**9),
     "images": Range(0, 10**7),

@@ -25,6 +25,7 @@ class EvaluationOptions:
     mask_threshold: float | None = None
     count_threshold: int | None = None
     overlap_threshold: float | None = None
+    connected: int = 0  # see `LDMSegPipeline.__call__`
     seed: int = 0
     seeds: int = 1  # how many noise seeds: seed, seed + 1, ...
     samples: int = 1  # of an ensemble per picture; see `LDMSegPipeline.ensemble`
@@ -75,6 +76,11 @@ class EvaluationOptions:
             *(
                 (value is None or 0 <= value <= 1, f"--{name} {value}: a number from 0 to 1")
                 for name, value in (("mask-th", self.mask_threshold), ("overlap-th", self.overlap_threshold))
+            ),
+            (self.connected >= 0, f"--connected {self.connected}: not negative; 0 means off"),
+            (
+                not (self.connected and self.inpainting),
+                "--inpainting keeps the segments that are given: leave --connected out",
             ),
             ((self.count_threshold or 0) >= 0, f"--count-th {self.count_threshold}: not negative"),
             (

@@ -81,6 +81,7 @@ class DiffusionModel:
         solver, eta, backend, engine_dir: as `LDMSegPipeline` has them.
         speed: as `EvaluationOptions.speed`, for `LDMSegPipeline.from_pretrained`.
         ensemble: `num_samples`, `flip`, `scales` and `fusion` of `LDMSegPipeline.ensemble`; None: one sample a picture.
+        connected: as `LDMSegPipeline` has it.
 
     Raises:
         CheckpointError, BackendError, DataError: a folder that is not what it should be.
@@ -106,6 +107,7 @@ class DiffusionModel:
         engine_dir: str | None,
         speed: Mapping[str, Any],
         ensemble: dict[str, Any] | None = None,
+        connected: int = 0,
     ) -> None:
         self.ensemble = ensemble
         self.pipe = LDMSegPipeline.from_pretrained(model_dir, backend, engine_dir, image_size=image_size, **speed)
@@ -116,7 +118,8 @@ class DiffusionModel:
         steps = info.num_inference_steps if steps is None else steps
         self.pipe.scheduler.timesteps(steps)  # refuses a number of steps that cannot be
         self.thresholds = thresholds
-        self.sampling = {"num_inference_steps": steps, "solver": solver, "eta": eta}
+        self.sampling: dict[str, Any] = {"num_inference_steps": steps, "solver": solver, "eta": eta}
+        self.sampling |= {"connected": connected} if connected else {}
         self.facts = {"backend": backend, **self.sampling, "image_size": info.image_size, "seed": seed}
         usual = {"precision": None, "attention": "auto", "fused": False}  # what results depend on, within rounding
         self.facts |= {name: speed[name] for name, value in usual.items() if speed[name] != value}

@@ -21,6 +21,7 @@ from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.checkpoints.shipped import resolve_engine_dir, resolve_model_dir
 from ldmseg_fast.checkpoints.weight_files import states_of
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.evaluation import spread
 from ldmseg_fast.evaluation.agreement import TorchAgreement
 from ldmseg_fast.evaluation.categories import (
@@ -193,6 +194,10 @@ def load_predictor(
         ArgumentError: a size or a number of steps that the model cannot have.
     """
     if is_autoencoder(model_dir):
+        if options.connected:
+            raise ArgumentError(
+                "--connected is of models that sample: a mask auto-encoder returns maps that it is given"
+            )
         return Autoencoder(
             model_dir,
             data,
@@ -218,6 +223,7 @@ def load_predictor(
         engine_dir=options.engine_dir,
         speed=options.speed,
         ensemble=_ensemble(options) if options.is_ensemble else None,
+        connected=options.connected,
     )
 
 

@@ -13,6 +13,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [
         f"{report['mode']} on {report['data']}/{report['split']}, {report['images']} images, thresholds {thresholds}"
     ]
+    if "connected" in report:
+        lines[0] += f", connected pieces from {report['connected']} pixels"
     deviation = report.get("seeds", {}).get("deviation", {})
     if deviation:
         lines.append(f"mean +- deviation over {len(report['seeds']['seeds'])} seeds ({_seeds(report)})")

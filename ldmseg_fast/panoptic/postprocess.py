@@ -5,7 +5,8 @@ Source: Van Gansbeke and De Brabandere, arXiv 2401.10227, section 3.3.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.panoptic_head import panoptic_head
 from ldmseg_fast.panoptic.results import PanopticResult, ResultsWriter
 from ldmseg_fast.panoptic.segment_categories import name_segments, slot_categories
-from ldmseg_fast.panoptic.shapes import clean_segments, segment_shapes
+from ldmseg_fast.panoptic.shapes import segment_shapes, split_segments
 
-__all__ = ["PanopticResult", "ResultsWriter", "clean_up", "postprocess", "resize_logits"]
+Result = TypeVar("Result", bound=PanopticResult)
+
+__all__ = ["PanopticResult", "ResultsWriter", "connected", "postprocess", "resize_logits"]
 
 
 def postprocess(
@@ -125,14 +128,18 @@ def resize_logits(mask_logits: Tensor, network_size: tuple[int, int], size: tupl
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def clean_up(result: PanopticResult, min_island: int = 0, max_hole: int = 0) -> PanopticResult:
-    """Removes specks under `min_island` pixels and pinholes of at most `max_hole` pixels (see `clean_segments`).
+def connected(result: Result, least: int = 1) -> Result:
+    """Makes each 4-connected piece of a segment a segment of its own; pieces under `least` pixels become void.
 
-    Areas and boxes are those of the new map, scores stay. Segments of which nothing is left are dropped.
+    Ids are new, areas and boxes are the pieces' own, and what else is known of a segment holds for each of its pieces.
     """
-    segmentation = clean_segments(result.segmentation, min_island, max_hole)
-    shapes = {shape["id"]: shape for shape in segment_shapes(segmentation)}
-    return PanopticResult(segmentation, [s | shapes[s["id"]] for s in result.segments_info if s["id"] in shapes])
+    segmentation, sources = split_segments(result.segmentation, least)
+    known = {segment["id"]: segment for segment in result.segments_info}
+    segments = [
+        known[source] | {"was_fused": False} | shape
+        for source, shape in zip(sources.tolist(), segment_shapes(segmentation))
+    ]
+    return replace(result, segmentation=segmentation, segments_info=segments)
 
 
 def make_segments_info(area: np.ndarray, box: np.ndarray, score: np.ndarray) -> list[dict[str, Any]]:

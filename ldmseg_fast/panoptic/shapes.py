@@ -1,4 +1,4 @@
-"""Measures a map's segments (areas, boxes, COCO run lengths), and removes specks and pinholes."""
+"""Measures a map's segments (areas, boxes, COCO run lengths), and splits them into connected pieces."""
 
 from typing import Any
 
@@ -32,20 +32,25 @@ def segment_shapes(ids: np.ndarray, rle: bool = False) -> list[dict[str, Any]]:
     return shapes
 
 
-def clean_segments(ids: np.ndarray, min_island: int = 0, max_hole: int = 0) -> np.ndarray:
-    """Removes specks and pinholes from a map, integer [H, W], and returns a new one, int32 [H, W].
+def split_segments(ids: np.ndarray, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Makes each 4-connected piece of a segment a segment of its own; pieces under `least` pixels become void.
 
-    4-connected pieces of a segment under `min_island` pixels become void. Then pieces of void of at most `max_hole`
-    pixels that touch one segment alone, and not the image's edge, are given to that segment.
+    Args:
+        ids: integer [H, W], 0 void.
+        least: pixels.
+
+    Returns:
+        A new map, int32 [H, W], whose P pieces are numbered from 1 in the order of reading, and the id in `ids` that
+        each is of, int32 [P].
 
     Raises:
         PanopticFormatError: no such map, or ids outside 0..2^24-1.
     """
     ids = np.ascontiguousarray(check_ids(ids), np.int32)
     if _C is not None:
-        return _C.clean_segments(ids, min_island, max_hole)
+        return _C.split_segments(ids, least)
     warn_slow()
-    return _clean_segments_numpy(ids, min_island, max_hole)
+    return _split_segments_numpy(ids, least)
 
 
 def _segment_shapes_numpy(ids: np.ndarray, rle: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[bytes]]:
@@ -79,21 +84,11 @@ def compress_counts(counts: list[int]) -> bytes:
     return bytes(text)
 
 
-def _clean_segments_numpy(ids: np.ndarray, min_island: int, max_hole: int) -> np.ndarray:
-    ids = ids.copy()
+def _split_segments_numpy(ids: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
     piece, area = pieces(ids)
-    ids[(area[piece] < min_island) & (ids != 0)] = 0
-    piece, area = pieces(ids)
-    for hole in np.unique(piece[(ids == 0) & (area[piece] <= max_hole)]):
-        inside = np.pad(piece == hole, 1)
-        ring = np.zeros_like(inside)
-        for axis in (0, 1):
-            for step in (-1, 1):
-                ring |= np.roll(inside, step, axis)
-        around = np.unique(np.pad(ids, 1, constant_values=-1)[ring & ~inside])
-        if len(around) == 1 and around[0] > 0:
-            ids[piece == hole] = around[0]
-    return ids
+    kept, new_ids = np.unique(np.where((ids != 0) & (area[piece] >= least), piece, -1), return_inverse=True)
+    void = int(kept[0] == -1) if kept.size else 1
+    return (new_ids.reshape(ids.shape) + 1 - void).astype(np.int32), ids.ravel()[kept[void:]]
 
 
 def pieces(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -212,6 +212,7 @@ def test_a_full_disk_names_the_path(model_dir, tmp_path, monkeypatch, capsys, en
         ("--samples", 10**9),
         ("--size", 10**9),
         ("--cache-interval", 10**9),
+        ("--connected", -1),
         ("--max-pixels", 0),
         ("--max-pixels", 10**12),
     ],

@@ -137,7 +137,7 @@ def test_head_needs_little_memory(harness):
         lambda c: c.AnnotationIndex("/", False),
         lambda c: c.boundary_mask(np.zeros((2, 2), np.int32), 0),
         lambda c: c.segment_shapes(np.zeros((2, 2, 2), np.int32), True),
-        lambda c: c.clean_segments(np.zeros((0, 0), np.int32), 1, 1),
+        lambda c: c.split_segments(np.zeros((0, 0), np.int32), 1),
         lambda c: c.outlines(np.zeros((2, 2), np.int64)),
         lambda c: c.outlines(np.zeros((0, 2), np.int32)),
     ],

@@ -13,6 +13,8 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate, format_report, spread
 from ldmseg_fast.evaluation.scores import rank_batches, without_crowds
 from ldmseg_fast.metrics.baselines import BASELINES, fill_nearest, grid, halves, one_segment, segments_of
+from ldmseg_fast.panoptic.format import read_panoptic_png
+from ldmseg_fast.panoptic.shapes import split_segments
 
 ANYTHING_GOES = {"mask_threshold": 0.0, "count_threshold": 0, "overlap_threshold": 0.0}
 
@@ -175,6 +177,8 @@ def test_an_auto_encoder_alone_is_evaluated_on_reconstruction(model_dir, scenes,
     assert report["mean_iou"]["segments"] == sum(len(dataset.ground_truth(index)[1]) for index in range(4))
     assert "mIoU over" in format_report(report)
     assert evaluate(f"{model_dir}-autoencoder", scenes, options)["mean_iou"] == report["mean_iou"]  # read back
+    with pytest.raises(ValueError, match="--connected is of models that sample"):
+        evaluate(f"{model_dir}-autoencoder", scenes, replace(options, connected=4))
 
 
 def test_a_perfect_reconstruction_has_the_truths_ids(model_dir, scenes, monkeypatch):
@@ -226,6 +230,16 @@ def test_truth_against_itself_is_perfect(scenes):
     assert stat.compute()["All"]["pq"] == 1.0
 
 
+def test_connected_pieces(model_dir, scenes, tmp_path):
+    options = EvaluationOptions(steps=1, limit=3, connected=4, out=str(tmp_path), **ANYTHING_GOES)
+    report = evaluate(model_dir, scenes, options)
+    assert report["connected"] == 4 and "connected pieces from 4 pixels" in format_report(report)
+    for entry in json.loads((tmp_path / "panoptic.json").read_text())["annotations"]:
+        ids = read_panoptic_png(tmp_path / "panoptic" / entry["file_name"])
+        assert len(split_segments(ids)[1]) == len(entry["segments_info"]) > 0
+        assert min(segment["area"] for segment in entry["segments_info"]) >= 4
+
+
 def test_instances_for_pycocotools(model_dir, scenes, tmp_path):
     coco = pytest.importorskip("pycocotools.mask")
     path = tmp_path / "deep" / "instances.json"
@@ -260,6 +274,8 @@ def test_instances_for_pycocotools(model_dir, scenes, tmp_path):
         ({"mask_threshold": 1.5}, "--mask-th 1.5"),
         ({"overlap_threshold": -0.1}, "--overlap-th -0.1"),
         ({"count_threshold": -1}, "--count-th -1"),
+        ({"connected": -1}, "--connected -1"),
+        ({"connected": 9, "inpainting": True}, "leave --connected out"),
     ],
 )
 def test_options_that_cannot_be(wrong, message):

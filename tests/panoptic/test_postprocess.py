@@ -13,9 +13,9 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.panoptic import shapes as segments
 from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
-from ldmseg_fast.panoptic.postprocess import PanopticResult, clean_up, postprocess
+from ldmseg_fast.panoptic.postprocess import PanopticResult, connected, postprocess
 from ldmseg_fast.panoptic.results import ResultsWriter, instances_of, write_json_list
-from ldmseg_fast.panoptic.shapes import clean_segments, segment_shapes
+from ldmseg_fast.panoptic.shapes import segment_shapes, split_segments
 
 THRESHOLDS = PostprocessConfig(mask_threshold=0.5, count_threshold=8, overlap_threshold=0.5)
 
@@ -69,18 +69,28 @@ def test_wrong_arguments():
         postprocess(_logits()[0], (32, 32), [(4, 4)], THRESHOLDS)
 
 
-def test_clean_up_updates_the_segments():
-    ids = np.ones((8, 8), np.int32)
-    ids[2, 2], ids[5:7, 5:7] = 0, 3
-    entries = [{"id": i, "category_id": 1, "area": 0, "bbox": [], "score": 0.5} for i in (1, 3)]
-    result = clean_up(PanopticResult(ids, entries), min_island=5, max_hole=4)
-    assert (result.segmentation == 1).all()
-    assert result.segments_info == [{"id": 1, "category_id": 1, "area": 64, "bbox": [0, 0, 8, 8], "score": 0.5}]
+def test_connected_pieces_are_segments_of_their_own():
+    ids = np.array([[7, 7, 0, 7], [0, 0, 0, 7], [3, 7, 7, 7]], np.int32)
+    entries = [{"id": i, "category_id": 4, "area": 0, "bbox": [], "score": 0.5, "was_fused": i == 7} for i in (3, 7)]
+    result = connected(PanopticResult(ids, entries), 2)
+    np.testing.assert_array_equal(result.segmentation, [[1, 1, 0, 2], [0, 0, 0, 2], [0, 2, 2, 2]])
+    known = {"category_id": 4, "score": 0.5, "was_fused": False}
+    assert result.segments_info == [
+        {"id": 1, "area": 2, "bbox": [0, 0, 2, 1], **known},
+        {"id": 2, "area": 5, "bbox": [1, 0, 3, 3], **known},
+    ]
 
 
-def test_clean_up_keeps_holes_between_two_segments_and_at_the_edge():
-    ids = np.array([[0, 1, 1, 2, 2], [1, 1, 0, 2, 2], [1, 1, 1, 2, 2]], np.int32)
-    np.testing.assert_array_equal(clean_segments(ids, 0, 9), ids)
+def test_diagonal_neighbours_are_not_connected():
+    pieces, sources = split_segments(np.eye(3, dtype=np.int32) * 5)
+    np.testing.assert_array_equal(pieces, np.diag([1, 2, 3]))
+    np.testing.assert_array_equal(sources, [5, 5, 5])
+
+
+@pytest.mark.parametrize("ids", [np.zeros((4, 5), np.int32), np.ones((2, 2), np.int32)])
+def test_where_no_piece_is_large_enough_all_is_void(ids):
+    pieces, sources = split_segments(ids, 5)
+    assert not pieces.any() and not sources.size
 
 
 def _random_map(rng):
@@ -94,12 +104,14 @@ def _random_map(rng):
 def test_native_segments_equal_their_numpy_twins(monkeypatch):
     rng = np.random.default_rng(0)
     maps = [_random_map(rng) for _ in range(60)]
-    limits = [(int(rng.integers(0, 9)), int(rng.integers(0, 9))) for _ in maps]
-    native = [(segment_shapes(ids, rle=True), clean_segments(ids, *limit)) for ids, limit in zip(maps, limits)]
+    least = [int(rng.integers(0, 9)) for _ in maps]
+    native = [(segment_shapes(ids, rle=True), split_segments(ids, limit)) for ids, limit in zip(maps, least)]
     monkeypatch.setattr(segments, "_C", None)
-    for ids, limit, (shapes, cleaned) in zip(maps, limits, native):
+    for ids, limit, (shapes, split) in zip(maps, least, native):
         assert segment_shapes(ids, rle=True) == shapes
-        np.testing.assert_array_equal(clean_segments(ids, *limit), cleaned)
+        for one, other in zip(split_segments(ids, limit), split, strict=True):
+            np.testing.assert_array_equal(one, other)
+            assert one.dtype == other.dtype == np.int32
 
 
 def test_run_lengths_are_pycocotools():
