@@ -6,7 +6,7 @@ python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [...] [--spl
 
 A ROOT may name splits of its own, ROOT:TRAIN:TEST; each set has rows of its own. Rows are measured one after the other;
 with --journal a stopped campaign goes on with the first that is missing. With several annotators per image the values
-are means over them.
+are means over them. Models of one NAME are trainings of one recipe, and share a row: their mean and deviation.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if __package__ in (None, ""):
 
 from benchmarks.harness import RESULTS, BenchmarkError, Run
 from benchmarks.measuring.options import parse_options
+from benchmarks.measuring.training_runs import mean_over_trainings
 from benchmarks.peers.annotators import mean_over_annotators
 from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.hub_names import shown_name
@@ -142,8 +143,7 @@ def snapshot(row: Row) -> Row:
     """Turns a model's row into one point of its run's learning curve."""
     if "training_steps" not in row:
         raise BenchmarkError(f"{row['variant']}: no logs/log.jsonl beside the model says how long it was trained")
-    case = row["case"] | {"training_steps": row["training_steps"]}
-    return {key: value for key, value in row.items() if key != "weights"} | {"case": case}
+    return row | {"case": row["case"] | {"training_steps": row["training_steps"]}}
 
 
 def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions) -> list[Row]:
@@ -312,6 +312,7 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
     """Measures every row on one set, and hands them to `add`."""
     limit = 16 if args.quick else args.limit
     data, split = str(Path(place.root).resolve()), place.val_split
+    found: list[Row] = []
     for entry in args.models:
         name, _, folder = entry.rpartition("=")
         model_dir = resolve_model_dir(folder)
@@ -339,7 +340,8 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                 key = {"name": name, "model": fingerprint(model_dir), "data": data, "options": asdict(options)}
                 rows_of = partial(inpainting_rows if args.inpainting else model_rows, name, model_dir, options=options)
                 rows = journal.rows_of(key, partial(mean_over_annotators, data, split, rows_of))
-                add([snapshot(row) for row in rows if row["variant"] == name] if args.snapshots else rows)
+                found += [snapshot(row) for row in rows if row["variant"] == name] if args.snapshots else rows
+    add(mean_over_trainings(found))
     if args.classical:
         classical.require_skimage()
         tuning = 8 if args.quick else args.tuning_images

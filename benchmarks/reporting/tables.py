@@ -49,7 +49,7 @@ def quality(rows: Sequence[Row]) -> str:
         if row in aware or row in snapshots:
             continue
         case, data = row["case"], _images(row["case"])
-        pq = f"{row['value']:.1f}" + (f" ± {row['deviation']:.1f}" if "deviation" in row else "")
+        pq = _pq(row)
         if case.get("mode") == "inpainting":
             how = f"inpainting, blocks of {case['block']} px"
             completed.append([row["variant"], data, how, pq, "", "", "", ""])
@@ -90,11 +90,15 @@ def learning_curve(rows: Sequence[Row]) -> str:
         times.setdefault((row["variant"], row["case"]["training_steps"]), []).append(row)
     lines = []
     for (name, steps), found in sorted(times.items()):
-        values = {_images(row["case"]): f"{row['value']:.1f}" for row in found}
+        values = {_images(row["case"]): _pq(row) for row in found}
         lines.append(
             [name, str(steps), f"{found[0]['cpu_minutes_in_all']:g}", *(values.get(each, "") for each in sets)]
         )
     return table(["class-agnostic PQ, %, while training", "steps", "CPU minutes in all", *sets], lines)
+
+
+def _pq(row: Row) -> str:
+    return f"{row['value']:.1f}" + (f" ± {row['deviation']:.1f}" if "deviation" in row else "")
 
 
 def _images(case: dict[str, Any]) -> str:
@@ -110,6 +114,7 @@ def _how(case: dict[str, Any]) -> str:
     least = f"mask threshold {case['mask_threshold']:g}" if "mask_threshold" in case else ""
     pieces = f"connected, from {case['connected']} px" if "connected" in case else ""
     others = ["" if solver == "ddim" else solver, size, case.get("views", ""), pieces, least]
+    others.append(f"mean of {case['trainings']} trainings" if "trainings" in case else "")
     return ", ".join([f"{case['steps']} steps", *filter(None, others)])
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from benchmarks import bench_quality
 from benchmarks.bench_quality import Journal, Tuned, classical_rows, fingerprint, measure
 from benchmarks.harness import BenchmarkError, Run
+from benchmarks.measuring.training_runs import mean_over_trainings
 from benchmarks.peers.annotators import annotator_roots, mean_over_annotators
 from benchmarks.reporting import photographs_picture, quality_curve, tables
 from benchmarks.reporting.quality_curve import curves, draw_curve, pareto_front
@@ -256,3 +257,28 @@ def test_the_picture_of_photographs(model_dir, tmp_path, capsys):
     with Image.open(tmp_path / "photographs.png") as picture:
         assert picture.width > 4 * 300 and picture.height > 2 * 200
     assert photographs_picture.main([]) == 2 and "MODEL FILE" in capsys.readouterr().err
+
+
+def test_trainings_of_one_recipe_share_a_row():
+    def row(value, weights, **more):
+        case = {"data": "scenes", "split": "val2017", "images": 4, "mode": "class-agnostic", "steps": 1} | more
+        return {"variant": "own", "case": case, "value": value, "sq": 50.0, "rq": 2 * value, "weights": weights}
+
+    rows = [row(10.0, "a"), row(3.0, "a", solver="heun"), row(14.0, "b"), row(10.0, "a"), row(12.0, "c")]
+    mean, alone = mean_over_trainings(rows)
+    assert mean["value"] == 12.0 and mean["deviation"] == 2.0 and mean["rq"] == 24.0 and "weights" not in mean
+    assert mean["case"]["trainings"] == 3 and mean["by_training"] == [10.0, 14.0, 12.0]
+    assert alone == rows[1]
+    mean |= {"environment": {}, "ms_per_image": 1.0}
+    assert "| 1 steps, mean of 3 trainings | 12.0 ± 2.0 |" in tables.quality([mean])
+
+
+def test_a_learning_curve_of_several_trainings():
+    def row(value, weights, steps):
+        case = {"data": "scenes", "split": "val2017", "images": 4, "mode": "class-agnostic", "training_steps": steps}
+        return {"variant": "own", "case": case, "value": value, "weights": weights, "cpu_minutes_in_all": steps / 10}
+
+    rows = mean_over_trainings([row(1.0, "a", 30), row(3.0, "b", 30), row(7.0, "c", 60)])
+    assert [each["value"] for each in rows] == [2.0, 7.0] and all("weights" not in each for each in rows)
+    line = tables.learning_curve(rows).splitlines()[2]
+    assert line == "| own | 30 | 3 | 2.0 ± 1.4 |"
