@@ -114,7 +114,10 @@ def make_halves(shape: tuple[int, int, int, int], other: int, join: bool, device
 
 
 def gather_and_normalise(where: Any, x: Tensor, other: Tensor, join: bool, vector: Tensor) -> Tensor:
-    """Runs both halves: x is [B, C, H, W], vector [C] of what is gathered; `where` is the host or the reference."""
+    """Runs both halves: x is float [B, C, H, W], vector [C] of what is gathered (Wu and He, arXiv 1803.08494).
+
+    `where` is the host or the reference.
+    """
     gathered, moments = where.gather_moments(x, other, join, 32, vector.expand(x.shape[0], -1))
     return where.normalise(gathered, moments, vector, vector, 1e-5, True)
 

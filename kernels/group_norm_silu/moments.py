@@ -123,7 +123,7 @@ def check_normalise(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, ep
 def gather_moments_op(
     x: Tensor, other: Tensor, join: bool, num_groups: int, added: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Runs `gather_moments`, with its arguments; the result [B, C, H, W] is channels_last.
+    """Runs `gather_moments`, with its arguments; the float result [B, C, H, W] is channels_last.
 
     Raises:
         ValueError: see `check_gather`.
@@ -153,7 +153,7 @@ def _(x: Tensor, other: Tensor, join: bool, num_groups: int, added: Tensor | Non
 
 @torch.library.custom_op("ldmseg_fast::normalise", mutates_args=())
 def normalise_op(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    """Runs `normalise`, with its arguments; the result [B, C, H, W] is channels_last.
+    """Runs `normalise`, with its arguments; the float result [B, C, H, W] is channels_last.
 
     Raises:
         ValueError: see `check_normalise`.

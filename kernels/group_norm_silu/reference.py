@@ -181,7 +181,7 @@ def gather_moments(
 
 
 def merge_moments(moments: Tensor, pixels: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Computes mean and variance, [B, G], from the moments [B, 2, chunks, G] of so many pixels and channels."""
+    """Computes mean and variance, float32 [B, G], from the moments [B, 2, chunks, G] of so many pixels and channels."""
     chunks, num_groups = moments.shape[2:]
     counts = torch.full((chunks, 1), float(CHUNK), dtype=moments.dtype, device=moments.device)
     counts[-1] = pixels - (chunks - 1) * CHUNK

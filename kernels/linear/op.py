@@ -123,7 +123,7 @@ def linear_op(
     gated: bool,
     num_groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Runs `linear`: gain, offset and eps are its norm; x is [B, P, K], the results those of `linear`.
+    """Runs `linear`: gain, offset and eps are its norm; x is float [B, P, K], the results those of `linear`.
 
     Raises:
         ValueError: see `check`.

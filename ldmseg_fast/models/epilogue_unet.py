@@ -1,8 +1,8 @@
-"""The UNet of few launches in which what makes features also makes their moments, so that no norm reads them twice.
+"""The UNet of few launches in which what makes features also makes their moments, so that few norms read them twice.
 
 A transformer's layers are `kernels.linear`: each normalises the rows that it reads, and adds bias and residual to the
 tile that it holds. Sums and joined features leave their moments as they are stored. So little is left pending: the
-biases of 3x3 convolutions, up to the next sum, join or norm.
+biases of 3x3 convolutions, up to the next sum, join or norm. What it computes is diffusers' `UNet2DConditionModel`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class EpilogueResnet(FusedResnet):
         self.bias, self.pending = self.pending, None
 
     def __call__(self, features: Features, time: Tensor, wanted: bool) -> Features:  # type: ignore[override]
-        """Maps features [B, C, h, w] to [B, C_out, h, w], with moments where they are wanted; time as `FusedResnet`."""
+        """Maps float features [B, C, h, w] to [B, C_out, h, w], with moments where they are wanted; time as `FusedResnet`."""
         block, x, num_groups = self.block, features.x, self.block.norm2.num_groups
         hidden = F.conv2d(_norm(block.norm1, features, self.added), block.conv1.weight, padding=1)
         assert block.time_slice is not None
@@ -70,7 +70,7 @@ class EpilogueTransformer(FusedTransformer):
         self.last_bias = bias.float() + out @ last.ff.net[2].bias.float()
 
     def __call__(self, features: Features, time: Tensor, wanted: bool) -> Features:  # type: ignore[override]
-        """Maps features [B, C, h, w], with moments, to the same shape, with moments where they are wanted."""
+        """Maps float features [B, C, h, w], with moments, to the same shape, with moments where they are wanted."""
         module, x = self.module, features.x
         tokens = _tokens(x)
         batch, length, channels = tokens.shape
