@@ -1,7 +1,8 @@
 """Launches a linear layer with what comes before and after it in a transformer, for inference.
 
 Each program normalises the rows that it reads: it computes the moments of its rows itself, or merges those of groups of
-channels, which the kernel before has left (Ba et al., arXiv 1607.06450; Wu and He, arXiv 1803.08494). There is no split of the inner dimension.
+channels, which the kernel before has left (Ba et al., arXiv 1607.06450; Wu and He, arXiv 1803.08494). There is no split
+of the inner dimension.
 """
 
 import torch

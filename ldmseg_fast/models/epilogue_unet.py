@@ -36,7 +36,7 @@ class EpilogueResnet(FusedResnet):
         self.bias, self.pending = self.pending, None
 
     def __call__(self, features: Features, time: Tensor, wanted: bool) -> Features:  # type: ignore[override]
-        """Maps float features [B, C, h, w] to [B, C_out, h, w], with moments where they are wanted; time as `FusedResnet`."""
+        """Maps float features [B, C, h, w] to [B, C_out, h, w], with moments where wanted; time as `FusedResnet`."""
         block, x, num_groups = self.block, features.x, self.block.norm2.num_groups
         hidden = F.conv2d(_norm(block.norm1, features, self.added), block.conv1.weight, padding=1)
         assert block.time_slice is not None
