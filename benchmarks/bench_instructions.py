@@ -3,7 +3,8 @@
     python benchmarks/bench_instructions.py --sm 80 90
 
 `python -m ldmseg_fast.kernels.aot --headline --sass` compiles each kernel function at its headline case. The counts
-depend on Triton's version and on nothing of the machine. A build that spills or fails is a red row.
+depend on Triton's version and on nothing of the machine. A build that spills or fails is a red row. Attention's forward
+pass is compiled again with each of its switches. Another Python's Triton is counted by running this with that Python.
 """
 
 from __future__ import annotations
@@ -26,21 +27,42 @@ from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.kernels.aot import Build
 from ldmseg_fast.kernels.backend import KERNELS
 
-COUNTS = ("registers", "spill_bytes", "wgmma", "mma", "waits", "loop")
+COUNTS = ("registers", "spill_bytes", "wgmma", "mma", "waits", "exponentials", "loop")
+SWITCHES = {"attention_forward_kernel": ("PADDED=1", "DELAYED=1", "QUARTERS=1")}  # off in every shipped configuration
 
 
-def add_rows(run: Run, builds: list[dict[str, Any]]) -> None:
-    """Adds a row for each build, as `kernels.aot --json` writes them; red where it is unfit to ship."""
+def add_rows(run: Run, builds: list[dict[str, Any]], switch: str = "") -> None:
+    """Adds a row for each build, as `kernels.aot --json` writes them; red where it is unfit to ship.
+
+    With a switch those of the functions that have it.
+    """
     for each in builds:
+        if switch and switch not in SWITCHES.get(each["function"], ()):
+            continue
         per_element = round(each.pop("per_element"), 1)
         made = Build(**each)
         case = {"kernel": made.kernel, "warps": made.num_warps, "constants": made.constants}
-        variant = f"sm_{made.sm}"
+        variant = f"sm_{made.sm}" + (f", {switch}" if switch else "")
         if made.faults:
             run.add_red(made.function, variant, "; ".join(made.faults), case=case)
             continue
         counts = {name: each[name] for name in COUNTS} | ({"per_element": per_element} if per_element else {})
         run.add_value(made.function, made.instructions, "instructions", variant=variant, case=case, **counts)
+
+
+def compile_kernels(args: argparse.Namespace, switch: str) -> list[dict[str, Any]]:
+    """Runs `kernels.aot` at headline cases, with a switch for attention only, and returns its builds."""
+    only = ["attention"] if switch else args.only
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "builds.json"
+        command = [sys.executable, "-m", "ldmseg_fast.kernels.aot", "--headline", "--sass", "--json", path]
+        command += ["--jobs", args.jobs, "--sm", *args.sm, *(["--only", *only] if only else [])]
+        command += ["--with", switch] if switch else []
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, check=False)
+        if not path.is_file():
+            raise BenchmarkError(f"instructions: kernels.aot ended with exit code {done.returncode} and wrote nothing")
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,15 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parse_options(parser, argv)
     run = Run("instructions", quick=args.only is not None, folder=args.out)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "builds.json"
-        command = [sys.executable, "-m", "ldmseg_fast.kernels.aot", "--headline", "--sass", "--json", path]
-        command += ["--jobs", args.jobs, "--sm", *args.sm, *(["--only", *args.only] if args.only else [])]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, check=False)
-        if not path.is_file():
-            raise BenchmarkError(f"instructions: kernels.aot ended with exit code {done.returncode} and wrote nothing")
-        add_rows(run, json.loads(path.read_text(encoding="utf-8")))
+    own = sorted({switch for switches in SWITCHES.values() for switch in switches})
+    for switch in ("", *(own if args.only is None or "attention" in args.only else ())):
+        add_rows(run, compile_kernels(args, switch), switch)
     run.save(args.out)
     return int(bool(run.red))
 

@@ -1,7 +1,7 @@
 """Times one picture, whole and stage by stage, beside the plain loop with diffusers' parts.
 
 python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole eomt
-    openvino] [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M]
+    openvino first] [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M]
     [--engine-dir DIR ...]
 
 Every backend's latents and maps are compared with the baseline's first. One that disagrees, or cannot run here, is a
@@ -9,7 +9,8 @@ red row with its reason, and is not timed. `whole image` is from the array to ma
 reading the picture and writing PNG and JSON. Engines of several precisions stand in one table, each named by its
 runtime and precision; a batch that they take in parts, or filled up, is warned of and says so in its row. `eomt` times
 EoMT-S with random weights, forward alone and from array to map. `openvino` times one step of our graphs, in float32 and
-int8, in OpenVINO and in ONNX Runtime beside eager PyTorch. Exit code 1 where a row is red.
+int8, in OpenVINO and in ONNX Runtime beside eager PyTorch. `first` times the first picture of a process on a CPU, from
+loading the model on, compiled with and without packages that an earlier process kept. Exit code 1 where a row is red.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import RESULTS, Run, Timing, measure, reason_of
+from benchmarks.harness import RESULTS, BenchmarkError, Run, Timing, measure, reason_of
+from benchmarks.measuring.first_picture import BASELINE, KEPT, first_pictures
 from benchmarks.measuring.options import parse_options, sides
 from benchmarks.peers.candidates import OurPipeline, engine_candidates, our_candidates, plain_candidates
 from benchmarks.peers.eomt import Eomt
@@ -53,7 +55,8 @@ from ldmseg_fast.export.model_export import ExportSettings, resolve_options, wri
 from ldmseg_fast.kernels.roofline import find_gpu
 from ldmseg_fast.models.unet import UNet
 
-PARTS = ("step", "stages", "whole")  # by default; "eomt" and "openvino" are rivals'
+PARTS = ("step", "stages", "whole")  # by default
+MORE_PARTS = ("eomt", "openvino", "first")  # rivals, and what compiles for minutes
 TARGETS = {"cpu": 2.0, "cuda": 5.0}  # whole image, times the plain loop
 LOOP = 10  # steps of the loop that `step` is a share of
 SECONDS_TO_COMPILE = 60  # with less time left nothing is compiled
@@ -286,6 +289,26 @@ def bench_openvino(bench: Bench, batch: int, scratch: Path) -> None:
     bench.run.add(name, timings, baseline="torch eager", case=case)
 
 
+def bench_first(bench: Bench, picture: np.ndarray, steps: int, scratch: Path) -> None:
+    """Times the first picture of a process on a CPU, eager and compiled, with and without kept packages."""
+    np.save(scratch / "picture.npy", picture)
+    case = bench.case(batch=1, size="x".join(map(str, picture.shape[:2])), steps=steps)
+    about = (bench.info.folder, scratch / "picture.npy", steps, torch.get_num_threads(), scratch)
+    try:
+        found = first_pictures(*about, rounds=1 if bench.run.quick else 3)
+    except BenchmarkError as error:
+        bench.run.add_red("first picture", KEPT, reason_of(error), case=case)
+        return
+    expected = found[BASELINE][0][1]
+    alike = min(float((made == expected).mean()) for results in found.values() for _, made in results)
+    if alike < TOLERANCES[True][1]:
+        bench.run.add_red("first picture", KEPT, f"maps differ: {alike:.2%} of the pixels alike", case=case)
+        return
+    bench.run.check(f"first pictures of all processes agree: {alike:.2%} of the pixels alike", True)
+    timings = {name: Timing(tuple(each for each, _ in results)) for name, results in found.items()}
+    bench.run.add("first picture", timings, baseline=BASELINE, case=case, quality={"pixels_alike": alike})
+
+
 def make_picture(size: str) -> np.ndarray:
     """Returns a generated scene, uint8 [H, W, 3]."""
     height, width = (int(side) for side in size.split("x"))
@@ -330,6 +353,8 @@ def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
     if "openvino" in args.parts:
         for batch in args.batch:
             bench_openvino(bench, batch, scratch)
+    if "first" in args.parts and args.device == "cpu":
+        bench_first(bench, pictures[0], min(LOOP, info.num_inference_steps), scratch)
     if "stages" in args.parts:
         for picture in pictures:
             bench_stages(bench, picture, everyone, scratch)
@@ -342,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=["tiny", "coco"], default="tiny")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="batch 1, 10 steps, one size, nothing compiled")
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "eomt", "openvino"], default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, *MORE_PARTS], default=PARTS)
     parser.add_argument("--variants", nargs="+", help="beside the baseline and the engines, these only")
     parser.add_argument("--steps", type=int, nargs="+")
     parser.add_argument("--batch", type=int, nargs="+")

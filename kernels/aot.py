@@ -4,9 +4,10 @@
 
 One row per kernel (its folder) and architecture: the largest register count and shared memory of its builds, the sum of
 spilled bytes, and how many matrix instructions were emitted; with --sass also the machine instructions, the waits for
-wgmma among them, and with --details the instructions a thread spends on one element of its tile. --headline builds each
-function at its headline case only. Exits with 1 on a spill, on more shared memory than a
-program may have, on a kernel that does not build, and on an entry of the configuration table that no case reaches.
+wgmma and the exponentials among them, and with --details the instructions a thread spends on one element of its tile.
+--headline builds each function at its headline case only, --with NAME=VALUE with another constant where configurations
+have it. Exits with 1 on a spill, on more shared memory than a program may have, on a kernel that does not build, and on
+an entry of the configuration table that no case reaches.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,11 @@ class Build:
     spill_bytes: int = 0
     wgmma: int = 0
     mma: int = 0
-    instructions: int = 0  # of the machine, waits for wgmma among them, and its longest loop; counted where asked for
+    instructions: int = (
+        0  # of the machine, waits for wgmma and exponentials among them, its longest loop; where asked for
+    )
     waits: int = 0
+    exponentials: int = 0
     loop: int = 0
     seconds: float = 0.0
     error: str = ""
@@ -143,12 +147,15 @@ def specialise(launch: Any) -> tuple[dict[str, Any], dict[Place, Any], dict[Plac
     return signature, constants, attributes
 
 
-def collect(sm: int, headline: bool = False) -> tuple[list[tuple[str, Any, int]], list[str]]:
+Switches = tuple[tuple[str, int], ...]  # names and values of constants
+
+
+def collect(sm: int, headline: bool = False, switches: Switches = ()) -> tuple[list[tuple[str, Any, int]], list[str]]:
     """Collects (kernel folder, launch, sm) of every distinct build, and the table's entries that no case reaches.
 
     80 also stands for 89: what needs e4m3 is built for that instead. Sizes of 1 are built for 90 only, since what they
     might break is the front of the compiler. With `headline` each function is collected once, at its headline case, and
-    nothing is said of the table.
+    nothing is said of the table. `switches` stand in the place of a configuration's constants.
     """
     import torch
 
@@ -166,7 +173,7 @@ def collect(sm: int, headline: bool = False) -> tuple[list[tuple[str, Any, int]]
     distinct: dict[str, tuple[str, Any, int]] = {}
     with configs.trace_lookups() as reached:
         for kernel, target, run in work:
-            with configs.architecture(target), record() as launches:
+            with configs.architecture(target), configs.switched(dict(switches)), record() as launches:
                 run()
             for launch in launches:
                 rest = () if headline else (launch.config, launch.constants, specialise(launch))
@@ -184,13 +191,13 @@ def collect(sm: int, headline: bool = False) -> tuple[list[tuple[str, Any, int]]
     return list(distinct.values()), unreached
 
 
-def build(sm: int, index: int, sass: bool = False, headline: bool = False) -> Build:
-    """Compiles the `index`-th build of `collect(sm, headline)`, and counts its machine instructions if asked."""
+def build(sm: int, index: int, sass: bool = False, headline: bool = False, switches: Switches = ()) -> Build:
+    """Compiles the `index`-th build of `collect(sm, headline, switches)`, and counts its instructions if asked."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, launch, target = _collected(sm, headline)[index]
+    kernel, launch, target = _collected(sm, headline, switches)[index]
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     about = {
         "kernel": kernel,
@@ -214,7 +221,7 @@ def build(sm: int, index: int, sass: bool = False, headline: bool = False) -> Bu
     if not spills or not registers:
         return Build(**about, error=f"ptxas printed no resource usage: {report[:200]!r}")
     ptx = compiled.asm["ptx"]
-    lines = count_sass(compiled.asm["sass"]) if sass else (0, 0)
+    lines = count_sass(compiled.asm["sass"]) if sass else (0, 0, 0)
     loop = longest_loop(compiled.asm["sass"]) if sass else 0
     return Build(
         **about,
@@ -225,18 +232,15 @@ def build(sm: int, index: int, sass: bool = False, headline: bool = False) -> Bu
         mma=ptx.count("mma.sync"),
         instructions=lines[0],
         waits=lines[1],
+        exponentials=lines[2],
         loop=loop,
         seconds=time.perf_counter() - started,
     )
 
 
-_cache: dict[tuple[int, bool], list[tuple[str, Any, int]]] = {}
-
-
-def _collected(sm: int, headline: bool) -> list[tuple[str, Any, int]]:
-    if (sm, headline) not in _cache:
-        _cache[sm, headline] = collect(sm, headline)[0]
-    return _cache[sm, headline]
+@cache
+def _collected(sm: int, headline: bool, switches: Switches) -> list[tuple[str, Any, int]]:
+    return collect(sm, headline, switches)[0]
 
 
 def _prepare_worker() -> None:
@@ -252,24 +256,35 @@ def format_table(builds: Sequence[Build], details: bool) -> str:
         groups.setdefault((each.kernel, each.sm), []).append(each)
     header = f"{'kernel':<28}{'sm':>4}{'builds':>8}{'registers':>11}{'shared':>9}{'spill':>7}{'wgmma':>7}{'mma':>6}"
     sass = any(each.instructions for each in builds)
-    header += f"{'instr.':>8}{'waits':>7}" if sass else ""
+    header += f"{'instr.':>8}{'waits':>7}{'EX2':>6}" if sass else ""
     lines = [header]
     for (kernel, sm), group in groups.items():
+        sums = [("wgmma", 7), ("mma", 6), *([("instructions", 8), ("waits", 7), ("exponentials", 6)] if sass else [])]
         lines.append(
             f"{kernel:<28}{sm:>4}{len(group):>8}{max(b.registers for b in group):>11}"
             f"{max(b.shared_memory for b in group):>9}{sum(b.spill_bytes for b in group):>7}"
-            f"{sum(b.wgmma for b in group):>7}{sum(b.mma for b in group):>6}"
-            + (f"{sum(b.instructions for b in group):>8}{sum(b.waits for b in group):>7}" if sass else "")
+            + "".join(f"{sum(getattr(b, name) for b in group):>{width}}" for name, width in sums)
         )
         if details:
             for b in group:
                 constants = " ".join(f"{name}={int(value)}" for name, value in b.constants.items())
                 lines.append(
                     f"  {b.function:<30}{b.registers:>19}{b.shared_memory:>9}{b.spill_bytes:>7}{b.wgmma:>7}{b.mma:>6}"
-                    + (f"{b.instructions:>8}{b.waits:>7}  {b.per_element:.1f} an element" if sass else "")
+                    + (
+                        f"{b.instructions:>8}{b.waits:>7}{b.exponentials:>6}  {b.per_element:.1f} an element"
+                        if sass
+                        else ""
+                    )
                     + f"  {b.seconds:4.1f}s warps={b.num_warps} stages={b.num_stages} {constants}"
                 )
     return "\n".join(lines)
+
+
+def _switch(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    if not name or not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE expected, the value a whole number")
+    return name, int(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -280,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--details", action="store_true", help="one line per build as well")
     parser.add_argument("--sass", action="store_true", help="count machine instructions too")
     parser.add_argument("--headline", action="store_true", help="each function once, at its headline case")
+    parser.add_argument("--with", dest="switches", nargs="+", type=_switch, default=[], metavar="NAME=VALUE")
     parser.add_argument("--json", type=Path, help="write every build to this file")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
@@ -288,10 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     jobs, faults = [], []
     for sm in options.sm:
-        launches, unreached = collect(sm, options.headline)
+        switches = tuple(options.switches)
+        launches, unreached = collect(sm, options.headline, switches)
         faults += [f"{entry}: no case reaches this configuration" for entry in unreached]
         jobs += [
-            (sm, i, options.sass, options.headline)
+            (sm, i, options.sass, options.headline, switches)
             for i, (kernel, *_) in enumerate(launches)
             if not options.only or kernel in options.only
         ]

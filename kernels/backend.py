@@ -10,7 +10,7 @@ from torch import Tensor
 # the folders of `kernels/`; a new kernel is entered here and nowhere else
 KERNELS = (
     *("mask_bits", "attention", "panoptic_head", "group_norm_silu", "added_layer_norm", "geglu"),
-    *("ddim_step", "point_loss"),
+    *("linear", "ddim_step", "point_loss"),
 )
 BACKENDS = ("auto", "torch")
 LEAST_CAPABILITY = (8, 0)  # of the GPUs that launch configurations are for
@@ -108,6 +108,20 @@ def require_same_device(first: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{name}: on {tensor.device}, the other tensors are on {first.device}")
+
+
+def require_no_gradient(**tensors: Tensor | None) -> None:
+    """Refuses tensors, of any shape and dtype, by which a gradient is wanted, for operations that have none.
+
+    Raises:
+        ValueError: one wants it; the message starts with its name.
+    """
+    for name, tensor in tensors.items():
+        require(
+            tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad),
+            "{}: a gradient is wanted, and this is for inference; call it under torch.no_grad()",
+            name,
+        )
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

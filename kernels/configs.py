@@ -8,9 +8,9 @@ LDMSEG_FAST_KERNEL_CONFIGS names such a file, and its entries come first.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -74,6 +74,20 @@ def architecture(sm: int) -> Iterator[None]:
         _architecture = before
 
 
+_switches: dict[str, int] = {}
+
+
+@contextmanager
+def switched(switches: Mapping[str, int]) -> Iterator[None]:
+    """Puts constants, by their names, in the place of those of every configuration that has them."""
+    global _switches
+    before, _switches = _switches, dict(switches)
+    try:
+        yield
+    finally:
+        _switches = before
+
+
 _lookups: set[tuple[str, str]] | None = None
 
 
@@ -102,7 +116,9 @@ def find_config(kernel: str, shape_class: str) -> Config:
     for table in (override, all_configs()[kernel]):
         for entry in sorted((entry for entry in table if entry <= sm), reverse=True):
             if shape_class in table[entry]:
-                return table[entry][shape_class]
+                found = table[entry][shape_class]
+                known = {name: value for name, value in _switches.items() if name in found.constants}
+                return replace(found, constants=found.constants | known) if known else found
     raise KeyError(f"no configuration of {kernel} for sm_{sm} and shape class {shape_class!r}")
 
 

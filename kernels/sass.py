@@ -3,15 +3,16 @@
 import re
 
 
-def count_sass(text: str) -> tuple[int, int]:
-    r"""Counts machine instructions, and waits for wgmma among them, in Triton's disassembly; NOP does not count.
+def count_sass(text: str) -> tuple[int, int, int]:
+    r"""Counts instructions, waits for wgmma and exponentials among them, in Triton's disassembly; NOP does not count.
 
     >>> count_sass("--:-:-:Y:1\t@!P0 BRA 0x10;\n01:-:0:-:4\tWARPGROUP.DEPBAR.LE gsb0, 0x0;\n--:-:-:Y:0\tNOP;")
-    (2, 1)
+    (2, 1, 0)
     """
     names = re.findall(r"^[\w:-]+\t(?:@\S+ )?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
     kept = [name for name in names if name != "NOP"]
-    return len(kept), sum(name.startswith("WARPGROUP.DEPBAR") for name in kept)
+    waits, exponentials = (sum(name.startswith(of) for name in kept) for of in ("WARPGROUP.DEPBAR", "MUFU.EX2"))
+    return len(kept), waits, exponentials
 
 
 def longest_loop(text: str) -> int:

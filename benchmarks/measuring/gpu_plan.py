@@ -13,7 +13,9 @@ from benchmarks.measuring.environment import ROOT
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.backend import KERNELS
 
-OURS_ON_A_GPU = tuple(f"torch bfloat16, graph{more}" for more in ("", ", fused", ", fp8 attention", ", fp8"))
+OURS_ON_A_GPU = tuple(
+    f"torch bfloat16, graph{more}" for more in ("", ", fused", ", fused epilogues", ", fp8 attention", ", fp8")
+)
 COMPILED_PEERS = tuple(
     f"{name}, compile{more}" for name in ("plain torch", "diffusers") for more in ("", ", float8")
 )  # whichever of them this machine can run

@@ -97,6 +97,7 @@ def our_candidates(info: ModelInfo, device: str, scratch: Path, slow: bool = Tru
         if device == "cuda":
             add(f"torch {name}, graph", dtype)
             add(f"torch {name}, graph, fused", dtype, fused=True)
+            add(f"torch {name}, graph, fused epilogues", dtype, fused="epilogues")
             if not why_not_fp8(torch.device(device), dtype):
                 add(f"torch {name}, graph, fp8 attention", dtype, attention="fp8")
                 if dtype == torch.bfloat16:

@@ -165,11 +165,12 @@ def instructions(rows: Sequence[Row]) -> str:
     lines = [
         [f"`{row['name']}`", row["case"]["kernel"], row["variant"]]
         + [str(row[name]) for name in counts]
-        + [f"{row['per_element']:g}" if "per_element" in row else ""]
+        + [f"{row['per_element']:g}" if "per_element" in row else "", str(row.get("exponentials") or "")]
         for row in by_version[version]
     ]
     header = ["function", "kernel", "for", "registers", "spilled bytes", "wgmma", "mma", "waits for wgmma"]
-    made = f"{table([*header, 'instructions', 'in its loop', 'per element'], lines)}\nCompiled by Triton {version}.\n"
+    header += ["instructions", "in its loop", "per element", "exponentials"]
+    made = f"{table(header, lines)}\nCompiled by Triton {version}.\n"
     if len(by_version) == 1:
         return made
     sums = [

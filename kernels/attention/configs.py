@@ -2,21 +2,30 @@
 
 from itertools import product
 
-from ldmseg_fast.kernels.configs import Candidates, Table, make_config
+from ldmseg_fast.kernels.configs import Candidates, Config, Table, make_config
+
+
+def _forward(warps: int, stages: int, block_m: int, block_n: int, **switches: int) -> Config:
+    """Forward: PADDED heads are one product, DELAYED values are multiplied a block later, QUARTERS of the exponentials
+    are polynomials; all are off where a table does not say so."""
+    return make_config(
+        warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, **({"PADDED": 0, "DELAYED": 0, "QUARTERS": 0} | switches)
+    )
+
 
 TABLE: Table = {
     "attention_forward": {
         80: {
-            "d48": make_config(4, 3, BLOCK_M=64, BLOCK_N=64, PADDED=0),
-            "d96": make_config(4, 3, BLOCK_M=64, BLOCK_N=32, PADDED=0),
-            "d128": make_config(8, 2, BLOCK_M=128, BLOCK_N=32, PADDED=0),
-            "d160": make_config(4, 2, BLOCK_M=64, BLOCK_N=16, PADDED=0),
+            "d48": _forward(4, 3, 64, 64),
+            "d96": _forward(4, 3, 64, 32),
+            "d128": _forward(8, 2, 128, 32),
+            "d160": _forward(4, 2, 64, 16),
         },
         90: {
-            "d48": make_config(8, 3, BLOCK_M=128, BLOCK_N=64, PADDED=0),
-            "d96": make_config(8, 3, BLOCK_M=128, BLOCK_N=64, PADDED=0),
-            "d128": make_config(8, 2, BLOCK_M=128, BLOCK_N=64, PADDED=0),
-            "d160": make_config(8, 2, BLOCK_M=128, BLOCK_N=64, PADDED=0),
+            "d48": _forward(8, 3, 128, 64),
+            "d96": _forward(8, 3, 128, 64),
+            "d128": _forward(8, 2, 128, 64),
+            "d160": _forward(8, 2, 128, 64),
         },
     },
     "attention_delta": {
@@ -82,9 +91,9 @@ _BLOCKS = [
 ]
 # forward, a head of 40 may also be one product of 64 columns: fewer waits, more multiplications
 _FORWARD = [
-    *(make_config(w, s, BLOCK_M=128, BLOCK_N=n, PADDED=0) for n, w, s in product((64, 128), (4, 8), (2, 3))),
-    *(make_config(4, s, BLOCK_M=64, BLOCK_N=n, PADDED=0) for n, s in product((32, 64), (2, 3))),
-    *(make_config(8, s, BLOCK_M=128, BLOCK_N=n, PADDED=1) for n, s in product((64, 128), (2, 3))),
+    *(_forward(w, s, 128, n) for n, w, s in product((64, 128), (4, 8), (2, 3))),
+    *(_forward(4, s, 64, n) for n, s in product((32, 64), (2, 3))),
+    *(_forward(8, s, 128, n, PADDED=1) for n, s in product((64, 128), (2, 3))),
 ]
 CANDIDATES: Candidates = {
     "attention_forward": _FORWARD,

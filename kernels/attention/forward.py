@@ -5,47 +5,105 @@ import triton.language as tl
 
 from ldmseg_fast.kernels.attention.tiles import LN_2, at_head, load_tile, store_tile, this_head
 
+# 2^f on [-1/2, 1/2] by Remez's algorithm, relative error 7.5e-5; rounding to float16 costs 4.9e-4
+C0 = tl.constexpr(0.99992807)
+C1 = tl.constexpr(0.69326099)
+C2 = tl.constexpr(0.24261112)
+C3 = tl.constexpr(0.05517167)
+
 
 @triton.jit
-def attend(
-    acc1,  # [BLOCK_M, D1] float32
-    acc2,  # [BLOCK_M, D2] float32
-    top,  # [BLOCK_M] largest score so far, times scale_log2
-    total,  # [BLOCK_M] sum of exponentials
+def exp2_by_fma(x):
+    """Computes 2^x of x <= 0 without the special-function unit: 2^n by an integer sum, 2^(x - n) by a polynomial.
+
+    So do Cody and Waite 1980, and FlashAttention-4 (Zadouri et al.). What lies below 2^-125 becomes that.
+    """
+    x = tl.maximum(x, -125.0, propagate_nan=tl.PropagateNan.ALL)
+    shifted = x + 12582912.0  # 1.5 2^23: its last bits are n, the nearest whole number
+    f = x - (shifted - 12582912.0)
+    p = ((f * C3 + C2) * f + C1) * f + C0
+    return (p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp2_shared(x, QUARTERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Computes 2^x of [ROWS, COLUMNS], the first QUARTERS / 4 of the columns by `exp2_by_fma`.
+
+    Halves of the columns lie in registers of the same thread, so that parting and joining them moves nothing.
+    """
+    if QUARTERS == 0:
+        return tl.math.exp2(x)
+    first, second = tl.split(x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+    if QUARTERS == 1:
+        least, more = tl.split(first.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1))
+        first = tl.join(exp2_by_fma(least), tl.math.exp2(more)).permute(0, 2, 1).reshape(ROWS, COLUMNS // 2)
+    else:
+        first = exp2_by_fma(first)
+    return tl.join(first, tl.math.exp2(second)).permute(0, 2, 1).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def score(
     q1,
     q2,
     k_ptr,
-    v_ptr,
     k_row,
-    v_row,
     start,
     keys,
-    scale_log2,
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds one block of keys to the running maximum, sum and weighted values (arXiv 2307.08691, algorithm 1)."""
+    """Computes the scores [BLOCK_M, BLOCK_N] of one block of keys, -inf where there is none."""
     k1 = load_tile(k_ptr, start, keys, k_row, BLOCK_N, 0, D1, D, MASKED)
-    scores = tl.dot(q1, tl.trans(k1))  # [BLOCK_M, BLOCK_N]
+    scores = tl.dot(q1, tl.trans(k1))
     if D > D1:
         k2 = load_tile(k_ptr, start, keys, k_row, BLOCK_N, D1, D2, D, MASKED)
         scores = tl.dot(q2, tl.trans(k2), scores)
     if MASKED:
         scores = tl.where((start + tl.arange(0, BLOCK_N) < keys)[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def weigh(scores, top, total, scale_log2, QUARTERS: tl.constexpr):
+    """Computes a block's weights, and brings the running maximum and sum up to date.
+
+    Returns:
+        weights [BLOCK_M, BLOCK_N] float32, what the sums so far are to be multiplied by, the maximum and the sum.
+    """
     new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-    weights = tl.math.exp2(scores * scale_log2 - new_top[:, None])
+    weights = exp2_shared(scores * scale_log2 - new_top[:, None], QUARTERS, scores.shape[0], scores.shape[1])
     decay = tl.math.exp2(top - new_top)
-    total = total * decay + tl.sum(weights, 1)
+    return weights, decay, new_top, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def add_values(
+    acc1,  # [BLOCK_M, D1] float32
+    acc2,  # [BLOCK_M, D2] float32
+    weights,
+    decay,
+    v_ptr,
+    v_row,
+    start,
+    keys,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds one block of weighted values."""
     v1 = load_tile(v_ptr, start, keys, v_row, BLOCK_N, 0, D1, D, MASKED)
     weights = weights.to(v1.dtype)
     acc1 = tl.dot(weights, v1, acc1 * decay[:, None])
     if D > D1:
         v2 = load_tile(v_ptr, start, keys, v_row, BLOCK_N, D1, D2, D, MASKED)
         acc2 = tl.dot(weights, v2, acc2 * decay[:, None])
-    return acc1, acc2, new_top, total
+    return acc1, acc2
 
 
 @triton.jit
@@ -67,6 +125,8 @@ def attention_forward_kernel(
     D2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DELAYED: tl.constexpr,
+    QUARTERS: tl.constexpr,  # of the exponentials that `exp2_by_fma` computes: 0, 1 or 2
 ):
     """Computes one block of queries of one head (arXiv 2307.08691, algorithm 1)."""
     start_m = tl.program_id(0) * BLOCK_M
@@ -83,16 +143,28 @@ def attention_forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
 
     whole = keys // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
-        acc1, acc2, top, total = attend(
-            *(acc1, acc2, top, total, q1, q2, k_ptr, v_ptr, k_row, v_row),
-            *(start, keys, scale_log2, D, D1, D2, BLOCK_N, False),
-        )
+    if DELAYED:  # a block's values are multiplied while the next block's weights are computed
+        weights = tl.zeros([BLOCK_M, BLOCK_N], q1.dtype)
+        decay = tl.full([BLOCK_M], 1.0, tl.float32)
+        for start in range(0, whole, BLOCK_N):
+            scores = score(q1, q2, k_ptr, k_row, start, keys, D, D1, D2, BLOCK_N, False)
+            before = tl.maximum(start - BLOCK_N, 0)
+            acc1, acc2 = add_values(
+                *(acc1, acc2, weights, decay, v_ptr, v_row, before, keys, D, D1, D2, BLOCK_N, False)
+            )
+            new_weights, decay, top, total = weigh(scores, top, total, scale_log2, QUARTERS)
+            weights = new_weights.to(q1.dtype)
+        before = tl.maximum(whole - BLOCK_N, 0)
+        acc1, acc2 = add_values(*(acc1, acc2, weights, decay, v_ptr, v_row, before, keys, D, D1, D2, BLOCK_N, True))
+    else:
+        for start in range(0, whole, BLOCK_N):
+            scores = score(q1, q2, k_ptr, k_row, start, keys, D, D1, D2, BLOCK_N, False)
+            weights, decay, top, total = weigh(scores, top, total, scale_log2, QUARTERS)
+            acc1, acc2 = add_values(*(acc1, acc2, weights, decay, v_ptr, v_row, start, keys, D, D1, D2, BLOCK_N, False))
     if whole < keys:
-        acc1, acc2, top, total = attend(
-            *(acc1, acc2, top, total, q1, q2, k_ptr, v_ptr, k_row, v_row),
-            *(whole, keys, scale_log2, D, D1, D2, BLOCK_N, True),
-        )
+        scores = score(q1, q2, k_ptr, k_row, whole, keys, D, D1, D2, BLOCK_N, True)
+        rest, decay, top, total = weigh(scores, top, total, scale_log2, QUARTERS)
+        acc1, acc2 = add_values(*(acc1, acc2, rest, decay, v_ptr, v_row, whole, keys, D, D1, D2, BLOCK_N, True))
 
     row = start_m + tl.arange(0, BLOCK_M)
     logsumexp = (top + tl.math.log2(total)) * LN_2

@@ -89,6 +89,38 @@ def cases() -> Iterator[Case]:
                 **about,
             )
 
+    for batch, channels, other, size in ((1, 320, 320, 64), (16, 640, 320, 64), (16, 1280, 640, 32)):
+        elements = batch * (channels + other) * size * size * 2
+        for join in (True, False):
+            what = f"[x, {other}] and its norm" if join else "x + other and its norm"
+            yield Case(
+                "group_norm_silu",
+                f"{what} [{batch}, {channels}, {size}, {size}]",
+                torch.bfloat16,
+                batch,
+                partial(make_halves, (batch, channels, size, size), other if join else channels, join),
+                partial(gather_and_normalise, host),
+                partial(gather_and_normalise, reference),
+                bytes_moved=4 * elements if join else 10 * batch * channels * size * size,
+            )
+
+
+def make_halves(shape: tuple[int, int, int, int], other: int, join: bool, device: torch.device) -> tuple[Any, ...]:
+    """Makes the arguments of `gather_and_normalise` for x of `shape`, [B, C, H, W]."""
+    batch, channels, *size = shape
+    about: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "channels_last": True}
+    vector = torch.ones(channels + other if join else channels, device=device)
+    return normal(*shape, **about), normal(batch, other, *size, **about), join, vector
+
+
+def gather_and_normalise(where: Any, x: Tensor, other: Tensor, join: bool, vector: Tensor) -> Tensor:
+    """Runs both halves: x is float [B, C, H, W], vector [C] of what is gathered (Wu and He, arXiv 1803.08494).
+
+    `where` is the host or the reference.
+    """
+    gathered, moments = where.gather_moments(x, other, join, 32, vector.expand(x.shape[0], -1))
+    return where.normalise(gathered, moments, vector, vector, 1e-5, True)
+
 
 def edge_cases() -> Iterator[Callable[[], object]]:
     """Yields functions that launch each kernel on meta tensors of one image and one channel."""
@@ -99,5 +131,12 @@ def edge_cases() -> Iterator[Callable[[], object]]:
             y, mean, rstd = host.group_norm_silu_forward(x, weight, weight, 1, 1e-5, scale, scale, x, True, added)
             host.group_norm_silu_backward(y, x, mean, rstd, weight, weight, scale, scale, True, added)
 
+    def halves(x: Tensor, scale: Tensor) -> None:
+        for join in (False, True):
+            gathered, moments = host.gather_moments(x, x, join, 1)
+            vector = meta(gathered.shape[1])
+            host.normalise(gathered, moments, vector, vector, 1e-5, join)
+
+    yield partial(halves, meta(1, 1, 1, 1), meta(1, 1))
     for size in (1, 256):  # a group at once, and in tiles
         yield partial(run, meta(1, 1, size, size), meta(1, 1))

@@ -10,8 +10,14 @@ from ldmseg_fast.kernels.group_norm_silu.tiles import (
     group_offsets,
     load_added,
     load_affine,
+    merge_sets,
     tile_offsets,
 )
+
+# where `forward_moments_kernel` finds its numbers
+ALONE = tl.constexpr(0)
+SUM = tl.constexpr(1)
+JOIN = tl.constexpr(2)
 
 
 @triton.jit
@@ -90,27 +96,78 @@ def forward_whole_kernel(
 
 
 @triton.jit
+def tile_moments(x, inside, count, member):
+    """Computes mean and squares about it of each group in a tile [BLOCK_P, BLOCK_C] of `count` numbers a group.
+
+    What is not inside must be 0.
+    """
+    mean = per_group(tl.sum(x, 0), member) / tl.maximum(count, 1.0)
+    centred = tl.where(inside, x - per_channel(mean, member)[None, :], 0.0)
+    return mean, per_group(tl.sum(centred * centred, 0), member)
+
+
+@triton.jit
+def load_source(
+    x_ptr,
+    other_ptr,
+    gathered_ptr,  # [B, P, C]
+    added,
+    image,
+    tile,
+    channel,
+    in_row,
+    pixels,
+    channels,
+    first,  # channels of x; JOIN reads the rest from the other
+    SOURCE: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Loads a tile of x + added, and which of it exists.
+
+    With a SOURCE it is the tile of (x + other) + added or [x, other] + added, which is stored, and returned as stored.
+    """
+    offsets, inside = tile_offsets(image, tile, channel, in_row, pixels, channels, BLOCK_P)
+    if SOURCE == JOIN:
+        own = inside & (channel < first)[None, :]
+        places, _ = tile_offsets(image, tile, channel, in_row, pixels, first, BLOCK_P)
+        x = tl.load(x_ptr + places, mask=own, other=0.0).to(tl.float32)
+        places, _ = tile_offsets(image, tile, channel - first, in_row, pixels, channels - first, BLOCK_P)
+        x += tl.load(other_ptr + places, mask=inside & (channel >= first)[None, :], other=0.0).to(tl.float32)
+    else:
+        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        if SOURCE == SUM:
+            x += tl.load(other_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(inside, add_vector(x, added, HAS_ADDED), 0.0)
+    if SOURCE != ALONE:
+        stored = x.to(gathered_ptr.dtype.element_ty)
+        tl.store(gathered_ptr + offsets, stored, mask=inside)
+        x = stored.to(tl.float32)
+    return x, inside
+
+
+@triton.jit
 def forward_moments_kernel(
     x_ptr,  # [B, P, C]
+    other_ptr,  # see `load_source`
+    gathered_ptr,
     added_ptr,  # [B, C]
     partial_ptr,  # [B, 2, chunks, G]: each chunk's mean, and sum of squares about it
+    first,
     added_stride,
     pixels,
     channels,
     groups,
     CHANNELS_PER_GROUP: tl.constexpr,
     HAS_ADDED: tl.constexpr,
+    SOURCE: tl.constexpr,
     GROUPS: tl.constexpr,  # of a program
     TILES: tl.constexpr,  # of BLOCK_P pixels, for one program
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Computes mean and squares of whole groups over one chunk of pixels, tile after tile.
-
-    Two sets are merged as Chan et al. 1979 do (Updating formulae and a pairwise algorithm for computing sample
-    variances, equation 1.5), so that a large mean costs no digits.
-    """
+    """Computes mean and squares of whole groups over one chunk of pixels, tile after tile."""
     chunk = tl.program_id(0)
     image = tl.program_id(2).to(tl.int64)
     channel, in_row = block_lanes(channels, CHANNELS_PER_GROUP, GROUPS, BLOCK_C)
@@ -120,25 +177,54 @@ def forward_moments_kernel(
     mean = tl.zeros([BLOCK_G], tl.float32)
     squares = tl.zeros([BLOCK_G], tl.float32)
     count = 0.0
-    for tile in range(TILES):
-        first = (chunk * TILES + tile) * BLOCK_P
-        offsets, inside = tile_offsets(image, chunk * TILES + tile, channel, in_row, pixels, channels, BLOCK_P)
-        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(inside, add_vector(x, added, HAS_ADDED), 0.0)
-        here = tl.minimum(tl.maximum(pixels - first, 0), BLOCK_P).to(tl.float32) * CHANNELS_PER_GROUP
-        tile_mean = per_group(tl.sum(x, 0), member) / tl.maximum(here, 1.0)
-        centred = tl.where(inside, x - per_channel(tile_mean, member)[None, :], 0.0)
-        share = here / tl.maximum(count + here, 1.0)
-        apart = tile_mean - mean
-        mean += apart * share
-        squares += per_group(tl.sum(centred * centred, 0), member) + apart * apart * (count * share)
-        count += here
+    for index in range(TILES):
+        tile = chunk * TILES + index
+        x, inside = load_source(
+            *(x_ptr, other_ptr, gathered_ptr, added, image, tile, channel, in_row, pixels, channels, first),
+            *(SOURCE, HAS_ADDED, BLOCK_P),
+        )
+        here = tl.minimum(tl.maximum(pixels - tile * BLOCK_P, 0), BLOCK_P).to(tl.float32) * CHANNELS_PER_GROUP
+        tile_mean, tile_squares = tile_moments(x, inside, here, member)
+        mean, squares, count = merge_sets(mean, squares, count, tile_mean, tile_squares, here)
 
     group = tl.program_id(1) * GROUPS + tl.arange(0, BLOCK_G)
     exists = (tl.arange(0, BLOCK_G) < GROUPS) & (group < groups)
-    partial_ptr += (image * 2 * tl.num_programs(0) + chunk) * groups
+    store_moments(partial_ptr, image, group, exists, groups, mean, squares)
+
+
+@triton.jit
+def store_moments(partial_ptr, image, group, exists, groups, mean, squares):
+    """Stores mean and squares of this program's groups over its chunk of pixels, to [B, 2, chunks, G]."""
+    partial_ptr += (image * 2 * tl.num_programs(0) + tl.program_id(0)) * groups
     tl.store(partial_ptr + group, mean, mask=exists)
     tl.store(partial_ptr + tl.num_programs(0) * groups + group, squares, mask=exists)
+
+
+@triton.jit
+def merge_chunks(
+    partial_ptr,  # [B, 2, chunks, G]
+    image,
+    group,
+    group_exists,
+    groups,
+    chunks,
+    pixels,
+    eps,
+    CHANNELS_PER_GROUP: tl.constexpr,
+    ROWS: tl.constexpr,  # pixels of a chunk
+    CHUNKS_PADDED: tl.constexpr,
+):
+    """Computes mean and 1 / standard deviation of groups from the moments of all chunks."""
+    chunk = tl.arange(0, CHUNKS_PADDED)
+    exists = (chunk < chunks)[:, None] & group_exists[None, :]
+    places = (image * 2 * chunks + chunk[:, None]) * groups + group[None, :]
+    means = tl.load(partial_ptr + places, mask=exists, other=0.0)
+    squares = tl.sum(tl.load(partial_ptr + chunks * groups + places, mask=exists, other=0.0), 0)
+    counts = tl.minimum(tl.maximum(pixels - chunk * ROWS, 0), ROWS).to(tl.float32)[:, None]
+    mean = tl.sum(counts * means, 0) / pixels
+    apart = tl.where(exists, means - mean[None, :], 0.0)
+    squares += tl.sum(counts * apart * apart, 0) * CHANNELS_PER_GROUP
+    return mean, tl.rsqrt(squares / (pixels * CHANNELS_PER_GROUP) + eps)
 
 
 @triton.jit
@@ -168,7 +254,7 @@ def forward_apply_kernel(
     SILU: tl.constexpr,
     INTERPRETED: tl.constexpr,
     GROUPS: tl.constexpr,
-    TILES: tl.constexpr,  # of the chunks
+    ROWS: tl.constexpr,  # pixels of a chunk
     CHUNKS_PADDED: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -182,18 +268,12 @@ def forward_apply_kernel(
     channel, in_row = block_lanes(channels, CHANNELS_PER_GROUP, GROUPS, BLOCK_C)
     member = members(CHANNELS_PER_GROUP, BLOCK_G, BLOCK_C)
 
-    chunk = tl.arange(0, CHUNKS_PADDED)
     group = tl.program_id(1) * GROUPS + tl.arange(0, BLOCK_G)
     group_exists = (tl.arange(0, BLOCK_G) < GROUPS) & (group < groups)
-    exists = (chunk < chunks)[:, None] & group_exists[None, :]
-    places = (image * 2 * chunks + chunk[:, None]) * groups + group[None, :]
-    means = tl.load(partial_ptr + places, mask=exists, other=0.0)
-    squares = tl.sum(tl.load(partial_ptr + chunks * groups + places, mask=exists, other=0.0), 0)
-    counts = tl.minimum(tl.maximum(pixels - chunk * (TILES * BLOCK_P), 0), TILES * BLOCK_P).to(tl.float32)[:, None]
-    mean = tl.sum(counts * means, 0) / pixels
-    apart = tl.where(exists, means - mean[None, :], 0.0)
-    squares += tl.sum(counts * apart * apart, 0) * CHANNELS_PER_GROUP
-    rstd = tl.rsqrt(squares / (pixels * CHANNELS_PER_GROUP) + eps)
+    mean, rstd = merge_chunks(
+        *(partial_ptr, image, group, group_exists, groups, chunks, pixels, eps, CHANNELS_PER_GROUP, ROWS),
+        CHUNKS_PADDED,
+    )
     first = group_exists & (tl.program_id(0) == 0)
     tl.store(mean_ptr + image * groups + group, mean, mask=first)
     tl.store(rstd_ptr + image * groups + group, rstd, mask=first)

@@ -31,6 +31,7 @@ from ldmseg_fast.kernels.group_norm_silu.forward import (
     forward_moments_kernel,
     forward_whole_kernel,
 )
+from ldmseg_fast.kernels.group_norm_silu.reference import CHUNK, count_chunks
 from ldmseg_fast.kernels.launch import launch
 
 MAX_WHOLE = 16384  # elements of a group, padded, that one program holds in registers
@@ -80,6 +81,16 @@ def _tiling(pixels: int, channels: int, channels_per_group: int) -> tuple[Config
     tiles_per_program = triton.cdiv(tiles, most_chunks)
     chunks = triton.cdiv(tiles, tiles_per_program)
     return config, {"BLOCK_P": block_p, "BLOCK_C": block_c}, tiles_per_program, chunks
+
+
+def _forward_tiling(num_groups: int, per_group: int) -> tuple[Config, dict[str, int], int]:
+    """Forward: (configuration, block sizes, programs over the channels)"""
+    config = find_config("group_norm_silu_forward", "tiled")
+    groups = groups_of_a_program(num_groups, per_group)
+    lanes = triton.next_power_of_2(groups * per_group)
+    block_p = max(config.constants["ELEMENTS"] // lanes, 1)
+    blocks = {"GROUPS": groups, "BLOCK_G": triton.next_power_of_2(groups), "BLOCK_P": block_p, "BLOCK_C": lanes}
+    return config, blocks, triton.cdiv(num_groups, groups)
 
 
 def _pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
@@ -142,35 +153,115 @@ def group_norm_silu_forward(
         launch(forward_whole_kernel, (num_groups, batch), *arguments, config=config, **flags, **finish, **blocks)
         return y, mean, rstd
 
-    config = find_config("group_norm_silu_forward", "tiled")
-    groups = groups_of_a_program(num_groups, per_group)
-    lanes = triton.next_power_of_2(groups * per_group)
-    block_p = max(config.constants["ELEMENTS"] // lanes, 1)
-    tiles = triton.cdiv(triton.cdiv(pixels, block_p), MAX_CHUNKS)
-    chunks = triton.cdiv(pixels, block_p * tiles)
-    columns = triton.cdiv(num_groups, groups)
-    blocks = {"GROUPS": groups, "TILES": tiles, "BLOCK_G": triton.next_power_of_2(groups)}
-    blocks |= {"BLOCK_P": block_p, "BLOCK_C": lanes}
+    config, blocks, columns = _forward_tiling(num_groups, per_group)
+    tiles = triton.cdiv(triton.cdiv(pixels, blocks["BLOCK_P"]), MAX_CHUNKS)
+    chunks = triton.cdiv(pixels, blocks["BLOCK_P"] * tiles)
     partial = torch.empty((batch, 2, chunks, num_groups), dtype=torch.float32, device=x.device)
     launch(
         forward_moments_kernel,
         (chunks, columns, batch),
-        *(x, vector, partial, stride, pixels, channels, num_groups),
+        *(x, x, x, vector, partial, channels, stride, pixels, channels, num_groups),
         config=config,
+        SOURCE=0,
+        TILES=tiles,
         **flags,
         **blocks,
     )
     launch(
         forward_apply_kernel,
-        (triton.cdiv(pixels, block_p), columns, batch),
+        (triton.cdiv(pixels, blocks["BLOCK_P"]), columns, batch),
         *(x, vector, *affine, other, partial, y, mean, rstd, stride, pixels, channels, num_groups, chunks, eps),
         config=config,
+        ROWS=tiles * blocks["BLOCK_P"],
         CHUNKS_PADDED=triton.next_power_of_2(chunks),
         **flags,
         **finish,
         **blocks,
     )
     return y, mean, rstd
+
+
+def gather_moments(
+    x: Tensor, other: Tensor, join: bool, num_groups: int, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launches x + other + added, or [x, other] + added, and the moments of the result, one kernel.
+
+    Args:
+        x: float16, bfloat16 or float32 [B, C, H, W]; copied where it is not channels_last, as the other is.
+        other: of x's dtype, [B, C, H, W], or [B, D, H, W] to join.
+        join: put the channels beside each other.
+        num_groups: G, a divisor of the result's channels.
+        added: float [B, C] (joined, [B, C + D]) of any stride over the images, or None.
+
+    Returns:
+        the result in channels_last, of x's dtype, and its moments, float32 [B, 2, chunks, G]: see `moments.CHUNK`.
+    """
+    batch, first, height, width = x.shape
+    channels = first + other.shape[1] if join else first
+    x, other = (each.contiguous(memory_format=torch.channels_last) for each in (x, other))
+    shape = (batch, channels, height, width)
+    gathered = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    chunks = count_chunks(height * width)
+    partial = torch.empty((batch, 2, chunks, num_groups), dtype=torch.float32, device=x.device)
+    if gathered.numel() == 0:
+        return gathered, partial.zero_()
+    vector, stride = _vector(added, x)
+    config, blocks, columns = _forward_tiling(num_groups, channels // num_groups)
+    blocks["BLOCK_P"] = min(blocks["BLOCK_P"], CHUNK)
+    launch(
+        forward_moments_kernel,
+        (chunks, columns, batch),
+        *(x, other, gathered, vector, partial, first, stride, height * width, channels, num_groups),
+        config=config,
+        CHANNELS_PER_GROUP=channels // num_groups,
+        HAS_ADDED=added is not None,
+        SOURCE=2 if join else 1,
+        TILES=CHUNK // blocks["BLOCK_P"],
+        **blocks,
+    )
+    return gathered, partial
+
+
+def normalise(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    """Launches group normalisation of features whose moments are known, one kernel.
+
+    Args:
+        x: float16, bfloat16 or float32 [B, C, H, W]; copied where it is not channels_last.
+        moments: float32 [B, 2, chunks, G].
+        weight, bias: float [C].
+        eps: added to the variance.
+        silu: False leaves the activation out.
+
+    Returns:
+        [B, C, H, W] of x's dtype in channels_last.
+    """
+    batch, channels, height, width = x.shape
+    _, _, chunks, num_groups = moments.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return y
+    statistics = torch.empty((2, batch, num_groups), dtype=torch.float32, device=x.device)
+    config, blocks, columns = _forward_tiling(num_groups, channels // num_groups)
+    vectors = (weight, weight.contiguous(), bias.contiguous(), weight, weight)
+    sizes = (0, height * width, channels, num_groups, chunks, eps)
+    launch(
+        forward_apply_kernel,
+        (triton.cdiv(height * width, blocks["BLOCK_P"]), columns, batch),
+        *(x, *vectors, x, moments.contiguous(), y, *statistics, *sizes),
+        config=config,
+        CHANNELS_PER_GROUP=channels // num_groups,
+        HAS_ADDED=False,
+        HAS_SCALE=False,
+        HAS_SHIFT=False,
+        HAS_RESIDUAL=False,
+        SILU=silu,
+        INTERPRETED=triton.knobs.runtime.interpret,
+        ROWS=CHUNK,
+        CHUNKS_PADDED=triton.next_power_of_2(chunks),
+        **blocks,
+    )
+    return y
 
 
 def group_norm_silu_backward(

@@ -1,10 +1,14 @@
 """Plain torch: what the kernels must equal."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldmseg_fast.kernels.backend import at_least_float32
+
+CHUNK = 64  # pixels, in their order, that moments are of
 
 
 def group_norm_silu(
@@ -137,3 +141,66 @@ def _fold(weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | No
     if shift is not None:
         offset = offset + shift
     return gain, offset
+
+
+def count_chunks(pixels: int) -> int:
+    """Counts the chunks of so many pixels, at least one."""
+    return max(-(-pixels // CHUNK), 1)
+
+
+def find_moments(x: Tensor, num_groups: int) -> Tensor:
+    """Computes the moments of features float [B, C, H, W], in float32 or better.
+
+    Returns:
+        [B, 2, chunks, G]: mean, and sum of squares about it, of each group in each `CHUNK` of pixels.
+    """
+    batch, channels = x.shape[:2]
+    if x.numel() == 0:
+        return at_least_float32(x).new_zeros((batch, 2, count_chunks(x.shape[2] * x.shape[3]), num_groups))
+    pixels = at_least_float32(x).reshape(batch, num_groups, channels // num_groups, -1)
+    chunks = [
+        (chunk.mean((2, 3)), chunk.var((2, 3), correction=0) * chunk[0, 0].numel()) for chunk in pixels.split(CHUNK, 3)
+    ]
+    return torch.stack([torch.stack(moments, 1) for moments in chunks], 2)
+
+
+def gather_moments(
+    x: Tensor, other: Tensor, join: bool, num_groups: int, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Computes x + other + added, or [x, other] + added, and its moments.
+
+    Args:
+        x, other, join, num_groups, added: as in `moments.gather_moments`; x is float [B, C, H, W].
+
+    Returns:
+        the result, of x's dtype, and `find_moments` of it.
+    """
+    gathered = torch.cat([x, other], 1) if join else at_least_float32(x) + other
+    gathered = _add(gathered, added).to(x.dtype)
+    return gathered, find_moments(gathered, num_groups)
+
+
+def merge_moments(moments: Tensor, pixels: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Computes mean and variance, float32 [B, G], from the moments [B, 2, chunks, G] of so many pixels and channels."""
+    chunks, num_groups = moments.shape[2:]
+    counts = torch.full((chunks, 1), float(CHUNK), dtype=moments.dtype, device=moments.device)
+    counts[-1] = pixels - (chunks - 1) * CHUNK
+    means, squares = moments.unbind(1)  # [B, chunks, G]
+    mean = (counts * means).sum(1) / pixels
+    squares = squares.sum(1) + (counts * (means - mean[:, None]) ** 2).sum(1) * (channels // num_groups)
+    return mean, squares / (pixels * (channels // num_groups))
+
+
+def normalise(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    """Computes group_norm(x), and SiLU where asked for, from x's moments; all arithmetic in float32 or better.
+
+    Arguments and result as in `moments.normalise`: x is [B, C, H, W], the result of its dtype.
+    """
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    batch, channels, *size = x.shape
+    mean, variance = merge_moments(moments, math.prod(size), channels)
+    grouped = at_least_float32(x).reshape(batch, moments.shape[3], -1)
+    normalised = ((grouped - mean[..., None]) * (variance + eps).rsqrt()[..., None]).view(x.shape)
+    y = normalised * weight.to(normalised.dtype)[:, None, None] + bias.to(normalised.dtype)[:, None, None]
+    return (F.silu(y) if silu else y).to(x.dtype)

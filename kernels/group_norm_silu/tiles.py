@@ -57,6 +57,18 @@ def reduce_partials(partial_ptr, image, channel, in_group, channels, chunks, CHU
 
 
 @triton.jit
+def merge_sets(mean, squares, count, other_mean, other_squares, others):
+    """Merges two sets of numbers, each by its mean, its squares about that and its size: (mean, squares, size).
+
+    So a large mean costs no digits (Chan et al. 1979, Updating formulae and a pairwise algorithm for computing sample
+    variances, equation 1.5).
+    """
+    share = others / tl.maximum(count + others, 1.0)
+    apart = other_mean - mean
+    return mean + apart * share, squares + other_squares + apart * apart * (count * share), count + others
+
+
+@triton.jit
 def load_affine(
     weight_ptr,  # [C]
     bias_ptr,  # [C]

@@ -26,7 +26,7 @@ def load_backend(
     attention: str = "auto",
     *,
     cuda_graph: bool | None = None,
-    fused: bool = False,
+    fused: bool | str = False,
     precision: str | None = None,
     lanes: int = 1,
     threads: int | None = None,
@@ -45,8 +45,8 @@ def load_backend(
         attention: of the first two, see `models.attention.attention`; graphs have theirs from the export.
         cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
             cannot be captured runs without, with a warning.
-        fused: of "torch", run the UNet with few launches; see `models.fused_unet`. A network without such a form runs
-            as it is, with a warning.
+        fused: of "torch", run the UNet with few launches; see `models.fused_unet`, and for "epilogues" the still fewer
+            of `models.epilogue_unet`. A network without such a form runs as it is, with a warning.
         precision: of the first two, in the place of `dtype`; see `backends.precision`.
         lanes: how many threads can be inside the last two at a time.
         threads: of onnxruntime on a CPU; default torch's.
@@ -55,7 +55,7 @@ def load_backend(
 
     Raises:
         ArgumentError: an unknown `attention` or `precision`, a `dtype` that no network computes in, or both, or a
-            `fused` or `cuda_graph` that is neither True nor False.
+            `fused` or `cuda_graph` that is none of their values.
         BackendError: an unknown name, a device that is not there, a missing package, an `engine_dir` that is missing or
             not meant for it, a size that the model or its graphs do not take, an `attention` that cannot run on the
             device, cuda_graph=True without a GPU, or `fused` or `precision` for exported graphs.
@@ -68,9 +68,10 @@ def load_backend(
         if value is not None and name != "tensorrt":
             raise BackendError(f"{option}={value}: backend={name} cannot use it; it is for tensorrt; leave it out")
     _check_used(name, lanes, threads, profile)
-    for option, flag in (("fused", fused), ("cuda_graph", cuda_graph)):
-        if not isinstance(flag, bool) and (flag is not None or option == "fused"):
-            raise ArgumentError(f"{option}={flag!r}: True or False expected")
+    if not isinstance(fused, bool) and fused != "epilogues":
+        raise ArgumentError(f"fused={fused!r}: True, False or 'epilogues' expected")
+    if not isinstance(cuda_graph, bool) and cuda_graph is not None:
+        raise ArgumentError(f"cuda_graph={cuda_graph!r}: True or False expected")
     device = _checked_device(device, name)
     info = read_model_info(model_dir)
     if name in ("torch", "compile"):
@@ -83,7 +84,9 @@ def load_backend(
         speed: dict[str, Any] = {"cuda_graph": cuda_graph, "fused": fused, "precision": precision}
         return TorchBackend(info, device, dtype, compiles, attention, **speed)
     if fused:
-        raise BackendError(f"fused=True: of backend=torch only; backend={name} runs exported graphs; leave fused out")
+        raise BackendError(
+            f"fused={fused}: of backend=torch only; backend={name} runs exported graphs; leave fused out"
+        )
     if precision is not None:
         raise BackendError(f"precision={precision}: fixed when the graphs were exported; export again with --precision")
     if attention != "auto":

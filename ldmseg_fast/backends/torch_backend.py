@@ -26,6 +26,7 @@ from ldmseg_fast.checkpoints.tensors import check_finite
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.precision import warn_if_emulated
 from ldmseg_fast.kernels.backend import turn_off_on_old_gpus
+from ldmseg_fast.models.epilogue_unet import EpilogueUNet
 from ldmseg_fast.models.fp8_layers import use_fp8
 from ldmseg_fast.models.fused_unet import FusedUNet, why_not_fused
 from ldmseg_fast.models.pyramids import fold_norms
@@ -53,8 +54,8 @@ class TorchBackend(DdimBackend):
         cuda_graph: run the sampling loop as one CUDA graph per batch size and number of steps, and encoder and decoder
             of a few pictures as one each; few steps of pictures of one size, from pixels to maps, become one graph
             when the size is repeated. None: on a GPU. What cannot be captured runs without, with a warning.
-        fused: run the UNet with few launches, see `models.fused_unet`. A network that is compiled, or has what the
-            fused one has not, runs as it is, with a warning.
+        fused: run the UNet with few launches, see `models.fused_unet`, or for "epilogues" `models.epilogue_unet`. A
+            network that is compiled, or has what the fused one has not, runs as it is, with a warning.
         precision: in the place of `dtype`, one of `backends.precision.PRECISIONS`.
 
     Raises:
@@ -71,7 +72,7 @@ class TorchBackend(DdimBackend):
         compile_networks: bool = False,
         attention: str = "auto",
         cuda_graph: bool | None = None,
-        fused: bool = False,
+        fused: bool | str = False,
         precision: str | None = None,
     ) -> None:
         self.info = info
@@ -90,7 +91,7 @@ class TorchBackend(DdimBackend):
         self.unet.fuse_time()
         if fp8:
             use_fp8(self.unet)
-        self._network: UNet | FusedUNet = self._fuse(compile_networks, fp8) if fused else self.unet
+        self._network: UNet | FusedUNet = self._fuse(fused, compile_networks, fp8) if fused else self.unet
         self._denoise: Callable[..., Tensor] = self._network
         self._encode: Callable[..., Tensor] = self.image_vae
         self._compiles = compile_networks
@@ -102,7 +103,7 @@ class TorchBackend(DdimBackend):
                 pack_weights(network)
         self._lanes = LanePool(self._make_lane, 1)
 
-    def _fuse(self, compiles: bool, fp8: bool) -> UNet | FusedUNet:
+    def _fuse(self, fused: bool | str, compiles: bool, fp8: bool) -> UNet | FusedUNet:
         reason = "backend=compile makes its own kernels" if compiles else why_not_fused(self.unet.config)
         reason = "precision=fp8 has layers of its own" if fp8 else reason
         if reason:
@@ -111,7 +112,7 @@ class TorchBackend(DdimBackend):
         if self.device.type == "cpu":
             text = "fused: device=cpu has no launches to spare; its plain form runs, with the same results, no faster"
             warnings.warn(text, stacklevel=4)
-        return FusedUNet(self.unet)
+        return EpilogueUNet(self.unet) if fused == "epilogues" else FusedUNet(self.unet)
 
     def _make_lane(self) -> Lane:
         denoise: Any = self._network.denoise

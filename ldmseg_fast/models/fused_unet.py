@@ -38,6 +38,7 @@ class FusedResnet:
     def __init__(self, block: ResnetBlock, pending: Pending) -> None:
         self.block = block
         self.added = pending
+        self.pending: Pending
         self.shortcut: Tensor | None = None  # [C_in, C_out]
         if block.conv_shortcut is not None:
             weight = block.conv_shortcut.weight.flatten(1)  # [C_out, C_in]
@@ -72,7 +73,7 @@ class FusedTransformer:
             attended = _sum(block.attn1.to_out[0].bias, carried)
             self.blocks.append((block, carried, attended))
             carried = _sum(block.ff.net[2].bias, attended)
-        self.pending: Tensor = _sum(_sum(module.proj_out.bias, _through(self.out, carried)), pending)
+        self.pending: Pending = _sum(_sum(module.proj_out.bias, _through(self.out, carried)), pending)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Changes x, float [B, C, h, w], and returns it."""
@@ -99,6 +100,9 @@ class FusedUNet:
         unet: prepared by `fuse_qkv` and `fuse_time`, and of a configuration for which `why_not_fused` is empty.
     """
 
+    resnet: type[FusedResnet] = FusedResnet
+    transformer: type[FusedTransformer] = FusedTransformer
+
     @torch.no_grad()
     def __init__(self, unet: UNet) -> None:
         self.unet = unet
@@ -113,7 +117,7 @@ class FusedUNet:
         for block in unet.down_blocks:
             layers = []
             for index in range(len(block.resnets)):
-                layers.append(_fuse_layer(block, index, skips[-1]))
+                layers.append(self._fuse_layer(block, index, skips[-1]))
                 skips.append(layers[-1][-1].pending)
             downsample = block.downsamplers[0].conv if block.has_downsample else None
             due = None
@@ -123,10 +127,10 @@ class FusedUNet:
             self.down.append((layers, due, downsample))
 
         mid: Any = unet.mid_block
-        self.mid: list[Any] = [FusedResnet(mid.resnets[0], skips[-1])]
+        self.mid: list[Any] = [self.resnet(mid.resnets[0], skips[-1])]
         if mid.has_attention:
-            self.mid.append(FusedTransformer(mid.attentions[0], self.mid[-1].pending))
-        self.mid.append(FusedResnet(mid.resnets[1], self.mid[-1].pending))
+            self.mid.append(self.transformer(mid.attentions[0], self.mid[-1].pending))
+        self.mid.append(self.resnet(mid.resnets[1], self.mid[-1].pending))
         pending = self.mid[-1].pending
 
         self.up: list[tuple[list[Any], Pending, nn.Conv2d | None]] = []
@@ -134,7 +138,7 @@ class FusedUNet:
             layers = []
             for index in range(len(block.resnets)):
                 joined = _join(pending, skips.pop(), block.resnets[index].norm1.num_channels)
-                layers.append(_fuse_layer(block, index, joined))
+                layers.append(self._fuse_joined(block, index, joined))
                 pending = layers[-1][-1].pending
             upsample = block.upsamplers[0].conv if block.has_upsample else None
             self.up.append((layers, pending if upsample is not None else None, upsample))
@@ -142,6 +146,16 @@ class FusedUNet:
         self.pending = pending
         blocks: list[Any] = [module for module in unet.modules() if isinstance(module, ResnetBlock)]
         self.time_bias = torch.cat([block.conv1.bias for block in blocks]).float()  # in the order of `fuse_time`
+
+    def _fuse_layer(self, block: Any, index: int, pending: Pending) -> list[Any]:
+        layer: list[Any] = [self.resnet(block.resnets[index], pending)]
+        if block.has_attention:
+            layer.append(self.transformer(block.attentions[index], layer[0].pending))
+        return layer
+
+    def _fuse_joined(self, block: Any, index: int, pending: Pending) -> list[Any]:
+        """Prepares a layer of the up path, of whose input, features beside a skip connection, so much is pending."""
+        return self._fuse_layer(block, index, pending)
 
     @torch.no_grad()
     def __call__(
@@ -183,13 +197,6 @@ class FusedUNet:
         return unet.conv_out(_norm(unet.conv_norm_out, x, self.pending))
 
 
-def _fuse_layer(block: Any, index: int, pending: Pending) -> list[Any]:
-    layer: list[Any] = [FusedResnet(block.resnets[index], pending)]
-    if block.has_attention:
-        layer.append(FusedTransformer(block.attentions[index], layer[0].pending))
-    return layer
-
-
 def _run(layer: list[Any], x: Tensor, time: Tensor) -> Tensor:
     for part in layer:
         x = part(x, time) if isinstance(part, FusedResnet) else part(x)
@@ -225,6 +232,10 @@ def _through(weight: Tensor, pending: Pending) -> Pending:
     return None if pending is None else weight.float() @ pending
 
 
-def _join(first: Tensor, second: Pending, channels: int) -> Tensor:
+def _join(first: Pending, second: Pending, channels: int) -> Pending:
     """What is pending of features beside each other, of `channels` in all."""
-    return torch.cat([first, first.new_zeros(channels - len(first)) if second is None else second])
+    if first is None and second is not None:
+        first = second.new_zeros(channels - len(second))
+    if second is None and first is not None:
+        second = first.new_zeros(channels - len(first))
+    return None if first is None or second is None else torch.cat([first, second])

@@ -22,6 +22,7 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.diffusion.sampler import ddim
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import BackendError, NonFiniteError
+from ldmseg_fast.models.epilogue_unet import EpilogueUNet
 from ldmseg_fast.models.fused_unet import FusedUNet
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -326,8 +327,9 @@ def test_a_compiled_network_is_captured_as_compiled(model_dir, cuda, monkeypatch
     assert compiled[-1] == backend.unet.denoise
 
 
-def test_the_fused_network_is_captured_as_fused(model_dir, cuda):
-    backend = TorchBackend(read_model_info(model_dir), "cpu", torch.float32, fused=True)
+@pytest.mark.parametrize(("fused", "form"), [(True, FusedUNet), ("epilogues", EpilogueUNet)])
+def test_the_fused_network_is_captured_as_fused(model_dir, cuda, fused, form):
+    backend = TorchBackend(read_model_info(model_dir), "cpu", torch.float32, fused=fused)
     plain = TorchBackend(backend.info, "cpu", torch.float32)
     backend.cuda_graph = True
     noise, image_latents = make_inputs(2)
@@ -336,7 +338,7 @@ def test_the_fused_network_is_captured_as_fused(model_dir, cuda):
         found = backend.sample(noise, image_latents, scheduler, 3)
         expected = ddim(plain.denoise, noise, image_latents, scheduler, 3, backend.info.self_condition)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert cuda.captures == 1 and isinstance(backend._denoise, FusedUNet)
+    assert cuda.captures == 1 and type(backend._denoise) is form
 
 
 def test_a_closed_backend_takes_no_calls(backend):

@@ -19,8 +19,12 @@ from ldmseg_fast.kernels.attention import op as attention_op
 from ldmseg_fast.kernels.geglu import host as geglu
 from ldmseg_fast.kernels.geglu import op as geglu_op
 from ldmseg_fast.kernels.group_norm_silu import host as group_norm
+from ldmseg_fast.kernels.group_norm_silu import moments as moments_op
 from ldmseg_fast.kernels.group_norm_silu import op as group_norm_op
 from ldmseg_fast.kernels.launch import record
+from ldmseg_fast.kernels.linear import host as linear
+from ldmseg_fast.kernels.linear import op as linear_op
+from ldmseg_fast.models.epilogue_unet import EpilogueUNet
 from ldmseg_fast.models.fused_unet import FusedUNet
 from ldmseg_fast.models.unet import UNet
 
@@ -33,8 +37,11 @@ OURS = {
     "ldmseg_fast::attention_forward": attention.attention_forward,
     "ldmseg_fast::added_layer_norm": layer_norm.added_layer_norm,
     "ldmseg_fast::geglu": geglu.geglu,
+    "ldmseg_fast::linear": linear.linear,
+    "ldmseg_fast::gather_moments": group_norm.gather_moments,
+    "ldmseg_fast::normalise": group_norm.normalise,
 }
-MOST, MOST_FUSED = 518, 350
+MOST, MOST_FUSED, MOST_WITH_EPILOGUES = 518, 350, 242
 
 
 class Launches(TorchDispatchMode):
@@ -63,7 +70,7 @@ def launches(name: str, args: tuple) -> int:
 
 @pytest.fixture
 def unet(monkeypatch) -> UNet:
-    for module in (attention_op, group_norm_op, layer_norm_op, geglu_op):
+    for module in (attention_op, group_norm_op, layer_norm_op, geglu_op, linear_op, moments_op):
         monkeypatch.setattr(module, "runs_reference", lambda *_: False)
     with torch.device("meta"):
         unet = UNet(UNetConfig()).to(torch.bfloat16).to(memory_format=torch.channels_last).eval()
@@ -97,3 +104,11 @@ def test_a_step_of_the_fused_unet(unet):
     assert sum(step.values()) <= MOST_FUSED
     copies = {"aten::clone", "aten::copy_", "aten::_to_copy", "aten::contiguous"}
     assert not copies & step.keys() and step["aten::addmm_"] == 62
+
+
+@torch.no_grad()
+def test_a_step_whose_statistics_come_from_epilogues(unet):
+    _, step = count(EpilogueUNet(unet), torch.empty(1, dtype=torch.int64, device="meta"))
+    assert sum(step.values()) <= MOST_WITH_EPILOGUES
+    # a norm after a sum, a join or a product is one launch, or none where a product follows
+    assert step["ldmseg_fast::linear"] == 94 and step["ldmseg_fast::normalise"] == 19

@@ -33,7 +33,27 @@ def test_rows_and_table(tmp_path):
     assert tile["per_element"] == pytest.approx(1320 * 128 / (64 * 128), abs=0.05) and tile["waits"] == 3
     assert "per_element" not in other and spilled["red"] == "spills 8 bytes"
     lines = instructions([row | {"environment": run.environment} for row in run.results[:2]]).splitlines()
-    assert lines[2] == "| `panoptic_tile_kernel` | panoptic_head | sm_90 | 9 | 0 | 0 | 0 | 3 | 2835 | 1320 | 20.6 |"
+    assert lines[2] == "| `panoptic_tile_kernel` | panoptic_head | sm_90 | 9 | 0 | 0 | 0 | 3 | 2835 | 1320 | 20.6 |  |"
+
+
+def test_switches_have_rows_of_their_own():
+    run = Run("instructions", quick=True)
+    builds = [build("attention_forward_kernel", instructions=1131, exponentials=52), build("attention_delta_kernel")]
+    add_rows(run, builds, "QUARTERS=1")
+    [row] = run.results
+    assert row["variant"] == "sm_90, QUARTERS=1" and row["exponentials"] == 52
+    assert instructions([row | {"environment": run.environment}]).splitlines()[2].endswith("| 52 |")
+
+
+def test_a_switch_stands_in_the_place_of_a_constant():
+    names = {}
+    for switches in ((), (("QUARTERS", 1), ("NOTHING", 3))):
+        found, _ = collect(90, headline=True, switches=switches)
+        names[switches] = {launch.kernel.__name__: launch.constants for _, launch, _ in found}
+    before, after = names.values()
+    assert before["attention_forward_kernel"]["QUARTERS"] == 0
+    assert after["attention_forward_kernel"] == before["attention_forward_kernel"] | {"QUARTERS": 1}
+    assert all(after[name] == constants for name, constants in before.items() if name != "attention_forward_kernel")
 
 
 def test_versions_of_triton_stand_beside_each_other(tmp_path):

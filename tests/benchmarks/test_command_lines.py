@@ -131,7 +131,9 @@ def test_counts_of_instructions_go_where_they_are_asked_for(monkeypatch, tmp_pat
         return None
 
     monkeypatch.setattr(bench_instructions.subprocess, "run", make)
-    monkeypatch.setattr(bench_instructions, "add_rows", lambda run, _: run.add_value("kernel", 7.0, "instructions"))
+    monkeypatch.setattr(
+        bench_instructions, "add_rows", lambda run, _, switch: run.add_value(switch, 7.0, "instructions")
+    )
     assert bench_instructions.main(["--out", str(tmp_path / "results")]) == 0
     [path] = (tmp_path / "results").iterdir()
     assert path.suffix == ".json"

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +15,12 @@ import torch
 
 from benchmarks import bench_latency, bench_throughput
 from benchmarks.harness import validate
+from benchmarks.measuring import first_picture
 from benchmarks.measuring.gpu_plan import OURS_ON_A_GPU
 from benchmarks.peers import candidates, plain_pipeline
 from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.peers.plain_pipeline import PlainPipeline, plain_names, plain_postprocess
+from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config import PostprocessConfig
@@ -132,6 +136,52 @@ def test_the_rival_is_timed(model_dir, tmp_path):
     record = json.loads(next(tmp_path.glob("latency-*.json")).read_text())
     rows = {row["name"]: row for row in record["results"]}
     assert rows["EoMT whole image"]["p50"] > rows["EoMT forward"]["p50"] > 0
+
+
+@pytest.mark.parametrize("fault", ["", "a map", "an exit code"])
+def test_the_first_picture_of_a_process(fault, model_dir, tmp_path, monkeypatch):
+    """By doubles of the processes: the third finds what the second kept, and none finds what inductor kept."""
+    processes = []
+    run = subprocess.run
+
+    def start(command, **settings):
+        if "benchmarks.measuring.first_picture" not in command:
+            return run(command, **settings)  # git's
+        environment = settings["env"]
+        kept = Path(environment["XDG_CACHE_HOME"]) / "packages"
+        processes.append((command[command.index("--backend") + 1], kept.exists()))
+        assert not list(Path(environment["TORCHINDUCTOR_CACHE_DIR"]).iterdir())
+        if "compile" in command:
+            kept.mkdir(exist_ok=True)
+        found = np.full((48, 64), kept.exists() and fault == "a map")
+        np.save(command[command.index("--out") + 1], found)
+        milliseconds = "9000.0" if len(processes) == 2 else "3000.0"
+        return subprocess.CompletedProcess(command, int(fault == "an exit code"), milliseconds, "it failed")
+
+    monkeypatch.setattr(first_picture.subprocess, "run", start)
+    arguments = ["--variants", "none", "--sizes", "48x64", "--parts", "first"]
+    assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == int(bool(fault))
+    rows = json.loads(next(tmp_path.glob("latency-*.json")).read_text())["results"]
+    if fault:
+        assert [row["red"] for row in rows] == [
+            "maps differ: 0.00% of the pixels alike"
+            if fault == "a map"
+            else "BenchmarkError: first picture: torch float32: it failed"
+        ]
+        return
+    assert processes == [("torch", False), ("compile", False), ("compile", True)]
+    times = {row["variant"]: row["p50"] for row in rows}
+    assert times == {
+        "torch float32": 3000.0,
+        "compile float32, nothing kept": 9000.0,
+        "compile float32, packages kept": 3000.0,
+    }
+
+
+def test_what_a_process_times(model_dir):
+    picture = np.zeros((48, 64, 3), np.uint8)
+    milliseconds, found = first_picture.time_first(lambda: LDMSegPipeline.from_pretrained(model_dir), picture, 1)
+    assert milliseconds > 0 and found.shape == (48, 64)
 
 
 def test_a_runtime_that_is_not_there_is_a_red_row(model_dir, tmp_path, monkeypatch):

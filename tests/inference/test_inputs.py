@@ -233,7 +233,7 @@ def test_numbers_out_of_range(pipe: LDMSegPipeline, arguments: dict, message: st
         ({"dtype": np.float32}, "dtype=.*: one of torch.float32"),
         ({"dtype": torch.int8}, "dtype=torch.int8"),
         ({"dtype": torch.complex64}, "dtype=torch.complex64"),
-        ({"fused": "no"}, "fused='no': True or False"),
+        ({"fused": "no"}, "fused='no': True, False or 'epilogues'"),
         ({"cuda_graph": "no"}, "cuda_graph='no': True or False"),
         ({"backend": "onnxruntime", "lanes": "2"}, "lanes='2': a whole number"),
         ({"backend": "onnxruntime", "threads": 1.5}, "threads=1.5: a whole number"),

@@ -57,6 +57,32 @@ def test_padded_heads_are_a_tuned_choice(device, poison, monkeypatch, close):
     close(logsumexp, exact_logsumexp)
 
 
+@pytest.mark.parametrize("switches", [{"DELAYED": 1}, {"QUARTERS": 1}, {"QUARTERS": 2, "DELAYED": 1}], ids=str)
+@pytest.mark.parametrize("keys", [33, 64, 200])
+def test_switches_of_the_forward_pass(switches, keys, device, poison, monkeypatch):
+    """A block's values a block later, and polynomials in the place of exponentials, are held to torch's own error."""
+    for classes in all_configs()["attention_forward"].values():
+        for name, value in switches.items():
+            monkeypatch.setitem(classes["d48"].constants, name, value)
+    q, k, v, grad = make_inputs((2, 63, keys, 2, 40), DTYPES[-1], device)
+    out, logsumexp = host.attention_forward(q, k, v, 40**-0.5)
+    best, *_ = torch_attention(*(each.double() for each in (q, k, v, grad)))
+    theirs, *_ = torch_attention(q, k, v, grad)
+    error, usual = (float((each.double() - best).abs().max()) for each in (out, theirs))
+    rounding = torch.finfo(q.dtype).eps * float(best.abs().max())
+    assert error <= 2 * max(usual, rounding / 2), f"{error:.1e} against torch's {usual:.1e}"
+    _, exact_logsumexp = reference.attention_forward(q.double(), k.double(), v.double(), 40**-0.5)
+    torch.testing.assert_close(logsumexp.double(), exact_logsumexp, rtol=1e-5, atol=1e-4)
+
+
+def test_a_nan_is_not_lost_in_a_polynomial(device, monkeypatch):
+    for classes in all_configs()["attention_forward"].values():
+        monkeypatch.setitem(classes["d48"].constants, "QUARTERS", 2)
+    q, k, v, _ = make_inputs((1, 63, 70, 1, 40), DTYPES[-1], device)
+    k[0, 3] = float("nan")
+    assert host.attention_forward(q, k, v, 0.2)[0].isnan().all()
+
+
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value)")  # in rows beyond the last key, which nobody stores
 @pytest.mark.parametrize("score", [-30.0, 30.0])
 def test_keys_that_fill_a_block_add_nothing(score, device, poison, close):

@@ -179,6 +179,7 @@ def test_machine_instructions_are_counted():
     assert count_sass("\n".join([*lines, ".L_1:", "--:-:-:Y:0\tIMAD.MOV.U32 R1, RZ, RZ, R2;", "--:-:-:Y:0\tNOP;"])) == (
         3,
         1,
+        0,
     )
 
 
