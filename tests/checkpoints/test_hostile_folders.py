@@ -301,6 +301,9 @@ def test_int8_scales_make_nothing_larger(tmp_path):
     save_file(scales, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"a\.int8_scale does not fit its tensor"):
         load_weights(tmp_path / WEIGHTS)
+    save_file({"a": torch.zeros(1, 8, dtype=torch.int8), "a.int8_scale": torch.ones(1) * 1j}, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"a\.int8_scale does not fit its tensor"):
+        load_weights(tmp_path / WEIGHTS)
     save_file({"b.int8_scale": torch.ones(1)}, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"b\.int8_scale"):
         load_weights(tmp_path / WEIGHTS)
