@@ -48,7 +48,7 @@ def segment_table(segments: Sequence[Mapping[str, Any]], class_agnostic: bool, u
     for row, segment in enumerate(segments):
         category = 1 if class_agnostic else segment.get("category_id")
         area = segment.get("area", -1) if use_area else -1
-        values = segment.get("id"), category, segment.get("iscrowd", 0), area
+        values: tuple[Any, ...] = segment.get("id"), category, segment.get("iscrowd", 0), area
         if not all(_is_number(value) for value in values):
             raise PanopticFormatError(
                 f"segment {values[0]!r}: `category_id` {category!r}, `iscrowd` {values[2]!r} and `area` {area!r} "
