@@ -317,7 +317,7 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
         name, _, folder = entry.rpartition("=")
         model_dir = resolve_model_dir(folder)
         name = name or shown_name(model_dir)
-        reconstruction = load_index(model_dir).get("components") == ["mask_vae"]
+        reconstruction = load_index(model_dir)["components"] == ["mask_vae"]
         for steps in [None] if reconstruction or not args.steps else args.steps:
             # with one step all solvers are the same
             for solver in ["ddim"] if reconstruction or steps == 1 else args.solvers:

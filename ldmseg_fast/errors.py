@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import signal
 
+_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # what torch says on a GPU and on a CPU
+
 
 class UserError(Exception):
     """Marks what the caller can mend: the message names the file or the value, and the cure."""
@@ -62,3 +64,10 @@ class Stopped(Exception):
     def __init__(self, step: int, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} at step {step} and saved; go on with --resume")
         self.exit_code = 128 + number
+
+
+def why_out_of_memory(error: BaseException) -> str | None:
+    """Returns in a line what an error says that tells of too little memory, on a GPU or in the host; else None."""
+    text = str(error).strip()
+    found = isinstance(error, RuntimeError) and any(words in text.lower() for words in _MEMORY)
+    return (text or "too little of it").splitlines()[0][:200] if found or isinstance(error, MemoryError) else None

@@ -184,6 +184,8 @@ def validate(record: Mapping[str, Any]) -> None:
         "checks": dict,
         "results": list,
     }
+    if not isinstance(record, Mapping):
+        raise BenchmarkError(f"an object expected, got {record!r:.80}")
     for key, kind in kinds.items():
         if not isinstance(record.get(key), kind):
             raise BenchmarkError(f"`{key}` must be a {kind.__name__}, got {record.get(key)!r:.80}")
@@ -198,6 +200,8 @@ def validate(record: Mapping[str, Any]) -> None:
     if not record["results"]:
         raise BenchmarkError("`results` is empty")
     for index, row in enumerate(record["results"]):
+        if not isinstance(row, Mapping):
+            raise BenchmarkError(f"`results[{index}]` must be an object, got {row!r:.80}")
         wanted: tuple[str, ...] = ("value",) if "value" in row else tuple(f"p{percent}" for percent in PERCENTILES)
         wanted = () if "red" in row else wanted
         for key in ("name", "variant", "unit", *(("red",) if "red" in row else ())):
@@ -232,7 +236,7 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         validate(record)
-    except (OSError, ValueError, AttributeError, BenchmarkError) as error:
+    except (OSError, ValueError, RecursionError, BenchmarkError) as error:
         raise BenchmarkError(f"{path}: no result file ({error}); name one of {RESULTS.name}/*.json") from None
     return record
 

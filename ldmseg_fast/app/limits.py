@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 from ldmseg_fast.app.metrics import Metrics
 from ldmseg_fast.app.work import Stop
-from ldmseg_fast.errors import UserError
+from ldmseg_fast.errors import UserError, why_out_of_memory
 
 GRACE = 1.0  # seconds in which a visitor whose connection has closed may open another one
-_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # what torch says on a GPU and on a CPU
 
 
 class Cancelled(UserError):
@@ -193,8 +192,6 @@ def why_refused(error: BaseException) -> str | None:
     """Writes an error of a machine that has no room left as one line; None for other errors."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk of this machine is full, so nothing could be written: tell the one who runs this app"
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY)
-    ):
+    if why_out_of_memory(error):
         return "this machine has too little memory for that: take a smaller picture or a smaller size"
     return None

@@ -97,13 +97,13 @@ def read_model_info(model_dir: str | Path) -> ModelInfo:
     """
     folder = resolve_model_dir(model_dir)
     index = load_index(folder)
-    missing = sorted({"unet", "mask_vae", "image_vae", "scheduler"} - set(index.get("components", [])))
+    missing = sorted({"unet", "mask_vae", "image_vae", "scheduler"} - set(index["components"]))
     if missing:
         raise CheckpointError(
             f"{folder}: no {', '.join(missing)} in this model folder"
             + ("; it is a mask auto-encoder: train the diffusion stage with model.mask_vae=" + str(folder))
         )
-    for key in ("image_size", "num_inference_steps", "self_condition"):
+    for key in ("image_size", "num_inference_steps", "self_condition", "postprocess"):
         if index.get(key) is None:
             raise CheckpointError(f"{folder / 'model_index.json'}: no {key} in it; save the model again")
     loaded = {name: load_component_config(folder, name) for name in index["components"]}
@@ -126,7 +126,7 @@ def read_model_info(model_dir: str | Path) -> ModelInfo:
         conditioning=unet.conditioning,
         mask_vae=components["mask_vae"],
         scheduler=components["scheduler"],
-        postprocess=from_dict(PostprocessConfig, index.get("postprocess", {}), "postprocess."),
+        postprocess=from_dict(PostprocessConfig, index["postprocess"], "postprocess."),
         categories=load_categories(folder, components["mask_vae"]),
         context_shape=_context_shape(folder, unet, loaded["conditioning"][1] if "conditioning" in loaded else {}),
         index=index,

@@ -183,7 +183,7 @@ def started_encoder(config: Config, found: ImageEncoderConfig) -> ImageEncoderCo
 
 def _ours(config: Config, folder: Path) -> Start:
     source = f"model.init_from={folder}"
-    missing = {"unet", "mask_vae", "image_vae", "scheduler"} - set(load_index(folder).get("components", []))
+    missing = {"unet", "mask_vae", "image_vae", "scheduler"} - set(load_index(folder)["components"])
     if missing:
         raise CheckpointError(
             f"{source}: a model folder without {', '.join(sorted(missing))}; use it as model.mask_vae"

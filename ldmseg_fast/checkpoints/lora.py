@@ -27,8 +27,9 @@ METADATA = "lora_adapter_metadata"  # diffusers' entry: PEFT's settings as JSON,
 FACTOR = re.compile(r"(?P<layer>.+?)[._]lora(?:[._](?P<old>up|down)|_(?P<new>[AB])(?:\.[^.]+)?)\.weight")
 ALPHA = re.compile(r"(?P<layer>.+?)(?:[._]lora)?\.alpha")
 SLOW = re.compile(r"\)[*+?{]")  # a repeated group: a search may take exponential time
-QUANTIFIER = re.compile(r"[*+{]")  # each is a power of the name's length
+QUANTIFIER = re.compile(r"[*+?{]")  # each is a power of the name's length
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NUMBERS = (*FLOATS, torch.int32, torch.int64)  # an alpha may be a whole number
 TEXT_ENCODER = ("text_encoder", "lora_te", "text_model")
 
 
@@ -65,7 +66,7 @@ def fold_lora(state: Mapping[str, Tensor], path: Path, scale: float = 1.0) -> di
         raise CheckpointError(f"{path}: a LoRA of a text encoder alone, which no graph holds; give one of a UNet")
     layers = {name.removesuffix(".weight") for name in state if name.endswith(".weight") and state[name].ndim > 1}
     changes = _read_changes(ours, layers, path)
-    if other := [name for name, value in ours.items() if value.dtype not in FLOATS]:
+    if other := [name for name, value in ours.items() if value.dtype not in (FLOATS if value.numel() > 1 else NUMBERS)]:
         raise CheckpointError(
             f"{path}: tensors of another type: {_listed(f'{name} {ours[name].dtype}' for name in other)}; save the "
             f"LoRA in float32 or float16"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ldmseg_fast import __version__
 from ldmseg_fast.checkpoints.categories_file import CATEGORIES
 from ldmseg_fast.checkpoints.hub_names import RULE
-from ldmseg_fast.checkpoints.schema import COMPONENTS, REQUIRED, ModelIndex, check_component, checked, read_settings
+from ldmseg_fast.checkpoints.schema import COMPONENTS, REQUIRED, check_component, check_index, read_settings
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, check_state, load_state, load_weights, save_weights
 from ldmseg_fast.config import PostprocessConfig, from_dict, to_dict
 from ldmseg_fast.config.values import shown
@@ -149,7 +149,7 @@ def load_index(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: {known} model format {shown(version)}, this version reads {FORMAT_VERSION}; {cure}"
         )
-    return checked(ModelIndex, index, str(path), ours=True)
+    return check_index(index, str(path))
 
 
 def load_component_config(folder: str | Path, name: str) -> tuple[Any, dict[str, Any]]:

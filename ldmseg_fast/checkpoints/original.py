@@ -20,6 +20,7 @@ from ldmseg_fast.checkpoints.shipped import resolve_image_vae
 from ldmseg_fast.checkpoints.tensors import plain_names
 from ldmseg_fast.checkpoints.weight_files import read_weights
 from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import ArgumentError, CheckpointError
 
 LATENT_SIDE = 64  # where nothing says otherwise
@@ -91,7 +92,7 @@ def _model(
     vae_values = read_config(vae_path, "vae") if vae_path else None
     scale = _settings(values).get("image_scaling_factor", (vae_values or {}).get("scaling_factor", 0.18215))
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < 1e6:
-        raise CheckpointError(f"{source}: image_scaling_factor={scale!r}: a positive number expected")
+        raise CheckpointError(f"{source}: image_scaling_factor={shown(scale)}: a positive number expected")
     image, vae_config, image_state = image_vae_config(
         _tensors(values, "vae_image", source), vae_values, float(scale), f"{source}['vae_image']"
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldmseg_fast.checkpoints.tensors import check_state
 from ldmseg_fast.config import ImageEncoderConfig, MaskVAEConfig, SchedulerConfig, UNetConfig, from_dict
+from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.models import image_vae, mask_vae, unet
 from ldmseg_fast.models.image_vae import KL_DEFAULTS, SD_VAE_CONFIG, modern_attention_names
@@ -42,8 +43,8 @@ def mask_vae_config(state: State, p: dict[str, Any], source: str) -> MaskVAEConf
         )
     config = MaskVAEConfig(
         **found,
-        norm_groups=_number(p, "norm_num_groups", 32),
-        scaling_factor=_number(p, "scaling_factor", 0.18215),
+        norm_groups=_number(p, "norm_num_groups", 32, source),
+        scaling_factor=_number(p, "scaling_factor", 0.18215, source),
     )
     if 2**config.num_bits < config.num_slots or 2**config.num_upscalers > config.downsampling:
         raise CheckpointError(
@@ -81,7 +82,7 @@ def unet_config(state: State, given: dict[str, Any] | None, p: dict[str, Any], s
             f"are converted"
         )
     if given is None:
-        given = _unet_hints(p, len(widths))
+        given = _unet_hints(p, len(widths), source)
         if "num_heads" not in given and widths != UNetConfig().block_out_channels:
             raise CheckpointError(
                 f"{source}: widths {list(widths)} are not Stable Diffusion 1.4's, and head counts are not in the "
@@ -177,12 +178,15 @@ def scheduler_config(p: dict[str, Any], source: str) -> SchedulerConfig:
         raise CheckpointError(f"{source}: {error}") from None
 
 
-def _number(p: dict[str, Any], key: str, default: Any) -> Any:
+def _number(p: dict[str, Any], key: str, default: Any, source: str) -> Any:
+    """Reads a number of `p` of the kind of `default`. Raises CheckpointError, which names `source`."""
     value = p.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
-        raise CheckpointError(f"p: {key}={value!r}: a positive number expected")
+    whole, most = isinstance(default, int), 10**6
+    if type(value) not in (int, float) or not 0 < value < most or (whole and value != int(value)):
+        kind = "whole number" if whole else "number"
+        raise CheckpointError(f"{source}: `p` has {key}={shown(value)}: a positive {kind} below {most} expected")
     return type(default)(value)
 
 
@@ -194,15 +198,15 @@ def _structure(read: Callable[[State], dict[str, Any]], state: State, source: st
         raise CheckpointError(f"{source}: {error}") from None
 
 
-def _unet_hints(p: dict[str, Any], levels: int) -> dict[str, Any]:
+def _unet_hints(p: dict[str, Any], levels: int, source: str) -> dict[str, Any]:
     """What the tensors do not show, as far as `p` says it; `attention_head_dim` counts heads, as in diffusers."""
     hints: dict[str, Any] = {}
     heads = p.get("num_attention_heads") or p.get("attention_head_dim")
     if heads is not None:
         counts = heads if isinstance(heads, (list, tuple)) else [heads] * levels
-        hints["num_heads"] = tuple(_number({"heads": count}, "heads", 8) for count in counts)
+        hints["num_heads"] = tuple(_number({"heads": count}, "heads", 8, source) for count in counts)
     if p.get("norm_num_groups") is not None:
-        hints["norm_groups"] = _number(p, "norm_num_groups", 32)
+        hints["norm_groups"] = _number(p, "norm_num_groups", 32, source)
     return hints
 
 

@@ -23,6 +23,7 @@ from ldmseg_fast.config import (
 from ldmseg_fast.config.checks import part_checks
 from ldmseg_fast.config.limits import Length, Range
 from ldmseg_fast.config.settings import IdAssignment, Layers, Pixels, Timesteps, Width, Widths
+from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.files import read_json
 
@@ -41,6 +42,8 @@ REQUIRED = {
     "scheduler": ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type"),
     "conditioning": (),
 }
+THRESHOLDS = ("mask_threshold", "count_threshold", "overlap_threshold")  # as REQUIRED, of the index's `postprocess`
+HEAD = ("_class_name", "format_version", "ldmseg_fast")  # of the index, for readers of other versions
 MAX_BYTES = 64 << 20  # of a JSON; the index of a very large model's shards is far smaller
 Names = Annotated[tuple[Literal["unet", "mask_vae", "image_vae", "scheduler", "conditioning"], ...], Length(1, 5)]
 Texts = Annotated[tuple[str, ...], Length(1, 16)]
@@ -110,6 +113,29 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
+def check_index(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Returns what `model_index.json` holds, each value in its own type.
+
+    Raises:
+        CheckpointError: of another pipeline; a setting that is missing, that there is not, or out of range.
+    """
+    if values.get("_class_name", "LDMSegPipeline") != "LDMSegPipeline":
+        raise CheckpointError(
+            f"{source}: _class_name={shown(values['_class_name'])}: a model of another program; LDMSegPipeline is read"
+        )
+    names = [item.name for item in fields(ModelIndex)]
+    for key in [key for key in values if key not in (*names, *HEAD) and not key.startswith("_")]:
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.85)
+        cure = f"did you mean {near[0]}?" if near else "remove it, or update ldmseg_fast"
+        raise CheckpointError(f"{source}: unknown setting {key[:100]}; {cure}")
+    found = checked(ModelIndex, values, source, ours=True)
+    missing = [] if "components" in values else ["components"]
+    missing += [f"postprocess.{name}" for name in THRESHOLDS if name not in values.get("postprocess", THRESHOLDS)]
+    if missing:
+        raise CheckpointError(f"{source}: damaged, no {', '.join(missing)} in it; copy it or save the model again")
+    return found
+
+
 def checked(kind: type, values: dict[str, Any], source: str, *, ours: bool = False) -> dict[str, Any]:
     """Returns `values` with those that `kind`, a dataclass, lists in their own types; the others stay as they are.
 
@@ -117,16 +143,12 @@ def checked(kind: type, values: dict[str, Any], source: str, *, ours: bool = Fal
         kind: a dataclass of settings.
         values: by name.
         source: names the file, for errors.
-        ours: whether the format is ours, so that a name that is nearly one of `kind` is a slip.
+        ours: whether the format is ours, so that null is no value.
 
     Raises:
-        CheckpointError: a value of the wrong type or out of range, or a slip in a name.
+        CheckpointError: a value of the wrong type or out of range.
     """
     names = [item.name for item in fields(kind)]
-    for key in values.keys() - set(names) if ours else ():
-        near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.85)
-        if near and near[0] not in values:
-            raise CheckpointError(f"{source}: unknown setting {key[:100]}; did you mean {near[0]}?")
     known = {key: values[key] for key in names if key in values and (ours or values[key] is not None)}
     try:
         found = asdict(from_dict(kind, known))

@@ -166,7 +166,8 @@ def expand_int8(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     expanded = {name: value for name, value in state.items() if not name.endswith(INT8_SCALE)}
     for name, scale in scales.items():
         value = state.get(name)
-        if value is None or value.dtype != torch.int8 or scale.ndim != 1 or scale.shape != value.shape[:1]:
+        fits = scale.is_floating_point() and scale.ndim == 1
+        if not fits or value is None or value.dtype != torch.int8 or scale.shape != value.shape[:1]:
             raise CheckpointError(
                 f"{source}: {name}{INT8_SCALE} does not fit its tensor, so the file is damaged; copy or save it again"
             )

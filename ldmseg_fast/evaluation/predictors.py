@@ -63,7 +63,7 @@ class Predictor(Protocol):
 
 def is_autoencoder(model_dir: str | Path) -> bool:
     """Tells whether a model folder holds a mask auto-encoder alone. Raises CheckpointError for no model folder."""
-    return load_index(model_dir).get("components") == ["mask_vae"]
+    return load_index(model_dir)["components"] == ["mask_vae"]
 
 
 class DiffusionModel:

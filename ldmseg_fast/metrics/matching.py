@@ -15,6 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from ldmseg_fast.errors import PanopticFormatError
 from ldmseg_fast.native import _C, warn_slow
 from ldmseg_fast.panoptic.annotations import MAX_ID, MAX_NUMBER
+from ldmseg_fast.panoptic.format import check_ids
 
 TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE, FALSE_POSITIVE_ONE_CROWD = 0, 1, 2, 3
 
@@ -39,22 +40,31 @@ def segment_table(segments: Sequence[Mapping[str, Any]], class_agnostic: bool, u
     """Turns `segments_info` into int64 [S, 4]: id, category id (1 if class-agnostic), iscrowd, area (-1: count it).
 
     Raises:
-        PanopticFormatError: a value that is no whole number or out of range; names the segment.
+        PanopticFormatError: no list of mappings; a value that is no whole number or out of range, with its segment.
     """
+    if not isinstance(segments, Sequence) or not all(isinstance(segment, Mapping) for segment in segments):
+        raise PanopticFormatError(f"segments_info: a list of objects with an `id` expected, got {segments!r:.80}")
     table = np.empty((len(segments), 4), np.int64)
     for row, segment in enumerate(segments):
-        category = 1 if class_agnostic else segment["category_id"]
+        category = 1 if class_agnostic else segment.get("category_id")
         area = segment.get("area", -1) if use_area else -1
-        values = segment["id"], category, segment.get("iscrowd", 0), area
-        if any(isinstance(value, str | None) or not -1 <= value <= MAX_NUMBER for value in values):
+        values: tuple[Any, ...] = segment.get("id"), category, segment.get("iscrowd", 0), area
+        if not all(_is_number(value) for value in values):
             raise PanopticFormatError(
-                f"segment {segment['id']!r}: `category_id` {category!r}, `iscrowd` {values[2]!r} and `area` {area!r} "
-                f"must be numbers up to {MAX_NUMBER}"
+                f"segment {values[0]!r}: `category_id` {category!r}, `iscrowd` {values[2]!r} and `area` {area!r} "
+                f"must be whole numbers up to {MAX_NUMBER}"
             )
         if values[2] not in (0, 1):
-            raise PanopticFormatError(f"segment {segment['id']!r}: `iscrowd` must be 0 or 1, got {values[2]!r}")
+            raise PanopticFormatError(f"segment {values[0]!r}: `iscrowd` must be 0 or 1, got {values[2]!r}")
         table[row] = values
     return table
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return -1 <= value <= MAX_NUMBER and value == int(value)
+    except (TypeError, ValueError):
+        return False
 
 
 def match_segments(
@@ -91,7 +101,7 @@ def int32_map(ids: np.ndarray) -> np.ndarray:
     Raises:
         PanopticFormatError: values that int32 could cut off.
     """
-    if ids.dtype != np.int32:
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32:
         check_map(ids, "map")
     return np.ascontiguousarray(ids, np.int32)
 
@@ -232,10 +242,10 @@ def check_map(ids: np.ndarray, name: str) -> None:
     Raises:
         PanopticFormatError: it is not; `name` says which map.
     """
-    if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise PanopticFormatError(f"{name}: expected integer ids [H, W], got {list(ids.shape)} {ids.dtype}")
-    if ids.min() < 0 or ids.max() > MAX_ID:
-        raise PanopticFormatError(f"{name}: ids must lie in 0..{MAX_ID} (0 = void), found {ids.min()}..{ids.max()}")
+    try:
+        check_ids(ids)
+    except PanopticFormatError as error:
+        raise PanopticFormatError(f"{name}: {error}") from None
 
 
 def _size(ids: np.ndarray) -> str:

@@ -186,8 +186,10 @@ class PanopticQuality:
         Images whose ids nobody gave are numbered anew.
 
         Raises:
-            ArgumentError: other categories, or an image that both have counted.
+            ArgumentError: no statistics, other categories, or an image that both have counted.
         """
+        if not isinstance(other, PanopticQuality):
+            raise ArgumentError(f"other: a PanopticQuality expected, got {type(other).__name__}")
         if self.categories != other.categories or self.class_agnostic != other.class_agnostic:
             raise ArgumentError("statistics over different categories cannot be merged")
         if self.boundary != other.boundary:

@@ -124,16 +124,7 @@ class BadItems:
         )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether an error says that memory has run out, on a GPU or in the host."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
-    )
-
-
-def out_of_memory(stage_name: str, config: Config, world_size: int, error: str) -> OutOfMemory:
-    """Makes the error of a run that found no memory, with the settings that free most. error: what torch said."""
+def out_of_memory(stage_name: str, config: Config, world_size: int, reason: str) -> OutOfMemory:
+    """Makes the error of a run without memory, with the settings that free most. reason: of `why_out_of_memory`."""
     lines = "\n".join(f"  {line}" for line in advice(stage_name, config, world_size))
-    reason = error.strip().splitlines()[0][:200]
     return OutOfMemory(f"out of memory ({reason}). What helps most:\n{lines}\nthen go on with --resume")

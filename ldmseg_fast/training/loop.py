@@ -24,7 +24,7 @@ from ldmseg_fast.config import Config, TrainConfig, describe, to_dict
 from ldmseg_fast.data.latent_cache import ShardCheck, attach_cache
 from ldmseg_fast.data.loader import Prefetcher
 from ldmseg_fast.distributed.liveness import Agreement, Heartbeat, Interrupt
-from ldmseg_fast.errors import Stopped
+from ldmseg_fast.errors import Stopped, why_out_of_memory
 from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.kernels.backend import KERNELS, set_backend, turn_off_on_old_gpus
 from ldmseg_fast.threads import cores
@@ -32,7 +32,7 @@ from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.disk import check_disk
 from ldmseg_fast.training.exported import exported_step, note_exported
-from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, is_out_of_memory, out_of_memory
+from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, out_of_memory
 from ldmseg_fast.training.inputs import (
     check_batch,
     check_output_dir,
@@ -382,8 +382,8 @@ def train(
             run = Run(stage_name, config, interrupt, resume, deepspeed_config, trust, notes)
             run.loop()
         except Exception as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(stage_name, config, distributed.world_size(), str(error)) from error
+            if reason := why_out_of_memory(error):
+                raise out_of_memory(stage_name, config, distributed.world_size(), reason) from error
             raise
         finally:
             if run is not None:

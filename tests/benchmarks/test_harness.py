@@ -106,6 +106,7 @@ def test_a_red_row_ends_what_older_runs_say(harness, tmp_path, record):
         (lambda r: r["environment"].pop("cuda"), "environment.cuda"),
         (lambda r: r["environment"].update(gpu=None), "environment.gpu.name"),
         (lambda r: r.update(results=[]), "`results` is empty"),
+        (lambda r: r["results"].insert(0, 3), r"`results\[0\]` must be an object, got 3"),
         (lambda r: r["results"][0].update(p50=float("nan")), r"results\[0\].p50"),
         (lambda r: r["results"][0].pop("variant"), r"results\[0\].variant"),
         (lambda r: r["results"][2].update(value=None), r"results\[2\].value"),
@@ -118,6 +119,13 @@ def test_the_schema_is_kept(harness, monkeypatch, tmp_path, change, message):
     change(broken)
     with pytest.raises(harness.BenchmarkError, match=message):
         harness.validate(broken)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", "[" * 200_000, "{", ""])
+def test_files_that_hold_no_results(harness, tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(harness.BenchmarkError, match=r"a\.json: no result file \((?!.*attribute)"):
+        harness.read_results(tmp_path / "a.json")
 
 
 def test_saved_results_follow_the_schema(harness):

@@ -146,6 +146,16 @@ def test_a_configuration_allocates_no_more_than_the_weights_hold(good, tmp_path)
         ("model_index.json", {"num_inference_steps": 10**6}, "num_inference_steps"),
         ("model_index.json", {"postprocess": {"mask_threshold": float("nan")}}, "mask_threshold=nan: from 0 to 1"),
         ("model_index.json", {"image_sizes": 64, "image_size": 64}, "image_size"),
+        ("model_index.json", {"image_sise": 64}, "unknown setting image_sise; did you mean image_size"),
+        ("model_index.json", {"resolution": 64}, "unknown setting resolution; remove it, or update"),
+        ("model_index.json", {"_class_name": "Other"}, "_class_name='Other': a model of another program"),
+        ("model_index.json", {"_class_name": []}, r"_class_name=\[\]: a model of another program"),
+        ("model_index.json", {"postprocess": {}}, r"no postprocess\.mask_threshold, postprocess\.count_threshold, "),
+        (
+            "model_index.json",
+            {"postprocess": {"mask_threshold": 0.1, "overlap_threshold": 0.5}},
+            "no postprocess.count",
+        ),
         ("model_index.json", {"id_assignment": "odd"}, "id_assignment='odd'"),
         ("scheduler/config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps=1000000000"),
         ("scheduler/config.json", {"beta_start": 0.5, "beta_end": 0.1}, "beta_start=0.5"),
@@ -181,6 +191,12 @@ def test_a_setting_that_is_missing_is_no_default(good, tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"scheduler/config\.json: damaged, no prediction_type"):
         load_component_config(folder, "scheduler")
+    path = folder / "model_index.json"
+    whole = json.loads(path.read_text())
+    for name in ("components", "postprocess"):
+        path.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        with pytest.raises(CheckpointError, match=rf"model_index\.json: .*no {name} in it"):
+            read_model_info(folder)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +299,9 @@ def test_weights_of_another_type(dtype, message, good, tmp_path):
 def test_int8_scales_make_nothing_larger(tmp_path):
     scales = {"a": torch.zeros(1, 1 << 16, dtype=torch.int8), "a.int8_scale": torch.ones(1 << 16)}
     save_file(scales, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"a\.int8_scale does not fit its tensor"):
+        load_weights(tmp_path / WEIGHTS)
+    save_file({"a": torch.zeros(1, 8, dtype=torch.int8), "a.int8_scale": torch.ones(1) * 1j}, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"a\.int8_scale does not fit its tensor"):
         load_weights(tmp_path / WEIGHTS)
     save_file({"b.int8_scale": torch.ones(1)}, tmp_path / WEIGHTS)

@@ -152,6 +152,21 @@ def test_factors_of_another_type(state, tmp_path, dtype):
         fold_lora(state, tmp_path / "l.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_an_alpha_of_another_type(state, factors, tmp_path, dtype):
+    path = file_of(tmp_path / "l.safetensors", factors, extra={"unet.conv_in.alpha": torch.tensor(1.0).to(dtype)})
+    with pytest.raises(CheckpointError, match=rf"another type: unet\.conv_in\.alpha {dtype}"):
+        fold_lora(state, path)
+
+
+def test_an_alpha_may_be_a_whole_number(state, factors, tmp_path):
+    path = file_of(tmp_path / "l.safetensors", factors, "kohya", extra={"lora_unet_conv_in.alpha": torch.tensor(6)})
+    scales = {LINEAR: SCALE, OUT: SCALE, CONV: SCALE * 6 / RANK}
+    for layer, scale in scales.items():
+        expected = by_hand(state, {layer: factors[layer]}, scale)[f"{layer}.weight"]
+        torch.testing.assert_close(fold_lora(state, path, SCALE)[f"{layer}.weight"], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("alpha", "scale"), [(1e38, 1000.0), (1.0, 1e38)])
 def test_a_change_beyond_float32(state, factors, tmp_path, alpha, scale):
     path = file_of(tmp_path / "l.safetensors", factors, alpha=alpha)
@@ -161,7 +176,7 @@ def test_a_change_beyond_float32(state, factors, tmp_path, alpha, scale):
 
 
 def test_a_pattern_without_end(state, factors, tmp_path):
-    for pattern in ("(.+)+(.+)+zzz", "(a|b)*", ".*.*.*.*q"):
+    for pattern in ("(.+)+(.+)+zzz", "(a|b)*", ".*.*.*.*q", ".?" * 30 + "zzz"):
         metadata = {METADATA: json.dumps({"unet.alpha_pattern": {pattern: 1}})}
         with pytest.raises(CheckpointError, match=r"alpha_pattern '.*': a pattern that may be searched"):
             fold_lora(state, file_of(tmp_path / "l.safetensors", factors, metadata=metadata))

@@ -126,6 +126,41 @@ def test_damaged_and_foreign_files(files):
     assert_nothing_written(files)
 
 
+def test_files_that_are_no_checkpoints_say_what_they_are(files):
+    (files / "folder.pt").mkdir()
+    os.mkfifo(files / "pipe.pt")
+    for name, message in (("folder.pt", "a folder"), ("pipe.pt", "a named pipe")):
+        with pytest.raises(CheckpointError, match=rf"{name}: {message}"):
+            convert_checkpoint(files / name, files / "out")
+
+
+def test_weights_that_were_damaged_on_the_way(files):
+    """Each record of torch.save has a checksum, unless that was switched off; torch.load does not look at it."""
+    values = {"vae": MaskVAE(MASK).state_dict(), "p": P}
+    torch.serialization.set_crc32_options(False)
+    try:
+        convert_checkpoint(write(files / "model.pt", values), files / "plain")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    path = write(files / "model.pt", values)
+    with zipfile.ZipFile(path) as archive:
+        entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content = bytearray(path.read_bytes())
+    content[entry.header_offset + entry.file_size] ^= 1  # in its bytes, which follow a short header
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.pt: damaged checkpoint \(Bad CRC-32"):
+        convert_checkpoint(path, files / "out")
+    assert_nothing_written(files)
+
+
+@pytest.mark.parametrize("value", ["x", 0, -1, float("nan"), True, [], 10**60, 1.5], ids=lambda value: "")
+def test_numbers_of_the_settings_that_are_none(files, value):
+    settings = P | {"vae_model_kwargs": P["vae_model_kwargs"] | {"norm_num_groups": value}}
+    with pytest.raises(CheckpointError, match=r"`p` has norm_num_groups=.*: a positive whole number below") as error:
+        run(files, {"vae": MaskVAE(MASK).state_dict(), "p": settings})
+    assert len(str(error.value)) < 400 and str(error.value).startswith(str(files / "model.pt"))
+
+
 def edited(name, key, value):
     """`original_model` with one tensor of one network replaced, or dropped where `value` is None."""
     values = original_model()

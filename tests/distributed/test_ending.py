@@ -17,6 +17,7 @@ from ldmseg_fast.distributed.ending import reason_of, run_command
 from ldmseg_fast.export import to_onnx, to_triton, to_trt
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_ROOM = "error: out of memory ({}); take a smaller size or fewer at once, or end other programs"
 # the least arguments that each command takes
 ARGUMENTS = {
     "predict": ["tiny", "x.png", "--out", "out"],
@@ -116,6 +117,12 @@ def test_every_error_of_ours_is_a_user_error():
         (OSError(28, os.strerror(28)), ("error: [Errno 28] No space left on device", 2)),
         (KeyboardInterrupt(), ("interrupted", 130)),
         (errors.Stopped(7, 15), ("stopped by SIGTERM at step 7 and saved; go on with --resume", 143)),
+        (RuntimeError("CUDA out of memory. 9 GiB\nmore"), (NO_ROOM.format("CUDA out of memory. 9 GiB"), 2)),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            (NO_ROOM.format("DefaultCPUAllocator: can't allocate memory"), 2),
+        ),
+        (MemoryError(), (NO_ROOM.format("too little of it"), 2)),
         (ValueError("operands could not be broadcast"), None),
         (KeyError("x"), None),
         (RuntimeError("x"), None),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -110,8 +111,8 @@ def test_one_crowd_per_category_against_every_crowd():
         ([[1, 1]], [1], [[4, 4]], [1], "prediction: ids in the map but not in segments_info: 4"),
         ([[1, 1]], [1], [[4, 4]], [4, 6], "prediction: ids in segments_info but not in the map: 6"),
         ([[1, 1]], [1], [[4, 4]], [4, 4], "prediction: segments_info lists an id twice"),
-        ([[1, 1]], [1], [[-4, 4]], [4], "prediction: ids must lie in 0..16777215"),
-        ([[1, 2**24]], [1], [[4, 4]], [4], "ground truth: ids must lie in 0..16777215"),
+        ([[1, 1]], [1], [[-4, 4]], [4], "prediction: segment ids must lie in 0..16777215"),
+        ([[1, 2**24]], [1], [[4, 4]], [4], "ground truth: segment ids must lie in 0..16777215"),
         ([[1, 1]], [1], [[4, 4, 4]], [4], "ground truth is 2x1, prediction is 3x1"),
         ([1, 1], [1], [[4, 4]], [4], "expected integer ids"),
         ([[1.0, 1.0]], [1], [[4, 4]], [4], "expected integer ids"),
@@ -122,6 +123,33 @@ def test_faults_are_named(monkeypatch, native, gt, gt_ids, pred, pred_ids, messa
     tables = [segment_table([{"id": i, "category_id": 1} for i in ids], False) for ids in (gt_ids, pred_ids)]
     with pytest.raises(PanopticFormatError, match=message):
         match_segments(np.array(gt), tables[0], np.array(pred), tables[1])
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("given", [None, [[1, 1]], "map", torch.ones(1, 2, dtype=torch.int32)], ids=lambda value: "")
+def test_maps_that_are_no_arrays_are_named(monkeypatch, native, given):
+    monkeypatch.setattr(matching, "_C", _C if native else None)
+    ids, table = np.ones((1, 2), np.int32), segment_table([{"id": 1, "category_id": 1}], False)
+    with pytest.raises(PanopticFormatError, match="prediction: expected an array of integer ids"):
+        match_segments(ids, table, given, table)
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        (None, "a list of objects with an `id` expected, got None"),
+        ("text", "a list of objects"),
+        ([3], r"a list of objects with an `id` expected, got \[3\]"),
+        ([{"category_id": 1}], "segment None: "),
+        ([{"id": 1}], "segment 1: `category_id` None"),
+        ([{"id": 1.5, "category_id": 1}], "segment 1.5: .* whole numbers"),
+        ([{"id": 1, "category_id": float("nan")}], "`category_id` nan"),
+        ([{"id": [1], "category_id": 1}], r"segment \[1\]: "),
+    ],
+)
+def test_segments_that_are_none_are_named(segments, message):
+    with pytest.raises(PanopticFormatError, match=message):
+        segment_table(segments, False)
 
 
 def test_an_impossible_area_of_the_json_is_named():

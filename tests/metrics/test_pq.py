@@ -101,6 +101,11 @@ def test_merging_twice_or_over_other_categories_is_an_error(golden):
         stat.merge(PanopticQuality(CATEGORIES))
 
 
+def test_only_statistics_are_merged():
+    with pytest.raises(ValueError, match="a PanopticQuality expected, got dict"):
+        PanopticQuality(CATEGORIES).merge({})
+
+
 def test_boundary_pq_is_below_pq_and_equals_it_for_perfect_maps(golden):
     categories, images, _ = golden
     result = _score(categories, images, boundary=True).compute()

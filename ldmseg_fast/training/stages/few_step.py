@@ -133,7 +133,7 @@ def started_from_model(config: Config) -> Config:
         )
     folder = resolve_model_dir(config.model.init_from)
     index = load_index(folder)
-    missing = sorted({"unet", "mask_vae", "image_vae", "scheduler"} - set(index.get("components", [])))
+    missing = sorted({"unet", "mask_vae", "image_vae", "scheduler"} - set(index["components"]))
     if missing:
         raise CheckpointError(f"model.init_from={folder}: a model folder without {', '.join(missing)}; train it first")
     folders = {} if config.few_step.new_autoencoder else {"model.init_from": folder}
