@@ -162,14 +162,16 @@ def instructions(rows: Sequence[Row]) -> str:
     for row in rows:
         by_version.setdefault(triton_version(row), []).append(row)
     version = triton_version(rows[-1])
+    counted = any("exponentials" in row for row in by_version[version])  # older runs do not have it
     lines = [
         [f"`{row['name']}`", row["case"]["kernel"], row["variant"]]
         + [str(row[name]) for name in counts]
-        + [f"{row['per_element']:g}" if "per_element" in row else "", str(row.get("exponentials") or "")]
+        + [f"{row['per_element']:g}" if "per_element" in row else ""]
+        + ([str(row.get("exponentials") or "")] if counted else [])
         for row in by_version[version]
     ]
     header = ["function", "kernel", "for", "registers", "spilled bytes", "wgmma", "mma", "waits for wgmma"]
-    header += ["instructions", "in its loop", "per element", "exponentials"]
+    header += ["instructions", "in its loop", "per element", *(["exponentials"] if counted else [])]
     made = f"{table(header, lines)}\nCompiled by Triton {version}.\n"
     if len(by_version) == 1:
         return made
