@@ -91,9 +91,8 @@ def learning_curve(rows: Sequence[Row]) -> str:
     lines = []
     for (name, steps), found in sorted(times.items()):
         values = {_images(row["case"]): _pq(row) for row in found}
-        lines.append(
-            [name, str(steps), f"{round(found[0]['cpu_minutes_in_all'], 1):g}", *(values.get(each, "") for each in sets)]
-        )
+        minutes = round(found[0]["cpu_minutes_in_all"], 1)
+        lines.append([name, str(steps), f"{minutes:g}", *(values.get(each, "") for each in sets)])
     return table(["class-agnostic PQ, %, while training", "steps", "CPU minutes in all", *sets], lines)
 
 
