@@ -130,10 +130,11 @@ def load_onnx_backend(
             # weights stay in the mapped file: neither packed nor laid out anew for this processor
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        saturates = manifest.is_for_cpu and _sums_saturate()
         # moving quantisers past other nodes makes float8 inputs that those refuse
-        if exact or manifest.precision == "fp8":
+        if exact or manifest.precision == "fp8" or (saturates and manifest.graphs[name].spec.kind == "sampler"):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-        if manifest.is_for_cpu and _sums_saturate():
+        elif saturates:  # unsigned weights instead, which it refuses to make of those that a sampler's steps share
             options.add_session_config_entry("session.x64quantprecision", "1")
         settings: dict[str, str] = {}
         if device.type == "cuda":
