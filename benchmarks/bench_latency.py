@@ -353,7 +353,7 @@ def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
     if "openvino" in args.parts:
         for batch in args.batch:
             bench_openvino(bench, batch, scratch)
-    if "first" in args.parts and args.device == "cpu":
+    if "first" in args.parts:
         bench_first(bench, pictures[0], min(LOOP, info.num_inference_steps), scratch)
     if "stages" in args.parts:
         for picture in pictures:
@@ -379,6 +379,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parse_options(parser, argv)
+    if "first" in args.parts and args.device != "cpu":
+        raise BenchmarkError("--parts first: packages are kept on a CPU; add --device cpu")
     args.steps = args.steps or ([LOOP] if args.quick else [1, 4, 10, 20, 50])
     args.batch = args.batch or ([1] if args.quick else [1, 4, 16, 32])
     args.sizes = args.sizes or (["480x640"] if args.quick else ["480x640", "64x64"])

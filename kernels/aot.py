@@ -71,12 +71,10 @@ class Build:
     spill_bytes: int = 0
     wgmma: int = 0
     mma: int = 0
-    instructions: int = (
-        0  # of the machine, waits for wgmma and exponentials among them, its longest loop; where asked for
-    )
-    waits: int = 0
+    instructions: int = 0  # of the machine, these three among them; counted where asked for
+    waits: int = 0  # for wgmma
     exponentials: int = 0
-    loop: int = 0
+    loop: int = 0  # the longest one
     seconds: float = 0.0
     error: str = ""
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import bench_latency, bench_throughput
-from benchmarks.harness import validate
+from benchmarks.harness import BenchmarkError, validate
 from benchmarks.measuring import first_picture
 from benchmarks.measuring.gpu_plan import OURS_ON_A_GPU
 from benchmarks.peers import candidates, plain_pipeline
@@ -159,7 +159,7 @@ def test_the_first_picture_of_a_process(fault, model_dir, tmp_path, monkeypatch)
         return subprocess.CompletedProcess(command, int(fault == "an exit code"), milliseconds, "it failed")
 
     monkeypatch.setattr(first_picture.subprocess, "run", start)
-    arguments = ["--variants", "none", "--sizes", "48x64", "--parts", "first"]
+    arguments = ["--variants", "none", "--sizes", "48x64", "--parts", "first", "--device", "cpu"]
     assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == int(bool(fault))
     rows = json.loads(next(tmp_path.glob("latency-*.json")).read_text())["results"]
     if fault:
@@ -176,6 +176,12 @@ def test_the_first_picture_of_a_process(fault, model_dir, tmp_path, monkeypatch)
         "compile float32, nothing kept": 9000.0,
         "compile float32, packages kept": 3000.0,
     }
+
+
+def test_first_pictures_are_a_processors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(BenchmarkError, match="--parts first: packages are kept on a CPU"):
+        bench_latency.main(["--parts", "first", "--device", "cuda"])
 
 
 def test_what_a_process_times(model_dir):
