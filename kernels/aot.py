@@ -174,7 +174,7 @@ def collect(sm: int, headline: bool = False, switches: Switches = ()) -> tuple[l
             with configs.architecture(target), configs.switched(dict(switches)), record() as launches:
                 run()
             for launch in launches:
-                rest = () if headline else (launch.config, launch.constants, specialise(launch))
+                rest = () if headline else (launch.config, sorted(launch.constants.items()), specialise(launch))
                 key = repr((kernel, launch.kernel.__name__, *rest))
                 distinct.setdefault(key, (kernel, launch, target))
     shipped = {
