@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.backends import torch_backend
 from ldmseg_fast.backends.graphs import captured, lanes, loop
 from ldmseg_fast.backends.graphs.captured import Captured
 from ldmseg_fast.backends.graphs.loop import use_cuda_graph
@@ -316,11 +317,11 @@ def test_what_a_graph_cannot_do_runs_without(backend, cuda):
 def test_a_compiled_network_is_captured_as_compiled(model_dir, cuda, monkeypatch):
     compiled = []
 
-    def compile_and_count(function):
-        compiled.append(function)
-        return function
+    def compile_and_count(network, name, device):
+        compiled.append(network)
+        return network
 
-    monkeypatch.setattr(torch, "compile", compile_and_count)
+    monkeypatch.setattr(torch_backend, "compile_network", compile_and_count)
     backend = TorchBackend(read_model_info(model_dir), "cpu", torch.float32, compile_networks=True)
     backend.cuda_graph = True
     check_sample(backend, 1, 2)
