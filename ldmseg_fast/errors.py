@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import signal
 
-_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # what torch says on a GPU and on a CPU
+# what torch says on a GPU and on a CPU, and cuBLAS and cuDNN through it
+_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
 
 
 class UserError(Exception):

@@ -122,6 +122,10 @@ def test_every_error_of_ours_is_a_user_error():
             RuntimeError("DefaultCPUAllocator: can't allocate memory"),
             (NO_ROOM.format("DefaultCPUAllocator: can't allocate memory"), 2),
         ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            (NO_ROOM.format("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2),
+        ),
         (MemoryError(), (NO_ROOM.format("too little of it"), 2)),
         (ValueError("operands could not be broadcast"), None),
         (KeyError("x"), None),
