@@ -300,10 +300,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     _prepare_worker()
     started = time.perf_counter()
-    jobs, faults = [], []
+    jobs, faults, switches = [], [], tuple(options.switches)
     for sm in options.sm:
-        switches = tuple(options.switches)
         launches, unreached = collect(sm, options.headline, switches)
+        known = {name for _, launch, _ in launches for name in launch.config.constants}
+        if unknown := [name for name, _ in switches if name not in known]:
+            parser.error(f"--with {unknown[0]}: no configuration has it; there are {', '.join(sorted(known))}")
         faults += [f"{entry}: no case reaches this configuration" for entry in unreached]
         jobs += [
             (sm, i, options.sass, options.headline, switches)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import signal
 
-_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # what torch says on a GPU and on a CPU
+_MEMORY = (
+    *("out of memory", "can't allocate memory", "not enough memory"),  # torch, on a GPU and on a CPU
+    *("status_alloc_failed", "failed to allocate memory", "bad_alloc"),  # cuBLAS and cuDNN, ONNX Runtime
+)
 
 
 class UserError(Exception):
@@ -68,6 +71,7 @@ class Stopped(Exception):
 
 def why_out_of_memory(error: BaseException) -> str | None:
     """Returns in a line what an error says that tells of too little memory, on a GPU or in the host; else None."""
-    text = str(error).strip()
-    found = isinstance(error, RuntimeError) and any(words in text.lower() for words in _MEMORY)
-    return (text or "too little of it").splitlines()[0][:200] if found or isinstance(error, MemoryError) else None
+    text = str(error).strip().rpartition("Status Message: ")[2]  # which ends what ONNX Runtime says
+    told = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
+    found = told and any(words in text.lower() for words in _MEMORY)
+    return (text or "too little of it").splitlines()[0][:240] if found or isinstance(error, MemoryError) else None

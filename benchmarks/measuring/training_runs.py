@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from statistics import mean, stdev
+from statistics import stdev
 from typing import Any
 
-from benchmarks.peers.annotators import MEANS, SUMS
+from benchmarks.peers.annotators import MEANS, SUMS, means
 
 Row = dict[str, Any]
+TIMES = ("cpu_minutes", "cpu_minutes_in_all")  # of models whose training left a log
 
 
 def mean_over_trainings(rows: Sequence[Row]) -> list[Row]:
@@ -37,8 +38,6 @@ def _joined(group: list[Row]) -> Row:
     if len(group) == 1:
         return group[0]
     values = [row["value"] for row in group]
-    row = {key: value for key, value in group[0].items() if key not in ("weights", "by_annotator")}
-    row["case"] = row["case"] | {"trainings": len(group)}
-    times = ("cpu_minutes", "cpu_minutes_in_all")
-    row |= {key: mean(each[key] for each in group) for key in (*MEANS, *SUMS, *times) if key in row}
+    kept = {key: value for key, value in group[0].items() if key not in ("weights", "by_annotator", *TIMES)}
+    row = kept | means(group, (*MEANS, *SUMS, *TIMES)) | {"case": kept["case"] | {"trainings": len(group)}}
     return row | {"deviation": stdev(values), "by_training": values}

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ldmseg_fast.data.folders import find_split
@@ -73,11 +74,15 @@ def mean_rows(parts: Sequence[list[Row]]) -> list[Row]:
         row = dict(same[0])
         images = sum(each["case"]["images"] for each in same)
         row["case"] = row["case"] | {"images": images, "annotators": len(same)}
-        row |= {key: sum(each[key] for each in same) / len(same) for key in MEANS if key in row}
-        row |= {key: sum(each[key] for each in same) for key in SUMS if key in row}
-        if "by_probability" in row:
-            row["by_probability"] = {
-                key: sum(each["by_probability"][key] for each in same) / len(same) for key in row["by_probability"]
-            }
+        row |= means(same, MEANS) | {key: sum(each[key] for each in same) for key in SUMS if key in row}
         rows.append(row | {"by_annotator": [each["value"] for each in same]})
     return rows
+
+
+def means(rows: Sequence[Row], keys: Sequence[str]) -> Row:
+    """Returns means over rows of those keys that all of them have, and of what they have by share of dropped blocks."""
+    found: Row = {key: mean(row[key] for row in rows) for key in keys if all(key in row for row in rows)}
+    if "by_probability" in rows[0]:
+        shares = [row["by_probability"] for row in rows]
+        found["by_probability"] = {key: mean(share[key] for share in shares) for key in shares[0]}
+    return found

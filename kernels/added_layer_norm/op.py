@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.kernels.added_layer_norm import reference
-from ldmseg_fast.kernels.backend import require, require_same_device, runs_reference
+from ldmseg_fast.kernels.backend import require, require_no_gradient, require_same_device, runs_reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -24,10 +24,7 @@ def added_layer_norm(x: Tensor, added: Tensor | None, weight: Tensor, bias: Tens
     Raises:
         ValueError: wrong shape, dtype or device, or a gradient is wanted.
     """
-    wanted = torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (x, added, weight, bias)
-    )
-    require(not wanted, "x: a gradient is wanted, and this is for inference; call it under torch.no_grad()")
+    require_no_gradient(x=x, added=added, weight=weight, bias=bias)
     args = (x, added, weight, bias, eps)
     if runs_reference("added_layer_norm", x) or x.dtype not in FLOATS:
         check(*args)

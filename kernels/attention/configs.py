@@ -93,7 +93,8 @@ _BLOCKS = [
 _FORWARD = [
     *(_forward(w, s, 128, n) for n, w, s in product((64, 128), (4, 8), (2, 3))),
     *(_forward(4, s, 64, n) for n, s in product((32, 64), (2, 3))),
-    *(_forward(8, s, 128, n, PADDED=1) for n, s in product((64, 128), (2, 3))),
+    *(_forward(8, 2, 128, n, PADDED=1) for n in (64, 128)),
+    *(_forward(8, 2, 128, 64, **{switch: 1}) for switch in ("DELAYED", "QUARTERS")),
 ]
 CANDIDATES: Candidates = {
     "attention_forward": _FORWARD,

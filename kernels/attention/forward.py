@@ -14,7 +14,7 @@ C3 = tl.constexpr(0.05517167)
 
 @triton.jit
 def exp2_by_fma(x):
-    """Computes 2^x of x <= 0 without the special-function unit: 2^n by an integer sum, 2^(x - n) by a polynomial.
+    """Computes 2^x of x <= 0 without the special-function unit: 2^n by its bits, 2^(x - n) by a polynomial.
 
     So do Cody and Waite 1980, and FlashAttention-4 (Zadouri et al.). What lies below 2^-125 becomes that.
     """
@@ -22,7 +22,8 @@ def exp2_by_fma(x):
     shifted = x + 12582912.0  # 1.5 2^23: its last bits are n, the nearest whole number
     f = x - (shifted - 12582912.0)
     p = ((f * C3 + C2) * f + C1) * f + C0
-    return (p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+    power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)  # 2^n
+    return p * power  # a product, so that NaN stays NaN
 
 
 @triton.jit

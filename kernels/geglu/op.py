@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ldmseg_fast.kernels.backend import require, runs_reference
+from ldmseg_fast.kernels.backend import require, require_no_gradient, runs_reference
 from ldmseg_fast.kernels.geglu import reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -21,8 +21,7 @@ def geglu(x: Tensor) -> Tensor:
     Raises:
         ValueError: an odd number of channels, no float tensor, or a gradient is wanted.
     """
-    wanted = torch.is_grad_enabled() and x.requires_grad
-    require(not wanted, "x: a gradient is wanted, and this is for inference; call it under torch.no_grad()")
+    require_no_gradient(x=x)
     if runs_reference("geglu", x) or x.dtype not in FLOATS:
         check(x)
         return reference.geglu(x)

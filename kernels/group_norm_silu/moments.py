@@ -62,7 +62,7 @@ def normalise(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: flo
     Raises:
         ValueError: wrong shape, dtype or device, or a gradient is wanted.
     """
-    require_no_gradient(x=x, weight=weight, bias=bias)
+    require_no_gradient(x=x, moments=moments, weight=weight, bias=bias)
     args = (x, moments, weight, bias, eps, silu)
     if runs_reference("group_norm_silu", x) or x.dtype not in FLOATS:
         check_normalise(*args)
@@ -90,18 +90,17 @@ def check_gather(x: Tensor, other: Tensor, join: bool, num_groups: int, added: T
     require_same_device(x, other=other, added=added)
 
 
-def check_moments(moments: Tensor, pixels: int, channels: int) -> None:
-    """Refuses moments that are not of so many pixels and channels; they are float32 [B, 2, chunks, G].
+def check_moments(moments: Tensor, x: Tensor, pixels: int, channels: int) -> None:
+    """Refuses moments, float32 [B, 2, chunks, G], that are not of x, B images of so many pixels and channels.
 
     Raises:
-        ValueError: another shape.
+        ValueError: another shape or dtype.
     """
-    require(
-        moments.ndim == 4 and moments.shape[1] == 2 and moments.shape[2] == count_chunks(pixels),
-        "moments: expected [B, 2, {}, G], got shape {}",
-        count_chunks(pixels),
-        moments.shape,
-    )
+    batch, chunks = x.shape[0], count_chunks(pixels)
+    fits = moments.ndim == 4 and moments.shape[0] == batch and moments.shape[1] == 2 and moments.shape[2] == chunks
+    require(fits, "moments: expected [{}, 2, {}, G], got shape {}", batch, chunks, moments.shape)
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    require(moments.dtype == wanted, "moments: expected {}, got {}", wanted, moments.dtype)
     require_groups(moments.shape[3], channels)
 
 
@@ -113,7 +112,7 @@ def check_normalise(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, ep
     """
     require(x.ndim == 4, "x: expected [B, C, H, W], got shape {}", x.shape)
     require(x.is_floating_point(), "x: expected a float tensor, got {}", x.dtype)
-    check_moments(moments, x.shape[2] * x.shape[3], x.shape[1])
+    check_moments(moments, x, x.shape[2] * x.shape[3], x.shape[1])
     for name, tensor in (("weight", weight), ("bias", bias)):
         require(tensor.shape == x.shape[1:2], "{}: expected [{}], got shape {}", name, x.shape[1], tensor.shape)
     require_same_device(x, moments=moments, weight=weight, bias=bias)

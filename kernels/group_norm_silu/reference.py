@@ -158,10 +158,13 @@ def find_moments(x: Tensor, num_groups: int) -> Tensor:
     if x.numel() == 0:
         return at_least_float32(x).new_zeros((batch, 2, count_chunks(x.shape[2] * x.shape[3]), num_groups))
     pixels = at_least_float32(x).reshape(batch, num_groups, channels // num_groups, -1)
-    chunks = [
-        (chunk.mean((2, 3)), chunk.var((2, 3), correction=0) * chunk[0, 0].numel()) for chunk in pixels.split(CHUNK, 3)
-    ]
-    return torch.stack([torch.stack(moments, 1) for moments in chunks], 2)
+    whole = pixels.shape[3] // CHUNK * CHUNK
+    made = []
+    for part in (pixels[..., :whole].unflatten(3, (-1, CHUNK)), pixels[..., None, whole:]):  # [B, G, C / G, chunks, .]
+        if part.numel():
+            variance, mean = torch.var_mean(part, (2, 4), correction=0)
+            made.append(torch.stack([mean, variance * (part.shape[2] * part.shape[4])], 1))
+    return torch.cat(made, 3).transpose(2, 3).contiguous()
 
 
 def gather_moments(

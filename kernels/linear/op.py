@@ -52,8 +52,9 @@ def linear(
     Raises:
         ValueError: wrong shape, dtype or device, or a gradient is wanted.
     """
-    require_no_gradient(x=x, weight=weight, bias=bias, beside=beside, residual=residual)
     gain, offset, eps = (None, None, 0.0) if norm is None else norm
+    require_no_gradient(x=x, weight=weight, bias=bias, gain=gain, offset=offset)
+    require_no_gradient(moments=moments, beside=beside, residual=residual)
     args = (x, weight, bias, gain, offset, eps, moments, beside, residual, gated, num_groups)
     if runs_reference("linear", x) or x.dtype not in HALVES:
         check(*args)
@@ -99,7 +100,7 @@ def check(
     require((gain is None) == (offset is None), "offset: comes with a gain")
     if moments is not None:
         require(gain is not None, "moments: come with a norm")
-        check_moments(moments, pixels, inputs)
+        check_moments(moments, x, pixels, inputs)
     if residual is not None:
         fits = residual.ndim == 3 and residual.shape[:2] == x.shape[:2] and residual.shape[2] == outputs
         require(fits and residual.dtype == x.dtype, "residual: {} is not [B, P, {}]", residual.shape, outputs)

@@ -327,7 +327,8 @@ def left_out(backend: str, speed: Mapping[str, Any]) -> list[str]:
     """Says which options of `Worker.speed` that were given the graphs of `backend` do without, one line for each."""
     if backend not in OF_GRAPHS:
         return []
-    given = {"precision": speed.get("precision"), "fused": speed.get("fused") or None}
+    fused = "fused-epilogues" if speed.get("fused") == "epilogues" else "fused"
+    given = {"precision": speed.get("precision"), fused: bool(speed.get("fused")) or None}
     given["attention"] = None if speed.get("attention") == "auto" else speed.get("attention")
     return [
         f"--{name}{'' if value is True else f' {value}'}: backend={backend} runs graphs, which have theirs from the "

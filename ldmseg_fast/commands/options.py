@@ -106,7 +106,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --precision, --attention, --fused, those of engines, --cuda-graph and --no-cuda-graph for `speed_of`."""
+    """Adds --precision, --attention, --fused and its like, those of engines, and of CUDA graphs, for `speed_of`."""
     parser.add_argument(
         "--precision",
         help="of torch and compile: fp32, tf32, bf16, fp16, fp8 (GPUs of sm_89 and newer) or fp8-emulated (slow, to "
@@ -116,6 +116,13 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", default="auto", help="of torch and compile: auto, triton, sdpa, xformers or fp8 (default auto)"
     )
     parser.add_argument("--fused", action="store_true", help="of torch: run the UNet in few launches, for a GPU")
+    parser.add_argument(
+        "--fused-epilogues",
+        dest="fused",
+        action="store_const",
+        const="epilogues",
+        help="of torch: in still fewer, by products of our own",
+    )
     parser.add_argument(
         "--profile",
         type=int,

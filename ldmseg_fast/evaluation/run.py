@@ -127,6 +127,8 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
         source = category_source(options.class_aware, dataset) if options.class_aware else own
         mode = "reconstruction" if predictor.reconstructs else "class-aware" if source else "class-agnostic"
         comparable = options.backend != "torch" and not predictor.reconstructs and options.agreement_images > 0
+        # torch is given one sample, whose ids are slots
+        comparable = comparable and not options.is_ensemble and not options.connected
         if comparable and not _has_lora(options):
             sampling = {key: predictor.facts[key] for key in ("num_inference_steps", "solver", "eta")}
             agreement = TorchAgreement(

@@ -12,8 +12,8 @@ import numpy as np
 
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.formats.data_set import AnnotatedMap, DataSet, Entry
-from ldmseg_fast.formats.libraries import scipy_ndimage
 from ldmseg_fast.formats.options import ReadOptions
+from ldmseg_fast.panoptic.shapes import split_segments
 
 
 class _Changed(Sequence):
@@ -35,7 +35,6 @@ def with_options(data_set: DataSet, options: ReadOptions) -> DataSet:
 
     Raises:
         ArgumentError: a category that the data set does not have; it names those that it has.
-        DataError: scipy, which finds the pieces, is not installed.
     """
     if not options.connected and not options.things:
         return data_set
@@ -50,7 +49,6 @@ def with_options(data_set: DataSet, options: ReadOptions) -> DataSet:
         ]
     if not connected:
         return replace(data_set, categories=categories)
-    scipy_ndimage()
     splits: dict[str, Sequence[Entry]] = {
         split: _Changed(entries, connected) for split, entries in data_set.splits.items()
     }
@@ -97,22 +95,19 @@ def split_pieces(annotated: AnnotatedMap, categories: frozenset[int]) -> Annotat
     Returns:
         A map in which a segment's largest piece keeps its id, and the others have ids that were free.
     """
-    ids, segments = annotated.ids.copy(), list(annotated.segments)
-    used = {segment["id"] for segment in segments}
+    chosen = [s for s in annotated.segments if s["category_id"] in categories and not s.get("iscrowd")]
+    wanted = np.isin(annotated.ids, [segment["id"] for segment in chosen])
+    pieces, sources = split_segments(np.where(wanted, annotated.ids, 0))
+    area = np.bincount(pieces.ravel(), minlength=len(sources) + 1)
+    used = {segment["id"] for segment in annotated.segments}
     free = (number for number in count(1) if number not in used)
-    label = scipy_ndimage().label
-    for segment in annotated.segments:
-        if segment["category_id"] not in categories or segment.get("iscrowd"):
-            continue
-        mask = annotated.ids == segment["id"]
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        pieces, number = label(mask[box])
-        largest = int(np.bincount(pieces.ravel(), minlength=number + 1)[1:].argmax()) + 1
-        table = np.zeros(number + 1, np.int32)
-        for piece in range(1, number + 1):
+    segments, table = list(annotated.segments), np.zeros(len(sources) + 1, np.int32)
+    for segment in chosen:
+        own = np.flatnonzero(sources == segment["id"]) + 1
+        largest = max(own, key=area.__getitem__)
+        for piece in own:
             table[piece] = segment["id"] if piece == largest else next(free)
             if piece != largest:
                 segments.append({**segment, "id": int(table[piece])})
-        ids[box] = np.where(pieces > 0, table[pieces], ids[box])
+    ids = np.where(wanted, table[pieces], annotated.ids)
     return replace(annotated, ids=ids, segments=sorted(segments, key=lambda segment: segment["id"]))

@@ -23,12 +23,3 @@ def library(name: str, what: str) -> Any:
     except ImportError as error:
         package = name.partition(".")[0]
         raise DataError(f"{what} needs {package} ({error}); pip install 'ldmseg_fast[data]'") from None
-
-
-def scipy_ndimage() -> Any:
-    """Imports scipy.ndimage, which finds connected pieces.
-
-    Raises:
-        DataError: it is not installed.
-    """
-    return library("scipy.ndimage", "--connected")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.categories import CategoryTable
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 from ldmseg_fast.kernels.panoptic_head import panoptic_head
 from ldmseg_fast.panoptic.results import PanopticResult, ResultsWriter
 from ldmseg_fast.panoptic.segment_categories import name_segments, slot_categories
@@ -131,10 +131,21 @@ def resize_logits(mask_logits: Tensor, network_size: tuple[int, int], size: tupl
 def connected(result: Result, least: int = 1) -> Result:
     """Makes each 4-connected piece of a segment a segment of its own; pieces under `least` pixels become void.
 
-    Ids are new, areas and boxes are the pieces' own, and what else is known of a segment holds for each of its pieces.
+    Args:
+        result: an int32 map [H, W] and its segments.
+        least: pixels.
+
+    Returns:
+        A result of the same type. Ids are new, areas and boxes are the pieces' own, and what else is known of a segment
+        holds for each of its pieces.
+
+    Raises:
+        PanopticFormatError: no such map, or an id in it that its segments do not have.
     """
     segmentation, sources = split_segments(result.segmentation, least)
     known = {segment["id"]: segment for segment in result.segments_info}
+    if unknown := sorted(set(sources.tolist()) - known.keys()):
+        raise PanopticFormatError(f"ids in the map but not in segments_info: {str(unknown[:10])[1:-1]}")
     segments = [
         known[source] | {"was_fused": False} | shape
         for source, shape in zip(sources.tolist(), segment_shapes(segmentation))

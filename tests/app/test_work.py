@@ -206,9 +206,9 @@ def test_a_worker_refuses_unknown_backends_at_once():
 def test_options_that_graphs_do_without_are_named():
     usual = {"cuda_graph": None, "fused": False, "precision": None, "attention": "auto"}
     given = usual | {"fused": True, "precision": "fp8", "attention": "sdpa"}
-    for backend in ("onnxruntime", "tensorrt"):
-        lines = left_out(backend, given)
-        assert [line.split(":")[0] for line in lines] == ["--precision fp8", "--fused", "--attention sdpa"]
+    for backend, fused, option in (("onnxruntime", True, "--fused"), ("tensorrt", "epilogues", "--fused-epilogues")):
+        lines = left_out(backend, given | {"fused": fused})
+        assert [line.split(":")[0] for line in lines] == ["--precision fp8", option, "--attention sdpa"]
         assert all(f"backend={backend} runs graphs" in line for line in lines)
         assert not left_out(backend, usual)
     assert not left_out("torch", given) and not left_out("compile", given)

@@ -74,10 +74,11 @@ def test_a_precision_is_a_dtype_by_name(model_dir):
         (["--no-cuda-graph"], USUAL | {"cuda_graph": False}),
         (["--fused", "--precision", "bf16", "--attention", "sdpa"],
          USUAL | {"fused": True, "precision": "bf16", "attention": "sdpa"}),
+        (["--fused-epilogues"], USUAL | {"fused": "epilogues"}),
         (["--profile", "1", "--kernel-specialization", "eager", "--graph-strategy", "whole_graph_capture"],
          USUAL | {"profile": 1, "kernel_specialization": "eager", "graph_strategy": "whole_graph_capture"}),
     ],
-    ids=["none", "no graph", "of networks", "of engines"],
+    ids=["none", "no graph", "of networks", "epilogues", "of engines"],
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["predict", "inpaint", "evaluate", "app"])
 def test_commands_pass_the_options(model_dir, tmp_path, monkeypatch, scenes, command, option, expected):

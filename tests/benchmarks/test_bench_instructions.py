@@ -9,6 +9,7 @@ from benchmarks.bench_instructions import add_rows
 from benchmarks.harness import Run, validate
 from benchmarks.reporting.rows import load_rows, superseded_files
 from benchmarks.reporting.tables import instructions
+from ldmseg_fast.kernels import aot
 from ldmseg_fast.kernels.aot import Build, collect
 from ldmseg_fast.kernels.backend import KERNELS
 from ldmseg_fast.kernels.sass import longest_loop
@@ -54,6 +55,12 @@ def test_a_switch_stands_in_the_place_of_a_constant():
     assert before["attention_forward_kernel"]["QUARTERS"] == 0
     assert after["attention_forward_kernel"] == before["attention_forward_kernel"] | {"QUARTERS": 1}
     assert all(after[name] == constants for name, constants in before.items() if name != "attention_forward_kernel")
+
+
+def test_a_switch_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        aot.main(["--headline", "--only", "attention", "--sm", "90", "--with", "DELAYD=1"])
+    assert "--with DELAYD: no configuration has it; there are " in capsys.readouterr().err
 
 
 def test_versions_of_triton_stand_beside_each_other(tmp_path):

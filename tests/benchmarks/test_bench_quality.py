@@ -273,6 +273,16 @@ def test_trainings_of_one_recipe_share_a_row():
     assert "| 1 steps, mean of 3 trainings | 12.0 ± 2.0 |" in tables.quality([mean])
 
 
+def test_trainings_of_which_one_left_no_log():
+    case = {"data": "scenes", "split": "val2017", "images": 4, "mode": "inpainting", "block": 16}
+    rows = [
+        {"variant": "own", "case": case, "value": value, "weights": weights, "by_probability": {"0.5": value}}
+        for value, weights in ((10.0, "a"), (14.0, "b"))
+    ]
+    [row] = mean_over_trainings([rows[0] | {"cpu_minutes": 3.0}, rows[1]])
+    assert row["value"] == 12.0 and row["by_probability"] == {"0.5": 12.0} and "cpu_minutes" not in row
+
+
 def test_a_learning_curve_of_several_trainings():
     def row(value, weights, steps):
         case = {"data": "scenes", "split": "val2017", "images": 4, "mode": "class-agnostic", "training_steps": steps}

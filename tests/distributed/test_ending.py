@@ -98,6 +98,15 @@ def test_what_the_user_can_mend_is_one_line(command, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: x.png: no picture; choose another\n"
 
 
+def test_onnx_runtime_s_errors_of_too_little_memory():
+    """Their types are Exception's alone."""
+    kind = type("RuntimeException", (Exception,), {"__module__": "onnxruntime.capi.onnxruntime_pybind11_state"})
+    head = "[ONNXRuntimeError] : 6 : Non-zero status code returned while running Expand node. Name:'' Status Message: "
+    for said in ("std::bad_alloc", "bfc_arena.cc:360 Failed to allocate memory for requested buffer of size 9"):
+        assert reason_of(kind(head + said)) == (NO_ROOM.format(said), 2)
+    assert reason_of(kind(head + "Invalid shape")) is None and reason_of(ValueError("std::bad_alloc")) is None
+
+
 def test_every_error_of_ours_is_a_user_error():
     found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
     assert {value.__name__ for value in found if not issubclass(value, errors.UserError)} == {"Stopped"}
@@ -121,6 +130,10 @@ def test_every_error_of_ours_is_a_user_error():
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory"),
             (NO_ROOM.format("DefaultCPUAllocator: can't allocate memory"), 2),
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            (NO_ROOM.format("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2),
         ),
         (MemoryError(), (NO_ROOM.format("too little of it"), 2)),
         (ValueError("operands could not be broadcast"), None),

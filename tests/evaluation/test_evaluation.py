@@ -240,6 +240,19 @@ def test_connected_pieces(model_dir, scenes, tmp_path):
         assert min(segment["area"] for segment in entry["segments_info"]) >= 4
 
 
+def test_only_a_sample_s_own_ids_are_compared_with_torch(model_dir, scenes, monkeypatch):
+    """An ensemble's and connected pieces' ids are no slots: torch's single sample says nothing about them."""
+    load = LDMSegPipeline.from_pretrained
+    monkeypatch.setattr(
+        LDMSegPipeline,
+        "from_pretrained",
+        lambda model_dir, *_, image_size, **__: load(model_dir, image_size=image_size),
+    )
+    for more in ({}, {"connected": 4}, {"flip": True}):
+        options = EvaluationOptions(steps=1, limit=1, backend="compile", **more, **ANYTHING_GOES)
+        assert ("agreement" in evaluate(model_dir, scenes, options)) is not bool(more)
+
+
 def test_instances_for_pycocotools(model_dir, scenes, tmp_path):
     coco = pytest.importorskip("pycocotools.mask")
     path = tmp_path / "deep" / "instances.json"

@@ -1,8 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from ldmseg_fast.kernels.attention import attention, host, reference
+from ldmseg_fast.kernels.attention.forward import exp2_by_fma
 from ldmseg_fast.kernels.attention.op import attention_backward_op, attention_forward_op
 from ldmseg_fast.kernels.configs import all_configs
 
@@ -73,6 +76,21 @@ def test_switches_of_the_forward_pass(switches, keys, device, poison, monkeypatc
     assert error <= 2 * max(usual, rounding / 2), f"{error:.1e} against torch's {usual:.1e}"
     _, exact_logsumexp = reference.attention_forward(q.double(), k.double(), v.double(), 40**-0.5)
     torch.testing.assert_close(logsumexp.double(), exact_logsumexp, rtol=1e-5, atol=1e-4)
+
+
+@triton.jit
+def polynomial_kernel(x_ptr, y_ptr, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(y_ptr + at, exp2_by_fma(tl.load(x_ptr + at)))
+
+
+def test_exponentials_by_a_polynomial(device):
+    """Also of the NaN that a GPU's arithmetic makes, whose bits are all ones."""
+    x = -torch.linspace(0, 140, 256, device=device)
+    x[3], x[5], x[7] = float("-inf"), float("nan"), torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)
+    y = torch.empty_like(x)
+    polynomial_kernel[(1,)](x, y, COUNT=256)
+    torch.testing.assert_close(y, x.clamp(min=-125).exp2(), rtol=1e-4, atol=0.0, equal_nan=True)
 
 
 def test_a_nan_is_not_lost_in_a_polynomial(device, monkeypatch):

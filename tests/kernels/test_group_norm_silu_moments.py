@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmseg_fast.kernels.group_norm_silu import host, moments, reference
 from ldmseg_fast.kernels.launch import record
@@ -74,6 +75,23 @@ def test_each_half_is_one_launch():
     assert gathered.shape == (2, 640, 64, 64) and made.shape == (2, 2, 64, 32)
 
 
+def test_the_plain_form_takes_all_chunks_at_once(device):
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **kwargs or {})
+
+    x = torch.randn(2, 8, 9, 71, device=device, dtype=torch.float64)
+    with Count() as count:
+        made = reference.find_moments(x, 4)
+    assert count.calls < 25
+    chunks = x.reshape(2, 4, 2, -1).split(64, 3)
+    expected = [(each.mean((2, 3)), ((each - each.mean((2, 3), keepdim=True)) ** 2).sum((2, 3))) for each in chunks]
+    torch.testing.assert_close(made, torch.stack([torch.stack(each, 1) for each in expected], 2))
+
+
 def test_ops(device, check_op):
     for join in (False, True):
         inputs = make_inputs((2, 24, 16, 8, 9, 9), torch.float32, device, join)
@@ -106,7 +124,11 @@ def test_bad_input(device, refuses):
     ):
         refuses(name, moments.gather_moments, moments.gather_moments_op, tuple({**good, name: value}.values()))
     good = {"x": x, "moments": made, "weight": vector, "bias": vector, "eps": 1e-5, "silu": True}
-    for name, value in (("x", x[0]), ("moments", made[0]), ("moments", made[:, :, :0]), ("weight", vector[:3])):
+    for name, value in (
+        *(("x", x[0]), ("moments", made[0]), ("moments", made[:, :, :0]), ("moments", made[:1])),
+        *(("moments", made.half()), ("weight", vector[:3])),
+    ):
         refuses(name, moments.normalise, moments.normalise_op, tuple({**good, name: value}.values()))
-    with pytest.raises(ValueError, match=r"weight: a gradient is wanted"):
-        moments.normalise(x, made, vector.clone().requires_grad_(), vector, 1e-5)
+    for name, value in (("moments", made), ("weight", vector)):
+        with pytest.raises(ValueError, match=f"{name}: a gradient is wanted"):
+            moments.normalise(**good | {name: value.clone().requires_grad_()})

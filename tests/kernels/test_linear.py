@@ -119,6 +119,8 @@ def test_bad_input(device, refuses):
         ("gain", args[3][:5]),
         ("offset", None),
         ("moments", args[6][:, :1]),
+        ("moments", args[6][:1]),
+        ("moments", args[6].double()),
         ("beside", args[7][:, :3]),
         ("residual", args[8][..., :3]),
         ("num_groups", 5),
@@ -128,5 +130,9 @@ def test_bad_input(device, refuses):
         refuses(name, linear_op, linear_op, tuple({**dict(zip(names, args)), name: value}.values()), fake=fake)
     refuses("beside", linear_op, linear_op, (*gated[:7], args[7], *gated[8:]))
     refuses("weight", linear_op, linear_op, (gated[0], gated[1][:5], None, *gated[3:]))
-    with pytest.raises(ValueError, match=r"x: a gradient is wanted"):
-        linear(args[0].requires_grad_(), args[1])
+    wanted = {name: value.clone().requires_grad_() for name, value in zip(names, args) if torch.is_tensor(value)}
+    for name in wanted:
+        given = {**dict(zip(names, args)), name: wanted[name]}
+        norm = tuple(given.pop(part) for part in ("gain", "offset", "eps"))
+        with pytest.raises(ValueError, match=f"^{name}: a gradient is wanted"):
+            linear(**given, norm=norm)

@@ -81,6 +81,11 @@ def test_connected_pieces_are_segments_of_their_own():
     ]
 
 
+def test_pieces_of_a_segment_that_nobody_lists_are_named():
+    with pytest.raises(PanopticFormatError, match="ids in the map but not in segments_info: 3, 7"):
+        connected(PanopticResult(np.array([[7, 3]], np.int32), []))
+
+
 def test_diagonal_neighbours_are_not_connected():
     pieces, sources = split_segments(np.eye(3, dtype=np.int32) * 5)
     np.testing.assert_array_equal(pieces, np.diag([1, 2, 3]))
