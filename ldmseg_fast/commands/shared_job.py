@@ -27,7 +27,7 @@ from ldmseg_fast.data.picture_folders import FoundPicture, FoundPictures, descri
 from ldmseg_fast.data.shards import Member, ShardPicture
 from ldmseg_fast.distributed.ranks import ranks_of, use_own_device
 from ldmseg_fast.distributed.shared_run import SharedRun
-from ldmseg_fast.errors import DataError
+from ldmseg_fast.errors import DataError, printable
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Summary:
         if found.left_out:
             print(f"left out: {described(found.left_out)}", file=stream)
         if bad := self.outcome.bad:
-            print(f"{len(bad)} could not be {verb}:", *bad, sep="\n  ", file=sys.stderr)
+            print(f"{len(bad)} could not be {verb}:", *map(printable, bad), sep="\n  ", file=sys.stderr)
         return 1 if self.outcome.bad else 0
 
 
@@ -186,7 +186,7 @@ def run_job(
         if outcome.files or found.from_folders:
             summary = Summary(outcome, ranks.world, total - before, before, time.monotonic() - begun)
             return finish(found, summary)
-    raise DataError("\n".join(outcome.bad))
+    raise DataError("\n  ".join(map(printable, outcome.bad)))
 
 
 def _sum(broken: Sequence[str], records: Sequence[dict[str, Any]]) -> Outcome:
