@@ -16,7 +16,7 @@ from typing import IO
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.files import real_path
 from ldmseg_fast.locks import is_at
-from ldmseg_fast.temporary import NEW, put_in_place, temporary_folder
+from ldmseg_fast.temporary import NEW, named_as, put_in_place, temporary_folder
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -72,7 +72,7 @@ def new_folder(
             yield folder
             if folder.keep:
                 check_replaceable(out, own)  # minutes have passed
-                with temporary_folder(out.parent) as holder:
+                with named_as(out), temporary_folder(out.parent) as holder:
                     folder.path.rename(holder / NEW)
                     put_in_place(holder, out)
         finally:

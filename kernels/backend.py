@@ -110,6 +110,17 @@ def require_same_device(first: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: on {tensor.device}, the other tensors are on {first.device}")
 
 
+def require_floats(**tensors: Tensor | None) -> None:
+    """Refuses tensors, of any shape, that hold integers, bools or complex numbers; None is no tensor.
+
+    Raises:
+        ValueError: one does; the message starts with its name.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            require(tensor.is_floating_point(), "{}: expected a float tensor, got {}", name, tensor.dtype)
+
+
 def require_no_gradient(**tensors: Tensor | None) -> None:
     """Refuses tensors, of any shape and dtype, by which a gradient is wanted, for operations that have none.
 

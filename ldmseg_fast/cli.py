@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ldmseg_fast import __version__
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, printable
+from ldmseg_fast.imports import why_no_torch
 from ldmseg_fast.stopping import terminable, why_stopped
 from ldmseg_fast.streams import open_streams
 from ldmseg_fast.threads import limit_threads
@@ -129,7 +130,7 @@ def _one_line(
 ) -> str:
     """Writes a warning that is meant for users as one line, and others with the place that they come from."""
     if category is UserWarning:
-        return f"ldmseg: warning: {message}\n"
+        return f"ldmseg: warning: {printable(str(message))}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
@@ -182,6 +183,9 @@ def main(argv: list[str] | None = None) -> int:
             if os.environ.get("RANK", "").strip() in ("", "0"):  # the first rank says it for all
                 print(stopped[0], file=sys.stderr)  # what a command needs may be imported in part
             return stopped[1]
+        if no_torch := why_no_torch(error):
+            print(printable(no_torch), file=sys.stderr)  # what says it for all ranks needs torch
+            return 2
         from ldmseg_fast.distributed.ending import end_alone, reason_of  # late: a command that ends well needs no torch
 
         reason = reason_of(error)

@@ -5,8 +5,12 @@ Every other exception is a fault of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+_CONTROL = re.compile(r"\n(?!  )|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _MEMORY = (
     *("out of memory", "can't allocate memory", "not enough memory"),  # torch, on a GPU and on a CPU
     *("status_alloc_failed", "failed to allocate memory", "bad_alloc"),  # cuBLAS and cuDNN, ONNX Runtime
@@ -75,3 +79,33 @@ def why_out_of_memory(error: BaseException) -> str | None:
     told = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
     found = told and any(words in text.lower() for words in _MEMORY)
     return (text or "too little of it").splitlines()[0][:240] if found or isinstance(error, MemoryError) else None
+
+
+@contextmanager
+def memory_at(size: int, folder: object) -> Iterator[None]:
+    """Adds a note to an error of too little memory inside a `with` block: the size at which the networks ran.
+
+    size: side in pixels of what they see. folder: of the model, whose index holds the size where none is asked for.
+    """
+    try:
+        yield
+    except Exception as error:
+        if why_out_of_memory(error) and not memory_note(error):
+            error.add_note(f"{_AT}{size}, of {folder}/model_index.json or as asked for")
+        raise
+
+
+def memory_note(error: BaseException) -> str:
+    """Returns what `memory_at` has added to an error; "" where it has not."""
+    return next((note for note in getattr(error, "__notes__", ()) if note.startswith(_AT)), "")
+
+
+_AT = "at image_size="
+
+
+def printable(text: str) -> str:
+    """Writes a message's control characters, which come from names and values, as Python does: a line break is \\n.
+
+    So a file's name cannot break a line or command a terminal. A line break before two blanks is the message's own.
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

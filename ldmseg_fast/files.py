@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmseg_fast.errors import CheckpointError, DataError, UserError
-from ldmseg_fast.temporary import NAME as TEMPORARY
-from ldmseg_fast.temporary import NEW, put_in_place, temporary_file, temporary_folder
+from ldmseg_fast.temporary import NEW, named_as, put_in_place, temporary_file, temporary_folder
 
 MAX_LINKS = 40  # that one path may lead through, as in Linux
 STREAMS = ("stdin", "stdout", "stderr")  # in /dev, by their numbers
@@ -315,14 +314,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
                 _write_to_stream(Path(folder) / "content", path)
             return
         final = behind_links(path)
-        with temporary_file(final.parent) as temporary:
+        with named_as(path), temporary_file(final.parent) as temporary:
             yield temporary
             with contextlib.suppress(FileNotFoundError):
                 shutil.copymode(final, temporary)
             temporary.replace(final)
     except OSError as error:
         named = Path(os.fsdecode(error.filename or ""))  # a full disk gives none
-        if named in (Path(), path.parent) or TEMPORARY.fullmatch(named.name):
+        if named in (Path(), path.parent):
             error.filename = str(path)
             del error.filename2  # None would be printed
         raise
@@ -342,7 +341,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     if final.exists() and not final.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "would replace what is no folder; choose another path", str(path))
     final.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(final.parent) as holder:
+    with named_as(Path(path)), temporary_folder(final.parent) as holder:
         (holder / NEW).mkdir()
         try:
             yield holder / NEW

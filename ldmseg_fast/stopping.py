@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn
 
+from ldmseg_fast.errors import printable
+from ldmseg_fast.imports import why_no_torch
+
 INTERRUPTED, TERMINATED = 130, 143  # exit codes: 128 + SIGINT, 128 + SIGTERM
 
 
@@ -58,12 +61,18 @@ def terminable() -> Iterator[None]:
 
 
 def tell_interrupts() -> None:
-    """Makes Ctrl-C a line instead of a traceback while a script imports what it needs; its exit code stays 130."""
+    """Makes two ends one line instead of a traceback while a script imports what it needs.
+
+    They are Ctrl-C, whose exit code stays 130, and a torch that cannot be imported, whose exit code is 2.
+    """
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
+        elif (no_torch := why_no_torch(error)) is not None:
+            print(printable(no_torch), file=sys.stderr)
+            raise SystemExit(2)
         else:
             before(kind, error, trace)
 

@@ -51,6 +51,24 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+@contextmanager
+def named_as(final: Path) -> Iterator[None]:
+    """Makes an OSError inside a `with` block name `final` where it names the temporary path that takes its place.
+
+    Of a file in a temporary folder it names the one in `final`.
+    """
+    try:
+        yield
+    except OSError as error:
+        parts = Path(os.fsdecode(error.filename)).parts if isinstance(error.filename, (str, bytes)) else ()
+        place = next((place for place, part in enumerate(parts) if NAME.fullmatch(part)), None)
+        if place is not None:
+            inner = parts[place + 1 :]
+            error.filename = str(final.joinpath(*inner[1:])) if inner[:1] in ((NEW,), (OLD,)) else str(final)
+            del error.filename2  # None would be printed
+        raise
+
+
 def _make_folder(path: Path) -> int:
     path.mkdir()
     return os.open(path, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -76,6 +77,32 @@ def test_a_name_that_is_no_text(model_dir, tmp_path, capsys):
 
 
 ENDINGS = (".png", "_overlay.png", ".json")
+
+
+def test_a_name_with_a_line_break_stays_in_one_line(model_dir, tmp_path, capsys):
+    (tmp_path / "a\nb.png").write_bytes(b"none")
+    for argv in (["predict", model_dir, tmp_path / "a\nb.png", "--out", tmp_path / "o"], ["runs", tmp_path / "x\ny"]):
+        assert main(list(map(str, argv))) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "\\n" in error
+
+
+def test_too_little_memory_names_the_size_of_the_networks(model_dir, scenes, tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("ldmseg_fast.backends.torch_backend.TorchBackend.encode_image", full)
+    assert main(["predict", str(model_dir), str(scenes / "val2017"), "--out", str(tmp_path / "o")]) == 2
+    assert f"out of memory at image_size=64, of {model_dir}/model_index.json or as asked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [["-m", "ldmseg_fast.cli", "doctor"], ["-m", "ldmseg_fast.train", "diffusion"]])
+def test_a_torch_that_cannot_be_imported_is_one_line(script):
+    done = subprocess.run(
+        [sys.executable, *script], env=os.environ | {"TORCH_LOGS": "zzz"}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "check TORCH_LOGS=zzz in the environment" in done.stderr
 
 
 def test_a_large_picture_works(model_dir, tmp_path):

@@ -324,3 +324,17 @@ def test_an_error_leaves_the_old_one(tmp_path: Path) -> None:
         write_json(tmp_path / "none" / "x", 1)
     assert missing.value.filename == str(tmp_path / "none" / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_read_only_disk_is_named_by_what_was_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with pytest.raises(OSError) as caught, replacing_folder(tmp_path / "model") as folder:
+        (folder / "unet").write_bytes(b"")
+        (folder / "unet" / "x").touch()
+    assert caught.value.filename == str(tmp_path / "model" / "unet" / "x")
+    monkeypatch.setattr(temporary, "_make_folder", refuse)
+    with pytest.raises(OSError) as caught, replacing_folder(tmp_path / "model"):
+        pass
+    assert caught.value.filename == str(tmp_path / "model") and caught.value.filename2 is None

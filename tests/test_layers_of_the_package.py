@@ -28,7 +28,8 @@ LAYERS = (
     ("files",),
     ("temporary",),
     ("locks",),
-    ("errors", "native", "threads", "streams", "stopping"),
+    ("stopping",),
+    ("errors", "imports", "native", "threads", "streams"),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 # imports inside a function that point upwards on purpose: a name on first use, what an export checks itself with, and

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from ldmseg_fast.kernels.added_layer_norm import reference
-from ldmseg_fast.kernels.backend import require, require_no_gradient, require_same_device, runs_reference
+from ldmseg_fast.kernels.backend import (
+    require,
+    require_floats,
+    require_no_gradient,
+    require_same_device,
+    runs_reference,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -41,7 +47,7 @@ def check(x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, eps: fl
     require(x.ndim > 0, "x: expected [..., C], got shape {}", x.shape)
     if added is not None:
         require(added.shape == x.shape[-1:], "added: shape {} does not fit x's {}", added.shape, x.shape)
-    require(x.is_floating_point(), "x: expected a float tensor, got {}", x.dtype)
+    require_floats(x=x, added=added, weight=weight, bias=bias)
     channels = x.shape[-1]
     for name, tensor in (("weight", weight), ("bias", bias)):
         require(tensor.shape == (channels,), "{}: expected [{}], got shape {}", name, channels, tensor.shape)

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.kernels.backend import exporting, in_format, require, require_same_device, runs_reference
+from ldmseg_fast.kernels.backend import (
+    exporting,
+    in_format,
+    require,
+    require_floats,
+    require_same_device,
+    runs_reference,
+)
 from ldmseg_fast.kernels.ddim_step import reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -20,14 +27,14 @@ def make_ddim_table(alphas_cumprod: Tensor, timesteps: Tensor, prev_timesteps: T
 
     Args:
         alphas_cumprod: [T] float.
-        timesteps, prev_timesteps: [N] integers in loop order. A negative previous time step marks the last step: its
-            row is (.., .., 1, 0), so the "previous sample" is x0 itself.
+        timesteps, prev_timesteps: [N] int32 or int64 in loop order. A negative previous time step marks the last step:
+            its row is (.., .., 1, 0), so the "previous sample" is x0 itself.
 
     Returns:
         float32 [N, 4]: sqrt(a_t), sqrt(1 - a_t), sqrt(a_prev), sqrt(1 - a_prev), on the device of `alphas_cumprod`.
 
     Raises:
-        ValueError: lengths differ, or a time step is outside `alphas_cumprod`.
+        ValueError: lengths differ, another dtype, or a time step is outside `alphas_cumprod`.
     """
     require(alphas_cumprod.ndim == 1, "alphas_cumprod: expected [T], got shape {}", alphas_cumprod.shape)
     require(timesteps.ndim == 1 and timesteps.numel() > 0, "timesteps: expected [N], got shape {}", timesteps.shape)
@@ -37,6 +44,9 @@ def make_ddim_table(alphas_cumprod: Tensor, timesteps: Tensor, prev_timesteps: T
         prev_timesteps.shape,
         timesteps.shape,
     )
+    require_floats(alphas_cumprod=alphas_cumprod)
+    for name, steps in (("timesteps", timesteps), ("prev_timesteps", prev_timesteps)):
+        require(steps.dtype in (torch.int32, torch.int64), "{}: expected int32 or int64, got {}", name, steps.dtype)
     last = alphas_cumprod.numel() - 1
     low, high = int(timesteps.min()), int(torch.maximum(timesteps.max(), prev_timesteps.max()))
     require(low >= 0 and high <= last, "timesteps: expected 0 to {}, got {} to {}", last, low, high)

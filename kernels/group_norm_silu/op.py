@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmseg_fast.kernels.backend import in_format, require, require_groups, require_same_device, runs_reference
+from ldmseg_fast.kernels.backend import (
+    in_format,
+    require,
+    require_floats,
+    require_groups,
+    require_same_device,
+    runs_reference,
+)
 from ldmseg_fast.kernels.group_norm_silu import reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,7 +73,7 @@ def check(
         ValueError: wrong shape, dtype or device, C not divisible by G; the message starts with the argument's name.
     """
     require(x.ndim == 4, "x: expected [B, C, H, W], got shape {}", x.shape)
-    require(x.is_floating_point(), "x: expected a float tensor, got {}", x.dtype)
+    require_floats(x=x, weight=weight, bias=bias, scale=scale, shift=shift, added=added)
     channels = x.shape[1]
     require_groups(num_groups, channels)
     for name, tensor in (("weight", weight), ("bias", bias)):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldmseg_fast.kernels.backend import (
     require,
+    require_floats,
     require_groups,
     require_no_gradient,
     require_same_device,
@@ -81,7 +82,7 @@ def check(
         ValueError: wrong shape, dtype or device; the message starts with the argument's name.
     """
     require(x.ndim == 3, "x: expected [B, P, K], got shape {}", x.shape)
-    require(x.is_floating_point(), "x: expected a float tensor, got {}", x.dtype)
+    require_floats(x=x, bias=bias, gain=gain, offset=offset, moments=moments)
     _, pixels, inputs = x.shape
     if beside is not None:
         fits = beside.ndim == 3 and beside.shape[:2] == x.shape[:2]

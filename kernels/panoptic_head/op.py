@@ -39,7 +39,7 @@ def panoptic_head(
         (x, y, width, height), score float32 [B, Q] (mean probability).
 
     Raises:
-        ValueError: wrong shape, dtype or size.
+        ValueError: wrong shape, dtype or size, or a threshold that is NaN.
     """
     args = (mask_logits, network_size, target_size, mask_threshold, count_threshold, overlap_threshold)
     if exporting():
@@ -49,11 +49,11 @@ def panoptic_head(
     )
 
 
-def check(mask_logits: Tensor, network_size: list[int], target_size: list[int]) -> None:
+def check(mask_logits: Tensor, network_size: list[int], target_size: list[int], *thresholds: float) -> None:
     """Refuses what the op does not take: logits are float [B, Q, h, w], arguments as in `panoptic_head`.
 
     Raises:
-        ValueError: wrong shape, dtype or size; the message starts with the argument's name.
+        ValueError: wrong shape, dtype or size, or a threshold that is NaN; the message starts with the argument's name.
     """
     require(mask_logits.ndim == 4, "mask_logits: expected [B, Q, h, w], got shape {}", mask_logits.shape)
     require(mask_logits.dtype in FLOATS, "mask_logits: expected a float tensor, got {}", mask_logits.dtype)
@@ -64,6 +64,8 @@ def check(mask_logits: Tensor, network_size: list[int], target_size: list[int]) 
     )
     for name, size in (("network_size", network_size), ("target_size", target_size)):
         require(len(size) == 2 and min(size) > 0, "{}: expected (height, width), got {}", name, size)
+    for name, threshold in zip(("mask_threshold", "count_threshold", "overlap_threshold"), thresholds):
+        require(threshold == threshold, "{}: a number expected, got {}", name, threshold)
 
 
 @torch.library.custom_op("ldmseg_fast::panoptic_head", mutates_args=())
@@ -80,7 +82,7 @@ def panoptic_head_op(
     Raises:
         ValueError: see `check`.
     """
-    check(mask_logits, network_size, target_size)
+    check(mask_logits, network_size, target_size, mask_threshold, count_threshold, overlap_threshold)
     sizes = (network_size[0], network_size[1]), (target_size[0], target_size[1])
     thresholds = (mask_threshold, count_threshold, overlap_threshold)
     if mask_logits.shape[0] == 0:
@@ -110,7 +112,7 @@ def _(
     count_threshold: int,
     overlap_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check(mask_logits, network_size, target_size)
+    check(mask_logits, network_size, target_size, mask_threshold, count_threshold, overlap_threshold)
     return _empty(mask_logits, target_size)
 
 

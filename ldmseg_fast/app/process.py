@@ -21,6 +21,7 @@ from ldmseg_fast.app.work import Segmented, Settings, Stop, Worker, take_turn
 from ldmseg_fast.data.pictures import MAX_PIXELS
 from ldmseg_fast.errors import UserError
 
+_ENDING = "the app is ending: nothing more is done"
 _TAKE = 0.05  # seconds between two looks at `stop`
 PATIENCE = 5.0  # seconds that work which is to end may take to its next sampling step; then its process is killed
 
@@ -152,7 +153,7 @@ class ProcessWorker(Worker):
     def _living(self) -> tuple[_Child, Any]:
         """Returns the process, started where none runs, and the model's description."""
         if self._closed:
-            raise Refused("the app is ending: nothing more is done")
+            raise Refused(_ENDING)
         if self._child is not None and self._child.process.is_alive():
             return self._child, self.info
         self._end()
@@ -174,6 +175,9 @@ class ProcessWorker(Worker):
         return self._child, value
 
     def _why_ended(self, child: _Child) -> str:
+        if self._closed:
+            self._end()
+            return _ENDING
         child.process.join(PATIENCE)
         code = child.process.exitcode
         how = f"by signal {-code}" if code is not None and code < 0 else f"with code {code}"

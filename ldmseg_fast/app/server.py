@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -211,13 +212,19 @@ def _counting(keep: Callable[..., None] | None, limits: Limits) -> Callable[...,
     return count
 
 
-def serve(app: Any, bound: socket.socket, ready: Callable[[], None] | None = None) -> None:
+def serve(
+    app: Any,
+    bound: socket.socket,
+    ready: Callable[[], None] | None = None,
+    ending: Callable[[], None] | None = None,
+) -> None:
     """Serves until SIGINT or SIGTERM; a second one ends it at once.
 
     Args:
         app: of `make_app`.
         bound: of `listen`.
         ready: called when connections are taken.
+        ending: called when the server begins to end, in a thread: ends the work, so that who waits hears why.
     """
     import uvicorn
 
@@ -239,6 +246,8 @@ def serve(app: Any, bound: socket.socket, ready: Callable[[], None] | None = Non
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # connections that are cut are no faults
+            if ending is not None:
+                threading.Thread(target=ending, daemon=True).start()
             await super().shutdown(sockets)
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=LEAVE)

@@ -24,7 +24,7 @@ from ldmseg_fast.config import PostprocessConfig, from_dict, to_dict
 from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.files import behind_links, inside, replacing_folder, write_json
-from ldmseg_fast.temporary import temporary_folder
+from ldmseg_fast.temporary import named_as, temporary_folder
 
 FORMAT_VERSION = 1
 
@@ -93,7 +93,7 @@ def copy_model(folder: Path, target: Path) -> None:
         raise FileExistsError(f"{target}: {kind}; choose another folder, or remove it first")
     known = known_files(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(target) as temporary:
+    with named_as(target), temporary_folder(target) as temporary:
         for path in known:
             copy = temporary / path.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)

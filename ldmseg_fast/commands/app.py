@@ -143,7 +143,7 @@ def _serve(args: argparse.Namespace, address: Address, bound: socket.socket, fol
             threading.Thread(target=worker.warm_up, daemon=True).start()
 
         with Sweeper(folder):
-            server.serve(app, bound, ready)
+            server.serve(app, bound, ready, worker.close)
     finally:
         worker.close()
     print("stopped", flush=True)

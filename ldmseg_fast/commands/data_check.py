@@ -16,7 +16,7 @@ from ldmseg_fast.commands.options import add_json_argument, print_json
 from ldmseg_fast.config.categories import name_of
 from ldmseg_fast.data.folders import SplitFolders, find_split, list_splits
 from ldmseg_fast.data.pictures import open_checked, read_content, read_picture
-from ldmseg_fast.errors import DataError, PanopticFormatError
+from ldmseg_fast.errors import DataError, PanopticFormatError, printable
 from ldmseg_fast.panoptic.annotations import check_panoptic_json
 from ldmseg_fast.panoptic.format import MAX_PIXELS, read_panoptic_png
 from ldmseg_fast.panoptic.near_files import is_file
@@ -80,10 +80,10 @@ class Report:
         rows += list(self.counts().items()) or [("problems", 0)]
         width = max(len(name) for name, _ in rows)
         lines = [self.root, *(f"  {name:<{width}}  {count:>8}" for name, count in rows)]
-        lines += [f"  - {problem}" for problem in self.problems[:_NAMED]]
+        lines += [printable(f"  - {problem}") for problem in self.problems[:_NAMED]]
         if len(self.problems) > _NAMED:
             lines.append(f"  ... and {len(self.problems) - _NAMED} more")
-        lines += [f"  note: {note}" for note in self.notes]
+        lines += [printable(f"  note: {note}") for note in self.notes]
         return "\n".join(lines)
 
 

@@ -32,8 +32,8 @@ def merge_splits(out: str | Path, sources: Sequence[str], split: str = "train201
         How many annotated maps it has.
 
     Raises:
-        DataError: a source that is not there, lacks files or is written otherwise, or a split that OUT has already or
-            that is no name.
+        DataError: a source that is not there, lacks files, has fewer maps than asked for or is written otherwise, or a
+            split that OUT has already or that is no name.
         PanopticFormatError: a source's JSON that no command reads, see `load_panoptic_json`.
         ArgumentError: OUT's pictures or maps would lie among a source's.
         InUseError: another merge writes into OUT.
@@ -58,6 +58,11 @@ def _merge(out: Path, parts: Sequence[tuple[SplitFolders, int]], split: str, pat
         found = load_panoptic_json(folders.annotations)
         images = {image["id"]: image for image in found["images"]}
         annotations = found["annotations"][: limit or None]
+        if len(annotations) < limit:
+            raise DataError(
+                f"{folders.annotations}: {limit} annotated maps are asked for and {len(annotations)} are there; ask "
+                "for no more, or leave the number out for all"
+            )
         pictures = [images[annotation["image_id"]]["file_name"] for annotation in annotations]
         folders.check_files(pictures, [annotation["file_name"] for annotation in annotations])
         numbers: dict[int | str, int] = {}

@@ -19,7 +19,7 @@ from ldmseg_fast.data.picture_folders import FoundPicture
 from ldmseg_fast.data.pictures import MAX_PIXELS, Picture
 from ldmseg_fast.data.shards import Member, ShardPicture
 from ldmseg_fast.errors import ArgumentError, DataError, PanopticFormatError
-from ldmseg_fast.files import read_text
+from ldmseg_fast.files import read_text, without_repeats
 from ldmseg_fast.inference.inputs import given_categories, scaled_picture
 from ldmseg_fast.panoptic.format import read_panoptic_png
 from ldmseg_fast.pipeline import LDMSegPipeline
@@ -192,7 +192,7 @@ def read_segments(path: Path) -> list[dict[str, Any]]:
         DataError: another kind of file.
     """
     try:
-        content = json.loads(read_text(path, DataError))
+        content = json.loads(read_text(path, DataError), object_pairs_hook=without_repeats)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); give what `ldmseg predict` wrote") from None
     segments = content.get("segments_info") if isinstance(content, dict) else None

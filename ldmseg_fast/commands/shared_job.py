@@ -27,7 +27,7 @@ from ldmseg_fast.data.picture_folders import FoundPicture, FoundPictures, descri
 from ldmseg_fast.data.shards import Member, ShardPicture
 from ldmseg_fast.distributed.ranks import ranks_of, use_own_device
 from ldmseg_fast.distributed.shared_run import SharedRun
-from ldmseg_fast.errors import DataError
+from ldmseg_fast.errors import DataError, printable
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Summary:
         if found.left_out:
             print(f"left out: {described(found.left_out)}", file=stream)
         if bad := self.outcome.bad:
-            print(f"{len(bad)} could not be {verb}:", *bad, sep="\n  ", file=sys.stderr)
+            print(f"{len(bad)} could not be {verb}:", *map(printable, bad), sep="\n  ", file=sys.stderr)
         return 1 if self.outcome.bad else 0
 
 
@@ -138,7 +138,7 @@ def run_job(
         also: lists files that a picture's results depend on beside it.
 
     Raises:
-        DataError: no picture that was named could be read, and none is of a folder.
+        DataError: no picture that was named could be read, and none is of a folder; or results have gone meanwhile.
     """
     ranks = ranks_of(os.environ)
     together = ranks.world > 1 and from_hub(args)
@@ -182,11 +182,16 @@ def run_job(
             records = run.finish(tick)
         if not run.is_main:
             return 0
+        if lost := _lost(args.out, args.share is not None, records):
+            raise DataError(
+                f"{args.out}: {len(lost)} results have been removed while others were written ({lost[0]}); run the "
+                "command again, which makes what is missing"
+            )
         outcome = _sum(found.broken, records)
         if outcome.files or found.from_folders:
             summary = Summary(outcome, ranks.world, total - before, before, time.monotonic() - begun)
             return finish(found, summary)
-    raise DataError("\n".join(outcome.bad))
+    raise DataError("\n  ".join(map(printable, outcome.bad)))
 
 
 def _sum(broken: Sequence[str], records: Sequence[dict[str, Any]]) -> Outcome:
@@ -209,6 +214,20 @@ def _is_there(out: Path, local: bool, unit: str, record: dict[str, Any]) -> bool
         return all((out / name).stat().st_size == size for name, size in record["files"].items())
     except OSError:
         return False
+
+
+def _lost(out: Path, local: bool, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Lists results, by their names below OUT, that have gone; on other machines' disks nobody can look."""
+    listed: dict[Path, set[str]] = {}
+    lost = []
+    for record in records:
+        for name in () if local and record["host"] != socket.gethostname() else record["files"]:
+            path = out / name
+            if path.parent not in listed:  # one look at a folder, and not one at each of its files
+                listed[path.parent] = {each.name for each in path.parent.iterdir()} if path.parent.is_dir() else set()
+            if path.name not in listed[path.parent] and not path.exists():
+                lost.append(name)
+    return lost
 
 
 def _encoded(batch: Sequence[FoundPicture], also: Callable[[FoundPicture], Iterable[Path]]) -> str:

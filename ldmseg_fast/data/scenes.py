@@ -103,8 +103,9 @@ def write_scenes(
         FileExistsError: `out` holds anything else.
     """
     out = Path(out)
-    if images < 1 or (val_images is not None and val_images < 1):
-        raise ArgumentError(f"images={images}, val_images={val_images}: at least 1 expected")
+    for name, count in (("images", images), ("val_images", 1 if val_images is None else val_images)):
+        if count < 1:
+            raise ArgumentError(f"{name}={count}: at least 1 expected")
     _check_arguments(size, seed, version)
     record = {"images": images, "size": size, "seed": seed, "version": version}
     record |= {} if val_images is None else {"val_images": val_images}

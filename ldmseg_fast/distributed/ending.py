@@ -17,7 +17,7 @@ from typing import NoReturn
 from ldmseg_fast import distributed
 from ldmseg_fast.distributed.liveness import LOST_RANK, Heartbeat, is_running, lost_ranks
 from ldmseg_fast.distributed.ranks import ranks_of
-from ldmseg_fast.errors import LaunchError, Stopped, UserError, why_out_of_memory
+from ldmseg_fast.errors import LaunchError, Stopped, UserError, memory_note, printable, why_out_of_memory
 from ldmseg_fast.stopping import INTERRUPTED, TERMINATED, Terminated, terminable, terminate, why_stopped
 from ldmseg_fast.streams import open_streams
 
@@ -47,11 +47,13 @@ def reason_of(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, Stopped):
         return str(error), error.exit_code
     if isinstance(error, OSError):
-        return f"error: {_with_cure(error)}", 2
+        return printable(f"error: {_with_cure(error)}"), 2
     if isinstance(error, UserError):
-        return f"error: {error}", 2
+        return printable(f"error: {error}"), 2
     if reason := why_out_of_memory(error):
-        return f"error: out of memory ({reason}); take a smaller size or fewer at once, or end other programs", 2
+        at = f" {note}" if (note := memory_note(error)) else ""
+        line = f"error: out of memory{at} ({reason}); take a smaller size or fewer at once, or end other programs"
+        return printable(line), 2
     return None
 
 

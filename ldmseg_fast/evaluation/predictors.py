@@ -16,7 +16,7 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.transforms import resize_ids
-from ldmseg_fast.errors import ArgumentError, NonFiniteError
+from ldmseg_fast.errors import ArgumentError, NonFiniteError, memory_at
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.metrics.inpainting import keep_given
 from ldmseg_fast.panoptic.format import MAX_ID
@@ -202,13 +202,15 @@ class Autoencoder:
     def segment(self, indices: Sequence[int], seed: int) -> list[PanopticResult]:
         """See `Predictor.segment`."""
         maps = [self.dataset.ground_truth(index)[0] for index in indices]
-        return self._reconstruct(indices, maps, None, seed)
+        with memory_at(self.size, self.folder):
+            return self._reconstruct(indices, maps, None, seed)
 
     def inpaint(
         self, indices: Sequence[int], maps: Sequence[np.ndarray], dropped: Sequence[np.ndarray], seed: int
     ) -> list[PanopticResult]:
         """See `Predictor.inpaint`."""
-        results = self._reconstruct(indices, maps, dropped, seed)
+        with memory_at(self.size, self.folder):
+            results = self._reconstruct(indices, maps, dropped, seed)
         return [
             _described(keep_given(result.segmentation, ids, lost), result)
             for result, ids, lost in zip(results, maps, dropped)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ldmseg_fast.data.pictures import open_checked
 from ldmseg_fast.errors import DataError
-from ldmseg_fast.files import read_file
+from ldmseg_fast.files import read_file, without_repeats
 from ldmseg_fast.formats.data_set import AnnotatedMap, DataSet, Entry
 from ldmseg_fast.formats.label_maps import colours_of, labels_of
 from ldmseg_fast.formats.libraries import library
@@ -203,7 +203,7 @@ def _segments(value: Any, where: str) -> list[dict[str, Any]]:
     """Returns segments, which older versions of `datasets` give as an object of lists, and some data sets as JSON."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=without_repeats)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: {SEGMENTS} is no JSON ({error}); write it again") from None
     if isinstance(value, dict):

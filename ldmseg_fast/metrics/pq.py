@@ -38,7 +38,7 @@ class PanopticQuality:
 
     Raises:
         PanopticFormatError: what is no list of categories, categories without an `id` that is a whole number, or with
-            one id twice.
+            one id twice, or whose `isthing` is not 0 or 1; `void` with something else than whole numbers.
     """
 
     def __init__(
@@ -50,7 +50,11 @@ class PanopticQuality:
     ) -> None:
         self.class_agnostic = class_agnostic
         self.boundary = boundary
+        if isinstance(void, str) or not isinstance(void, Iterable):
+            raise PanopticFormatError(f"void={void!r:.80}: a list of category numbers expected")
         self.void = tuple(void)
+        if not all(map(_is_int, self.void)):
+            raise PanopticFormatError(f"void={self.void!r:.80}: category numbers expected")
         self.categories: dict[int, dict[str, Any]] = {}
         if isinstance(categories, str | Mapping) or not isinstance(categories, Iterable):
             raise PanopticFormatError(
@@ -62,6 +66,9 @@ class PanopticQuality:
                 raise PanopticFormatError(
                     f"categories[{place}]: expected an object whose `id` is a number of its own, got {category!r:.80}"
                 )
+            isthing = category.get("isthing", 1)
+            if isthing not in (0, 1):
+                raise PanopticFormatError(f"categories[{place}]: `isthing` must be 0 or 1, got {isthing!r:.80}")
             self.categories[int(category_id)] = dict(category)
         self.reset()
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ldmseg_fast import distributed
-from ldmseg_fast.errors import ArgumentError, PanopticFormatError
+from ldmseg_fast.errors import ArgumentError, DataError, PanopticFormatError
 from ldmseg_fast.files import replacing
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
 from ldmseg_fast.panoptic.shapes import segment_shapes
@@ -172,8 +172,17 @@ class ResultsWriter:
         return self.png_folder / f"{name}.png"
 
     def finish(self) -> Path:
-        """Writes the JSON over what all ranks have written so far, in ascending image id, and returns its path."""
+        """Writes the JSON over what all ranks have written so far, in ascending image id, and returns its path.
+
+        Raises:
+            DataError: maps of this writer have been removed meanwhile.
+        """
         entries = sorted(self._entries(), key=lambda entry: _order(entry["image"]["id"]))
+        if lost := self.written - {entry["image"]["id"] for entry in entries}:
+            raise DataError(
+                f"{self.png_folder}: {len(lost)} maps have been removed while others were written (image "
+                f"{min(lost, key=str)}); run it again, which makes what is missing"
+            )
         path = self.folder / f"{self.name}.json"
         content = {
             "images": [entry["image"] for entry in entries],

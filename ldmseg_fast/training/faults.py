@@ -127,4 +127,4 @@ class BadItems:
 def out_of_memory(stage_name: str, config: Config, world_size: int, reason: str) -> OutOfMemory:
     """Makes the error of a run without memory, with the settings that free most. reason: of `why_out_of_memory`."""
     lines = "\n".join(f"  {line}" for line in advice(stage_name, config, world_size))
-    return OutOfMemory(f"out of memory ({reason}). What helps most:\n{lines}\nthen go on with --resume")
+    return OutOfMemory(f"out of memory ({reason}). What helps most, then --resume:\n{lines}")

@@ -16,6 +16,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ldmseg_fast.checkpoints.run_records import read_log
+from ldmseg_fast.errors import printable
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 PERIOD = 0.5  # seconds between two looks at a training
@@ -69,7 +70,11 @@ def launch_training(stage: str, folder: Path, settings: list[str], ranks: int, m
             raise
     if process.returncode:
         last = path.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-        sys.exit("\n".join([f"error: training the {stage} ended with exit code {process.returncode}: {path}", *last]))
+        sys.exit(
+            "\n".join(
+                [printable(f"error: training the {stage} ended with exit code {process.returncode}: {path}"), *last]
+            )
+        )
 
 
 def _command(stage: str, folder: Path, settings: list[str], ranks: int, minutes: float) -> list[str]:

@@ -24,7 +24,7 @@ from ldmseg_fast.config import Config, TrainConfig, describe, to_dict
 from ldmseg_fast.data.latent_cache import ShardCheck, attach_cache
 from ldmseg_fast.data.loader import Prefetcher
 from ldmseg_fast.distributed.liveness import Agreement, Heartbeat, Interrupt
-from ldmseg_fast.errors import Stopped, why_out_of_memory
+from ldmseg_fast.errors import Stopped, printable, why_out_of_memory
 from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.kernels.backend import KERNELS, set_backend, turn_off_on_old_gpus
 from ldmseg_fast.threads import cores
@@ -201,7 +201,7 @@ class Run:
             self.shard_check.raise_if_damaged()
         batches = next(self.prefetched)
         for message in self.bad_items.add([failure for batch in batches for failure in batch["failures"]]):
-            tqdm.write(f"warning: {message}; another image takes its place", file=sys.stderr)
+            tqdm.write(printable(f"warning: {message}; another image takes its place"), file=sys.stderr)
         self.stage.prepare(batches)
         for number, batch in enumerate(batches, 1):
             losses = self.optimizer.forward(batch, progress.step)
@@ -329,7 +329,7 @@ class Run:
     def say(self, message: str) -> None:
         """Prints a line on rank 0, above the progress bar."""
         if distributed.is_main():
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(printable(message), file=sys.stderr)
 
     def close(self) -> None:
         """Closes the bar, the log and the loader."""

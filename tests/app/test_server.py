@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -330,7 +331,14 @@ def test_a_password(scene, tmp_path):
         with Visitor(server.url, auth=("me", "secret word")) as visitor:
             assert visitor.call("segment", visitor.upload(scene[0]), {})[0]["segments_info"]
             assert numbers(visitor)['ldmseg_rejected_total{reason="auth"}'] == 6
-        assert server.stop(signal.SIGINT) == 0
+            event = visitor.start("segment", visitor.upload(scene[0]), {"steps": 1000, "size": 512})
+            with ThreadPoolExecutor() as threads:
+                waiting = threads.submit(visitor.result, "segment", event)
+                time.sleep(1)
+                assert server.stop(signal.SIGINT) == 0
+                with pytest.raises(AppError, match=r"^the app is ending: nothing more is done$"):
+                    waiting.result(60)
+        assert not any("Traceback" in line for line in server.lines), server.lines
         assert not any("secret" in line for line in server.lines)
 
 

@@ -37,6 +37,8 @@ def test_what_is_there_stays(scenes, tmp_path):
     for source in ("nowhere", f"{scenes}:val2017:x", f"{scenes}:val2017:0", f"{scenes}:other", "a:b:1:2"):
         with pytest.raises(DataError):
             merge_splits(tmp_path / "b", [source])
+    with pytest.raises(DataError, match=r"panoptic_val2017.json: 999 annotated maps are asked for and \d+ are there"):
+        merge_splits(tmp_path / "b", [f"{scenes}:val2017:999"])
     for split in ("", "..", "../out", "a/b", "a\\b", ".hidden", "a\0b"):
         with pytest.raises(DataError, match=r"split .*: a name for a folder expected"):
             merge_splits(tmp_path / "b", [f"{scenes}:val2017:2"], split)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ldmseg_fast.cli import main
+from ldmseg_fast.commands import predict
 from ldmseg_fast.data.picture_folders import find_pictures, picture_suffixes
 from ldmseg_fast.data.pictures import read_picture
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
@@ -45,6 +46,24 @@ def folder(tmp_path: Path) -> Path:
 
 def names(out: Path) -> list[str]:
     return sorted(str(path.relative_to(out)) for path in out.rglob("*.json"))
+
+
+def test_a_result_that_goes_while_others_are_written_is_told_and_made_again(
+    model_dir, folder, tmp_path, monkeypatch, capsys
+):
+    real, out = predict.predict_files, tmp_path / "out"
+
+    def remove_the_first(*args: object, **named: object) -> object:
+        outcome = real(*args, **named)
+        if (out / "a.json").exists() and (out / "B.json").exists():
+            (out / "B.json").unlink()
+        return outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "predict_files", remove_the_first)
+        assert run(model_dir, folder, "--out", out, "--batch-size", 1) == 2
+    assert f"{out}: 1 results have been removed while others were written (B.json); run" in capsys.readouterr().err
+    assert run(model_dir, folder, "--out", out, "--batch-size", 1) == 0 and names(out) == ["B.json", "a.json"]
 
 
 def test_a_bad_picture_is_listed_and_the_others_are_done(model_dir, folder, tmp_path, capsys):

@@ -190,7 +190,8 @@ def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images": 0}, "images=0"),
+        ({"images": 0}, "^images=0: at least 1"),
+        ({"images": 1, "val_images": 0}, "^val_images=0: at least 1"),
         ({"images": 1, "size": 16}, "size=16"),
         ({"images": 1, "size": 4096}, "size=4096"),
         ({"images": 1, "seed": -1}, "seed=-1"),

@@ -221,9 +221,10 @@ def test_a_manifest_with_other_values(place, value, graphs, tmp_path):
     (tmp_path / "export.json").write_text(json.dumps(sealed(values)))
     with pytest.raises(BackendError, match=r"export\.json: damaged"):
         read_manifest(tmp_path)
-    (tmp_path / "export.json").write_text("[" * 100_000)
-    with pytest.raises(BackendError, match=r"export\.json: damaged"):
-        read_manifest(tmp_path)
+    for text, message in (("[" * 100_000, ""), ("[]", "no JSON object"), ('{"a": 1, "a": 2}', "a is there twice")):
+        (tmp_path / "export.json").write_text(text)
+        with pytest.raises(BackendError, match=rf"export\.json: damaged .*{message}"):
+            read_manifest(tmp_path)
 
 
 def test_graphs_without_their_weights_file(model_dir, graphs, tmp_path):

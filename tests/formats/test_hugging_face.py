@@ -123,8 +123,9 @@ def test_segments_as_text_and_as_lists_of_values(tmp_path, imported):
         ({"id": [9, 70_000], "category_id": [1]}, "lists of one length"),
         ({"id": 9, "category_id": 1}, "lists of one length"),
         ("[" * 100_000, "is no JSON"),
+        ('[{"id": 9, "category_id": 1, "category_id": 2}]', "category_id is there twice"),
     ],
-    ids=["lengths", "object", "deep"],
+    ids=["lengths", "object", "deep", "repeated"],
 )
 def test_segments_that_are_no_list(tmp_path, capsys, value, message):
     rows((0,), infos=[value]).save_to_disk(tmp_path / "saved")

@@ -11,7 +11,7 @@ from ldmseg_fast.cli import main
 from ldmseg_fast.commands.partial_maps import read_segments
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.config.categories import Category, CategoryTable
-from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.errors import ArgumentError, DataError
 from ldmseg_fast.inference.given_maps import complete, prepare
 from ldmseg_fast.panoptic.format import write_panoptic_png
 from ldmseg_fast.panoptic.results import PanopticResult
@@ -104,6 +104,12 @@ def test_command_keeps_a_category_0(tmp_path):
     entries = [{"id": 1, "category_id": 0}, {"id": 2, "category_id": 0, "category_score": 0.0}, {"id": 3}]
     (tmp_path / "map.json").write_text(json.dumps({"segments_info": entries}))
     assert read_segments(tmp_path / "map.json") == entries[:1]
+
+
+def test_command_refuses_segments_of_two_categories(tmp_path):
+    (tmp_path / "map.json").write_text('{"segments_info": [{"id": 1, "category_id": 2, "category_id": 3}]}')
+    with pytest.raises(DataError, match=r"map\.json: not readable as JSON \(category_id is there twice"):
+        read_segments(tmp_path / "map.json")
 
 
 @pytest.mark.parametrize(

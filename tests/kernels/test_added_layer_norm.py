@@ -31,7 +31,14 @@ def test_reference_and_op(device, check_op):
 def test_bad_input(device, refuses):
     x, w = torch.zeros(2, 8, 4, 4, device=device), torch.zeros(8, device=device)
     good = {"x": x, "added": w[:4], "weight": w[:4], "bias": w[:4], "eps": 1e-5}
-    for name, value in (("x", x.long()), ("added", w), ("bias", w), ("weight", w[:4].to("meta"))):
+    for name, value in (
+        ("x", x.long()),
+        ("added", w),
+        ("bias", w),
+        ("bias", w[:4].bool()),
+        ("added", w[:4].long()),
+        ("weight", w[:4].to("meta")),
+    ):
         fake = not value.is_meta
         refuses(name, added_layer_norm, added_layer_norm_op, tuple({**good, name: value}.values()), fake=fake)
 

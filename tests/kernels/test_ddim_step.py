@@ -94,6 +94,13 @@ def test_table_refuses_bad_time_steps(device):
         make_ddim_table(alphas, steps, steps[:1])
     with pytest.raises(ValueError, match=r"^alphas_cumprod: "):
         make_ddim_table(alphas[None], steps, steps)
+    for dtype in (torch.float32, torch.uint8, torch.bool, torch.complex64):  # two of them would be masks
+        with pytest.raises(ValueError, match=r"^timesteps: expected int32 or int64, got "):
+            make_ddim_table(alphas, steps.to(dtype), steps)
+        with pytest.raises(ValueError, match=r"^prev_timesteps: expected int32 or int64, got "):
+            make_ddim_table(alphas, steps, steps.to(dtype))
+    with pytest.raises(ValueError, match=r"^alphas_cumprod: "):
+        make_ddim_table(alphas.long(), steps, steps)
 
 
 def test_gradients_reach_the_model_output(table):

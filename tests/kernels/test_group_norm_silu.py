@@ -236,8 +236,8 @@ def test_bad_input(device, refuses):
     }
     bad = {
         "x": [x[0], x.long()],
-        "weight": [w[:4], w.to("meta")],
-        "bias": [w[:4]],
+        "weight": [w[:4], w.bool(), w.to("meta")],
+        "bias": [w[:4], w.to(torch.complex64)],
         "num_groups": [3, 0],
         "scale": [s[:1], s[0]],
         "shift": [s[:, :4]],

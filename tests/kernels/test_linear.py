@@ -116,6 +116,7 @@ def test_bad_input(device, refuses):
         ("weight", args[1][:, :5]),
         ("weight", args[1].double()),
         ("bias", args[2][:5]),
+        ("bias", args[2].long()),
         ("gain", args[3][:5]),
         ("offset", None),
         ("moments", args[6][:, :1]),

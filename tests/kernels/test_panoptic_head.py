@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -198,3 +200,5 @@ def test_bad_input(device, refuses):
     refuses("mask_logits", panoptic_head, op, (logits[:, :0], [8, 8], [8, 8], *more))
     refuses("network_size", panoptic_head, op, (logits, [8], [8, 8], *more))
     refuses("target_size", panoptic_head, op, (logits, [8, 8], [8, 0], *more))
+    refuses("mask_threshold", panoptic_head, op, (logits, [8, 8], [8, 8], math.nan, 1, 0.5))
+    refuses("overlap_threshold", panoptic_head, op, (logits, [8, 8], [8, 8], 0.5, 1, math.nan))

@@ -29,6 +29,18 @@ def test_an_array_of_objects_is_refused():
         PanopticQuality(class_agnostic=True).update(np.array([[None]]), np.ones((1, 1), int))
 
 
+@pytest.mark.parametrize("isthing", ["1", None, float("nan"), 2], ids=str)
+def test_what_is_neither_thing_nor_stuff_is_refused(isthing):
+    with pytest.raises(PanopticFormatError, match=r"categories\[0\]: `isthing` must be 0 or 1, got"):
+        PanopticQuality([{"id": 5, "isthing": isthing}])
+
+
+@pytest.mark.parametrize("void", [3, "0", ["0"], [float("nan")]], ids=str)
+def test_void_that_is_no_list_of_numbers_is_refused(void):
+    with pytest.raises(PanopticFormatError, match=r"void=.*: .*category numbers expected"):
+        PanopticQuality(CATEGORIES, void=void)
+
+
 @pytest.mark.parametrize("height", ["4", -4, 4.5, 0, True])
 def test_a_height_that_is_no_number_of_pixels_is_refused(height):
     with pytest.raises(PanopticFormatError, match="`height` and `width` must be whole numbers"):

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from ldmseg_fast.config import PostprocessConfig
-from ldmseg_fast.errors import PanopticFormatError
+from ldmseg_fast.errors import DataError, PanopticFormatError
 from ldmseg_fast.panoptic import shapes as segments
 from ldmseg_fast.panoptic.format import load_panoptic_json, read_panoptic_png
 from ldmseg_fast.panoptic.postprocess import PanopticResult, connected, postprocess
@@ -128,6 +128,20 @@ def test_run_lengths_are_pycocotools():
             assert shape["segmentation"] == {"size": list(ids.shape), "counts": expected["counts"].decode()}
             assert mask.area(shape["segmentation"]) == shape["area"]
             assert mask.toBbox(shape["segmentation"]).tolist() == shape["bbox"]
+
+
+def test_a_map_that_goes_while_others_are_written_is_told(tmp_path):
+    result = postprocess(_logits(1), (32, 32), [(40, 50)], THRESHOLDS)[0]
+    with ResultsWriter(tmp_path, "val") as writer:
+        for image_id in (1, 2):
+            writer.add(image_id, result)
+        writer.png_path(1).unlink()
+        with pytest.raises(DataError, match=r"val: 1 maps have been removed while others were written \(image 1\)"):
+            writer.finish()
+    with ResultsWriter(tmp_path, "val") as writer:
+        assert writer.written == {2} and not (tmp_path / "val.json").exists()
+        writer.add(1, result)
+        assert len(json.loads(writer.finish().read_text())["images"]) == 2
 
 
 def test_results_files_are_read_back(tmp_path):

@@ -16,7 +16,7 @@ from ldmseg_fast.backends.graphs.specs import GraphOptions, GraphSpec
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.config.values import shown
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.files import read_text, sha256, write_json
+from ldmseg_fast.files import read_text, sha256, without_repeats, write_json
 
 FORMAT_VERSION = 2
 FILE_NAME = "export.json"
@@ -106,7 +106,9 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
             f"{folder}: no {FILE_NAME} in it; make it with `python export/{script} MODEL_DIR --out {folder}`"
         )
     try:
-        values = json.loads(read_text(path))
+        values = json.loads(read_text(path), object_pairs_hook=without_repeats)
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
         if values.get("format_version") not in (UNSEALED, FORMAT_VERSION):
             raise BackendError(
                 f"{path}: format {values.get('format_version')!r}, this version reads {FORMAT_VERSION}; export again"

@@ -13,7 +13,7 @@ from ldmseg_fast.backends.graphs.seal import UNSEALED, check_seal, sealed
 from ldmseg_fast.backends.trt.api import FLAVOURS
 from ldmseg_fast.backends.trt.machine import MIN_DRIVER, Machine, driver_major
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.files import read_text, sha256, write_json
+from ldmseg_fast.files import read_text, sha256, without_repeats, write_json
 
 FORMAT_VERSION = 2
 Range = tuple[int, int, int]  # least, best, largest
@@ -97,7 +97,9 @@ def read_passport(folder: Path, graph: str) -> Passport:
             f"build it with `python export/to_trt.py MODEL_DIR --out {folder}`"
         )
     try:
-        values: dict[str, Any] = json.loads(read_text(path))
+        values: dict[str, Any] = json.loads(read_text(path), object_pairs_hook=without_repeats)
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
         if values.get("format_version") not in (UNSEALED, FORMAT_VERSION):
             raise BackendError(
                 f"{path}: passport format {values.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
