@@ -308,7 +308,7 @@ def comparison_data(info: ModelInfo, data: str | None, split: str, images: int) 
     with tempfile.TemporaryDirectory() as scratch:
         if data is None:
             side = max(info.image_size, 32)
-            data = str(write_scenes(Path(scratch) / "scenes", 10 * images, side, 0, workers=1, version=1))
+            data = str(write_scenes(Path(scratch) / "scenes", 1, side, 0, 1, val_images=images, version=1))
             split = "val2017"
         slots = info.mask_vae.num_slots
         yield CocoPanoptic(data, split, info.image_size, num_slots=slots, limit=images, picture_size=info.picture_size)

@@ -1,5 +1,6 @@
 """Shared fixtures. The Triton interpreter is chosen before triton is imported anywhere."""
 
+import gc
 import os
 import re
 import tempfile
@@ -32,6 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if ADDRESS.search(item.nodeid):
             raise pytest.UsageError(f"{item.nodeid}: the name differs from process to process; give `ids`")
+
+
+def pytest_collection_finish() -> None:
+    """Takes what was imported and collected out of the garbage collector's rounds, of which exports ask for many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,9 @@ def keep(monkeypatch, **parts):
         monkeypatch.setattr(bench_quantised, name, {each: values[each] for each in kept})
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["scenes", "given"])
+@pytest.mark.parametrize(
+    "given", [pytest.param(False, id="scenes", marks=pytest.mark.soak), pytest.param(True, id="given")]
+)
 def test_a_run(model_dir, scenes, tmp_path, given, monkeypatch):
     pytest.importorskip("onnxruntime")
     keep(monkeypatch, EXPORTS=("fp32", CPU_INT8), SIZES=(CPU_INT8,), LOSSES=(CPU_INT8,))

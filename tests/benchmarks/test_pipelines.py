@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -21,6 +22,8 @@ from benchmarks.peers import candidates, plain_pipeline
 from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.peers.plain_pipeline import PlainPipeline, plain_names, plain_postprocess
 from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.backends import torch_backend
+from ldmseg_fast.backends.graphs.manifest import read_manifest
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.config import PostprocessConfig
@@ -117,6 +120,7 @@ def test_every_variant_of_a_gpu_runs(info, picture, monkeypatch, tmp_path):
     monkeypatch.setattr(candidates, "why_not_fp8", lambda *_: "")
     monkeypatch.setattr(candidates, "has_units", lambda *_: True)
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    monkeypatch.setattr(torch_backend, "compile_network", lambda network, *_: network)
     plain = partial(PlainPipeline, info, "cpu", torch.float32)
     monkeypatch.setattr(candidates, "PlainPipeline", lambda info, device, dtype, *args, **more: plain(*args, **more))
     with monkeypatch.context() as patch:
@@ -190,7 +194,30 @@ def test_what_a_process_times(model_dir):
     assert milliseconds > 0 and found.shape == (48, 64)
 
 
-def test_a_runtime_that_is_not_there_is_a_red_row(model_dir, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Exports of the narrow model by precision, of those that were written."""
+    return tmp_path_factory.mktemp("written"), {}
+
+
+@pytest.fixture
+def written_once(written, monkeypatch):
+    """Graphs of a precision are written for the first test that asks for them, and copied for the others."""
+    root, made = written
+    original = bench_latency.write_graphs
+
+    def write_graphs(info, folder, options, settings):
+        if settings.precision not in made:
+            made[settings.precision] = root / settings.precision
+            made[settings.precision].mkdir()
+            original(info, made[settings.precision], options, settings)
+        shutil.copytree(made[settings.precision], folder, dirs_exist_ok=True)
+        return read_manifest(folder)
+
+    monkeypatch.setattr(bench_latency, "write_graphs", write_graphs)
+
+
+def test_a_runtime_that_is_not_there_is_a_red_row(model_dir, written_once, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     arguments = ["--variants", "none", "--sizes", "48x64", "--parts", "openvino"]
     assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == 1
@@ -201,7 +228,7 @@ def test_a_runtime_that_is_not_there_is_a_red_row(model_dir, tmp_path, monkeypat
     assert timed.keys() == {"torch eager", "onnxruntime fp32", "onnxruntime int8"}
 
 
-def test_openvino_is_a_row_where_it_computes_the_graph(model_dir, tmp_path, monkeypatch):
+def test_openvino_is_a_row_where_it_computes_the_graph(model_dir, written_once, tmp_path, monkeypatch):
     """Through a double, whose results in int8 are wrong."""
 
     class Request:

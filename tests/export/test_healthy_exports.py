@@ -69,7 +69,7 @@ def test_no_fault_is_found_in_a_healthy_export(name, tmp_path, record_property):
     assert report.ok, report.table()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.soak)])
 def test_a_graph_in_half_does_not_round_the_latents_factor(precision, tmp_path):
     report = export_model(
         make_model(tmp_path / "model", FACTOR), tmp_path / "graphs", ExportSettings(precision, parity_images=1)

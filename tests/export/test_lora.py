@@ -73,7 +73,14 @@ def test_graphs_compute_what_folded_weights_compute(model_dir, lora, scenes, tmp
     assert "agreement" not in report, "PyTorch's model has no LoRA"
 
 
-@pytest.mark.parametrize(("precision", "runtime"), [("int8", "onnxruntime"), ("int8", "tensorrt"), ("fp8", "tensorrt")])
+@pytest.mark.parametrize(
+    ("precision", "runtime"),
+    [
+        ("int8", "onnxruntime"),
+        pytest.param("int8", "tensorrt", marks=pytest.mark.soak),
+        pytest.param("fp8", "tensorrt", marks=pytest.mark.soak),
+    ],
+)
 def test_quantised_graphs_have_the_lora_too(model_dir, lora, scenes, tmp_path, precision, runtime):
     path, out, info = lora[0], tmp_path / "graphs", read_model_info(model_dir)
     settings = ExportSettings(

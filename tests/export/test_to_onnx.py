@@ -138,7 +138,14 @@ def test_any_picture_size(model_dir, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), module(**inputs)[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("opset", [opset for opset in OPSETS if opset != model_export.DEFAULT_OPSET])
+@pytest.mark.parametrize(
+    "opset",
+    [
+        pytest.param(opset, marks=() if opset in (OPSETS[0], OPSETS[-1]) else pytest.mark.soak)
+        for opset in OPSETS
+        if opset != model_export.DEFAULT_OPSET
+    ],
+)
 def test_every_other_opset(model_dir, tmp_path, opset):
     info = read_model_info(model_dir)
     spec = graph_specs(info, GraphOptions(image_size=64))["denoiser"]

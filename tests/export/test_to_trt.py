@@ -75,7 +75,7 @@ def test_float32_and_several_targets(graphs, rtx, tmp_path):
 def test_a_quantised_model_builds(model_dir, rtx, scenes, tmp_path, precision):
     out = tmp_path / precision
     arguments = ["--flavour", "rtx", "--target", "sm89", "--precision", precision, "--data", str(scenes)]
-    assert to_trt.main([str(model_dir), "--out", str(out), *arguments]) == 0
+    assert to_trt.main([str(model_dir), "--out", str(out), *arguments, "--parity-images", "1"]) == 0
     import onnx
 
     nodes = {node.op_type for node in onnx.load(out / "onnx" / "denoiser.onnx").graph.node}
