@@ -9,8 +9,9 @@ red row with its reason, and is not timed. `whole image` is from the array to ma
 reading the picture and writing PNG and JSON. Engines of several precisions stand in one table, each named by its
 runtime and precision; a batch that they take in parts, or filled up, is warned of and says so in its row. `eomt` times
 EoMT-S with random weights, forward alone and from array to map. `openvino` times one step of our graphs, in float32 and
-int8, in OpenVINO and in ONNX Runtime beside eager PyTorch. `first` times the first picture of a process on a CPU, from
-loading the model on, compiled with and without packages that an earlier process kept. Exit code 1 where a row is red.
+int8, in OpenVINO and in ONNX Runtime beside eager PyTorch. `first` times the first picture of a process on a CPU, of
+the first of `--sizes`, from loading the model on, compiled with and without packages that an earlier process kept. Exit
+code 1 where a row is red.
 """
 
 from __future__ import annotations

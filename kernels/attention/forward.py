@@ -32,6 +32,7 @@ def exp2_shared(x, QUARTERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.const
 
     Halves of the columns lie in registers of the same thread, so that parting and joining them moves nothing.
     """
+    tl.static_assert(QUARTERS <= 2, "QUARTERS: 0, 1 or 2 expected")
     if QUARTERS == 0:
         return tl.math.exp2(x)
     first, second = tl.split(x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))

@@ -67,6 +67,22 @@ def check_rows(
     require_same_device(mask_logits, image_index=image_index, slots=slots)
 
 
+def check_indices(mask_logits: Tensor, image_index: Tensor, slots: Tensor) -> None:
+    """Refuses rows, int64 [M], of images or slots that logits, float [B, Q, h, w], do not have.
+
+    It is asked on a CPU only, and not while a graph is traced: to look at a GPU's values is to wait for it.
+
+    Raises:
+        ValueError: an index is negative or too large; the message starts with the argument's name.
+    """
+    if mask_logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for name, indices, count in zip(("image_index", "slots"), (image_index, slots), mask_logits.shape):
+        if indices.numel():
+            low, high = map(int, indices.aminmax())
+            require(low >= 0 and high < count, "{}: expected 0 to {}, got {} to {}", name, count - 1, low, high)
+
+
 def check_ids(mask_logits: Tensor, segment_ids: Tensor) -> None:
     """Refuses maps, integer [B, H, W], that do not fit the logits, float [B, Q, h, w].
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldmseg_fast.kernels.backend import at_least_float32
 from ldmseg_fast.kernels.point_loss import reference
-from ldmseg_fast.kernels.point_loss.checks import check_ce, check_losses, check_points, check_rows
+from ldmseg_fast.kernels.point_loss.checks import check_ce, check_indices, check_losses, check_points, check_rows
 
 
 @torch.library.custom_op("ldmseg_fast::point_logits", mutates_args=())
@@ -87,9 +87,10 @@ def slot_logits_op(mask_logits: Tensor, image_index: Tensor, slots: Tensor, poin
         float32 [M, P].
 
     Raises:
-        ValueError: see `checks.check_rows`.
+        ValueError: see `checks.check_rows` and, on a CPU, `checks.check_indices`.
     """
     check_rows(mask_logits, image_index, slots, points)
+    check_indices(mask_logits, image_index, slots)
     return reference.slot_logits(mask_logits, image_index, slots, points).contiguous()
 
 
@@ -220,9 +221,10 @@ def sample_losses_op(
         are float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: see `checks.check_losses`.
+        ValueError: see `checks.check_losses` and, on a CPU, `checks.check_indices`.
     """
     check_losses(mask_logits, segment_ids, points, image_index, slots, row_points)
+    check_indices(mask_logits, image_index, slots)
     ce, count, logsumexp = reference.sample_ce_forward(mask_logits, segment_ids, points)
     rows = (image_index, slots, row_points)
     bce, dice, sums = reference.sample_bce_dice_forward(mask_logits, segment_ids, *rows)

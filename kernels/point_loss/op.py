@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldmseg_fast.kernels.backend import runs_reference
 from ldmseg_fast.kernels.point_loss import reference
-from ldmseg_fast.kernels.point_loss.checks import check_ce, check_losses, check_points, check_rows
+from ldmseg_fast.kernels.point_loss.checks import check_ce, check_indices, check_losses, check_points, check_rows
 from ldmseg_fast.kernels.point_loss.custom_ops import (
     point_logits_op,
     point_margin_op,
@@ -71,10 +71,11 @@ def slot_logits(mask_logits: Tensor, image_index: Tensor, slots: Tensor, points:
         float32 [M, P] (float64 for float64 logits).
 
     Raises:
-        ValueError: wrong shape, dtype or device.
+        ValueError: wrong shape, dtype or device; on a CPU also an image or a slot that is not there.
     """
     if _runs_reference(mask_logits) or _needs_grad(mask_logits):
         check_rows(mask_logits, image_index, slots, points)
+        check_indices(mask_logits, image_index, slots)
         return reference.slot_logits(mask_logits, image_index, slots, points)
     return slot_logits_op(mask_logits, image_index, slots, points)
 
@@ -130,11 +131,12 @@ def sample_losses(
         `mask_logits`.
 
     Raises:
-        ValueError: wrong shape, dtype or device.
+        ValueError: wrong shape, dtype or device; on a CPU also an image or a slot that is not there.
     """
     args = (mask_logits, segment_ids, points, image_index, slots, row_points)
     if _runs_reference(mask_logits):
         check_losses(*args)
+        check_indices(mask_logits, image_index, slots)
         return reference.sample_losses(*args)
     ce, count, bce, dice, _, _ = sample_losses_op(*args)
     return ce, count, bce, dice

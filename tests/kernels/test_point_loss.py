@@ -237,3 +237,16 @@ def test_bad_input(device, refuses):
     refuses("slots", all_, op, (logits, ids, points, image_index, slots[None], row_points))
     refuses("row_points", all_, op, (logits, ids, points, image_index, slots, row_points[:2]))
     refuses("row_points", all_, op, (logits, ids, points, image_index, slots, row_points.double()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's values are not looked at")
+def test_rows_of_what_is_not_there(refuses):
+    args = make_inputs((2, 6, 5, 7), (10, 14), 13, 3, torch.float32, torch.contiguous_format, "cpu")
+    logits, ids, points, image_index, slots, row_points = args
+    for wrong in (image_index - 2, image_index + 2):
+        refuses("image_index", point_loss.slot_logits, slot_logits_op, (logits, wrong, slots, row_points), fake=False)
+    for wrong in (slots - 7, slots + 6):
+        rows = (image_index, wrong, row_points)
+        refuses("slots", point_loss.sample_losses, sample_losses_op, (logits, ids, points, *rows), fake=False)
+    none = point_loss.slot_logits(logits, image_index[:0], slots[:0], row_points[:0])
+    assert none.shape == (0, row_points.shape[1])
