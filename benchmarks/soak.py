@@ -1,7 +1,8 @@
 """Runs the long tests and records what they found.
 
 They kill while saving, lose ranks, try every ZeRO stage and two launchers, fuzz the readers of PNG and JSON and the
-panoptic head, and run the C++ under sanitizers.
+panoptic head, run the C++ under sanitizers, build every configuration of the kernels, and export in every precision and
+opset that `make test` leaves out.
 
 python benchmarks/soak.py [--out FOLDER] [pytest arguments]
 

@@ -1,6 +1,7 @@
 """Shared fixtures. The Triton interpreter is chosen before triton is imported anywhere."""
 
 import gc
+import logging
 import os
 import re
 import tempfile
@@ -16,6 +17,9 @@ if isa := os.environ.get("ONEDNN_MAX_CPU_ISA"):
 
 import pytest
 import torch
+
+# pytest listens to loggers that do not propagate, and torch would write all that it traces into every report
+logging.getLogger("torch.__trace").propagate = True
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
