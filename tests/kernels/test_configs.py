@@ -144,9 +144,9 @@ def test_roofline_prints_every_case(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("sm", "architectures", "headline"),
     [
-        ("90", ["90"], ["--headline"]),
-        pytest.param("90", ["90"], [], marks=pytest.mark.soak),
-        pytest.param("80", ["80", "89"], [], marks=pytest.mark.soak),
+        pytest.param("90", ["90"], ["--headline"], id="headline"),
+        pytest.param("90", ["90"], [], id="sm_90", marks=pytest.mark.soak),
+        pytest.param("80", ["80", "89"], [], id="sm_80", marks=pytest.mark.soak),
     ],
 )
 def test_kernels_build_ahead_of_time(sm, architectures, headline, tmp_path):
