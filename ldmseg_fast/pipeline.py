@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.pictures import MAX_PIXELS, Picture
 from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.solvers import Timesteps
-from ldmseg_fast.errors import ArgumentError, memory_at
+from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.inference.inputs import (
     MAX_SEED,
     as_array,
@@ -33,6 +32,7 @@ from ldmseg_fast.inference.inputs import (
     image_ids_of,
     scaled_picture,
 )
+from ldmseg_fast.inference.memory import says_size
 from ldmseg_fast.inference.sampling import MAX_STEPS, MaskSampler
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.panoptic.postprocess import connected as in_pieces
@@ -43,19 +43,6 @@ if TYPE_CHECKING:
 OUTPUT_TYPES = ("panoptic", "logits", "latent")
 MAX_SAMPLES = 1000  # of an ensemble
 MAX_SIZE = 16384  # pixels of the networks' side
-
-T = TypeVar("T", bound=Callable[..., Any])
-
-
-def _says_size(method: T) -> T:
-    """Adds the networks' side to a method's errors of too little memory."""
-
-    @functools.wraps(method)
-    def call(self: LDMSegPipeline, *args: Any, **named: Any) -> Any:
-        with memory_at(self.info.image_size, self.info.folder):
-            return method(self, *args, **named)
-
-    return cast(T, call)
 
 
 class LDMSegPipeline:
@@ -191,7 +178,7 @@ class LDMSegPipeline:
         return push(self.info.folder, repo_id, settings)
 
     @torch.inference_mode()
-    @_says_size
+    @says_size
     def __call__(
         self,
         images: Any,
@@ -320,7 +307,7 @@ class LDMSegPipeline:
         return torch.cat(outputs) if outputs else torch.empty(0, *self.info.latent_shape)
 
     @torch.inference_mode()
-    @_says_size
+    @says_size
     def ensemble(
         self,
         images: Any,
@@ -390,7 +377,7 @@ class LDMSegPipeline:
         return [in_pieces(result, connected) for result in results] if connected else results
 
     @torch.inference_mode()
-    @_says_size
+    @says_size
     def inpaint(
         self,
         images: Any,
