@@ -24,6 +24,9 @@ CALIBRATION_STEPS = 4
 OUTLIERS = 3e-5  # the share of values that int8 cuts off at each end
 LARGEST = {"fp8": 448.0, "int8": 127.0}  # the values that the largest magnitudes become
 LEAST_STEP = 1e-6  # of what is zero throughout
+# of an attention in int8 that TensorRT keeps in one kernel; TensorRT for RTX does the same, by its builder's log
+# https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transformers-fused-attention.html
+HEAD_SIZES, MAX_TOKENS = (16, 32, 64), 512
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,21 @@ class LayerScales:
         inputs: of what flows in.
         weight: steps, float32: one for all, [], or [C, 1, ...], one per output channel.
         outputs: of what flows out; None: it stays a float.
+        softmax: of an attention's values, "to_v": of what they are multiplied by; None: it stays a float.
     """
 
     inputs: Scale
     weight: Tensor
     outputs: Scale | None = None
+    softmax: Scale | None = None
 
 
-def calibrate(info: ModelInfo, precision: str, dtype: torch.dtype, pictures: Tensor) -> dict[str, LayerScales]:
+def calibrate(
+    info: ModelInfo, precision: str, dtype: torch.dtype, pictures: Tensor, attention: bool = True
+) -> dict[str, LayerScales]:
     """Measures the scales of every convolution and linear layer of the UNet but the `SENSITIVE` ones.
+
+    In int8 for TensorRT also those of an attention's own two products, where it keeps them in one kernel.
 
     Args:
         info: of the model.
@@ -65,6 +74,7 @@ def calibrate(info: ModelInfo, precision: str, dtype: torch.dtype, pictures: Ten
         dtype: of the graph's floats. Beside float32 integers are what ONNX Runtime takes on a CPU: unsigned,
             and 3x3 convolutions return them too. Integers beside halves are what TensorRT takes: signed.
         pictures: uint8 [B, 3, S, S]; scales come from sampling their maps.
+        attention: whether the graph shows attention's products, and always has as many tokens as with `pictures`.
 
     Returns:
         The scales by the layer's name.
@@ -82,8 +92,16 @@ def calibrate(info: ModelInfo, precision: str, dtype: torch.dtype, pictures: Ten
             low, high = _ends(values, share)
             spans[name, end] = min(least, low), max(most, high)
 
+    tokens: dict[str, int] = {}
+
+    def count(name: str, _: Any, args: tuple[Tensor, ...]) -> None:
+        tokens[name] = max(values.shape[1] for values in args if values is not None)
+
     for name, layer in layers.items():
         layer.register_forward_hook(partial(see, name))
+    attentions = {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
+    for name, module in attentions.items():
+        module.register_forward_pre_hook(partial(count, name))
     with torch.no_grad():
         image_latents = backend.encode_image(pictures)
         noise = image_noise(0, list(range(len(pictures))), info.latent_shape)
@@ -99,18 +117,27 @@ def calibrate(info: ModelInfo, precision: str, dtype: torch.dtype, pictures: Ten
         return Scale(_rounded(max(-low / LARGEST[precision], high / LARGEST[precision], LEAST_STEP), dtype))
 
     steps = {name: _weight_steps(layer.weight.detach(), precision, dtype) for name, layer in layers.items()}
-    if precision == "fp8":  # one product makes the three
-        for name, module in unet.named_modules():
-            if isinstance(module, Attention):
-                parts = [f"{name}.{part}" for part in PARTS]
-                steps |= dict.fromkeys(parts, torch.stack([steps[part] for part in parts]).max())
+    returned = {name for name, layer in layers.items() if for_cpu and _is_wide(layer)}
+    softmax = {}
+    for name, module in attentions.items():
+        parts = [f"{name}.{part}" for part in PARTS]
+        if precision == "fp8":  # one product makes the three
+            steps |= dict.fromkeys(parts, torch.stack([steps[part] for part in parts]).max())
+        elif not for_cpu:
+            # with no quantised result, TensorRT restores the weights of the one product, and multiplies halves
+            returned.add(parts[-1])
+            head_size = module.to_q.out_features // module.num_heads
+            if attention and head_size in HEAD_SIZES and tokens[name] <= MAX_TOKENS:
+                returned.update(parts)
+                softmax[parts[-1]] = Scale(_rounded(1 / LARGEST[precision], dtype))  # at most 1
     return {
         name: LayerScales(
             scale(name, "inputs"),
             steps[name],
-            scale(name, "outputs") if for_cpu and _is_wide(layer) else None,
+            scale(name, "outputs") if name in returned else None,
+            softmax.get(name),
         )
-        for name, layer in layers.items()
+        for name in layers
     }
 
 

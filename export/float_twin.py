@@ -33,7 +33,7 @@ def float_twin(folder: Path, manifest: Manifest, out: Path) -> Path:
 
 
 def flow_scales(path: Path) -> dict[str, Scale]:
-    """Reads the scales by which a graph quantises what flows, as `LAYER/inputs` and `LAYER/outputs`.
+    """Reads the scales by which a graph quantises what flows, as `LAYER/inputs`, `LAYER/outputs`, `LAYER/softmax`.
 
     Where QuantizeLinear and DequantizeLinear of a pair differ, the scale's step is NaN.
     """

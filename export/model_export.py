@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ldmseg_fast.backends.graphs.manifest import (
     FILE_NAME,
     Manifest,
@@ -29,7 +27,7 @@ from ldmseg_fast.config import to_dict
 from ldmseg_fast.config.limits import OPTION_RANGES
 from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.errors import BackendError, UserError
-from ldmseg_fast.export.calibration import LayerScales, calibrate
+from ldmseg_fast.export.calibration import LayerScales
 from ldmseg_fast.export.cpu_graph import rewrite_for_cpu
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
 from ldmseg_fast.export.memory import free_memory
@@ -38,6 +36,7 @@ from ldmseg_fast.export.output_folder import ExportError, NewFolder, disk_full_n
 from ldmseg_fast.export.parity import (
     GENERATED,
     QUANTISED,
+    calibrate_graphs,
     calibration_pictures,
     comparison_data,
     measure_parity,
@@ -289,7 +288,7 @@ def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings:
     scales: dict[str, LayerScales] = {}
     if settings.precision in QUANTISED:
         pictures = calibration_pictures(info, _calibration(settings))
-        scales = calibrate(info, settings.precision, getattr(torch, options.dtype), pictures)
+        scales = calibrate_graphs(info, settings.precision, options, opset, pictures)
     files, loaded = {}, {}
     for name, spec in graph_specs(info, options).items():
         needed = network_of(name)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldmseg_fast.backends.graphs.manifest import Manifest
+from ldmseg_fast.backends.graphs.specs import GraphOptions
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
@@ -232,7 +233,7 @@ def _run_torch(run: _Run) -> None:
     if manifest.precision in QUANTISED:
         pictures = calibration_pictures(info, manifest.calibration)
         with torch.inference_mode(False):
-            run.scales = calibrate(info, manifest.precision, getattr(torch, manifest.options.dtype), pictures)
+            run.scales = calibrate_graphs(info, manifest.precision, manifest.options, manifest.opset, pictures)
     for stage in ("exact", "quantised") if run.scales else ("exact",):
         free_memory()
         _store(run, run.reference(stage, device), stage, run.work.steps)
@@ -295,6 +296,14 @@ def _pq(run: _Run, backend: Any, stage: str, steps: tuple[int, ...]) -> float:
         (result,) = backend.decode_mask(latents.to(backend.device), ids.shape)
         stat.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
     return in_percent(stat.compute())["pq"]
+
+
+def calibrate_graphs(
+    info: ModelInfo, precision: str, options: GraphOptions, opset: int, pictures: Tensor
+) -> dict[str, LayerScales]:
+    """Calibrates, see `calibrate`, for graphs of these options and this opset of ONNX."""
+    shows_products = opset < ATTENTION_OPSET and options.image_size > 0
+    return calibrate(info, precision, getattr(torch, options.dtype), pictures, shows_products)
 
 
 def source_name(data: str | None, split: str) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise, unet_input
 from ldmseg_fast.diffusion.scheduler import Scheduler
-from ldmseg_fast.export.calibration import LayerScales, fake_quantize, to_eight_bits
+from ldmseg_fast.export.calibration import LayerScales, Scale, fake_quantize, to_eight_bits
 from ldmseg_fast.export.networks import load_network
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.models.conditioning import with_context
@@ -65,6 +66,7 @@ class ReferenceBackend(TorchBackend):
         only: str | None = None,
     ) -> None:
         self._dtypes = {}
+        self._attention = _GraphAttention()
         self._loads_unet = only in (None, "denoiser")
         self._rounds_scale = rounds_scale
         if options is not None:
@@ -78,16 +80,17 @@ class ReferenceBackend(TorchBackend):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """See `Backend.encode_image`."""
-        with self._rounded_scale("image_vae"):
+        with self._attention_of("image_vae"):
             return super().encode_image(images)
 
     def denoise(self, unet_input: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """See `Backend.denoise`."""
-        with self._rounded_scale("unet"):
+        with self._attention_of("unet"):
             return super().denoise(unet_input, timesteps, context)
 
-    def _rounded_scale(self, network: str) -> _RoundedScale:
-        return _RoundedScale(self._dtypes.get(network, torch.float32) if self._rounds_scale else torch.float32)
+    def _attention_of(self, network: str) -> _GraphAttention:
+        self._attention.dtype = self._dtypes.get(network, torch.float32) if self._rounds_scale else torch.float32
+        return self._attention
 
     @torch.no_grad()
     def _load(self, name: str, attention: str = "auto") -> Any:
@@ -101,7 +104,7 @@ class ReferenceBackend(TorchBackend):
                 if values.is_floating_point():
                     values.copy_(values.to(dtype))
         if name == "unet" and self._quantised is not None:
-            _quantise(module, self._quantised, self.device)
+            _quantise(module, self._quantised, self._attention, self.device)
         return module
 
 
@@ -126,33 +129,53 @@ def _widened(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
-class _RoundedScale(TorchFunctionMode):
-    """Scales attention as its graph does: queries and keys each by the root of 1 / sqrt(D), a constant of `dtype`."""
+class _GraphAttention(TorchFunctionMode):
+    """Computes attention as its graph does.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    Attributes:
+        dtype: of a constant, the root of 1 / sqrt(D), by which queries and keys are multiplied each.
+        softmax: rounds what the values are multiplied by; None does not.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype = torch.float32
+        self.softmax: Callable[[Tensor], Tensor] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and self.dtype != torch.float32:
-            root = torch.tensor(args[0].shape[-1] ** -0.25).to(self.dtype).item()
-            kwargs = {**(kwargs or {}), "scale": root * root}
-        return func(*args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args[:3]
+        root = torch.tensor(q.shape[-1] ** -0.25).to(self.dtype).item()
+        if self.softmax is not None:
+            return self.softmax((q * root @ (k * root).mT).softmax(-1)) @ v
+        scale = {} if self.dtype == torch.float32 else {"scale": root * root}
+        return func(*args, **{**(kwargs or {}), **scale})
 
 
-def _quantise(unet: nn.Module, quantised: Quantised, device: torch.device) -> None:
+def _quantise(unet: nn.Module, quantised: Quantised, attention: _GraphAttention, device: torch.device) -> None:
     precision = quantised.precision
+
+    def rounds(scale: Scale) -> Callable[[Tensor], Tensor]:
+        return partial(fake_quantize, scale=scale, precision=precision)
+
+    def hook(layer: nn.Module, scales: LayerScales, whole: nn.Module) -> None:
+        inputs = rounds(scales.inputs)
+        layer.register_forward_pre_hook(lambda _, args: (inputs(args[0]), *args[1:]))
+        if scales.outputs is not None:
+            outputs = rounds(scales.outputs)
+            layer.register_forward_hook(lambda _, args, output: outputs(output))
+        if scales.softmax is not None:
+            softmax = rounds(scales.softmax)
+            whole.register_forward_pre_hook(lambda *_: setattr(attention, "softmax", softmax))
+            whole.register_forward_hook(lambda *_: setattr(attention, "softmax", None))
+
     for name, scales in quantised.layers.items():
         layer: Any = unet.get_submodule(name)
         steps = scales.weight.to(device)
         layer.weight.copy_(to_eight_bits(layer.weight, steps, precision).float() * steps)
-        if not quantised.flows:
-            continue
-        layer.register_forward_pre_hook(
-            lambda _, args, scale=scales.inputs: (fake_quantize(args[0], scale, precision), *args[1:])
-        )
-        if scales.outputs is not None:
-            layer.register_forward_hook(lambda *given, scale=scales.outputs: fake_quantize(given[2], scale, precision))
+        if quantised.flows:
+            hook(layer, scales, unet.get_submodule(name.rpartition(".")[0]))
 
 
 @contextmanager

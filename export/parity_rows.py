@@ -13,6 +13,7 @@ from ldmseg_fast.export.parity_reference import Values
 from ldmseg_fast.export.parity_report import Row
 
 NETWORKS = {"image_latents": "image_encoder", "model_output": "denoiser"}
+ENDS = ("inputs", "outputs", "softmax")  # of `LayerScales`
 REST = "mask_decoder"  # makes the other outputs
 # Both sides in float32 with equal weights. Healthy exports stay a tenth below.
 EXACT_ERROR, EXACT_MAX, EXACT_LOOP, EXACT_SAME = 1e-5, 1e-4, 1e-4, 0.999
@@ -105,8 +106,8 @@ def _same_categories(pairs: Sequence[tuple[Values, Values]]) -> float:
 
 def scale_row(found: Mapping[str, Scale], layers: Mapping[str, LayerScales]) -> Row:
     """Compares the scales that a graph quantises by, of `float_twin.flow_scales`, with the calibrated ones."""
-    expected = {f"{name}/inputs": layer.inputs for name, layer in layers.items()}
-    expected |= {f"{name}/outputs": layer.outputs for name, layer in layers.items() if layer.outputs is not None}
+    scales = {f"{name}/{end}": getattr(layer, end) for name, layer in layers.items() for end in ENDS}
+    expected = {name: scale for name, scale in scales.items() if scale is not None}
     differences = [abs(found[name].step / scale.step - 1) for name, scale in expected.items() if name in found]
     alike = found.keys() == expected.keys() and all(
         (ours.zero, ours.unsigned) == (expected[name].zero, expected[name].unsigned) for name, ours in found.items()

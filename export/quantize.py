@@ -26,8 +26,8 @@ def quantize_graph(
 ) -> None:
     """Quantises the layers of a graph in place.
 
-    A QuantizeLinear is named `LAYER/inputs/NODE` or `LAYER/outputs/NODE`; where one product makes q, k and v, LAYER is
-    the three names joined by "+".
+    A QuantizeLinear is named `LAYER/inputs/NODE`, `LAYER/outputs/NODE` or `LAYER/softmax/NODE`; where one product makes
+    q, k and v, the LAYER of its inputs is the three names joined by "+".
 
     Args:
         model: `onnx_ir.Model` of `module`.
@@ -40,23 +40,34 @@ def quantize_graph(
         ValueError: a layer that has scales and no node.
     """
     prefix = next(name for name, each in module.named_modules() if each is unet) + "."
-    missing = set(scales)
+    found: set[str] = set()
+    wanted = set(scales) | {f"{name}/softmax" for name, layer in scales.items() if layer.softmax is not None}
     for node in list(model.graph):
+        scope = _scope_of(node, prefix)
         if node.op_type in LAYERS and node.inputs[1].const_value is not None:
-            names = _layers_of(node, prefix, scales)
+            names = _layers_of(scope, scales)
             if names:
                 _quantize_node(model.graph, node, names, [scales[name] for name in names], precision)
-                missing.difference_update(names)
-    if missing:
-        raise ValueError(f"no node in the graph for {', '.join(sorted(missing)[:3])}")
+                found.update(names)
+        elif node.op_type == "Softmax" and f"{scope}.to_v/softmax" in wanted:
+            name = f"{scope}.to_v"
+            floats, scale = node.outputs[0].dtype.numpy(), scales[name].softmax
+            _quantize_result(model.graph, node, node.outputs[0], scale, f"{name}/softmax", floats, precision)
+            found.add(f"{name}/softmax")
+    if wanted - found:
+        raise ValueError(f"no node in the graph for {', '.join(sorted(wanted - found)[:3])}")
     tidy(model)
 
 
-def _layers_of(node: Any, prefix: str, scales: Mapping[str, LayerScales]) -> list[str]:
-    """Returns the layer whose weight a node holds, or the three of a fused one; [] for one that is not quantised."""
+def _scope_of(node: Any, prefix: str) -> str:
+    """Returns the name of the module that a node belongs to."""
     scopes = [re.sub(r"@\d+", "", name) for name in re.findall(r"'([^']*)'", node.metadata_props.get(SCOPES, ""))]
-    name = scopes[-2].removeprefix(prefix) if len(scopes) > 1 else ""  # the last one is the node's own
-    names = [name] if name in scales else [f"{name}.{part}" for part in PARTS]
+    return scopes[-2].removeprefix(prefix) if len(scopes) > 1 else ""  # the last one is the node's own
+
+
+def _layers_of(scope: str, scales: Mapping[str, LayerScales]) -> list[str]:
+    """Returns the layer of a module's weight, or the three of a fused one; [] for one that is not quantised."""
+    names = [scope] if scope in scales else [f"{scope}.{part}" for part in PARTS]
     return names if all(each in scales for each in names) else []
 
 
@@ -64,34 +75,51 @@ def _quantize_node(graph: Any, node: Any, names: list[str], layers: list[LayerSc
     import onnx_ir as ir
 
     name, weight, floats = "+".join(names), node.inputs[1], node.inputs[1].const_value.dtype.numpy()
-    kind = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}[precision]
-
-    def pair(value: Any, scale: Scale, end: str) -> list[Any]:
-        step = constant(graph, f"{name}/{end}/step", np.array(scale.step, floats))
-        zero_kind = ir.DataType.UINT8 if scale.unsigned else kind
-        zero = constant(graph, f"{name}/{end}/zero", np.array(scale.zero, zero_kind.numpy()))
-        quantise = ir.node("QuantizeLinear", [value, step, zero], name=f"{name}/{end}/{node.name}")
-        return [quantise, ir.node("DequantizeLinear", [quantise.outputs[0], step, zero])]
-
-    axis = 1 if node.op_type == "MatMul" else 0
+    kind, axis = _kind(precision), 1 if node.op_type == "MatMul" else 0
     stored, steps, zeros = f"{name}/weight", f"{name}/weight/step", f"{name}/weight/zero"
     if stored not in graph.initializers:  # a whole sampler's steps share it
         values, found = _stored(weight.const_value.numpy(), layers, axis, precision)
-        constant(graph, stored, values.view(kind.numpy()))
+        constant(graph, stored, values.view(kind))
         constant(graph, steps, found.astype(floats))
-        constant(graph, zeros, np.zeros(found.shape, kind.numpy()))
+        constant(graph, zeros, np.zeros(found.shape, kind))
     per_channel = {"axis": axis} if layers[0].weight.ndim else {}
     parts = [graph.initializers[each] for each in (stored, steps, zeros)]
     dequantise = ir.node("DequantizeLinear", parts, attributes=per_channel)
-    inputs = pair(node.inputs[0], layers[0].inputs, "inputs")
+    inputs = _pair(graph, node.inputs[0], layers[0].inputs, f"{name}/inputs", node.name, floats, precision)
     graph.insert_before(node, [*inputs, dequantise])
     node.replace_input_with(0, inputs[-1].outputs[0])
     node.replace_input_with(1, dequantise.outputs[0])
-    if layers[0].outputs is not None:
-        outputs = pair(node.outputs[0], layers[0].outputs, "outputs")
-        replace_value(node.outputs[0], outputs[-1].outputs[0])
-        outputs[0].replace_input_with(0, node.outputs[0])
-        graph.insert_after(node, outputs)
+    results, maker = node.outputs, node
+    if len(names) > 1:  # cut up at once, so that each part has its own scale
+        (maker,) = node.outputs[0].consumers()
+        results = maker.outputs
+    for part, layer, result in zip(names, layers, results, strict=True):
+        if layer.outputs is not None:
+            _quantize_result(graph, maker, result, layer.outputs, f"{part}/outputs", floats, precision)
+
+
+def _quantize_result(graph: Any, node: Any, result: Any, scale: Scale, title: str, floats: Any, precision: str) -> None:
+    """Quantises and restores one of a node's outputs, for whatever reads it."""
+    after = _pair(graph, result, scale, title, node.name, floats, precision)
+    replace_value(result, after[-1].outputs[0])
+    after[0].replace_input_with(0, result)
+    graph.insert_after(node, after)
+
+
+def _pair(graph: Any, value: Any, scale: Scale, title: str, node: str, floats: Any, precision: str) -> list[Any]:
+    import onnx_ir as ir
+
+    step = constant(graph, f"{title}/step", np.array(scale.step, floats))
+    zero = constant(graph, f"{title}/zero", np.array(scale.zero, np.uint8 if scale.unsigned else _kind(precision)))
+    quantise = ir.node("QuantizeLinear", [value, step, zero], name=f"{title}/{node}")
+    return [quantise, ir.node("DequantizeLinear", [quantise.outputs[0], step, zero])]
+
+
+def _kind(precision: str) -> Any:
+    """Returns NumPy's type of a precision's stored weights."""
+    import onnx_ir as ir
+
+    return {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}[precision].numpy()
 
 
 def _stored(weight: np.ndarray, layers: list[LayerScales], axis: int, precision: str) -> tuple[np.ndarray, np.ndarray]:

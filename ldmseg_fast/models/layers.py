@@ -100,7 +100,8 @@ class Attention(nn.Module):
         """Maps tokens float [B, N, C] to the same shape; context: [B, M, D]."""
         batch, tokens, channels = x.shape  # [B, N, C]
         if self.fused_qkv is not None and context is None:
-            q, k, v = self.project_qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2)
+            parts = self.project_qkv(x).chunk(3, dim=-1)  # as a graph quantises them: each of its own range
+            q, k, v = (part.view(batch, tokens, self.num_heads, -1) for part in parts)
         else:
             source = x if context is None else context
             q = self.to_q(x).view(batch, tokens, self.num_heads, -1)

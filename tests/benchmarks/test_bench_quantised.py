@@ -56,8 +56,10 @@ def test_engines_keep_their_fusions(model_dir, tmp_path, monkeypatch):
     rows = json.loads(path.read_text())["results"]
     half, eight = ({row["name"]: row for row in rows if row["variant"] == name} for name in ("fp16", "int8, tensorrt"))
     for name in ("attentions in one layer", "layers of norms"):
-        assert half[name]["value"] == eight[name]["value"] and half[name]["unit"] == eight[name]["unit"]
-    assert half["layers of norms"]["value"] > 0  # attention of so few channels a head is fused in none
+        assert half[name]["unit"] == eight[name]["unit"]
+    assert half["attentions in one layer"]["value"] == eight["attentions in one layer"]["value"]
+    # fewer layers are better fused; attention of so few channels a head is fused in none
+    assert half["layers of norms"]["value"] >= eight["layers of norms"]["value"] > 0
     assert half["weights of 8 bits"]["value"] == 0 < half["layers of the engine"]["value"]
     assert eight["weights of 8 bits"]["value"] > 50
     for name in ("convolutions of 8 bits", "products of 8 bits"):

@@ -11,6 +11,7 @@ from ldmseg_fast.backends.trt import api as trt_api
 from ldmseg_fast.backends.trt.api import TrtApi
 from ldmseg_fast.backends.trt.machine import Machine
 from ldmseg_fast.export import to_onnx, to_trt
+from tests.conftest import make_model
 from tests.export.triton_double import model_config, repository, triton  # noqa: F401  (fixtures)
 
 GPU = Machine("NVIDIA H100 80GB HBM3", "9.0", "580.65.06")
@@ -40,6 +41,13 @@ def half_graphs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("graphs") / "fp16"
     assert to_onnx.main([str(model_dir), "--out", str(out), "--precision", "fp16", "--no-parity"]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def heads_of_32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose attentions are of a head size that TensorRT takes in int8 too."""
+    settings = ("unet.block_out_channels=32,64", "unet.num_heads=2,2")
+    return make_model(tmp_path_factory.mktemp("heads") / "model", settings)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Quantised graphs: what the passes put into them, what stays as it is, and how small they are."""
 
+import copy
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,10 @@ from ldmseg_fast.export.float_twin import flow_scales
 from ldmseg_fast.export.graph_export import export_graph
 from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
 from ldmseg_fast.export.networks import load_network
+from ldmseg_fast.export.parity_reference import Quantised, _GraphAttention, _quantise
+from ldmseg_fast.export.parity_rows import relative_error
 from ldmseg_fast.export.quantize import quantize_graph
+from ldmseg_fast.models.layers import Attention
 from tests.conftest import make_model
 
 PAIRS = {"QuantizeLinear", "DequantizeLinear"}
@@ -75,9 +79,11 @@ def test_all_but_the_pairs_is_as_in_half_precision(denoiser, kind):
     plain, quantised = (Counter(node.op_type for node in nodes(denoiser(name))) for name in ("fp16", kind))
     pairs = {name: quantised.pop(name) for name in PAIRS}
     assert quantised == plain and plain["GroupNormalization"] and not plain["InstanceNormalization"]
-    layers = len({name.partition("/")[0] for name in flow_scales(denoiser(kind))})
-    fused = sum(name.endswith(".to_k/inputs") for name in flow_scales(denoiser(kind)))
-    assert pairs == {"QuantizeLinear": layers - 2 * fused, "DequantizeLinear": 2 * (layers - 2 * fused)}
+    scales = flow_scales(denoiser(kind))
+    fused = sum(name.endswith(".to_k/inputs") for name in scales)
+    products = sum(name.endswith("/inputs") for name in scales) - 2 * fused
+    flows = len(scales) - 2 * fused
+    assert pairs == {"QuantizeLinear": flows, "DequantizeLinear": flows + products}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +103,7 @@ def test_the_cpu_multiplies_integers_in_every_layer(wide, denoiser, tmp_path):
     scales = flow_scales(denoiser("int8 for a CPU"))
     convolutions = sum(name.endswith("/outputs") for name in scales)
     fused = sum(name.endswith(".to_k/inputs") for name in scales)
+    assert not any(name.endswith("/softmax") for name in scales)
     assert found["QLinearConv"] == convolutions
     assert found["MatMulIntegerToFloat"] == len(scales) - 2 * convolutions - 2 * fused
     assert found["Conv"] == 2  # the first and the last
@@ -152,6 +159,79 @@ def test_outliers_are_cut_off(model_dir, monkeypatch):
     eight = calibrate(info, "fp8", torch.float16, pictures)
     parts = [eight[f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{part}"].weight for part in "qkv"]
     assert parts[0] == parts[1] == parts[2] and parts[0].ndim == 0
+
+
+def some_pictures(count=2):
+    return torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def of_attention(scales):
+    """What is quantised of the attention in the middle: the layers' results, and the softmax's."""
+    parts = {part: scales[f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{part}"] for part in "qkv"}
+    results = [part for part, layer in parts.items() if layer.outputs is not None]
+    return results, next((layer.softmax.step for layer in parts.values() if layer.softmax is not None), None)
+
+
+def test_attention_is_quantised_where_tensorrt_keeps_it_in_one_kernel(model_dir, heads_of_32, monkeypatch):
+    def found(model, *settings):
+        results, softmax = of_attention(
+            calibrate(read_model_info(model), *settings[:2], some_pictures(), *settings[2:])
+        )
+        return "".join(results), softmax
+
+    half = torch.float16
+    assert found(heads_of_32, "int8", half) == ("qkv", pytest.approx(1 / 127, rel=1e-3))
+    assert found(model_dir, "int8", half) == ("v", None)  # heads of 8
+    assert found(heads_of_32, "fp8", half) == ("", None)
+    assert found(heads_of_32, "int8", torch.float32) == ("", None)  # for ONNX Runtime
+    assert found(heads_of_32, "int8", half, False) == ("v", None)
+    monkeypatch.setattr(calibration, "MAX_TOKENS", 63)
+    assert found(heads_of_32, "int8", half) == ("v", None)
+
+
+class OneAttention(torch.nn.Module):
+    """Stands for a graph's module: its `unet` holds one attention of two heads of 32 channels, q, k and v fused."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = torch.nn.ModuleDict({"attn": Attention(64, 2, backend="sdpa")})
+        attn = self.unet["attn"]
+        attn.fused_qkv = torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]).detach()
+
+    def forward(self, x):
+        return self.unet["attn"](x)
+
+
+@torch.no_grad()
+def test_the_emulation_of_attention_computes_what_the_graph_does(tmp_path):
+    torch.manual_seed(0)
+    module, x = OneAttention().eval(), torch.randn(1, 16, 64)
+    scales = {}
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        weight = module.unet["attn"].get_submodule(name).weight
+        steps = weight.abs().amax(1, keepdim=True) / 127
+        outputs = Scale({"to_q": 0.011, "to_k": 0.013, "to_v": 0.017}[name]) if name != "to_out.0" else None
+        softmax = Scale(1 / 127) if name == "to_v" else None
+        scales[f"attn.{name}"] = calibration.LayerScales(Scale(0.025), steps, outputs, softmax)
+    program = torch.onnx.export(module, (x,), dynamo=True, opset_version=21, verbose=False)
+    quantize_graph(program.model, module, module.unet, scales, "int8")
+    program.save(str(tmp_path / "attention.onnx"))
+    expected = {f"{name}/inputs" for name in scales} | {f"attn.to_{part}/outputs" for part in "qkv"}
+    assert flow_scales(tmp_path / "attention.onnx").keys() == expected | {"attn.to_v/softmax"}
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(tmp_path / "attention.onnx"), options)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+
+    def error(layers):
+        emulated, mode = copy.deepcopy(module), _GraphAttention()
+        emulated.unet["attn"].fused_qkv = None
+        _quantise(emulated.unet, Quantised("int8", layers, flows=True), mode, torch.device("cpu"))
+        with mode:
+            return relative_error(torch.from_numpy(found), emulated(x))
+
+    floats = {name: replace(layer, softmax=None) for name, layer in scales.items()}
+    assert error(scales) < 1e-3 < error(floats)
 
 
 def test_a_layer_without_a_node_is_an_error(model_dir):
