@@ -3,8 +3,8 @@
     python benchmarks/bench_instructions.py --sm 80 90
 
 `python -m ldmseg_fast.kernels.aot --headline --sass` compiles each kernel function at its headline case. The counts
-depend on Triton's version and on nothing of the machine. A build that spills or fails is a red row. Attention's forward
-pass is compiled again with each of its switches. Another Python's Triton is counted by running this with that Python.
+depend on Triton's version and on nothing of the machine. A build that spills or fails is a red row. Functions that have
+switches are compiled again with each of them. Another Python's Triton is counted by running this with that Python.
 """
 
 from __future__ import annotations
@@ -28,16 +28,22 @@ from ldmseg_fast.kernels.aot import Build
 from ldmseg_fast.kernels.backend import KERNELS
 
 COUNTS = ("registers", "spill_bytes", "wgmma", "mma", "waits", "exponentials", "loop")
-SWITCHES = {"attention_forward_kernel": ("PADDED=1", "DELAYED=1", "QUARTERS=1")}  # off in every shipped configuration
+# a constant, and the kernel and function that have it; off in every shipped configuration
+SWITCHES = {
+    "PADDED=1": ("attention", "attention_forward_kernel"),
+    "DELAYED=1": ("attention", "attention_forward_kernel"),
+    "QUARTERS=1": ("attention", "attention_forward_kernel"),
+    "SPLITS=4": ("linear", "linear_kernel"),
+}
 
 
 def add_rows(run: Run, builds: list[dict[str, Any]], switch: str = "") -> None:
     """Adds a row for each build, as `kernels.aot --json` writes them; red where it is unfit to ship.
 
-    With a switch those of the functions that have it.
+    With a switch that of the function that has it.
     """
     for each in builds:
-        if switch and switch not in SWITCHES.get(each["function"], ()):
+        if switch and each["function"] != SWITCHES[switch][1]:
             continue
         per_element = round(each.pop("per_element"), 1)
         made = Build(**each)
@@ -51,8 +57,8 @@ def add_rows(run: Run, builds: list[dict[str, Any]], switch: str = "") -> None:
 
 
 def compile_kernels(args: argparse.Namespace, switch: str) -> list[dict[str, Any]]:
-    """Runs `kernels.aot` at headline cases, with a switch for attention only, and returns its builds."""
-    only = ["attention"] if switch else args.only
+    """Runs `kernels.aot` at headline cases, with a switch for its kernel only, and returns its builds."""
+    only = [SWITCHES[switch][0]] if switch else args.only
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "builds.json"
         command = [sys.executable, "-m", "ldmseg_fast.kernels.aot", "--headline", "--sass", "--json", path]
@@ -73,8 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parse_options(parser, argv)
     run = Run("instructions", quick=args.only is not None, folder=args.out)
-    own = sorted({switch for switches in SWITCHES.values() for switch in switches})
-    for switch in ("", *(own if args.only is None or "attention" in args.only else ())):
+    for switch in ("", *(name for name, (kernel, _) in SWITCHES.items() if args.only is None or kernel in args.only)):
         add_rows(run, compile_kernels(args, switch), switch)
     run.save(args.out)
     return int(bool(run.red))

@@ -189,15 +189,15 @@ def forward_moments_kernel(
 
     group = tl.program_id(1) * GROUPS + tl.arange(0, BLOCK_G)
     exists = (tl.arange(0, BLOCK_G) < GROUPS) & (group < groups)
-    store_moments(partial_ptr, image, group, exists, groups, mean, squares)
+    store_moments(partial_ptr, image, tl.program_id(0), tl.num_programs(0), group, exists, groups, mean, squares)
 
 
 @triton.jit
-def store_moments(partial_ptr, image, group, exists, groups, mean, squares):
+def store_moments(partial_ptr, image, chunk, chunks, group, exists, groups, mean, squares):
     """Stores mean and squares of this program's groups over its chunk of pixels, to [B, 2, chunks, G]."""
-    partial_ptr += (image * 2 * tl.num_programs(0) + tl.program_id(0)) * groups
+    partial_ptr += (image * 2 * chunks + chunk) * groups
     tl.store(partial_ptr + group, mean, mask=exists)
-    tl.store(partial_ptr + tl.num_programs(0) * groups + group, squares, mask=exists)
+    tl.store(partial_ptr + chunks * groups + group, squares, mask=exists)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from ldmseg_fast.kernels.case import Case, meta, normal
 from ldmseg_fast.kernels.group_norm_silu.reference import find_moments
 from ldmseg_fast.kernels.linear import host, reference
 
-TOKENS = ((64, 320), (32, 640), (16, 1280))  # of Stable Diffusion's UNet: side and channels
+TOKENS = ((64, 320), (32, 640), (16, 1280), (8, 1280))  # of Stable Diffusion's UNet: side and channels
 
 
 def cases() -> Iterator[Case]:

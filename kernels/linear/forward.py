@@ -36,6 +36,61 @@ def row_moments(x_ptr, row, exists, columns, stride, eps, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
+def columns_of(split, inputs, more, SPLITS: tl.constexpr, HAS_BESIDE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Returns where a split's columns of x start and end, and where those that stand beside them do."""
+    if SPLITS == 1:
+        start = 0
+        end = inputs
+        start_beside = 0
+        end_beside = more
+    else:
+        blocks = tl.cdiv(inputs, BLOCK_K)
+        whole = blocks
+        if HAS_BESIDE:
+            whole += tl.cdiv(more, BLOCK_K)
+        first = whole * split // SPLITS
+        last = whole * (split + 1) // SPLITS
+        start = first * BLOCK_K
+        end = tl.minimum(last * BLOCK_K, inputs)
+        start_beside = tl.maximum(first - blocks, 0) * BLOCK_K
+        end_beside = tl.minimum((last - blocks) * BLOCK_K, more)
+    return start, end, start_beside, end_beside
+
+
+@triton.jit
+def sum_splits(
+    acc,  # [BLOCK_M, BLOCK_N]
+    gate,
+    partial_ptr,  # [tiles, SPLITS, 1 or 2, BLOCK_M, BLOCK_N]
+    arrived_ptr,  # [tiles], zeros
+    tile,
+    split,
+    SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Leaves a split's part of a tile; the program that comes last adds them up, always in the same order."""
+    size = BLOCK_M * BLOCK_N
+    step = 2 * size if GATED else size
+    place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    parts = partial_ptr + tile * (SPLITS * step) + place
+    tl.store(parts + split * step, acc)
+    if GATED:
+        tl.store(parts + split * step + size, gate)
+    tl.debug_barrier()  # every thread has stored before one of them counts the program
+    is_last = tl.atomic_add(arrived_ptr + tile, 1) == SPLITS - 1
+    if is_last:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for each in range(SPLITS):
+            acc += tl.load(parts + each * step, cache_modifier=".cg")  # other SMs wrote them: past the L1 cache
+            if GATED:
+                gate += tl.load(parts + each * step + size, cache_modifier=".cg")
+    return acc, gate, is_last
+
+
+@triton.jit
 def linear_kernel(
     x_ptr,  # [B, P, K]
     beside_ptr,  # [B, P, L]
@@ -47,6 +102,8 @@ def linear_kernel(
     residual_ptr,  # [B, P, N]
     out_ptr,  # [B, P, N]
     moments_ptr,  # [B, 2, chunks, N / CHANNELS_OUT]
+    parts_ptr,  # see `sum_splits`
+    arrived_ptr,
     pixels,
     inputs,  # K
     more,  # L
@@ -66,13 +123,17 @@ def linear_kernel(
     GROUPS_OUT: tl.constexpr,  # of a program; 0 where no moments are wanted
     BLOCK_G: tl.constexpr,
     ROWS: tl.constexpr,  # of a chunk of moments
+    SPLITS: tl.constexpr,  # of the inner dimension
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Computes one tile of an image's rows and the layer's outputs."""
+    """Computes one tile of an image's rows and the layer's outputs, or its share of the product."""
     image = tl.program_id(2).to(tl.int64)
-    local = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    blocks = tl.num_programs(0) // SPLITS
+    block = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    local = block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = local < pixels
     row = image * pixels + local
     lane = tl.arange(0, BLOCK_N)
@@ -92,11 +153,12 @@ def linear_kernel(
             CHUNKS_PADDED,
         )
 
+    first, end, first_beside, end_beside = columns_of(split, inputs, more, SPLITS, HAS_BESIDE, BLOCK_K)
     width = inputs + more
     weight_row = weight_ptr + output.to(tl.int64) * width
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, inputs, BLOCK_K):
+    for start in range(first, end, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         exists = column < inputs
         inside = in_rows[:, None] & exists[None, :]
@@ -120,7 +182,7 @@ def linear_kernel(
             weight = tl.load(below + column[None, :], mask=inside, other=0.0)
             gate = tl.dot(x, tl.trans(weight), gate, input_precision="ieee")
     if HAS_BESIDE:
-        for start in range(0, more, BLOCK_K):
+        for start in range(first_beside, end_beside, BLOCK_K):
             column = start + tl.arange(0, BLOCK_K)
             exists = column < more
             inside = in_rows[:, None] & exists[None, :]
@@ -128,6 +190,14 @@ def linear_kernel(
             inside = in_outputs[:, None] & exists[None, :]
             weight = tl.load(weight_row[:, None] + inputs + column[None, :], mask=inside, other=0.0)
             acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+
+    if SPLITS > 1:
+        tile = (image * tl.num_programs(1) + tl.program_id(1)) * blocks + block
+        acc, gate, is_last = sum_splits(
+            *(acc, gate, parts_ptr, arrived_ptr, tile, split), SPLITS, GATED, BLOCK_M, BLOCK_N
+        )
+        if not is_last:
+            return
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + output, mask=in_outputs, other=0.0).to(tl.float32)[None, :]
@@ -144,9 +214,10 @@ def linear_kernel(
 
     if GROUPS_OUT > 0:
         member = members(CHANNELS_OUT, BLOCK_G, BLOCK_N)
-        here = tl.minimum(pixels - tl.program_id(0) * BLOCK_M, BLOCK_M).to(tl.float32) * CHANNELS_OUT
+        here = tl.minimum(pixels - block * BLOCK_M, BLOCK_M).to(tl.float32) * CHANNELS_OUT
         mean, squares = tile_moments(tl.where(inside, stored.to(tl.float32), 0.0), inside, here, member)
         slot = tl.arange(0, BLOCK_G)
         own = tl.program_id(1) * GROUPS_OUT + slot
-        exists = (slot < GROUPS_OUT) & (own < outputs // CHANNELS_OUT)
-        store_moments(moments_ptr, image, own, exists, outputs // CHANNELS_OUT, mean, squares)
+        groups = outputs // CHANNELS_OUT
+        exists = (slot < GROUPS_OUT) & (own < groups)
+        store_moments(moments_ptr, image, block, blocks, own, exists, groups, mean, squares)

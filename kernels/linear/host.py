@@ -1,9 +1,11 @@
 """Launches a linear layer with what comes before and after it in a transformer, for inference.
 
 Each program normalises the rows that it reads: it computes the moments of its rows itself, or merges those of groups of
-channels, which the kernel before has left (Ba et al., arXiv 1607.06450; Wu and He, arXiv 1803.08494). There is no split
-of the inner dimension.
+channels, which the kernel before has left (Ba et al., arXiv 1607.06450; Wu and He, arXiv 1803.08494). Where tiles are
+too few for the GPU, several programs can share a tile's inner dimension: the last of them adds their parts up.
 """
+
+import math
 
 import torch
 import triton
@@ -14,6 +16,8 @@ from ldmseg_fast.kernels.group_norm_silu.host import groups_of_a_program
 from ldmseg_fast.kernels.group_norm_silu.reference import CHUNK, count_chunks
 from ldmseg_fast.kernels.launch import launch
 from ldmseg_fast.kernels.linear.forward import linear_kernel
+
+FEW_TILES = 132  # of 64 x 64: at most one for each SM of an H100
 
 
 def linear(
@@ -29,7 +33,7 @@ def linear(
     gated: bool = False,
     num_groups: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the layer, one kernel; arguments have passed `op.check`.
+    """Launches the layer, one kernel and a fill where it splits; arguments have passed `op.check`.
 
     Args:
         x: float16, bfloat16 or float32 [B, P, K].
@@ -54,24 +58,34 @@ def linear(
     made = torch.empty(wanted, dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out, made.zero_()
+    few = batch * triton.cdiv(pixels, 64) * triton.cdiv(outputs, 64) <= FEW_TILES
+    tables = "_few" if few else ""
     groups = moments.shape[3] if moments is not None else 1
     blocks = {"CHANNELS_OUT": 1, "GROUPS_OUT": 0, "BLOCK_G": 1}
     if num_groups:
-        config = find_config("linear_moments", "all")
+        config = find_config(f"linear_moments{tables}", "all")
         of_a_program = groups_of_a_program(num_groups, outputs // num_groups)
         columns = of_a_program * (outputs // num_groups)
         blocks = {"CHANNELS_OUT": outputs // num_groups, "GROUPS_OUT": of_a_program}
         blocks |= {"BLOCK_G": triton.next_power_of_2(of_a_program)}
         blocks |= {"BLOCK_M": CHUNK, "BLOCK_N": max(triton.next_power_of_2(columns), 16)}
     else:
-        config = find_config("linear", "gated" if gated else "plain" if gain is None else "normalised")
+        config = find_config(f"linear{tables}", "gated" if gated else "plain" if gain is None else "normalised")
         columns = config.constants["BLOCK_N"]
     block_m = CHUNK if num_groups else config.constants["BLOCK_M"]
+    tiles = (triton.cdiv(pixels, block_m), triton.cdiv(outputs, columns), batch)
+    splits = config.constants["SPLITS"]
+    parts = arrived = made
+    if splits > 1:
+        block_n = blocks.get("BLOCK_N", columns)
+        shape = (math.prod(tiles), splits, 2 if gated else 1, block_m, block_n)
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+        arrived = torch.zeros(math.prod(tiles), dtype=torch.int32, device=x.device)
     launch(
         linear_kernel,
-        (triton.cdiv(pixels, block_m), triton.cdiv(outputs, columns), batch),
+        (tiles[0] * splits, *tiles[1:]),
         *(x.contiguous(), *_pointers(x, beside), weight.contiguous(), *_pointers(weight, bias, gain, offset)),
-        *(*_pointers(x, moments, residual), out, made),
+        *(*_pointers(x, moments, residual), out, made, parts, arrived),
         *(pixels, inputs, 0 if beside is None else beside.shape[2], outputs, groups, chunks, eps),
         config=config,
         NORM=0 if gain is None else 1 if moments is None else 2,

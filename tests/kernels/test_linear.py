@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ldmseg_fast.kernels.configs import switched, trace_lookups
 from ldmseg_fast.kernels.group_norm_silu.reference import find_moments
 from ldmseg_fast.kernels.launch import record
 from ldmseg_fast.kernels.linear import host, linear, reference
@@ -76,6 +77,30 @@ def test_a_large_mean_costs_few_digits(norm, device, poison):
     made = host.linear(*args[:2], bias=torch.full((64,), 1000.0, device=device), num_groups=8)[1]
     best = find_moments(far.double().transpose(1, 2)[..., None], 8)
     torch.testing.assert_close(made.double(), best, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize(("splits", "inputs"), [(2, 136), (3, 40)])  # several blocks of columns each; some have none
+@pytest.mark.parametrize("name", LAYERS)
+def test_programs_share_a_tile(name, splits, inputs, device, poison, close):
+    args = make_arguments((2, 70, inputs, 24), LAYERS[name], DTYPES[-1], device)
+    with switched({"SPLITS": splits, "BLOCK_K": 32}):
+        out, moments = host.linear(*args)
+    close(out, exact(args))
+    if args[-1]:
+        close(moments, find_moments(out.double().transpose(1, 2)[..., None], args[-1]), torch.float32)
+
+
+def test_splits_count_themselves():
+    """A split layer is the kernel with more programs; the table of few tiles is asked where they are few."""
+    args = make_arguments((1, 64, 1280, 1280), LAYERS["everything"], torch.float16, torch.device("meta"))
+    with switched({"SPLITS": 4}), record() as launches:
+        host.linear(*args)
+    (split,) = launches
+    with record() as launches, trace_lookups() as found:
+        host.linear(*args)
+        host.linear(*make_arguments((1, 4096, 320, 320), {}, torch.float16, torch.device("meta")))
+    assert split.grid == (4, *launches[0].grid[1:])
+    assert found == {("linear_moments_few", "all"), ("linear", "plain")}
 
 
 def test_it_is_one_launch():
