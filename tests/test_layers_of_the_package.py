@@ -1,6 +1,7 @@
 """The house keeps its shape: import direction, no circles, module names, a quick import."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -171,3 +172,17 @@ def test_heavy_packages_stay_out_of_the_import():
     )
     heavy = {"deepspeed", "diffusers", "transformers", "tensorrt", "onnxruntime", "xformers", "matplotlib", "gradio"}
     assert not loaded & heavy
+
+
+def test_a_prediction_and_a_dry_run_import_no_compiler(model_dir, scenes, tmp_path):
+    """torch._dynamo takes more than a second, which a command on a CPU that compiles nothing should not pay."""
+    train = ["autoencoder", "--config", "tiny", f"data.root={scenes}", f"output_dir={tmp_path / 'run'}", "--dry-run"]
+    predict = ["predict", str(model_dir), str(scenes / "val2017"), "--out", str(tmp_path / "maps")]
+    code = (
+        "import sys; from ldmseg_fast import cli, train; "
+        f"print(train.main({train!r}), cli.main({predict!r}), 'torch._dynamo' in sys.modules)"
+    )
+    cpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=cpu, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "0 0 False"

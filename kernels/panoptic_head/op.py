@@ -41,12 +41,13 @@ def panoptic_head(
     Raises:
         ValueError: wrong shape, dtype or size, or a threshold that is NaN.
     """
-    args = (mask_logits, network_size, target_size, mask_threshold, count_threshold, overlap_threshold)
+    thresholds = (mask_threshold, count_threshold, overlap_threshold)
     if exporting():
-        return reference.panoptic_head(*args)
-    return panoptic_head_op(
-        mask_logits, list(network_size), list(target_size), mask_threshold, count_threshold, overlap_threshold
-    )
+        return reference.panoptic_head(mask_logits, network_size, target_size, *thresholds)
+    args = (mask_logits, list(network_size), list(target_size), *thresholds)
+    if type(mask_logits) is Tensor and mask_logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _run(*args)  # the operator's first call on a CPU imports torch._dynamo, for more than a second
+    return panoptic_head_op(*args)
 
 
 def check(mask_logits: Tensor, network_size: list[int], target_size: list[int], *thresholds: float) -> None:
@@ -82,6 +83,17 @@ def panoptic_head_op(
     Raises:
         ValueError: see `check`.
     """
+    return _run(mask_logits, network_size, target_size, mask_threshold, count_threshold, overlap_threshold)
+
+
+def _run(
+    mask_logits: Tensor,
+    network_size: list[int],
+    target_size: list[int],
+    mask_threshold: float,
+    count_threshold: int,
+    overlap_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check(mask_logits, network_size, target_size, mask_threshold, count_threshold, overlap_threshold)
     sizes = (network_size[0], network_size[1]), (target_size[0], target_size[1])
     thresholds = (mask_threshold, count_threshold, overlap_threshold)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import nn
-from torch._dynamo import config as dynamo
 
 from ldmseg_fast.models.layers import ResnetBlock, SpatialTransformer
 
@@ -25,6 +24,8 @@ def compile_stage(stage: nn.Module, mode: str, backend: str) -> None:
     """
     if mode == "none":
         return
+    from torch._dynamo import config as dynamo  # an import of seconds, which a dry run does not need
+
     # every width and resolution is a variant of the same few functions, and shapes do not change during a run
     dynamo.recompile_limit = max(dynamo.recompile_limit, VARIANTS)
     for module in _blocks(stage) if mode == "blocks" else _networks(stage):
