@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ if isa := os.environ.get("ONEDNN_MAX_CPU_ISA"):
 
 import pytest
 import torch
+
+from tests.shared_traces import share_traces
 
 # pytest listens to loggers that do not propagate, and torch would write all that it traces into every report
 logging.getLogger("torch.__trace").propagate = True
@@ -43,6 +46,16 @@ def pytest_collection_finish() -> None:
     """Takes what was imported and collected out of the garbage collector's rounds, of which exports ask for many."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Equal networks are traced for ONNX once a run, see `tests.shared_traces`."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder.mkdir(exist_ok=True)
+    with share_traces(folder):
+        yield
 
 
 @pytest.fixture(scope="session")
