@@ -106,14 +106,17 @@ def test_a_signal_reaches_the_training_which_saves(number: int, script: Path, tm
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # a shell's job in the background starts with SIGINT ignored
+    handlers = {signal.SIGTERM: lambda *_: sys.exit(143), signal.SIGINT: signal.default_int_handler}
+    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             launch_training("autoencoder", folder, ["600", "0"], 1, 1.0)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
         thread.join()
     assert (folder / "saved").exists()  # and it was waited for
 
