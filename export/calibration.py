@@ -23,6 +23,8 @@ PARTS = ("to_q", "to_k", "to_v")  # of an attention
 CALIBRATION_STEPS = 4
 OUTLIERS = 3e-5  # the share of values that int8 cuts off at each end
 LARGEST = {"fp8": 448.0, "int8": 127.0}  # the values that the largest magnitudes become
+# In 16 bits, by which CPUs without VNNI add, two products of such a weight and an unsigned byte do not overflow.
+LARGEST_ON_CPU = 64.0
 LEAST_STEP = 1e-6  # of what is zero throughout
 # of an attention in int8 that TensorRT keeps in one kernel; TensorRT for RTX does the same, by its builder's log
 # https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transformers-fused-attention.html
@@ -116,7 +118,8 @@ def calibrate(
             return Scale(step, round(-low / step), unsigned=True)
         return Scale(_rounded(max(-low / LARGEST[precision], high / LARGEST[precision], LEAST_STEP), dtype))
 
-    steps = {name: _weight_steps(layer.weight.detach(), precision, dtype) for name, layer in layers.items()}
+    most = LARGEST_ON_CPU if for_cpu else LARGEST[precision]
+    steps = {name: _weight_steps(layer.weight.detach(), precision, most, dtype) for name, layer in layers.items()}
     returned = {name for name, layer in layers.items() if for_cpu and _is_wide(layer)}
     softmax = {}
     for name, module in attentions.items():
@@ -161,9 +164,9 @@ def _rounded(step: float, dtype: torch.dtype) -> float:
     return torch.tensor(step).to(dtype).item()
 
 
-def _weight_steps(weight: Tensor, precision: str, dtype: torch.dtype) -> Tensor:
+def _weight_steps(weight: Tensor, precision: str, most: float, dtype: torch.dtype) -> Tensor:
     largest = weight.abs().max() if precision == "fp8" else weight.abs().flatten(1).amax(1)
-    steps = (largest / LARGEST[precision]).clamp(min=LEAST_STEP).to(dtype).float()
+    steps = (largest / most).clamp(min=LEAST_STEP).to(dtype).float()
     return steps if precision == "fp8" else steps.reshape(-1, *[1] * (weight.ndim - 1))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ldmseg_fast.backends.graphs.manifest import (
     FILE_NAME,
+    QUANTISATION_RULES,
     Manifest,
     check_files,
     describe_model,
@@ -232,7 +233,8 @@ def is_current(model_dir: str | Path, folder: Path, settings: ExportSettings) ->
         return False
     wanted = (options, settings.precision, resolve_opset(settings), _calibration(settings), versions())
     there = (manifest.options, manifest.precision, manifest.opset, manifest.calibration, manifest.versions)
-    if manifest.lora != _lora(settings):
+    outdated = settings.precision in QUANTISED and manifest.rules != QUANTISATION_RULES
+    if outdated or manifest.lora != _lora(settings):
         return False
     compared = not settings.parity or _is_compared(folder, settings)
     return there == wanted and compared and manifest.model_hash == model_hash(info.folder)

@@ -130,7 +130,7 @@ def load_onnx_backend(
             # weights stay in the mapped file: neither packed nor laid out anew for this processor
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        saturates = manifest.is_for_cpu and _sums_saturate()
+        saturates = manifest.is_for_cpu and manifest.rules < 2 and _sums_saturate()
         # moving quantisers past other nodes makes float8 inputs that those refuse
         if exact or manifest.precision == "fp8" or (saturates and manifest.graphs[name].spec.kind == "sampler"):
             options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -248,6 +248,25 @@ def test_a_provider_that_falls_back(model_dir, graphs, monkeypatch):
         load_backend(model_dir, "onnxruntime", graphs, device="cuda")
 
 
+def test_weights_of_eight_bits_are_made_unsigned_where_sums_would_overflow(model_dir, graphs, tmp_path, monkeypatch):
+    """Exports of the first rules have such weights; those of a whole sampler are multiplied as floats."""
+    entries = []
+
+    class Options(onnxruntime.SessionOptions):
+        def add_session_config_entry(self, key, value):
+            entries.append(key)
+            super().add_session_config_entry(key, value)
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    monkeypatch.setattr("ldmseg_fast.backends.onnx_backend._sums_saturate", lambda: True)
+    shutil.copytree(graphs, tmp_path / "graphs")
+    for rules, expected in ((1, {"session.x64quantprecision", "session.disable_quant_qdq"}), (2, set())):
+        replace(read_manifest(graphs), precision="int8", rules=rules).write(tmp_path / "graphs")
+        entries.clear()
+        load_onnx_backend(read_model_info(model_dir), tmp_path / "graphs", "cpu")
+        assert set(entries) - {"session.force_spinning_stop"} == expected
+
+
 def test_no_onnxruntime(model_dir, graphs, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendError, match=r"not installed; pip install 'ldmseg_fast\[onnx\]'"):

@@ -110,6 +110,25 @@ def test_the_cpu_multiplies_integers_in_every_layer(wide, denoiser, tmp_path):
     assert all(scale.unsigned for scale in scales.values())
 
 
+def test_sums_of_two_products_fit_sixteen_bits(wide, denoiser):
+    """Without VNNI a CPU adds them so: unsigned weights, which it adds in 32 bits, give the same."""
+    path = denoiser("int8 for a CPU")
+    model = onnx.load(path)
+    zeros = {node.input[2] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    stored = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.name not in zeros]
+    assert stored and {int(abs(onnx.numpy_helper.to_array(t).astype(int)).max()) for t in stored} == {64}
+    info = read_model_info(wide)
+    spec = graph_specs(info, resolve_options(info, KINDS["int8 for a CPU"]))["denoiser"]
+    inputs = sample_inputs(spec, info, {"batch": 1})
+    found = []
+    for precise in "01":
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.x64quantprecision", precise)
+        session = onnxruntime.InferenceSession(str(path), options)
+        found.append(torch.from_numpy(session.run(None, {name: x.numpy() for name, x in inputs.items()})[0]))
+    torch.testing.assert_close(*found)
+
+
 def test_a_graph_for_the_cpu_computes_the_same_at_any_size(model_dir, tmp_path):
     info = read_model_info(model_dir)
     spec = graph_specs(info, GraphOptions())["denoiser"]

@@ -19,6 +19,8 @@ from ldmseg_fast.errors import BackendError
 from ldmseg_fast.files import read_text, sha256, without_repeats, write_json
 
 FORMAT_VERSION = 2
+# Since 2 weights for a CPU are of 7 bits, whose sums of two products fit 16 bits, and TensorRT's int8 has attention.
+QUANTISATION_RULES = 2
 FILE_NAME = "export.json"
 GRAPHS = ("image_encoder", "denoiser", "mask_decoder")
 
@@ -55,6 +57,7 @@ class Manifest:
         versions: of the packages that exported.
         command: that makes this folder again.
         calibration: what the ranges of a quantised model were measured on.
+        rules: by which a model was quantised, see `QUANTISATION_RULES`.
         lora: the LoRA in the UNet's weights, by its file's name, hash and scale; empty: none. The hash of the model is
             that of the folder without it.
         model, scheduler: the model's index and its schedule.
@@ -72,6 +75,7 @@ class Manifest:
     command: str
     calibration: str = ""
     lora: str = ""
+    rules: int = QUANTISATION_RULES
     model: dict[str, Any] = field(repr=False, default_factory=dict)
     scheduler: dict[str, Any] = field(repr=False, default_factory=dict)
 
@@ -119,7 +123,7 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
             name: GraphFile(GraphSpec.from_dict(g["spec"]), g["file"], g["weights"], g["sha256"])
             for name, g in values["graphs"].items()
         }
-        values.setdefault("lora", "")  # of exports from before there were any
+        values = {"lora": "", "rules": 1} | values  # of exports from before these were written
         plain = {item.name: values[item.name] for item in fields(Manifest) if item.name not in ("options", "graphs")}
         if missing := [name for name in GRAPHS if name not in graphs]:
             raise BackendError(f"{path}: no {', '.join(missing)} in it; export again")

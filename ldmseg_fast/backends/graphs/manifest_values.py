@@ -44,6 +44,7 @@ def wrong_values(values: Mapping[str, Any], options: GraphOptions, specs: Mappin
         "image_size": (values["image_size"], 0, 2**16),
         "downsampling": (values["downsampling"], 1, 2**16),
         "size_multiple": (values["size_multiple"], 1, 2**20),
+        "rules": (values["rules"], 1, 100),
         "options.batch": (options.batch, 0, 2**20),
         "options.image_size": (options.image_size, 0, 2**16),
         **{f"options.sampler_steps.{index}": (each, 1, 10**6) for index, each in enumerate(options.sampler_steps)},
