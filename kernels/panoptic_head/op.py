@@ -69,8 +69,7 @@ def check(mask_logits: Tensor, network_size: list[int], target_size: list[int], 
         require(threshold == threshold, "{}: a number expected, got {}", name, threshold)
 
 
-@torch.library.custom_op("ldmseg_fast::panoptic_head", mutates_args=())
-def panoptic_head_op(
+def _run(
     mask_logits: Tensor,
     network_size: list[int],
     target_size: list[int],
@@ -83,17 +82,6 @@ def panoptic_head_op(
     Raises:
         ValueError: see `check`.
     """
-    return _run(mask_logits, network_size, target_size, mask_threshold, count_threshold, overlap_threshold)
-
-
-def _run(
-    mask_logits: Tensor,
-    network_size: list[int],
-    target_size: list[int],
-    mask_threshold: float,
-    count_threshold: int,
-    overlap_threshold: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check(mask_logits, network_size, target_size, mask_threshold, count_threshold, overlap_threshold)
     sizes = (network_size[0], network_size[1]), (target_size[0], target_size[1])
     thresholds = (mask_threshold, count_threshold, overlap_threshold)
@@ -113,6 +101,9 @@ def _run(
             results = [torch.from_numpy(array) for array in arrays]
             return results[0], results[1], results[2], results[3], results[4]
     return reference.panoptic_head(mask_logits.detach(), *sizes, *thresholds)
+
+
+panoptic_head_op = torch.library.custom_op("ldmseg_fast::panoptic_head", _run, mutates_args=())
 
 
 @panoptic_head_op.register_fake
