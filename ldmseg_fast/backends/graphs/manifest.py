@@ -123,7 +123,8 @@ def read_manifest(folder: str | Path, script: str = "to_onnx.py") -> Manifest:
             name: GraphFile(GraphSpec.from_dict(g["spec"]), g["file"], g["weights"], g["sha256"])
             for name, g in values["graphs"].items()
         }
-        values = {"lora": "", "rules": 1} | values  # of exports from before these were written
+        values.setdefault("lora", "")  # of exports from before these two were written
+        values.setdefault("rules", 1)
         plain = {item.name: values[item.name] for item in fields(Manifest) if item.name not in ("options", "graphs")}
         if missing := [name for name in GRAPHS if name not in graphs]:
             raise BackendError(f"{path}: no {', '.join(missing)} in it; export again")
