@@ -1,17 +1,18 @@
 """Times one picture, whole and stage by stage, beside the plain loop with diffusers' parts.
 
-python benchmarks/bench_latency.py [--preset tiny|coco | --model MODEL_DIR] [--quick] [--parts step stages whole eomt
-    openvino first] [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640] [--threads N] [--minutes M]
-    [--engine-dir DIR ...]
+python benchmarks/bench_latency.py [--preset tiny|coco|coco-fast | --model MODEL_DIR] [--quick]
+    [--parts step stages whole eomt openvino first] [--steps 1 4 10 20 50] [--batch 1 4 16 32] [--sizes 480x640]
+    [--threads N] [--minutes M] [--engine-dir DIR ...]
 
 Every backend's latents and maps are compared with the baseline's first. One that disagrees, or cannot run here, is a
 red row with its reason, and is not timed. `whole image` is from the array to map and segments, `file to file` adds
 reading the picture and writing PNG and JSON. Engines of several precisions stand in one table, each named by its
 runtime and precision; a batch that they take in parts, or filled up, is warned of and says so in its row. `eomt` times
-EoMT-S with random weights, forward alone and from array to map. `openvino` times one step of our graphs, in float32 and
-int8, in OpenVINO and in ONNX Runtime beside eager PyTorch. `first` times the first picture of a process on a CPU, of
-the first of `--sizes`, from loading the model on, compiled with and without packages that an earlier process kept. Exit
-code 1 where a row is red.
+EoMT-S with random weights, forward alone and from array to map. Several pictures at once take 10 steps, or the fewest
+of `--steps` where 10 is none of them. `openvino` times one step of our graphs, in float32 and int8, in OpenVINO and in
+ONNX Runtime beside eager PyTorch. `first` times the first picture of a process on a CPU, of the first of `--sizes`,
+from loading the model on, compiled with and without packages that an earlier process kept. Exit code 1 where a row is
+red.
 """
 
 from __future__ import annotations
@@ -345,9 +346,10 @@ def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
     if "whole" in args.parts:
         for picture, steps in itertools.product(pictures, args.steps):
             bench_whole(bench, picture, 1, steps, everyone if steps == LOOP else light)
+        steps = LOOP if LOOP in args.steps else min(args.steps)
         for batch in args.batch:
             if batch > 1:
-                bench_whole(bench, pictures[0], batch, LOOP, light)
+                bench_whole(bench, pictures[0], batch, steps, light)
     if "eomt" in args.parts:
         for batch in args.batch:
             bench_eomt(bench, pictures[0], batch, args.quick)
@@ -365,7 +367,7 @@ def benchmark(args: argparse.Namespace, scratch: Path) -> Run:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="MODEL_DIR", help="trained weights; default random ones of --preset")
-    parser.add_argument("--preset", choices=["tiny", "coco"], default="tiny")
+    parser.add_argument("--preset", choices=["tiny", "coco", "coco-fast"], default="tiny")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="batch 1, 10 steps, one size, nothing compiled")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, *MORE_PARTS], default=PARTS)

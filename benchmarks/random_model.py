@@ -1,6 +1,6 @@
 """Finds a model to time: a folder of trained weights, or a preset's sizes with random ones.
 
-python benchmarks/random_model.py --preset tiny|coco --out MODEL_DIR
+python benchmarks/random_model.py --preset coco --out MODEL_DIR
 """
 
 from __future__ import annotations

@@ -301,7 +301,7 @@ def _pq(run: _Run, backend: Any, stage: str, steps: tuple[int, ...]) -> float:
 def calibrate_graphs(
     info: ModelInfo, precision: str, options: GraphOptions, opset: int, pictures: Tensor
 ) -> dict[str, LayerScales]:
-    """Calibrates on pictures uint8 [B, 3, S, S], see `calibrate`, for graphs of these options and this opset."""
+    """Calibrates with `pictures`, uint8 [B, 3, S, S], see `calibrate`, for graphs of these options and this opset."""
     shows_products = opset < ATTENTION_OPSET and options.image_size > 0
     return calibrate(info, precision, getattr(torch, options.dtype), pictures, shows_products)
 

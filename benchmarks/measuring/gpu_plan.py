@@ -48,6 +48,7 @@ def make_plan(plan: str, device: str, quick: bool, work: Path, tune: Path | None
     tune: where the best launch configurations are written; without it nothing is tuned.
     """
     preset, model = "tiny" if quick else "coco", work / "model-random-weights"
+    fast_preset, fast_model = "tiny" if quick else "coco-fast", work / "coco-fast-random-weights"
     scale = {"short": 1.0, "long": 3.0}[plan]
     bounded = ("--minutes", "{minutes}", "--out", "{out}")
     pytest = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short")
@@ -58,6 +59,9 @@ def make_plan(plan: str, device: str, quick: bool, work: Path, tune: Path | None
     weights = Part(
         "random weights", script("random_model", "--preset", preset, "--out", model), 110.0 * max(scale, 2.0)
     )
+    fast_weights = Part(
+        "random weights, coco-fast", script("random_model", "--preset", fast_preset, "--out", fast_model), 110.0 * scale
+    )
     kernels = [
         Part(
             kernel,
@@ -67,7 +71,8 @@ def make_plan(plan: str, device: str, quick: bool, work: Path, tune: Path | None
         )
         for kernel in KERNELS
     ]
-    common = ("--model", model, "--device", device, *bounded, "--sizes", "480x640", *(("--quick",) if quick else ()))
+    own = ("--device", device, *bounded, "--sizes", "480x640", *(("--quick",) if quick else ()))
+    common = ("--model", model, *own)
     on_cpu = device == "cpu"
     ours = ["torch float32"] if on_cpu else ["torch bfloat16", *OURS_ON_A_GPU]
     slow = [] if on_cpu else ["compile bfloat16", *COMPILED_PEERS]
@@ -97,21 +102,23 @@ def make_plan(plan: str, device: str, quick: bool, work: Path, tune: Path | None
         60.0 * scale,
         needs,
     )  # by itself: the export alone takes most of a minute
-    rival = Part(
-        "EoMT-S",
-        script("bench_latency", *common, "--parts", "eomt", "--batch", *batches, "--variants", "none"),
-        50.0 * scale,
-        needs,
+    rival = ("eomt",) if importlib.util.find_spec("transformers") else ()
+    one_step = ("--parts", "whole", *rival, "--steps", 1, "--batch", *batches)
+    fast = Part(
+        "coco-fast beside EoMT-S",
+        script("bench_latency", "--model", fast_model, *own, *one_step, "--variants", *ours),
+        60.0 * scale,
+        (fast_weights.name,),
     )
     alone = [*kernels, *latency, profile, *_counters(device, model), *(compiled if slow else [])]
-    alone += [rival] if importlib.util.find_spec("transformers") else []
+    alone.append(fast)
     exports = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
     alone += [runtime] if exports and plan == "long" else []
     alone += [training, *_engines(device, model, work, common)]
     if tune is not None:
         tuning = script("bench_kernels", "--tune", tune.absolute(), "--minutes", "{minutes}")
         alone.append(Part("tuning", tuning, 300.0, tuple(test.name for test in tests)))
-    return [[*tests, weights], *([part] for part in alone)]
+    return [[*tests, weights, fast_weights], *([part] for part in alone)]
 
 
 def _test_files(kernel: str) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Row = Mapping[str, Any]
+FAST = "coco-fast"
 PEERS = ("torch", "diffusers", "plain", "xformers", "sdpa", "flash")  # variants that are not ours start like this
 
 
@@ -15,6 +16,8 @@ class Target:
     """Describes one line of the table.
 
     name, case: which rows; the name is a prefix, the case a subset.
+    preset: of the model, "coco" for all but "coco-fast".
+    fp8: rows of `precision="fp8"`, or all others; None: of both.
     limit_ms: wanted milliseconds an image; rate: wanted images/s. ratio: wanted over the baseline.
     copy_share: wanted share of the measured copy bandwidth.
     """
@@ -26,6 +29,17 @@ class Target:
     ratio: float | None = None
     copy_share: float | None = None
     divide_by_batch: bool = False
+    preset: str = "coco"
+    fp8: bool | None = None
+
+    def is_about(self, row: Row) -> bool:
+        """Whether a row, measured or red, is one of those."""
+        case = row["case"]
+        preset = FAST if FAST in case.get("model", "") else "coco"
+        kind = self.fp8 in (None, row["variant"].endswith(", fp8"))
+        return (
+            row["name"].startswith(self.name) and self.case.items() <= case.items() and preset == self.preset and kind
+        )
 
 
 BF16 = {"dtype": "bfloat16"}
@@ -34,11 +48,15 @@ TARGETS = (
     Target("panoptic head, 480x640", "panoptic_head [16, 128", BF16, 0.03, 50, divide_by_batch=True),
     Target("attention 4096 x 40, forward", "attention forward [4, 4096, 8, 40]", BF16, 0.06, divide_by_batch=True),
     Target("GroupNorm + SiLU", "group_norm_silu forward [16, 320", {}, ratio=3, copy_share=0.8, divide_by_batch=True),
-    Target("UNet step, batch 1", "one step", {"batch": 1}, 2.5),
-    Target("UNet step, batch 16", "one step", {"batch": 16}, 1.75),
+    Target("UNet step, batch 1", "one step", {"batch": 1}, 2.5, fp8=False),
+    Target("UNet step, batch 16", "one step", {"batch": 16}, 1.75, fp8=False),
+    Target("UNet step in fp8, batch 1", "one step", {"batch": 1}, 1.8, fp8=True),
+    Target("UNet step in fp8, batch 16", "one step", {"batch": 16}, 1.1, fp8=True),
     Target("whole image, 50 steps", "whole image", {"steps": 50, "batch": 1}, 110, 5),
     Target("whole image, 4 steps", "whole image", {"steps": 4, "batch": 1}, 14, 5),
     Target("whole image, 1 step", "whole image", {"steps": 1, "batch": 1}, 7, 5),
+    Target("coco-fast, whole image, batch 1", "whole image", {"steps": 1, "batch": 1}, 1.75, preset=FAST),
+    Target("coco-fast, whole image, batch 16", "whole image", {"steps": 1, "batch": 16}, 1.667, preset=FAST),  # 600/s
     Target("training, per image", "training step", {}, 10.0, 2.3),
 )
 
@@ -49,8 +67,7 @@ def best_row(target: Target, rows: Sequence[Row]) -> Row | None:
         row
         for row in rows
         if "p50" in row
-        and row["name"].startswith(target.name)
-        and target.case.items() <= row["case"].items()
+        and target.is_about(row)
         and (row["variant"] != row["baseline"] and not row["variant"].startswith(PEERS[1:]))
         and row["variant"] not in ("torch", "torch.compile")
     ]
@@ -59,8 +76,7 @@ def best_row(target: Target, rows: Sequence[Row]) -> Row | None:
 
 def _why_not(target: Target, rows: Sequence[Row]) -> str:
     """Returns the reason of a red row that `target` is about; "not measured" without one."""
-    red = [row for row in rows if "red" in row and row["name"].startswith(target.name)]
-    reasons = [row["red"] for row in red if target.case.items() <= row["case"].items()]
+    reasons = [row["red"] for row in rows if "red" in row and target.is_about(row)]
     return f"red: {reasons[0]}" if reasons else "not measured"
 
 

@@ -89,7 +89,8 @@ def cases() -> Iterator[Case]:
                 **about,
             )
 
-    for batch, channels, other, size in ((1, 320, 320, 64), (16, 640, 320, 64), (16, 1280, 640, 32)):
+    halves = ((1, 320, 320, 64), (16, 640, 320, 64), (16, 1280, 640, 32), (1, 320, 320, 128))
+    for batch, channels, other, size in halves:
         elements = batch * (channels + other) * size * size * 2
         for join in (True, False):
             what = f"[x, {other}] and its norm" if join else "x + other and its norm"

@@ -18,6 +18,7 @@ from ldmseg_fast.kernels.group_norm_silu.tiles import (
 ALONE = tl.constexpr(0)
 SUM = tl.constexpr(1)
 JOIN = tl.constexpr(2)
+CHUNKS_AT_ONCE = tl.constexpr(64)  # of which a program merges the moments: those of 64x64 pixels
 
 
 @triton.jit
@@ -201,6 +202,34 @@ def store_moments(partial_ptr, image, chunk, chunks, group, exists, groups, mean
 
 
 @triton.jit
+def load_chunks(
+    partial_ptr,  # [B, 2, chunks, G]
+    image,
+    start,
+    group,
+    group_exists,
+    groups,
+    chunks,
+    pixels,
+    CHANNELS_PER_GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Merges a block of chunks, from `start` on: mean, squares about it and size of each group."""
+    chunk = start + tl.arange(0, BLOCK)
+    exists = (chunk < chunks)[:, None] & group_exists[None, :]
+    places = (image * 2 * chunks + chunk[:, None]) * groups + group[None, :]
+    means = tl.load(partial_ptr + places, mask=exists, other=0.0)
+    squares = tl.sum(tl.load(partial_ptr + chunks * groups + places, mask=exists, other=0.0), 0)
+    counts = tl.minimum(tl.maximum(pixels - chunk * ROWS, 0), ROWS).to(tl.float32)[:, None]
+    rows = tl.minimum(pixels - start * ROWS, BLOCK * ROWS)
+    mean = tl.sum(counts * means, 0) / rows
+    apart = tl.where(exists, means - mean[None, :], 0.0)
+    squares += tl.sum(counts * apart * apart, 0) * CHANNELS_PER_GROUP
+    return mean, squares, (rows * CHANNELS_PER_GROUP).to(tl.float32)
+
+
+@triton.jit
 def merge_chunks(
     partial_ptr,  # [B, 2, chunks, G]
     image,
@@ -214,16 +243,17 @@ def merge_chunks(
     ROWS: tl.constexpr,  # pixels of a chunk
     CHUNKS_PADDED: tl.constexpr,
 ):
-    """Computes mean and 1 / standard deviation of groups from the moments of all chunks."""
-    chunk = tl.arange(0, CHUNKS_PADDED)
-    exists = (chunk < chunks)[:, None] & group_exists[None, :]
-    places = (image * 2 * chunks + chunk[:, None]) * groups + group[None, :]
-    means = tl.load(partial_ptr + places, mask=exists, other=0.0)
-    squares = tl.sum(tl.load(partial_ptr + chunks * groups + places, mask=exists, other=0.0), 0)
-    counts = tl.minimum(tl.maximum(pixels - chunk * ROWS, 0), ROWS).to(tl.float32)[:, None]
-    mean = tl.sum(counts * means, 0) / pixels
-    apart = tl.where(exists, means - mean[None, :], 0.0)
-    squares += tl.sum(counts * apart * apart, 0) * CHANNELS_PER_GROUP
+    """Computes mean and 1 / standard deviation of groups from the moments of all chunks.
+
+    More than CHUNKS_AT_ONCE come in blocks: those of a large map would not fit into registers.
+    """
+    BLOCK: tl.constexpr = min(CHUNKS_PADDED, CHUNKS_AT_ONCE)
+    about = (group, group_exists, groups, chunks, pixels)
+    mean, squares, count = load_chunks(partial_ptr, image, 0, *about, CHANNELS_PER_GROUP, ROWS, BLOCK)
+    if CHUNKS_PADDED > BLOCK:
+        for start in range(BLOCK, chunks, BLOCK):
+            more = load_chunks(partial_ptr, image, start, *about, CHANNELS_PER_GROUP, ROWS, BLOCK)
+            mean, squares, count = merge_sets(mean, squares, count, *more)
     return mean, tl.rsqrt(squares / (pixels * CHANNELS_PER_GROUP) + eps)
 
 

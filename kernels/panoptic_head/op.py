@@ -5,6 +5,8 @@ The method is that of arXiv 2401.10227, section 3.3.
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ldmseg_fast.kernels.backend import exporting, get_backend, require
 from ldmseg_fast.kernels.panoptic_head import reference
@@ -45,9 +47,15 @@ def panoptic_head(
     if exporting():
         return reference.panoptic_head(mask_logits, network_size, target_size, *thresholds)
     args = (mask_logits, list(network_size), list(target_size), *thresholds)
-    if type(mask_logits) is Tensor and mask_logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if mask_logits.device.type == "cpu" and _is_plain(mask_logits):
         return _run(*args)  # the operator's first call on a CPU imports torch._dynamo, for more than a second
     return panoptic_head_op(*args)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Says that no tracer, mode or transform follows what is computed of a tensor of any shape and dtype."""
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    return type(tensor) is Tensor and not followed and not is_functorch_wrapped_tensor(tensor)
 
 
 def check(mask_logits: Tensor, network_size: list[int], target_size: list[int], *thresholds: float) -> None:

@@ -119,7 +119,7 @@ class EpilogueUNet(FusedUNet):
         skips = [Features(F.conv2d(sample, conv_in.weight, padding=1) if self.bare_input else conv_in(sample))]
         for layers, _, downsample in self.down:
             for index, layer in enumerate(layers):
-                wanted = index + 1 < len(layers)  # a downsampling wants none
+                wanted = downsample is None or index + 1 < len(layers)  # a downsampling wants none
                 skips.append(_run(layer, skips[-1], time, wanted))
             if downsample is not None:
                 skips.append(Features(F.conv2d(skips[-1].x, downsample.weight, stride=2, padding=1)))

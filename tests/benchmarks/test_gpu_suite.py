@@ -161,7 +161,7 @@ def test_the_plan_begins_with_tests_and_weights(tmp_path, plan, most):
     stages = gpu_suite.make_plan(plan, "cuda", False, tmp_path, tmp_path / "tuned.json")
     parts = {part.name: part for stage in stages for part in stage}
     first = [part.name for part in stages[0]]
-    assert first == [*(f"tests of {kernel}" for kernel in KERNELS), "random weights"]
+    assert first == [*(f"tests of {kernel}" for kernel in KERNELS), "random weights", "random weights, coco-fast"]
     assert all(part.needs == (f"tests of {name}",) for name, part in parts.items() if name in KERNELS)
     assert "random weights" in parts["whole image, compiled"].needs and parts["tuning"].command[-3].endswith("json")
     assert {need for part in parts.values() for need in part.needs} <= parts.keys()
@@ -220,6 +220,23 @@ def test_the_table_knows_the_targets():
     assert "whole image, 4 steps" in gpu_targets.format_table(rows)
     red = {"name": "whole image", "variant": "torch", "case": {"batch": 1, "steps": 1}, "unit": "", "red": "too late"}
     assert "red: too late" in gpu_targets.format_table([*rows, red])
+    assert lines["UNet step in fp8, batch 16"][1] == lines["coco-fast, whole image, batch 16"][1] == "not measured"
+
+
+def test_the_table_keeps_models_and_precisions_apart():
+    about = {"baseline": "diffusers", "unit": "ms", "ratio": 6.0, "bytes": None}
+    fast = {"model": "coco-fast-random-weights", "batch": 16, "steps": 1}
+    rows = [
+        {"name": "whole image", "variant": "torch bfloat16, graph, fp8", "case": fast, "p50": 1.5} | about,
+        {"name": "whole image", "variant": "torch bfloat16", "case": fast | {"batch": 1}, "p50": 1.9} | about,
+        {"name": "one step", "variant": "torch bfloat16, graph, fp8", "case": {"batch": 1}, "p50": 1.7} | about,
+        {"name": "one step", "variant": "torch bfloat16, graph, fp8 attention", "case": {"batch": 1}, "p50": 2.6}
+        | about,
+    ]
+    lines = {line[0]: line[-1] for line in gpu_targets.table_rows(rows)}
+    assert lines["coco-fast, whole image, batch 16"] == lines["UNet step in fp8, batch 1"] == "yes"
+    assert lines["coco-fast, whole image, batch 1"] == lines["UNet step, batch 1"] == "no"
+    assert lines["whole image, 1 step"] == ""
 
 
 def test_a_machine_without_a_gpu_is_told(script):

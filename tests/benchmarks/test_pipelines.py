@@ -142,6 +142,19 @@ def test_the_rival_is_timed(model_dir, tmp_path):
     assert rows["EoMT whole image"]["p50"] > rows["EoMT forward"]["p50"] > 0
 
 
+def test_several_pictures_take_the_steps_that_are_asked_for(model_dir, tmp_path, monkeypatch):
+    calls = []
+
+    def note(bench, _, batch, steps, names):
+        calls.append((batch, steps))
+        bench.run.add_value("whole image", 1.0, "ms")
+
+    monkeypatch.setattr(bench_latency, "bench_whole", note)
+    arguments = ["--variants", "none", "--sizes", "48x64", "--parts", "whole", "--batch", "1", "2", "--steps", "4", "1"]
+    assert run_quick(bench_latency.main, model_dir, tmp_path, *arguments) == 0
+    assert calls == [(1, 4), (1, 1), (2, 1)]
+
+
 @pytest.mark.parametrize("fault", ["", "a map", "an exit code"])
 def test_the_first_picture_of_a_process(fault, model_dir, tmp_path, monkeypatch):
     """By doubles of the processes: the third finds what the second kept, and none finds what inductor kept."""

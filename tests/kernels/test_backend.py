@@ -57,13 +57,12 @@ def calls(device) -> dict[str, tuple[str, Callable[..., object], tuple[Tensor, .
 
 OPS = list(calls("cpu"))
 OPAQUE_ON_CPU = {"encode_mask_bits", "panoptic_head"}  # they look at values, and C++ computes the second
-OPERATORS_ON_CPU = {"encode_mask_bits"}  # outside of graphs the second is called without its operator
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_which_op_runs(op, device):
     kernel, function, args = calls(device)[op]
-    expected = {f"ldmseg_fast::{op}"} if CUDA or op in OPERATORS_ON_CPU else set()
+    expected = {f"ldmseg_fast::{op}"} if CUDA or op in OPAQUE_ON_CPU else set()
     with OpNames() as seen:
         function(*args)
     assert seen.ours == expected

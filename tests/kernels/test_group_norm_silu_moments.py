@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpreterBuilder
 
 from ldmseg_fast.kernels.group_norm_silu import host, moments, reference
 from ldmseg_fast.kernels.launch import record
@@ -63,6 +64,25 @@ def test_a_large_mean_costs_few_digits(join, device, poison):
     best = torch.group_norm(gathered.double(), rest[1], ones.double(), zeros.double(), 1e-5)
     assert (y.double() - best).abs().max() < 2e-3
     torch.testing.assert_close(made.double(), reference.find_moments(gathered.double(), rest[1]), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter tells how long blocks are")
+def test_chunks_of_large_maps_are_merged_in_blocks(device, poison, monkeypatch):
+    """More than 64 at once would not fit into registers; a large mean costs few digits from block to block too."""
+    lengths = set()
+    plain = InterpreterBuilder.create_make_range
+
+    def note(self, kind, start, stop):
+        lengths.add(stop - start)
+        return plain(self, kind, start, stop)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_make_range", note)
+    x = (torch.randn(1, 4, 65, 67, device=device) + 1000).contiguous(memory_format=torch.channels_last)
+    made, ones = reference.find_moments(x, 2), torch.ones(4, device=device)
+    y = host.normalise(x, made, ones, ones, 1e-5, False)
+    assert made.shape[2] == 69 and 64 in lengths and 128 not in lengths
+    best = torch.group_norm(x.double(), 2, ones.double(), ones.double(), 1e-5)
+    assert (y.double() - best).abs().max() < 2e-3
 
 
 def test_each_half_is_one_launch():

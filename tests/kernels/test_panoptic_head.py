@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldmseg_fast.kernels.backend import backend
 from ldmseg_fast.kernels.configs import all_configs
@@ -190,6 +191,21 @@ def test_backends_agree(device):
 def test_op(device, check_op):
     logits = make_logits((2, 16, 6, 6), device)
     check_op(panoptic_head_op, (logits, [12, 12], [9, 15], 0.5, 4, 0.5))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracers_and_transforms_see_an_operator(device):
+    """What runs at once on a CPU would be a constant of the trace, or find no memory behind the tensor."""
+
+    def run(logits):
+        return panoptic_head(logits, (12, 16), (9, 7), 0.0, 1, 0.0)[0]
+
+    one, other = torch.randn(2, 1, 8, 6, 6, device=device) * 5
+    expected = run(other)
+    assert not torch.equal(run(one), expected)
+    assert torch.equal(torch.jit.trace(run, one, check_trace=False)(other), expected)
+    assert torch.equal(make_fx(run)(one)(other), expected)
+    assert torch.equal(torch.vmap(run)(torch.stack([one, other]))[1], expected)
 
 
 def test_bad_input(device, refuses):

@@ -63,6 +63,19 @@ def test_it_is_the_same_function(name, form):
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
 
 
+@pytest.mark.parametrize("attention", [False, True])
+def test_moments_of_the_last_downward_block_serve_the_middle(attention):
+    """The block ends in a shortcut or a transformer, and the middle's first norm does not read its features twice."""
+    config = replace(SMALL, block_out_channels=(16, 32, 64), attention=(True, True, attention), layers_per_block=1)
+    unet = make_unet(config)
+    calls = []
+    unet.mid_block.resnets[0].norm1.register_forward_hook(lambda *_: calls.append(1))
+    sample, times = make_inputs(config)
+    fused = EpilogueUNet(unet)
+    torch.testing.assert_close(fused(sample, times), unet(sample, times), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1  # of the plain network
+
+
 def test_it_is_no_worse_than_the_plain_one_in_half_precision():
     config = CONFIGS["as Stable Diffusion's"]
     exact_unet, half_unet = make_unet(config), make_unet(config, torch.bfloat16, DEVICE)
