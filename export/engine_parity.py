@@ -13,6 +13,7 @@ from ldmseg_fast.backends.trt.passport import Passport, check_passport, read_pas
 from ldmseg_fast.checkpoints.hub_names import GRAPHS, MODEL
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.errors import BackendError
+from ldmseg_fast.export.output_folder import disk_full_named
 from ldmseg_fast.export.parity import measure_parity
 
 
@@ -39,7 +40,9 @@ def engines_agree(args: argparse.Namespace, api: TrtApi) -> bool:
     compared = all(passport.compared == "engine" for passport in passports)
     if (compared and not asked) or not _run_here(passports, out, source, api):
         return True
-    report = measure_parity(read_model_info(source), out, manifest, args.data, images=args.parity_images, engines=True)
+    info = read_model_info(source)
+    with disk_full_named(out):
+        report = measure_parity(info, out, manifest, args.data, images=args.parity_images, engines=True)
     print(report.table())
     values = {row.what: row.value for row in report.rows}
     for passport in passports:  # what has missed a tolerance is compared again by the next run

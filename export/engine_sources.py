@@ -13,7 +13,7 @@ from ldmseg_fast.checkpoints.hub_names import GRAPHS, MODEL
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config.limits import OPTION_RANGES
 from ldmseg_fast.errors import BackendError, CheckpointError
-from ldmseg_fast.export.engine_build import BuildJob, Ranges, check_sides
+from ldmseg_fast.export.engine_build import TIMING_CACHE, BuildJob, Ranges, check_sides
 from ldmseg_fast.export.model_export import ExportSettings, check_arguments, export_model, is_current
 from ldmseg_fast.export.output_folder import exclusive
 from ldmseg_fast.export.parity_report import ParityReport
@@ -37,8 +37,8 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
         raise BackendError("--timing-cache: TensorRT-RTX tries no kernels out while it builds; leave it out")
     if args.level is not None and args.flavour == "rtx":
         raise BackendError("--level: TensorRT-RTX builds the same engine at every level; leave it out")
-    if args.timing_cache is not None:
-        _check_cache(args.timing_cache, args.out)
+    if args.flavour == "tensorrt":
+        _check_cache(args.timing_cache or args.out / TIMING_CACHE, args.out)
     if args.head == "logits" and args.max_side is not None:
         raise BackendError("--max-side beside --head logits: graphs of logits make no map; leave one of them out")
     check_arguments(args)
@@ -76,7 +76,7 @@ def make_job(args: argparse.Namespace, command: str) -> BuildJob:
 def _check_cache(path: Path, out: Path) -> None:
     """Raises BackendError for a timing cache that could not be written after minutes of work."""
     if path.is_dir():
-        raise BackendError(f"--timing-cache {path}: a folder; name a file")
+        raise BackendError(f"{path}: a folder, in the place of the timing cache; name a file by --timing-cache")
     if not path.parent.is_dir() and real_path(path.parent) != real_path(out):
         raise BackendError(f"--timing-cache {path}: no folder {path.parent}")
 
@@ -104,6 +104,8 @@ def find_graphs(args: argparse.Namespace, job: BuildJob) -> tuple[Path, ParityRe
         BackendError: an export in another precision than the one asked for.
     """
     source = resolve_model_dir(args.source, kinds=(MODEL, GRAPHS))
+    if (args.out / "model_index.json").is_file():
+        raise BackendError(f"--out {args.out}: a model's folder; choose another one, or one inside it")
     if (source / FILE_NAME).is_file():
         manifest = read_manifest(source)
         _refuse_settled(source, args)

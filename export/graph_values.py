@@ -25,6 +25,19 @@ def replace_value(old: Any, new: Any) -> None:
         node.replace_input_with(index, new)
 
 
+def fold_transposes(graph: Any) -> None:
+    """Stores weights as their readers take them, in the place of nodes that transpose them.
+
+    The exporter folds those nodes itself, but not of a large weight that several nodes share, as a sampler's steps do.
+    """
+    for node in list(graph):
+        if node.op_type == "Transpose" and node.inputs[0].const_value is not None:
+            perm = node.attributes.get("perm")
+            values = np.transpose(node.inputs[0].const_value.numpy(), perm and perm.as_ints())
+            stored = constant(graph, f"{node.outputs[0].name}/transposed", np.ascontiguousarray(values))
+            replace_value(node.outputs[0], stored)
+
+
 def tidy(model: Any) -> None:
     """Removes nodes and initializers that nothing reads."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass

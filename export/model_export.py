@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from ldmseg_fast.backends.graphs.manifest import (
     FILE_NAME,
+    GRAPHS,
     QUANTISATION_RULES,
     Manifest,
     check_files,
@@ -20,7 +22,7 @@ from ldmseg_fast.backends.graphs.manifest import (
     read_manifest,
 )
 from ldmseg_fast.backends.graphs.modules import build_graph
-from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs
+from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs, sampler_name
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
 from ldmseg_fast.checkpoints.model_folder import load_component_config
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, check_finite, load_weights
@@ -50,6 +52,7 @@ from ldmseg_fast.files import inside, real_path, sha256, write_json
 DEFAULT_OPSET, BF16_OPSET = 21, 22
 MAX_SAMPLER_STEPS = 8  # every step of a whole sampler is a copy of the network's nodes
 PARITY = "parity.json"
+GRAPH_FILE = re.compile(rf"({'|'.join(GRAPHS)}|{sampler_name(0)[:-1]}\d+)\.onnx(\.data)?")
 CALIBRATION_SPLIT = "train2017"
 PACKAGES = ("ldmseg_fast", "torch", "onnx", "onnxscript", "onnxruntime")
 
@@ -90,7 +93,7 @@ def export_model(
     Raises:
         CheckpointError: a folder that is no model.
         BackendError: a folder that cannot be written, a full disk.
-        ExportError, ValueError: settings or a model that cannot be exported.
+        ExportError, ValueError: settings or a model that cannot be exported, or one that changes meanwhile.
     """
     base = read_model_info(model_dir)
     options = resolve_options(base, settings)
@@ -100,6 +103,7 @@ def export_model(
     if settings.calibration is not None:
         calibration_pictures(base, _calibration(settings), 1)
     scale = 1.0 if settings.lora_scale is None else settings.lora_scale
+    digest = model_hash(base.folder)
     with disk_full_named(out), with_lora(base, settings.lora, scale) as source:
         info = read_model_info(source)
         for name in info.index["components"]:
@@ -114,9 +118,11 @@ def export_model(
             write_graphs(info, folder.path, options, settings)
             free_memory()  # the exporter's programs hold each other, and the networks
             report = check_parity(info, folder, settings)
+            if model_hash(base.folder) != digest:
+                raise ExportError(f"{base.folder}: changed while it was exported; export it again")
             if settings.lora is not None:
                 manifest = read_manifest(folder.path)
-                replace(manifest, model_hash=model_hash(base.folder), lora=_lora(settings)).write(folder.path)
+                replace(manifest, model_hash=digest, lora=_lora(settings)).write(folder.path)
             return report
 
 
@@ -218,8 +224,7 @@ def exported_files(folder: Path) -> set[str]:
     """Lists the names in a folder that an export wrote; none where it holds no export."""
     if not (folder / FILE_NAME).is_file():
         return set()
-    graphs = (path.name for path in folder.iterdir() if path.name.endswith((".onnx", ".onnx.data")))
-    return {FILE_NAME, PARITY, *graphs}
+    return {FILE_NAME, PARITY, *(path.name for path in folder.iterdir() if GRAPH_FILE.fullmatch(path.name))}
 
 
 def is_current(model_dir: str | Path, folder: Path, settings: ExportSettings) -> bool:

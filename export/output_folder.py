@@ -58,6 +58,8 @@ def new_folder(
         BackendError: the disk is full, or `out` lies where nothing can be written.
     """
     out = real_path(out)  # of a link, the folder that it means
+    if not out.name:
+        raise ExportError(f"{out}: the root of the file system, which cannot be replaced; name a folder inside it")
     folder = NewFolder(out.with_name(f".{out.name}.new"))
 
     def waiting() -> None:
@@ -85,6 +87,8 @@ def check_replaceable(out: Path, own: Callable[[Path], Collection[str]]) -> None
     Raises:
         ExportError: it is no folder, holds something else than `own` names, or cannot be moved.
     """
+    if out.is_symlink():
+        raise ExportError(f"{out}: a link that leads to itself; remove it, or choose another folder")
     if not out.exists():
         return
     if not out.is_dir():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ from ldmseg_fast.backends.graphs.specs import GraphOptions
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.onnx_backend import load_onnx_backend
 from ldmseg_fast.backends.trt.trt_backend import load_trt_backend
-from ldmseg_fast.checkpoints.tensors import WEIGHTS
+from ldmseg_fast.checkpoints.tensors import WEIGHTS, save_weights
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic, collate
 from ldmseg_fast.data.scenes import write_scenes
 from ldmseg_fast.evaluation import OBJECT, in_percent
@@ -137,10 +138,10 @@ class _Run:
         return self.own[network]
 
     def save(self, stage: str, index: int, values: Values) -> None:
-        torch.save(values, self.scratch / f"{stage}-{index}.pt")
+        save_weights(values, self.scratch / f"{stage}-{index}.safetensors")
 
     def load(self, stage: str, index: int) -> Values:
-        return torch.load(self.scratch / f"{stage}-{index}.pt", weights_only=True)
+        return load_file(self.scratch / f"{stage}-{index}.safetensors")
 
     def first(self, stage: str, size: int) -> Values:
         """Stacks what is stored of the first `size` images, repeated from the start where there are fewer."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmseg_fast.export.calibration import PARTS, LayerScales, Scale, to_eight_bits
-from ldmseg_fast.export.graph_values import constant, replace_value, tidy
+from ldmseg_fast.export.graph_values import constant, fold_transposes, replace_value, tidy
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # a node's modules, from the outermost in, as the exporter tells them
 LAYERS = ("Conv", "MatMul", "Gemm")
@@ -42,6 +42,7 @@ def quantize_graph(
     prefix = next(name for name, each in module.named_modules() if each is unet) + "."
     found: set[str] = set()
     wanted = set(scales) | {f"{name}/softmax" for name, layer in scales.items() if layer.softmax is not None}
+    fold_transposes(model.graph)
     for node in list(model.graph):
         scope = _scope_of(node, prefix)
         if node.op_type in LAYERS and node.inputs[1].const_value is not None:

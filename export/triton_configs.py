@@ -23,6 +23,7 @@ TYPES = {
     "int32": "TYPE_INT32",
     "int64": "TYPE_INT64",
 }
+ENSEMBLE = "ldmseg"
 PYTHON_MODELS = {"ldmseg_preprocess": "Preprocess", "ldmseg_sampler": "Sampler", "ldmseg_head": "Head"}
 SIZE_FILE = "size"  # the one input of a warm-up that must not be zero
 
@@ -110,11 +111,11 @@ def model_configs(serving: Serving) -> dict[str, dict[str, Any]]:
         _step("ldmseg_sampler", ["noise", "image_latents"], ["mask_latents"]),
         _step("ldmseg_head", ["mask_latents", "size"], ["segmentation", "segments_info"]),
     ]
-    ensemble = {"name": "ldmseg", "platform": "ensemble", "max_batch_size": serving.batch, "input": [picture, seed]}
+    ensemble = {"name": ENSEMBLE, "platform": "ensemble", "max_batch_size": serving.batch, "input": [picture, seed]}
     ensemble |= {"output": result, "ensemble_scheduling": {"step": steps_of_ensemble}}
     encoder = batched("ldmseg_image_encoder", [_tensor(images)], [_tensor(image_latents)], **runtime)
     return {
-        "ldmseg": ensemble,
+        ENSEMBLE: ensemble,
         "ldmseg_preprocess": python("ldmseg_preprocess", [picture, seed], [_tensor(t) for t in (images, noise, size)]),
         "ldmseg_image_encoder": encoder | _running(serving, specs["image_encoder"], whole=False),
         "ldmseg_sampler": python("ldmseg_sampler", [_tensor(noise), _tensor(image_latents)], [_tensor(mask_latents)]),

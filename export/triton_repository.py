@@ -7,21 +7,24 @@ and the head's last part are Python models (`triton_models`), so the server's Py
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ldmseg_fast.backends.graphs.manifest import GRAPHS, Manifest, check_files, read_manifest
-from ldmseg_fast.backends.trt.passport import Passport, engine_file, passport_file, read_passport
+from ldmseg_fast.backends.trt.passport import Passport, engine_file, file_differences, passport_file, read_passport
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.output_folder import new_folder
-from ldmseg_fast.export.triton_configs import PYTHON_MODELS, SIZE_FILE, Serving, model_configs, to_text
+from ldmseg_fast.export.triton_configs import ENSEMBLE, PYTHON_MODELS, SIZE_FILE, Serving, model_configs, to_text
 from ldmseg_fast.export.triton_texts import DOCKERFILE, README, dockerfile_text, readme_text
+from ldmseg_fast.files import real_path
 
 CLIENT = "client.py"
+IMAGE = re.compile(r"[\w./:@-]+", re.ASCII)  # what Docker's names of images are made of
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def write_repository(source: Path, out: Path, settings: RepositorySettings) -> l
     manifest = read_manifest(source)
     serving, passports = _serving(source, manifest, settings)
     configs = model_configs(serving)
-    with new_folder(out, lambda _: [*configs, README, DOCKERFILE, CLIENT]) as folder:
+    with new_folder(out, lambda folder: written_names(folder, configs)) as folder:
         for name, config in configs.items():
             version = folder.path / name / "1"
             version.mkdir(parents=True)
@@ -76,6 +79,13 @@ def write_repository(source: Path, out: Path, settings: RepositorySettings) -> l
     return list(configs)
 
 
+def written_names(folder: Path, models: Iterable[str]) -> list[str]:
+    """Lists the names in a folder that belong to a repository of these models; none where it holds no repository."""
+    if not (folder / ENSEMBLE / "config.pbtxt").is_file():
+        return []
+    return [*models, README, DOCKERFILE, CLIENT]
+
+
 def _serving(source: Path, manifest: Manifest, settings: RepositorySettings) -> tuple[Serving, Mapping[str, Passport]]:
     """Checks that graphs or engines can be served as the settings say. Raises BackendError where not."""
     if manifest.options.head == "logits":
@@ -90,6 +100,8 @@ def _serving(source: Path, manifest: Manifest, settings: RepositorySettings) -> 
         raise BackendError(f"{source}: {source / 'export.json'} names no model; export the model's folder")
     if settings.instances < 1 or settings.queue_delay < 0:
         raise BackendError("--instances: from 1 on; --queue-delay: from 0 on")
+    if not IMAGE.fullmatch(settings.image):
+        raise BackendError(f"--image {settings.image!r}: no name of a container; {RepositorySettings.image} is one")
     passports: dict[str, Passport] = {}
     if passport_file(source, "denoiser").is_file():
         passports = _engines(source, settings)
@@ -130,6 +142,8 @@ def _engines(source: Path, settings: RepositorySettings) -> dict[str, Passport]:
         if passport.flavour != "tensorrt" or passport.stripped:
             kind = "TensorRT-RTX" if passport.flavour == "rtx" else "without weights"
             raise BackendError(f"{engine_file(source, graph)}: {kind}; the server takes whole TensorRT engines")
+        if differences := file_differences(passport, engine_file(source, graph)):
+            raise BackendError(f"{engine_file(source, graph)} does not fit: {differences[0]}; {passport.rebuild}")
     versions = sorted({passport.version for passport in passports.values()})
     if len(versions) > 1:
         raise BackendError(f"{source}: engines of TensorRT {' and '.join(versions)}; build all of them by one version")
@@ -173,6 +187,6 @@ def _place(source: Path, manifest: Manifest, graph: str, version: Path, is_engin
 
 def _link(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)
+        os.link(real_path(source), target)  # a link itself would lead elsewhere from there
     except OSError:
         shutil.copy2(source, target)

@@ -10,23 +10,30 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 OF_MODULES = vars(nn.Module()).keys()  # hooks, and what is asked for by name below
 
 
 def fingerprint(module: nn.Module, *others: object) -> str:
-    """Hashes weights, classes and all other attributes of the modules within one, and the `repr` of further values."""
+    """Hashes weights, classes and all other attributes of the modules within one, and the `repr` of further values.
+
+    What is patched outside of them, such as a function that they call, is not seen.
+    """
     found = hashlib.sha256(repr(others).encode())
     for name, each in module.named_modules():
         hooks = len(each._forward_hooks), len(each._forward_pre_hooks)
         found.update(repr((name, type(each), each.training, hooks)).encode())
         own = {key: value for key, value in vars(each).items() if key not in OF_MODULES}
         for key, value in {**own, **each._parameters, **each._buffers}.items():
-            if torch.is_tensor(value):
-                found.update(repr((key, value.dtype, value.shape)).encode())
-                found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-            else:
-                found.update(repr((key, value)).encode())
+            leaves, spec = tree_flatten(value)
+            found.update(repr((key, spec)).encode())
+            for leaf in leaves:
+                if torch.is_tensor(leaf):
+                    found.update(repr((leaf.dtype, leaf.shape)).encode())
+                    found.update(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+                else:
+                    found.update(repr(leaf).encode())
     return found.hexdigest()
 
 

@@ -14,6 +14,7 @@ from tests.conftest import make_model
 IMAGES = 2  # that each export is compared on
 SHIPPED = None  # the trained model, in the place of settings of one with random weights
 DEEP = ("unet.layers_per_block=2", "unet.transformer_layers=2", "unet.linear_projection=true")
+HEADS = ("unet.block_out_channels=32,64", "unet.num_heads=2,2", "unet.attention=true,true")  # quantised ones in int8
 WIDE = ("unet.block_out_channels=64,128", "unet.num_heads=4,8", "unet.norm_groups=16", "mask_vae.decoder_width=48")
 ONE_LEVEL = ("unet.block_out_channels=48", "unet.attention=true", "unet.num_heads=3")
 LARGE = ("data.image_size=96", "unet.sample_size=24")
@@ -35,7 +36,7 @@ HEALTHY = {
     "narrow-bfloat": ((), ExportSettings("bf16", size="dynamic")),
     "deep": (DEEP, ExportSettings("fp32", opset=18)),
     "deep-half": (DEEP, ExportSettings("fp16", opset=23, batch="2")),
-    "deep-int8": (DEEP, ExportSettings("int8", runtime="tensorrt")),
+    "deep-int8": ((*DEEP, *HEADS), ExportSettings("int8", runtime="tensorrt", sampler_steps="2")),
     "wide": (WIDE, ExportSettings("fp32", size="dynamic", head="logits")),
     "wide-bfloat": ((*WIDE, *FACTOR), ExportSettings("bf16", sampler_steps="2")),
     "wide-fp8": (WIDE, ExportSettings("fp8", size="dynamic")),

@@ -221,10 +221,14 @@ class OneAttention(torch.nn.Module):
         return self.unet["attn"](x)
 
 
-@torch.no_grad()
-def test_the_emulation_of_attention_computes_what_the_graph_does(tmp_path):
-    torch.manual_seed(0)
-    module, x = OneAttention().eval(), torch.randn(1, 16, 64)
+class TwoSteps(OneAttention):
+    """Stands for a whole sampler: the steps share their weights, of which the exporter transposes the large ones."""
+
+    def forward(self, x):
+        return super().forward(super().forward(x))
+
+
+def scales_of_attention(module):
     scales = {}
     for name in ("to_q", "to_k", "to_v", "to_out.0"):
         weight = module.unet["attn"].get_submodule(name).weight
@@ -232,6 +236,25 @@ def test_the_emulation_of_attention_computes_what_the_graph_does(tmp_path):
         outputs = Scale({"to_q": 0.011, "to_k": 0.013, "to_v": 0.017}[name]) if name != "to_out.0" else None
         softmax = Scale(1 / 127) if name == "to_v" else None
         scales[f"attn.{name}"] = calibration.LayerScales(Scale(0.025), steps, outputs, softmax)
+    return scales
+
+
+@torch.no_grad()
+def test_steps_that_share_large_weights_are_quantised_each():
+    module, x = TwoSteps().eval(), torch.randn(1, 16, 64)
+    program = torch.onnx.export(module, (x,), dynamo=True, opset_version=21, verbose=False)
+    quantize_graph(program.model, module, module.unet, scales_of_attention(module), "int8")
+    found = Counter(node.op_type for node in program.model.graph)
+    # inputs of two products, q, k, v and the softmax's result of each step; the weights are stored once
+    assert found["QuantizeLinear"] == 12 and found["DequantizeLinear"] == 16
+    assert sum(name.endswith("/weight") for name in program.model.graph.initializers) == 2
+
+
+@torch.no_grad()
+def test_the_emulation_of_attention_computes_what_the_graph_does(tmp_path):
+    torch.manual_seed(0)
+    module, x = OneAttention().eval(), torch.randn(1, 16, 64)
+    scales = scales_of_attention(module)
     program = torch.onnx.export(module, (x,), dynamo=True, opset_version=21, verbose=False)
     quantize_graph(program.model, module, module.unet, scales, "int8")
     program.save(str(tmp_path / "attention.onnx"))

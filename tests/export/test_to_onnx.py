@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ldmseg_fast.backends.graphs.manifest import GraphFile, check_files, model_hash, read_manifest
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph, build_graph
@@ -30,7 +31,7 @@ from ldmseg_fast.export.float_twin import float_twin
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
 from ldmseg_fast.export.model_export import exported_files
 from ldmseg_fast.export.networks import load_network, read_converted
-from ldmseg_fast.export.output_folder import new_folder
+from ldmseg_fast.export.output_folder import disk_full_named, new_folder
 from ldmseg_fast.export.parity_reference import best_times
 from ldmseg_fast.export.parity_report import ParityReport
 
@@ -227,6 +228,13 @@ def test_a_full_disk_is_one_error_and_nothing_stays(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_in_a_comparison(tmp_path):
+    (tmp_path / "exact-0.safetensors").symlink_to("/dev/full")
+    run = parity._Run(None, None, None, None, tmp_path, None)
+    with pytest.raises(BackendError, match="the disk is full"), disk_full_named(tmp_path / "out"):
+        run.save("exact", 0, {"image": torch.zeros(10)})
+
+
 @pytest.mark.parametrize("code", [errno.EDQUOT, errno.EFBIG])
 def test_a_used_up_quota_is_a_full_disk(tmp_path, code):
     with pytest.raises(BackendError, match="the disk is full"), new_folder(tmp_path / "out", exported_files):
@@ -245,7 +253,10 @@ def test_what_is_not_ours_is_not_deleted(tmp_path):
         new_folder(out, exported_files),
     ):
         pass
-    (out / "denoiser.engine").unlink()
+    (out / "denoiser.engine").rename(out / "mine.onnx")
+    with pytest.raises(BackendError, match=r"no export \(mine\.onnx\)"), new_folder(out, exported_files):
+        pass
+    (out / "mine.onnx").rename(out / "sampler_4.onnx.data")
     with new_folder(out, exported_files) as folder:
         (folder.path / "export.json").write_text("new")
     assert [path.name for path in out.iterdir()] == ["export.json"]
@@ -301,6 +312,26 @@ def test_two_exports_at_a_time_make_one(model_dir, graphs, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["g"]
 
 
+@pytest.mark.parametrize("lora", [None, "lora.safetensors"])
+def test_a_model_that_changes_while_it_is_exported(model_dir, graphs, tmp_path, monkeypatch, lora):
+    model, out = tmp_path / "model", tmp_path / "g"
+    shutil.copytree(model_dir, model)
+    if lora is not None:
+        factors = {"A": torch.zeros(1, 16, 3, 3), "B": torch.zeros(16, 1)}
+        save_file({f"unet.conv_in.lora_{part}.weight": each for part, each in factors.items()}, tmp_path / lora)
+
+    def write(info, folder, options, settings):
+        shutil.copytree(graphs, folder, dirs_exist_ok=True)
+        config = model / "scheduler" / "scheduler_config.json"
+        config.write_text(config.read_text() + " ")
+
+    monkeypatch.setattr(model_export, "write_graphs", write)
+    settings = model_export.ExportSettings(parity=False, lora=lora and tmp_path / lora)
+    with pytest.raises(BackendError, match="model: changed while it was exported; export it again"):
+        model_export.export_model(model, out, settings)
+    assert not out.exists()
+
+
 def test_an_export_killed_in_the_last_moment(tmp_path):
     """Between the two renames: the older export is found again."""
     old = tmp_path / ".out.old.123"
@@ -339,6 +370,13 @@ def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch):
         new_folder(tmp_path / "file" / "out", exported_files),
     ):
         pass
+    (tmp_path / "loop").symlink_to("loop")
+    for out, message in (
+        (tmp_path / "loop", "a link that leads to itself"),
+        (Path("/"), "the root of the file system"),
+    ):
+        with pytest.raises(BackendError, match=message), new_folder(out, exported_files):
+            pass
 
 
 def test_weights_are_read_in_another_type(model_dir):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,6 +77,27 @@ def test_other_models_of_a_repository_are_left_alone(graphs, tmp_path, capsys):
     assert to_triton.main(arguments) == 2 and (tmp_path / "r" / "resnet").is_dir()
 
 
+def test_a_folder_with_files_of_these_names_is_left_alone(graphs, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("of my own")
+    assert to_triton.main([str(graphs), "--out", str(tmp_path / "mine")]) == 2
+    assert "holds something that is no export (README.md)" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "README.md").read_text() == "of my own"
+
+
+def test_graphs_that_are_links_are_served_themselves(graphs, tmp_path):
+    """As the Hub's downloads are, whose links lead nowhere from another folder."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    shutil.copytree(graphs, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert to_triton.main([str(snapshot), "--out", str(tmp_path / "r")]) == 0
+    for name in ("image_encoder", "denoiser", "mask_decoder"):
+        served = tmp_path / "r" / f"ldmseg_{name}" / "1" / "model.onnx"
+        assert not served.is_symlink() and served.read_bytes() == (graphs / f"{name}.onnx").read_bytes()
+
+
 def test_the_ensemble_is_wired(repository, model_config):
     """Every tensor that a step reads was made before, under the types and sizes that its model declares."""
     configs = read_configs(repository, model_config)
@@ -142,7 +164,15 @@ def test_what_cannot_be_served(graphs, engines, tmp_path, capsys):
     assert "TensorRT engines, which run on GPUs" in capsys.readouterr().err
     assert to_triton.main([str(engines), "--out", str(tmp_path / "r"), "--max-batch", "5"]) == 2
     assert "was built for batches of up to 4" in capsys.readouterr().err
+    assert to_triton.main([str(graphs), "--out", str(tmp_path / "r"), "--image", "server\nRUN x"]) == 2
+    assert "--image 'server\\nRUN x': no name of a container" in capsys.readouterr().err
     shutil.copytree(engines, tmp_path / "e")
+    path = tmp_path / "e" / "denoiser.engine"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert to_triton.main([str(tmp_path / "e"), "--out", str(tmp_path / "r")]) == 2
+    assert "denoiser.engine does not fit: engine file:" in capsys.readouterr().err
+    path.write_bytes(whole)
     path = tmp_path / "e" / "denoiser.passport.json"
     path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"flavour": "rtx"})))
     assert to_triton.main([str(tmp_path / "e"), "--out", str(tmp_path / "r")]) == 2

@@ -304,9 +304,16 @@ def test_wrong_options(graphs, trt, tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_wrong_sources(graphs, trt, tmp_path, capsys):
+def test_wrong_sources(model_dir, graphs, trt, tmp_path, capsys):
     assert to_trt.main([str(tmp_path), "--out", str(tmp_path / "e")]) == 2
     assert "neither a model folder (model_index.json) nor exported graphs" in capsys.readouterr().err
+    for source in (graphs, model_dir):  # a model's folder that holds an export is no model's any more
+        assert to_trt.main([str(source), "--out", str(model_dir)]) == 2
+        assert "a model's folder; choose another one, or one inside it" in capsys.readouterr().err
+    (tmp_path / "e" / "timing.cache").mkdir(parents=True)
+    assert to_trt.main([str(graphs), "--out", str(tmp_path / "e")]) == 2
+    assert "timing.cache: a folder, in the place of the timing cache" in capsys.readouterr().err
+    (tmp_path / "e" / "timing.cache").rmdir()
     shutil.copytree(graphs, tmp_path / "new")
     path = tmp_path / "new" / "export.json"
     path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"opset": 26})))
