@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
 from ldmseg_fast.backends.graphs.manifest import FILE_NAME, read_manifest
@@ -94,10 +95,11 @@ def _range(option: str, text: str, limit: str) -> Range:
     return least, best, largest
 
 
-def find_graphs(args: argparse.Namespace, job: BuildJob) -> tuple[Path, ParityReport | None]:
+def find_graphs(args: argparse.Namespace, job: BuildJob, held: ExitStack) -> tuple[Path, ParityReport | None]:
     """Returns the folder of graphs to build from, and the parity report of an export that was made now.
 
-    What the engines could not be built from is refused before the export, which takes minutes.
+    What the engines could not be built from is refused before the export, which takes minutes. Graphs that are exported
+    stay as they are until `held` ends: another command would put those of another model there.
 
     Raises:
         CheckpointError: a folder that is neither an export nor a model.
@@ -138,11 +140,12 @@ def find_graphs(args: argparse.Namespace, job: BuildJob) -> tuple[Path, ParityRe
     if job.ranges.sides is not None:
         check_sides(job.ranges.sides, read_model_info(source).size_multiple)
     graphs = args.out / "onnx"
-    with exclusive(args.out / ".export.lock", lambda: print(f"{graphs}: another export is under way; waiting for it")):
-        if is_current(source, graphs, settings):
-            print(f"graphs: {graphs}, unchanged")
-            return graphs, None
-        return graphs, export_model(source, graphs, settings)
+    lock = exclusive(args.out / ".export.lock", lambda: print(f"{args.out}: another to_trt.py works there; waiting"))
+    held.enter_context(lock)
+    if is_current(source, graphs, settings):
+        print(f"graphs: {graphs}, unchanged")
+        return graphs, None
+    return graphs, export_model(source, graphs, settings)
 
 
 def _refuse_settled(source: Path, args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -88,14 +89,15 @@ def run(args: argparse.Namespace, command: str) -> int:
     job = make_job(args, command)
     api = load_api(args.flavour)
     check_targets(api, job.settings)
-    graphs, report = find_graphs(args, job)
-    if report is not None:
-        print(report.table())
-        if not report.ok:
-            print("error: a tolerance is missed, see above; nothing was built", file=sys.stderr)
-            return 1
-    passports = build_engines(graphs, args.out, job, api)
-    missed = not args.no_parity and not engines_agree(args, api)
+    with ExitStack() as held:
+        graphs, report = find_graphs(args, job, held)
+        if report is not None:
+            print(report.table())
+            if not report.ok:
+                print("error: a tolerance is missed, see above; nothing was built", file=sys.stderr)
+                return 1
+        passports = build_engines(graphs, args.out, job, api)
+        missed = not args.no_parity and not engines_agree(args, api)
     where = f"on {passports[0].gpu}" if passports[0].gpu else "ahead of time, without a GPU"
     print(f"engines: {args.out} ({api.name}, {passports[0].precision}, built {where})")
     if missed:

@@ -162,6 +162,20 @@ def test_what_a_killed_build_left_is_removed(graphs, trt, tmp_path):
     assert [path.name for path in (tmp_path / "e").glob(".*")] == [".mine.new-abc"]
 
 
+def test_graphs_stay_until_their_engines_are_built(model_dir, graphs, trt, tmp_path, monkeypatch):
+    """A second command would put the graphs of its own model there."""
+
+    def build(*_):
+        with (tmp_path / ".export.lock").open("a") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        raise BackendError("locked")
+
+    monkeypatch.setattr("ldmseg_fast.export.engine_sources.export_model", lambda *_: None)
+    monkeypatch.setattr("ldmseg_fast.export.engine_build.build_engines", build)
+    with pytest.raises(BackendError, match="^locked$"):
+        to_trt.run(to_trt.parse([str(model_dir), "--out", str(tmp_path)]), "")
+
+
 def test_a_waiting_builder_says_so(tmp_path):
     said = []
     with (tmp_path / "lock").open("w") as file:
