@@ -131,8 +131,10 @@ def load_onnx_backend(
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         saturates = manifest.is_for_cpu and manifest.rules < 2 and _sums_saturate()
-        # moving quantisers past other nodes makes float8 inputs that those refuse
-        if exact or manifest.precision == "fp8" or (saturates and manifest.graphs[name].spec.kind == "sampler"):
+        # moving TensorRT's quantisers past other nodes, it makes float8 inputs that those refuse, or mixes signed bytes
+        # with unsigned ones
+        for_tensorrt = manifest.precision in ("fp8", "int8") and not manifest.is_for_cpu
+        if exact or for_tensorrt or (saturates and manifest.graphs[name].spec.kind == "sampler"):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         elif saturates:  # unsigned weights instead, which it refuses to make of those that a sampler's steps share
             options.add_session_config_entry("session.x64quantprecision", "1")
