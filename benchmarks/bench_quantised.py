@@ -7,8 +7,9 @@ Without --data a model of scenes is scored on new ones. With it, scales come fro
 the first --images of each TEST are scored.
 
 int8 for a CPU runs in ONNX Runtime. Graphs for TensorRT are emulated in PyTorch, which rounds where they do; so their
-PQ is what rounding costs, and says nothing of an engine's own kernels. `engines` builds the denoiser's with
-TensorRT-RTX, which needs no GPU, and counts by the builder's log what becomes of the graph's nodes.
+PQ is what rounding costs, and says nothing of an engine's own kernels. So it is with PyTorch's own fp8. `engines`
+builds the denoiser's with TensorRT-RTX, which needs no GPU, and counts by the builder's log what becomes of the graph's
+nodes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from ldmseg_fast.export.parity import calibration_pictures
 from ldmseg_fast.export.parity_reference import Quantised, ReferenceBackend
 from ldmseg_fast.metrics.pq import PanopticQuality
 
-PLAIN, CPU_INT8 = "torch float32", "int8, onnxruntime"
+PLAIN, CPU_INT8, TORCH_FP8 = "torch float32", "int8, onnxruntime", "fp8, torch"
 EXPORTS = {
     "fp32": ExportSettings("fp32"),
     "fp16": ExportSettings("fp16"),
@@ -66,7 +67,7 @@ EXPORTS = {
 PARTS = ("graphs", "engines")
 BUILT = ("fp16", "int8, tensorrt", "fp8, tensorrt")  # by TensorRT-RTX
 SIZES = {CPU_INT8: ("fp32", 0.30), "int8, tensorrt": ("fp16", 0.55), "fp8, tensorrt": ("fp16", 0.55)}
-LOSSES = {CPU_INT8: 0.3, "int8, tensorrt": 0.5, "fp8, tensorrt": 0.3}  # points of PQ
+LOSSES = {CPU_INT8: 0.3, "int8, tensorrt": 0.5, "fp8, tensorrt": 0.3, TORCH_FP8: 0.3}  # points of PQ
 SPEED_WITH_VNNI, SPEED = 4.0, 2.6
 BATCH = 25
 TARGET = "sm89"  # of the engines
@@ -109,6 +110,8 @@ def losses(
     for name, limit in {PLAIN: None, **LOSSES}.items():
         if name == PLAIN:
             backend: Any = TorchBackend(info, "cpu", torch.float32)
+        elif name == TORCH_FP8:
+            backend = TorchBackend(info, "cpu", precision="fp8-emulated")
         else:
             backend = backend_of(info, manifests[name], graphs / name)
         for data, dataset in sets.items():

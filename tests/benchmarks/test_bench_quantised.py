@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import bench_quantised
-from benchmarks.bench_quantised import CPU_INT8, PLAIN
+from benchmarks.bench_quantised import CPU_INT8, PLAIN, TORCH_FP8
 from benchmarks.measuring.builder_log import engine_layers, fusions
 
 
@@ -21,7 +21,7 @@ def keep(monkeypatch, **parts):
 )
 def test_a_run(model_dir, scenes, tmp_path, given, monkeypatch):
     pytest.importorskip("onnxruntime")
-    keep(monkeypatch, EXPORTS=("fp32", CPU_INT8), SIZES=(CPU_INT8,), LOSSES=(CPU_INT8,))
+    keep(monkeypatch, EXPORTS=("fp32", CPU_INT8), SIZES=(CPU_INT8,), LOSSES=(CPU_INT8, TORCH_FP8))
     arguments = [
         str(model_dir),
         "--parts",
@@ -43,9 +43,10 @@ def test_a_run(model_dir, scenes, tmp_path, given, monkeypatch):
     for row in rows:
         assert named.items() >= {key: row["case"][key] for key in ("model", "data") if key in row["case"]}.items()
     pq = {row["variant"]: row for row in rows if row["name"] == "PQ"}
-    assert pq.keys() == {PLAIN, CPU_INT8} and pq[PLAIN]["case"] == {**named, "images": 2, "seeds": 1, "steps": 10}
-    (lost,) = (row for row in rows if row["name"] == "PQ lost")
-    assert lost["value"] == pq[PLAIN]["value"] - pq[CPU_INT8]["value"] and lost["target"] == 0.3
+    assert pq.keys() == {PLAIN, CPU_INT8, TORCH_FP8}
+    assert pq[PLAIN]["case"] == {**named, "images": 2, "seeds": 1, "steps": 10}
+    for lost in (row for row in rows if row["name"] == "PQ lost"):
+        assert lost["value"] == pq[PLAIN]["value"] - pq[lost["variant"]]["value"] and lost["target"] == 0.3
 
 
 def test_engines_keep_their_fusions(model_dir, tmp_path, monkeypatch):
