@@ -10,6 +10,7 @@ import torch
 from ldmseg_fast.config.precision import DTYPES, NAMES
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.kernels.attention import why_not_fp8
+from ldmseg_fast.kernels.configs import current_architecture
 from ldmseg_fast.models.attention import check_backend
 from ldmseg_fast.models.fp8_layers import why_not_fp8_products
 
@@ -52,8 +53,10 @@ def choose_precision(precision: str | None, dtype: torch.dtype | None, device: t
         warnings.warn(text, stacklevel=4)
         return Precision(default)
     if precision == "tf32":
-        if device.type != "cuda":
-            text = f"precision=tf32: it needs a GPU of sm_80 or newer, not {device.type}; fp32 is computed instead"
+        sm = current_architecture() if device.type == "cuda" else 0
+        if sm < 80:
+            found = f"sm_{sm}" if sm else device.type
+            text = f"precision=tf32: it needs a GPU of sm_80 or newer, not {found}; fp32 is computed instead"
             warnings.warn(text, stacklevel=4)
         return Precision(torch.float32, tf32=True)
     return Precision(DTYPES[precision]) if precision in DTYPES else Precision(default, fp8=True)

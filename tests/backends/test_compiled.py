@@ -16,6 +16,7 @@ from ldmseg_fast.backends.packages import Packages
 from ldmseg_fast.backends.precision import choose_precision
 from ldmseg_fast.backends.process_settings import CACHE_VARIABLE, gpu_settings
 from ldmseg_fast.backends.torch_backend import TorchBackend
+from ldmseg_fast.kernels.configs import architecture
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -138,6 +139,11 @@ def test_tf32_is_a_precision_of_our_calls(model_dir, monkeypatch):
         UserWarning, match="^precision=tf32: it needs a GPU of sm_80 or newer, not cpu; fp32 is computed"
     ):
         backend = TorchBackend(read_model_info(model_dir), "cpu", precision="tf32")
+    with (
+        architecture(75),
+        pytest.warns(UserWarning, match=r"needs a GPU of sm_80 or newer, not sm_75; fp32 is computed"),
+    ):
+        choose_precision("tf32", None, CUDA)
     asked = []
     monkeypatch.setattr(
         "ldmseg_fast.backends.torch_backend.gpu_settings", lambda *args: asked.append(args) or gpu_settings(*args)
