@@ -4,7 +4,8 @@ A row is current until a newer full run of its suite measures its subject again;
 go, whatever their variants and cases. The subject of a row is
 
 - its name up to the first comma or bracket, whatever the numbers in it: what one function of a benchmark measures
-  ("growth, peak memory" is of "growth", and "10 steps" is of "4 steps"), of one model where the case names it;
+  ("growth, peak memory" is of "growth", and "10 steps" is of "4 steps"), of one model where the case names it, and
+  on CPUs with VNNI or on those without where it says so;
 - in the suite "quality" a model, or a baseline, on the same images in the same way, whatever the number of steps;
 - in the suite "instructions" a function as one version of Triton compiles it;
 - in the suite "soak" a test; a whole campaign, which has the row "tests", replaces all rows.
@@ -27,7 +28,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 Row = dict[str, Any]
 # what a run of one subject may vary, beside what it is: steps, and how annotators were joined
 VARIED = ("steps", "annotators")
-
+# what makes equal names of other suites two subjects, where the case has it
+APART = ("model", "vnni")
 
 WITHDRAWN = {"tiny-photographs"}  # variants of the suite "quality"
 WHOLE = "tests"  # the row of a whole campaign of long tests
@@ -41,7 +43,8 @@ def subject(suite: str, row: Row) -> str:
         return json.dumps([row["name"], triton_version(row)])
     if suite != "quality":
         name = re.sub(r"\d+", "#", re.split(r"[,\[]", row["name"])[0].strip())
-        return json.dumps([name, row["case"]["model"]]) if "model" in row["case"] else name
+        apart = [row["case"][key] for key in APART if key in row["case"]]
+        return json.dumps([name, *apart])
     case = {key: value for key, value in row["case"].items() if key not in VARIED}
     return json.dumps([row["name"], row["variant"], case, row.get("unit")], sort_keys=True)
 

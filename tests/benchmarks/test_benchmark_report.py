@@ -66,6 +66,15 @@ def test_a_name_that_is_measured_no_more_goes_with_its_subject(write):
     assert values("evaluation", folder) == [1.0, 2.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize(("key", "one", "other"), [("model", "tiny", "photographs"), ("vnni", True, False)])
+def test_models_and_kinds_of_processor_are_subjects_of_their_own(write, key, one, other):
+    write("quantised-1", {"name": "one step", "value": 1.0, "case": {key: one}})
+    folder = write("quantised-2", {"name": "one step", "value": 2.0, "case": {key: other}})
+    assert values("quantised", folder) == [1.0, 2.0]
+    write("quantised-3", {"name": "one step", "value": 3.0, "case": {key: one}})
+    assert values("quantised", folder) == [2.0, 3.0]
+
+
 def test_rows_of_one_file_stand_together(write):
     """Ours may stand beside two baselines in one run."""
     folder = write("evaluation-1", {"name": "from files", "value": 1.0}, {"name": "from files", "value": 2.0})
