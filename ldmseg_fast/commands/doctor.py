@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from ldmseg_fast.backends.trt.machine import Machine, driver_major, min_driver, 
 from ldmseg_fast.commands.doctor_finding import Finding, format_table, version_of
 from ldmseg_fast.commands.doctor_speed import examine_speed
 from ldmseg_fast.commands.options import add_json_argument, print_json
+from ldmseg_fast.training.cache_memory import free_memory
 
 ONNX = "pip install 'ldmseg_fast[onnx]', or [onnx-gpu] with an NVIDIA GPU"
 DISTRIBUTIONS = {
@@ -178,8 +178,8 @@ def _compilers() -> Finding:
 
 def _memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
-    free = next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), total)
+    found = free_memory()
+    free = total if found is None else found / 2**30
     return Finding("memory", free > 5, f"{free:.0f} of {total:.0f} GiB free", "a full-size model takes 5 GiB")
 
 

@@ -190,7 +190,7 @@ class DataConfig:
     val_split: Split = "val2017"
     image_size: Pixels = 512
     num_workers: Annotated[int, Range(0, 256)] = 4
-    cache: bool = False  # decoded images stay in memory
+    cache: bool = False  # decoded images stay in memory, where they fit
     flip: Share = 0.5
     scale_min: Annotated[float, Range(0.05, 1)] = 1.0  # random scale/crop, off at 1
     aspect_jitter: Annotated[float, Range(0, 0.9)] = 0.0  # largest relative change of a random crop's width to height

@@ -148,6 +148,16 @@ class CocoPanoptic(Dataset):
             if name.startswith("_cached"):
                 setattr(self, name, np.zeros(*value))
 
+    @property
+    def cache_bytes(self) -> int:
+        """Tells how much memory the cache takes in each process that reads, once all items are in it."""
+        return self._cached.nbytes + self._cached_rgb.nbytes + self._cached_ids.nbytes + self._cached_categories.nbytes
+
+    def drop_cache(self) -> None:
+        """Does without a cache from now on. Items stay the same."""
+        self._cached, self._cached_rgb = self._cached[:0], self._cached_rgb[:0]
+        self._cached_ids, self._cached_categories = self._cached_ids[:0], self._cached_categories[:0]
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of plain integer indices. Call it before worker processes start."""
         self.epoch = epoch

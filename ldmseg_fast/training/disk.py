@@ -61,10 +61,10 @@ def disk_need(trained: int, total: int, train: TrainConfig, step: int = 0) -> Di
 
 def describe_disk(need: DiskNeed) -> str:
     """Writes a forecast in one line."""
-    frozen = f", {_size(need.frozen)} of frozen weights" if need.frozen else ""
+    frozen = f", {size_text(need.frozen)} of frozen weights" if need.frozen else ""
     return (
-        f"disk: {_size(need.total)} ({need.checkpoints} checkpoints of {_size(need.checkpoint)}{frozen}, models "
-        f"{_size(need.models)})"
+        f"disk: {size_text(need.total)} ({need.checkpoints} checkpoints of {size_text(need.checkpoint)}{frozen}, "
+        f"models {size_text(need.models)})"
     )
 
 
@@ -100,7 +100,7 @@ def require_space(folder: Path, need: DiskNeed) -> None:
     free = shutil.disk_usage(existing).free + _written(folder)
     if need.total > free:
         raise CheckpointError(
-            f"output_dir={folder}: {describe_disk(need)}, but {_size(free)} are free there; lower train.keep or "
+            f"output_dir={folder}: {describe_disk(need)}, but {size_text(free)} are free there; lower train.keep or "
             f"train.keep_best, or take another disk"
         )
 
@@ -114,5 +114,6 @@ def _written(folder: Path) -> int:
     return sum(files.values())
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Writes bytes in GiB, or in MiB where that is less than a tenth."""
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / MIB:.1f} MiB"

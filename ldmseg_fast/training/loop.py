@@ -28,6 +28,7 @@ from ldmseg_fast.errors import Stopped, printable, why_out_of_memory
 from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.kernels.backend import KERNELS, set_backend, turn_off_on_old_gpus
 from ldmseg_fast.threads import cores
+from ldmseg_fast.training.cache_memory import fit_caches
 from ldmseg_fast.training.checkpoints import Progress, TrainingCheckpoints
 from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.disk import check_disk
@@ -127,6 +128,7 @@ class Run:
         forecast = check_disk(self.folder, self.stage, settings, self.progress.step)
         self.stage.train()
 
+        cached = fit_caches(train_sets, self.val_sets.values(), config.data.num_workers)
         self.batches = make_batches(self.train_set, config, self.progress.items)
         self.prefetched = Prefetcher(self.batches, self.device, settings.accumulation)
         self.bad_items = BadItems(len(self.train_set), config.data.bad_items)
@@ -141,7 +143,7 @@ class Run:
                 temporary.write_text("\n".join(describe(config)) + "\n", encoding="utf-8")
         trackers = {"wandb": settings.wandb, "mlflow": settings.mlflow, "trackio": settings.trackio}
         self.log = RunLog(logs, self.progress.step, settings=to_dict(config), **trackers)
-        for line in (*notes, precision, forecast):
+        for line in filter(None, (*notes, precision, forecast, cached)):
             self.say(line)
         for warning in not_held_out(config):
             self.say(f"warning: {warning}")

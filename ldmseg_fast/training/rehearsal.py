@@ -7,10 +7,11 @@ from pathlib import Path
 from ldmseg_fast import distributed
 from ldmseg_fast.config import Config
 from ldmseg_fast.outputs import check_writable
+from ldmseg_fast.training.cache_memory import fit_caches
 from ldmseg_fast.training.checkpoints import TrainingCheckpoints
 from ldmseg_fast.training.disk import disk_need, require_space
 from ldmseg_fast.training.estimate import count_parameters, with_start
-from ldmseg_fast.training.inputs import check_batch, check_output_dir, training_set, validation_sets
+from ldmseg_fast.training.inputs import check_batch, check_output_dir, sets_of, training_set, validation_sets
 
 
 def rehearse(stage_name: str, config: Config, resume: bool = False, trust: bool = False) -> list[str]:
@@ -38,11 +39,12 @@ def rehearse(stage_name: str, config: Config, resume: bool = False, trust: bool 
     config = with_start(stage_name, config)
     if config.data.root:
         slots = config.mask_vae.num_slots
-        found = {"trains on": training_set(config, slots)} | {
-            f"validates on {name}:": dataset for name, dataset in validation_sets(config, slots).items()
-        }
+        train_set, val_sets = training_set(config, slots), validation_sets(config, slots)
+        found = {"trains on": train_set} | {f"validates on {name}:": dataset for name, dataset in val_sets.items()}
         check_batch(config)
         lines += [f"{what} {len(dataset)} images" for what, dataset in found.items()]
+        cached = fit_caches(sets_of(train_set), val_sets.values(), config.data.num_workers)
+        lines += [cached] if cached else []
     if config.output_dir:
         counts = count_parameters(stage_name, config)
         if not resume:
