@@ -22,7 +22,7 @@ resume() { ls "$1"/checkpoints/step-*/manifest.json > /dev/null 2>&1 && echo --r
 # Latents of 16 channels hold ids and categories. EfficientNet-Lite0 sees pictures of four times the masks' side, and
 # convolutions that are trained see them at the masks' own. Its last five blocks learn at a tenth of the rate.
 common=(--config photographs data.root="$sets" data.class_agnostic="$agnostic" mask_vae.num_slots=48
-    mask_vae.num_categories="$categories" mask_vae.latent_channels=16 unet.in_channels=96 unet.out_channels=16
+    mask_vae.num_categories="$categories" mask_vae.latent_channels=16
     image_encoder.latent_channels=64 image_encoder.widths=32,64,96 image_encoder.picture_scale=4
     image_encoder.fine_features=convolutions)
 late=unet.:1,image_vae.network.:0

@@ -158,6 +158,7 @@ def load_config(
             another stage.
     """
     recipe: list[str] = []
+    given: set[str] = set()  # settings of the UNet
     if name_or_file in PRESETS:
         config = PRESETS[name_or_file]
         if stage:
@@ -172,6 +173,8 @@ def load_config(
                 f"{name_or_file}: stage={meant}: settings of another stage than {stage}; take those of {stage}, or "
                 f"delete the line `stage` there"
             )
+        if isinstance(values.get("unet"), dict):
+            given |= values["unet"].keys()
         try:
             config = update(Config(), values)
         except ConfigError as error:
@@ -182,11 +185,23 @@ def load_config(
         key, equals, value = item.partition("=") if isinstance(item, str) else ("", "", "")
         if not equals or not key:
             raise ConfigError(f"{item!r}: settings are written key=value, such as train.steps=1000")
+        if key.startswith("unet."):
+            given.add(key.removeprefix("unet."))
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
         config = update(config, nested)
-    return validate(config)
+    return validate(_with_fitting_channels(config, given))
+
+
+def _with_fitting_channels(config: Config, given: Iterable[str]) -> Config:
+    """Gives the UNet the channels that the latents have, where its settings do not say another number."""
+    mask, image = config.mask_vae.latent_channels, config.image_encoder.latent_channels
+    fitting = {"in_channels": mask * (2 if config.diffusion.self_condition > 0 else 1) + image, "out_channels": mask}
+    if config.unet.separate_conv_in or config.unet.separate_image_encoder:
+        fitting["image_channels"] = image
+    values = {name: channels for name, channels in fitting.items() if name not in given}
+    return update(config, {"unet": values})
 
 
 def _recorded(begun: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:

@@ -185,10 +185,24 @@ def use_categories(
             "train.best=class_pq: no set with categories is validated on (data.class_agnostic); set train.best=pq"
         )
     for dataset in (*train_sets, *val_sets):
-        dataset.use_categories(stage.categories)
+        try:
+            dataset.use_categories(stage.categories)
+        except DataError as error:
+            raise DataError(f"{error}{_other_categories(stage.config, dataset)}") from None
     if balance > 0:
         weights = category_weights(train_sets, stage.categories, balance, stage.config.data.weights)
         stage.category_weights = torch.from_numpy(weights).to(next(stage.parameters()).device)
+
+
+def _other_categories(config: Config, dataset: CocoPanoptic) -> str:
+    """Says how a run can start from a model of other categories all the same."""
+    if not config.model.init_from:
+        return ""
+    name = dataset.root.absolute().name
+    return (
+        f". Or keep model.init_from with an auto-encoder trained on this data (model.mask_vae=MODEL_DIR "
+        f"few_step.new_autoencoder=true), or leave this set's categories out (data.class_agnostic={name})"
+    )
 
 
 # settings that may be names of the Hub, and the kinds of repositories that each takes

@@ -100,7 +100,7 @@ def test_wrong_settings_are_named(setting, message):
     ("settings", "message"),
     [
         (["mask_vae.num_bits=4"], "mask_vae.num_bits=4 cannot name 32 slots"),
-        (["diffusion.self_condition=0"], "unet.in_channels=40: mask \\+ image \\+ condition make 36"),
+        (["unet.in_channels=36"], "unet.in_channels=36: mask \\+ image \\+ condition make 40"),
         (["unet.out_channels=8"], "unet.out_channels"),
         (["unet.num_heads=4,4"], "equally long"),
         (["image_encoder.downsampling=8"], "image_encoder.downsampling=8"),
@@ -123,7 +123,7 @@ def test_wrong_settings_are_named(setting, message):
         (["diffusion.self_condition=1.5"], "from 0 to 1"),
         (["unet.conditioning=learned"], "contradict each other"),
         (["unet.cross_attention_dim=16"], "contradict each other"),
-        (["unet.separate_conv_in=true"], "unet.image_channels=4 must be image_encoder.latent_channels, 32"),
+        (["unet.separate_conv_in=true", "unet.image_channels=4"], "=4 must be image_encoder.latent_channels, 32"),
         (["conditioning.caption_dropout=2"], "caption_dropout=2.0: from 0 to 1"),
         (["train.learning_rate=nan"], "learning_rate=nan"),
         (["train.learning_rate=-1"], "learning_rate=-1.0"),
@@ -136,6 +136,22 @@ def test_wrong_settings_are_named(setting, message):
 def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(ConfigError, match=message):
         load_config("tiny", settings)
+
+
+def test_the_unet_has_the_channels_of_the_latents(tmp_path):
+    """Where nobody has said others: whoever changes the latents need not add up."""
+    unet = load_config("tiny", ["mask_vae.latent_channels=16"]).unet
+    assert (unet.in_channels, unet.out_channels) == (16 + 32 + 16, 16)
+    unet = load_config("tiny", ["diffusion.self_condition=0", "image_encoder.latent_channels=8"]).unet
+    assert (unet.in_channels, unet.out_channels) == (12, 4)
+    assert load_config("tiny", ["unet.separate_conv_in=true"]).unet.image_channels == 32
+    file = tmp_path / "run.yaml"
+    file.write_text("mask_vae:\n  latent_channels: 8\n")
+    assert load_config(str(file)).unet.out_channels == 8
+    file.write_text("mask_vae:\n  latent_channels: 8\nunet:\n  out_channels: 4\n")
+    with pytest.raises(ConfigError, match=r"unet\.out_channels must equal mask_vae\.latent_channels"):
+        load_config(str(file))
+    assert all(load_config(name) == preset for name, preset in PRESETS.items())
 
 
 def test_files(tmp_path):

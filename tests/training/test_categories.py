@@ -195,6 +195,10 @@ def test_another_data_set_is_refused_by_name(settings, scenes, tmp_path):
     other = write_scenes(tmp_path / "other", 8, 32, workers=1, version=1)
     with pytest.raises(DataError, match="no category 'ellipse'"):
         train("diffusion", settings("second", f"model.mask_vae={autoencoder}", f"data.root={other}"))
+    quick = ["train.steps=1", "train.validate_every=1000"]
+    diffusion = train("diffusion", settings("third", *quick, f"model.mask_vae={autoencoder}"))
+    with pytest.raises(DataError, match=r"no category 'ellipse'.*new_autoencoder=true\), .*data\.class_agnostic=other"):
+        train("one_step", settings("fourth", f"model.init_from={diffusion}", f"data.root={other}"))
 
 
 def test_categories_that_contradict_the_start_are_refused(settings, tmp_path):
