@@ -28,6 +28,21 @@ TABLE: Table = {
             "d160": _forward(8, 2, 128, 64),
         },
     },
+    # "few" programs: see `host.FEW_PROGRAMS`
+    "attention_forward_few": {
+        80: {
+            "d48": _forward(4, 3, 64, 64),
+            "d96": _forward(4, 3, 64, 32),
+            "d128": _forward(8, 2, 64, 32),
+            "d160": _forward(4, 2, 64, 16),
+        },
+        90: {
+            "d48": _forward(4, 3, 64, 64),
+            "d96": _forward(4, 3, 64, 64),
+            "d128": _forward(4, 2, 64, 64),
+            "d160": _forward(4, 2, 64, 64),
+        },
+    },
     "attention_delta": {
         80: {
             "d48": make_config(4, 1, BLOCK_M=64),
@@ -96,8 +111,14 @@ _FORWARD = [
     *(_forward(8, 2, 128, n, PADDED=1) for n in (64, 128)),
     *(_forward(8, 2, 128, 64, **{switch: 1}) for switch in ("DELAYED", "QUARTERS")),
 ]
+_FORWARD_FEW = [
+    *(_forward(4, s, 64, n) for n, s in product((32, 64, 128), (2, 3))),
+    *(_forward(w, s, 32, n) for n, w, s in product((32, 64), (2, 4), (2, 3))),
+    *(_forward(4, 2, 64, 64, **{switch: 1}) for switch in ("PADDED", "DELAYED")),
+]
 CANDIDATES: Candidates = {
     "attention_forward": _FORWARD,
+    "attention_forward_few": _FORWARD_FEW,
     "attention_fp8": [config for config in _BLOCKS if config.constants["BLOCK_N"] >= 32],
     "attention_backward_kv": _BLOCKS,
     "attention_backward_q": _BLOCKS,

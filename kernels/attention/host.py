@@ -23,6 +23,7 @@ from ldmseg_fast.kernels.configs import find_config
 from ldmseg_fast.kernels.launch import UNIT, in_units, launch
 
 LOG2_E = math.log2(math.e)
+FEW_PROGRAMS = 132  # of 128 queries: at most one for each SM of an H100
 FP8_ROWS = 128  # padded sequences of e4m3 copies are multiples of it; blocks of queries and keys divide it
 
 
@@ -35,6 +36,11 @@ def split_head(head_size: int, least: int = 16) -> tuple[int, int]:
     first = whole // 2
     second = max(least, first // 4, triton.next_power_of_2(max(head_size - first, 1)))
     return (first, second) if first >= least and first + second < whole else (whole, least)
+
+
+def forward_table(batch: int, heads: int, tokens: int) -> str:
+    """Names the launch table of the forward pass: smaller blocks where a GPU has more multiprocessors than programs."""
+    return "attention_forward_few" if batch * heads * triton.cdiv(tokens, 128) <= FEW_PROGRAMS else "attention_forward"
 
 
 def shape_class(head_size: int) -> str:
@@ -62,7 +68,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     q, k, v = in_units(q), in_units(k), in_units(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
-    config = find_config("attention_forward", shape_class(head_size))
+    config = find_config(forward_table(batch, heads, tokens), shape_class(head_size))
     first, second = split_head(head_size)
     if config.constants["PADDED"] and first < head_size:
         first *= 2

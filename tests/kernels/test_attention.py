@@ -4,10 +4,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from ldmseg_fast.kernels import launch
 from ldmseg_fast.kernels.attention import attention, host, reference
 from ldmseg_fast.kernels.attention.forward import exp2_by_fma
 from ldmseg_fast.kernels.attention.op import attention_backward_op, attention_forward_op
-from ldmseg_fast.kernels.configs import all_configs
+from ldmseg_fast.kernels.configs import all_configs, architecture, trace_lookups
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.float16, *([torch.bfloat16] if CUDA else [])]
@@ -30,6 +31,24 @@ def torch_attention(q, k, v, grad):
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
+def switch(monkeypatch, **constants):
+    """Puts constants into all forward configurations of small heads."""
+    for name in ("attention_forward", "attention_forward_few"):
+        for classes in all_configs()[name].values():
+            for constant, value in constants.items():
+                monkeypatch.setitem(classes["d48"].constants, constant, value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "few"), [(1, 4096, False), (1, 1024, True), (16, 256, False), (1, 64, True)]
+)
+def test_blocks_go_by_tokens_and_batch(batch, tokens, few):
+    q = torch.empty(batch, tokens, 8, 40, dtype=torch.float16, device="meta")
+    with architecture(90), trace_lookups() as found, launch.record():
+        host.attention_forward(q, q, q, 1.0)
+    assert found == {("attention_forward_few" if few else "attention_forward", "d48")}
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_more_than_twice_the_error_of_torch(shape, dtype, device, poison):
@@ -50,9 +69,18 @@ def test_no_more_than_twice_the_error_of_torch(shape, dtype, device, poison):
     torch.testing.assert_close(logsumexp.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 63, 70, 2, 40), (1, 65, 33, 1, 160)], ids=str)
+def test_blocks_of_many_programs(shape, device, poison, monkeypatch, close):
+    monkeypatch.setattr(host, "FEW_PROGRAMS", 0)
+    q, k, v, _ = make_inputs(shape, torch.float16, device)
+    out, logsumexp = host.attention_forward(q, k, v, 0.1)
+    exact, exact_logsumexp = reference.attention_forward(q.double(), k.double(), v.double(), 0.1)
+    close(out, exact)
+    close(logsumexp, exact_logsumexp)
+
+
 def test_padded_heads_are_a_tuned_choice(device, poison, monkeypatch, close):
-    for classes in all_configs()["attention_forward"].values():
-        monkeypatch.setitem(classes["d48"].constants, "PADDED", 1)
+    switch(monkeypatch, PADDED=1)
     q, k, v, _ = make_inputs((2, 63, 70, 2, 40), torch.float16, device)
     out, logsumexp = host.attention_forward(q, k, v, 0.2)
     exact, exact_logsumexp = reference.attention_forward(q.double(), k.double(), v.double(), 0.2)
@@ -64,9 +92,7 @@ def test_padded_heads_are_a_tuned_choice(device, poison, monkeypatch, close):
 @pytest.mark.parametrize("keys", [33, 64, 200])
 def test_switches_of_the_forward_pass(switches, keys, device, poison, monkeypatch):
     """A block's values a block later, and polynomials in the place of exponentials, are held to torch's own error."""
-    for classes in all_configs()["attention_forward"].values():
-        for name, value in switches.items():
-            monkeypatch.setitem(classes["d48"].constants, name, value)
+    switch(monkeypatch, **switches)
     q, k, v, grad = make_inputs((2, 63, keys, 2, 40), DTYPES[-1], device)
     out, logsumexp = host.attention_forward(q, k, v, 40**-0.5)
     best, *_ = torch_attention(*(each.double() for each in (q, k, v, grad)))
@@ -94,8 +120,7 @@ def test_exponentials_by_a_polynomial(device):
 
 
 def test_a_nan_is_not_lost_in_a_polynomial(device, monkeypatch):
-    for classes in all_configs()["attention_forward"].values():
-        monkeypatch.setitem(classes["d48"].constants, "QUARTERS", 2)
+    switch(monkeypatch, QUARTERS=2)
     q, k, v, _ = make_inputs((1, 63, 70, 1, 40), DTYPES[-1], device)
     k[0, 3] = float("nan")
     assert host.attention_forward(q, k, v, 0.2)[0].isnan().all()
