@@ -86,7 +86,7 @@ def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list
         for pattern in (f".*{UNFINISHED}*", ".*.passport.json.*"):
             for abandoned in out.glob(pattern):
                 abandoned.unlink()
-        _check_foreign(out)
+        check_foreign(out)
         passports = []
         for name, graph in manifest.graphs.items():
             key = build_key(graph, profiles[name], job.settings, api)
@@ -105,7 +105,7 @@ def build_engines(onnx_dir: Path, out: Path, job: BuildJob, api: TrtApi) -> list
     return passports
 
 
-def _check_foreign(out: Path) -> None:
+def check_foreign(out: Path) -> None:
     """Raises BackendError where files of these names are somebody else's: an export's lie beside its manifest."""
     try:
         read_manifest(out)

@@ -14,7 +14,7 @@ from ldmseg_fast.checkpoints.hub_names import GRAPHS, MODEL
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config.limits import OPTION_RANGES
 from ldmseg_fast.errors import BackendError, CheckpointError
-from ldmseg_fast.export.engine_build import TIMING_CACHE, BuildJob, Ranges, check_sides
+from ldmseg_fast.export.engine_build import TIMING_CACHE, BuildJob, Ranges, check_foreign, check_sides
 from ldmseg_fast.export.model_export import ExportSettings, check_arguments, export_model, is_current
 from ldmseg_fast.export.output_folder import exclusive
 from ldmseg_fast.export.parity_report import ParityReport
@@ -103,7 +103,8 @@ def find_graphs(args: argparse.Namespace, job: BuildJob, held: ExitStack) -> tup
 
     Raises:
         CheckpointError: a folder that is neither an export nor a model.
-        BackendError: an export in another precision than the one asked for.
+        BackendError: an export in another precision than the one asked for, or somebody else's files where the engines
+            would go.
     """
     source = resolve_model_dir(args.source, kinds=(MODEL, GRAPHS))
     if (args.out / "model_index.json").is_file():
@@ -142,6 +143,7 @@ def find_graphs(args: argparse.Namespace, job: BuildJob, held: ExitStack) -> tup
     graphs = args.out / "onnx"
     lock = exclusive(args.out / ".export.lock", lambda: print(f"{args.out}: another to_trt.py works there; waiting"))
     held.enter_context(lock)
+    check_foreign(args.out)
     if is_current(source, graphs, settings):
         print(f"graphs: {graphs}, unchanged")
         return graphs, None

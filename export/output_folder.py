@@ -8,7 +8,7 @@ import glob
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -117,17 +117,22 @@ def _tidy(out: Path, unfinished: Path) -> None:
 def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Holds a lock file inside a `with` block. A second process calls `waiting` and then waits here.
 
-    The file is made together with its folder, and removed by its holder. The kernel frees it when the holder is killed.
+    The file is made together with its folder, and removed by its holder, with folders that were not there before and
+    have got nothing. The kernel frees it when the holder is killed.
 
     Raises:
         BackendError: the folder cannot be written.
     """
+    new = [folder for folder in path.parents if not folder.exists()]
     file = _lock(path, waiting)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         file.close()
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()  # which fails where something is in it
 
 
 def _lock(path: Path, waiting: Callable[[], None]) -> IO[str]:
@@ -135,6 +140,8 @@ def _lock(path: Path, waiting: Callable[[], None]) -> IO[str]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
+        except FileNotFoundError:
+            continue  # its last holder has removed the folder, too
         except OSError as error:
             if error.errno in FULL:
                 raise

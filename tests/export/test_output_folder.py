@@ -9,7 +9,7 @@ import pytest
 
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export.model_export import exported_files
-from ldmseg_fast.export.output_folder import new_folder
+from ldmseg_fast.export.output_folder import exclusive, new_folder
 
 
 def test_a_full_disk_is_one_error_and_nothing_stays(tmp_path):
@@ -27,6 +27,16 @@ def test_a_used_up_quota_is_a_full_disk(tmp_path, code):
     with pytest.raises(BackendError, match="the disk is full"), new_folder(tmp_path / "out", exported_files):
         raise OSError(code, "no more")
     assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_were_made_for_nothing_go(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyboardInterrupt), exclusive(tmp_path / "mine" / "a" / "b" / ".lock"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+    with exclusive(tmp_path / "mine" / "a" / "b" / ".lock"):
+        (tmp_path / "mine" / "a" / "work").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "mine", "work"]
 
 
 def test_what_is_not_ours_is_not_deleted(tmp_path):
