@@ -9,6 +9,7 @@ of pictures go to the training. docs/annotation.md tells the same with commands.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,6 @@ from ldmseg_fast.formats import coco_panoptic_reader, coco_panoptic_writer
 from ldmseg_fast.formats.brush import decode, encode
 from ldmseg_fast.formats.data_set import AnnotatedMap, DataSet, Entry
 from ldmseg_fast.formats.options import ReadOptions
-from ldmseg_fast.panoptic.format import read_panoptic_png
 
 # seconds of training, gentle enough to keep what the model knows; leave them out for a real one
 SHORT = [
@@ -46,12 +46,16 @@ def main(out: Path, count: int, settings: list[str]) -> None:
     pictures = scenes / "train2017"
     run("predict", "tiny", pictures, "--out", out / "predicted", "--format", "label-studio")
 
-    # 2. A person corrects them. The project's export, as JSON, lies beside the pictures.
+    # 2. A person corrects them. The project's export, as JSON, lies beside the pictures, and beside the list of
+    #    categories, which says what is stuff.
     (out / "export").mkdir()
     (out / "export" / "pictures").symlink_to(pictures.resolve())
-    tasks = json.loads((out / "predicted" / "label-studio" / "predicted.json").read_text(encoding="utf-8"))
+    predicted = out / "predicted" / "label-studio"
+    shutil.copy(predicted / "categories.json", out / "export")
+    tasks = json.loads((predicted / "predicted.json").read_text(encoding="utf-8"))
+    true_maps = coco_panoptic_reader.read(scenes, ReadOptions())
     for number, task in enumerate(tasks, 1):
-        annotate(task, number, scenes)
+        annotate(task, number, true_maps)
     (out / "export" / "train2017.json").write_text(json.dumps(tasks), encoding="utf-8")
 
     # 3. Import what was drawn. What nobody drew is void.
@@ -59,13 +63,16 @@ def main(out: Path, count: int, settings: list[str]) -> None:
 
     # 4. Complete the maps: what was drawn stays exactly as it is.
     drawn = coco_panoptic_reader.read(out / "drawn", ReadOptions())
-    truth = coco_panoptic_reader.read(scenes, ReadOptions(splits=("val2017",)))
-    first = drawn.categories[0]["id"]
+    names = {each["id"]: each["name"] for each in true_maps.categories}
+    pipe = LDMSegPipeline.from_pretrained("tiny")
+    categories = pipe.info.categories.to_coco()
+    numbers = {each["name"]: each["id"] for each in categories}
+    renamed = {number: numbers[name] for number, name in names.items()}
     splits = {
-        "train2017": complete(drawn.splits["train2017"], first),
-        "val2017": [replace(entry, read=partial(alike, entry, first)) for entry in truth.splits["val2017"]],
+        "train2017": complete(pipe, drawn.splits["train2017"]),
+        "val2017": [replace(entry, read=partial(renumbered, entry, renamed)) for entry in true_maps.splits["val2017"]],
     }
-    coco_panoptic_writer.write(DataSet(drawn.categories, splits), out / "data")
+    coco_panoptic_writer.write(DataSet(categories, splits), out / "data")
     run("data", "check", out / "data")
 
     # 5. Train on, and measure on scenes that the model has not seen.
@@ -83,13 +90,16 @@ def run(*words: object) -> None:
         sys.exit(code)
 
 
-def annotate(task: dict[str, Any], number: int, scenes: Path) -> None:
+def annotate(task: dict[str, Any], number: int, true_maps: DataSet) -> None:
     """Does what a person does with a pre-annotation: mends outlines that are nearly right and deletes the others.
 
-    Objects that no prediction has found are left for later.
+    Mended segments get their true label too. Objects that no prediction has found are left for later.
     """
+    names = {each["id"]: each["name"] for each in true_maps.categories}
     name = Path(task["data"]["image"]).name
-    truth = read_panoptic_png(scenes / "panoptic_train2017" / name)
+    true_map = next(entry for entry in true_maps.splits["train2017"] if Path(entry.picture).name == name).read()
+    truth = true_map.ids
+    labels = {segment["id"]: names[segment["category_id"]] for segment in true_map.segments}
     kept: dict[int, dict[str, Any]] = {}
     for region in [region for prediction in task.pop("predictions") for region in prediction["result"]]:
         mask = decode(region["value"]["rle"], *truth.shape, name)
@@ -98,27 +108,28 @@ def annotate(task: dict[str, Any], number: int, scenes: Path) -> None:
         overlap = (mask & (truth == best)).sum() / (mask | (truth == best)).sum()
         if best != 0 and overlap > 0.5:
             region["value"]["rle"] = encode(truth == best)
+            region["value"]["brushlabels"] = [labels[best]]
             kept[best] = region
     task["id"] = number
     task["annotations"] = [{"id": number, "was_cancelled": False, "result": list(kept.values())}]
 
 
-def complete(entries: Sequence[Entry], category_id: int) -> list[Entry]:
+def complete(pipe: LDMSegPipeline, entries: Sequence[Entry]) -> list[Entry]:
     """Completes maps of which a part is drawn; pictures in which nothing is drawn are left out.
 
-    What is drawn stays as it is, with its category; what the model adds is of the category `category_id`.
+    What is drawn stays as it is, with its category; what the model adds has the category that it finds.
     """
-    pipe = LDMSegPipeline.from_pretrained("tiny")
     maps = [(entry, entry.read()) for entry in entries]
     maps = [(entry, each) for entry, each in maps if each.ids.any()]
     pictures = [np.asarray(Image.open(entry.picture).convert("RGB")) for entry, _ in maps]
     ids = [each.ids for _, each in maps]
     completed = []
-    for (entry, each), result in zip(maps, pipe.inpaint(pictures, ids, [each != 0 for each in ids])):
+    given = [each.segments for _, each in maps]
+    results = pipe.inpaint(pictures, ids, [each != 0 for each in ids], segments_info=given)
+    for (entry, each), result in zip(maps, results):
         assert (result.segmentation == each.ids)[each.ids != 0].all()
-        categories = {segment["id"]: segment["category_id"] for segment in each.segments}
         segments = [
-            {"id": segment["id"], "category_id": categories.get(segment["id"], category_id), "iscrowd": 0}
+            {"id": segment["id"], "category_id": segment["category_id"], "iscrowd": 0}
             for segment in result.segments_info
         ]
         whole = AnnotatedMap(result.segmentation, sorted(segments, key=lambda segment: segment["id"]))
@@ -128,10 +139,11 @@ def complete(entries: Sequence[Entry], category_id: int) -> list[Entry]:
     return completed
 
 
-def alike(entry: Entry, category_id: int) -> AnnotatedMap:
-    """Reads a map and gives all its segments one category, as the model does."""
+def renumbered(entry: Entry, numbers: dict[int, int]) -> AnnotatedMap:
+    """Reads a map and gives its categories the numbers that another list has for them."""
     each = entry.read()
-    return replace(each, segments=[{**segment, "category_id": category_id} for segment in each.segments])
+    segments = [{**segment, "category_id": numbers[segment["category_id"]]} for segment in each.segments]
+    return replace(each, segments=segments)
 
 
 if __name__ == "__main__":

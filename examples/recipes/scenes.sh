@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a model with categories on generated scenes, in one step and for completing maps: about three hours on one core
-# with bfloat16 units. releases/tiny-categories was trained so, but for a start that its card tells.
+# with bfloat16 units. The shipped model tiny was trained so, but for a start that its card tells.
 #
 #   examples/recipes/scenes.sh OUT [key=value ...]
 #
@@ -23,7 +23,7 @@ $python -m ldmseg_fast.cli data scenes "$out/scenes1" --images "${OLD_SCENES:-20
 # convolutions that are trained see them at 64x64.
 common=(--config tiny data.root="$out/scenes2,$out/scenes1" mask_vae.num_categories=26 mask_vae.latent_channels=16
     image_encoder.kind=efficientnet_lite image_encoder.picture_scale=4 image_encoder.fine_features=convolutions
-    train.image_encoder_lr=0 unet.in_channels=64 unet.out_channels=16 train.batch_size=16 data.val_limit=100)
+    train.image_encoder_lr=0 train.batch_size=16 data.val_limit=100)
 
 # 2. Maps to latents and back
 $launch ldmseg_fast/train.py autoencoder $(resume "$out/autoencoder") "${common[@]}" \

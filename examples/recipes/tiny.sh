@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the first two stages of the model that comes with the package, on generated scenes.
+# Trains the first two stages of a model without categories, on generated scenes of version 1.
 #
 #   examples/recipes/tiny.sh OUT [key=value ...]
 #

@@ -12,7 +12,7 @@ from ldmseg_fast.errors import ArgumentError, CheckpointError, ConfigError
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # model folders made by `ldmseg ship`, and image encoders' features
 RELEASES = Path(__file__).parents[2] / "releases"  # of a source checkout: models that are no part of the package
-RELEASED = ("photographs", "tiny-categories")
+RELEASED = ("photographs",)
 RANDOM = "random"  # in the place of a path: no weights
 
 

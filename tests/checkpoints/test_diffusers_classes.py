@@ -80,8 +80,8 @@ def test_the_image_vae_of_diffusers_encodes_as_ours(kind: str, tmp_path: Path) -
 
 def test_the_scheduler_and_a_shipped_model() -> None:
     assert type(diffusers_component("tiny", "scheduler")).__name__ == "DDIMScheduler"
-    assert diffusers_component("tiny", "unet").conv_in.in_channels == 40
-    with pytest.raises(CheckpointError, match=r"image_encoder\.kind=conv is no network of diffusers"):
+    assert diffusers_component("tiny", "unet").conv_in.in_channels == 64
+    with pytest.raises(CheckpointError, match=r"image_encoder\.kind=efficientnet_lite is no network of diffusers"):
         diffusers_component("tiny", "image_vae")
     with pytest.raises(ArgumentError, match="mask_vae: diffusers has no class for it; there are unet, image_vae"):
         diffusers_component("tiny", "mask_vae")

@@ -15,7 +15,7 @@ def test_annotation_loop(tmp_path):
     out = tmp_path / "loop"
     short = [setting for setting in SHORT if not setting.startswith("train.batch_size")]
     text = run(sys.executable, EXAMPLES / "annotation_loop.py", out, 6, *short, "train.batch_size=2")
-    assert text.count("class-agnostic on data/val2017") == 2 and "model folder:" in text
+    assert text.count("class-aware on data/val2017") == 2 and "model folder:" in text
     predicted = json.loads((out / "predicted" / "label-studio" / "predicted.json").read_text())
     corrected = json.loads((out / "export" / "train2017.json").read_text())
     assert len(predicted) == len(corrected) == 6

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldmseg_fast.app.exports import EXPORTS
+from ldmseg_fast.app.exports import CITYSCAPES, EXPORTS
 from tests.app.browser.steps import downloaded, error_of, huge_png, remove_picture, segment, segments_of, upload
 
 FACTS = "#segment-facts"
@@ -106,7 +106,7 @@ def test_settings_are_used_and_every_format_is_offered(visitor):
     segment(page)
     assert "2 steps" in page.inner_text(FACTS) and "seed 7" in page.inner_text(FACTS)
     page.click("#segment-format input")
-    assert page.get_by_role("option").count() == len(EXPORTS)
+    assert page.get_by_role("option").count() == len((*EXPORTS, CITYSCAPES))
 
 
 def test_bad_uploads_are_one_line_and_the_app_goes_on(visitor, tmp_path):
