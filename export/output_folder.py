@@ -7,6 +7,7 @@ import fcntl
 import glob
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ldmseg_fast.files import real_path
 from ldmseg_fast.locks import is_at
 from ldmseg_fast.temporary import NEW, named_as, put_in_place, temporary_folder
 
+RETRIES = 20  # where a folder is not there
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -123,8 +125,7 @@ def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterato
     Raises:
         BackendError: the folder cannot be written.
     """
-    new = [folder for folder in path.parents if not folder.exists()]
-    file = _lock(path, waiting)
+    file, new = _lock(path, waiting)
     try:
         yield
     finally:
@@ -135,16 +136,21 @@ def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterato
                 folder.rmdir()  # which fails where something is in it
 
 
-def _lock(path: Path, waiting: Callable[[], None]) -> IO[str]:
+def _lock(path: Path, waiting: Callable[[], None]) -> tuple[IO[str], list[Path]]:
+    """Returns the file, and folders that were made for it, the innermost first."""
+    tries = RETRIES
     while True:
+        new = [folder for folder in path.parents if not folder.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
-        except FileNotFoundError:
-            continue  # its last holder has removed the folder, too
         except OSError as error:
             if error.errno in FULL:
                 raise
+            tries -= 1
+            if error.errno in (errno.ENOENT, errno.EEXIST) and tries:  # its last holder may just remove the folder, too
+                time.sleep(0.01)
+                continue
             raise BackendError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,7 +158,7 @@ def _lock(path: Path, waiting: Callable[[], None]) -> IO[str]:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         if is_at(file.fileno(), path):
-            return file
+            return file, new
         file.close()  # its last holder has removed it
 
 

@@ -104,7 +104,6 @@ NARROW = [
     "mask_vae.decoder_width=16",
     "image_encoder.widths=8,16,16",
     "image_encoder.latent_channels=8",
-    "unet.in_channels=16",
     "unet.block_out_channels=16,32",
     "unet.attention=false,true",
     "unet.num_heads=2,4",

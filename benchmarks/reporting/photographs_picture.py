@@ -54,6 +54,7 @@ def draw_scenes(model: str, root: str) -> Image.Image:
     """Returns rows of held-out scenes, their true maps, and what a model with categories finds.
 
     Raises:
+        ArgumentError: a model without categories.
         DataError: a folder that is none of scenes, or whose categories the model does not have.
     """
     pipe = LDMSegPipeline.from_pretrained(model)

@@ -29,13 +29,20 @@ def validate(config: Config) -> Config:
         *part_checks(encoder, "image_encoder."),
         *part_checks(unet, "unet."),
         *part_checks(config.scheduler, "scheduler."),
-        (unet.in_channels == needed, f"unet.in_channels={unet.in_channels}: mask + image + condition make {needed}"),
+        (
+            unet.in_channels == needed,
+            f"unet.in_channels={unet.in_channels}: mask + image + condition make {needed} (mask_vae.latent_channels="
+            f"{vae.latent_channels}, image_encoder.latent_channels={encoder.latent_channels})",
+        ),
         *_width_checks(config),
         (
             config.model.attention != "fp8",
             "model.attention=fp8 has no backward pass: train with auto, and choose attention=fp8 for inference",
         ),
-        (unet.out_channels == vae.latent_channels, "unet.out_channels must equal mask_vae.latent_channels"),
+        (
+            unet.out_channels == vae.latent_channels,
+            f"unet.out_channels must equal mask_vae.latent_channels, {vae.latent_channels}",
+        ),
         (
             (unet.conditioning == "none") == (unet.cross_attention_dim == 0),
             f"unet.conditioning={unet.conditioning} and unet.cross_attention_dim={unet.cross_attention_dim} contradict "

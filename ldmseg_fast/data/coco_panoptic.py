@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from ldmseg_fast.config.categories import CategoryTable
 from ldmseg_fast.data.folders import find_split, load_picture, read_dense_map, read_image
+from ldmseg_fast.data.item_cache import Item, ItemCache, category_type, item_bytes
 from ldmseg_fast.data.packed import Packed
 from ldmseg_fast.data.transforms import (
     Augmentation,
@@ -32,9 +33,6 @@ from ldmseg_fast.panoptic.annotations import load_panoptic_json
 from ldmseg_fast.panoptic.format import read_panoptic_png
 
 __all__ = ["CocoPanoptic", "DataError", "collate"]
-
-# rgb [P, P, 3], ids [S, S], categories [S, S] where there are any, number of segments, original H and W
-_Item = tuple[np.ndarray, np.ndarray, np.ndarray | None, int, tuple[int, int]]
 
 
 class CocoPanoptic(Dataset):
@@ -109,15 +107,13 @@ class CocoPanoptic(Dataset):
         self.categories: list[dict] = content["categories"]
         self._things = {category["id"] for category in self.categories if category.get("isthing", 1)}
         self._entries = Packed(self._join(content)[: limit or None])
-        cached = len(self) if cache else 0  # zeros cost no memory until they are written
+        self.caches = cache
+        self._cache: ItemCache | None = None  # made for the first item
         self._latents: Any = None
-        self._cached = np.zeros((cached, 4), np.int32)  # 1 once there, number of segments, H, W
-        self._cached_rgb = np.zeros((cached, self.picture_size, self.picture_size, 3), np.uint8)
-        self._cached_ids = np.zeros((cached, size, size), np.uint8)
+        self.name = ""  # among other sets
         self.class_agnostic = False  # its categories are left out: all void in `category_ids`
         self._numbers: dict[int, int] | None = None  # category id -> number
-        self._category_dtype: Any = np.uint8
-        self._cached_categories = np.zeros((0, size, size), np.uint8)
+        self._num_categories = 0  # of the model
 
     def _join(self, content: dict) -> list[dict]:
         """Adds its picture's file name to each annotation.
@@ -138,25 +134,21 @@ class CocoPanoptic(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the cache out: a process that is handed the data set fills one of its own."""
-        caches = ("_cached", "_cached_rgb", "_cached_ids", "_cached_categories")
-        return vars(self) | {name: (vars(self)[name].shape, vars(self)[name].dtype) for name in caches}
+        return vars(self) | {"_cache": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Makes empty caches of the sizes that `__getstate__` gives."""
-        vars(self).update(state)
-        for name, value in state.items():
-            if name.startswith("_cached"):
-                setattr(self, name, np.zeros(*value))
+    def cache_bytes(self, num_categories: int = 0) -> int:
+        """Tells how much memory the cache takes in each process that reads, once all items are in it; 0 without one."""
+        if not self.caches:
+            return 0
+        return len(self) * item_bytes(self._cached_side, self.size, num_categories)
 
     @property
-    def cache_bytes(self) -> int:
-        """Tells how much memory the cache takes in each process that reads, once all items are in it."""
-        return self._cached.nbytes + self._cached_rgb.nbytes + self._cached_ids.nbytes + self._cached_categories.nbytes
+    def _cached_side(self) -> int:
+        return self.picture_size if self._latents is None else 0
 
     def drop_cache(self) -> None:
         """Does without a cache from now on. Items stay the same."""
-        self._cached, self._cached_rgb = self._cached[:0], self._cached_rgb[:0]
-        self._cached_ids, self._cached_categories = self._cached_ids[:0], self._cached_categories[:0]
+        self.caches, self._cache = False, None
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of plain integer indices. Call it before worker processes start."""
@@ -216,8 +208,7 @@ class CocoPanoptic(Dataset):
         `latents.read(file_name, flipped)` gives them. Items then have "image_latents", float16 [C, h, w], and their
         "image" is empty, [3, 0, 0].
         """
-        self._latents = latents
-        self._cached_rgb = self._cached_rgb[:, :0, :0]
+        self._latents, self._cache = latents, None
 
     def use_categories(self, table: CategoryTable) -> None:
         """Makes items carry `category_ids`, by the numbers of a model's categories.
@@ -229,9 +220,7 @@ class CocoPanoptic(Dataset):
             self._numbers = {category["id"]: 0 for category in self.categories}
         else:
             self._numbers = table.numbers_of(self.categories, str(self.folders.annotations))
-        self._category_dtype = np.uint8 if len(table) <= 255 else np.int16
-        self._cached_categories = np.zeros(self._cached_ids.shape, self._category_dtype)
-        self._cached[:] = 0
+        self._num_categories, self._cache = len(table), None
 
     def segments_info(self, index: int) -> list[dict]:
         """Returns the `segments_info` of an item as the JSON has it."""
@@ -243,13 +232,14 @@ class CocoPanoptic(Dataset):
             raise IndexError(f"item {index} of {len(self)}")  # IndexError is what ends a plain for loop
         entry = self._entries[index]
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch if self.train else 0, index]))
-        found = self._cached_item(index) or self._decoded_item(entry, rng)
+        if self.caches and self._cache is None:
+            self._cache = ItemCache(len(self), self._cached_side, self.size, self._num_categories)
+        found = None if self._cache is None else self._cache.get(index)
+        if found is None:
+            found = self._decoded_item(entry, rng)
+            if self._cache is not None:
+                self._cache.put(index, found)
         rgb, segment_ids, category_ids, num_segments, original_size = found
-        if len(self._cached) and not self._cached[index, 0]:
-            self._cached_rgb[index], self._cached_ids[index] = rgb, segment_ids
-            if category_ids is not None:
-                self._cached_categories[index] = category_ids
-            self._cached[index] = 1, num_segments, *original_size
         flipped = self.train and rng.random() < self.augmentation.flip
         if flipped:
             segment_ids = np.ascontiguousarray(segment_ids[:, ::-1])
@@ -257,7 +247,7 @@ class CocoPanoptic(Dataset):
         if self.train and self.augmentation.color_jitter > 0:
             rgb = color_jitter(rgb, self.augmentation.color_jitter, rng)
         table = make_remap_table(segment_ids, num_segments, self.num_slots, self.id_assignment, rng)
-        shared = len(self._cached) > 0  # what is in the cache must not be handed out
+        shared = self._cache is not None  # what is in the cache must not be handed out
         item = {
             "image": _picture(rgb, flipped, copied=shared),
             "segment_ids": torch.from_numpy(segment_ids.copy() if shared else segment_ids),
@@ -272,14 +262,7 @@ class CocoPanoptic(Dataset):
             item["image_latents"] = self._latents.read(entry["image_name"], flipped)
         return item
 
-    def _cached_item(self, index: int) -> _Item | None:
-        if not len(self._cached) or not self._cached[index, 0]:
-            return None
-        _, num_segments, height, width = self._cached[index].tolist()
-        category_ids = None if self._numbers is None else self._cached_categories[index]
-        return self._cached_rgb[index], self._cached_ids[index], category_ids, num_segments, (height, width)
-
-    def _decoded_item(self, entry: dict, rng: np.random.Generator) -> _Item:
+    def _decoded_item(self, entry: dict, rng: np.random.Generator) -> Item:
         """Decodes an item, voids crowds and crumbs, crops, resizes and pastes."""
         rgb, dense, box = self._decode(entry, rng)
         small, segments = resize_ids(dense, self.size, box), entry["segments_info"]
@@ -333,7 +316,8 @@ class CocoPanoptic(Dataset):
         if self._numbers is None:
             return None
         numbers = [0, *(self._numbers[segment["category_id"]] for segment in segments)]
-        return np.where(segment_ids > 0, np.array(numbers, self._category_dtype)[dense], 0).astype(self._category_dtype)
+        dtype = category_type(self._num_categories)
+        return np.where(segment_ids > 0, np.array(numbers, dtype)[dense], 0).astype(dtype)
 
     def _dense_map(self, entry: dict) -> np.ndarray:
         path = os.path.join(self._maps, entry["file_name"])  # noqa: PTH118 (joining Paths takes as long as decoding)

@@ -4,26 +4,52 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ldmseg_fast import distributed
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.training.disk import size_text
 
 SHARE = 0.8  # of the free memory; the rest is for activations and for what else runs
-GROUP = Path("/sys/fs/cgroup")  # where a container sees its own memory limit
 
 
-def free_memory(system: Path = Path("/proc/meminfo"), group: Path = GROUP) -> int | None:
-    """Reads how many bytes of main memory are free, within a container's limit; None where the system does not tell."""
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Reads how many bytes of main memory this process can still take; None where the system does not tell.
+
+    Limits of its control groups count, of both versions: a container's or a job's.
+
+    Args:
+        root: of the file system that has proc and sys.
+    """
     found = []
     with contextlib.suppress(OSError, ValueError, KeyError):
-        found.append(_numbers(system)["MemAvailable:"] << 10)
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        limit = int((group / "memory.max").read_text(encoding="utf-8"))  # ValueError where it is "max": no limit
-        used = int((group / "memory.current").read_text(encoding="utf-8"))
-        found.append(max(limit - used + _numbers(group / "memory.stat")["inactive_file"], 0))  # of pages given back
+        found.append(_numbers(root / "proc/meminfo")["MemAvailable:"] << 10)
+    groups = root / "sys/fs/cgroup"
+    for folder in _groups(root / "proc/self/cgroup"):
+        found += _left(groups / folder, "memory.max", "memory.current", "")
+        found += _left(groups / "memory" / folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
     return min(found, default=None)
+
+
+def _groups(file: Path) -> list[str]:
+    """Lists the control groups of this process and those around them, as paths below the mount; "" is the root."""
+    found = {""}
+    with contextlib.suppress(OSError):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            number, controllers, path = [*line.split(":", 2), "", ""][:3]
+            if number == "0" or "memory" in controllers.split(","):
+                group = PurePosixPath(path.strip("/"))
+                found |= {str(each) for each in (group, *group.parents) if ".." not in each.parts}
+    return sorted(found - {"."})
+
+
+def _left(group: Path, limit: str, used: str, prefix: str) -> list[int]:
+    """Reads what a control group leaves, as a list of one number; none where there is no group or no limit."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        total, taken = (int((group / name).read_text(encoding="utf-8")) for name in (limit, used))
+        pages = _numbers(group / "memory.stat")  # of files, which the system takes back
+        return [max(total - taken + pages[f"{prefix}inactive_file"] + pages[f"{prefix}active_file"], 0)]
+    return []
 
 
 def _numbers(path: Path) -> dict[str, int]:
@@ -31,45 +57,53 @@ def _numbers(path: Path) -> dict[str, int]:
     return {line[0]: int(line[1]) for line in lines if len(line) > 1}
 
 
-def cache_need(train_sets: Iterable[CocoPanoptic], val_sets: Iterable[CocoPanoptic], workers: int) -> tuple[int, int]:
-    """Tells what the caches of a rank take once they are full: pictures, and bytes in all processes of this machine.
+def cache_need(
+    train_sets: Iterable[CocoPanoptic], val_sets: Iterable[CocoPanoptic], workers: int, num_categories: int = 0
+) -> int:
+    """Tells what the caches of a rank and its loader processes take once they are full, in bytes.
 
     Args:
         train_sets: which each loader process keeps for itself, or the rank where there are none.
         val_sets: which the rank reads.
         workers: loader processes of a rank.
+        num_categories: of the model.
     """
-    train, val = list(train_sets), list(val_sets)
-    size = sum(part.cache_bytes for part in train) * max(workers, 1) + sum(part.cache_bytes for part in val)
-    pictures = sum(len(part) for part in (*train, *val) if part.cache_bytes)
-    return pictures, size * distributed.local_size()
+    train, val = ([part.cache_bytes(num_categories) for part in sets] for sets in (train_sets, val_sets))
+    return sum(train) * max(workers, 1) + sum(val)
 
 
 def fit_caches(
-    train_sets: Iterable[CocoPanoptic], val_sets: Iterable[CocoPanoptic], workers: int, free: int | None = None
+    train_sets: Iterable[CocoPanoptic],
+    val_sets: Iterable[CocoPanoptic],
+    workers: int,
+    num_categories: int = 0,
+    free: int | None = None,
 ) -> str:
     """Drops the caches of all sets where they would fill the memory before the first pass over the pictures ends.
 
     Args:
-        train_sets, val_sets, workers: see `cache_need`.
+        train_sets, val_sets, workers, num_categories: see `cache_need`.
         free: bytes of memory; default `free_memory()`.
 
     Returns:
-        What `data.cache` takes, or why it is off, as a line; "" without a cache.
+        What `data.cache` takes on this machine, or why it is off, as a line; "" without a cache.
     """
     train, val = list(train_sets), list(val_sets)
-    pictures, need = cache_need(train, val, workers)
+    need = cache_need(train, val, workers, num_categories) * distributed.local_size()
     free = free_memory() if free is None else free
     if not need:
         return ""
     processes = max(workers, 1) * distributed.local_size()
     each = f" in {processes} processes together" if processes > 1 else ""
-    takes = f"{pictures:,} pictures would take {size_text(need)}{each}"
+    pictures, size = (
+        f"{sum(len(part) for part in (*train, *val) if part.caches):,} pictures",
+        f"{size_text(need)}{each}",
+    )
     if free is None or need <= SHARE * free:
-        return f"data.cache: {takes.replace('would take', 'take')}"
+        return f"data.cache: {pictures} take {size}"
     for part in (*train, *val):
         part.drop_cache()
     return (
-        f"warning: data.cache is off: {takes}, of {size_text(free)} that are free; pictures are decoded in each "
-        f"epoch, and data.num_workers or smaller pictures on disk make that faster"
+        f"warning: data.cache is off: {pictures} would take {size}, of {size_text(free)} that are free; pictures are "
+        f"decoded in each epoch, and data.num_workers or smaller pictures on disk make that faster"
     )

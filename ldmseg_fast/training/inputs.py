@@ -125,7 +125,7 @@ def make_dataset(
         limit=data.limit if train else data.val_limit,
         picture_size=data.image_size * config.image_encoder.picture_scale,
     )
-    dataset.class_agnostic = place.name in data.class_agnostic
+    dataset.name, dataset.class_agnostic = place.name, place.name in data.class_agnostic
     return dataset
 
 
@@ -188,21 +188,24 @@ def use_categories(
         try:
             dataset.use_categories(stage.categories)
         except DataError as error:
-            raise DataError(f"{error}{_other_categories(stage.config, dataset)}") from None
+            raise DataError(f"{error}{_other_categories(stage.config, dataset.name)}") from None
     if balance > 0:
         weights = category_weights(train_sets, stage.categories, balance, stage.config.data.weights)
         stage.category_weights = torch.from_numpy(weights).to(next(stage.parameters()).device)
 
 
-def _other_categories(config: Config, dataset: CocoPanoptic) -> str:
-    """Says how a run can start from a model of other categories all the same."""
+def _other_categories(config: Config, name: str) -> str:
+    """Says how a run can start from a model of other categories than those of the set `name` all the same."""
     if not config.model.init_from:
         return ""
-    name = dataset.root.absolute().name
-    return (
-        f". Or keep model.init_from with an auto-encoder trained on this data (model.mask_vae=MODEL_DIR "
-        f"few_step.new_autoencoder=true), or leave this set's categories out (data.class_agnostic={name})"
-    )
+    exchange = ""
+    if not config.few_step.new_autoencoder:
+        exchange = (
+            "go on from it in stage one_step with an auto-encoder that is trained on this data "
+            "(model.mask_vae=MODEL_DIR few_step.new_autoencoder=true), or "
+        )
+    names = ",".join([*config.data.class_agnostic, name])
+    return f". Or {exchange}leave this set's categories out (data.class_agnostic={names})"
 
 
 # settings that may be names of the Hub, and the kinds of repositories that each takes

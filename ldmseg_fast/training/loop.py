@@ -128,7 +128,8 @@ class Run:
         forecast = check_disk(self.folder, self.stage, settings, self.progress.step)
         self.stage.train()
 
-        cached = fit_caches(train_sets, self.val_sets.values(), config.data.num_workers)
+        categories = self.stage.mask_vae.config.num_categories
+        cached = fit_caches(train_sets, self.val_sets.values(), config.data.num_workers, categories)
         self.batches = make_batches(self.train_set, config, self.progress.items)
         self.prefetched = Prefetcher(self.batches, self.device, settings.accumulation)
         self.bad_items = BadItems(len(self.train_set), config.data.bad_items)

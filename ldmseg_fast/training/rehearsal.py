@@ -43,8 +43,10 @@ def rehearse(stage_name: str, config: Config, resume: bool = False, trust: bool 
         found = {"trains on": train_set} | {f"validates on {name}:": dataset for name, dataset in val_sets.items()}
         check_batch(config)
         lines += [f"{what} {len(dataset)} images" for what, dataset in found.items()]
-        cached = fit_caches(sets_of(train_set), val_sets.values(), config.data.num_workers)
-        lines += [cached] if cached else []
+        if not config.data.latent_cache:  # which takes the pictures' place
+            categories = config.mask_vae.num_categories
+            cached = fit_caches(sets_of(train_set), val_sets.values(), config.data.num_workers, categories)
+            lines += [cached] if cached else []
     if config.output_dir:
         counts = count_parameters(stage_name, config)
         if not resume:

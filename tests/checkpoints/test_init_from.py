@@ -67,12 +67,7 @@ def autoencoder(tmp_path_factory):
     from ldmseg_fast.training.stages import AutoencoderStage
 
     path = tmp_path_factory.mktemp("ae") / "ae"
-    settings = [
-        "mask_vae.widths=8,8,16,16",
-        "mask_vae.decoder_width=16",
-        "image_encoder.downsampling=8",
-        "unet.in_channels=40",
-    ]
+    settings = ["mask_vae.widths=8,8,16,16", "mask_vae.decoder_width=16", "image_encoder.downsampling=8"]
     AutoencoderStage(load_config("tiny", settings)).save(path)
     return path
 

@@ -72,7 +72,7 @@ def test_recipe_of_scenes_with_categories(tmp_path):
     """From scenes of both versions to small weights."""
     pytest.importorskip("scipy")
     counts = {"SCENES": "16", "OLD_SCENES": "16", "IMAGES": "2"}
-    recipe = ["bash", EXAMPLES / "recipes" / "scenes.sh", tmp_path, *NARROW, "unet.in_channels=40", *SHORT]
+    recipe = ["bash", EXAMPLES / "recipes" / "scenes.sh", tmp_path, *NARROW, *SHORT]
     assert "PQ of the dropped pixels alone" in run(*recipe, **counts)
     for scenes in ("scenes2", "scenes1"):
         report = json.loads((tmp_path / f"{scenes}.json").read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def test_recipe_of_photographs(scenes, tmp_path):
     """Two sets, of which one has no categories that count."""
     (tmp_path / "others").symlink_to(scenes)
     sets = f"{scenes}:train2017:val2017,{tmp_path / 'others'}:train2017:"
-    small = [*NARROW, "unet.in_channels=40", "data.image_size=32", "unet.sample_size=8", *SHORT]
+    small = [*NARROW, "data.image_size=32", "unet.sample_size=8", *SHORT]
     recipe = ["bash", EXAMPLES / "recipes" / "photographs.sh", tmp_path / "out", sets, "others", "14", *small]
     run(*recipe)
     card = (tmp_path / "out" / "shipped" / "model" / "README.md").read_text(encoding="utf-8")

@@ -39,6 +39,46 @@ def test_folders_that_were_made_for_nothing_go(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "mine", "work"]
 
 
+def test_a_folder_that_vanishes_is_made_again(tmp_path, monkeypatch):
+    """The holder before has removed it between the folder's making and the file's."""
+    opened = Path.open
+    calls = []
+
+    def vanishing(self, *arguments, **options):
+        calls.append(self)
+        if len(calls) == 1:
+            self.parent.rmdir()
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", vanishing)
+    with exclusive(tmp_path / "a" / ".lock"):
+        assert len(calls) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "nowhere" / "file")
+    with pytest.raises(BackendError, match="cannot be written"), exclusive(tmp_path / ".lock"):
+        pass
+
+
+def test_a_folder_that_was_made_by_a_waiting_process_goes_too(tmp_path):
+    out = tmp_path / "e"
+    spawn = multiprocessing.get_context("spawn")  # a fork would have this process's lock, too
+    waited = spawn.Event()
+    with exclusive(out / ".lock"):
+        other = spawn.Process(target=hold, args=(out, waited))
+        other.start()
+        assert waited.wait(60)
+    other.join(60)
+    assert other.exitcode == 0 and not list(tmp_path.iterdir())
+
+
+def hold(out, waited):
+    with exclusive(out / ".lock", waited.set):
+        pass
+
+
 def test_what_is_not_ours_is_not_deleted(tmp_path):
     out = tmp_path / "out"
     out.mkdir()

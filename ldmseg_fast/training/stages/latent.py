@@ -68,7 +68,8 @@ class LatentStage(Stage):
         if self.mask_vae.config.latent_channels != config.unet.out_channels:
             raise ConfigError(
                 f"model.mask_vae={config.model.mask_vae}: {self.mask_vae.config.latent_channels} latent channels, "
-                f"unet.out_channels is {config.unet.out_channels}"
+                f"unet.out_channels is {config.unet.out_channels}; set "
+                f"mask_vae.latent_channels={self.mask_vae.config.latent_channels}, which the UNet's channels follow"
             )
         if vae_config.downsampling != config.image_encoder.downsampling:
             raise ConfigError(
