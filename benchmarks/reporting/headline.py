@@ -44,7 +44,7 @@ HEADLINE = (
     Headline(
         "PQ on 500 held-out scenes, one step",
         "quality", "PQ", {"data": "scenes20k", "split": "val2017", "images": 500, "mode": "class-agnostic"},
-        "tiny, one step", "felzenszwalb", "Felzenszwalb, tuned", {"steps": 1},
+        "tiny", "felzenszwalb", "Felzenszwalb, tuned", {"steps": 1},
     ),
     Headline(
         "one 480x640 picture to its map, one step, one thread",

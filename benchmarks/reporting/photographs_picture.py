@@ -9,7 +9,7 @@ finds.
 The photographs come with scikit-image: the astronaut Eileen Collins (NASA, public domain), a cup of coffee (Rachel
 Michetti, public domain), the cat Chelsea (Stefan van der Walt, CC0) and a rocket (SpaceX, CC0). The picture in
 `results/` is that of `photographs benchmarks/results/photographs.png`, and that of scenes, which `ldmseg data scenes
-scenes` writes, is `tiny benchmarks/results/scenes.png scenes`.
+scenes --images 400 --size 64 --seed 0` writes, is `tiny benchmarks/results/scenes.png scenes`.
 """
 
 from __future__ import annotations
