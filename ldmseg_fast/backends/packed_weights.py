@@ -18,6 +18,7 @@ OPERATORS = (
     "_linear_pointwise",
     "_is_mkldnn_bf16_supported",
 )
+SIZES = 2  # of pictures, for which a convolution keeps its weights
 ROWS = 256  # of a product, for which its weight's layout is chosen; it is right for any number
 
 Forward = Callable[[Tensor], Tensor]
@@ -36,7 +37,8 @@ def pack_weights(module: nn.Module) -> int:
     """Packs every bfloat16 convolution, linear layer and fused projection in `module`, on the CPU.
 
     Parameters and names stay what they are, and so does whatever needs gradients or has another dtype: there the plain
-    layers run. The weights must not change after. See `can_pack`.
+    layers run. The weights must not change after. Convolutions are packed by their first call for pictures of a size.
+    See `can_pack`.
 
     Returns:
         How many were packed.
@@ -66,14 +68,22 @@ def _can_pack_layer(layer: Any) -> bool:
 
 
 def _packed_convolution(layer: nn.Conv2d) -> Forward:
+    """The layout goes by the size of the pictures: in that of another size a call can take 300 times as long."""
     operators = torch.ops.mkldnn
     geometry = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
-    weight, bias = operators._reorder_convolution_weight(layer.weight.detach(), *geometry), layer.bias
+    weight, bias = layer.weight.detach(), layer.bias
     run = operators._convolution_pointwise.default
+    packed: dict[tuple[int, int], Tensor] = {}  # by height and width
 
     def forward(x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return run(x, weight, bias, *geometry, "none", [], "")
+        size = (x.shape[2], x.shape[3])
+        own = packed.get(size)
+        if own is None:
+            if len(packed) == SIZES:
+                packed.clear()
+            own = packed[size] = operators._reorder_convolution_weight(weight, *geometry, list(x.shape))
+        return run(x, own, bias, *geometry, "none", [], "")
 
     return forward
 

@@ -1,6 +1,7 @@
 """Packed weights change the time and nothing else."""
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -117,3 +118,26 @@ def test_the_compiled_backend_freezes_its_weights(info, monkeypatch):
     assert frozen == [backend.unet, backend.image_vae]
     assert "forward" not in vars(backend.unet.conv_in)  # packed layers are nothing that a compiler sees through
     assert ("forward" in vars(backend.mask_vae.decoder[0])) == can_pack(CPU, BFLOAT16)
+
+
+@needs_packing
+def test_a_convolution_is_as_fast_as_a_plain_one_at_any_size():
+    """A layout for pictures of another size made small pictures of many channels a hundred times slower."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(384, 192, 3, padding=1).to(BFLOAT16, memory_format=torch.channels_last)
+    packed = nn.Sequential(plain)
+    reference = nn.Conv2d(384, 192, 3, padding=1).to(BFLOAT16, memory_format=torch.channels_last)
+    reference.load_state_dict(plain.state_dict())
+    assert pack_weights(packed) == 1
+    with torch.no_grad():
+        for side in (4, 32, 4, 8):  # more sizes than are kept
+            x = torch.randn(1, 384, side, side).to(BFLOAT16)
+            torch.testing.assert_close(packed(x), reference(x), rtol=1.6e-2, atol=1e-2)
+            ours, theirs = (min(timed(layer, x) for _ in range(5)) for layer in (packed, reference))
+            assert ours < 5 * theirs, f"{1000 * ours:.2f} ms at {side}x{side}, {1000 * theirs:.2f} ms plain"
+
+
+def timed(layer, x):
+    start = time.perf_counter()
+    layer(x)
+    return time.perf_counter() - start
