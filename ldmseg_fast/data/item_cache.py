@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# rgb [P, P, 3], ids [S, S], categories [S, S] where there are any, number of segments, original H and W
+# rgb uint8 [P, P, 3], ids uint8 [S, S], categories [S, S] where there are any, number of segments, original H and W
 Item = tuple[np.ndarray, np.ndarray, np.ndarray | None, int, tuple[int, int]]
 
 
@@ -38,7 +38,7 @@ class ItemCache:
             self._categories = np.zeros(self._ids.shape, category_type(num_categories))
 
     def get(self, index: int) -> Item | None:
-        """Returns what lies here, not copied; None before `put`."""
+        """Returns rgb uint8 [P, P, 3], ids uint8 [S, S] and the rest of an item as they lie here; None before `put`."""
         there, num_segments, height, width = self._facts[index].tolist()
         if not there:
             return None
@@ -46,7 +46,7 @@ class ItemCache:
         return self._rgb[index], self._ids[index], categories, num_segments, (height, width)
 
     def put(self, index: int, item: Item) -> None:
-        """Copies an item."""
+        """Copies an item: rgb uint8 [P, P, 3], ids uint8 [S, S], and the rest."""
         rgb, ids, categories, num_segments, original_size = item
         self._rgb[index], self._ids[index] = rgb, ids
         if self._categories is not None and categories is not None:
