@@ -70,25 +70,30 @@ def test_what_lies_in_the_output_stays(source, tmp_path, capsys):
 @pytest.mark.serial
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
 def test_an_interrupted_import_goes_on(source, tmp_path, number):
+    held = tmp_path / "held"  # while it is there, the last map cannot be read
+    held.touch()
     slow = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from ldmseg_fast.formats import semantic_folder\n"
         "from ldmseg_fast.cli import main\n"
         "read = semantic_folder.read_semantic\n"
         "def slowly(path, known):\n"
-        "    time.sleep(0.5 if path.stem == '5' else 0)\n"
+        "    while path.stem == '5' and os.path.exists(os.environ['HELD']):\n"
+        "        time.sleep(0.01)\n"
         "    return read(path, known)\n"
         "semantic_folder.read_semantic = slowly\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["data", "import", "semantic", str(source), str(tmp_path / "out")]
     process = subprocess.Popen(
-        [sys.executable, "-c", slow, *arguments], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        [sys.executable, "-c", slow, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HELD": str(held)},
     )
     journal, limit = tmp_path / "out" / ".import-train" / "journal.jsonl", time.monotonic() + 60
     while not (journal.is_file() and b'"map"' in journal.read_bytes()) and time.monotonic() < limit:
         time.sleep(0.01)
     process.send_signal(number)
+    held.unlink()
     assert process.wait() == (130 if number == signal.SIGINT else -signal.SIGKILL)
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".ldmseg")) == [
         ".import-train"
