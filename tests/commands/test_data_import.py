@@ -73,7 +73,8 @@ def test_an_interrupted_import_goes_on(source, tmp_path, number):
     held = tmp_path / "held"  # while it is there, the last map cannot be read
     held.touch()
     slow = (
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from ldmseg_fast.formats import semantic_folder\n"
         "from ldmseg_fast.cli import main\n"
         "read = semantic_folder.read_semantic\n"
