@@ -65,10 +65,11 @@ def draw_scenes(model: str, root: str) -> Image.Image:
     numbers = table.numbers_of(dataset.categories, root)
     scenes, truths, maps = [], [], []
     for index in range(min(SCENES, len(dataset))):
-        scene = np.asarray(Image.fromarray(dataset.load_image(index)).resize((SCENE_CELL, SCENE_CELL), Image.NEAREST))
+        picture = Image.fromarray(dataset.load_image(index))
+        scene = np.asarray(picture.resize((SCENE_CELL, SCENE_CELL), Image.NEAREST))
         ids, segments = dataset.ground_truth(index)
         true = [each | {"category_id": table[numbers[each["category_id"]]].id} for each in segments]
-        found = pipe(dataset.load_image(index))[0]
+        found = pipe(picture)[0]
         scenes.append(scene)
         for row, segmentation, infos in ((truths, ids, true), (maps, found.segmentation, found.segments_info)):
             large = Image.fromarray(segmentation.astype(np.int32)).resize((SCENE_CELL, SCENE_CELL), Image.NEAREST)

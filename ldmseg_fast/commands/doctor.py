@@ -16,7 +16,7 @@ from ldmseg_fast.backends.trt.machine import Machine, driver_major, min_driver, 
 from ldmseg_fast.commands.doctor_finding import Finding, format_table, version_of
 from ldmseg_fast.commands.doctor_speed import examine_speed
 from ldmseg_fast.commands.options import add_json_argument, print_json
-from ldmseg_fast.training.cache_memory import free_memory
+from ldmseg_fast.training.cache_memory import memory_left
 
 ONNX = "pip install 'ldmseg_fast[onnx]', or [onnx-gpu] with an NVIDIA GPU"
 DISTRIBUTIONS = {
@@ -178,7 +178,7 @@ def _compilers() -> Finding:
 
 def _memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    found = free_memory()
+    found = memory_left()
     free = total if found is None else found / 2**30
     return Finding("memory", free > 5, f"{free:.0f} of {total:.0f} GiB free", "a full-size model takes 5 GiB")
 

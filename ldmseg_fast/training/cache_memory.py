@@ -13,7 +13,7 @@ from ldmseg_fast.training.disk import size_text
 SHARE = 0.8  # of the free memory; the rest is for activations and for what else runs
 
 
-def free_memory(root: Path = Path("/")) -> int | None:
+def memory_left(root: Path = Path("/")) -> int | None:
     """Reads how many bytes of main memory this process can still take; None where the system does not tell.
 
     Limits of its control groups count, of both versions: a container's or a job's.
@@ -83,22 +83,20 @@ def fit_caches(
 
     Args:
         train_sets, val_sets, workers, num_categories: see `cache_need`.
-        free: bytes of memory; default `free_memory()`.
+        free: bytes of memory; default `memory_left()`.
 
     Returns:
         What `data.cache` takes on this machine, or why it is off, as a line; "" without a cache.
     """
     train, val = list(train_sets), list(val_sets)
     need = cache_need(train, val, workers, num_categories) * distributed.local_size()
-    free = free_memory() if free is None else free
+    free = memory_left() if free is None else free
     if not need:
         return ""
     processes = max(workers, 1) * distributed.local_size()
     each = f" in {processes} processes together" if processes > 1 else ""
-    pictures, size = (
-        f"{sum(len(part) for part in (*train, *val) if part.caches):,} pictures",
-        f"{size_text(need)}{each}",
-    )
+    pictures = f"{sum(len(part) for part in (*train, *val) if part.caches):,} pictures"
+    size = f"{size_text(need)}{each}"
     if free is None or need <= SHARE * free:
         return f"data.cache: {pictures} take {size}"
     for part in (*train, *val):

@@ -11,7 +11,7 @@ import torch
 from ldmseg_fast.config import Config
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.training import cache_memory
-from ldmseg_fast.training.cache_memory import cache_need, fit_caches, free_memory
+from ldmseg_fast.training.cache_memory import cache_need, fit_caches, memory_left
 from ldmseg_fast.training.loop import train
 from tests.training.helpers import losses
 
@@ -62,7 +62,7 @@ def test_a_run_without_room_for_its_pictures_says_so_and_learns_the_same(
     more = ("train.steps=2", "train.log_every=1", "train.validate_every=1000", "data.val_limit=1", "data.cache=true")
     kept = losses(train("autoencoder", settings("kept", *more)))
     assert "data.cache: 25 pictures take" in capsys.readouterr().err
-    monkeypatch.setattr(cache_memory, "free_memory", lambda: 4096)
+    monkeypatch.setattr(cache_memory, "memory_left", lambda: 4096)
     assert losses(train("autoencoder", settings("dropped", *more))) == kept
     assert "warning: data.cache is off: 25 pictures would take" in capsys.readouterr().err
 
@@ -78,29 +78,29 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def test_free_memory_within_limits(tmp_path: Path) -> None:
+def test_memory_left_within_limits(tmp_path: Path) -> None:
     """Of the system, of a container, and of a job's control group or one around it, of both versions."""
-    assert free_memory(tmp_path) is None
+    assert memory_left(tmp_path) is None
     write(tmp_path / "proc/meminfo", "MemTotal:       8000 kB\nMemAvailable:   4000 kB\n")
-    assert free_memory(tmp_path) == 4000 * 1024
+    assert memory_left(tmp_path) == 4000 * 1024
     container = tmp_path / "sys/fs/cgroup"
     write(container / "memory.current", "900000\n")
     write(container / "memory.stat", "anon 100\ninactive_file 150000\nactive_file 50000\n")
     write(container / "memory.max", "max\n")
-    assert free_memory(tmp_path) == 4000 * 1024
+    assert memory_left(tmp_path) == 4000 * 1024
     write(container / "memory.max", "1000000\n")
-    assert free_memory(tmp_path) == 300_000
+    assert memory_left(tmp_path) == 300_000
     write(tmp_path / "proc/self/cgroup", "3:cpu,memory:/slurm/job\n0::/slurm/job_7/step_0\n")
     write(container / "slurm/job_7/memory.max", "500000\n")
     write(container / "slurm/job_7/memory.current", "450000\n")
     write(container / "slurm/job_7/memory.stat", "inactive_file 0\nactive_file 10\n")
-    assert free_memory(tmp_path) == 50_010
+    assert memory_left(tmp_path) == 50_010
     write(container / "memory/slurm/job/memory.limit_in_bytes", "40000\n")
     write(container / "memory/slurm/job/memory.usage_in_bytes", "39000\n")
     write(container / "memory/slurm/job/memory.stat", "total_inactive_file 5\ntotal_active_file 5\n")
-    assert free_memory(tmp_path) == 1010
+    assert memory_left(tmp_path) == 1010
 
 
-def test_free_memory_of_this_machine() -> None:
-    found = free_memory()
+def test_memory_left_of_this_machine() -> None:
+    found = memory_left()
     assert found is None or found > 0
