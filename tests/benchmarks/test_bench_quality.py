@@ -12,7 +12,6 @@ from benchmarks.measuring.training_runs import mean_over_trainings
 from benchmarks.peers.annotators import annotator_roots, mean_over_annotators
 from benchmarks.reporting import photographs_picture, quality_curve, tables
 from benchmarks.reporting.quality_curve import curves, draw_curve, pareto_front
-from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.metrics import classical
 from ldmseg_fast.metrics.classical import Classical
 
@@ -258,15 +257,6 @@ def test_the_picture_of_photographs(model_dir, tmp_path, capsys):
     with Image.open(tmp_path / "photographs.png") as picture:
         assert picture.width > 4 * 300 and picture.height > 2 * 200
     assert photographs_picture.main([]) == 2 and "MODEL FILE" in capsys.readouterr().err
-
-
-def test_the_picture_of_scenes(model_dir, category_model, category_scenes, tmp_path):
-    file = tmp_path / "scenes.png"
-    assert photographs_picture.main([str(category_model), str(file), str(category_scenes)]) == 0
-    with Image.open(file) as picture:
-        assert picture.width > 6 * 224 and picture.height > 3 * 224
-    with pytest.raises(ArgumentError, match="no names to draw"):
-        photographs_picture.main([str(model_dir), str(file), str(category_scenes)])
 
 
 def test_trainings_of_one_recipe_share_a_row():
