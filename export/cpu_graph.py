@@ -2,16 +2,19 @@
 
 ONNX Runtime has no kernel of a group norm there: it computes the definition, some twenty nodes. It multiplies integers
 to floats, but a convolution or a Gemm of integers also returns them, so 1x1 convolutions and Gemms become products.
+Once these are quantised they are fused: each with its bias, those of one input with each other, and attention.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ldmseg_fast.export.graph_values import constant, replace_value, tidy
 
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own nodes
 CHANNELS_LAST, CHANNELS_FIRST, SWAP_LAST = [0, 2, 3, 1], [0, 3, 1, 2], [0, 1, 3, 2]
 
 
@@ -25,6 +28,193 @@ def rewrite_for_cpu(model: Any) -> None:
         elif node.op_type == "Reshape":
             _swap(model.graph, node)
     tidy(model)
+
+
+def fuse_for_cpu(model: Any) -> None:
+    """Fuses what a quantised `onnx_ir.Model` holds of products and attention into nodes of ONNX Runtime's, in place.
+
+    Rows [B, 1, C] that several layers multiply, as those of the time step, are multiplied once. A product takes its
+    bias with it (MatMulIntegerToFloat), attention is one node without transposed copies (MultiHeadAttention), and what
+    is resized to the nearest value is quantised before.
+    """
+    alike: dict[Any, list[_Product]] = {}
+    for product in _products(model.graph):
+        unsqueeze = product.quantise.inputs[0].producer()
+        if unsqueeze is not None and unsqueeze.op_type == "Unsqueeze" and product.bias is not None:
+            values = (value.const_value.numpy().item() for value in product.quantise.inputs[1:])
+            alike.setdefault((unsqueeze.inputs[0], *values), []).append(product)
+    for products in alike.values():
+        if len(products) > 1:
+            _multiply_once(model.graph, products)
+    tidy(model)
+    for product in _products(model.graph):
+        _fuse_product(model.graph, product)
+    for node in list(model.graph):
+        if node.op_type == "Softmax":
+            _fuse_attention(model.graph, node)
+        elif node.op_type == "QuantizeLinear":
+            _resize_bytes(model.graph, node)
+    model.opset_imports[MICROSOFT] = 1
+    tidy(model)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Holds the nodes of a quantised product: of its input, its weight, the product, and its bias where it has one."""
+
+    quantise: Any
+    dequantise: Any
+    node: Any
+    add: Any | None
+
+    @property
+    def bias(self) -> Any | None:
+        return self.add and next(value for value in self.add.inputs if value.const_value is not None)
+
+    @property
+    def result(self) -> Any:
+        return (self.add or self.node).outputs[0]
+
+
+def _products(graph: Any) -> list[_Product]:
+    """Finds the products of a quantised input and a quantised weight."""
+    found = []
+    for node in graph:
+        pairs = [value.producer() for value in node.inputs] if node.op_type == "MatMul" else []
+        if len(pairs) == 2 and all(pair is not None and pair.op_type == "DequantizeLinear" for pair in pairs):
+            quantise, weight = (pair.inputs[0] for pair in pairs)
+            if quantise.producer() is not None and weight.const_value is not None:
+                found.append(_Product(quantise.producer(), pairs[1], node, _bias_of(node)))
+    return found
+
+
+def _bias_of(node: Any) -> Any | None:
+    """Returns the node that adds a constant [C] to a node's result and is alone in reading it."""
+    readers = list(node.outputs[0].consumers())
+    if len(readers) != 1 or readers[0].op_type != "Add":
+        return None
+    ranks = [value.const_value.shape.rank() for value in readers[0].inputs if value.const_value is not None]
+    return readers[0] if ranks == [1] else None
+
+
+def _multiply_once(graph: Any, products: list[_Product]) -> None:
+    """Multiplies an input by the weights of several layers side by side, and cuts up the result."""
+    import onnx_ir as ir
+
+    first = products[0]
+    name = "+".join(product.quantise.name.split("/")[0] for product in products)
+
+    def joined(kind: str, values: list[Any]) -> Any:
+        return constant(graph, f"{name}/{kind}", np.concatenate([value.const_value.numpy() for value in values], -1))
+
+    stored, steps, zeros = (
+        joined(kind, [product.dequantise.inputs[index] for product in products])
+        for index, kind in enumerate(("weight", "weight/step", "weight/zero"))
+    )
+    bias = joined("bias", [product.bias for product in products])
+    sizes = constant(graph, f"{name}/sizes", np.array([product.bias.shape[0] for product in products]))
+    _, step, zero = first.quantise.inputs
+    title = f"{name}/{'/'.join(first.quantise.name.split('/')[1:])}"
+    quantise = ir.node("QuantizeLinear", list(first.quantise.inputs), name=title)
+    back = ir.node("DequantizeLinear", [quantise.outputs[0], step, zero])
+    weight = ir.node("DequantizeLinear", [stored, steps, zeros], attributes={"axis": 1})
+    node = ir.node("MatMul", [back.outputs[0], weight.outputs[0]], name=first.node.name)
+    moved = ir.node("Add", [node.outputs[0], bias])
+    nodes, results, axis = [quantise, back, weight, node, moved], [product.result for product in products], -1
+    for kind in ("Squeeze", "Unsqueeze"):  # to [B, C], and to [B, C, 1, 1]
+        readers = [_only_reader(result, kind) for result in results]
+        if any(reader is None or reader.inputs[1] is not readers[0].inputs[1] for reader in readers):
+            break
+        nodes.append(ir.node(kind, [nodes[-1].outputs[0], readers[0].inputs[1]]))
+        results, axis = [reader.outputs[0] for reader in readers], 1
+    nodes.append(ir.node("Split", [nodes[-1].outputs[0], sizes], attributes={"axis": axis}, num_outputs=len(products)))
+    graph.insert_after(first.quantise, nodes)
+    for result, part in zip(results, nodes[-1].outputs, strict=True):
+        part.type, part.shape = result.type, result.shape
+        replace_value(result, part)
+
+
+def _fuse_product(graph: Any, product: _Product) -> None:
+    """Puts one node in the place of a product, or one for each part where it is only made to be cut up evenly."""
+    readers = list(product.result.consumers())
+    is_cut = len(readers) == 1 and readers[0].op_type == "Split" and len(readers[0].inputs) == 1
+    results = readers[0].outputs if is_cut else [product.result]
+    width = product.dequantise.inputs[0].shape[-1] // len(results)
+    for index, result in enumerate(results):
+        columns = slice(index * width, (index + 1) * width) if is_cut else None
+        fused = _integer_product(graph, product, columns)
+        fused.outputs[0].type, fused.outputs[0].shape = result.type, result.shape
+        graph.insert_before(product.node, [fused])
+        replace_value(result, fused.outputs[0])
+
+
+def _integer_product(graph: Any, product: _Product, columns: slice | None) -> Any:
+    """Makes the node of a product, or of some of its columns."""
+    import onnx_ir as ir
+
+    def cut(value: Any) -> Any:
+        if columns is None:
+            return value
+        name = f"{value.name}/{columns.start}"
+        return constant(graph, name, np.ascontiguousarray(value.const_value.numpy()[..., columns]))
+
+    (x, step, zero), kept = (product.quantise.outputs[0], *product.quantise.inputs[1:]), product.dequantise.inputs
+    stored, steps, zeros, *bias = (cut(value) for value in (*kept, *([product.bias] if product.add else [])))
+    name = f"{product.node.name}/{columns.start}" if columns else product.node.name
+    return ir.node("MatMulIntegerToFloat", [x, stored, step, steps, zero, zeros, *bias], name=name, domain=MICROSOFT)
+
+
+def _fuse_attention(graph: Any, softmax: Any) -> None:
+    """Puts one node in the place of heads that are cut out of [B, N, C], attended, and put together again."""
+    import onnx_ir as ir
+
+    scores, readers = softmax.inputs[0].producer(), list(softmax.outputs[0].consumers())
+    if scores is None or scores.op_type != "MatMul" or [node.op_type for node in readers] != ["MatMul"]:
+        return
+    sources, factor = [], 1.0
+    for value in (*scores.inputs, readers[0].inputs[1]):
+        source, scale = _before_heads(value)
+        sources.append(source)
+        factor *= scale
+    transpose = _only_reader(readers[0].outputs[0], "Transpose")
+    reshape = transpose and _only_reader(transpose.outputs[0], "Reshape")
+    heads = readers[0].outputs[0].shape[1]
+    if reshape is None or None in sources or not isinstance(heads, int):
+        return
+    attributes = {"num_heads": heads, "scale": factor}
+    fused = ir.node("MultiHeadAttention", sources, attributes=attributes, name=softmax.name, domain=MICROSOFT)
+    _put(graph, reshape, [fused])
+
+
+def _resize_bytes(graph: Any, quantise: Any) -> None:
+    """Quantises before a resizing that repeats values too; ONNX Runtime then resizes bytes."""
+    import onnx_ir as ir
+
+    resize = quantise.inputs[0].producer()
+    if resize is None or resize.op_type != "Resize" or resize.attributes["mode"].as_string() != "nearest":
+        return
+    (layers, end, _), scale = quantise.name.split("/"), quantise.inputs[1:]
+    before = ir.node("QuantizeLinear", [resize.inputs[0], *scale], name=f"{layers}/{end}/{resize.name}")
+    back = ir.node("DequantizeLinear", [before.outputs[0], *scale])
+    graph.insert_before(resize, [before, back])
+    resize.replace_input_with(0, back.outputs[0])
+
+
+def _before_heads(value: Any) -> tuple[Any | None, float]:
+    """Returns what was cut into heads [B, h, N, d], or [B, h, d, N], and by how much it was scaled since."""
+    factor = 1.0
+    while (node := value.producer()) is not None and node.op_type in ("Mul", "Transpose"):
+        value = node.inputs[0]
+        if node.op_type == "Mul":
+            if node.inputs[1].const_value is None or node.inputs[1].const_value.size != 1:
+                return None, 1.0
+            factor *= node.inputs[1].const_value.numpy().item()
+    return (node.inputs[0], factor) if node is not None and node.op_type == "Reshape" else (None, 1.0)
+
+
+def _only_reader(value: Any, kind: str) -> Any | None:
+    readers = list(value.consumers())
+    return readers[0] if len(readers) == 1 and readers[0].op_type == kind else None
 
 
 def _instance_norm(graph: Any, norm: Any) -> None:

@@ -40,6 +40,7 @@ def flow_scales(path: Path) -> dict[str, Scale]:
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
+    _unfuse(graph, onnx)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     back = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     found = {}
@@ -54,10 +55,32 @@ def flow_scales(path: Path) -> dict[str, Scale]:
     return found
 
 
+def _unfuse(graph: Any, onnx: Any) -> None:
+    """Puts pairs, product and bias in the place of ONNX Runtime's MatMulIntegerToFloat, see `cpu_graph`."""
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "MatMulIntegerToFloat":
+            nodes.append(node)
+            continue
+        (x, weight, step, steps, zero, zeros), bias = node.input[:6], node.input[6:]
+        floats, stored, result = (f"{node.output[0]}/{kind}" for kind in ("input", "weight", "product"))
+        make = onnx.helper.make_node
+        nodes += [
+            make("DequantizeLinear", [x, step, zero], [floats]),
+            make("DequantizeLinear", [weight, steps, zeros], [stored], axis=1),
+            make("MatMul", [floats, stored], [result if bias else node.output[0]], name=node.name),
+        ]
+        if bias:
+            nodes.append(make("Add", [result, *bias], [node.output[0]]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def _twin(folder: Path, graph: GraphFile, out: Path) -> GraphFile:
     import onnx
 
     model = onnx.load(str(folder / graph.file), load_external_data=False)
+    _unfuse(model.graph, onnx)
     with (out / (graph.weights or f"{graph.file}.data")).open("wb") as file:
         for tensor in model.graph.initializer:
             _write_float(tensor, folder, file, onnx)

@@ -31,7 +31,7 @@ from ldmseg_fast.config.limits import OPTION_RANGES
 from ldmseg_fast.config.precision import DTYPES
 from ldmseg_fast.errors import BackendError, UserError
 from ldmseg_fast.export.calibration import LayerScales
-from ldmseg_fast.export.cpu_graph import rewrite_for_cpu
+from ldmseg_fast.export.cpu_graph import fuse_for_cpu, rewrite_for_cpu
 from ldmseg_fast.export.graph_export import OPSETS, export_graph
 from ldmseg_fast.export.memory import free_memory
 from ldmseg_fast.export.networks import load_networks, network_of, with_lora
@@ -305,8 +305,8 @@ def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings:
         module = build_graph(spec, info, loaded, options.head)
         edits = []
         if scales and needed == "unet":
-            edits += [rewrite_for_cpu] if options.dtype == "float32" else []
-            edits += [_quantiser(module, loaded["unet"], scales, settings.precision)]
+            quantise = _quantiser(module, loaded["unet"], scales, settings.precision)
+            edits = [rewrite_for_cpu, quantise, fuse_for_cpu] if options.dtype == "float32" else [quantise]
         files[name] = export_graph(spec, module, info, folder, opset, metadata | {"opset": str(opset)}, edits)
     manifest = Manifest(
         model_hash=digest,

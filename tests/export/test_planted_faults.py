@@ -96,7 +96,10 @@ def a_residual_is_subtracted(model):
 
 
 def a_softmax_takes_the_other_axis(model):
-    node = next(node for node in model.graph.node if node.op_type == "Softmax")
+    node = next(node for node in model.graph.node if node.op_type in ("Softmax", "MultiHeadAttention"))
+    if node.op_type == "MultiHeadAttention":  # keys in the place of queries transpose the scores
+        node.input[0], node.input[1] = node.input[1], node.input[0]
+        return
     del node.attribute[:]
     node.attribute.append(onnx.helper.make_attribute("axis", -2))
 
@@ -130,7 +133,7 @@ def a_result_is_quantised_as_another(model):
     first, second = [n for n in model.graph.node if n.op_type == "QuantizeLinear"][1:3]
     (back,) = [n for n in model.graph.node if n.input and n.input[0] == first.output[0]]
     for node in (first, back):
-        node.input[1] = second.input[1]
+        node.input[2 if node.op_type == "MatMulIntegerToFloat" else 1] = second.input[1]
 
 
 FAULTS = [

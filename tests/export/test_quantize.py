@@ -102,10 +102,14 @@ def test_the_cpu_multiplies_integers_in_every_layer(wide, denoiser, tmp_path):
     found = Counter(node.op_type for node in nodes(tmp_path / "optimised.onnx"))
     scales = flow_scales(denoiser("int8 for a CPU"))
     convolutions = sum(name.endswith("/outputs") for name in scales)
-    fused = sum(name.endswith(".to_k/inputs") for name in scales)
+    attentions = sum(name.endswith(".to_k/inputs") for name in scales)
+    of_time, gated = (sum(name.endswith(f".{part}/inputs") for name in scales) for part in ("time_emb_proj", "proj"))
     assert not any(name.endswith("/softmax") for name in scales)
     assert found["QLinearConv"] == convolutions
-    assert found["MatMulIntegerToFloat"] == len(scales) - 2 * convolutions - 2 * fused
+    # one product makes all projections of the time; a gate and what it gates are two
+    assert found["MatMulIntegerToFloat"] == len(scales) - 2 * convolutions - (of_time - 1) + gated
+    assert found["MultiHeadAttention"] == attentions and not found["Softmax"]
+    assert found["Split"] == 1 + 1  # the projections of the time, and the step's coefficients
     assert found["Conv"] == 2  # the first and the last
     assert all(scale.unsigned for scale in scales.values())
 
@@ -114,7 +118,8 @@ def test_sums_of_two_products_fit_sixteen_bits(wide, denoiser):
     """Without VNNI a CPU adds them so: unsigned weights, which it adds in 32 bits, give the same."""
     path = denoiser("int8 for a CPU")
     model = onnx.load(path)
-    zeros = {node.input[2] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    place = {"DequantizeLinear": 2, "MatMulIntegerToFloat": 5}
+    zeros = {node.input[place[node.op_type]] for node in model.graph.node if node.op_type in place}
     stored = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.name not in zeros]
     assert stored and {int(abs(onnx.numpy_helper.to_array(t).astype(int)).max()) for t in stored} == {64}
     info = read_model_info(wide)
@@ -141,6 +146,30 @@ def test_a_graph_for_the_cpu_computes_the_same_at_any_size(model_dir, tmp_path):
         inputs = sample_inputs(spec, info, {"batch": batch, "latent_height": height, "latent_width": width})
         found = session.run(["model_output"], {name: value.numpy() for name, value in inputs.items()})[0]
         torch.testing.assert_close(torch.from_numpy(found), module(**inputs)[0], rtol=0, atol=1e-4)
+
+
+def test_fused_nodes_compute_what_pairs_do(model_dir, scenes, tmp_path, monkeypatch):
+    info = read_model_info(model_dir)
+    settings = ExportSettings("int8", size="dynamic", calibration=str(scenes), sampler_steps="2")
+    options = resolve_options(info, settings)
+    specs = {name: spec for name, spec in graph_specs(info, options).items() if "denoiser" in name or "sampler" in name}
+    monkeypatch.setattr(model_export, "graph_specs", lambda *_: specs)
+    folders = {}
+    for kind in ("fused", "pairs"):
+        folders[kind] = tmp_path / kind
+        folders[kind].mkdir()
+        write_graphs(info, folders[kind], options, settings)
+        monkeypatch.setattr(model_export, "fuse_for_cpu", lambda model: None)
+    for name, spec in specs.items():
+        paths = [folder / f"{name}.onnx" for folder in folders.values()]
+        assert flow_scales(paths[0]) == flow_scales(paths[1])
+        assert len(nodes(paths[0])) < 0.8 * len(nodes(paths[1]))
+        sessions = [onnxruntime.InferenceSession(str(path)) for path in paths]
+        for batch, height, width in ((1, 16, 16), (3, 8, 12)):
+            inputs = sample_inputs(spec, info, {"batch": batch, "latent_height": height, "latent_width": width})
+            arrays = {key: value.numpy() for key, value in inputs.items()}
+            fused, pairs = (torch.from_numpy(session.run(None, arrays)[0]) for session in sessions)
+            assert relative_error(fused, pairs) < 0.02  # attention rounds otherwise, and with it what is quantised next
 
 
 @pytest.mark.parametrize(
