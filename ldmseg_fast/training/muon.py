@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ldmseg_fast import distributed
 from ldmseg_fast.config.precision import has_units
 
 MOMENTUM = 0.95
@@ -53,35 +55,66 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return (x.T if is_tall else x).float()
 
 
+def orthogonalize_shared(matrices: list[Tensor]) -> list[Tensor]:
+    """Applies `orthogonalize` to float matrices [R, C], at most as many as there are ranks: rank i to matrix i.
+
+    Every rank has all matrices and gets all results, float32 [R, C].
+    """
+    if distributed.world_size() == 1:
+        return [orthogonalize(matrix) for matrix in matrices]
+    first = matrices[0]
+    half = has_units(first.device.type, torch.bfloat16)  # then the iterations have rounded to it
+    own = first.new_zeros(max(matrix.numel() for matrix in matrices), dtype=torch.bfloat16 if half else torch.float32)
+    if (rank := distributed.rank()) < len(matrices):
+        own[: matrices[rank].numel()] = orthogonalize(matrices[rank]).flatten()
+    everyone = [torch.empty_like(own) for _ in range(distributed.world_size())]
+    dist.all_gather(everyone, own)
+    return [found[: matrix.numel()].view(matrix.shape).float() for matrix, found in zip(matrices, everyone)]
+
+
 class Muon(torch.optim.AdamW):
     """Steps the weights of groups with `"orthogonal": True` by Muon, and all others by AdamW.
 
     The momentum lies where AdamW has its first moment; the second stays zero. `grad_scale` and `found_inf` mean what
-    they mean to fused AdamW. Matrices must be whole: no ZeRO stage above 0.
+    they mean to fused AdamW. Matrices must be whole: no ZeRO stage above 0. All ranks have the same gradients, so each
+    turns its share of the matrices and gets the others from their ranks.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """See `torch.optim.AdamW.step`; gradients of orthogonal groups are gone after it."""
-        for group in self.param_groups:
-            for parameter in group["params"] if group["orthogonal"] else ():
-                if parameter.grad is not None:
-                    self._step_matrix(parameter, parameter.grad, group["lr"], group["weight_decay"])
-                    parameter.grad = None
+        matrices = [
+            (parameter, group)
+            for group in self.param_groups
+            for parameter in (group["params"] if group["orthogonal"] else ())
+            if parameter.grad is not None
+        ]
+        matrices.sort(key=lambda found: -found[0].numel())  # those that the ranks turn at a time are alike
+        ranks = distributed.world_size()
+        for start in range(0, len(matrices), ranks):
+            self._step_matrices(matrices[start : start + ranks])
         return super().step(closure)
 
-    def _step_matrix(self, parameter: Tensor, gradient: Tensor, rate: float, decay: float) -> None:
-        state = self.state[parameter]
-        gradient, taken = gradient.float(), 1.0
+    def _step_matrices(self, matrices: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Steps as many matrices as there are ranks; each rank turns one."""
+        taken = 1.0 if (skipped := getattr(self, "found_inf", None)) is None else 1.0 - skipped
+        aheads = [self._look_ahead(parameter, taken) for parameter, _ in matrices]
+        for (parameter, group), ahead, turned in zip(matrices, aheads, orthogonalize_shared(aheads)):
+            size = ADAM_SIZE * math.sqrt(max(ahead.shape))
+            update = turned.view(parameter.shape) * size + parameter * group["weight_decay"]
+            parameter.sub_(update * (group["lr"] * taken))
+            parameter.grad = None
+
+    def _look_ahead(self, parameter: Tensor, taken: Tensor | float) -> Tensor:
+        """Moves a matrix's momentum, and returns Nesterov's, float32 [R, C]."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        gradient = gradient.float()
         if (scale := getattr(self, "grad_scale", None)) is not None:
             gradient = gradient / scale
-        if (skipped := getattr(self, "found_inf", None)) is not None:
-            taken = 1.0 - skipped
-            gradient = torch.where(skipped > 0, 0.0, gradient)
+        if isinstance(taken, Tensor):
+            gradient = torch.where(taken > 0, gradient, 0.0)
         momentum = state["exp_avg"]
         momentum.add_((gradient - momentum) * ((1 - MOMENTUM) * taken))
-        ahead = gradient.lerp(momentum, MOMENTUM).flatten(1)
-        size = ADAM_SIZE * math.sqrt(max(ahead.shape))
-        update = orthogonalize(ahead).view(parameter.shape) * size + parameter * decay
-        parameter.sub_(update * (rate * taken))
         state["step"] += taken
+        return gradient.lerp(momentum, MOMENTUM).flatten(1)

@@ -156,9 +156,11 @@ def test_the_noise_scale_is_that_of_the_ranks_gradients(out: Path) -> None:
 
 
 def test_muon_turns_every_matrix_or_says_why_it_cannot(out: Path) -> None:
-    """DeepSpeed has passed such optimizers by without a word."""
-    for turned, hidden in json.loads((out / "muon-0.json").read_text()):
-        assert turned == hidden > 10
+    """DeepSpeed has passed such optimizers by without a word. Ranks share the work, and the weights are the same."""
+    ranks = json.loads((out / "muon-0.json").read_text())
+    turned, hidden = [each[0] for each in ranks], ranks[0][1]
+    assert sum(turned) == hidden > 10 and max(turned) - min(turned) <= 1
+    assert len({weights for each in ranks for weights in each[2:]}) == 1
     for zero in (1, 2, 3):
         for message in json.loads((out / f"muon-{zero}.json").read_text()):
             assert message.startswith(f"train.optimizer=muon: train.zero_stage={zero} cuts the matrices")

@@ -71,19 +71,28 @@ class Scenarios:
         train("diffusion", self.settings(f"accumulation-{zero}", *settings))
 
     def muon(self, zero: str) -> None:
-        """Counts the matrices that a step turns, or keeps the reason why it turns none."""
+        """Counts the matrices that a rank turns in a step, or keeps the reason why it turns none."""
         config = self.settings(f"muon-{zero}", f"train.zero_stage={zero}", "train.optimizer=muon", "train.steps=3")
-        found: Any = []
-        try:
+        turned: list[int] = []
+        orthogonalize = muon.orthogonalize
+
+        def weights_after_a_step() -> tuple[str, int]:
             run = Run("diffusion", config, Interrupt())
+            run.take_step()
+            weights = b"".join(parameter.detach().numpy().tobytes() for parameter in run.stage.parameters())
+            hidden = len(list(muon.hidden_matrices(run.stage)))
+            run.close()
+            return hashlib.sha256(weights).hexdigest(), hidden
+
+        found: Any
+        try:
+            with patch.object(muon, "orthogonalize", lambda matrix: turned.append(0) or orthogonalize(matrix)):
+                shared, hidden = weights_after_a_step()
         except ConfigError as error:
             found = str(error)
         else:
-            orthogonalize = muon.orthogonalize
-            with patch.object(muon, "orthogonalize", lambda matrix: found.append(0) or orthogonalize(matrix)):
-                run.take_step()
-            found = [len(found), len(list(muon.hidden_matrices(run.stage)))]
-            run.close()
+            with patch.object(muon, "orthogonalize_shared", lambda matrices: list(map(orthogonalize, matrices))):
+                found = [len(turned), hidden, shared, weights_after_a_step()[0]]
         results = distributed.gather_objects(found)
         if distributed.is_main():
             (self.out / f"muon-{zero}.json").write_text(json.dumps(results))
