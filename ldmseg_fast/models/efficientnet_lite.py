@@ -82,9 +82,18 @@ class ConvNorm(nn.Module):
         if self.norm is None:
             x = self.conv(x)
         else:
-            weight, bias = self.norm.fold(self.conv.weight)
-            x = F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding, groups=self.conv.groups)
+            x = self._convolve(x, *self.norm.fold(self.conv.weight))
         return F.relu6(x) if self.activates else x
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        conv = self.conv
+        trained = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+        if conv.groups == 1 or not trained or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
+        # a CPU takes several times as long for a depthwise convolution's gradients in bfloat16
+        with torch.autocast("cpu", enabled=False):
+            wide = (each.float() for each in (x, weight, bias))
+            return F.conv2d(*wide, conv.stride, conv.padding, groups=conv.groups).to(x.dtype)
 
     @torch.no_grad()
     def fold_norm(self) -> None:

@@ -57,6 +57,21 @@ def test_float32_is_near_float64():
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_a_cpu_trains_depthwise_convolutions_in_float32(monkeypatch):
+    """Their gradients in bfloat16 take several times as long; what is not trained stays in bfloat16."""
+    layer, seen, convolve = ConvNorm(16, 16, 5, groups=16), [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda x, *args, **options: seen.append(x.dtype) or convolve(x, *args, **options))
+    x = torch.randn(2, 16, 8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = layer(x)
+        with torch.no_grad():
+            plain = layer(x)
+    assert seen == [torch.float32, torch.bfloat16] and trained.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(trained, plain, rtol=2e-2, atol=2e-2)
+    trained.float().sum().backward()
+    assert layer.conv.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("variant", "channels", "parameters"),
     [
