@@ -201,7 +201,13 @@ def _with_fitting_channels(config: Config, given: Iterable[str]) -> Config:
     if config.unet.separate_conv_in or config.unet.separate_image_encoder:
         fitting["image_channels"] = image
     values = {name: channels for name, channels in fitting.items() if name not in given}
-    return update(config, {"unet": values})
+    try:
+        return update(config, {"unet": values})
+    except ConfigError as error:
+        raise ConfigError(
+            f"mask_vae.latent_channels={mask}, image_encoder.latent_channels={image}: the UNet has no room for so many "
+            f"({error}); choose fewer"
+        ) from None
 
 
 def _recorded(begun: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:

@@ -146,6 +146,8 @@ def test_the_unet_has_the_channels_of_the_latents(tmp_path):
     assert (unet.in_channels, unet.out_channels) == (12, 4)
     assert load_config("tiny", ["unet.separate_conv_in=true"]).unet.image_channels == 32
     file = tmp_path / "run.yaml"
+    with pytest.raises(ConfigError, match=r"^mask_vae\.latent_channels=9999.* no room for so many"):
+        load_config("tiny", ["mask_vae.latent_channels=9999"])
     file.write_text("mask_vae:\n  latent_channels: 8\n")
     assert load_config(str(file)).unet.out_channels == 8
     file.write_text("mask_vae:\n  latent_channels: 8\nunet:\n  out_channels: 4\n")
