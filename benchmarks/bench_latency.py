@@ -6,13 +6,13 @@ python benchmarks/bench_latency.py [--preset tiny|coco|coco-fast | --model MODEL
 
 Every backend's latents and maps are compared with the baseline's first. One that disagrees, or cannot run here, is a
 red row with its reason, and is not timed. `whole image` is from the array to map and segments, `file to file` adds
-reading the picture and writing PNG and JSON. Engines of several precisions stand in one table, each named by its
-runtime and precision; a batch that they take in parts, or filled up, is warned of and says so in its row. `eomt` times
-EoMT-S with random weights, forward alone and from array to map. Several pictures at once take 10 steps, or the fewest
-of `--steps` where 10 is none of them. `openvino` times one step of our graphs, in float32 and int8, in OpenVINO and in
-ONNX Runtime beside eager PyTorch. `first` times the first picture of a process on a CPU, of the first of `--sizes`,
-from loading the model on, compiled with and without packages that an earlier process kept. Exit code 1 where a row is
-red.
+reading the picture and writing PNG and JSON. Freed memory stays with the process, as `ldmseg` has it. Engines of
+several precisions stand in one table, each named by its runtime and precision; a batch that they take in parts, or
+filled up, is warned of and says so in its row. `eomt` times EoMT-S with random weights, forward alone and from array to
+map. Several pictures at once take 10 steps, or the fewest of `--steps` where 10 is none of them. `openvino` times one
+step of our graphs, in float32 and int8, in OpenVINO and in ONNX Runtime beside eager PyTorch. `first` times the first
+picture of a process on a CPU, of the first of `--sizes`, from loading the model on, compiled with and without packages
+that an earlier process kept. Exit code 1 where a row is red.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from benchmarks.peers.candidates import OurPipeline, engine_candidates, our_cand
 from benchmarks.peers.eomt import Eomt
 from benchmarks.peers.openvino_step import openvino_step
 from benchmarks.random_model import find_model
+from ldmseg_fast.allocator import keep_freed_memory
 from ldmseg_fast.backends.graphs.modules import DenoiserGraph
 from ldmseg_fast.backends.graphs.specs import sample_inputs
 from ldmseg_fast.backends.model_info import ModelInfo, read_model_info
@@ -390,6 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     args.batch = args.batch or ([1] if args.quick else [1, 4, 16, 32])
     args.sizes = args.sizes or (["480x640"] if args.quick else ["480x640", "64x64"])
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
         run = benchmark(args, Path(scratch))
     run.save(args.out)

@@ -40,6 +40,7 @@ from benchmarks.measuring.options import parse_options, sides
 from benchmarks.measuring.processes import measure_processes
 from benchmarks.peers.candidates import OurPipeline, our_candidates, plain_candidates
 from benchmarks.random_model import find_model
+from ldmseg_fast.allocator import keep_freed_memory
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.config.precision import has_units
 from ldmseg_fast.data.scenes import generate_scene
@@ -262,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick and not args.variants:
         args.variants = list(DEFAULT_VARIANTS[args.device][:1])
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch:
         (benchmark_processes if args.processes else benchmark)(args, Path(scratch)).save(args.out)
     return 0

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ldmseg_fast import __version__
+from ldmseg_fast.allocator import keep_freed_memory
 from ldmseg_fast.errors import ArgumentError, printable
 from ldmseg_fast.imports import why_no_torch
 from ldmseg_fast.stopping import terminable, why_stopped
@@ -41,6 +42,7 @@ COMMANDS = {
     "doctor": ("ldmseg_fast.commands.doctor", "tell what this machine can run, and what would make it faster"),
     "completion": ("ldmseg_fast.commands.completion", "print a script that completes commands in bash, zsh or fish"),
 }
+NETWORKS = ("predict", "inpaint", "app", "evaluate")  # what they run leaves much memory, and takes it again
 GROUPS = {"data": "import, export, check, generate, merge or encode data sets"}
 # the headings of `ldmseg --help`; a command that none lists stands below the last
 SECTIONS = {
@@ -154,6 +156,8 @@ def _run(argv: list[str] | None) -> int:
 
     _check_given(sys.argv[1:] if argv is None else argv)
     check_ranges(args)
+    if args.command in NETWORKS:
+        keep_freed_memory()
     code = args.run(args)
     sys.stdout.flush()
     return code

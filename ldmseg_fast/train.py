@@ -85,8 +85,10 @@ def run(argv: list[str] | None) -> None:
     for key, value in (("data.root", config.data.root), ("output_dir", config.output_dir)):
         if not value:
             raise ConfigError(f"{key} is missing; write {key}=FOLDER")
+    from ldmseg_fast.allocator import keep_freed_memory
     from ldmseg_fast.training.loop import train
 
+    keep_freed_memory()
     folder = train(args.stage, config, args.resume, user_config, args.trust, notes=recipe)
     if distributed.is_main():
         print(f"model folder: {folder}")

@@ -30,7 +30,7 @@ LAYERS = (
     ("temporary",),
     ("locks",),
     ("stopping",),
-    ("errors", "imports", "native", "threads", "streams"),
+    ("errors", "imports", "native", "threads", "allocator", "streams"),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 # imports inside a function that point upwards on purpose: a name on first use, what an export checks itself with, and
