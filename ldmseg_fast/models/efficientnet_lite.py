@@ -92,8 +92,8 @@ class ConvNorm(nn.Module):
             return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
         # a CPU takes several times as long for a depthwise convolution's gradients in bfloat16
         with torch.autocast("cpu", enabled=False):
-            wide = (each.float() for each in (x, weight, bias))
-            return F.conv2d(*wide, conv.stride, conv.padding, groups=conv.groups).to(x.dtype)
+            wide, kernel, shift = x.float(), weight.float(), bias.float()
+            return F.conv2d(wide, kernel, shift, conv.stride, conv.padding, groups=conv.groups).to(x.dtype)
 
     @torch.no_grad()
     def fold_norm(self) -> None:
