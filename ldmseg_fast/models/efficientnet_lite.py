@@ -83,7 +83,7 @@ class ConvNorm(nn.Module):
             x = self.conv(x)
         else:
             x = self._convolve(x, *self.norm.fold(self.conv.weight))
-        return F.relu6(x) if self.activates else x
+        return F.relu6(x, inplace=not x.requires_grad) if self.activates else x
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         conv = self.conv
