@@ -10,7 +10,7 @@ from torch import Tensor
 # the folders of `kernels/`; a new kernel is entered here and nowhere else
 KERNELS = (
     *("mask_bits", "attention", "panoptic_head", "group_norm_silu", "added_layer_norm", "geglu"),
-    *("linear", "ddim_step", "point_loss"),
+    *("linear", "convolution", "ddim_step", "point_loss"),
 )
 BACKENDS = ("auto", "torch")
 LEAST_CAPABILITY = (8, 0)  # of the GPUs that launch configurations are for
