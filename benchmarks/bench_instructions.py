@@ -28,22 +28,22 @@ from ldmseg_fast.kernels.aot import Build
 from ldmseg_fast.kernels.backend import KERNELS
 
 COUNTS = ("registers", "spill_bytes", "wgmma", "mma", "waits", "exponentials", "loop")
-# a constant, and the kernel and function that have it; off in every shipped configuration
+# a constant, and the kernels, each with its function, that have it; off in every shipped configuration
 SWITCHES = {
-    "PADDED=1": ("attention", "attention_forward_kernel"),
-    "DELAYED=1": ("attention", "attention_forward_kernel"),
-    "QUARTERS=1": ("attention", "attention_forward_kernel"),
-    "SPLITS=4": ("linear", "linear_kernel"),
+    "PADDED=1": {"attention": "attention_forward_kernel"},
+    "DELAYED=1": {"attention": "attention_forward_kernel"},
+    "QUARTERS=1": {"attention": "attention_forward_kernel"},
+    "SPLITS=4": {"linear": "linear_kernel", "convolution": "convolution_kernel"},
 }
 
 
 def add_rows(run: Run, builds: list[dict[str, Any]], switch: str = "") -> None:
     """Adds a row for each build, as `kernels.aot --json` writes them; red where it is unfit to ship.
 
-    With a switch that of the function that has it.
+    With a switch those of the functions that have it.
     """
     for each in builds:
-        if switch and each["function"] != SWITCHES[switch][1]:
+        if switch and each["function"] not in SWITCHES[switch].values():
             continue
         per_element = round(each.pop("per_element"), 1)
         made = Build(**each)
@@ -57,8 +57,10 @@ def add_rows(run: Run, builds: list[dict[str, Any]], switch: str = "") -> None:
 
 
 def compile_kernels(args: argparse.Namespace, switch: str) -> list[dict[str, Any]]:
-    """Runs `kernels.aot` at headline cases, with a switch for its kernel only, and returns its builds."""
-    only = [SWITCHES[switch][0]] if switch else args.only
+    """Runs `kernels.aot` at headline cases, with a switch for its kernels only, and returns its builds."""
+    only = args.only
+    if switch:
+        only = [kernel for kernel in SWITCHES[switch] if only is None or kernel in only]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "builds.json"
         command = [sys.executable, "-m", "ldmseg_fast.kernels.aot", "--headline", "--sass", "--json", path]
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parse_options(parser, argv)
     run = Run("instructions", quick=args.only is not None, folder=args.out)
-    for switch in ("", *(name for name, (kernel, _) in SWITCHES.items() if args.only is None or kernel in args.only)):
+    for switch in ("", *(name for name, have in SWITCHES.items() if args.only is None or have.keys() & set(args.only))):
         add_rows(run, compile_kernels(args, switch), switch)
     run.save(args.out)
     return int(bool(run.red))

@@ -66,14 +66,10 @@ def convolution(
     require_no_gradient(scale=scale, weight_scale=weight_scale)
     made = x.dtype if dtype is None else dtype
     args = (x, weight, bias, added, residual, scale, weight_scale, stride, upsample, num_groups, made)
-    if runs_reference("convolution", x) or not _fits_the_kernel(x, made):
+    if runs_reference("convolution", x) or made not in HALVES or x.dtype not in (*HALVES, E4M3):
         check(*args)
         return reference.convolution(*args)
     return convolution_op(*args)
-
-
-def _fits_the_kernel(x: Tensor, dtype: torch.dtype) -> bool:
-    return dtype in HALVES and (x.dtype in HALVES or (x.dtype == E4M3 and not why_not_fp8(x.device, dtype)))
 
 
 def check(
@@ -144,6 +140,10 @@ def convolution_op(
     """
     args = (x, weight, bias, added, residual, scale, weight_scale, stride, upsample, num_groups, dtype)
     check(*args)
+    return _run_reference(*args)
+
+
+def _run_reference(*args: Any) -> tuple[Tensor, Tensor]:
     out, made = reference.convolution(*args)
     return in_format(out, torch.channels_last), made
 
@@ -153,7 +153,8 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     from ldmseg_fast.kernels.convolution import host  # Triton is imported on CUDA only
 
     check(*args)
-    return host.convolution(*args)
+    is_fp8 = args[0].dtype == E4M3
+    return _run_reference(*args) if is_fp8 and why_not_fp8(args[0].device, args[-1]) else host.convolution(*args)
 
 
 @convolution_op.register_fake
