@@ -2,10 +2,12 @@
 
 Each output channel of a weight has a scale of its own, each picture's input one that its largest value sets
 (Micikevicius et al. 2022, arXiv 2209.05433, section 4), so a picture's result does not depend on the others in its
-batch. A 3x3 convolution is a product over the windows of its input, which are copied in one byte a value.
+batch.
 
-GPUs of sm_89 and newer have such products (`torch._scaled_mm`). Elsewhere the same numbers are multiplied in float32,
-which shows what the precision costs in quality and is slow.
+GPUs of sm_89 and newer have such products: `torch._scaled_mm`, and `kernels.convolution` for 3x3 cells. Another
+convolution, and a 3x3 one without that kernel, is a product over the windows of its input, which are copied in one byte
+a value. Elsewhere the same numbers are multiplied in float32, which shows what the precision costs in quality and is
+slow.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmseg_fast.kernels.attention import why_not_fp8
+from ldmseg_fast.kernels.backend import runs_reference
+from ldmseg_fast.kernels.convolution import convolution
 from ldmseg_fast.models.layers import Attention
 from ldmseg_fast.models.unet import UNet
 
@@ -99,6 +103,7 @@ class FP8Conv2d(nn.Module):
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
         self.kernel, self.stride, self.padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
+        self.is_ours = (self.kernel, self.padding) == (3, 1) and self.stride in (1, 2)  # of `kernels.convolution`
         codes, scale = quantise(layer.weight.detach().permute(0, 2, 3, 1).reshape(layer.out_channels, -1))
         self.emulated = bool(why_not_fp8_products(codes.device))
         self.register_buffer("weight", codes)
@@ -108,6 +113,12 @@ class FP8Conv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps float [B, C_in, h, w] to [B, C_out, h', w'] of the same dtype, channels_last."""
         codes, scale = quantise(x)
+        if self.is_ours and not self.emulated and not runs_reference("convolution", x):
+            cells = self.weight.view(-1, 3, 3, x.shape[1]).permute(0, 3, 1, 2)  # channels_last [C_out, C_in, 3, 3]
+            dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+            scales = scale, self.scale
+            out, _ = convolution(codes, cells, self.bias, scales=scales, stride=self.stride, dtype=dtype)
+            return out.to(x.dtype)
         places = codes.view(torch.uint8).permute(0, 2, 3, 1).contiguous()  # [B, h, w, C_in]; a byte 0 is the number 0
         if self.padding:
             places = F.pad(places, (0, 0, *[self.padding] * 4))

@@ -46,6 +46,23 @@ def test_a_convolution_is_one_of_rounded_numbers(kernel, stride, padding, bias):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_kernel_of_a_gpu_computes_what_is_emulated(dtype, stride, bias, monkeypatch):
+    """Its reference stands in for it; without the kernel windows are multiplied as before."""
+    layer, x = FP8Conv2d(nn.Conv2d(16, 32, 3, stride, 1, bias=bias)), torch.randn(3, 16, 9, 12).to(dtype)
+    emulated = layer(x)
+    layer.emulated = False
+    calls = []
+    monkeypatch.setattr(fp8_layers, "runs_reference", lambda *_: False)
+    kernel = fp8_layers.convolution
+    monkeypatch.setattr(fp8_layers, "convolution", lambda *args, **what: calls.append(1) or kernel(*args, **what))
+    found = layer(x.contiguous(memory_format=torch.channels_last))
+    assert calls and found.dtype == dtype
+    torch.testing.assert_close(found, emulated, rtol=2**-7, atol=2**-7)
+
+
 def test_many_windows_go_one_picture_after_the_other(monkeypatch):
     layer, x = FP8Conv2d(nn.Conv2d(16, 16, 3, padding=1)), torch.randn(3, 16, 8, 8)
     expected = layer(x)
