@@ -100,9 +100,9 @@ class LDMSegPipeline:
             cuda_graph: run the sampling loop as one CUDA graph. None: on a GPU, but not with onnxruntime. A loop that
                 cannot be captured runs without, with a warning.
             fused: of the torch backend: run the UNet with few launches, for a GPU. The results are the same within
-                rounding. "epilogues" takes still fewer: our own kernels multiply, and what makes features also makes
-                the moments of their normalisation. No GPU has timed either yet, so it is off by default. A network
-                without such a form runs as it is, with a warning.
+                rounding. "epilogues" takes still fewer: our own kernels multiply and convolve, and what makes features
+                also makes the moments of their normalisation. No GPU has timed either yet, so it is off by default. A
+                network without such a form runs as it is, with a warning.
             precision: of the torch backends, in the place of `dtype`: "fp32", "tf32" (float32 whose products a GPU
                 rounds to TF32 in our calls; with "fp32" it does what the process says), "bf16", "fp16", or "fp8", with
                 which the UNet multiplies e4m3 numbers on GPUs of sm_89 and newer. Elsewhere these are left out, with a

@@ -121,7 +121,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         dest="fused",
         action="store_const",
         const="epilogues",
-        help="of torch: in still fewer, by products of our own",
+        help="of torch: in still fewer, by products and convolutions of our own",
     )
     parser.add_argument(
         "--profile",

@@ -1,8 +1,9 @@
-"""The UNet of few launches in which what makes features also makes their moments, so that few norms read them twice.
+"""The UNet of few launches in which what makes features also makes their moments, so that no norm reads them twice.
 
 A transformer's layers are `kernels.linear`: each normalises the rows that it reads, and adds bias and residual to the
-tile that it holds. Sums and joined features leave their moments as they are stored. So little is left pending: the
-biases of 3x3 convolutions, up to the next sum, join or norm. What it computes is diffusers' `UNet2DConditionModel`.
+tile that it holds. Its 3x3 convolutions are `kernels.convolution`: each adds bias, time and residual, and reads a map
+that is to be doubled where it lies. Joined features leave their moments as they are stored. So nothing is left pending.
+What it computes is diffusers' `UNet2DConditionModel`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ldmseg_fast.kernels.convolution import convolution
 from ldmseg_fast.kernels.group_norm_silu.moments import gather_moments, normalise
 from ldmseg_fast.kernels.linear import linear
 from ldmseg_fast.models.attention import attention
 from ldmseg_fast.models.fused_unet import FusedResnet, FusedTransformer, FusedUNet, Pending
 from ldmseg_fast.models.layers import ResnetBlock, SpatialTransformer
-from ldmseg_fast.models.unet import UNet
 
 
 class Features(NamedTuple):
@@ -29,27 +29,34 @@ class Features(NamedTuple):
 
 
 class EpilogueResnet(FusedResnet):
-    """Runs a `ResnetBlock` whose input lacks `pending`; its output lacks nothing."""
+    """Runs a `ResnetBlock`; nothing of its input or output is pending."""
 
     def __init__(self, block: ResnetBlock, pending: Pending) -> None:
-        super().__init__(block, pending)
-        self.bias, self.pending = self.pending, None
+        assert pending is None
+        super().__init__(block, None)
+        self.bias, self.pending = self.pending, None  # of the second convolution, with the shortcut's
 
     def __call__(self, features: Features, time: Tensor, wanted: bool) -> Features:  # type: ignore[override]
         """Maps float features [B, C, h, w] to [B, C_out, h, w], with moments where wanted; time as `FusedResnet`."""
         block, x, num_groups = self.block, features.x, self.block.norm2.num_groups
-        hidden = F.conv2d(_norm(block.norm1, features, self.added), block.conv1.weight, padding=1)
         assert block.time_slice is not None
-        hidden = block.norm2(hidden, time[:, block.time_slice])
-        hidden = F.conv2d(hidden, block.conv2.weight, padding=1)
+        hidden, moments = convolution(
+            *(_norm(block.norm1, features), block.conv1.weight),
+            added=time[:, block.time_slice],
+            num_groups=num_groups,
+        )
+        hidden = _norm(block.norm2, Features(hidden, moments))
+        num_groups = num_groups if wanted else 0
         if self.shortcut is None:
-            return Features(*gather_moments(hidden, x, False, num_groups, _spread(self.bias, x)))
-        out, moments = linear(
+            out, moments = convolution(hidden, block.conv2.weight, self.bias, residual=x, num_groups=num_groups)
+            return Features(out, moments if wanted else None)
+        hidden, _ = convolution(hidden, block.conv2.weight)
+        tokens, moments = linear(
             *(_tokens(x), self.shortcut.t(), self.bias),
             residual=_tokens(hidden),
-            num_groups=num_groups if wanted else 0,
+            num_groups=num_groups,
         )
-        return Features(_as_map(out, x), moments if wanted else None)
+        return Features(_as_map(tokens, x), moments if wanted else None)
 
 
 class EpilogueTransformer(FusedTransformer):
@@ -103,38 +110,31 @@ class EpilogueUNet(FusedUNet):
     resnet = EpilogueResnet
     transformer = EpilogueTransformer
 
-    def __init__(self, unet: UNet) -> None:
-        self.joined: list[Pending] = []
-        super().__init__(unet)
-
-    def _fuse_joined(self, block: Any, index: int, pending: Pending) -> list[Any]:
-        self.joined.append(pending)  # added where the features are joined
-        return self._fuse_layer(block, index, None)
+    def _bias_of(self, convolution: Any) -> Pending:
+        """Says that nothing is pending: each convolution adds its bias itself."""
+        return None
 
     @torch.no_grad()
     def denoise(self, sample: Tensor, time: Tensor) -> Tensor:
         """Evaluates from the time on that `embed_time` returned; float [B, C, h, w] as `UNet.denoise`."""
         unet, groups = self.unet, self.unet.config.norm_groups
-        conv_in: Any = unet.conv_in
-        skips = [Features(F.conv2d(sample, conv_in.weight, padding=1) if self.bare_input else conv_in(sample))]
+        conv_in, conv_out = unet.conv_in, unet.conv_out
+        skips = [_convolve(conv_in, sample, num_groups=groups) if self.bare_input else Features(conv_in(sample))]
         for layers, _, downsample in self.down:
             for index, layer in enumerate(layers):
                 wanted = downsample is None or index + 1 < len(layers)  # a downsampling wants none
                 skips.append(_run(layer, skips[-1], time, wanted))
             if downsample is not None:
-                skips.append(Features(F.conv2d(skips[-1].x, downsample.weight, stride=2, padding=1)))
+                skips.append(_convolve(downsample, skips[-1].x, stride=2, num_groups=groups))
         features = _run(self.mid, skips[-1], time, False)
-        joined = iter(self.joined)
         for level, (layers, _, upsample) in enumerate(self.up):
             for index, layer in enumerate(layers):
-                x, skip = features.x, skips.pop().x
-                features = Features(*gather_moments(x, skip, True, groups, _spread(next(joined), x)))
+                features = Features(*gather_moments(features.x, skips.pop().x, True, groups))
                 is_last = level + 1 == len(self.up) and index + 1 == len(layers)
                 features = _run(layer, features, time, is_last)
             if upsample is not None:
-                x = F.interpolate(features.x, scale_factor=2.0, mode="nearest")
-                features = Features(F.conv2d(x, upsample.weight, padding=1))
-        return unet.conv_out(_norm(unet.conv_norm_out, features, None))
+                features = _convolve(upsample, features.x, upsample=True)
+        return _convolve(conv_out, _norm(unet.conv_norm_out, features)).x
 
 
 def _run(layer: list[Any], features: Features, time: Tensor, wanted: bool) -> Features:
@@ -144,14 +144,16 @@ def _run(layer: list[Any], features: Features, time: Tensor, wanted: bool) -> Fe
     return features
 
 
-def _norm(norm: Any, features: Features, pending: Pending) -> Tensor:
-    if features.moments is None or pending is not None:
-        return norm(features.x, _spread(pending, features.x))
+def _convolve(layer: Any, x: Tensor, **what: Any) -> Features:
+    """Runs a convolution with its bias; moments are there where groups are named."""
+    out, moments = convolution(x, layer.weight, layer.bias, **what)
+    return Features(out, moments if "num_groups" in what else None)
+
+
+def _norm(norm: Any, features: Features) -> Tensor:
+    if features.moments is None:
+        return norm(features.x)
     return normalise(features.x, features.moments, norm.weight, norm.bias, norm.eps, norm.silu)
-
-
-def _spread(vector: Pending, x: Tensor) -> Tensor | None:
-    return None if vector is None else vector.expand(x.shape[0], -1)
 
 
 def _tokens(x: Tensor) -> Tensor:

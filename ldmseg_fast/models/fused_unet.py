@@ -110,7 +110,7 @@ class FusedUNet:
         pending: Pending = None
         self.bare_input = isinstance(conv_in, nn.Conv2d)  # `SeparateConvIn` adds its own biases
         if self.bare_input:
-            pending = conv_in.bias.float()
+            pending = self._bias_of(conv_in)
         skips = [pending]
         block: Any
         self.down: list[tuple[list[Any], Pending, nn.Conv2d | None]] = []
@@ -123,7 +123,7 @@ class FusedUNet:
             due = None
             if downsample is not None:  # its zeros at the border are to be zeros: nothing may be pending there
                 due, skips[-1] = skips[-1], None
-                skips.append(downsample.bias.float())
+                skips.append(self._bias_of(downsample))
             self.down.append((layers, due, downsample))
 
         mid: Any = unet.mid_block
@@ -138,11 +138,11 @@ class FusedUNet:
             layers = []
             for index in range(len(block.resnets)):
                 joined = _join(pending, skips.pop(), block.resnets[index].norm1.num_channels)
-                layers.append(self._fuse_joined(block, index, joined))
+                layers.append(self._fuse_layer(block, index, joined))
                 pending = layers[-1][-1].pending
             upsample = block.upsamplers[0].conv if block.has_upsample else None
             self.up.append((layers, pending if upsample is not None else None, upsample))
-            pending = pending if upsample is None else upsample.bias.float()
+            pending = pending if upsample is None else self._bias_of(upsample)
         self.pending = pending
         blocks: list[Any] = [module for module in unet.modules() if isinstance(module, ResnetBlock)]
         self.time_bias = torch.cat([block.conv1.bias for block in blocks]).float()  # in the order of `fuse_time`
@@ -153,9 +153,9 @@ class FusedUNet:
             layer.append(self.transformer(block.attentions[index], layer[0].pending))
         return layer
 
-    def _fuse_joined(self, block: Any, index: int, pending: Pending) -> list[Any]:
-        """Prepares a layer of the up path, of whose input, features beside a skip connection, so much is pending."""
-        return self._fuse_layer(block, index, pending)
+    def _bias_of(self, convolution: Any) -> Pending:
+        """Says what is pending of features that a convolution outside the blocks makes."""
+        return convolution.bias.float()
 
     @torch.no_grad()
     def __call__(

@@ -8,6 +8,7 @@ import torch
 from ldmseg_fast.config import UNetConfig
 from ldmseg_fast.models.epilogue_unet import EpilogueUNet
 from ldmseg_fast.models.fused_unet import FusedUNet, why_not_fused
+from ldmseg_fast.models.layers import GroupNorm
 from ldmseg_fast.models.unet import FeatureCache, UNet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,16 +65,19 @@ def test_it_is_the_same_function(name, form):
 
 
 @pytest.mark.parametrize("attention", [False, True])
-def test_moments_of_the_last_downward_block_serve_the_middle(attention):
-    """The block ends in a shortcut or a transformer, and the middle's first norm does not read its features twice."""
+def test_no_norm_reads_its_features_twice(attention):
+    """What makes features leaves their moments, whether it is a convolution, a shortcut, a transformer or a join."""
     config = replace(SMALL, block_out_channels=(16, 32, 64), attention=(True, True, attention), layers_per_block=1)
     unet = make_unet(config)
     calls = []
-    unet.mid_block.resnets[0].norm1.register_forward_hook(lambda *_: calls.append(1))
+    norms = [module for module in unet.modules() if isinstance(module, GroupNorm)]
+    for norm in norms:
+        norm.register_forward_hook(lambda *_: calls.append(1))
     sample, times = make_inputs(config)
-    fused = EpilogueUNet(unet)
-    torch.testing.assert_close(fused(sample, times), unet(sample, times), rtol=1e-4, atol=1e-4)
-    assert len(calls) == 1  # of the plain network
+    found = EpilogueUNet(unet)(sample, times)
+    assert not calls
+    torch.testing.assert_close(found, unet(sample, times), rtol=1e-4, atol=1e-4)
+    assert len(calls) == len(norms)
 
 
 def test_it_is_no_worse_than_the_plain_one_in_half_precision():
