@@ -27,6 +27,7 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import RESULTS, ROOT, BenchmarkError, Run, Timing, measure, reason_of
@@ -113,6 +114,25 @@ def attention_peers(case: Case) -> Iterator[tuple[str, Callable[..., Tensor]]]:
         yield "flash-attn", lambda q, k, v, scale: flash_attn_func(q, k, v, softmax_scale=scale)
 
 
+def convolve_by_cudnn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    residual: Tensor | None,
+    _scale: None,
+    _weight_scale: None,
+    stride: int,
+    upsample: bool,
+    *_others: Any,
+) -> Tensor:
+    """What runs in the convolution kernel's place: cuDNN in x's dtype, and PyTorch's operations; makes no moments."""
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
+    out = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, 1)
+    out = out if added is None else out + added.to(x.dtype)[..., None, None]
+    return out if residual is None else out + residual
+
+
 def differentiated(function: Callable[..., Tensor], arguments: tuple[Any, ...], leaves: tuple[int, ...]) -> Variant:
     """Forward and the gradients of a sum, as a function of no arguments; the forward alone without leaves."""
     if not leaves:
@@ -134,7 +154,10 @@ def variants(case: Case, arguments: tuple[Any, ...], compile_too: bool) -> Itera
     if case.kernel == "attention":
         for name, peer in attention_peers(case):
             yield name, partial(differentiated, peer, arguments, case.leaves)
-    elif compile_too:
+        return
+    if case.kernel == "convolution" and not case.fp8:
+        yield "cudnn", lambda: lambda: convolve_by_cudnn(*arguments)
+    if compile_too:
         yield "torch.compile", lambda: differentiated(torch.compile(case.torch), arguments, case.leaves)
 
 

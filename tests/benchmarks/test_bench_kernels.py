@@ -13,8 +13,11 @@ from benchmarks.harness import Run, Timing, environment
 from benchmarks.measuring import kernel_tuning
 from ldmseg_fast.kernels import configs
 from ldmseg_fast.kernels.case import Case
+from ldmseg_fast.kernels.convolution import cases as convolution
+from ldmseg_fast.kernels.convolution import reference
 
 CPU = torch.device("cpu")
+WAYS = [{}, {"bias": True, "residual": True}, {"added": True, "stride": 2}, {"bias": True, "upsample": True}]
 
 
 def make_case(name, triton, plain=torch.exp, kernel="mask_bits", headline=True):
@@ -42,6 +45,17 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(bench_kernels, "measure", lambda *a, **k: plain(*a, **k | {"device": "cpu", "rounds": 3}))
     with configs.architecture(90):
         yield
+
+
+@pytest.mark.parametrize("what", WAYS, ids=str)
+def test_the_convolutions_peer_computes_the_same(what):
+    arguments = convolution.make((2, 3, 4, 5), 7, what, CPU)
+    wide = [each.float() if isinstance(each, torch.Tensor) else each for each in arguments[:-1]]
+    case = make_case("small", None, kernel="convolution")
+    peers = dict(bench_kernels.variants(case, tuple(wide), False))
+    assert list(peers) == ["triton", "torch", "cudnn"]
+    expected, _ = reference.convolution(*wide, torch.float32)
+    torch.testing.assert_close(peers["cudnn"]()(), expected)
 
 
 def test_a_red_case_is_a_row_and_the_others_are_measured(on_a_gpu, tmp_path):
