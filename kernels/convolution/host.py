@@ -61,11 +61,13 @@ def convolution(
     few = batch * triton.cdiv(pixels, 64) * triton.cdiv(outputs, 64) <= FEW_TILES
     table = f"convolution{'_moments' if num_groups else ''}{'_few' if few else ''}"
     config = find_config(table, "half" if scale is None else "fp8")
-    blocks = {"CHANNELS_OUT": 1, "GROUPS_OUT": 0, "BLOCK_G": 1}
+    least = 16 if scale is None else 32  # columns of a product
+    block_k = min(config.constants["BLOCK_K"], max(triton.next_power_of_2(channels), least))
+    blocks = {"CHANNELS_OUT": 1, "GROUPS_OUT": 0, "BLOCK_G": 1, "BLOCK_K": block_k}
     if num_groups:  # a block of rows is one chunk of moments, and its columns are whole groups
         of_a_program = groups_of_a_program(num_groups, outputs // num_groups)
         columns = of_a_program * (outputs // num_groups)
-        blocks = {"CHANNELS_OUT": outputs // num_groups, "GROUPS_OUT": of_a_program}
+        blocks |= {"CHANNELS_OUT": outputs // num_groups, "GROUPS_OUT": of_a_program}
         blocks |= {"BLOCK_G": triton.next_power_of_2(of_a_program)}
         blocks |= {"BLOCK_M": CHUNK, "BLOCK_N": max(triton.next_power_of_2(columns), 16)}
     else:
