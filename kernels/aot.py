@@ -309,8 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults += [f"{entry}: no case reaches this configuration" for entry in unreached]
         jobs += [
             (sm, i, options.sass, options.headline, switches)
-            for i, (kernel, *_) in enumerate(launches)
-            if not options.only or kernel in options.only
+            for i, (kernel, _, target) in enumerate(launches)
+            if (not options.only or kernel in options.only) and (target == sm or target not in options.sm)
         ]
     with tempfile.TemporaryDirectory() as cache:  # a cached build would leave ptxas nothing to say
         os.environ["TRITON_CACHE_DIR"] = cache
