@@ -84,17 +84,15 @@ def _products(graph: Any) -> list[_Product]:
         if len(pairs) == 2 and all(pair is not None and pair.op_type == "DequantizeLinear" for pair in pairs):
             quantise, weight = (pair.inputs[0] for pair in pairs)
             if quantise.producer() is not None and weight.const_value is not None:
-                found.append(_Product(quantise.producer(), pairs[1], node, _bias_of(node)))
+                found.append(_Product(quantise.producer(), pairs[1], node, _bias_of(node, weight.shape[-1])))
     return found
 
 
-def _bias_of(node: Any) -> Any | None:
-    """Returns the node that adds a constant [C] to a node's result and is alone in reading it."""
-    readers = list(node.outputs[0].consumers())
-    if len(readers) != 1 or readers[0].op_type != "Add":
-        return None
-    ranks = [value.const_value.shape.rank() for value in readers[0].inputs if value.const_value is not None]
-    return readers[0] if ranks == [1] else None
+def _bias_of(node: Any, columns: int) -> Any | None:
+    """Returns the node that adds a constant [C] to a product's result and is alone in reading it."""
+    add = _only_reader(node.outputs[0], "Add")
+    constants = [value.const_value for value in add.inputs if value.const_value is not None] if add else []
+    return add if [tuple(value.shape) for value in constants] == [(columns,)] else None
 
 
 def _multiply_once(graph: Any, products: list[_Product]) -> None:
@@ -136,13 +134,14 @@ def _multiply_once(graph: Any, products: list[_Product]) -> None:
 
 def _fuse_product(graph: Any, product: _Product) -> None:
     """Puts one node in the place of a product, or one for each part where it is only made to be cut up evenly."""
-    readers = list(product.result.consumers())
-    is_cut = len(readers) == 1 and readers[0].op_type == "Split" and len(readers[0].inputs) == 1
-    results = readers[0].outputs if is_cut else [product.result]
-    width = product.dequantise.inputs[0].shape[-1] // len(results)
+    columns, split = product.dequantise.inputs[0].shape[-1], _only_reader(product.result, "Split")
+    is_cut = split is not None and all(part.shape[-1] * len(split.outputs) == columns for part in split.outputs)
+    results = split.outputs if is_cut else [product.result]
+    if any(result.is_graph_output() for result in (product.result, *results)):
+        return
+    width = columns // len(results)
     for index, result in enumerate(results):
-        columns = slice(index * width, (index + 1) * width) if is_cut else None
-        fused = _integer_product(graph, product, columns)
+        fused = _integer_product(graph, product, slice(index * width, (index + 1) * width) if is_cut else None)
         fused.outputs[0].type, fused.outputs[0].shape = result.type, result.shape
         graph.insert_before(product.node, [fused])
         replace_value(result, fused.outputs[0])
@@ -168,20 +167,19 @@ def _fuse_attention(graph: Any, softmax: Any) -> None:
     """Puts one node in the place of heads that are cut out of [B, N, C], attended, and put together again."""
     import onnx_ir as ir
 
-    scores, readers = softmax.inputs[0].producer(), list(softmax.outputs[0].consumers())
-    if scores is None or scores.op_type != "MatMul" or [node.op_type for node in readers] != ["MatMul"]:
+    scores, weighted = softmax.inputs[0].producer(), _only_reader(softmax.outputs[0], "MatMul")
+    last = softmax.attributes["axis"].as_int() in (-1, 3) if "axis" in softmax.attributes else True
+    if weighted is None or scores is None or scores.op_type != "MatMul" or not last:
         return
-    sources, factor = [], 1.0
-    for value in (*scores.inputs, readers[0].inputs[1]):
-        source, scale = _before_heads(value)
-        sources.append(source)
-        factor *= scale
-    transpose = _only_reader(readers[0].outputs[0], "Transpose")
+    (q, q_scale), (k, k_scale), (v, v_scale) = (_before_heads(x) for x in (*scores.inputs, weighted.inputs[1]))
+    transpose = _only_reader(weighted.outputs[0], "Transpose")
     reshape = transpose and _only_reader(transpose.outputs[0], "Reshape")
-    heads = readers[0].outputs[0].shape[1]
-    if reshape is None or None in sources or not isinstance(heads, int):
+    heads, sources = weighted.outputs[0].shape[1], [q, k, v]
+    if reshape is None or None in sources or not isinstance(heads, int) or v_scale != 1.0:
         return
-    attributes = {"num_heads": heads, "scale": factor}
+    if reshape.outputs[0].is_graph_output():
+        return
+    attributes = {"num_heads": heads, "scale": q_scale * k_scale}
     fused = ir.node("MultiHeadAttention", sources, attributes=attributes, name=softmax.name, domain=MICROSOFT)
     _put(graph, reshape, [fused])
 
@@ -191,7 +189,9 @@ def _resize_bytes(graph: Any, quantise: Any) -> None:
     import onnx_ir as ir
 
     resize = quantise.inputs[0].producer()
-    if resize is None or resize.op_type != "Resize" or resize.attributes["mode"].as_string() != "nearest":
+    if resize is None or resize.op_type != "Resize" or len(list(resize.outputs[0].consumers())) > 1:
+        return
+    if "mode" in resize.attributes and resize.attributes["mode"].as_string() != "nearest":
         return
     (layers, end, _), scale = quantise.name.split("/"), quantise.inputs[1:]
     before = ir.node("QuantizeLinear", [resize.inputs[0], *scale], name=f"{layers}/{end}/{resize.name}")

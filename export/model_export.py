@@ -15,6 +15,7 @@ from ldmseg_fast.backends.graphs.manifest import (
     FILE_NAME,
     GRAPHS,
     QUANTISATION_RULES,
+    TENSORRT_RULES,
     Manifest,
     check_files,
     describe_model,
@@ -238,7 +239,8 @@ def is_current(model_dir: str | Path, folder: Path, settings: ExportSettings) ->
         return False
     wanted = (options, settings.precision, resolve_opset(settings), _calibration(settings), versions())
     there = (manifest.options, manifest.precision, manifest.opset, manifest.calibration, manifest.versions)
-    outdated = settings.precision in QUANTISED and manifest.rules != QUANTISATION_RULES
+    rules = QUANTISATION_RULES if manifest.is_for_cpu else TENSORRT_RULES
+    outdated = settings.precision in QUANTISED and manifest.rules < rules
     if outdated or manifest.lora != _lora(settings):
         return False
     compared = not settings.parity or _is_compared(folder, settings)

@@ -1,7 +1,7 @@
-"""Has the C library keep the memory that tensors leave, for processes that run networks on a CPU.
+"""Has glibc keep the memory that tensors leave, for processes that run networks on a CPU and then end.
 
-glibc maps every large array anew and gives it back when it is freed, and the system clears each page that it maps. A
-picture's features are tens of such arrays.
+It would map every large array anew and give it back when it is freed, and the system clears each page that it maps. A
+picture's features are tens of such arrays. What is kept stays with the process, and pictures of many sizes leave holes.
 """
 
 import ctypes
@@ -13,11 +13,11 @@ _KEPT, _GROWTH = 2**30, 2**26  # free bytes at the end of the heap that it keeps
 
 
 def keep_freed_memory() -> bool:
-    """Has malloc reuse freed memory of any size, for the whole process; free memory inside the heap stays with it.
+    """Has glibc's malloc reuse freed memory: of any size in the main thread, below 64 MiB in the others.
 
     Returns:
-        False where nothing was changed: another C library than glibc, or settings of the user's own
-        (GLIBC_TUNABLES, MALLOC_MMAP_MAX_ and the like).
+        False where it was not asked to: another C library, or settings of the user's own (GLIBC_TUNABLES,
+        MALLOC_MMAP_MAX_ and the like).
     """
     if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         return False

@@ -42,7 +42,7 @@ COMMANDS = {
     "doctor": ("ldmseg_fast.commands.doctor", "tell what this machine can run, and what would make it faster"),
     "completion": ("ldmseg_fast.commands.completion", "print a script that completes commands in bash, zsh or fish"),
 }
-NETWORKS = ("predict", "inpaint", "app", "evaluate")  # what they run leaves much memory, and takes it again
+NETWORKS = ("predict", "inpaint", "evaluate")  # what they run leaves much memory, and takes it again
 GROUPS = {"data": "import, export, check, generate, merge or encode data sets"}
 # the headings of `ldmseg --help`; a command that none lists stands below the last
 SECTIONS = {

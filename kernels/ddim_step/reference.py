@@ -24,7 +24,7 @@ def ddim_step(
     """
     if not exporting():  # its steps are constants
         step_index = step_index.clamp(0, table.shape[0] - 1)
-    row = table.index_select(0, step_index.reshape(1))[0]
+    row = table.index_select(0, step_index.reshape(1))[0].float()
     sqrt_alpha, sqrt_one_minus_alpha, sqrt_prev, sqrt_one_minus_prev = row.split(1)
     output, noisy = model_output.float(), noisy_latents.float()
     if prediction_type == "epsilon":

@@ -91,9 +91,10 @@ class ConvNorm(nn.Module):
         if conv.groups == 1 or not trained or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
         # a CPU takes several times as long for a depthwise convolution's gradients in bfloat16
+        dtype = torch.get_autocast_dtype("cpu")
         with torch.autocast("cpu", enabled=False):
             wide, kernel, shift = x.float(), weight.float(), bias.float()
-            return F.conv2d(wide, kernel, shift, conv.stride, conv.padding, groups=conv.groups).to(x.dtype)
+            return F.conv2d(wide, kernel, shift, conv.stride, conv.padding, groups=conv.groups).to(dtype)
 
     @torch.no_grad()
     def fold_norm(self) -> None:

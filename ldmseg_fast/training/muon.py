@@ -55,23 +55,6 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return (x.T if is_tall else x).float()
 
 
-def orthogonalize_shared(matrices: list[Tensor]) -> list[Tensor]:
-    """Applies `orthogonalize` to float matrices [R, C], at most as many as there are ranks: rank i to matrix i.
-
-    Every rank has all matrices and gets all results, float32 [R, C].
-    """
-    if distributed.world_size() == 1:
-        return [orthogonalize(matrix) for matrix in matrices]
-    first = matrices[0]
-    half = has_units(first.device.type, torch.bfloat16)  # then the iterations have rounded to it
-    own = first.new_zeros(max(matrix.numel() for matrix in matrices), dtype=torch.bfloat16 if half else torch.float32)
-    if (rank := distributed.rank()) < len(matrices):
-        own[: matrices[rank].numel()] = orthogonalize(matrices[rank]).flatten()
-    everyone = [torch.empty_like(own) for _ in range(distributed.world_size())]
-    dist.all_gather(everyone, own)
-    return [found[: matrix.numel()].view(matrix.shape).float() for matrix, found in zip(matrices, everyone)]
-
-
 class Muon(torch.optim.AdamW):
     """Steps the weights of groups with `"orthogonal": True` by Muon, and all others by AdamW.
 
@@ -90,26 +73,33 @@ class Muon(torch.optim.AdamW):
             if parameter.grad is not None
         ]
         matrices.sort(key=lambda found: -found[0].numel())  # those that the ranks turn at a time are alike
-        ranks = distributed.world_size()
+        rank, ranks = _share()
         for start in range(0, len(matrices), ranks):
-            self._step_matrices(matrices[start : start + ranks])
+            self._step_matrices(matrices[start : start + ranks], rank, ranks > 1)
         return super().step(closure)
 
-    def _step_matrices(self, matrices: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Steps as many matrices as there are ranks; each rank turns one."""
+    def _step_matrices(self, matrices: list[tuple[Tensor, dict[str, Any]]], rank: int, shared: bool) -> None:
+        """Steps at most as many matrices as there are ranks; rank i turns matrix i, for all where they are shared."""
         taken = 1.0 if (skipped := getattr(self, "found_inf", None)) is None else 1.0 - skipped
-        aheads = [self._look_ahead(parameter, taken) for parameter, _ in matrices]
-        for (parameter, group), ahead, turned in zip(matrices, aheads, orthogonalize_shared(aheads)):
-            size = ADAM_SIZE * math.sqrt(max(ahead.shape))
+        own = None
+        for index, (parameter, _) in enumerate(matrices):
+            ahead = self._look_ahead(parameter, taken)
+            if index == rank:
+                own = orthogonalize(ahead)
+        for index, (parameter, group) in enumerate(matrices):
+            turned = own if index == rank else None
+            if shared:
+                turned = _from_rank(index, turned, parameter)
+            assert turned is not None
+            size = ADAM_SIZE * math.sqrt(max(turned.shape))
             update = turned.view(parameter.shape) * size + parameter * group["weight_decay"]
             parameter.sub_(update * (group["lr"] * taken))
-            parameter.grad = None
 
     def _look_ahead(self, parameter: Tensor, taken: Tensor | float) -> Tensor:
-        """Moves a matrix's momentum, and returns Nesterov's, float32 [R, C]."""
+        """Moves a matrix's momentum by its gradient, which is gone then; returns Nesterov's, float32 [R, C]."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
-        gradient = gradient.float()
+        parameter.grad, gradient = None, gradient.float()
         if (scale := getattr(self, "grad_scale", None)) is not None:
             gradient = gradient / scale
         if isinstance(taken, Tensor):
@@ -118,3 +108,19 @@ class Muon(torch.optim.AdamW):
         momentum.add_((gradient - momentum) * ((1 - MOMENTUM) * taken))
         state["step"] += taken
         return gradient.lerp(momentum, MOMENTUM).flatten(1)
+
+
+def _share() -> tuple[int, int]:
+    """Returns this rank's number and the number of ranks that share the matrices."""
+    return distributed.rank(), distributed.world_size()
+
+
+def _from_rank(source: int, turned: Tensor | None, like: Tensor) -> Tensor:
+    """Gets a turned matrix, float32 [R, C], from the rank that has it, for a parameter; in bfloat16 between GPUs.
+
+    One matrix is on its way at a time, so that a step needs no more memory on many ranks.
+    """
+    kind = torch.bfloat16 if like.device.type == "cuda" else torch.float32
+    moved = torch.empty_like(like.flatten(1), dtype=kind) if turned is None else turned.to(kind).contiguous()
+    dist.broadcast(moved, source)
+    return moved.float()

@@ -18,7 +18,7 @@ from ldmseg_fast.backends.graphs.specs import GraphOptions, graph_specs, sample_
 from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.errors import BackendError
-from ldmseg_fast.export import calibration, model_export, to_onnx, to_trt
+from ldmseg_fast.export import calibration, cpu_graph, model_export, to_onnx, to_trt
 from ldmseg_fast.export.calibration import Scale, calibrate, fake_quantize
 from ldmseg_fast.export.cpu_graph import rewrite_for_cpu
 from ldmseg_fast.export.float_twin import flow_scales
@@ -148,28 +148,41 @@ def test_a_graph_for_the_cpu_computes_the_same_at_any_size(model_dir, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), module(**inputs)[0], rtol=0, atol=1e-4)
 
 
-def test_fused_nodes_compute_what_pairs_do(model_dir, scenes, tmp_path, monkeypatch):
-    info = read_model_info(model_dir)
-    settings = ExportSettings("int8", size="dynamic", calibration=str(scenes), sampler_steps="2")
+@pytest.fixture(scope="module")
+def with_queries(tmp_path_factory):
+    """A model whose UNet also attends to trained queries."""
+    overrides = ("unet.conditioning=learned", "unet.cross_attention_dim=12", "conditioning.num_queries=5")
+    return make_model(tmp_path_factory.mktemp("queries") / "model", overrides)
+
+
+@pytest.mark.parametrize("model", ["model_dir", "with_queries"])
+def test_fused_nodes_compute_what_pairs_do(model, scenes, tmp_path, monkeypatch, request):
+    model, kinds = request.getfixturevalue(model), ("pairs", "products", "fused")
+    info = read_model_info(model)
+    steps = "" if info.conditioning else "2"
+    settings = ExportSettings("int8", size="dynamic", calibration=str(scenes), sampler_steps=steps)
     options = resolve_options(info, settings)
     specs = {name: spec for name, spec in graph_specs(info, options).items() if "denoiser" in name or "sampler" in name}
     monkeypatch.setattr(model_export, "graph_specs", lambda *_: specs)
-    folders = {}
-    for kind in ("fused", "pairs"):
-        folders[kind] = tmp_path / kind
-        folders[kind].mkdir()
-        write_graphs(info, folders[kind], options, settings)
-        monkeypatch.setattr(model_export, "fuse_for_cpu", lambda model: None)
+    for kind in kinds:
+        (tmp_path / kind).mkdir()
+        with monkeypatch.context() as patch:
+            if kind == "pairs":
+                patch.setattr(model_export, "fuse_for_cpu", lambda graph: None)
+            elif kind == "products":  # attention rounds otherwise, and with it what is quantised next
+                patch.setattr(cpu_graph, "_fuse_attention", lambda *_: None)
+            write_graphs(info, tmp_path / kind, options, settings)
     for name, spec in specs.items():
-        paths = [folder / f"{name}.onnx" for folder in folders.values()]
-        assert flow_scales(paths[0]) == flow_scales(paths[1])
-        assert len(nodes(paths[0])) < 0.8 * len(nodes(paths[1]))
+        paths = [tmp_path / kind / f"{name}.onnx" for kind in kinds]
+        assert flow_scales(paths[0]) == flow_scales(paths[1]) == flow_scales(paths[2])
+        assert len(nodes(paths[0])) > len(nodes(paths[1])) > len(nodes(paths[2]))
         sessions = [onnxruntime.InferenceSession(str(path)) for path in paths]
         for batch, height, width in ((1, 16, 16), (3, 8, 12)):
             inputs = sample_inputs(spec, info, {"batch": batch, "latent_height": height, "latent_width": width})
             arrays = {key: value.numpy() for key, value in inputs.items()}
-            fused, pairs = (torch.from_numpy(session.run(None, arrays)[0]) for session in sessions)
-            assert relative_error(fused, pairs) < 0.02  # attention rounds otherwise, and with it what is quantised next
+            pairs, products, fused = (torch.from_numpy(session.run(None, arrays)[0]) for session in sessions)
+            assert relative_error(products, pairs) < 1e-5
+            assert relative_error(fused, pairs) < 0.02
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class Scenarios:
         except ConfigError as error:
             found = str(error)
         else:
-            with patch.object(muon, "orthogonalize_shared", lambda matrices: list(map(orthogonalize, matrices))):
+            with patch.object(muon, "_share", lambda: (0, 1)):  # each turns all of them
                 found = [len(turned), hidden, shared, weights_after_a_step()[0]]
         results = distributed.gather_objects(found)
         if distributed.is_main():
