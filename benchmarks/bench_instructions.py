@@ -66,7 +66,8 @@ def compile_kernels(args: argparse.Namespace, switch: str) -> list[dict[str, Any
         command = [sys.executable, "-m", "ldmseg_fast.kernels.aot", "--headline", "--sass", "--json", path]
         command += ["--jobs", args.jobs, "--sm", *args.sm, *(["--only", *only] if only else [])]
         command += ["--with", switch] if switch else []
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, str(ROOT)])}  # its Triton is this process's
         done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, check=False)
         if not path.is_file():
             raise BenchmarkError(f"instructions: kernels.aot ended with exit code {done.returncode} and wrote nothing")

@@ -1,12 +1,17 @@
 """Counts of machine instructions become rows and a table; a build that is unfit to ship is a red row."""
 
 import json
+import subprocess
+import sys
+from argparse import Namespace
 from dataclasses import asdict
+from unittest.mock import Mock
 
 import pytest
 
-from benchmarks.bench_instructions import add_rows
-from benchmarks.harness import Run, validate
+from benchmarks import bench_instructions
+from benchmarks.bench_instructions import add_rows, compile_kernels
+from benchmarks.harness import BenchmarkError, Run, validate
 from benchmarks.reporting.rows import load_rows, superseded_files
 from benchmarks.reporting.tables import instructions
 from ldmseg_fast.kernels import aot
@@ -61,6 +66,21 @@ def test_a_switch_that_there_is_not_is_refused(capsys):
     with pytest.raises(SystemExit):
         aot.main(["--headline", "--only", "attention", "--sm", "90", "--with", "DELAYD=1"])
     assert "--with DELAYD: no configuration has it; there are " in capsys.readouterr().err
+
+
+def test_the_triton_that_is_named_is_the_one_that_compiles(monkeypatch, tmp_path):
+    """The version of this process stands beside the counts, so the other process must find it too."""
+    (tmp_path / "triton.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with monkeypatch.context() as patch:
+        run = Mock(return_value=Mock(returncode=1))
+        patch.setattr(bench_instructions.subprocess, "run", run)
+        with pytest.raises(BenchmarkError, match="exit code 1"):
+            compile_kernels(Namespace(only=["geglu"], jobs=1, sm=[80]), "")
+    command = [sys.executable, "-c", "import triton; print(triton.__file__)"]
+    environment = run.call_args.kwargs["env"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    assert found == str(tmp_path / "triton.py")
 
 
 def test_versions_of_triton_stand_beside_each_other(tmp_path):
