@@ -41,7 +41,8 @@ def work():
             print("records", len(records), flush=True)
     return 0
 import argparse
-cli.build_parser = lambda: argparse.Namespace(parse_args=lambda argv: argparse.Namespace(run=lambda args: work()))
+job = argparse.Namespace(command="", run=lambda _: work())
+cli.build_parser = lambda: argparse.Namespace(parse_args=lambda argv: job)
 sys.exit(cli.main([]))
 """
 
