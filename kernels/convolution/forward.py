@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from ldmseg_fast.kernels.group_norm_silu.forward import members, store_moments, tile_moments
-from ldmseg_fast.kernels.linear.forward import sum_splits
+from ldmseg_fast.kernels.linear.forward import leave_moments, outputs_of_tile, sum_splits
 
 
 @triton.jit
@@ -48,13 +47,7 @@ def convolution_kernel(
     split = tl.program_id(0) % SPLITS
     local = block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = local < pixels
-    lane = tl.arange(0, BLOCK_N)
-    if GROUPS_OUT > 0:
-        output = tl.program_id(1) * (GROUPS_OUT * CHANNELS_OUT) + lane
-        in_outputs = (lane < GROUPS_OUT * CHANNELS_OUT) & (output < outputs)
-    else:
-        output = tl.program_id(1) * BLOCK_N + lane
-        in_outputs = output < outputs
+    output, in_outputs = outputs_of_tile(outputs, CHANNELS_OUT, GROUPS_OUT, BLOCK_N)
 
     top = local // out_width * STRIDE - 1
     left = local % out_width * STRIDE - 1
@@ -99,12 +92,7 @@ def convolution_kernel(
     stored = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + places, stored, mask=inside)
 
-    if GROUPS_OUT > 0:
-        member = members(CHANNELS_OUT, BLOCK_G, BLOCK_N)
-        here = tl.minimum(pixels - block * BLOCK_M, BLOCK_M).to(tl.float32) * CHANNELS_OUT
-        mean, squares = tile_moments(tl.where(inside, stored.to(tl.float32), 0.0), inside, here, member)
-        slot = tl.arange(0, BLOCK_G)
-        own = tl.program_id(1) * GROUPS_OUT + slot
-        groups = outputs // CHANNELS_OUT
-        exists = (slot < GROUPS_OUT) & (own < groups)
-        store_moments(moments_ptr, image, block, blocks, own, exists, groups, mean, squares)
+    leave_moments(
+        *(moments_ptr, stored, inside, image, block, blocks, pixels, outputs),
+        *(CHANNELS_OUT, GROUPS_OUT, BLOCK_G, BLOCK_M, BLOCK_N),
+    )

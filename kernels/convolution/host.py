@@ -5,8 +5,6 @@ other (implicit GEMM: Chetlur et al. 2014, arXiv 1410.0759, section 3). Windows 
 upsampled map are read from the small one. Where tiles are too few for the GPU, several programs can share a tile.
 """
 
-import math
-
 import torch
 import triton
 from torch import Tensor
@@ -14,10 +12,9 @@ from torch import Tensor
 from ldmseg_fast.kernels.configs import find_config
 from ldmseg_fast.kernels.convolution.forward import convolution_kernel
 from ldmseg_fast.kernels.convolution.reference import result_shape
-from ldmseg_fast.kernels.group_norm_silu.host import groups_of_a_program
-from ldmseg_fast.kernels.group_norm_silu.reference import CHUNK, count_chunks
+from ldmseg_fast.kernels.group_norm_silu.reference import count_chunks
 from ldmseg_fast.kernels.launch import launch
-from ldmseg_fast.kernels.linear.host import FEW_TILES
+from ldmseg_fast.kernels.linear.host import FEW_TILES, split_buffers, tile_of
 
 
 def convolution(
@@ -63,23 +60,10 @@ def convolution(
     config = find_config(table, "half" if scale is None else "fp8")
     least = 16 if scale is None else 32  # columns of a product
     block_k = min(config.constants["BLOCK_K"], max(triton.next_power_of_2(channels), least))
-    blocks = {"CHANNELS_OUT": 1, "GROUPS_OUT": 0, "BLOCK_G": 1, "BLOCK_K": block_k}
-    if num_groups:  # a block of rows is one chunk of moments, and its columns are whole groups
-        of_a_program = groups_of_a_program(num_groups, outputs // num_groups)
-        columns = of_a_program * (outputs // num_groups)
-        blocks |= {"CHANNELS_OUT": outputs // num_groups, "GROUPS_OUT": of_a_program}
-        blocks |= {"BLOCK_G": triton.next_power_of_2(of_a_program)}
-        blocks |= {"BLOCK_M": CHUNK, "BLOCK_N": max(triton.next_power_of_2(columns), 16)}
-    else:
-        columns = config.constants["BLOCK_N"]
-    block_m = CHUNK if num_groups else config.constants["BLOCK_M"]
-    tiles = (triton.cdiv(pixels, block_m), triton.cdiv(outputs, columns), batch)
+    rows, columns, blocks = tile_of(config, outputs, num_groups)
+    tiles = (triton.cdiv(pixels, rows), triton.cdiv(outputs, columns), batch)
     splits = config.constants["SPLITS"]
-    parts = arrived = made
-    if splits > 1:
-        sizes = (math.prod(tiles), splits, block_m, blocks.get("BLOCK_N", columns))
-        parts = torch.empty(sizes, dtype=torch.float32, device=x.device)
-        arrived = torch.zeros(math.prod(tiles), dtype=torch.int32, device=x.device)
+    parts, arrived = split_buffers(splits, tiles, (rows, blocks.get("BLOCK_N", columns)), made)
     vector = x if added is None else added if added.stride(1) == 1 else added.contiguous()
     launch(
         convolution_kernel,
@@ -95,6 +79,7 @@ def convolution(
         SCALED=scale is not None,
         STRIDE=stride,
         REPEATS=2 if upsample else 1,
+        BLOCK_K=block_k,
         **blocks,
     )
     return out, made

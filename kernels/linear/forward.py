@@ -91,6 +91,47 @@ def sum_splits(
 
 
 @triton.jit
+def outputs_of_tile(outputs, CHANNELS_OUT: tl.constexpr, GROUPS_OUT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns a tile's outputs and which of them exist; where moments are wanted they are whole groups."""
+    lane = tl.arange(0, BLOCK_N)
+    if GROUPS_OUT > 0:
+        output = tl.program_id(1) * (GROUPS_OUT * CHANNELS_OUT) + lane
+        exists = (lane < GROUPS_OUT * CHANNELS_OUT) & (output < outputs)
+    else:
+        output = tl.program_id(1) * BLOCK_N + lane
+        exists = output < outputs
+    return output, exists
+
+
+@triton.jit
+def leave_moments(
+    moments_ptr,  # [B, 2, chunks, N / CHANNELS_OUT]
+    stored,  # [BLOCK_M, BLOCK_N]
+    inside,
+    image,
+    block,
+    blocks,
+    pixels,
+    outputs,
+    CHANNELS_OUT: tl.constexpr,  # of a group
+    GROUPS_OUT: tl.constexpr,  # of a program; 0 where no moments are wanted
+    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Leaves the moments of a tile that is stored, whose rows are one chunk of them."""
+    if GROUPS_OUT > 0:
+        member = members(CHANNELS_OUT, BLOCK_G, BLOCK_N)
+        here = tl.minimum(pixels - block * BLOCK_M, BLOCK_M).to(tl.float32) * CHANNELS_OUT
+        mean, squares = tile_moments(tl.where(inside, stored.to(tl.float32), 0.0), inside, here, member)
+        slot = tl.arange(0, BLOCK_G)
+        own = tl.program_id(1) * GROUPS_OUT + slot
+        groups = outputs // CHANNELS_OUT
+        exists = (slot < GROUPS_OUT) & (own < groups)
+        store_moments(moments_ptr, image, block, blocks, own, exists, groups, mean, squares)
+
+
+@triton.jit
 def linear_kernel(
     x_ptr,  # [B, P, K]
     beside_ptr,  # [B, P, L]
@@ -136,13 +177,7 @@ def linear_kernel(
     local = block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = local < pixels
     row = image * pixels + local
-    lane = tl.arange(0, BLOCK_N)
-    if GROUPS_OUT > 0:
-        output = tl.program_id(1) * (GROUPS_OUT * CHANNELS_OUT) + lane
-        in_outputs = (lane < GROUPS_OUT * CHANNELS_OUT) & (output < outputs)
-    else:
-        output = tl.program_id(1) * BLOCK_N + lane
-        in_outputs = output < outputs
+    output, in_outputs = outputs_of_tile(outputs, CHANNELS_OUT, GROUPS_OUT, BLOCK_N)
 
     if NORM == OF_ROWS:
         row_mean, row_rstd = row_moments(x_ptr, row, in_rows, inputs, inputs, eps, BLOCK_M, BLOCK_K)
@@ -212,12 +247,7 @@ def linear_kernel(
     stored = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + places, stored, mask=inside)
 
-    if GROUPS_OUT > 0:
-        member = members(CHANNELS_OUT, BLOCK_G, BLOCK_N)
-        here = tl.minimum(pixels - block * BLOCK_M, BLOCK_M).to(tl.float32) * CHANNELS_OUT
-        mean, squares = tile_moments(tl.where(inside, stored.to(tl.float32), 0.0), inside, here, member)
-        slot = tl.arange(0, BLOCK_G)
-        own = tl.program_id(1) * GROUPS_OUT + slot
-        groups = outputs // CHANNELS_OUT
-        exists = (slot < GROUPS_OUT) & (own < groups)
-        store_moments(moments_ptr, image, block, blocks, own, exists, groups, mean, squares)
+    leave_moments(
+        *(moments_ptr, stored, inside, image, block, blocks, pixels, outputs),
+        *(CHANNELS_OUT, GROUPS_OUT, BLOCK_G, BLOCK_M, BLOCK_N),
+    )

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ldmseg_fast.kernels.configs import find_config
+from ldmseg_fast.kernels.configs import Config, find_config
 from ldmseg_fast.kernels.group_norm_silu.host import groups_of_a_program
 from ldmseg_fast.kernels.group_norm_silu.reference import CHUNK, count_chunks
 from ldmseg_fast.kernels.launch import launch
@@ -61,26 +61,14 @@ def linear(
     few = batch * triton.cdiv(pixels, 64) * triton.cdiv(outputs, 64) <= FEW_TILES
     tables = "_few" if few else ""
     groups = moments.shape[3] if moments is not None else 1
-    blocks = {"CHANNELS_OUT": 1, "GROUPS_OUT": 0, "BLOCK_G": 1}
     if num_groups:
         config = find_config(f"linear_moments{tables}", "all")
-        of_a_program = groups_of_a_program(num_groups, outputs // num_groups)
-        columns = of_a_program * (outputs // num_groups)
-        blocks = {"CHANNELS_OUT": outputs // num_groups, "GROUPS_OUT": of_a_program}
-        blocks |= {"BLOCK_G": triton.next_power_of_2(of_a_program)}
-        blocks |= {"BLOCK_M": CHUNK, "BLOCK_N": max(triton.next_power_of_2(columns), 16)}
     else:
         config = find_config(f"linear{tables}", "gated" if gated else "plain" if gain is None else "normalised")
-        columns = config.constants["BLOCK_N"]
-    block_m = CHUNK if num_groups else config.constants["BLOCK_M"]
-    tiles = (triton.cdiv(pixels, block_m), triton.cdiv(outputs, columns), batch)
+    rows, columns, blocks = tile_of(config, outputs, num_groups)
+    tiles = (triton.cdiv(pixels, rows), triton.cdiv(outputs, columns), batch)
     splits = config.constants["SPLITS"]
-    parts = arrived = made
-    if splits > 1:
-        block_n = blocks.get("BLOCK_N", columns)
-        shape = (math.prod(tiles), splits, 2 if gated else 1, block_m, block_n)
-        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-        arrived = torch.zeros(math.prod(tiles), dtype=torch.int32, device=x.device)
+    parts, arrived = split_buffers(splits, tiles, (2 if gated else 1, rows, blocks.get("BLOCK_N", columns)), made)
     launch(
         linear_kernel,
         (tiles[0] * splits, *tiles[1:]),
@@ -100,6 +88,33 @@ def linear(
         **blocks,
     )
     return out, made
+
+
+def tile_of(config: Config, outputs: int, num_groups: int) -> tuple[int, int, dict[str, int]]:
+    """Returns a tile's rows, its outputs, and the constants of the moments that it leaves.
+
+    Where moments are wanted, its rows are one chunk of them, and its outputs whole groups.
+    """
+    if not num_groups:
+        constants = {"CHANNELS_OUT": 1, "GROUPS_OUT": 0, "BLOCK_G": 1}
+        return config.constants["BLOCK_M"], config.constants["BLOCK_N"], constants
+    of_a_group = outputs // num_groups
+    groups = groups_of_a_program(num_groups, of_a_group)
+    columns = groups * of_a_group
+    constants = {"CHANNELS_OUT": of_a_group, "GROUPS_OUT": groups, "BLOCK_G": triton.next_power_of_2(groups)}
+    return CHUNK, columns, constants | {"BLOCK_M": CHUNK, "BLOCK_N": max(triton.next_power_of_2(columns), 16)}
+
+
+def split_buffers(splits: int, tiles: tuple[int, ...], shape: tuple[int, ...], unused: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes what programs that share a tile need, on the device of `unused`, which stands for both where none do.
+
+    Returns:
+        float32 [tiles, splits, *shape] for their parts, and int32 [tiles] zeros, in which they are counted.
+    """
+    if splits == 1:
+        return unused, unused
+    parts = torch.empty((math.prod(tiles), splits, *shape), dtype=torch.float32, device=unused.device)
+    return parts, torch.zeros(math.prod(tiles), dtype=torch.int32, device=unused.device)
 
 
 def _pointers(instead: Tensor, *tensors: Tensor | None) -> list[Tensor]:
