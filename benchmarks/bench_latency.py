@@ -35,9 +35,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import RESULTS, BenchmarkError, Run, Timing, measure, reason_of
+from benchmarks.measuring.cost_model import unet_operations
 from benchmarks.measuring.first_picture import BASELINE, KEPT, first_pictures
 from benchmarks.measuring.options import parse_options, sides
 from benchmarks.peers.candidates import OurPipeline, engine_candidates, our_candidates, plain_candidates
@@ -56,7 +56,6 @@ from ldmseg_fast.diffusion.sampler import image_noise
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
 from ldmseg_fast.kernels.roofline import find_gpu
-from ldmseg_fast.models.unet import UNet
 
 PARTS = ("step", "stages", "whole")  # by default
 MORE_PARTS = ("eomt", "openvino", "first")  # rivals, and what compiles for minutes
@@ -181,7 +180,7 @@ class Bench:
 
 def bench_step(bench: Bench, batch: int, names: list[str]) -> None:
     """Times one denoising step: a tenth of a loop of ten."""
-    flops = unet_flops(bench.info)
+    flops = unet_operations(load_component_config(bench.info.folder, "unet")[0], bench.info.latent_shape[1])
     gpu = find_gpu(bench.run.environment["gpu"]["name"])
     shape = (batch, bench.info.image_latent_channels, *bench.info.latent_shape[1:])
     latents, noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)), bench.noise(batch)
@@ -194,15 +193,6 @@ def bench_step(bench: Bench, batch: int, names: list[str]) -> None:
         "one step", run_loop, names, bench.case(batch=batch), items=LOOP * batch, flops=flops,
         floor_ms=1e3 * flops / gpu.half_operations if gpu else None,
     )  # fmt: skip
-
-
-def unet_flops(info: ModelInfo) -> float:
-    """Returns the operations of one UNet evaluation of one image."""
-    config = load_component_config(info.folder, "unet")[0]
-    side = info.latent_shape[1]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        UNet(config, "sdpa")(torch.empty(1, config.in_channels, side, side), torch.zeros(1))
-    return float(counter.get_total_flops())
 
 
 def bench_stages(bench: Bench, picture: np.ndarray, names: list[str], scratch: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring.result_file import BenchmarkError
-from ldmseg_fast.config import Config
+from ldmseg_fast.config import Config, UNetConfig
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.training.estimate import Counts, activation_memory, count_parameters, rank_memory
 
@@ -90,11 +90,10 @@ def held_out_errors(points: Sequence[Point]) -> list[float]:
 
 
 @lru_cache
-def unet_operations(config: Config) -> float:
-    """Returns the operations of one UNet evaluation of one image."""
-    side = config.data.image_size // config.mask_vae.downsampling
+def unet_operations(config: UNetConfig, side: int) -> float:
+    """Returns the operations of one UNet evaluation of one image, whose latents have `side` cells a row."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        UNet(config.unet, "sdpa")(torch.empty(1, config.unet.in_channels, side, side), torch.zeros(1))
+        UNet(config, "sdpa")(torch.empty(1, config.in_channels, side, side), torch.zeros(1))
     return float(counter.get_total_flops())
 
 
@@ -122,7 +121,7 @@ def _sizes(config: Config) -> tuple[float, float, Counts, int]:
     """
     if config.train.precision == "auto":
         config = replace(config, train=replace(config.train, precision="bf16"))
-    forward = unet_operations(config)
+    forward = unet_operations(config.unet, config.data.image_size // config.mask_vae.downsampling)
     recompute = config.train.checkpointing != "none"
     passes = 1.0 + config.diffusion.self_condition
     counts = count_parameters("diffusion", config)
