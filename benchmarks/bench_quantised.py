@@ -1,10 +1,12 @@
 """Measures quantised graphs of a trained model: time, size, the PQ that they lose, and what TensorRT-RTX fuses in them.
 
-python benchmarks/bench_quantised.py [MODEL_DIR] [--parts graphs engines] [--images N] [--seeds N] [--out FOLDER]
-    [--data ROOT:TRAIN:TEST ...]
+python benchmarks/bench_quantised.py [MODEL_DIR] [--parts graphs quality engines] [--images N] [--seeds N]
+    [--out FOLDER] [--data ROOT:TRAIN:TEST ...]
 
 Without --data a model of scenes is scored on new ones. With it, scales come from pictures of the first set's TRAIN, and
 the first --images of each TEST are scored.
+
+`graphs` measures sizes and the time of a step, `quality` the PQ that is lost.
 
 int8 for a CPU runs in ONNX Runtime. Graphs for TensorRT are emulated in PyTorch, which rounds where they do; so their
 PQ is what rounding costs, and says nothing of an engine's own kernels. So it is with PyTorch's own fp8. `engines`
@@ -64,7 +66,7 @@ EXPORTS = {
     "int8, tensorrt": ExportSettings("int8", runtime="tensorrt"),
     "fp8, tensorrt": ExportSettings("fp8"),
 }
-PARTS = ("graphs", "engines")
+PARTS = ("graphs", "quality", "engines")
 BUILT = ("fp16", "int8, tensorrt", "fp8, tensorrt")  # by TensorRT-RTX
 SIZES = {CPU_INT8: ("fp32", 0.30), "int8, tensorrt": ("fp16", 0.55), "fp8, tensorrt": ("fp16", 0.55)}
 LOSSES = {CPU_INT8: 0.3, "int8, tensorrt": 0.5, "fp8, tensorrt": 0.3, TORCH_FP8: 0.3}  # points of PQ
@@ -167,15 +169,15 @@ def backend_of(info: ModelInfo, manifest: Manifest, folder: Path) -> Any:
 def mean_pq(backend: Any, dataset: CocoPanoptic, seeds: int) -> float:
     """Returns the mean class-agnostic PQ in percent over noise seeds."""
     info, values = backend.info, []
-    pictures = torch.stack([torch.as_tensor(dataset[index]["image"]) for index in range(len(dataset))])
+    batches = [list(range(start, min(start + BATCH, len(dataset)))) for start in range(0, len(dataset), BATCH)]
+    encoded = [
+        backend.encode_image(torch.stack([torch.as_tensor(dataset[index]["image"]) for index in indices]))
+        for indices in batches
+    ]
     for seed in range(seeds):
         stat = PanopticQuality(OBJECT, class_agnostic=True)
-        for start in range(0, len(pictures), BATCH):
-            indices = list(range(start, min(start + BATCH, len(pictures))))
-            noise, image_latents = (
-                image_noise(seed, indices, info.latent_shape),
-                backend.encode_image(pictures[indices]),
-            )
+        for indices, image_latents in zip(batches, encoded):
+            noise = image_noise(seed, indices, info.latent_shape)
             latents = backend.sample(noise, image_latents, Scheduler(info.scheduler), info.num_inference_steps)
             for index, latent in zip(indices, latents):
                 ids, segments = dataset.ground_truth(index)
@@ -201,9 +203,9 @@ def main(argv: list[str] | None = None) -> int:
     named = {"model": shown_name(resolve_model_dir(args.model_dir))} if args.data else {}
     manifests = {}
     with tempfile.TemporaryDirectory() as scratch:
-        sets = held_out(args, info, Path(scratch)) if "graphs" in args.parts else {}
+        sets = held_out(args, info, Path(scratch)) if "quality" in args.parts else {}
         for name, settings in EXPORTS.items():
-            if "graphs" not in args.parts and name not in BUILT:
+            if args.parts == ["engines"] and name not in BUILT:
                 continue
             if args.data:
                 place = set_places(DataConfig(root=args.data[0]))[0]
@@ -214,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         if "graphs" in args.parts:
             sizes(run, manifests, Path(scratch), named)
             step_times(run, info, Path(scratch), args.rounds, named)
+        if "quality" in args.parts:
             losses(run, info, manifests, Path(scratch), sets, args.seeds, named)
         if "engines" in args.parts and importlib.util.find_spec("tensorrt_rtx") is None:
             print("engines: not built, TensorRT-RTX is not installed; pip install 'ldmseg_fast[rtx]'")

@@ -26,6 +26,7 @@ def test_a_run(model_dir, scenes, tmp_path, given, monkeypatch):
         str(model_dir),
         "--parts",
         "graphs",
+        "quality",
         "--images",
         "2",
         "--seeds",
