@@ -32,11 +32,14 @@ class ViewLogits:
 def average(views: Sequence[ViewLogits]) -> tuple[Tensor, Tensor | None, Tensor]:
     """Averages the probabilities of k >= 1 views, on the finest of their grids.
 
-    Slots of the others are matched to those of the first view by their soft Dice coefficients, highest first.
+    Slots of the others are matched to those of the first view by their soft Dice coefficients, highest first. Softmax
+    says nothing of how high a pixel's logits stand, which the overlap threshold asks; so they keep the mean level.
 
     Returns:
-        Logarithms of the mean probabilities, float32 [B, Q, h, w] and [B, C + 1, h / f, w / f] or None, and the share
-        of views whose likeliest slot is the mean's, float32 [B, h, w].
+        Slot logits, float32 [B, Q, h, w]: their softmax is the mean of the views' probabilities, their logarithm of the
+        sum of exponentials the mean of the views'; one view keeps its own. Logarithms of the categories' mean
+        probabilities, float32 [B, C + 1, h / f, w / f], or None. The share of views whose likeliest slot is the mean's,
+        float32 [B, h, w].
     """
     size = max((tuple(view.slots.shape[-2:]) for view in views), key=lambda shape: shape[0])
     first, *others = (_resized(view.slots.float().softmax(1), size) for view in views)
@@ -45,14 +48,16 @@ def average(views: Sequence[ViewLogits]) -> tuple[Tensor, Tensor | None, Tensor]
         order = torch.stack([match(*pair) for pair in zip(first, other)])  # [B, Q]
         aligned.append(other.gather(1, order[:, :, None, None].expand_as(other)))
     mean = torch.stack(aligned).mean(0)
+    level = torch.stack([_resized(view.slots.float().logsumexp(1, keepdim=True), size) for view in views]).mean(0)
+    logits = mean.clamp(min=TINY).log() + level
     label = mean.argmax(1)
     agreement = torch.stack([(each.argmax(1) == label).float() for each in aligned]).mean(0)
     named = [view.categories.float().softmax(1) for view in views if view.categories is not None]
     if not named:
-        return mean.clamp(min=TINY).log(), None, agreement
+        return logits, None, agreement
     size = max((tuple(each.shape[-2:]) for each in named), key=lambda shape: shape[0])
     categories = torch.stack([_resized(each, size) for each in named]).mean(0)
-    return mean.clamp(min=TINY).log(), categories.clamp(min=TINY).log(), agreement
+    return logits, categories.clamp(min=TINY).log(), agreement
 
 
 def match(first: Tensor, other: Tensor) -> Tensor:

@@ -212,6 +212,25 @@ def test_a_mean_by_hand():
     torch.testing.assert_close(slots.exp()[0, 1, 0, 1], torch.tensor((0.9 + other) / 2))
 
 
+def test_a_mean_keeps_the_level_of_its_views():
+    """The overlap threshold asks how high logits stand, which softmax does not tell."""
+    torch.manual_seed(0)
+    views = [ViewLogits(3 * torch.randn(2, 5, 4, 4) + shift, None) for shift in (1.0, -2.0)]
+    torch.testing.assert_close(average(views[:1])[0], views[0].slots)
+    level = average(views)[0].logsumexp(1)
+    torch.testing.assert_close(level, torch.stack([view.slots.logsumexp(1) for view in views]).mean(0))
+
+
+def test_a_mean_of_one_view_is_the_view(model_dir):
+    pipe = LDMSegPipeline.from_pretrained(model_dir)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    thresholds = PostprocessConfig(mask_threshold=0.05, count_threshold=4, overlap_threshold=0.02)
+    (plain,) = pipe(picture, 1, thresholds=thresholds)
+    (mean,) = pipe.ensemble(picture, 1, num_inference_steps=1, thresholds=thresholds, fusion="mean")
+    assert 1 < len(plain.segments_info) < 16  # the overlap decides
+    np.testing.assert_array_equal(mean.segmentation, plain.segmentation)
+
+
 def test_slots_of_views_are_matched():
     torch.manual_seed(0)
     first = (3 * torch.randn(8, 6, 7)).softmax(0)
