@@ -19,6 +19,7 @@ from ldmseg_fast.models.layers import Attention
 
 # first and last convolutions and the time embedding: few FLOPs, and errors there reach every step
 SENSITIVE = re.compile(r"(conv_in|image_conv_in|conv_out|time_embedding)(\.|$)")
+SENSITIVE_ON_CPU = re.compile(r"(conv_out|time_embedding)(\.|$)")  # the first takes 4 % of a step there
 PARTS = ("to_q", "to_k", "to_v")  # of an attention
 CALIBRATION_STEPS = 4
 OUTLIERS = 3e-5  # the share of values that int8 cuts off at each end
@@ -66,7 +67,7 @@ class LayerScales:
 def calibrate(
     info: ModelInfo, precision: str, dtype: torch.dtype, pictures: Tensor, attention: bool = True
 ) -> dict[str, LayerScales]:
-    """Measures the scales of every convolution and linear layer of the UNet but the `SENSITIVE` ones.
+    """Measures the scales of every convolution and linear layer of the UNet but the sensitive ones.
 
     In int8 for TensorRT also those of an attention's own two products, where it keeps them in one kernel.
 
@@ -84,7 +85,13 @@ def calibrate(
     backend = TorchBackend(info, "cpu", torch.float32)
     unet: Any = backend.unet
     unet.unfuse()  # fused products would pass the layers by
-    layers = {name: layer for name, layer in unet.named_modules() if _is_quantised(name, layer)}
+    for_cpu = precision == "int8" and dtype == torch.float32
+    floats = SENSITIVE_ON_CPU if for_cpu else SENSITIVE
+    layers = {
+        name: layer
+        for name, layer in unet.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not floats.match(name)
+    }
     spans: dict[tuple[str, str], tuple[float, float]] = {}
     share = OUTLIERS if precision == "int8" else 0.0
 
@@ -109,7 +116,6 @@ def calibrate(
         noise = image_noise(0, list(range(len(pictures))), info.latent_shape)
         denoise = unet if backend.conditioning is None else with_context(unet, backend.conditioning, pictures)
         ddim(denoise, noise, image_latents, Scheduler(info.scheduler), CALIBRATION_STEPS, info.self_condition)
-    for_cpu = precision == "int8" and dtype == torch.float32
 
     def scale(name: str, end: str) -> Scale:
         low, high = spans[name, end]
@@ -142,10 +148,6 @@ def calibrate(
         )
         for name in layers
     }
-
-
-def _is_quantised(name: str, layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d | nn.Linear) and not SENSITIVE.match(name)
 
 
 def _is_wide(layer: nn.Module) -> bool:

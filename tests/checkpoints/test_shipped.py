@@ -75,6 +75,8 @@ def test_int8_weights_are_a_quarter_as_large_and_predict_alike(model_dir, scenes
         scale = stored[name + ".int8_scale"].float().view(-1, *[1] * (exact[name].ndim - 1))
         assert ((back[name] - exact[name]).abs() <= 0.5 * scale * 1.001 + 0.5e-3 * exact[name].abs()).all()
     assert (folder / path).stat().st_size < 0.35 * (model_dir / path).stat().st_size
+    encoder = load_file(folder / "image_vae/model.safetensors").values()
+    assert {value.dtype for value in encoder} == {torch.float16}  # where rounding costs most
     images = [CocoPanoptic(scenes, "val2017", 64).load_image(index) for index in range(2)]
     logits = [LDMSegPipeline.from_pretrained(name)(images, 2, output_type="logits") for name in (folder, model_dir)]
     assert (logits[0] - logits[1]).abs().mean() < 0.05 * logits[1].std()
