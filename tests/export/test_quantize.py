@@ -110,7 +110,7 @@ def test_the_cpu_multiplies_integers_in_every_layer(wide, denoiser, tmp_path):
     assert found["MatMulIntegerToFloat"] == len(scales) - 2 * convolutions - (of_time - 1) + gated
     assert found["MultiHeadAttention"] == attentions and not found["Softmax"]
     assert found["Split"] == 1 + 1  # the projections of the time, and the step's coefficients
-    assert found["Conv"] == 2  # the first and the last
+    assert found["Conv"] == 1  # the last
     assert all(scale.unsigned for scale in scales.values())
 
 
