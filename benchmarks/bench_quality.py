@@ -2,7 +2,7 @@
 
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [...] [--split S] [--steps 1 4 10]
     [--solvers ddim heun] [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT]] [--picture FILE] [--journal FILE]
-    [--size S] [--flip] [--scales X ...] [--fusion F] [--connected PX] [--snapshots]
+    [--size S] [--flip] [--scales X ...] [--fusion F] [--edges] [--connected PX] [--snapshots]
 
 A ROOT may name splits of its own, ROOT:TRAIN:TEST; each set has rows of its own. Rows are measured one after the other;
 with --journal a stopped campaign goes on with the first that is missing. With several annotators per image the values
@@ -114,10 +114,11 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
         own_case["connected"] = options.connected
     if options.mask_threshold is not None:
         own_case["mask_threshold"] = options.mask_threshold
+    if options.overlap_threshold is not None:
+        own_case["overlap_threshold"] = options.overlap_threshold
     if options.is_ensemble:
-        own_case["views"] = " ".join(
-            ["flip"] * options.flip + [f"scales {' '.join(f'{scale:g}' for scale in options.scales)}", options.fusion]
-        )
+        scales = f"scales {' '.join(f'{scale:g}' for scale in options.scales)}"
+        own_case["views"] = " ".join(["flip"] * options.flip + [scales, options.fusion] + ["edges"] * options.edges)
     if options.seeds > 1:
         facts["deviation"] = report["seeds"]["deviation"]["class_agnostic"]["pq"]
         facts["seeds"] = options.seeds
@@ -273,6 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
     parser.add_argument("--mask-th", type=float, help="least softmax probability of a pixel")
     parser.add_argument("--count-th", type=int, help="least area of a segment in pixels")
+    parser.add_argument("--overlap-th", type=float, help="least share of a slot's area that its segment keeps")
     parser.add_argument("--limit", type=int, default=0, help="first N images, of each annotator")
     add_view_arguments(parser)
     add_connected_argument(parser)
@@ -330,6 +332,7 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                     id_assignment=args.ids,
                     image_size=args.size,
                     mask_threshold=args.mask_th,
+                    overlap_threshold=args.overlap_th,
                     connected=args.connected,
                     count_threshold=args.count_th,
                     inpainting=args.inpainting,

@@ -323,6 +323,7 @@ class LDMSegPipeline:
         flip: bool = False,
         scales: Sequence[float] = (1.0,),
         fusion: str = "medoid",
+        edges: bool = False,
         connected: int = 0,
         **settings: Any,
     ) -> list[EnsembleResult]:
@@ -334,7 +335,7 @@ class LDMSegPipeline:
             images: as in `__call__`.
             num_samples: k, 1 to 1000.
             num_inference_steps, seed, image_ids, thresholds, batch_size, captions, exif: as in `__call__`.
-            flip, scales, fusion: what the samples see and how they are joined; see `inference.ensemble.Views`.
+            flip, scales, fusion, edges: what samples see and how they are joined; see `inference.ensemble.Views`.
             connected: as in `__call__`, of the joined map.
             settings: `solver`, `eta`, `timesteps`, `callback`, `cache_interval` and `cache_branch` of `__call__`.
 
@@ -348,7 +349,7 @@ class LDMSegPipeline:
         """
         from ldmseg_fast.inference.ensemble import Views, as_scales, sample_ensemble
 
-        views = Views(flip, as_scales(scales), fusion)
+        views = Views(flip, as_scales(scales), fusion, edges)
         check_count("num_samples", num_samples, 1, MAX_SAMPLES)
         refused = settings.keys() & {"generator", "latents", "output_type"}
         if refused:

@@ -110,9 +110,11 @@ def _how(case: dict[str, Any]) -> str:
         return f"{case['ids']} ids, {case['size']} px"
     solver = case.get("solver", "ddim")
     size = f"{case['size']} px" if "size" in case else ""
-    least = f"mask threshold {case['mask_threshold']:g}" if "mask_threshold" in case else ""
+    least = [
+        f"{name} threshold {case[f'{name}_threshold']:g}" for name in ("mask", "overlap") if f"{name}_threshold" in case
+    ]
     pieces = f"connected, from {case['connected']} px" if "connected" in case else ""
-    others = ["" if solver == "ddim" else solver, size, case.get("views", ""), pieces, least]
+    others = ["" if solver == "ddim" else solver, size, case.get("views", ""), pieces, *least]
     others.append(f"mean of {case['trainings']} trainings" if "trainings" in case else "")
     return ", ".join([f"{case['steps']} steps", *filter(None, others)])
 

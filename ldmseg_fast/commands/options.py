@@ -204,7 +204,7 @@ def listed(paths: Sequence[str]) -> list[str]:
 
 
 def add_view_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --flip, --scales and --fusion, which `views_of` reads."""
+    """Adds --flip, --scales, --fusion and --edges, which `views_of` reads."""
     parser.add_argument("--flip", action="store_true", help="an ensemble with the mirror image of each picture")
     parser.add_argument(
         "--scales",
@@ -221,6 +221,9 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an ensemble: the map that agrees best with the others, its segments as all of them see them, or the "
         "map of the mean probabilities",
     )
+    parser.add_argument(
+        "--edges", action="store_true", help="with --fusion mean: edges of segments follow edges of the picture"
+    )
 
 
 def add_connected_argument(parser: argparse.ArgumentParser) -> None:
@@ -235,14 +238,14 @@ def add_connected_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def views_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Gives `flip`, `scales` and `fusion` as `LDMSegPipeline.ensemble` takes them; nothing where all are the defaults.
+    """Gives the fields of `Views` as `LDMSegPipeline.ensemble` takes them; nothing where all are the defaults.
 
     Raises:
-        ArgumentError: scales that are none.
+        ArgumentError: scales that are none, or edges without a mean.
     """
     from ldmseg_fast.inference.ensemble import Views
 
-    views = Views(args.flip, tuple(args.scales), args.fusion)
+    views = Views(args.flip, tuple(args.scales), args.fusion, args.edges)
     return {} if views == Views() else asdict(views)
 
 

@@ -56,7 +56,7 @@ def predict_files(
 
     The overlay is scaled down to OVERLAY_SIDE pixels where the picture is larger.
 
-    With several `samples`, or with `views` (its `flip`, `scales` and `fusion`), the map is an ensemble's
+    With several `samples`, or with `views` (the fields of `Views`), the map is an ensemble's
     (`LDMSegPipeline.ensemble`), and OUT/NAME_agreement.png shows how far they agree on each pixel, 255 where all do.
     `sampling` goes to the pipeline.
 
@@ -167,7 +167,8 @@ def run(args: argparse.Namespace) -> int:
         names = ("backend", "steps", "seed", "samples", "size", "max_pixels", "batch_size")
         own = {name: getattr(args, name) for name in names}
         own |= networks_of(args)
-        own |= {"flip": args.flip, "scales": " ".join(map(str, args.scales)), "fusion": args.fusion}
+        own |= {"flip": args.flip, "scales": " ".join(map(str, args.scales))}
+        own |= {"fusion": args.fusion, "edges": args.edges}
         return {"command": "predict", **model_state(args.model_dir, args.engine_dir), **own, **sampling}
 
     def load() -> Any:

@@ -29,9 +29,10 @@ class EvaluationOptions:
     seed: int = 0
     seeds: int = 1  # how many noise seeds: seed, seed + 1, ...
     samples: int = 1  # of an ensemble per picture; see `LDMSegPipeline.ensemble`
-    flip: bool = False  # it and the two below: what the ensemble sees, and how it is joined
+    flip: bool = False  # it and the three below: what the ensemble sees, and how it is joined
     scales: tuple[float, ...] = (1.0,)
     fusion: str = "medoid"
+    edges: bool = False
     limit: int = 0
     batch_size: int = 16
     id_assignment: str | None = None  # of an auto-encoder's reconstruction
@@ -67,7 +68,7 @@ class EvaluationOptions:
             (1 <= self.samples <= 1000, f"--samples {self.samples}: from 1 to 1000"),
             (
                 not (self.is_ensemble and self.inpainting),
-                "--inpainting completes one map per picture: leave --samples, --flip and --scales out",
+                "--inpainting completes one map per picture: leave --samples, --flip, --scales and --edges out",
             ),
             (self.seed >= 0, f"--seed {self.seed}: not negative"),
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: at least 1"),
@@ -115,7 +116,7 @@ class EvaluationOptions:
     @property
     def is_ensemble(self) -> bool:
         """Whether a picture is segmented more than once."""
-        return self.samples > 1 or self.flip or self.scales != (1.0,)
+        return self.samples > 1 or self.flip or self.scales != (1.0,) or self.edges
 
     @property
     def speed(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class DiffusionModel:
         steps: of sampling; None: the model's own.
         solver, eta, backend, engine_dir: as `LDMSegPipeline` has them.
         speed: as `EvaluationOptions.speed`, for `LDMSegPipeline.from_pretrained`.
-        ensemble: `num_samples`, `flip`, `scales` and `fusion` of `LDMSegPipeline.ensemble`; None: one sample a picture.
+        ensemble: `num_samples` and what `Views` has, of `LDMSegPipeline.ensemble`; None: one sample a picture.
         connected: as `LDMSegPipeline` has it.
 
     Raises:

@@ -230,7 +230,7 @@ def load_predictor(
 
 
 def _ensemble(options: EvaluationOptions) -> dict[str, Any]:
-    names = ("flip", "scales", "fusion")
+    names = ("flip", "scales", "fusion", "edges")
     return {"num_samples": options.samples} | {name: getattr(options, name) for name in names}
 
 

@@ -20,7 +20,8 @@ from ldmseg_fast.files import read_text, sha256, without_repeats, write_json
 
 FORMAT_VERSION = 2
 # Since 2 weights for a CPU are of 7 bits, whose sums of two products fit 16 bits, and TensorRT's int8 has attention.
-# Since 3 a graph for a CPU has ONNX Runtime's own nodes of products and attention, since 4 its first convolution is int8.
+# Since 3 a graph for a CPU has ONNX Runtime's own nodes of products and attention; since 4 the first convolution is
+# of 8 bits there.
 QUANTISATION_RULES = 4
 TENSORRT_RULES = 2  # the last that changed graphs for TensorRT
 FILE_NAME = "export.json"

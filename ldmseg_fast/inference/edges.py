@@ -1,0 +1,75 @@
+"""Makes edges of segments follow edges of the picture, by the guided filter over the probabilities of slots.
+
+Within a window a probability is an affine function of the picture's colours (He, Sun and Tang, "Guided Image
+Filtering", TPAMI 2013, equations 14 to 16): where these jump, so may it, and elsewhere it is smooth. The functions are
+found on the slots' grid, and applied to a picture twice as fine (He and Sun, "Fast Guided Filter", arXiv 1505.00996).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RADIUS = 1  # of a window, in cells of the slots' grid
+EPSILON = 1e-3  # variance of colours, from 0 to 1, below which a window counts as flat
+FINER = 2  # cells of the result on one of the grid's
+SEEN = 0.05  # a slot that is nowhere likelier than this stays as it is
+LEAST = 1e-6  # probability, so that its logarithm is a number
+
+
+def follow_edges(slots: Tensor, pictures: Tensor) -> Tensor:
+    """Sharpens slot logits where the picture has edges.
+
+    Args:
+        slots: float32 [B, Q, h, w].
+        pictures: uint8 [B, 3, P, P], of any size P.
+
+    Returns:
+        Logits of the filtered probabilities, as high as they stood, float32 [B, Q, 2 h, 2 w].
+    """
+    size = [FINER * side for side in slots.shape[-2:]]
+    finer = F.interpolate(slots, size, mode="bilinear", align_corners=False)
+    for image, (coarse, picture) in enumerate(zip(slots, pictures.float() / 255)):
+        probabilities = coarse.softmax(0)
+        seen = probabilities.amax((1, 2)) > SEEN
+        colours, guide = (
+            F.interpolate(picture[None], list(shape), mode="bilinear", antialias=True, align_corners=False)[0]
+            for shape in (coarse.shape[-2:], size)
+        )
+        filtered = guided(probabilities[seen], colours, guide)
+        change = filtered.clamp(min=LEAST).log() - finer[image].log_softmax(0)[seen].clamp(min=math.log(LEAST))
+        finer[image, seen] += change
+    return finer
+
+
+def guided(values: Tensor, colours: Tensor, guide: Tensor) -> Tensor:
+    """Filters values, float32 [N, h, w], that share the picture [3, h, w]; `guide` [3, H, W] is the picture finer.
+
+    Returns:
+        float32 [N, H, W], which may leave the range of `values` a little.
+    """
+    mean, mean_of_values = _mean(colours), _mean(values)
+    covariance = _mean((colours[:, None] * colours).flatten(0, 1)).unflatten(0, (3, 3)) - mean[:, None] * mean
+    covariance = covariance + EPSILON * torch.eye(3, device=values.device)[:, :, None, None]
+    joint = _mean((colours[:, None] * values).flatten(0, 1)).unflatten(0, (3, -1)) - mean[:, None] * mean_of_values
+    slopes = torch.einsum("ijhw,jnhw->inhw", _inverse(covariance), joint)  # [3, N, h, w]
+    offsets = mean_of_values - (slopes * mean[:, None]).sum(0)  # [N, h, w]
+    fitted = _mean(torch.cat([slopes.flatten(0, 1), offsets]))  # of all windows that hold a cell
+    fitted = F.interpolate(fitted[None], list(guide.shape[-2:]), mode="bilinear", align_corners=False)[0]
+    return (fitted[: -len(values)].unflatten(0, (3, -1)) * guide[:, None]).sum(0) + fitted[-len(values) :]
+
+
+def _mean(maps: Tensor) -> Tensor:
+    """Averages maps, float32 [N, h, w], over the window of each cell, cut off at the border."""
+    return F.avg_pool2d(maps[None], 2 * RADIUS + 1, stride=1, padding=RADIUS, count_include_pad=False)[0]
+
+
+def _inverse(matrices: Tensor) -> Tensor:
+    """Inverts symmetric matrices, float32 [3, 3, h, w], of full rank."""
+    one, two, three = matrices
+    pairs = ((two, three), (three, one), (one, two))
+    rows = torch.stack([torch.linalg.cross(*pair, dim=0) for pair in pairs])
+    return rows / (one * rows[0]).sum(0)

@@ -1,0 +1,91 @@
+"""The guided filter over slots: against its definition in float64, and where the picture has an edge."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.config import PostprocessConfig
+from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.edges import EPSILON, FINER, RADIUS, follow_edges, guided
+
+
+def windows(height, width):
+    for y in range(height):
+        for x in range(width):
+            near = np.s_[max(0, y - RADIUS) : y + RADIUS + 1, max(0, x - RADIUS) : x + RADIUS + 1]
+            yield (y, x), near
+
+
+def plain(values, colours):
+    """He, Sun and Tang 2013, equations 14 to 16, pixel by pixel; values [h, w], colours [3, h, w]."""
+    height, width = values.shape
+    slopes, offsets, found = np.zeros((3, height, width)), np.zeros((height, width)), np.zeros((height, width))
+    for place, near in windows(height, width):
+        colour, value = colours[:, *near].reshape(3, -1), values[near].ravel()
+        covariance = np.cov(colour, bias=True) + EPSILON * np.eye(3)
+        joint = (colour * value).mean(1) - colour.mean(1) * value.mean()
+        slope = np.linalg.solve(covariance, joint)
+        slopes[:, *place], offsets[place] = slope, value.mean() - slope @ colour.mean(1)
+    for place, near in windows(height, width):
+        slope, offset = slopes[:, *near].reshape(3, -1).mean(1), offsets[near].mean()
+        found[place] = slope @ colours[:, *place] + offset
+    return found
+
+
+def test_by_definition():
+    random = np.random.default_rng(0)
+    values, colours = random.random((2, 6, 7)), random.random((3, 6, 7))
+    found = guided(*(torch.from_numpy(each).float() for each in (values, colours, colours)))
+    expected = np.stack([plain(each, colours) for each in values])
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)
+
+
+def slots_of(cells, sure=4.0):
+    """Logits [1, 4, h, w] for a map of slots, int64 [h, w]."""
+    return sure * F.one_hot(torch.as_tensor(cells), 4).permute(2, 0, 1)[None].float()
+
+
+def test_an_edge_moves_to_that_of_the_picture():
+    columns = torch.arange(64).expand(64, 64)
+    picture = torch.where(columns < 30, 40, 200).to(torch.uint8).expand(1, 3, 64, 64)
+    slots = slots_of(
+        torch.where(torch.arange(16) < 8, 1, 2).expand(16, 16)
+    )  # the edge at 8 of 16, the picture's at 7.5
+    blurred = F.avg_pool2d(slots, 3, stride=1, padding=1, count_include_pad=False)
+    before = F.interpolate(blurred, (32, 32), mode="bilinear").argmax(1)
+    after = follow_edges(blurred, picture).argmax(1)
+    assert after.shape == (1, 32, 32)
+    truth = torch.where(torch.arange(32) < 15, 1, 2).expand(1, 32, 32)
+    assert (before != truth).any() and (after == truth).all()
+
+
+def test_a_flat_picture_moves_nothing():
+    slots = slots_of(torch.where(torch.arange(12) < 6, 1, 2).expand(12, 12))
+    kept = follow_edges(slots, torch.full((1, 3, 48, 48), 99, dtype=torch.uint8))
+    finer = F.interpolate(slots, (12 * FINER, 12 * FINER), mode="bilinear", align_corners=False)
+    assert (kept.argmax(1) == finer.argmax(1)).all()
+    seen = finer.softmax(1).amax((0, 2, 3)) > 0.05
+    torch.testing.assert_close(kept[:, ~seen], finer[:, ~seen])  # as they were, level and all
+
+
+def test_an_ensemble_with_edges(model_dir):
+    pipe = LDMSegPipeline.from_pretrained(model_dir)
+    pictures = list(np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8))
+    settings = {"num_inference_steps": 1, "fusion": "mean", "thresholds": PostprocessConfig(0.0, 0, 0.0)}
+    plain_maps, sharp = (pipe.ensemble(pictures, 1, **settings, edges=edges) for edges in (False, True))
+    for one, other in zip(plain_maps, sharp):
+        assert other.segmentation.shape == (40, 50) and other.segments_info
+        assert (one.segmentation != other.segmentation).any()
+    alone = pipe.ensemble(pictures[1:], 1, **settings, edges=True, image_ids=[1])
+    np.testing.assert_array_equal(alone[0].segmentation, sharp[1].segmentation)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"edges": True}, "fusion is medoid; take mean"), ({"edges": 1, "fusion": "mean"}, "True or False")],
+)
+def test_bad_settings(model_dir, settings, message):
+    with pytest.raises(ArgumentError, match=message):
+        LDMSegPipeline.from_pretrained(model_dir).ensemble(np.zeros((8, 8, 3), np.uint8), **settings)
