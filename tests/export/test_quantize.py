@@ -19,7 +19,7 @@ from ldmseg_fast.backends.load import load_backend
 from ldmseg_fast.backends.model_info import read_model_info
 from ldmseg_fast.errors import BackendError
 from ldmseg_fast.export import calibration, cpu_graph, model_export, to_onnx, to_trt
-from ldmseg_fast.export.calibration import Scale, calibrate, fake_quantize
+from ldmseg_fast.export.calibration import Scale, _ends, calibrate, fake_quantize
 from ldmseg_fast.export.cpu_graph import rewrite_for_cpu
 from ldmseg_fast.export.float_twin import flow_scales
 from ldmseg_fast.export.graph_export import export_graph
@@ -84,6 +84,15 @@ def test_all_but_the_pairs_is_as_in_half_precision(denoiser, kind):
     products = sum(name.endswith("/inputs") for name in scales) - 2 * fused
     flows = len(scales) - 2 * fused
     assert pairs == {"QuantizeLinear": flows, "DequantizeLinear": flows + products}
+
+
+@pytest.mark.parametrize(("size", "share"), [(5, 0.0), (1000, 3e-5), (100_003, 3e-5), (100_003, 0.02)])
+def test_ends_are_those_of_sorted_values(size, share):
+    torch.manual_seed(0)
+    values = torch.randn(size).round(decimals=2)  # with equal ones
+    cut = int(share * size)
+    in_order = values.sort().values
+    assert _ends(values, share) == (in_order[cut].item(), in_order[size - 1 - cut].item())
 
 
 @pytest.mark.parametrize(
