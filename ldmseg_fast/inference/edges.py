@@ -16,8 +16,7 @@ from torch import Tensor
 RADIUS = 1  # of a window, in cells of the slots' grid
 EPSILON = 1e-3  # variance of colours, from 0 to 1, below which a window counts as flat
 FINER = 2  # cells of the result on one of the grid's
-SEEN = 0.05  # a slot that is nowhere likelier than this stays as it is
-LEAST = 1e-6  # probability, so that its logarithm is a number
+SEEN = 0.1  # where a slot is less likely than this, before and after, it stays as it is
 
 
 def follow_edges(slots: Tensor, pictures: Tensor) -> Tensor:
@@ -40,7 +39,7 @@ def follow_edges(slots: Tensor, pictures: Tensor) -> Tensor:
             for shape in (coarse.shape[-2:], size)
         )
         filtered = guided(probabilities[seen], colours, guide)
-        change = filtered.clamp(min=LEAST).log() - finer[image].log_softmax(0)[seen].clamp(min=math.log(LEAST))
+        change = filtered.clamp(min=SEEN).log() - finer[image].log_softmax(0)[seen].clamp(min=math.log(SEEN))
         finer[image, seen] += change
     return finer
 
