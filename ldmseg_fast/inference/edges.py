@@ -34,6 +34,8 @@ def follow_edges(slots: Tensor, pictures: Tensor) -> Tensor:
     for image, (coarse, picture) in enumerate(zip(slots, pictures.float() / 255)):
         probabilities = coarse.softmax(0)
         seen = probabilities.amax((1, 2)) > SEEN
+        if not seen.any():
+            continue
         colours, guide = (
             F.interpolate(picture[None], list(shape), mode="bilinear", antialias=True, align_corners=False)[0]
             for shape in (coarse.shape[-2:], size)

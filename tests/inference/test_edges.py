@@ -70,6 +70,11 @@ def test_a_flat_picture_moves_nothing():
     torch.testing.assert_close(kept[:, ~seen], finer[:, ~seen])  # as they were, level and all
 
 
+def test_where_no_slot_is_likely_nothing_moves():
+    picture = torch.randint(0, 256, (1, 3, 24, 24), dtype=torch.uint8)
+    torch.testing.assert_close(follow_edges(torch.full((1, 16, 6, 6), 2.0), picture), torch.full((1, 16, 12, 12), 2.0))
+
+
 def test_an_ensemble_with_edges(model_dir):
     pipe = LDMSegPipeline.from_pretrained(model_dir)
     pictures = list(np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8))
