@@ -80,7 +80,7 @@ class Views:
         if self.fusion not in FUSIONS:
             raise ArgumentError(f"fusion={self.fusion!r}: one of {', '.join(FUSIONS)} expected")
         if self.edges and self.fusion != "mean":
-            raise ArgumentError(f"edges: they change mean probabilities, and fusion is {self.fusion}; take mean")
+            raise ArgumentError(f"edges are followed by the mean of views, not by fusion={self.fusion}: take mean")
 
     @property
     def count(self) -> int:

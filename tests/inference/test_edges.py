@@ -89,7 +89,7 @@ def test_an_ensemble_with_edges(model_dir):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"edges": True}, "fusion is medoid; take mean"), ({"edges": 1, "fusion": "mean"}, "True or False")],
+    [({"edges": True}, "not by fusion=medoid: take mean"), ({"edges": 1, "fusion": "mean"}, "True or False")],
 )
 def test_bad_settings(model_dir, settings, message):
     with pytest.raises(ArgumentError, match=message):
