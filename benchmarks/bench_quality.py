@@ -2,7 +2,7 @@
 
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [...] [--split S] [--steps 1 4 10]
     [--solvers ddim heun] [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT]] [--picture FILE] [--journal FILE]
-    [--size S] [--flip] [--scales X ...] [--fusion F] [--edges] [--connected PX] [--snapshots]
+    [--size S] [--flip] [--scales X ...] [--fusion F] [--edges R] [--connected PX] [--snapshots]
 
 A ROOT may name splits of its own, ROOT:TRAIN:TEST; each set has rows of its own. Rows are measured one after the other;
 with --journal a stopped campaign goes on with the first that is missing. With several annotators per image the values
@@ -118,7 +118,9 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
         own_case["overlap_threshold"] = options.overlap_threshold
     if options.is_ensemble:
         scales = f"scales {' '.join(f'{scale:g}' for scale in options.scales)}"
-        own_case["views"] = " ".join(["flip"] * options.flip + [scales, options.fusion] + ["edges"] * options.edges)
+        own_case["views"] = " ".join(
+            ["flip"] * options.flip + [scales, options.fusion] + [f"edges {options.edges}"] * (options.edges > 0)
+        )
     if options.seeds > 1:
         facts["deviation"] = report["seeds"]["deviation"]["class_agnostic"]["pq"]
         facts["seeds"] = options.seeds

@@ -323,7 +323,7 @@ class LDMSegPipeline:
         flip: bool = False,
         scales: Sequence[float] = (1.0,),
         fusion: str = "medoid",
-        edges: bool = False,
+        edges: int = 0,
         connected: int = 0,
         **settings: Any,
     ) -> list[EnsembleResult]:

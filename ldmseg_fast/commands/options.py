@@ -222,7 +222,12 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
         "map of the mean probabilities",
     )
     parser.add_argument(
-        "--edges", action="store_true", help="with --fusion mean: edges of segments follow edges of the picture"
+        "--edges",
+        type=int,
+        default=0,
+        metavar="R",
+        help="with --fusion mean: edges of segments follow edges of the picture within R cells of the decoder's grid; "
+        "1 to 4 do well",
     )
 
 

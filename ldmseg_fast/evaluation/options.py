@@ -32,7 +32,7 @@ class EvaluationOptions:
     flip: bool = False  # it and the three below: what the ensemble sees, and how it is joined
     scales: tuple[float, ...] = (1.0,)
     fusion: str = "medoid"
-    edges: bool = False
+    edges: int = 0
     limit: int = 0
     batch_size: int = 16
     id_assignment: str | None = None  # of an auto-encoder's reconstruction
@@ -116,7 +116,7 @@ class EvaluationOptions:
     @property
     def is_ensemble(self) -> bool:
         """Whether a picture is segmented more than once."""
-        return self.samples > 1 or self.flip or self.scales != (1.0,) or self.edges
+        return self.samples > 1 or self.flip or self.scales != (1.0,) or self.edges > 0
 
     @property
     def speed(self) -> dict[str, Any]:

@@ -13,18 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RADIUS = 1  # of a window, in cells of the slots' grid
-EPSILON = 1e-3  # variance of colours, from 0 to 1, below which a window counts as flat
+MAX_RADIUS = 16
+EPSILON = 1e-4  # variance of colours, from 0 to 1, below which a window counts as flat
 FINER = 2  # cells of the result on one of the grid's
 SEEN = 0.1  # where a slot is less likely than this, before and after, it stays as it is
 
 
-def follow_edges(slots: Tensor, pictures: Tensor) -> Tensor:
+def follow_edges(slots: Tensor, pictures: Tensor, radius: int) -> Tensor:
     """Sharpens slot logits where the picture has edges.
 
     Args:
         slots: float32 [B, Q, h, w].
         pictures: uint8 [B, 3, P, P], of any size P.
+        radius: of a window, in cells of the slots' grid, from 1 to MAX_RADIUS; a window is 2 radius + 1 cells wide.
 
     Returns:
         Logits of the filtered probabilities, as high as they stood, float32 [B, Q, 2 h, 2 w].
@@ -40,32 +41,31 @@ def follow_edges(slots: Tensor, pictures: Tensor) -> Tensor:
             F.interpolate(picture[None], list(shape), mode="bilinear", antialias=True, align_corners=False)[0]
             for shape in (coarse.shape[-2:], size)
         )
-        filtered = guided(probabilities[seen], colours, guide)
+        filtered = guided(probabilities[seen], colours, guide, radius)
         change = filtered.clamp(min=SEEN).log() - finer[image].log_softmax(0)[seen].clamp(min=math.log(SEEN))
         finer[image, seen] += change
     return finer
 
 
-def guided(values: Tensor, colours: Tensor, guide: Tensor) -> Tensor:
+def guided(values: Tensor, colours: Tensor, guide: Tensor, radius: int) -> Tensor:
     """Filters values, float32 [N, h, w], that share the picture [3, h, w]; `guide` [3, H, W] is the picture finer.
 
     Returns:
         float32 [N, H, W], which may leave the range of `values` a little.
     """
-    mean, mean_of_values = _mean(colours), _mean(values)
-    covariance = _mean((colours[:, None] * colours).flatten(0, 1)).unflatten(0, (3, 3)) - mean[:, None] * mean
+
+    def averaged(maps: Tensor) -> Tensor:  # [n, h, w], over the window of each cell, cut off at the border
+        return F.avg_pool2d(maps[None], 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)[0]
+
+    mean, mean_of_values = averaged(colours), averaged(values)
+    covariance = averaged((colours[:, None] * colours).flatten(0, 1)).unflatten(0, (3, 3)) - mean[:, None] * mean
     covariance = covariance + EPSILON * torch.eye(3, device=values.device)[:, :, None, None]
-    joint = _mean((colours[:, None] * values).flatten(0, 1)).unflatten(0, (3, -1)) - mean[:, None] * mean_of_values
+    joint = averaged((colours[:, None] * values).flatten(0, 1)).unflatten(0, (3, -1)) - mean[:, None] * mean_of_values
     slopes = torch.einsum("ijhw,jnhw->inhw", _inverse(covariance), joint)  # [3, N, h, w]
     offsets = mean_of_values - (slopes * mean[:, None]).sum(0)  # [N, h, w]
-    fitted = _mean(torch.cat([slopes.flatten(0, 1), offsets]))  # of all windows that hold a cell
+    fitted = averaged(torch.cat([slopes.flatten(0, 1), offsets]))  # of all windows that hold a cell
     fitted = F.interpolate(fitted[None], list(guide.shape[-2:]), mode="bilinear", align_corners=False)[0]
     return (fitted[: -len(values)].unflatten(0, (3, -1)) * guide[:, None]).sum(0) + fitted[-len(values) :]
-
-
-def _mean(maps: Tensor) -> Tensor:
-    """Averages maps, float32 [N, h, w], over the window of each cell, cut off at the border."""
-    return F.avg_pool2d(maps[None], 2 * RADIUS + 1, stride=1, padding=RADIUS, count_include_pad=False)[0]
 
 
 def _inverse(matrices: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.pictures import Picture
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.inference.averaging import ViewLogits, average
-from ldmseg_fast.inference.edges import follow_edges
+from ldmseg_fast.inference.edges import MAX_RADIUS, follow_edges
+from ldmseg_fast.inference.inputs import check_count
 from ldmseg_fast.inference.sampling import MaskSampler, Sampling
 from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 from ldmseg_fast.panoptic.shapes import segment_shapes
@@ -57,7 +58,8 @@ class Views:
         fusion: "medoid": the sample that agrees best with the others, as it is. "vote": its segments, each pixel to
             the one whose matches cover it in most samples. "mean": the probabilities of slots and categories are
             averaged over the samples before a map is made of them; it decodes in PyTorch whatever the backend.
-        edges: of a mean: edges of segments follow edges of the picture; see `inference.edges`.
+        edges: of a mean: edges of segments follow edges of the picture within so many cells of the decoder's grid, the
+            radius of `inference.edges`; 0: they do not.
 
     Raises:
         ArgumentError: values that are none of these.
@@ -66,13 +68,12 @@ class Views:
     flip: bool = False
     scales: tuple[float, ...] = (1.0,)
     fusion: str = "medoid"
-    edges: bool = False
+    edges: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.flip, bool):
             raise ArgumentError(f"flip={self.flip!r}: True or False expected")
-        if not isinstance(self.edges, bool):
-            raise ArgumentError(f"edges={self.edges!r}: True or False expected")
+        check_count("edges", self.edges, 0, MAX_RADIUS)
         if not 1 <= len(self.scales) <= MAX_SCALES or not all(
             isinstance(scale, (int, float)) and 0.25 <= scale <= 4 for scale in self.scales
         ):
@@ -148,7 +149,7 @@ def sample_ensemble(
                 decoded = own.decode(mask_latents, sizes, thresholds)
                 samples.append([mirror(result) for result in decoded] if mirrored else decoded)
     if views.fusion == "mean":
-        return _mean(sampler.backend.info, logits, sizes, thresholds, pixels if views.edges else None)
+        return _mean(sampler.backend.info, logits, sizes, thresholds, views.edges, pixels)
     return [combine(of_one_image, views.fusion) for of_one_image in zip(*samples)]
 
 
@@ -168,15 +169,16 @@ def _mean(
     views: Sequence[ViewLogits],
     sizes: Sequence[tuple[int, int]],
     thresholds: PostprocessConfig | None,
-    pictures: Tensor | None,
+    edges: int,
+    pictures: Tensor,
 ) -> list[EnsembleResult]:
     """Makes one result per picture of the views' mean probabilities; a segment's agreement is that of its pixels.
 
-    With pictures, uint8 [B, 3, P, P], edges follow theirs.
+    With `edges`, a radius, those of segments follow those of the pictures, uint8 [B, 3, P, P].
     """
     slots, categories, agreement = average(views)
-    if pictures is not None:
-        slots = follow_edges(slots, pictures)
+    if edges:
+        slots = follow_edges(slots, pictures, edges)
     side = (info.image_size, info.image_size)
     results = postprocess(slots, side, sizes, thresholds or info.postprocess, categories, info.categories)
     ensembles = []

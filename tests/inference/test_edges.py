@@ -8,37 +8,38 @@ import torch.nn.functional as F
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.inference.edges import EPSILON, FINER, RADIUS, SEEN, follow_edges, guided
+from ldmseg_fast.inference.edges import EPSILON, FINER, SEEN, follow_edges, guided
 
 
-def windows(height, width):
+def windows(height, width, radius):
     for y in range(height):
         for x in range(width):
-            near = np.s_[max(0, y - RADIUS) : y + RADIUS + 1, max(0, x - RADIUS) : x + RADIUS + 1]
+            near = np.s_[max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1]
             yield (y, x), near
 
 
-def plain(values, colours):
+def plain(values, colours, radius):
     """He, Sun and Tang 2013, equations 14 to 16, pixel by pixel; values [h, w], colours [3, h, w]."""
     height, width = values.shape
     slopes, offsets, found = np.zeros((3, height, width)), np.zeros((height, width)), np.zeros((height, width))
-    for place, near in windows(height, width):
+    for place, near in windows(height, width, radius):
         colour, value = colours[:, *near].reshape(3, -1), values[near].ravel()
         covariance = np.cov(colour, bias=True) + EPSILON * np.eye(3)
         joint = (colour * value).mean(1) - colour.mean(1) * value.mean()
         slope = np.linalg.solve(covariance, joint)
         slopes[:, *place], offsets[place] = slope, value.mean() - slope @ colour.mean(1)
-    for place, near in windows(height, width):
+    for place, near in windows(height, width, radius):
         slope, offset = slopes[:, *near].reshape(3, -1).mean(1), offsets[near].mean()
         found[place] = slope @ colours[:, *place] + offset
     return found
 
 
-def test_by_definition():
+@pytest.mark.parametrize("radius", [1, 2])
+def test_by_definition(radius):
     random = np.random.default_rng(0)
     values, colours = random.random((2, 6, 7)), random.random((3, 6, 7))
-    found = guided(*(torch.from_numpy(each).float() for each in (values, colours, colours)))
-    expected = np.stack([plain(each, colours) for each in values])
+    found = guided(*(torch.from_numpy(each).float() for each in (values, colours, colours)), radius)
+    expected = np.stack([plain(each, colours, radius) for each in values])
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)
 
 
@@ -55,7 +56,7 @@ def test_an_edge_moves_to_that_of_the_picture():
     )  # the edge at 8 of 16, the picture's at 7.5
     blurred = F.avg_pool2d(slots, 3, stride=1, padding=1, count_include_pad=False)
     before = F.interpolate(blurred, (32, 32), mode="bilinear").argmax(1)
-    after = follow_edges(blurred, picture).argmax(1)
+    after = follow_edges(blurred, picture, 1).argmax(1)
     assert after.shape == (1, 32, 32)
     truth = torch.where(torch.arange(32) < 15, 1, 2).expand(1, 32, 32)
     assert (before != truth).any() and (after == truth).all()
@@ -63,7 +64,7 @@ def test_an_edge_moves_to_that_of_the_picture():
 
 def test_a_flat_picture_moves_nothing():
     slots = slots_of(torch.where(torch.arange(12) < 6, 1, 2).expand(12, 12))
-    kept = follow_edges(slots, torch.full((1, 3, 48, 48), 99, dtype=torch.uint8))
+    kept = follow_edges(slots, torch.full((1, 3, 48, 48), 99, dtype=torch.uint8), 2)
     finer = F.interpolate(slots, (12 * FINER, 12 * FINER), mode="bilinear", align_corners=False)
     assert (kept.argmax(1) == finer.argmax(1)).all()
     seen = finer.softmax(1).amax((0, 2, 3)) > SEEN
@@ -72,24 +73,30 @@ def test_a_flat_picture_moves_nothing():
 
 def test_where_no_slot_is_likely_nothing_moves():
     picture = torch.randint(0, 256, (1, 3, 24, 24), dtype=torch.uint8)
-    torch.testing.assert_close(follow_edges(torch.full((1, 16, 6, 6), 2.0), picture), torch.full((1, 16, 12, 12), 2.0))
+    torch.testing.assert_close(
+        follow_edges(torch.full((1, 16, 6, 6), 2.0), picture, 2), torch.full((1, 16, 12, 12), 2.0)
+    )
 
 
-def test_an_ensemble_with_edges(model_dir):
-    pipe = LDMSegPipeline.from_pretrained(model_dir)
+def test_an_ensemble_with_edges():
+    pipe = LDMSegPipeline.from_pretrained("tiny")
     pictures = list(np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8))
     settings = {"num_inference_steps": 1, "fusion": "mean", "thresholds": PostprocessConfig(0.0, 0, 0.0)}
-    plain_maps, sharp = (pipe.ensemble(pictures, 1, **settings, edges=edges) for edges in (False, True))
+    plain_maps, sharp = (pipe.ensemble(pictures, 1, **settings, edges=edges) for edges in (0, 3))
     for one, other in zip(plain_maps, sharp):
         assert other.segmentation.shape == (40, 50) and other.segments_info
         assert (one.segmentation != other.segmentation).any()
-    alone = pipe.ensemble(pictures[1:], 1, **settings, edges=True, image_ids=[1])
+    alone = pipe.ensemble(pictures[1:], 1, **settings, edges=3, image_ids=[1])
     np.testing.assert_array_equal(alone[0].segmentation, sharp[1].segmentation)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"edges": True}, "not by fusion=medoid: take mean"), ({"edges": 1, "fusion": "mean"}, "True or False")],
+    [
+        ({"edges": 1}, "not by fusion=medoid: take mean"),
+        ({"edges": 17, "fusion": "mean"}, "edges=17"),
+        ({"edges": True, "fusion": "mean"}, "edges=True"),
+    ],
 )
 def test_bad_settings(model_dir, settings, message):
     with pytest.raises(ArgumentError, match=message):

@@ -276,6 +276,6 @@ def test_the_commands_take_views(model_dir, scenes, tmp_path, capsys):
     command = ["evaluate", str(model_dir), "--data", str(scenes), "--limit", "2", "--samples", "2", *views]
     assert main([*command, "--json", str(report)]) == 0
     ensemble = json.loads(report.read_text())["ensemble"]
-    assert ensemble == {"num_samples": 2, "flip": True, "scales": [1.0, 1.25], "fusion": "vote", "edges": False}
+    assert ensemble == {"num_samples": 2, "flip": True, "scales": [1.0, 1.25], "fusion": "vote", "edges": 0}
     assert main([*command, "--inpainting"]) == 2
     assert "--inpainting completes one map per picture" in capsys.readouterr().err
