@@ -145,7 +145,8 @@ class MaskDecoderGraph(nn.Module):
         """
         factor = self.mask_vae.config.downsampling
         dtype = next(self.mask_vae.parameters()).dtype
-        mask_logits, category_logits = self.mask_vae.decode_latents_both(latents.to(dtype))
+        latents = latents / self.mask_vae.config.scaling_factor  # in float32: no half type need hold the factor
+        mask_logits, category_logits = self.mask_vae.decode_both(latents.to(dtype))
         all_logits = (mask_logits,) if category_logits is None else (mask_logits, category_logits)
         if size is None or mask_threshold is None:
             return all_logits
