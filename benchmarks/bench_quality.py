@@ -2,7 +2,8 @@
 
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [...] [--split S] [--steps 1 4 10]
     [--solvers ddim heun] [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT]] [--picture FILE] [--journal FILE]
-    [--size S] [--flip] [--scales X ...] [--fusion F] [--edges R] [--connected PX] [--snapshots]
+    [--size S] [--flip] [--scales X ...] [--fusion F] [--edges R] [--connected PX] [--mask-th X]
+    [--count-th N] [--overlap-th X] [--snapshots]
 
 A ROOT may name splits of its own, ROOT:TRAIN:TEST; each set has rows of its own. Rows are measured one after the other;
 with --journal a stopped campaign goes on with the first that is missing. With several annotators per image the values

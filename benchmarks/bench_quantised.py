@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         sets = held_out(args, info, Path(scratch)) if "quality" in args.parts else {}
         for name, settings in EXPORTS.items():
-            if args.parts == ["engines"] and name not in BUILT:
+            if set(args.parts) == {"engines"} and name not in BUILT:
                 continue
             if args.data:
                 place = set_places(DataConfig(root=args.data[0]))[0]

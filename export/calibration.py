@@ -17,9 +17,9 @@ from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.models.conditioning import with_context
 from ldmseg_fast.models.layers import Attention
 
-# first and last convolutions and the time embedding: few FLOPs, and errors there reach every step
+# floats in graphs for TensorRT: few FLOPs, and errors there reach every step
 SENSITIVE = re.compile(r"(conv_in|image_conv_in|conv_out|time_embedding)(\.|$)")
-SENSITIVE_ON_CPU = re.compile(r"(conv_out|time_embedding)(\.|$)")  # the first takes 4 % of a step there
+SENSITIVE_ON_CPU = re.compile(r"(conv_out|time_embedding)(\.|$)")  # the first convolution takes 4 % of a step there
 PARTS = ("to_q", "to_k", "to_v")  # of an attention
 CALIBRATION_STEPS = 4
 OUTLIERS = 3e-5  # the share of values that int8 cuts off at each end

@@ -242,7 +242,7 @@ def _decode(backend: Any, latents: Tensor) -> Values:
         spec = backend.specs["mask_decoder"]
         fixed = {"size": size, "mask_threshold": threshold} if "size" in spec.tensors else {}
         return backend.run_rows("mask_decoder", {"latents": latents}, fixed, height=int(size[0]), width=int(size[1]))
-    outputs = MaskDecoderGraph(backend.mask_vae, "both")(latents.to(backend.dtype), size, threshold)
+    outputs = MaskDecoderGraph(backend.mask_vae, "both")(latents, size, threshold)
     names = ["label", "confidence", "sigmoid_area", "category", "category_score", "mask_logits", "category_logits"]
     if len(outputs) == 4:
         names = [*names[:3], "mask_logits"]

@@ -115,7 +115,7 @@ class EvaluationOptions:
 
     @property
     def is_ensemble(self) -> bool:
-        """Whether a picture is segmented more than once."""
+        """Whether `LDMSegPipeline.ensemble` makes the maps."""
         return self.samples > 1 or self.flip or self.scales != (1.0,) or self.edges > 0
 
     @property

@@ -200,6 +200,10 @@ def load_predictor(
             raise ArgumentError(
                 "--connected is of models that sample: a mask auto-encoder returns maps that it is given"
             )
+        if options.is_ensemble:
+            raise ArgumentError(
+                "--samples, --flip, --scales and --edges are of models that sample: a mask auto-encoder has no noise"
+            )
         return Autoencoder(
             model_dir,
             data,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TINY = 1e-9  # the least probability, so that its logarithm is a number
+TINY = 1e-30  # the least probability, so that its logarithm is a number
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def average(views: Sequence[ViewLogits]) -> tuple[Tensor, Tensor | None, Tensor]
         aligned.append(other.gather(1, order[:, :, None, None].expand_as(other)))
     mean = torch.stack(aligned).mean(0)
     level = torch.stack([_resized(view.slots.float().logsumexp(1, keepdim=True), size) for view in views]).mean(0)
-    logits = mean.clamp(min=TINY).log() + level
+    logits = mean.clamp(min=TINY).log() + level if others else views[0].slots.float()
     label = mean.argmax(1)
     agreement = torch.stack([(each.argmax(1) == label).float() for each in aligned]).mean(0)
     named = [view.categories.float().softmax(1) for view in views if view.categories is not None]

@@ -8,6 +8,7 @@ found on the slots' grid, and applied to a picture twice as fine (He and Sun, "F
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ def follow_edges(slots: Tensor, pictures: Tensor, radius: int) -> Tensor:
         radius: of a window, in cells of the slots' grid, from 1 to MAX_RADIUS; a window is 2 radius + 1 cells wide.
 
     Returns:
-        Logits of the filtered probabilities, as high as they stood, float32 [B, Q, 2 h, 2 w].
+        Float32 [B, Q, 2 h, 2 w]: the logits, changed by as much as the filter changes the logarithm of a probability,
+        where those below SEEN count as SEEN. So a logit changes by at most log(1 / SEEN), and only near an edge.
     """
     size = [FINER * side for side in slots.shape[-2:]]
     finer = F.interpolate(slots, size, mode="bilinear", align_corners=False)
@@ -53,23 +55,29 @@ def guided(values: Tensor, colours: Tensor, guide: Tensor, radius: int) -> Tenso
     Returns:
         float32 [N, H, W], which may leave the range of `values` a little.
     """
-
-    def averaged(maps: Tensor) -> Tensor:  # [n, h, w], over the window of each cell, cut off at the border
-        return F.avg_pool2d(maps[None], 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)[0]
-
+    averaged = partial(_averaged, radius=radius)
+    exact = colours.double()  # grey windows have a covariance of rank 1, of which float32 would leave noise
+    covariance = averaged((exact[:, None] * exact).flatten(0, 1)).unflatten(0, (3, 3))
+    covariance = covariance - averaged(exact)[:, None] * averaged(exact)
+    inverse = _inverse(covariance + EPSILON * torch.eye(3, device=values.device)[:, :, None, None]).float()
     mean, mean_of_values = averaged(colours), averaged(values)
-    covariance = averaged((colours[:, None] * colours).flatten(0, 1)).unflatten(0, (3, 3)) - mean[:, None] * mean
-    covariance = covariance + EPSILON * torch.eye(3, device=values.device)[:, :, None, None]
     joint = averaged((colours[:, None] * values).flatten(0, 1)).unflatten(0, (3, -1)) - mean[:, None] * mean_of_values
-    slopes = torch.einsum("ijhw,jnhw->inhw", _inverse(covariance), joint)  # [3, N, h, w]
+    slopes = torch.stack([(row[:, None] * joint).sum(0) for row in inverse])  # [3, N, h, w]
     offsets = mean_of_values - (slopes * mean[:, None]).sum(0)  # [N, h, w]
     fitted = averaged(torch.cat([slopes.flatten(0, 1), offsets]))  # of all windows that hold a cell
     fitted = F.interpolate(fitted[None], list(guide.shape[-2:]), mode="bilinear", align_corners=False)[0]
     return (fitted[: -len(values)].unflatten(0, (3, -1)) * guide[:, None]).sum(0) + fitted[-len(values) :]
 
 
+def _averaged(maps: Tensor, radius: int) -> Tensor:
+    """Averages maps, float [n, h, w], over the window of each cell, cut off at the border."""
+    for kernel, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
+        maps = F.avg_pool2d(maps[None], kernel, stride=1, padding=padding, count_include_pad=False)[0]
+    return maps
+
+
 def _inverse(matrices: Tensor) -> Tensor:
-    """Inverts symmetric matrices, float32 [3, 3, h, w], of full rank."""
+    """Inverts symmetric matrices, float64 [3, 3, h, w], of full rank."""
     one, two, three = matrices
     pairs = ((two, three), (three, one), (one, two))
     rows = torch.stack([torch.linalg.cross(*pair, dim=0) for pair in pairs])

@@ -58,8 +58,8 @@ class Views:
         fusion: "medoid": the sample that agrees best with the others, as it is. "vote": its segments, each pixel to
             the one whose matches cover it in most samples. "mean": the probabilities of slots and categories are
             averaged over the samples before a map is made of them; it decodes in PyTorch whatever the backend.
-        edges: of a mean: edges of segments follow edges of the picture within so many cells of the decoder's grid, the
-            radius of `inference.edges`; 0: they do not.
+        edges: of a mean: edges of segments follow edges of the picture, by windows of this radius in cells of the
+            decoder's grid; see `inference.edges`. 0: they do not.
 
     Raises:
         ArgumentError: values that are none of these.
@@ -133,9 +133,11 @@ def sample_ensemble(
     sizes = [picture.size for picture in pictures]
     samples = []
     logits: list[ViewLogits] = []
+    finest: Tensor | None = None
     for scale in views.scales:
         own = sampler if scale == 1 else sampler.at_scale(scale)
         pixels = own.resize([picture.pixels for picture in pictures])  # uint8 [B, 3, P, P]
+        finest = pixels if finest is None or pixels.shape[-1] > finest.shape[-1] else finest
         for mirrored in (False, True)[: 2 if views.flip else 1]:
             seen = pixels.flip(-1) if mirrored else pixels
             image_latents = own.backend.encode_image(seen)  # [B, C_image, h, w]
@@ -149,7 +151,7 @@ def sample_ensemble(
                 decoded = own.decode(mask_latents, sizes, thresholds)
                 samples.append([mirror(result) for result in decoded] if mirrored else decoded)
     if views.fusion == "mean":
-        return _mean(sampler.backend.info, logits, sizes, thresholds, views.edges, pixels)
+        return _mean(sampler.backend.info, logits, sizes, thresholds, views.edges, finest)
     return [combine(of_one_image, views.fusion) for of_one_image in zip(*samples)]
 
 
@@ -170,17 +172,22 @@ def _mean(
     sizes: Sequence[tuple[int, int]],
     thresholds: PostprocessConfig | None,
     edges: int,
-    pictures: Tensor,
+    pictures: Tensor | None,
 ) -> list[EnsembleResult]:
     """Makes one result per picture of the views' mean probabilities; a segment's agreement is that of its pixels.
 
-    With `edges`, a radius, those of segments follow those of the pictures, uint8 [B, 3, P, P].
+    With `edges`, a radius, those of segments follow those of the pictures, uint8 [B, 3, P, P]. The views' agreement is
+    that on the map without.
     """
     slots, categories, agreement = average(views)
-    if edges:
-        slots = follow_edges(slots, pictures, edges)
-    side = (info.image_size, info.image_size)
-    results = postprocess(slots, side, sizes, thresholds or info.postprocess, categories, info.categories)
+    results: list[PanopticResult] = []
+    for image, size in enumerate(sizes):  # one by one: slots of a filtered picture are four times as large
+        one = slots[image : image + 1]
+        named = None if categories is None else categories[image : image + 1]
+        if edges and pictures is not None:
+            one = follow_edges(one, pictures[image : image + 1], edges)
+        height, width = (max(info.image_size, each) for each in one.shape[-2:])
+        results += postprocess(one, (height, width), [size], thresholds or info.postprocess, named, info.categories)
     ensembles = []
     for result, size, own in zip(results, sizes, agreement):
         agreeing = F.interpolate(own[None, None], size, mode="bilinear", align_corners=False)[0, 0].cpu().numpy()

@@ -179,6 +179,8 @@ def test_an_auto_encoder_alone_is_evaluated_on_reconstruction(model_dir, scenes,
     assert evaluate(f"{model_dir}-autoencoder", scenes, options)["mean_iou"] == report["mean_iou"]  # read back
     with pytest.raises(ValueError, match="--connected is of models that sample"):
         evaluate(f"{model_dir}-autoencoder", scenes, replace(options, connected=4))
+    with pytest.raises(ValueError, match="--edges are of models that sample"):
+        evaluate(f"{model_dir}-autoencoder", scenes, replace(options, flip=True))
 
 
 def test_a_perfect_reconstruction_has_the_truths_ids(model_dir, scenes, monkeypatch):

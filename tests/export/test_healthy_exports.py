@@ -32,7 +32,7 @@ HEALTHY = {
     "shipped": (SHIPPED, ExportSettings("fp32", head="both")),
     "shipped-half": (SHIPPED, ExportSettings("fp16")),
     "shipped-bfloat": (SHIPPED, ExportSettings("bf16")),
-    "narrow-int8": ((), ExportSettings("int8", size="dynamic", sampler_steps="2")),
+    "narrow-int8": (SPLIT_INPUT, ExportSettings("int8", size="dynamic", sampler_steps="2")),
     "narrow-bfloat": ((), ExportSettings("bf16", size="dynamic")),
     "deep": (DEEP, ExportSettings("fp32", opset=18)),
     "deep-half": (DEEP, ExportSettings("fp16", opset=23, batch="2")),

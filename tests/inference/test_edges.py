@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference import ensemble
 from ldmseg_fast.inference.edges import EPSILON, FINER, SEEN, follow_edges, guided
 
 
@@ -43,6 +44,15 @@ def test_by_definition(radius):
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)
 
 
+def test_grey_windows_of_high_contrast():
+    """Their covariance has rank 1, up to EPSILON."""
+    random = np.random.default_rng(0)
+    grey = random.integers(0, 2, (1, 8, 9)) * np.array([1.0, 0.98, 0.95])[:, None, None]
+    values = random.random((1, 8, 9))
+    found = guided(*(torch.from_numpy(each).float() for each in (values, grey, grey)), 2)
+    np.testing.assert_allclose(found[0].numpy(), plain(values[0], grey, 2), atol=2e-3)
+
+
 def slots_of(cells, sure=4.0):
     """Logits [1, 4, h, w] for a map of slots, int64 [h, w]."""
     return sure * F.one_hot(torch.as_tensor(cells), 4).permute(2, 0, 1)[None].float()
@@ -51,9 +61,8 @@ def slots_of(cells, sure=4.0):
 def test_an_edge_moves_to_that_of_the_picture():
     columns = torch.arange(64).expand(64, 64)
     picture = torch.where(columns < 30, 40, 200).to(torch.uint8).expand(1, 3, 64, 64)
-    slots = slots_of(
-        torch.where(torch.arange(16) < 8, 1, 2).expand(16, 16)
-    )  # the edge at 8 of 16, the picture's at 7.5
+    # the edge at 8 of 16, the picture's at 7.5
+    slots = slots_of(torch.where(torch.arange(16) < 8, 1, 2).expand(16, 16))
     blurred = F.avg_pool2d(slots, 3, stride=1, padding=1, count_include_pad=False)
     before = F.interpolate(blurred, (32, 32), mode="bilinear").argmax(1)
     after = follow_edges(blurred, picture, 1).argmax(1)
@@ -78,7 +87,7 @@ def test_where_no_slot_is_likely_nothing_moves():
     )
 
 
-def test_an_ensemble_with_edges():
+def test_an_ensemble_with_edges(monkeypatch):
     pipe = LDMSegPipeline.from_pretrained("tiny")
     pictures = list(np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8))
     settings = {"num_inference_steps": 1, "fusion": "mean", "thresholds": PostprocessConfig(0.0, 0, 0.0)}
@@ -86,6 +95,12 @@ def test_an_ensemble_with_edges():
     for one, other in zip(plain_maps, sharp):
         assert other.segmentation.shape == (40, 50) and other.segments_info
         assert (one.segmentation != other.segmentation).any()
+    seen = []
+    for scales in ((1, 0.5), (0.5, 1)):  # the finest picture leads, whichever comes first
+        monkeypatch.setattr(ensemble, "follow_edges", lambda slots, picture, _: seen.append(picture.shape[-1]) or slots)
+        pipe.ensemble(pictures[:1], 1, **settings, edges=3, flip=True, scales=scales)
+    monkeypatch.undo()
+    assert seen == [pipe.info.picture_size] * 2
     alone = pipe.ensemble(pictures[1:], 1, **settings, edges=3, image_ids=[1])
     np.testing.assert_array_equal(alone[0].segmentation, sharp[1].segmentation)
 

@@ -215,7 +215,7 @@ def test_a_mean_by_hand():
 def test_a_mean_keeps_the_level_of_its_views():
     """The overlap threshold asks how high logits stand, which softmax does not tell."""
     torch.manual_seed(0)
-    views = [ViewLogits(3 * torch.randn(2, 5, 4, 4) + shift, None) for shift in (1.0, -2.0)]
+    views = [ViewLogits(20 * torch.randn(2, 5, 4, 4) + shift, None) for shift in (1.0, -2.0)]
     torch.testing.assert_close(average(views[:1])[0], views[0].slots)
     level = average(views)[0].logsumexp(1)
     torch.testing.assert_close(level, torch.stack([view.slots.logsumexp(1) for view in views]).mean(0))
