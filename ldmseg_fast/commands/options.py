@@ -226,8 +226,8 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="R",
-        help="with --fusion mean: edges of segments follow edges of the picture, by windows of R cells to each side; 1 to "
-        "4 do well",
+        help="with --fusion mean: edges of segments follow edges of the picture, by windows of R cells to each side; "
+        "1 to 4 do well",
     )
 
 
