@@ -90,6 +90,9 @@ def one_weight_is_lost(model):
 
 def a_residual_is_subtracted(model):
     convolved = {node.output[0] for node in model.graph.node if node.op_type == "Conv"}
+    for node in model.graph.node:  # what is quantised and restored is the same value
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] in convolved:
+            convolved.add(node.output[0])
     constants = {t.name for t in model.graph.initializer}
     adds = [n for n in model.graph.node if n.op_type == "Add" and convolved & set(n.input)]
     [add for add in adds if not constants & set(add.input)][-1].op_type = "Sub"
