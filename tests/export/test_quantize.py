@@ -191,7 +191,7 @@ def test_fused_nodes_compute_what_pairs_do(model, scenes, tmp_path, monkeypatch,
             arrays = {key: value.numpy() for key, value in inputs.items()}
             pairs, products, fused = (torch.from_numpy(session.run(None, arrays)[0]) for session in sessions)
             assert relative_error(products, pairs) < 1e-5
-            assert relative_error(fused, pairs) < 0.02
+            assert relative_error(fused, pairs) < 0.03  # what attention rounds otherwise is quantised next
 
 
 @pytest.mark.parametrize(
