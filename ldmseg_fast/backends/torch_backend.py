@@ -199,7 +199,7 @@ class TorchBackend(DdimBackend):
             whole = WholePicture(
                 lambda pictures: self._encode_images(pictures)[0],
                 lambda latents: make_steps(info, latents, num_inference_steps),
-                lambda latents: self._decode_latents(latents.to(self.dtype)),
+                self._decode_latents,
                 network_size,
                 size,
                 limits,
@@ -227,7 +227,7 @@ class TorchBackend(DdimBackend):
     ) -> list[PanopticResult] | Tensor:
         """See `Backend.decode_mask`."""
         # [B, Q, h 2^u, w 2^u], and [B, categories + 1, h 2^u, w 2^u] or None
-        logits, *rest = self._call("mask_vae", self._decode_latents, latents.to(self.device, self.dtype))
+        logits, *rest = self._call("mask_vae", self._decode_latents, latents.to(self.device))
         categories = rest[0] if rest else None
         finite = (
             all_finite(logits) if categories is None else all_finite(logits) & all_finite(categories)

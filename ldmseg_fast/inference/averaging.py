@@ -48,8 +48,10 @@ def average(views: Sequence[ViewLogits]) -> tuple[Tensor, Tensor | None, Tensor]
         order = torch.stack([match(*pair) for pair in zip(first, other)])  # [B, Q]
         aligned.append(other.gather(1, order[:, :, None, None].expand_as(other)))
     mean = torch.stack(aligned).mean(0)
-    level = torch.stack([_resized(view.slots.float().logsumexp(1, keepdim=True), size) for view in views]).mean(0)
-    logits = mean.clamp(min=TINY).log() + level if others else views[0].slots.float()
+    logits = views[0].slots.float()
+    if others:
+        levels = [_resized(view.slots.float().logsumexp(1, keepdim=True), size) for view in views]
+        logits = mean.clamp(min=TINY).log() + torch.stack(levels).mean(0)
     label = mean.argmax(1)
     agreement = torch.stack([(each.argmax(1) == label).float() for each in aligned]).mean(0)
     named = [view.categories.float().softmax(1) for view in views if view.categories is not None]

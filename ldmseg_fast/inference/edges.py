@@ -57,10 +57,10 @@ def guided(values: Tensor, colours: Tensor, guide: Tensor, radius: int) -> Tenso
     """
     averaged = partial(_averaged, radius=radius)
     exact = colours.double()  # grey windows have a covariance of rank 1, of which float32 would leave noise
-    covariance = averaged((exact[:, None] * exact).flatten(0, 1)).unflatten(0, (3, 3))
-    covariance = covariance - averaged(exact)[:, None] * averaged(exact)
+    mean = averaged(exact)
+    covariance = averaged((exact[:, None] * exact).flatten(0, 1)).unflatten(0, (3, 3)) - mean[:, None] * mean
     inverse = _inverse(covariance + EPSILON * torch.eye(3, device=values.device)[:, :, None, None]).float()
-    mean, mean_of_values = averaged(colours), averaged(values)
+    mean, mean_of_values = mean.float(), averaged(values)
     joint = averaged((colours[:, None] * values).flatten(0, 1)).unflatten(0, (3, -1)) - mean[:, None] * mean_of_values
     slopes = torch.stack([(row[:, None] * joint).sum(0) for row in inverse])  # [3, N, h, w]
     offsets = mean_of_values - (slopes * mean[:, None]).sum(0)  # [N, h, w]

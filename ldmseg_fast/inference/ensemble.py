@@ -133,11 +133,11 @@ def sample_ensemble(
     sizes = [picture.size for picture in pictures]
     samples = []
     logits: list[ViewLogits] = []
-    finest: Tensor | None = None
     for scale in views.scales:
         own = sampler if scale == 1 else sampler.at_scale(scale)
         pixels = own.resize([picture.pixels for picture in pictures])  # uint8 [B, 3, P, P]
-        finest = pixels if finest is None or pixels.shape[-1] > finest.shape[-1] else finest
+        if scale == max(views.scales):
+            finest = pixels
         for mirrored in (False, True)[: 2 if views.flip else 1]:
             seen = pixels.flip(-1) if mirrored else pixels
             image_latents = own.backend.encode_image(seen)  # [B, C_image, h, w]
@@ -157,10 +157,9 @@ def sample_ensemble(
 
 def _logits(sampler: MaskSampler, mask_latents: Tensor, mirrored: bool) -> ViewLogits:
     vae = sampler.backend.mask_vae
-    kind = next(vae.parameters()).dtype
-    slots, categories = vae.decode_latents_both(mask_latents.to(sampler.backend.device, kind))
+    slots, categories = vae.decode_latents_both(mask_latents.to(sampler.backend.device))
     finite = all_finite(slots) if categories is None else all_finite(slots) & all_finite(categories)
-    require_finite(finite, "mask_vae: slot or category logits", sampler.backend.info, kind)
+    require_finite(finite, "mask_vae: slot or category logits", sampler.backend.info, slots.dtype)
     if mirrored:
         slots, categories = slots.flip(-1), None if categories is None else categories.flip(-1)
     return ViewLogits(slots, categories)
@@ -172,7 +171,7 @@ def _mean(
     sizes: Sequence[tuple[int, int]],
     thresholds: PostprocessConfig | None,
     edges: int,
-    pictures: Tensor | None,
+    pictures: Tensor,
 ) -> list[EnsembleResult]:
     """Makes one result per picture of the views' mean probabilities; a segment's agreement is that of its pixels.
 
@@ -181,13 +180,15 @@ def _mean(
     """
     slots, categories, agreement = average(views)
     results: list[PanopticResult] = []
-    for image, size in enumerate(sizes):  # one by one: slots of a filtered picture are four times as large
-        one = slots[image : image + 1]
-        named = None if categories is None else categories[image : image + 1]
-        if edges and pictures is not None:
-            one = follow_edges(one, pictures[image : image + 1], edges)
-        height, width = (max(info.image_size, each) for each in one.shape[-2:])
-        results += postprocess(one, (height, width), [size], thresholds or info.postprocess, named, info.categories)
+    count = 1 if edges else len(sizes)  # slots of a filtered picture are four times as large
+    for begin in range(0, len(sizes), count):
+        rows = slice(begin, begin + count)
+        some, named = slots[rows], None if categories is None else categories[rows]
+        if edges:
+            some = follow_edges(some, pictures[rows], edges)
+        height, width = (max(info.image_size, each) for each in some.shape[-2:])
+        chosen = thresholds or info.postprocess
+        results += postprocess(some, (height, width), sizes[rows], chosen, named, info.categories)
     ensembles = []
     for result, size, own in zip(results, sizes, agreement):
         agreeing = F.interpolate(own[None, None], size, mode="bilinear", align_corners=False)[0, 0].cpu().numpy()

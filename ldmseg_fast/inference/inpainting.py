@@ -133,7 +133,7 @@ def decode_pixels(mask_vae: Any, mask_latents: Tensor) -> tuple[Tensor, Tensor |
     Returns:
         int64 [B, S, S] each; None in the place of categories of a model without.
     """
-    both = mask_vae.decode_latents_both(mask_latents.to(next(mask_vae.parameters()).dtype))
+    both = mask_vae.decode_latents_both(mask_latents)
     size = [side * mask_vae.config.downsampling for side in mask_latents.shape[-2:]]
     slots, categories = (
         None if logits is None else F.interpolate(logits.float(), size, mode="bilinear", align_corners=False).argmax(1)

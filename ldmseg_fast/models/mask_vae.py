@@ -167,8 +167,12 @@ class MaskVAE(nn.Module):
         return logits if self.config.num_categories else (logits, None)
 
     def decode_latents_both(self, mask_latents: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Decodes scaled latents float [B, C, h, w], as the sampler returns them; see `decode_both`."""
-        return self.decode_both(mask_latents / self.config.scaling_factor)
+        """Decodes scaled latents float [B, C, h, w], as the sampler returns them; see `decode_both`.
+
+        They get the decoder's dtype after the division: no half type need hold the factor.
+        """
+        latents = mask_latents / self.config.scaling_factor
+        return self.decode_both(latents.to(next(self.decoder.parameters()).dtype))
 
     def upsample(self, logits: Tensor) -> Tensor:
         """Resizes `decode`'s logits to the network's size, bilinear without aligned corners.

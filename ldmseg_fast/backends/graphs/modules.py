@@ -144,9 +144,7 @@ class MaskDecoderGraph(nn.Module):
             the category logits [B, C + 1, h, w]. Without a size the logits alone.
         """
         factor = self.mask_vae.config.downsampling
-        dtype = next(self.mask_vae.parameters()).dtype
-        latents = latents / self.mask_vae.config.scaling_factor  # in float32: no half type need hold the factor
-        mask_logits, category_logits = self.mask_vae.decode_both(latents.to(dtype))
+        mask_logits, category_logits = self.mask_vae.decode_latents_both(latents)
         all_logits = (mask_logits,) if category_logits is None else (mask_logits, category_logits)
         if size is None or mask_threshold is None:
             return all_logits

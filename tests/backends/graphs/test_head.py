@@ -18,9 +18,9 @@ class Decoded(torch.nn.Module):
     def __init__(self, logits, downsampling=4):
         super().__init__()
         self.logits = torch.nn.Parameter(logits)
-        self.config = type("Config", (), {"downsampling": downsampling, "scaling_factor": 0.5})
+        self.config = type("Config", (), {"downsampling": downsampling})
 
-    def decode_both(self, latents):
+    def decode_latents_both(self, latents):
         return self.logits, None
 
 
