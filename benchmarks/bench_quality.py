@@ -42,6 +42,7 @@ from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.evaluation.semantic import SemanticIoU
 from ldmseg_fast.files import read_lines
+from ldmseg_fast.inference.ensemble import Views
 from ldmseg_fast.metrics import classical
 from ldmseg_fast.metrics.baselines import BASELINES
 from ldmseg_fast.metrics.nearest_category import NearestCategory
@@ -118,10 +119,7 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
     if options.overlap_threshold is not None:
         own_case["overlap_threshold"] = options.overlap_threshold
     if options.is_ensemble:
-        scales = f"scales {' '.join(f'{scale:g}' for scale in options.scales)}"
-        own_case["views"] = " ".join(
-            ["flip"] * options.flip + [scales, options.fusion] + [f"edges {options.edges}"] * (options.edges > 0)
-        )
+        own_case["views"] = described(options.views)
     if options.seeds > 1:
         facts["deviation"] = report["seeds"]["deviation"]["class_agnostic"]["pq"]
         facts["seeds"] = options.seeds
@@ -143,6 +141,12 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
     return found
 
 
+def described(views: Views) -> str:
+    """Writes what an ensemble sees, and how it is joined."""
+    scales = f"scales {' '.join(f'{scale:g}' for scale in views.scales)}"
+    return " ".join(["flip"] * views.flip + [scales, str(views.fusion)] + [f"edges {views.edges}"] * (views.edges > 0))
+
+
 def snapshot(row: Row) -> Row:
     """Turns a model's row into one point of its run's learning curve."""
     if "training_steps" not in row:
@@ -156,11 +160,12 @@ def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOp
     case = {"data": report["data"], "split": options.split, "images": report["images"], "mode": "inpainting"}
     facts = {"ms_per_image": 1000 * report["seconds_per_image"], "steps": report["num_inference_steps"]}
     facts["weights"] = fingerprint(model_dir)[:16]
+    own_case = case | ({"views": f"edges {options.edges}"} if options.edges else {})
     scores = {name: report["inpainting"]} | report["inpainting"]["baselines"]
     return [
         {
             "variant": variant,
-            "case": case | {"block": int(block)},
+            "case": (own_case if variant == name else case) | {"block": int(block)},
             "value": mean,
             "unknown_pq": values["mean_unknown_pq"][block],
             "by_probability": {

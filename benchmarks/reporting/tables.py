@@ -51,7 +51,7 @@ def quality(rows: Sequence[Row]) -> str:
         case, data = row["case"], _images(row["case"])
         pq = _pq(row)
         if case.get("mode") == "inpainting":
-            how = f"inpainting, blocks of {case['block']} px"
+            how = f"inpainting, blocks of {case['block']} px" + (f", {case['views']}" if "views" in case else "")
             completed.append([row["variant"], data, how, pq, "", "", "", ""])
             continue
         edges = f"{row['boundary_pq']:.1f}" if "boundary_pq" in row else ""
