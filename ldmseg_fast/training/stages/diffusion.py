@@ -159,7 +159,8 @@ class DiffusionStage(LatentStage):
         """Weighs the network's error: the scalars of `forward`.
 
         Options: `diffusion.loss` is the kind of error; `diffusion.mask_void` leaves void cells out;
-        `diffusion.area_weights` and `diffusion.hard_examples` weigh cells; `diffusion.task_loss` adds the auto-encoder's loss on the decoded estimate of x_0.
+        `diffusion.area_weights` and `diffusion.hard_examples` weigh cells; `diffusion.task_loss` adds the
+        auto-encoder's loss on the decoded estimate of x_0.
 
         Args:
             output: the network's, float32 [B, C, h, w].
