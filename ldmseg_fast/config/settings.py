@@ -288,6 +288,7 @@ class TrainConfig:
     zero_stage: Annotated[int, Range(0, 3)] = 1
     offload: bool = False
     precision: Precision = "auto"  # bf16 where the device has units for it, else fp32
+    fp8: bool = False  # linear layers of the UNet in eight bits, by torchao; bf16 runs on GPUs of sm_89 and newer
     compile: Literal["none", "blocks", "model"] = "none"  # torch.compile: the repeated blocks, or whole networks
     compile_backend: Compiler = "inductor"
     channels_last: bool = True
