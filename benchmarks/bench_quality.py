@@ -3,7 +3,7 @@
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [...] [--split S] [--steps 1 4 10]
     [--solvers ddim heun] [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT]] [--picture FILE] [--journal FILE]
     [--size S] [--flip] [--scales X ...] [--fusion F] [--edges R] [--connected PX] [--mask-th X]
-    [--count-th N] [--overlap-th X] [--snapshots]
+    [--count-th N] [--overlap-th X] [--snapshots | --arms]
 
 A ROOT may name splits of its own, ROOT:TRAIN:TEST; each set has rows of its own. Rows are measured one after the other;
 with --journal a stopped campaign goes on with the first that is missing. With several annotators per image the values
@@ -154,6 +154,11 @@ def snapshot(row: Row) -> Row:
     return row | {"case": row["case"] | {"training_steps": row["training_steps"]}}
 
 
+def arm(row: Row) -> Row:
+    """Marks a model's row as an arm of a comparison."""
+    return row | {"case": row["case"] | {"arm": True}}
+
+
 def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions) -> list[Row]:
     """Returns mean PQ over the shares of dropped blocks, of the model and of what needs none, with PQ per share."""
     report = evaluate(model_dir, data, options)
@@ -286,9 +291,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=0, help="first N images, of each annotator")
     add_view_arguments(parser)
     add_connected_argument(parser)
-    parser.add_argument(
+    apart = parser.add_mutually_exclusive_group()
+    apart.add_argument(
         "--snapshots", action="store_true", help="the models are one run at several times: rows of a learning curve"
     )
+    apart.add_argument("--arms", action="store_true", help="the models are trainings to compare: a table of their own")
     parser.add_argument(
         "--class-agnostic", action="store_true", help="leave the categories of models out, on sets that lack them"
     )
@@ -351,7 +358,8 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                 key = {"name": name, "model": fingerprint(model_dir), "data": data, "options": asdict(options)}
                 rows_of = partial(inpainting_rows if args.inpainting else model_rows, name, model_dir, options=options)
                 rows = journal.rows_of(key, partial(mean_over_annotators, data, split, rows_of))
-                found += [snapshot(row) for row in rows if row["variant"] == name] if args.snapshots else rows
+                change = snapshot if args.snapshots else arm if args.arms else None
+                found += [change(row) for row in rows if row["variant"] == name] if change else rows
     add(mean_over_trainings(found))
     if args.classical:
         classical.require_skimage()
