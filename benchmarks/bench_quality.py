@@ -40,6 +40,7 @@ from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.joined_sets import SetPlace, set_places
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
+from ldmseg_fast.evaluation.scores import PLAIN
 from ldmseg_fast.evaluation.semantic import SemanticIoU
 from ldmseg_fast.files import read_lines
 from ldmseg_fast.inference.ensemble import Views
@@ -170,7 +171,7 @@ def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOp
     return [
         {
             "variant": variant,
-            "case": (own_case if variant == name else case) | {"block": int(block)},
+            "case": (own_case if variant in (name, PLAIN) else case) | {"block": int(block)},
             "value": mean,
             "unknown_pq": values["mean_unknown_pq"][block],
             "by_probability": {

@@ -104,6 +104,7 @@ class _Run:
     rows: list[Row] = field(default_factory=list)
     latency: dict[str, float] = field(default_factory=dict)
     pq: dict[str, float] = field(default_factory=dict)
+    segments: float = 0.0  # that PyTorch's PQ divides by
     scales: dict[str, LayerScales] = field(default_factory=dict)
     own: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -206,9 +207,8 @@ def measure_parity(
                 run.rows.append(scale_row(found, run.scales))
             if precision not in ("fp32", "bf16"):  # bfloat16 is what ONNX Runtime does not run
                 _run_graphs(run, folder, "graphs")
-        segments = sum(len(dataset.ground_truth(index)[1]) for index in range(work.images))
     run.rows += [Row(f"maps: PQ of {name}", value) for name, value in run.pq.items()]
-    run.rows.append(pq_row(precision, run.pq, segments))
+    run.rows.append(pq_row(precision, run.pq, run.segments))
     return ParityReport(precision, work.images, source, run.rows, run.latency)
 
 
@@ -223,7 +223,7 @@ def _run_torch(run: _Run) -> None:
     """Computes and stores what comes from PyTorch: plain, rounded as the graphs are, and quantised as they are."""
     info, manifest, device = run.info, run.manifest, "cuda" if torch.cuda.is_available() else "cpu"
     plain = ReferenceBackend(info, device=device)
-    run.pq["torch"] = _pq(
+    run.pq["torch"], run.segments = _pq(
         run, plain, "plain", (run.work.steps[-1],) if manifest.precision != "fp32" else run.work.steps
     )
     run.latency["torch"] = step_time(plain, run.load("plain", 0), run.work.rounds)
@@ -272,7 +272,7 @@ def _run_graphs(run: _Run, folder: Path, stage: str) -> None:
         run.rows += [] if stage == "exact" else native_rows(stage, precision, pairs)
         run.rows += loop_rows(stage, limits, pairs, run.work.steps, run.info.categories is not None)
         if stage != "exact" or precision in ("fp32", "bf16"):
-            run.pq["engine" if stage == "engine" else "graphs"] = _pq(run, backend, f"{stage} graphs", ())
+            run.pq["engine" if stage == "engine" else "graphs"], _ = _pq(run, backend, f"{stage} graphs", ())
             runtime = "tensorrt" if stage == "engine" else "onnxruntime"
             if backend.specs["denoiser"].inputs[0].shape[0] in (1, "batch"):  # a larger fixed batch is no single image
                 run.latency[runtime] = step_time(backend, run.load(reference, 0), run.work.rounds)
@@ -284,10 +284,10 @@ def _run_graphs(run: _Run, folder: Path, stage: str) -> None:
         run.rows += exact_rows(size, run.load("batch", size), run.first(reference, size), run.own_errors)
 
 
-def _pq(run: _Run, backend: Any, stage: str, steps: tuple[int, ...]) -> float:
+def _pq(run: _Run, backend: Any, stage: str, steps: tuple[int, ...]) -> tuple[float, float]:
     """Measures class-agnostic PQ in percent of maps at the images' own sizes, with the model's thresholds.
 
-    What is not stored under `stage` yet is computed with loops of `steps`.
+    What is not stored under `stage` yet is computed with loops of `steps`. With it comes what it divides by.
     """
     if steps:
         _store(run, backend, stage, steps)
@@ -297,7 +297,8 @@ def _pq(run: _Run, backend: Any, stage: str, steps: tuple[int, ...]) -> float:
         latents = run.load(stage, index)[f"latents_{run.work.steps[-1]}"]
         (result,) = backend.decode_mask(latents.to(backend.device), ids.shape)
         stat.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
-    return in_percent(stat.compute())["pq"]
+    values = in_percent(stat.compute())["class_agnostic"]
+    return values["pq"], values["tp"] + (values["fp"] + values["fn"]) / 2
 
 
 def calibrate_graphs(

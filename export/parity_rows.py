@@ -118,10 +118,10 @@ def scale_row(found: Mapping[str, Scale], layers: Mapping[str, LayerScales]) -> 
     return Row(what, max(differences, default=0.0) if alike else float("inf"), SCALES)
 
 
-def pq_row(precision: str, pq: dict[str, float], segments: int) -> Row:
+def pq_row(precision: str, pq: dict[str, float], segments: float) -> Row:
     """Compares the PQ in percent of maps from graphs or an engine with PyTorch's, in plain float32.
 
-    segments: how many the true maps have.
+    segments: what PQ divides by in PyTorch's maps, TP + (FP + FN) / 2.
     """
     (ours,) = (value for name, value in pq.items() if name != "torch")
     limit = max(PQ_DIFFERENCE[precision], CHANGED_SEGMENTS[precision] * 100.0 / max(segments, 1))

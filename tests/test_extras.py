@@ -15,7 +15,7 @@ NAMED = re.compile(r"(?:ldmseg_fast|-e '\.|'\.)\[([^\]'{}]+)\]")
 EXTRAS_ONLY = (
     "accelerate", "datasets", "deepspeed", "diffusers", "gradio", "huggingface_hub", "matplotlib", "onnx",
     "onnxruntime", "onnxscript", "prometheus_client", "pycocotools", "scipy", "skimage", "tensorboard", "tensorrt",
-    "tensorrt_rtx", "tokenizers", "transformers", "wandb", "xformers",
+    "tensorrt_rtx", "tokenizers", "torchao", "transformers", "wandb", "xformers",
 )  # fmt: skip
 # an import of one of them fails as if it was not installed
 BLOCKED = f"""

@@ -23,6 +23,7 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
     "xformers",
+    "torchao",
     "hotcoco",
     "pillow",
 )

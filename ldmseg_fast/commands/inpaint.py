@@ -102,12 +102,9 @@ def run(args: argparse.Namespace) -> int:
         return found
 
     def settings() -> dict[str, Any]:
-        names = (
-            *("backend", "steps", "solver", "seed", "size", "edges"),
-            *("exif", "max_pixels", "batch_size", "unknown_id"),
-        )
+        names = ("backend", "steps", "solver", "seed", "size", "exif", "max_pixels", "batch_size", "unknown_id")
         own = {name: getattr(args, name) for name in names}
-        own |= networks_of(args)
+        own |= networks_of(args) | ({"edges": args.edges} if args.edges else {})
         return {"command": "inpaint", **model_state(args.model_dir, args.engine_dir), **own}
 
     def load() -> Any:

@@ -220,17 +220,18 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an ensemble: the map that agrees best with the others (default), its segments as all of them see "
         "them, or the map of the mean probabilities (default with --edges)",
     )
-    add_edges_argument(parser)
+    add_edges_argument(parser, "; joined by the mean, of which one view is enough")
 
 
-def add_edges_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --edges, as `LDMSegPipeline.inpaint` takes it."""
+def add_edges_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Adds --edges, as `LDMSegPipeline.inpaint` takes it, with more to tell in its help."""
     parser.add_argument(
         "--edges",
         type=int,
         default=0,
         metavar="R",
-        help="edges of segments follow edges of the picture, by windows of R cells to each side; 1 to 4 do well",
+        help="edges of segments follow edges of the picture, by windows of R cells to each side (1 to 4 do well); "
+        f"decodes in PyTorch{more}",
     )
 
 

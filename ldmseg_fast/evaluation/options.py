@@ -64,6 +64,7 @@ class EvaluationOptions:
     random: int = 8
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fusion", self.views.fusion)
         checks = [
             (self.seeds >= 1, f"--seeds {self.seeds}: at least 1"),
             (1 <= self.samples <= 1000, f"--samples {self.samples}: from 1 to 1000"),

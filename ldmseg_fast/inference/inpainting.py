@@ -27,7 +27,9 @@ from ldmseg_fast.inference.sampling import MaskSampler, Sampling
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 
-LEAST = 1e-9  # probability of a slot in a cell that is given whole to another
+# Probability of a slot in a cell that is given whole to another. Far lower ones would reach into cells that are not
+# given, as logits are resized before they are filtered.
+LEAST = 1e-3
 METHODS = ("pixels", "estimate", "renoise")
 
 
@@ -124,16 +126,15 @@ def with_given(logits: Tensor, given: Sequence[np.ndarray]) -> Tensor:
     """Makes slots certain where they are given, so that a filter carries them into what is not.
 
     In a cell of which a share is given, the other pixels keep the logits' probabilities. How high a cell's logits
-    stand, the logarithm of their sum of exponentials, stays.
+    stand, the logarithm of their sum of exponentials, stays but for LEAST.
 
     Args:
-        logits: of slots, float32 [B, Q, h, w].
+        logits: of slots, float32 [B, Q, h, w]; they are changed.
         given: integer [S, S] of each picture, slots, 0 where none is given; S is a multiple of h and w.
 
     Returns:
-        Logits, float32 [B, Q, h, w].
+        `logits`.
     """
-    mixed = []
     for own, slots in zip(logits, given):
         height, width = own.shape[1:]
         pixels = torch.as_tensor(slots, device=own.device).long()
@@ -145,8 +146,10 @@ def with_given(logits: Tensor, given: Sequence[np.ndarray]) -> Tensor:
         shares /= pixels.numel() / (height * width)
         probabilities = shares[:1] * own.softmax(0)  # slot 0: not given
         probabilities[1:] += shares[1:]
-        mixed.append(probabilities.clamp(min=LEAST).log() + own.logsumexp(0))
-    return torch.stack(mixed)
+        mixed = probabilities.clamp(min=LEAST).log() + own.logsumexp(0)
+        shares[0] = 0
+        own.copy_(torch.where(shares > 0, mixed, torch.minimum(mixed, own)))  # LEAST raises no slot
+    return logits
 
 
 def encode_pixels(mask_vae: Any, slots: Tensor, categories: Tensor | None) -> Tensor:

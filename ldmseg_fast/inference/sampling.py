@@ -279,10 +279,10 @@ class MaskSampler:
         *,
         fuse: bool = True,
     ) -> list[PanopticResult]:
-        """Makes maps of logits, float32 as `logits` gives them; their edges follow those of the pictures.
+        """Makes maps of logits; their edges follow those of the pictures.
 
         Args:
-            slots, categories: of B pictures.
+            slots, categories: of B pictures, of the shapes that `logits` gives; slots float32 where edges are followed.
             sizes, thresholds, fuse: as in `decode`.
             edges: radius of the windows, see `inference.edges`; 0: edges are as they are.
             pictures: uint8 [B, 3, P, P].

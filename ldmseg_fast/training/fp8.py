@@ -11,36 +11,39 @@ import importlib.util
 import torch
 from torch import nn
 
+from ldmseg_fast import distributed
 from ldmseg_fast.errors import ConfigError
-from ldmseg_fast.models.fp8_layers import why_not_fp8_products
-
-SIDE = 16  # channels in and out of a layer are multiples of it, or it stays as it is
+from ldmseg_fast.models.fp8_layers import MULTIPLE, why_not_fp8_products
 
 
 def check_fp8(device: torch.device, precision: str) -> None:
-    """Checks that this machine can train in eight bits.
+    """Checks that all ranks can train in eight bits; all of them call it.
 
     Args:
         device: of this rank.
         precision: of the run, as `resolve_precision` has it.
 
     Raises:
-        ConfigError: another precision than bf16, no GPU with such products, or no torchao.
+        ConfigError: another precision than bf16, or a rank without a GPU that has such products, or without torchao.
     """
-    if reason := why_not_fp8_products(device):
-        raise ConfigError(f"train.fp8=true {reason}; set train.fp8=false")
     if precision != "bf16":
         raise ConfigError(f"train.fp8=true goes with train.precision=bf16, not with {precision}; set one of the two")
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError("train.fp8=true: pip install 'ldmseg_fast[fp8]', or set train.fp8=false")
+    lacking = why_not_fp8_products(device)
+    reason = f"train.fp8=true {lacking}; set train.fp8=false" if lacking else ""
+    if not reason and importlib.util.find_spec("torchao") is None:
+        reason = "train.fp8=true: pip install 'ldmseg_fast[fp8]', or set train.fp8=false"
+    if reasons := list(filter(None, distributed.gather_objects(reason))):
+        raise ConfigError(reasons[0])
 
 
 def train_in_fp8(unet: nn.Module) -> int:
     """Lets the linear layers of a UNet's transformers multiply in eight bits, in place, and counts them.
 
-    Layers that see one row a picture, those of the timestep, stay, and so do those whose sides no product of eight bits
-    takes, and keys and values of a context, whose tokens need not be a multiple of 16. On a CPU the products are
-    emulated. Names of parameters stay.
+    Those of the timestep, which see one row a picture, stay, and so do layers whose sides no product of eight bits
+    takes. On a CPU the products are emulated. Names of parameters stay.
+
+    Raises:
+        ConfigError: a UNet without such layers.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # an import of seconds
 
@@ -49,11 +52,17 @@ def train_in_fp8(unet: nn.Module) -> int:
     def chosen(module: nn.Module, name: str) -> bool:
         nonlocal count
         assert isinstance(module, nn.Linear)
-        fits = ".transformer_blocks." in name and ".attn2.to_" not in name
-        fits = fits and module.in_features % SIDE == 0 and module.out_features % SIDE == 0
+        fits = ".attentions." in name and module.in_features % MULTIPLE == 0 and module.out_features % MULTIPLE == 0
         count += fits
         return fits
 
+    # gradients of weights sum over the rows, of which there are any number: padded to what a product takes
     emulated = next(unet.parameters()).device.type != "cuda"
-    convert_to_float8_training(unet, module_filter_fn=chosen, config=Float8LinearConfig(emulate=emulated))
+    config = Float8LinearConfig(emulate=emulated, pad_inner_dim=True)
+    convert_to_float8_training(unet, module_filter_fn=chosen, config=config)
+    if not count:
+        raise ConfigError(
+            f"train.fp8=true: no linear layer of this UNet's transformers has sides of multiples of {MULTIPLE}; set "
+            f"train.fp8=false"
+        )
     return count

@@ -24,7 +24,7 @@ from ldmseg_fast.config import Config, TrainConfig, describe, to_dict
 from ldmseg_fast.data.latent_cache import ShardCheck, attach_cache
 from ldmseg_fast.data.loader import Prefetcher
 from ldmseg_fast.distributed.liveness import Agreement, Heartbeat, Interrupt
-from ldmseg_fast.errors import ConfigError, Stopped, printable, why_out_of_memory
+from ldmseg_fast.errors import Stopped, printable, why_out_of_memory
 from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.kernels.backend import KERNELS, set_backend, turn_off_on_old_gpus
 from ldmseg_fast.threads import cores
@@ -118,9 +118,9 @@ class Run:
             cache = attach_cache(train_sets[0], config, self.stage.get_submodule("image_vae"), self.say)
             self.shard_check = None if cache is None else ShardCheck(cache)
         check_batch(config)
-        if settings.fp8:
-            if stage_name == "autoencoder":
-                raise ConfigError("train.fp8=true: the auto-encoder has no linear layers; set train.fp8=false")
+        if settings.fp8 and stage_name == "autoencoder":
+            precision += "; train.fp8 changes nothing, the auto-encoder has no linear layers"
+        elif settings.fp8:
             count = train_in_fp8(self.stage.get_submodule("unet"))
             precision += f"; {count} linear layers of the UNet in eight bits"
         compile_stage(self.stage, settings.compile, settings.compile_backend)

@@ -12,7 +12,7 @@ from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.inference import sampling
 from ldmseg_fast.inference.edges import EPSILON, FINER, SEEN, follow_edges, guided
-from ldmseg_fast.inference.inpainting import with_given
+from ldmseg_fast.inference.inpainting import LEAST, with_given
 from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
 
 
@@ -116,15 +116,30 @@ def test_with_given():
     given = np.zeros((2, 4, 6), np.uint8)  # cells of 2 x 2
     given[0, :2, :2] = 3
     given[0, 2, 2:4] = 1
-    mixed = with_given(logits, list(given))
+    logits[1, 0] = -30.0  # less likely than what a given cell leaves
+    mixed = with_given(logits.clone(), list(given))
     before, after = logits.softmax(1), mixed.softmax(1)
-    torch.testing.assert_close(mixed.logsumexp(1), logits.logsumexp(1))
-    torch.testing.assert_close(after[0, :, 0, 0], torch.tensor([0.0, 0.0, 0.0, 1.0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(mixed.logsumexp(1), logits.logsumexp(1), atol=4 * LEAST, rtol=0)
+    torch.testing.assert_close(after[0, :, 0, 0], torch.tensor([0.0, 0.0, 0.0, 1.0]), atol=3 * LEAST, rtol=0)
+    assert (mixed[0, :3, 0, 0] <= logits[0, :3, 0, 0]).all()  # none of the others is raised
     half = before[0, :, 1, 1] / 2 + torch.tensor([0.0, 0.5, 0.0, 0.0])
     torch.testing.assert_close(after[0, :, 1, 1], half)
     untouched = torch.ones(2, 2, 3, dtype=torch.bool)
     untouched[0, 0, 0] = untouched[0, 1, 1] = False
     torch.testing.assert_close(mixed.movedim(1, -1)[untouched], logits.movedim(1, -1)[untouched])
+
+
+def test_what_is_given_ends_where_the_picture_does():
+    """At an edge of the picture between what is given and what is not, however doubtful the other side is."""
+    given = np.zeros((64, 64), np.uint8)
+    given[:, :32] = 1
+    picture = torch.full((1, 3, 64, 64), 60, dtype=torch.uint8)
+    picture[..., 32:] = 190
+    for share in (0.9, 0.7, 0.6):
+        probabilities = torch.tensor([0.001, 0.998 - share, share, 0.001])
+        logits = (probabilities.log() + 6)[None, :, None, None].repeat(1, 1, 16, 16)
+        found = follow_edges(with_given(logits, [given]), picture, 4).argmax(1)[0]
+        assert (found[:, :16] == 1).all() and (found[:, 16:] == 2).all()
 
 
 def test_completed_maps_follow_edges(tmp_path, capsys):

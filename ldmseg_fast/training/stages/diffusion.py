@@ -28,7 +28,7 @@ from ldmseg_fast.config import Config
 from ldmseg_fast.diffusion.sampler import Denoise, unet_input
 from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, saved_conditioning, with_context
 from ldmseg_fast.training.stages.base import per_image, random_integers, remap
-from ldmseg_fast.training.stages.latent import LatentStage, labelled_cells
+from ldmseg_fast.training.stages.latent import LatentStage, cells_of
 
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -86,7 +86,7 @@ class DiffusionStage(LatentStage):
         """Gives float32 scalars: `loss`, `error` (not weighted) and, where it is on, `task`; see `Stage.forward`."""
         with self.autocast():
             inputs = self.noise_inputs(batch, step)
-            if self.chance(step, "own_estimate") < self.config.diffusion.own_estimate:
+            if self.training and self.chance(step, "own_estimate") < self.config.diffusion.own_estimate:
                 inputs = self.from_own_estimate(inputs, batch, step)
             condition = self.condition_of(inputs, batch, step)  # [B, C, h, w] or None
             output = self.unet_output(inputs, condition)  # e_theta, [B, C, h, w]
@@ -111,10 +111,11 @@ class DiffusionStage(LatentStage):
 
     @torch.no_grad()
     def from_own_estimate(self, inputs: NoiseInputs, batch: dict[str, Any], step: int) -> NoiseInputs:
-        """Puts the network's own estimate of x_0 in its place in x_t, as a sampler does.
+        """Puts the network's own estimate of x_0 in its place in x_t.
 
-        The noise becomes what leads from there to the true x_0, so that the network learns to mend its own errors (the
-        option "train on prediction" of LDMSeg's public training configuration; Zhou et al. 2024, arXiv 2312.00210).
+        The noise becomes what leads from there to the true x_0, so that the network learns to mend its own errors: the
+        rectification of Zhou et al. 2024, arXiv 2312.00210, equation 5, with all of the estimate's error. Where x_0 is
+        what is predicted, the input alone changes.
         """
         output = self.unet_output(inputs, self.condition_of(inputs, batch, step))
         estimate = self.scheduler.pred_original_sample(output, inputs.noisy_latents, inputs.timesteps)
@@ -170,15 +171,16 @@ class DiffusionStage(LatentStage):
         config = self.config.diffusion
         target = self.scheduler.target(inputs.mask_latents, inputs.noise, inputs.timesteps)  # [B, C, h, w]
         error = LOSSES[config.loss](output, target, reduction="none")  # DDPM, equation 14, [B, C, h, w]
+        segments = cells_of(remap(batch["segment_ids"], batch["table"]), error.shape[-2:])  # [B, h, w]
         if config.mask_void:
-            slots = remap(batch["segment_ids"], batch["table"])  # [B, H, W]
-            error = error * labelled_cells(slots, error.shape[-2:])
-        if config.area_weights:
-            error = error * area_weights(remap(batch["segment_ids"], batch["table"]), error.shape[-2:])
-        if config.hard_examples < 1:
-            error = error * hardest_cells(error.detach(), config.hard_examples)
+            error = error * (segments > 0)[:, None]
+        unweighted = error.detach().mean()
+        if self.training and config.area_weights:
+            error = error * area_weights(segments)
+        if self.training and config.hard_examples < 1:
+            error = error * hardest_cells(error.detach(), segments > 0, config.hard_examples)
         weights = self.scheduler.loss_weights.to(error.device)[inputs.timesteps]  # w(t), [B]
-        losses = {"loss": (weights.view(-1, 1, 1, 1) * error).mean(), "error": error.detach().mean()}
+        losses = {"loss": (weights.view(-1, 1, 1, 1) * error).mean(), "error": unweighted}
         if config.task_loss:
             estimate = self.scheduler.pred_original_sample(output, inputs.noisy_latents, inputs.timesteps)
             with self.autocast():
@@ -204,36 +206,42 @@ class DiffusionStage(LatentStage):
         write_model_card(folder, {"stage": "diffusion", "data": self.config.data.root, "config": self.config})
 
 
-def area_weights(slots: Tensor, size: Sequence[int]) -> Tensor:
-    """Weighs latent cells by 1 / area of their segment, float32 [B, 1, h, w], of mean 1 over an image's segments.
+def area_weights(segments: Tensor) -> Tensor:
+    """Weighs cells by 1 / area of their segment, float32 [B, 1, h, w], of mean 1 over an image's labelled cells.
 
-    All segments of an image, whose cells are picked from slots [B, H, W] as in `labelled_cells`, weigh the same; void
-    cells weigh nothing.
+    All segments of an image that have a cell weigh the same, and void cells nothing.
+
+    Args:
+        segments: int64 [B, h, w], below 256, 0 = void.
     """
-    cells = F.interpolate(slots[:, None].float(), tuple(size), mode="nearest").flatten(1).long()  # [B, h w]
-    areas = F.one_hot(cells).sum(1).gather(1, cells)
-    weights = torch.where(cells > 0, 1.0 / areas, 0.0)
+    cells = segments.flatten(1)  # [B, h w]
+    ones = torch.ones(cells.shape, device=cells.device)
+    counts = torch.zeros(len(cells), 256, device=cells.device).scatter_add_(1, cells, ones)
+    weights = (cells > 0) / counts.gather(1, cells)
     labelled = (cells > 0).sum(1, keepdim=True)
     weights = weights * labelled / weights.sum(1, keepdim=True).clamp(min=1e-6)
-    return weights.view(len(slots), 1, *size)
+    return weights.view(len(segments), 1, *segments.shape[1:])
 
 
-def hardest_cells(error: Tensor, share: float) -> Tensor:
-    """Picks each image's cells of the largest errors, and weighs them so that the mean is over them alone.
+def hardest_cells(error: Tensor, labelled: Tensor, share: float) -> Tensor:
+    """Picks the labelled cells of the largest errors of each image, and weighs them so that they count as all would.
 
     Source: Shrivastava et al. 2016, "Training region-based object detectors with online hard example mining".
 
     Args:
         error: float32 [B, C, h, w].
-        share: of the cells, above 0; at least one is picked.
+        labelled: bool [B, h, w].
+        share: of an image's labelled cells, above 0; at least one is picked.
 
     Returns:
-        float32 [B, 1, h, w], h w / number of picked cells, or 0.
+        float32 [B, 1, h, w]: number of labelled cells / number of picked cells, or 0.
     """
-    of_cells = error.mean(1).flatten(1)  # [B, h w]
-    count = max(1, round(share * of_cells.shape[1]))
-    picked = torch.zeros_like(of_cells).scatter_(1, of_cells.topk(count).indices, of_cells.shape[1] / count)
-    return picked.view(len(error), 1, *error.shape[-2:])
+    of_cells = error.mean(1).masked_fill(~labelled, -1.0).flatten(1)  # [B, h w]
+    ranks = of_cells.argsort(1, descending=True).argsort(1)
+    count = labelled.flatten(1).sum(1, keepdim=True)
+    picked = (share * count).round().clamp(min=1)
+    weights = torch.where((ranks < picked) & labelled.flatten(1), count / picked, 0.0)
+    return weights.view(len(error), 1, *error.shape[-2:])
 
 
 def _with_known(condition: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -30,7 +30,7 @@ from ldmseg_fast.config import Config
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.training.stages.base import per_image, random_integers, remap
 from ldmseg_fast.training.stages.few_step import FewStepStage, ddim_update
-from ldmseg_fast.training.stages.latent import labelled_cells
+from ldmseg_fast.training.stages.latent import cells_of
 
 
 class DistillationStage(FewStepStage):
@@ -89,7 +89,7 @@ class DistillationStage(FewStepStage):
 
         error = F.mse_loss(estimate, target, reduction="none")  # [B, C, h, w]
         if self.config.diffusion.mask_void:
-            error = error * labelled_cells(slots, error.shape[-2:])
+            error = error * (cells_of(slots, error.shape[-2:]) > 0)[:, None]
         signal = self.alpha(time, error)  # alpha_t^2, [B, 1, 1, 1]
         loss = ((signal / (1.0 - signal)).clamp(min=1.0) * error).mean()
         return {"loss": loss, "error": error.detach().mean()}

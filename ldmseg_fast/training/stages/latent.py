@@ -220,9 +220,9 @@ class LatentStage(Stage):
         save_index(folder, components, settings | postprocess_settings(config.postprocess))
 
 
-def labelled_cells(slots: Tensor, size: Sequence[int]) -> Tensor:
-    """Tells which latent cells are not void, bool [B, 1, h, w], from slots [B, H, W] and `size` (h, w).
+def cells_of(slots: Tensor, size: Sequence[int]) -> Tensor:
+    """Picks the slot of each latent cell, int64 [B, h, w], from slots [B, H, W] and `size` (h, w).
 
     A cell is what nearest interpolation picks for it (the void mask of LDMSeg's public training configuration).
     """
-    return F.interpolate(slots[:, None].float(), tuple(size), mode="nearest") > 0
+    return F.interpolate(slots[:, None].float(), tuple(size), mode="nearest")[:, 0].long()

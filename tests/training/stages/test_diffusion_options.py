@@ -28,25 +28,27 @@ def make_stage(model_dir):
 
 
 def test_segments_weigh_the_same_whatever_their_area():
-    slots = torch.zeros(2, 8, 8, dtype=torch.int64)
-    slots[0, :4] = 1
-    slots[0, 4:, :2] = 2  # the rest is void, and so is the second picture
-    weights = area_weights(slots, (4, 4))
+    segments = torch.zeros(2, 4, 4, dtype=torch.int64)
+    segments[0, :2] = 1
+    segments[0, 2:, :1] = 2  # the rest is void, and so is the second picture
+    weights = area_weights(segments)
     assert weights.shape == (2, 1, 4, 4)
-    cells = slots[:, ::2, ::2]
-    sums = [weights[0, 0][cells[0] == slot].sum() for slot in (1, 2)]
+    sums = [weights[0, 0][segments[0] == segment].sum() for segment in (1, 2)]
     torch.testing.assert_close(sums[0], sums[1])
-    labelled = cells[0] > 0
+    labelled = segments[0] > 0
     torch.testing.assert_close(weights[0, 0][labelled].mean(), torch.tensor(1.0))
     assert (weights[0, 0][~labelled] == 0).all() and (weights[1] == 0).all()
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.25, 4), (0.001, 1), (0.99, 16)])
-def test_the_mean_is_over_the_hardest_cells(share, count):
-    error = torch.rand(2, 3, 4, 4)
-    weighted = (error * hardest_cells(error, share)).mean((1, 2, 3))
-    hardest = error.mean(1).flatten(1).sort(descending=True).values[:, :count]
-    torch.testing.assert_close(weighted, hardest.mean(1))
+@pytest.mark.parametrize(("share", "count"), [(0.25, 3), (0.001, 1), (0.99, 12)])
+def test_the_hardest_labelled_cells_count_as_all_would(share, count):
+    error, labelled = torch.rand(2, 3, 4, 4), torch.ones(2, 4, 4, dtype=torch.bool)
+    labelled[:, 0] = False  # whatever their errors, 12 of 16 are labelled
+    error[:, :, 0] = 9.0
+    weighted = (error * hardest_cells(error, labelled, share)).mean(1).sum((1, 2))
+    hardest = error.mean(1)[:, 1:].flatten(1).sort(descending=True).values[:, :count]
+    torch.testing.assert_close(weighted, 12 * hardest.mean(1))
+    assert (hardest_cells(error, torch.zeros_like(labelled), share) == 0).all()
 
 
 @pytest.mark.parametrize("option", ["diffusion.area_weights=true", "diffusion.hard_examples=0.25"])
@@ -57,6 +59,17 @@ def test_loss_is_weighed(option, make_stage, batch):
     losses[1].backward()
     if "hard" in option:
         assert losses[1] > losses[0]
+    assert plain(batch, 0)["error"] == other(batch, 0)["error"]
+
+
+OPTIONS = ("diffusion.area_weights=true", "diffusion.hard_examples=0.25", "diffusion.own_estimate=1")
+
+
+def test_validations_of_all_options_compare(make_stage, batch):
+    """Equal weights have equal losses on held-out pictures, whatever the options of training."""
+    plain, other = make_stage().eval(), make_stage(*OPTIONS).eval()
+    counted = batch | {"num_segments": (batch["segment_ids"].flatten(1).amax(1))}
+    assert plain.held_out_loss(counted) == other.held_out_loss(counted)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
