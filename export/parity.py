@@ -297,7 +297,7 @@ def _pq(run: _Run, backend: Any, stage: str, steps: tuple[int, ...]) -> tuple[fl
         latents = run.load(stage, index)[f"latents_{run.work.steps[-1]}"]
         (result,) = backend.decode_mask(latents.to(backend.device), ids.shape)
         stat.add(ids, segments, result.segmentation, result.segments_info, image_id=index)
-    values = in_percent(stat.compute())["class_agnostic"]
+    values = in_percent(stat.compute())
     return values["pq"], values["tp"] + (values["fp"] + values["fn"]) / 2
 
 
