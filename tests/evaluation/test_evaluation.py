@@ -183,6 +183,22 @@ def test_an_auto_encoder_alone_is_evaluated_on_reconstruction(model_dir, scenes,
         evaluate(f"{model_dir}-autoencoder", scenes, replace(options, flip=True))
 
 
+def test_maps_are_completed_along_edges(model_dir, scenes, monkeypatch):
+    asked = []
+    inpaint = LDMSegPipeline.inpaint
+
+    def watched(self, *args, edges, **settings):
+        asked.append(edges)
+        return inpaint(self, *args, edges=edges, **settings)
+
+    monkeypatch.setattr(LDMSegPipeline, "inpaint", watched)
+    settings = {"limit": 1, "inpainting": True, "blocks": (8,), "probabilities": (0.3,), "steps": 1, **ANYTHING_GOES}
+    for edges in (0, 2):
+        report = evaluate(model_dir, scenes, EvaluationOptions(**settings, edges=edges))["inpainting"]
+        assert 0 <= report["mean_pq"]["8"] <= 100
+    assert asked == [0, 2]
+
+
 def test_a_perfect_reconstruction_has_the_truths_ids(model_dir, scenes, monkeypatch):
     """With the decoder replaced by one that says what the encoder saw, every number is 100."""
     import torch

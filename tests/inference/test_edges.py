@@ -142,6 +142,22 @@ def test_what_is_given_ends_where_the_picture_does():
         assert (found[:, :16] == 1).all() and (found[:, 16:] == 2).all()
 
 
+def test_pictures_of_several_sizes_are_completed_as_alone(model_dir):
+    pipe = LDMSegPipeline.from_pretrained(model_dir)
+    random = np.random.default_rng(0)
+    sizes = [(40, 64), (64, 64), (33, 20)]
+    pictures = [random.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    maps = [random.integers(1, 4, size).astype(np.int32) for size in sizes]
+    known = [random.random(size) < 0.5 for size in sizes]
+    settings = {"edges": 2, "num_inference_steps": 1, "thresholds": PostprocessConfig(0.0, 0, 0.0)}
+    together = pipe.inpaint(pictures, maps, known, image_ids=[0, 1, 2], **settings)
+    for index, result in enumerate(together):
+        one = [each[index] for each in (pictures, maps, known)]
+        alone = pipe.inpaint(*one, image_ids=[index], **settings)[0]
+        assert result.segmentation.shape == sizes[index]
+        assert (result.segmentation == alone.segmentation).mean() > 0.99
+
+
 def test_completed_maps_follow_edges(tmp_path, capsys):
     """Given pixels stay, and a given segment ends where the picture does."""
     pipe = LDMSegPipeline.from_pretrained("tiny")

@@ -33,11 +33,12 @@ def scene():
     return np.full((64, 64, 3), 90, np.uint8), ids, known
 
 
+@pytest.mark.parametrize("edges", [0, 2])
 @pytest.mark.parametrize("method", ["pixels", "estimate", "renoise"])
-def test_given_segments_keep_their_category(pipe, method):
+def test_given_segments_keep_their_category(pipe, method, edges):
     picture, ids, known = scene()
     given = [{"id": 900, "category_id": 14}, {"id": 5, "category_id": 3}]
-    settings = {"num_inference_steps": 2, "method": method, "thresholds": OPEN}
+    settings = {"num_inference_steps": 2, "method": method, "thresholds": OPEN, "edges": edges}
     result = pipe.inpaint(picture, ids, known, segments_info=[given], **settings)[0]
     assert np.array_equal(result.segmentation[known], ids[known])
     found = {segment["id"]: segment for segment in result.segments_info}
