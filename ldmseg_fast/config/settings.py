@@ -160,14 +160,21 @@ class ConditioningConfig:
 @dataclass(frozen=True)
 class SchedulerConfig:
     num_train_timesteps: Timesteps = 1000
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "scaled_linear"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "rectified_flow"] = "scaled_linear"
     beta_start: Decay = 0.00085
     beta_end: Decay = 0.012
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     rescale_zero_snr: bool = False
     timestep_spacing: Literal["trailing", "leading"] = "trailing"
     loss_weighting: Literal[
-        "none", "max_clamp_snr", "fixed", "linear", "inverse_log_snr", "constant", "inverse_log1p_snr"
+        "none",
+        "max_clamp_snr",
+        "fixed",
+        "linear",
+        "inverse_log_snr",
+        "constant",
+        "inverse_log1p_snr",
+        "velocity",
     ] = "max_clamp_snr"  # the first five are the original's; of the diffusion stage
     max_snr: Factor = 2.0  # "max_clamp_snr"
     fixed_weight: Weight = 1.0  # "constant"
@@ -245,6 +252,7 @@ class DiffusionConfig:
     latent_scale: Factor = 1.0  # factor on the auto-encoder's scaling_factor; below 1 the image matters more
     image_noise: Deviation = 0.0  # standard deviation added to image latents
     sample_posterior: bool = False
+    times: Literal["uniform", "logit_normal"] = "uniform"  # density of the timesteps that are trained
     task_loss: Weight = 0.0  # weight of the decoded x0 estimate's auto-encoder loss
     inpainting: Share = 0.0  # share of images that learn to complete a map, parts of which are their condition
     inpainting_block: Pixels = 16  # pixels; the map is known or not by blocks of this side
@@ -260,6 +268,7 @@ class FewStepConfig:
     train_decoder: bool = False  # one_step: the auto-encoder's decoder too
     resize: bool = False  # image_size and picture_scale are this run's, not those of `model.init_from`
     new_autoencoder: bool = False  # `model.mask_vae` takes the place of the one in `model.init_from`
+    noise: bool = True  # one_step: x_T is noise; false: zeros, so that a picture has one map
     latent_loss: Weight = 0.0  # one_step: weight of the squared error of the x0 estimate
     teacher_steps: TeacherSteps = 0  # distillation: of the distilled model, a multiple of `steps`; 0: twice `steps`
 

@@ -25,6 +25,11 @@ def make_betas(config: SchedulerConfig) -> Tensor:
         return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
     if config.beta_schedule == "sigmoid":  # Xu et al. 2022 (GeoDiff)
         return torch.sigmoid(torch.linspace(-6, 6, count)) * (end - start) + start
+    if config.beta_schedule == "rectified_flow":
+        # (1 - s) x_0 + s e with s = t / T (Liu et al. 2023, arXiv 2209.03003), divided by its deviation
+        times = torch.arange(1, count + 1, dtype=torch.float64) / count
+        alphas = torch.cat([torch.ones(1, dtype=torch.float64), (1 - times) ** 2 / ((1 - times) ** 2 + times**2)])
+        return (1.0 - alphas[1:] / alphas[:-1]).float()
 
     def alpha_bar(time: float) -> float:  # Nichol & Dhariwal 2021, equation 17
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -56,9 +61,9 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         betas = make_betas(config)
+        if config.prediction_type == "epsilon" and (config.rescale_zero_snr or config.beta_schedule == "rectified_flow"):
+            raise ArgumentError("scheduler.rescale_zero_snr needs v_prediction: noise is no target at t = T")
         if config.rescale_zero_snr:
-            if config.prediction_type == "epsilon":
-                raise ArgumentError("scheduler.rescale_zero_snr needs v_prediction: noise is no target at t = T")
             betas = rescale_zero_snr(betas)
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
         self.loss_weights = self._loss_weights()
@@ -90,6 +95,11 @@ class Scheduler:
             return weights / weights[-1]
         if config.loss_weighting == "inverse_log1p_snr":
             return (1.0 / torch.log1p(snr)).clamp(max=1.0)
+        if config.loss_weighting == "velocity":
+            # of the velocity e - x_0 of a rectified flow: its error is that of x_0 over s, with s / (1 - s) = snr^-1/2
+            share = 1.0 / (1.0 + snr.sqrt())
+            per_type = {"sample": share**-2, "v_prediction": ((1 - share) ** 2 + share**2) ** -1}
+            return per_type[config.prediction_type].clamp(max=1e4)
         if config.loss_weighting == "linear":
             return torch.arange(1, len(snr) + 1) / len(snr)
         return torch.full_like(snr, config.fixed_weight if config.loss_weighting == "constant" else 1.0)

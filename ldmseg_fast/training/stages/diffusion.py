@@ -99,7 +99,11 @@ class DiffusionStage(LatentStage):
         image_latents = self.image_latents(batch)  # [B, C_image, h, w]
         generators = self.generators(step, batch, "diffusion")
         noise = per_image(torch.randn, mask_latents.shape[1:], generators)  # e, [B, C, h, w]
-        timesteps = random_integers(self.config.scheduler.num_train_timesteps, generators)  # t, [B]
+        total = self.config.scheduler.num_train_timesteps
+        timesteps = random_integers(total, generators)  # t, [B]
+        if self.config.diffusion.times == "logit_normal":  # Esser et al. 2024, arXiv 2403.03206, equation 19
+            share = per_image(torch.randn, (), generators).sigmoid()
+            timesteps = (share * total).long().clamp(max=total - 1)
         if self.config.diffusion.image_noise:
             extra = per_image(torch.randn, image_latents.shape[1:], generators).to(image_latents)
             image_latents = image_latents + self.config.diffusion.image_noise * extra
