@@ -34,6 +34,7 @@ EXTRAS = {
     "rtx": ["tensorrt-rtx-cu13>=1.7"],
     "rtx-cu12": ["tensorrt-rtx-cu12>=1.7"],
     "xformers": ["xformers>=0.0.35"],
+    "fp8": ["torchao>=0.15"],
     "app": ["gradio>=6.31,<7", "prometheus-client>=0.22"],  # a major of Gradio renames arguments and events
     "hub": ["huggingface_hub>=2.0"],
     "data": ["scipy>=1.11", "datasets>=4.0"],
@@ -55,6 +56,7 @@ EXTRAS = {
         "mypy>=1.13",
         "pybind11>=3.0",
         "pycocotools>=2.0.8",
+        "torchao>=0.15",
         "scikit-image>=0.24",
         "playwright>=1.50",
         "hotcoco>=1.3; platform_system=='Linux'",

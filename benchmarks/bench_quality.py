@@ -3,7 +3,7 @@
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [...] [--split S] [--steps 1 4 10]
     [--solvers ddim heun] [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT]] [--picture FILE] [--journal FILE]
     [--size S] [--flip] [--scales X ...] [--fusion F] [--edges R] [--connected PX] [--mask-th X]
-    [--count-th N] [--overlap-th X] [--snapshots]
+    [--count-th N] [--overlap-th X] [--snapshots | --arms]
 
 A ROOT may name splits of its own, ROOT:TRAIN:TEST; each set has rows of its own. Rows are measured one after the other;
 with --journal a stopped campaign goes on with the first that is missing. With several annotators per image the values
@@ -42,6 +42,7 @@ from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.evaluation import EvaluationOptions, evaluate
 from ldmseg_fast.evaluation.semantic import SemanticIoU
 from ldmseg_fast.files import read_lines
+from ldmseg_fast.inference.ensemble import Views
 from ldmseg_fast.metrics import classical
 from ldmseg_fast.metrics.baselines import BASELINES
 from ldmseg_fast.metrics.nearest_category import NearestCategory
@@ -118,10 +119,7 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
     if options.overlap_threshold is not None:
         own_case["overlap_threshold"] = options.overlap_threshold
     if options.is_ensemble:
-        scales = f"scales {' '.join(f'{scale:g}' for scale in options.scales)}"
-        own_case["views"] = " ".join(
-            ["flip"] * options.flip + [scales, options.fusion] + [f"edges {options.edges}"] * (options.edges > 0)
-        )
+        own_case["views"] = described(options.views)
     if options.seeds > 1:
         facts["deviation"] = report["seeds"]["deviation"]["class_agnostic"]["pq"]
         facts["seeds"] = options.seeds
@@ -143,11 +141,22 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
     return found
 
 
+def described(views: Views) -> str:
+    """Writes what an ensemble sees, and how it is joined."""
+    scales = f"scales {' '.join(f'{scale:g}' for scale in views.scales)}"
+    return " ".join(["flip"] * views.flip + [scales, str(views.fusion)] + [f"edges {views.edges}"] * (views.edges > 0))
+
+
 def snapshot(row: Row) -> Row:
     """Turns a model's row into one point of its run's learning curve."""
     if "training_steps" not in row:
         raise BenchmarkError(f"{row['variant']}: no logs/log.jsonl beside the model says how long it was trained")
     return row | {"case": row["case"] | {"training_steps": row["training_steps"]}}
+
+
+def arm(row: Row) -> Row:
+    """Marks a model's row as an arm of a comparison."""
+    return row | {"case": row["case"] | {"arm": True}}
 
 
 def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions) -> list[Row]:
@@ -156,11 +165,12 @@ def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOp
     case = {"data": report["data"], "split": options.split, "images": report["images"], "mode": "inpainting"}
     facts = {"ms_per_image": 1000 * report["seconds_per_image"], "steps": report["num_inference_steps"]}
     facts["weights"] = fingerprint(model_dir)[:16]
+    own_case = case | ({"views": f"edges {options.edges}"} if options.edges else {})
     scores = {name: report["inpainting"]} | report["inpainting"]["baselines"]
     return [
         {
             "variant": variant,
-            "case": case | {"block": int(block)},
+            "case": (own_case if variant == name else case) | {"block": int(block)},
             "value": mean,
             "unknown_pq": values["mean_unknown_pq"][block],
             "by_probability": {
@@ -281,9 +291,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=0, help="first N images, of each annotator")
     add_view_arguments(parser)
     add_connected_argument(parser)
-    parser.add_argument(
+    apart = parser.add_mutually_exclusive_group()
+    apart.add_argument(
         "--snapshots", action="store_true", help="the models are one run at several times: rows of a learning curve"
     )
+    apart.add_argument("--arms", action="store_true", help="the models are trainings to compare: a table of their own")
     parser.add_argument(
         "--class-agnostic", action="store_true", help="leave the categories of models out, on sets that lack them"
     )
@@ -346,7 +358,8 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                 key = {"name": name, "model": fingerprint(model_dir), "data": data, "options": asdict(options)}
                 rows_of = partial(inpainting_rows if args.inpainting else model_rows, name, model_dir, options=options)
                 rows = journal.rows_of(key, partial(mean_over_annotators, data, split, rows_of))
-                found += [snapshot(row) for row in rows if row["variant"] == name] if args.snapshots else rows
+                change = snapshot if args.snapshots else arm if args.arms else None
+                found += [change(row) for row in rows if row["variant"] == name] if change else rows
     add(mean_over_trainings(found))
     if args.classical:
         classical.require_skimage()

@@ -1,16 +1,18 @@
 """Times the training engine beside a plain loop at equal batch, and weighs ZeRO's memory against the formula.
 
 python benchmarks/bench_training.py [--config coco] [--compile blocks] [--batch 8] [--quick] [--no-zero]
-    [--parts engine categories]
+    [--parts engine categories fp8]
 
 Plain: eager modules under autocast, pictures decoded and encoded in every step, AdamW parameter by parameter, and a
 wait for the loss in every step. On a CPU a tiny model with an untrained TAESD encoder; on a GPU the full one.
-The part `categories` times steps of the preset `tiny` with categories beside the same without.
+The part `categories` times steps of the preset `tiny` with categories beside the same without. The part `fp8` trains
+the same weights on the same pictures with `train.fp8` and without, and compares losses and times; it needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 import time
@@ -40,6 +42,7 @@ from ldmseg_fast.data.scenes import CATEGORIES, write_scenes
 from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
+from ldmseg_fast.models.fp8_layers import why_not_fp8_products
 from ldmseg_fast.training.estimate import count_parameters
 from ldmseg_fast.training.inputs import training_set
 from ldmseg_fast.training.loop import Run, learning_rate
@@ -169,7 +172,38 @@ def bench_categories(record: Record, args: argparse.Namespace, folder: Path) -> 
             run.close()
 
 
-PARTS = ("engine", "categories")
+def bench_fp8(record: Record, args: argparse.Namespace, folder: Path) -> None:
+    """Compares the loss of a run in eight bits with that of the same run without, and times their steps."""
+    config = settings(args.config, folder)
+    make_parts(folder, config)
+    write_scenes(folder / "scenes", 64, max(64, min(config.data.image_size, 256)), 0, version=1)
+    base = [f"train.batch_size={args.batch}", "train.warmup=1", f"train.precision={args.precision}"]
+    base += [f"train.compile={args.compile}", f"data.num_workers={args.workers}"]
+    runs: dict[str, Run] = {}
+    for name, fp8 in (("bf16", "false"), ("fp8", "true")):
+        own = [*base, f"train.fp8={fp8}", f"output_dir={folder / name}"]
+        runs[name] = Run("diffusion", settings(args.config, folder, *own), Interrupt())
+    count = 10 if args.quick else 200
+    losses = {name: [float(run.take_step()["loss"]) for _ in range(count)] for name, run in runs.items()}
+    case = {"model": args.config, "batch": args.batch, "steps": count}
+    for name, values in losses.items():
+        half = values[count // 2 :]
+        record.add_value("mean loss of the last half", sum(half) / len(half), "", case=case, variant=name, curve=values)
+    steps = {name: (lambda run=run: run.window.add(run.take_step())) for name, run in runs.items()}
+    rounds, seconds = 5 if args.quick else 20, 15 * args.minutes
+    timings = measure(steps, device=distributed.device().type, rounds=rounds, max_seconds=seconds, flush_l2=False)
+    record.add("training step in eight bits", timings, baseline="bf16", case=case, items=args.batch)
+    for run in runs.values():
+        run.close()
+
+
+PARTS = ("engine", "categories", "fp8")
+
+
+def parts_of(device: torch.device) -> tuple[str, ...]:
+    """Returns the parts that can run here."""
+    lacking = why_not_fp8_products(device) or importlib.util.find_spec("torchao") is None
+    return PARTS[:2] if lacking else PARTS
 
 
 def main() -> None:
@@ -179,7 +213,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "fp32")
     parser.add_argument("--compile", default="blocks" if torch.cuda.is_available() else "none")
     parser.add_argument("--workers", type=int, default=8 if torch.cuda.is_available() else 0)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=parts_of(distributed.device()))
     parser.add_argument("--no-zero", action="store_true", help="leave out the memory of ZeRO on two ranks")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--minutes", type=float, default=10.0, help="of which half is for the timed steps")
@@ -195,6 +229,9 @@ def main() -> None:
     if "categories" in args.parts:
         with tempfile.TemporaryDirectory() as name:
             bench_categories(record, args, Path(name))
+    if "fp8" in args.parts:
+        with tempfile.TemporaryDirectory() as name:
+            bench_fp8(record, args, Path(name))
     record.save(args.out)
 
 

@@ -14,8 +14,6 @@ from typing import Any
 from ldmseg_fast.backends.graphs.manifest import (
     FILE_NAME,
     GRAPHS,
-    QUANTISATION_RULES,
-    TENSORRT_RULES,
     Manifest,
     check_files,
     describe_model,
@@ -239,9 +237,7 @@ def is_current(model_dir: str | Path, folder: Path, settings: ExportSettings) ->
         return False
     wanted = (options, settings.precision, resolve_opset(settings), _calibration(settings), versions())
     there = (manifest.options, manifest.precision, manifest.opset, manifest.calibration, manifest.versions)
-    rules = QUANTISATION_RULES if manifest.is_for_cpu else TENSORRT_RULES
-    outdated = settings.precision in QUANTISED and manifest.rules < rules
-    if outdated or manifest.lora != _lora(settings):
+    if manifest.is_outdated or manifest.lora != _lora(settings):
         return False
     compared = not settings.parity or _is_compared(folder, settings)
     return there == wanted and compared and manifest.model_hash == model_hash(info.folder)

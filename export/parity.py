@@ -206,8 +206,9 @@ def measure_parity(
                 run.rows.append(scale_row(found, run.scales))
             if precision not in ("fp32", "bf16"):  # bfloat16 is what ONNX Runtime does not run
                 _run_graphs(run, folder, "graphs")
+        segments = sum(len(dataset.ground_truth(index)[1]) for index in range(work.images))
     run.rows += [Row(f"maps: PQ of {name}", value) for name, value in run.pq.items()]
-    run.rows.append(pq_row(precision, run.pq))
+    run.rows.append(pq_row(precision, run.pq, segments))
     return ParityReport(precision, work.images, source, run.rows, run.latency)
 
 

@@ -18,6 +18,7 @@ from ldmseg_fast.data.pictures import MAX_PIXELS, Picture
 from ldmseg_fast.diffusion.sampler import Callback
 from ldmseg_fast.diffusion.solvers import Timesteps
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.edges import MAX_RADIUS
 from ldmseg_fast.inference.inputs import (
     MAX_SEED,
     as_array,
@@ -322,7 +323,7 @@ class LDMSegPipeline:
         exif: bool = True,
         flip: bool = False,
         scales: Sequence[float] = (1.0,),
-        fusion: str = "medoid",
+        fusion: str | None = None,
         edges: int = 0,
         connected: int = 0,
         **settings: Any,
@@ -398,6 +399,7 @@ class LDMSegPipeline:
         draft_steps: int = 4,
         exif: bool = True,
         segments_info: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+        edges: int = 0,
     ) -> list[PanopticResult]:
         """Completes panoptic maps: given pixels stay exactly as they are, the model finds the rest.
 
@@ -420,6 +422,8 @@ class LDMSegPipeline:
             segments_info: of models with categories, for each image what given segments are: entries with `id` and
                 `category_id`, as results have them. A given segment keeps its category; one that is not listed gets
                 what the model finds.
+            edges: edges of segments follow edges of the picture and of what is given, by windows of this radius in
+                cells of the decoder's grid (see `inference.edges`); it decodes in PyTorch whatever the backend. 0: off.
 
         Returns:
             A PanopticResult per image, at its own size; its entries have "given" beside the usual ones.
@@ -439,6 +443,7 @@ class LDMSegPipeline:
         check_given(len(inputs), maps, masks)
         numbers = given_categories(segments_info, len(inputs), self.info.categories)
         check_count("draft_steps", draft_steps, 0, MAX_STEPS)
+        check_count("edges", edges, 0, MAX_RADIUS)
         thresholds = check_thresholds(thresholds)
         sampling = self.sampler.settings(
             num_inference_steps, solver=solver, eta=eta, timesteps=timesteps, seed=seed, callback=callback
@@ -459,6 +464,7 @@ class LDMSegPipeline:
                 method=method,
                 draft_steps=draft_steps,
                 numbers=numbers[batch],
+                edges=edges,
             )
         return results
 

@@ -33,7 +33,7 @@ def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Groups rows of trained models by name and, where it is not DDIM, solver; by rising steps."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if "steps" in row["case"]:
+        if "steps" in row["case"] and "arm" not in row["case"]:
             solver = row["case"].get("solver", "ddim")
             label = row["variant"] + ("" if solver == "ddim" else f", {solver}")
             found.setdefault(label, []).append(row)

@@ -44,14 +44,16 @@ def quality(rows: Sequence[Row]) -> str:
     """
     models, completed, baselines = [], [], {}
     snapshots = [row for row in rows if "training_steps" in row["case"]]
-    aware = [row for row in rows if row["case"].get("mode") == "class-aware" and row not in snapshots]
+    arms = [row for row in rows if "arm" in row["case"]]
+    apart = [*snapshots, *arms]
+    aware = [row for row in rows if row["case"].get("mode") == "class-aware" and row not in apart]
     for row in rows:
-        if row in aware or row in snapshots:
+        if row in aware or row in apart:
             continue
         case, data = row["case"], _images(row["case"])
         pq = _pq(row)
         if case.get("mode") == "inpainting":
-            how = f"inpainting, blocks of {case['block']} px"
+            how = f"inpainting, blocks of {case['block']} px" + (f", {case['views']}" if "views" in case else "")
             completed.append([row["variant"], data, how, pq, "", "", "", ""])
             continue
         edges = f"{row['boundary_pq']:.1f}" if "boundary_pq" in row else ""
@@ -63,6 +65,8 @@ def quality(rows: Sequence[Row]) -> str:
             baselines[row["variant"], data] = [row["variant"], data, "", *numbers, ""]
     header = ["class-agnostic, %", "data, images", "sampling", "PQ", "SQ", "RQ", "boundary PQ", "training, CPU minutes"]
     text = table(header, [*models, *completed, *baselines.values()])
+    if arms:
+        text += "\n" + comparison(arms)
     if snapshots:
         text += "\n" + learning_curve(snapshots)
     if not aware:
@@ -79,6 +83,20 @@ def quality(rows: Sequence[Row]) -> str:
     ]
     header = ["class-aware, %", "data, images", "sampling", "PQ", "SQ", "RQ", "boundary PQ", "mIoU", "right categories"]
     return text + "\n" + table(header, lines)
+
+
+def comparison(rows: Sequence[Row]) -> str:
+    """Returns a line per arm and way of running it, as they were measured."""
+    lines = [
+        [
+            *(row["variant"], _images(row["case"]), _how(row["case"]), _pq(row)),
+            *(f"{row[key]:.1f}" for key in ("sq", "rq", "boundary_pq")),
+            *(str(row.get("training_steps", "")), f"{row['cpu_minutes']:g}" if "cpu_minutes" in row else ""),
+        ]
+        for row in rows
+    ]
+    header = ["trainings compared, %", "data, images", "sampling", "PQ", "SQ", "RQ", "boundary PQ"]
+    return table([*header, "steps of training", "its CPU minutes"], lines)
 
 
 def learning_curve(rows: Sequence[Row]) -> str:

@@ -34,7 +34,7 @@ $launch "$code/ldmseg_fast/train.py" autoencoder $(resume "$out/autoencoder") "$
 
 # 2. Pictures to maps in one step; things of other pictures are pasted into two of five, and the rate stays
 one_step=("${common[@]}" loss.category=0.5 train.optimizer=muon train.learning_rate=0.0008 train.lr_factors="$late"
-    postprocess.mask_threshold=0.3)
+    postprocess.mask_threshold=0.2)
 $launch "$code/ldmseg_fast/train.py" one_step $(resume "$out/one_step") "${one_step[@]}" \
     model.mask_vae="$out/autoencoder" data.image_size=96 unet.sample_size=24 data.paste=0.4 train.schedule=constant \
     train.ema=0.998 train.steps=6000 output_dir="$out/one_step" "$@"

@@ -10,6 +10,7 @@ from typing import Any
 
 from ldmseg_fast.commands.options import (
     add_backend_arguments,
+    add_edges_argument,
     add_json_argument,
     add_model_argument,
     add_picture_arguments,
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_share_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, help="side in pixels of what the networks see; default the model's own")
+    add_edges_argument(parser)
     add_picture_arguments(parser)
     add_backend_arguments(parser)
 
@@ -100,7 +102,10 @@ def run(args: argparse.Namespace) -> int:
         return found
 
     def settings() -> dict[str, Any]:
-        names = ("backend", "steps", "solver", "seed", "size", "exif", "max_pixels", "batch_size", "unknown_id")
+        names = (
+            *("backend", "steps", "solver", "seed", "size", "edges"),
+            *("exif", "max_pixels", "batch_size", "unknown_id"),
+        )
         own = {name: getattr(args, name) for name in names}
         own |= networks_of(args)
         return {"command": "inpaint", **model_state(args.model_dir, args.engine_dir), **own}
@@ -113,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
         pipe.max_pixels = args.max_pixels
 
         def work(pictures: Sequence[FoundPicture]) -> Any:
-            return maps.complete(pipe, pictures, num_inference_steps=args.steps, seed=args.seed, solver=args.solver)
+            sampling = {"num_inference_steps": args.steps, "seed": args.seed, "solver": args.solver}
+            return maps.complete(pipe, pictures, edges=args.edges, **sampling)
 
         return work
 

@@ -217,17 +217,20 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fusion",
         choices=["medoid", "vote", "mean"],
-        default="medoid",
-        help="of an ensemble: the map that agrees best with the others, its segments as all of them see them, or the "
-        "map of the mean probabilities",
+        help="of an ensemble: the map that agrees best with the others (default), its segments as all of them see "
+        "them, or the map of the mean probabilities (default with --edges)",
     )
+    add_edges_argument(parser)
+
+
+def add_edges_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --edges, as `LDMSegPipeline.inpaint` takes it."""
     parser.add_argument(
         "--edges",
         type=int,
         default=0,
         metavar="R",
-        help="with --fusion mean: edges of segments follow edges of the picture, by windows of R cells to each side; "
-        "1 to 4 do well",
+        help="edges of segments follow edges of the picture, by windows of R cells to each side; 1 to 4 do well",
     )
 
 

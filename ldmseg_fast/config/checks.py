@@ -92,6 +92,10 @@ def validate(config: Config) -> Config:
             f"set train.compile=none or train.zero_stage=2",
         ),
         (
+            not train.fp8 or train.zero_stage < 3,
+            "train.fp8=true: ZeRO 3 fetches weights layer by layer, past torchao's layers; set train.zero_stage=2",
+        ),
+        (
             config.scheduler.fixed_weight == 1.0 or config.scheduler.loss_weighting == "constant",
             f"scheduler.fixed_weight={config.scheduler.fixed_weight:g} goes with scheduler.loss_weighting=constant, "
             f"not with {config.scheduler.loss_weighting}; set one of the two",

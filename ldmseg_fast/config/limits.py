@@ -69,6 +69,7 @@ OPTION_RANGES = {
     "connected": Range(0, 2**28),
     "count_th": Range(0, 2**30),
     "diffusion_steps": Range(0, 10**9),
+    "edges": Range(0, 16),
     "images": Range(0, 10**7),
     "instances": Range(0, 1024),
     "limit": Range(0, 10**9),

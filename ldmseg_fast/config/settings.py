@@ -250,6 +250,11 @@ class DiffusionConfig:
     self_condition: Share = 1.0  # share of steps that train with the model's own estimate; 0: no condition channels
     loss: Literal["l2", "l1", "smooth_l1"] = "l2"
     mask_void: bool = True
+    hard_examples: Annotated[float, Range(0.001, 1)] = (
+        1.0  # share of an image's cells, of the largest errors, in the loss
+    )
+    area_weights: bool = False  # cells weigh as 1 / area of their segment, so that small segments count as large ones
+    own_estimate: Share = 0.0  # share of steps that start from the network's own estimate of x_0, as sampling does
     latent_scale: Factor = 1.0  # factor on the auto-encoder's scaling_factor; below 1 the image matters more
     image_noise: Deviation = 0.0  # standard deviation added to image latents
     sample_posterior: bool = False
@@ -295,6 +300,7 @@ class TrainConfig:
     zero_stage: Annotated[int, Range(0, 3)] = 1
     offload: bool = False
     precision: Precision = "auto"  # bf16 where the device has units for it, else fp32
+    fp8: bool = False  # linear layers of the UNet in eight bits, by torchao; bf16 runs on GPUs of sm_89 and newer
     compile: Literal["none", "blocks", "model"] = "none"  # torch.compile: the repeated blocks, or whole networks
     compile_backend: Compiler = "inductor"
     channels_last: bool = True

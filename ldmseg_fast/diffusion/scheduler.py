@@ -122,6 +122,11 @@ class Scheduler:
         signal, sigma = self._coefficients(timesteps, mask_latents)
         return signal * mask_latents + sigma * noise
 
+    def noise_between(self, mask_latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Returns the noise that `add_noise` makes x_t of x_0 with; all float [B, C, h, w], timesteps int64 [B]."""
+        signal, sigma = self._coefficients(timesteps, mask_latents)
+        return (noisy_latents - signal * mask_latents) / sigma
+
     def target(self, mask_latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Returns what the UNet is to predict, float [B, C, h, w]: noise, x_0, or v.
 

@@ -9,6 +9,7 @@ from typing import Any
 from ldmseg_fast.checkpoints.model_folder import load_index
 from ldmseg_fast.config import PostprocessConfig, from_dict
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.ensemble import Views
 from ldmseg_fast.metrics.inpainting import PAPER_BLOCK, PAPER_PROBABILITIES
 
 
@@ -31,7 +32,7 @@ class EvaluationOptions:
     samples: int = 1  # of an ensemble per picture; see `LDMSegPipeline.ensemble`
     flip: bool = False  # it and the three below: what the ensemble sees, and how it is joined
     scales: tuple[float, ...] = (1.0,)
-    fusion: str = "medoid"
+    fusion: str | None = None
     edges: int = 0
     limit: int = 0
     batch_size: int = 16
@@ -67,8 +68,8 @@ class EvaluationOptions:
             (self.seeds >= 1, f"--seeds {self.seeds}: at least 1"),
             (1 <= self.samples <= 1000, f"--samples {self.samples}: from 1 to 1000"),
             (
-                not (self.is_ensemble and self.inpainting),
-                "--inpainting completes one map per picture: leave --samples, --flip, --scales and --edges out",
+                not (self.inpainting and (self.samples > 1 or self.flip or self.scales != (1.0,))),
+                "--inpainting completes one map per picture: leave --samples, --flip and --scales out",
             ),
             (self.seed >= 0, f"--seed {self.seed}: not negative"),
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: at least 1"),
@@ -117,6 +118,11 @@ class EvaluationOptions:
     def is_ensemble(self) -> bool:
         """Whether `LDMSegPipeline.ensemble` makes the maps."""
         return self.samples > 1 or self.flip or self.scales != (1.0,) or self.edges > 0
+
+    @property
+    def views(self) -> Views:
+        """What an ensemble sees, and how it is joined."""
+        return Views(self.flip, self.scales, self.fusion, self.edges)
 
     @property
     def speed(self) -> dict[str, Any]:

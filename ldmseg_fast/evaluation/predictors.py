@@ -80,7 +80,8 @@ class DiffusionModel:
         steps: of sampling; None: the model's own.
         solver, eta, backend, engine_dir: as `LDMSegPipeline` has them.
         speed: as `EvaluationOptions.speed`, for `LDMSegPipeline.from_pretrained`.
-        ensemble: `num_samples` and what `Views` has, of `LDMSegPipeline.ensemble`; None: one sample a picture.
+        ensemble: `num_samples` and what `Views` has, of `LDMSegPipeline.ensemble`; None: one sample a picture. Maps
+            are completed with its edges alone.
         connected: as `LDMSegPipeline` has it.
 
     Raises:
@@ -141,7 +142,8 @@ class DiffusionModel:
         for index, image, ids in zip(indices, images, maps):
             self.dataset.check_size(index, image, ids)
         known = [~lost & (ids != 0) for ids, lost in zip(maps, dropped)]
-        return list(self.pipe.inpaint(images, list(maps), known, **self._settings(indices, seed)))
+        edges = self.ensemble["edges"] if self.ensemble else 0
+        return list(self.pipe.inpaint(images, list(maps), known, edges=edges, **self._settings(indices, seed)))
 
     def _settings(self, indices: Sequence[int], seed: int) -> dict[str, Any]:
         ids = [self.dataset.image_id(index) for index in indices]

@@ -228,14 +228,9 @@ def load_predictor(
         backend=options.backend,
         engine_dir=options.engine_dir,
         speed=options.speed,
-        ensemble=_ensemble(options) if options.is_ensemble else None,
+        ensemble={"num_samples": options.samples, **asdict(options.views)} if options.is_ensemble else None,
         connected=options.connected,
     )
-
-
-def _ensemble(options: EvaluationOptions) -> dict[str, Any]:
-    names = ("flip", "scales", "fusion", "edges")
-    return {"num_samples": options.samples} | {name: getattr(options, name) for name in names}
 
 
 def _what_results_depend_on(

@@ -14,16 +14,14 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmseg_fast.backends.finite import all_finite, require_finite
-from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.pictures import Picture
 from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.inference.averaging import ViewLogits, average
-from ldmseg_fast.inference.edges import MAX_RADIUS, follow_edges
+from ldmseg_fast.inference.edges import MAX_RADIUS
 from ldmseg_fast.inference.inputs import check_count
 from ldmseg_fast.inference.sampling import MaskSampler, Sampling
-from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
+from ldmseg_fast.panoptic.postprocess import PanopticResult
 from ldmseg_fast.panoptic.shapes import segment_shapes
 
 
@@ -57,7 +55,8 @@ class Views:
         scales: sides of what the networks see, in shares of the model's own, rounded to what they divide by.
         fusion: "medoid": the sample that agrees best with the others, as it is. "vote": its segments, each pixel to
             the one whose matches cover it in most samples. "mean": the probabilities of slots and categories are
-            averaged over the samples before a map is made of them; it decodes in PyTorch whatever the backend.
+            averaged over the samples before a map is made of them; it decodes in PyTorch whatever the backend. None:
+            a mean where edges are followed, else the medoid.
         edges: of a mean: edges of segments follow edges of the picture, by windows of this radius in cells of the
             decoder's grid; see `inference.edges`. 0: they do not.
 
@@ -67,7 +66,7 @@ class Views:
 
     flip: bool = False
     scales: tuple[float, ...] = (1.0,)
-    fusion: str = "medoid"
+    fusion: str | None = None
     edges: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +77,8 @@ class Views:
             isinstance(scale, (int, float)) and 0.25 <= scale <= 4 for scale in self.scales
         ):
             raise ArgumentError(f"scales={self.scales!r}: 1 to {MAX_SCALES} numbers from 0.25 to 4 expected")
+        if self.fusion is None:
+            object.__setattr__(self, "fusion", "mean" if self.edges else "medoid")
         if self.fusion not in FUSIONS:
             raise ArgumentError(f"fusion={self.fusion!r}: one of {', '.join(FUSIONS)} expected")
         if self.edges and self.fusion != "mean":
@@ -146,27 +147,20 @@ def sample_ensemble(
                 network = own.network(seen, each, captions)
                 mask_latents = own.denoise(network, noise, image_latents, image_ids, each)  # float32 [B, C, h, w]
                 if views.fusion == "mean":
-                    logits.append(_logits(own, mask_latents, mirrored))
+                    slots, categories = own.logits(mask_latents)
+                    if mirrored:
+                        slots, categories = slots.flip(-1), None if categories is None else categories.flip(-1)
+                    logits.append(ViewLogits(slots, categories))
                     continue
                 decoded = own.decode(mask_latents, sizes, thresholds)
                 samples.append([mirror(result) for result in decoded] if mirrored else decoded)
     if views.fusion == "mean":
-        return _mean(sampler.backend.info, logits, sizes, thresholds, views.edges, finest)
-    return [combine(of_one_image, views.fusion) for of_one_image in zip(*samples)]
-
-
-def _logits(sampler: MaskSampler, mask_latents: Tensor, mirrored: bool) -> ViewLogits:
-    vae = sampler.backend.mask_vae
-    slots, categories = vae.decode_latents_both(mask_latents.to(sampler.backend.device))
-    finite = all_finite(slots) if categories is None else all_finite(slots) & all_finite(categories)
-    require_finite(finite, "mask_vae: slot or category logits", sampler.backend.info, slots.dtype)
-    if mirrored:
-        slots, categories = slots.flip(-1), None if categories is None else categories.flip(-1)
-    return ViewLogits(slots, categories)
+        return _mean(sampler, logits, sizes, thresholds, views.edges, finest)
+    return [combine(of_one_image, str(views.fusion)) for of_one_image in zip(*samples)]
 
 
 def _mean(
-    info: ModelInfo,
+    sampler: MaskSampler,
     views: Sequence[ViewLogits],
     sizes: Sequence[tuple[int, int]],
     thresholds: PostprocessConfig | None,
@@ -179,16 +173,7 @@ def _mean(
     that on the map without.
     """
     slots, categories, agreement = average(views)
-    results: list[PanopticResult] = []
-    count = 1 if edges else len(sizes)  # slots of a filtered picture are four times as large
-    for begin in range(0, len(sizes), count):
-        rows = slice(begin, begin + count)
-        some, named = slots[rows], None if categories is None else categories[rows]
-        if edges:
-            some = follow_edges(some, pictures[rows], edges)
-        height, width = (max(info.image_size, each) for each in some.shape[-2:])
-        chosen = thresholds or info.postprocess
-        results += postprocess(some, (height, width), sizes[rows], chosen, named, info.categories)
+    results = sampler.maps(slots, categories, sizes, thresholds, edges, pictures)
     ensembles = []
     for result, size, own in zip(results, sizes, agreement):
         agreeing = F.interpolate(own[None, None], size, mode="bilinear", align_corners=False)[0, 0].cpu().numpy()

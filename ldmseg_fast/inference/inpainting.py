@@ -27,6 +27,7 @@ from ldmseg_fast.inference.sampling import MaskSampler, Sampling
 from ldmseg_fast.kernels.mask_bits import encode_mask_bits
 from ldmseg_fast.panoptic.postprocess import PanopticResult
 
+LEAST = 1e-9  # probability of a slot in a cell that is given whole to another
 METHODS = ("pixels", "estimate", "renoise")
 
 
@@ -42,6 +43,7 @@ def inpaint(
     method: str | None,
     draft_steps: int,
     numbers: Sequence[Mapping[int, int]] | None = None,
+    edges: int = 0,
 ) -> list[PanopticResult]:
     """Does `LDMSegPipeline.inpaint` for one batch, whose arguments have been checked.
 
@@ -52,7 +54,7 @@ def inpaint(
         masks: bool [H, W], True where the map is given.
         image_ids: from which, with the seed, all noise comes.
         sampling: solver, steps, timesteps, seed and callback.
-        thresholds, method, draft_steps: as in `LDMSegPipeline.inpaint`.
+        thresholds, method, draft_steps, edges: as in `LDMSegPipeline.inpaint`.
         numbers: the given ids whose category is known, each with its number; one for each picture.
 
     Returns:
@@ -60,6 +62,7 @@ def inpaint(
 
     Raises:
         ArgumentError: an unknown method.
+        NonFiniteError: see `MaskSampler.denoise`.
     """
     info, mask_vae = sampler.info, sampler.backend.mask_vae
     trained = bool(info.index.get("inpainting"))
@@ -105,10 +108,45 @@ def inpaint(
     network = sampler.network(pixels, sampling)
     mask_latents = sampler.denoise(network, noise, image_latents, image_ids, sampling, constraint)  # [B, C, h, w]
     sizes = [picture.size for picture in pictures]
-    decoded = sampler.decode(mask_latents, sizes, thresholds, fuse=False)  # what is given says what a slot is
+    # not fused: what is given says what a slot is
+    if edges:
+        logits, categories = sampler.logits(mask_latents)
+        logits = with_given(logits.float(), [given.slots for given in givens])
+        decoded = sampler.maps(logits, categories, sizes, thresholds, edges, pixels, fuse=False)
+    else:
+        decoded = sampler.decode(mask_latents, sizes, thresholds, fuse=False)
     return [
         complete(result, given, thresholds.count_threshold, info.categories) for result, given in zip(decoded, givens)
     ]
+
+
+def with_given(logits: Tensor, given: Sequence[np.ndarray]) -> Tensor:
+    """Makes slots certain where they are given, so that a filter carries them into what is not.
+
+    In a cell of which a share is given, the other pixels keep the logits' probabilities. How high a cell's logits
+    stand, the logarithm of their sum of exponentials, stays.
+
+    Args:
+        logits: of slots, float32 [B, Q, h, w].
+        given: integer [S, S] of each picture, slots, 0 where none is given; S is a multiple of h and w.
+
+    Returns:
+        Logits, float32 [B, Q, h, w].
+    """
+    mixed = []
+    for own, slots in zip(logits, given):
+        height, width = own.shape[1:]
+        pixels = torch.as_tensor(slots, device=own.device).long()
+        rows, columns = (
+            torch.arange(size, device=own.device) * cells // size for size, cells in zip(pixels.shape, (height, width))
+        )
+        places = (pixels * height + rows[:, None]) * width + columns
+        shares = torch.bincount(places.flatten(), minlength=own.numel()).view(own.shape).float()
+        shares /= pixels.numel() / (height * width)
+        probabilities = shares[:1] * own.softmax(0)  # slot 0: not given
+        probabilities[1:] += shares[1:]
+        mixed.append(probabilities.clamp(min=LEAST).log() + own.logsumexp(0))
+    return torch.stack(mixed)
 
 
 def encode_pixels(mask_vae: Any, slots: Tensor, categories: Tensor | None) -> Tensor:

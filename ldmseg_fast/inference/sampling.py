@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldmseg_fast.backends.backend import Backend
-from ldmseg_fast.backends.finite import all_finite, require_sampled
+from ldmseg_fast.backends.finite import all_finite, require_finite, require_sampled
 from ldmseg_fast.checkpoints.schema import ModelIndex, checked, read_settings
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.transforms import resize_image
@@ -22,9 +22,10 @@ from ldmseg_fast.diffusion.sampler import Callback, Denoise, image_noise, seed_o
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.diffusion.solvers import Constraint, Timesteps, check_solver, sample, solver_timesteps
 from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.edges import follow_edges
 from ldmseg_fast.inference.inputs import MAX_SEED, check_count
 from ldmseg_fast.models.conditioning import with_context
-from ldmseg_fast.panoptic.postprocess import PanopticResult
+from ldmseg_fast.panoptic.postprocess import PanopticResult, postprocess
 
 MAX_STEPS = 1_000_000  # no schedule is longer
 
@@ -252,6 +253,54 @@ class MaskSampler:
             decoded = self.backend.decode_mask(mask_latents[rows], size, "panoptic", thresholds, fuse=fuse)
             results.update(zip(rows, decoded))
         return [results[row] for row in range(len(sizes))]
+
+    def logits(self, mask_latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Decodes scaled mask latents, float32 [B, C, h, w], in PyTorch whatever the backend.
+
+        Returns:
+            Logits of slots, float [B, Q, h 2^u, w 2^u], and of categories, float [B, C + 1, ...]; None without any.
+
+        Raises:
+            NonFiniteError: logits that are NaN or infinite.
+        """
+        slots, categories = self.backend.mask_vae.decode_latents_both(mask_latents.to(self.backend.device))
+        finite = all_finite(slots) if categories is None else all_finite(slots) & all_finite(categories)
+        require_finite(finite, "mask_vae: slot or category logits", self.info, slots.dtype)
+        return slots, categories
+
+    def maps(
+        self,
+        slots: Tensor,
+        categories: Tensor | None,
+        sizes: Sequence[tuple[int, int]],
+        thresholds: PostprocessConfig | None,
+        edges: int,
+        pictures: Tensor,
+        *,
+        fuse: bool = True,
+    ) -> list[PanopticResult]:
+        """Makes maps of logits, float32 as `logits` gives them; their edges follow those of the pictures.
+
+        Args:
+            slots, categories: of B pictures.
+            sizes, thresholds, fuse: as in `decode`.
+            edges: radius of the windows, see `inference.edges`; 0: edges are as they are.
+            pictures: uint8 [B, 3, P, P].
+
+        Returns:
+            A PanopticResult per picture, in their order, whose segmentation is int32 [H, W].
+        """
+        info, results = self.info, []
+        chosen = thresholds or info.postprocess
+        count = 1 if edges else len(sizes)  # slots of a filtered picture are four times as large
+        for begin in range(0, len(sizes), count):
+            rows = slice(begin, begin + count)
+            some, named = slots[rows], None if categories is None else categories[rows]
+            if edges:
+                some = follow_edges(some, pictures[rows], edges)
+            height, width = (max(info.image_size, each) for each in some.shape[-2:])
+            results += postprocess(some, (height, width), sizes[rows], chosen, named, info.categories, fuse=fuse)
+        return results
 
     @property
     def id_assignment(self) -> str:

@@ -24,7 +24,7 @@ from ldmseg_fast.config import Config, TrainConfig, describe, to_dict
 from ldmseg_fast.data.latent_cache import ShardCheck, attach_cache
 from ldmseg_fast.data.loader import Prefetcher
 from ldmseg_fast.distributed.liveness import Agreement, Heartbeat, Interrupt
-from ldmseg_fast.errors import Stopped, printable, why_out_of_memory
+from ldmseg_fast.errors import ConfigError, Stopped, printable, why_out_of_memory
 from ldmseg_fast.files import replacing, write_json
 from ldmseg_fast.kernels.backend import KERNELS, set_backend, turn_off_on_old_gpus
 from ldmseg_fast.threads import cores
@@ -34,6 +34,7 @@ from ldmseg_fast.training.compilation import compile_stage
 from ldmseg_fast.training.disk import check_disk
 from ldmseg_fast.training.exported import exported_step, note_exported
 from ldmseg_fast.training.faults import BadItems, NonFiniteGuard, out_of_memory
+from ldmseg_fast.training.fp8 import train_in_fp8
 from ldmseg_fast.training.inputs import (
     check_batch,
     check_output_dir,
@@ -117,6 +118,11 @@ class Run:
             cache = attach_cache(train_sets[0], config, self.stage.get_submodule("image_vae"), self.say)
             self.shard_check = None if cache is None else ShardCheck(cache)
         check_batch(config)
+        if settings.fp8:
+            if stage_name == "autoencoder":
+                raise ConfigError("train.fp8=true: the auto-encoder has no linear layers; set train.fp8=false")
+            count = train_in_fp8(self.stage.get_submodule("unet"))
+            precision += f"; {count} linear layers of the UNet in eight bits"
         compile_stage(self.stage, settings.compile, settings.compile_backend)
         self.optimizer = make_optimizer(self.stage, config, user_config)
         self.noise = NoiseMeter(self.stage, settings, distributed.world_size()) if settings.noise_scale else None

@@ -14,6 +14,7 @@ from ldmseg_fast.config import Config, update
 from ldmseg_fast.config.precision import DTYPES, resolve_precision
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.files import read_json
+from ldmseg_fast.training.fp8 import check_fp8
 
 SETTINGS_VERSION = 2  # of a run's config.json; 1 had no number
 FORMER_WEIGHTS = {"fixed": "constant", "inverse_log_snr": "inverse_log1p_snr"}  # scheduler.loss_weighting of version 1
@@ -32,7 +33,7 @@ def resolve_settings(config: Config, device: torch.device, resumed: Path | None)
         `config` with "fp32", "bf16" or "fp16" as `train.precision`, and a line that says which it is and why.
 
     Raises:
-        ConfigError: `model.attention` names something that is not on this machine.
+        ConfigError: `model.attention` names something that is not on this machine, or what `check_fp8` refuses.
     """
     _check_attention(config.model.attention, device)
     config = _keep_loss_weights(config, resumed)
@@ -43,6 +44,8 @@ def resolve_settings(config: Config, device: torch.device, resumed: Path | None)
     answers = distributed.gather_objects(resolve_precision(before or requested, device))
     # one rank that emulates bf16 holds up all others
     precision, reason = next((answer for answer in answers if answer[0] == "fp32"), answers[0])
+    if config.train.fp8:
+        check_fp8(device, precision)
     kept = reason.replace(f"train.precision={before}", "as the run began", 1) if before else reason
     return replace(config, train=replace(config.train, precision=precision)), f"precision: {precision} ({kept})"
 

@@ -38,7 +38,8 @@ def picture_operations(stage_name: str, config: Config) -> float:
     see = 0.0 if config.data.latent_cache else found["see"] * (3.0 if config.image_encoder.is_trained else 1.0)
     few, condition = config.few_step, config.diffusion.self_condition
     if stage_name == "diffusion":
-        return see + found["encode"] + (3.0 + condition) * found["unet"]
+        passes = 3.0 + condition + config.diffusion.own_estimate * (1.0 + condition)
+        return see + found["encode"] + passes * found["unet"]
     if stage_name == "one_step":
         depth = (1 + few.steps) / 2 if few.depth == "any" else few.steps
         return see + (depth + 2.0) * found["unet"] + 3.0 * found["decode"]

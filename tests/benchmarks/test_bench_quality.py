@@ -71,6 +71,24 @@ def test_snapshots_make_a_learning_curve(model_dir, campaign, monkeypatch):
     assert tables.learning_curve(rows) in tables.quality(rows)
 
 
+def test_arms_stand_apart(campaign, monkeypatch):
+    facts = {"training_steps": 900, "cpu_minutes": 20.0, "cpu_minutes_in_all": 23.0}
+    monkeypatch.setattr(bench_quality, "training_facts", lambda folder: dict(facts))
+    rows = campaign("--steps", "1", "2", "--arms")
+    assert [row["case"]["steps"] for row in rows] == [1, 2] and all(row["case"]["arm"] for row in rows)
+    compared, everything = tables.comparison(rows), tables.quality(rows)
+    assert compared in everything and everything.count("| small |") == 2
+    assert compared.splitlines()[2].endswith("| 900 | 20 |")
+    assert not quality_curve.curves(rows)
+
+
+def test_inpainting_along_edges(campaign):
+    plain, sharp = (campaign("--steps", "1", "--inpainting", "--limit", "1", *more) for more in ([], ["--edges", "2"]))
+    assert "views" not in plain[0]["case"] and sharp[0]["case"]["views"] == "edges 2"
+    assert all("views" not in row["case"] for row in sharp[1:])  # baselines have none
+    assert "inpainting, blocks of 16 px, edges 2" in tables.quality([row | {"environment": {}} for row in sharp])
+
+
 def test_inpainting(campaign):
     rows = campaign("--steps", "1", "--inpainting")
     assert rows[0]["variant"] == "small" and len(rows) == 4

@@ -18,7 +18,7 @@ from ldmseg_fast.export import parity
 from ldmseg_fast.export.model_export import ExportSettings, resolve_options, write_graphs
 from ldmseg_fast.export.parity_reference import InFloat64, ReferenceBackend, make_inputs, network_outputs
 from ldmseg_fast.export.parity_report import ParityReport, Row
-from ldmseg_fast.export.parity_rows import exact_rows
+from ldmseg_fast.export.parity_rows import exact_rows, pq_row
 
 PRECISIONS = {
     "fp32": ExportSettings("fp32"),
@@ -288,3 +288,14 @@ def test_a_report_tells_the_times_that_were_taken():
     engine = ParityReport("fp16", 1, "scenes", rows, {"torch": 4.0, "tensorrt": 2.0, "ratio": 2.0})
     assert engine.table().endswith("one step at batch 1: torch 4.0 ms, tensorrt 2.0 ms, ratio 2.00")
     assert "one step" not in ParityReport("fp16", 1, "scenes", rows, {"torch": 4.0}).table()
+
+
+@pytest.mark.parametrize(
+    ("precision", "segments", "limit"),
+    [("fp32", 18, 0.5), ("fp16", 18, 100 / 18), ("bf16", 18, 200 / 18), ("bf16", 200, 5)],
+)
+def test_the_fewer_segments_the_more_one_is_worth(precision, segments, limit):
+    within, beyond = (
+        pq_row(precision, {"torch": 50.0, "graphs": 50.0 - lost}, segments) for lost in (limit - 0.01, limit + 0.01)
+    )
+    assert within.ok and not beyond.ok

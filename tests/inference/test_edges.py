@@ -4,12 +4,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ldmseg_fast import LDMSegPipeline
+from ldmseg_fast.cli import main
 from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.errors import ArgumentError
-from ldmseg_fast.inference import ensemble
+from ldmseg_fast.inference import sampling
 from ldmseg_fast.inference.edges import EPSILON, FINER, SEEN, follow_edges, guided
+from ldmseg_fast.inference.inpainting import with_given
+from ldmseg_fast.panoptic.format import read_panoptic_png, write_panoptic_png
 
 
 def windows(height, width, radius):
@@ -97,18 +101,58 @@ def test_an_ensemble_with_edges(monkeypatch):
         assert (one.segmentation != other.segmentation).any()
     seen = []
     for scales in ((1, 0.5), (0.5, 1)):  # the finest picture leads, whichever comes first
-        monkeypatch.setattr(ensemble, "follow_edges", lambda slots, picture, _: seen.append(picture.shape[-1]) or slots)
+        monkeypatch.setattr(sampling, "follow_edges", lambda slots, picture, _: seen.append(picture.shape[-1]) or slots)
         pipe.ensemble(pictures[:1], 1, **settings, edges=3, flip=True, scales=scales)
     monkeypatch.undo()
     assert seen == [pipe.info.picture_size] * 2
-    alone = pipe.ensemble(pictures[1:], 1, **settings, edges=3, image_ids=[1])
+    alone = pipe.ensemble(pictures[1:], 1, **(settings | {"fusion": None}), edges=3, image_ids=[1])
     np.testing.assert_array_equal(alone[0].segmentation, sharp[1].segmentation)
+
+
+def test_with_given():
+    """Cells given whole are certain, those given in part partly, the others as they were; levels stay."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 2, 3)
+    given = np.zeros((2, 4, 6), np.uint8)  # cells of 2 x 2
+    given[0, :2, :2] = 3
+    given[0, 2, 2:4] = 1
+    mixed = with_given(logits, list(given))
+    before, after = logits.softmax(1), mixed.softmax(1)
+    torch.testing.assert_close(mixed.logsumexp(1), logits.logsumexp(1))
+    torch.testing.assert_close(after[0, :, 0, 0], torch.tensor([0.0, 0.0, 0.0, 1.0]), atol=1e-6, rtol=0)
+    half = before[0, :, 1, 1] / 2 + torch.tensor([0.0, 0.5, 0.0, 0.0])
+    torch.testing.assert_close(after[0, :, 1, 1], half)
+    untouched = torch.ones(2, 2, 3, dtype=torch.bool)
+    untouched[0, 0, 0] = untouched[0, 1, 1] = False
+    torch.testing.assert_close(mixed.movedim(1, -1)[untouched], logits.movedim(1, -1)[untouched])
+
+
+def test_completed_maps_follow_edges(tmp_path, capsys):
+    """Given pixels stay, and a given segment ends where the picture does."""
+    pipe = LDMSegPipeline.from_pretrained("tiny")
+    columns = np.broadcast_to(np.arange(64), (64, 64))
+    picture = np.where(columns < 37, 60, 190)[..., None].repeat(3, -1).astype(np.uint8)
+    truth = np.where(columns < 37, 5, 9).astype(np.int32)
+    known = np.abs(columns - 37) > 8
+    plain_map, sharp = (pipe.inpaint(picture, truth, known, edges=edges)[0].segmentation for edges in (0, 4))
+    for found in (plain_map, sharp):
+        assert (found[known] == truth[known]).all()
+    assert (sharp != truth).mean() <= (plain_map != truth).mean()
+    assert (sharp == truth).mean() > 0.98
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    write_panoptic_png(tmp_path / "map.png", np.where(known, truth, 0))
+    command = ["inpaint", "tiny", "--image", str(tmp_path / "a.png"), "--map", str(tmp_path / "map.png")]
+    command += ["--unknown-id", "0", "--out", str(tmp_path / "out")]
+    assert main([*command, "--edges", "4"]) == 0
+    np.testing.assert_array_equal(read_panoptic_png(tmp_path / "out" / "a.png"), sharp)
+    assert main([*command, "--edges", "17"]) == 2
+    assert "--edges 17: from 0 to 16 expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"edges": 1}, "not by fusion=medoid: take mean"),
+        ({"edges": 1, "fusion": "medoid"}, "not by fusion=medoid: take mean"),
         ({"edges": 17, "fusion": "mean"}, "edges=17"),
         ({"edges": True, "fusion": "mean"}, "edges=True"),
     ],

@@ -21,9 +21,9 @@ from ldmseg_fast.files import read_text, sha256, without_repeats, write_json
 FORMAT_VERSION = 2
 # Since 2 weights for a CPU are of 7 bits, whose sums of two products fit 16 bits, and TensorRT's int8 has attention.
 # Since 3 a graph for a CPU has ONNX Runtime's own nodes of products and attention; since 4 the first convolution is
-# of 8 bits there.
-QUANTISATION_RULES = 4
-TENSORRT_RULES = 2  # the last that changed graphs for TensorRT
+# of 8 bits there. Since 5 mask decoders in half precision divide by the latents' factor before they round.
+RULES = 5
+CPU_RULES = 4  # the last that changed int8 for a CPU
 FILE_NAME = "export.json"
 GRAPHS = ("image_encoder", "denoiser", "mask_decoder")
 
@@ -60,7 +60,7 @@ class Manifest:
         versions: of the packages that exported.
         command: that makes this folder again.
         calibration: what the ranges of a quantised model were measured on.
-        rules: by which a model was quantised, see `QUANTISATION_RULES`.
+        rules: by which the graphs were made, see `RULES`.
         lora: the LoRA in the UNet's weights, by its file's name, hash and scale; empty: none. The hash of the model is
             that of the folder without it.
         model, scheduler: the model's index and its schedule.
@@ -78,7 +78,7 @@ class Manifest:
     command: str
     calibration: str = ""
     lora: str = ""
-    rules: int = QUANTISATION_RULES
+    rules: int = RULES
     model: dict[str, Any] = field(repr=False, default_factory=dict)
     scheduler: dict[str, Any] = field(repr=False, default_factory=dict)
 
@@ -86,6 +86,12 @@ class Manifest:
     def is_for_cpu(self) -> bool:
         """Whether integers are as ONNX Runtime's kernels for the CPU take them."""
         return self.precision == "int8" and self.options.dtype == "float32"
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the graphs would be other ones by the rules of today."""
+        least = RULES if self.options.dtype != "float32" else CPU_RULES if self.is_for_cpu else 0
+        return self.rules < least
 
     def write(self, folder: Path) -> None:
         """Writes the folder's `export.json`."""

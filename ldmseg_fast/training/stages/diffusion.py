@@ -13,7 +13,7 @@ option of `config.diffusion` is in one of them, and is off by default except for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ class DiffusionStage(LatentStage):
         """Gives float32 scalars: `loss`, `error` (not weighted) and, where it is on, `task`; see `Stage.forward`."""
         with self.autocast():
             inputs = self.noise_inputs(batch, step)
+            if self.chance(step, "own_estimate") < self.config.diffusion.own_estimate:
+                inputs = self.from_own_estimate(inputs, batch, step)
             condition = self.condition_of(inputs, batch, step)  # [B, C, h, w] or None
             output = self.unet_output(inputs, condition)  # e_theta, [B, C, h, w]
         return self.loss_of(output, inputs, batch, step)
@@ -110,6 +112,19 @@ class DiffusionStage(LatentStage):
         noisy_latents = self.scheduler.add_noise(mask_latents, noise, timesteps)  # x_t: DDPM, equation 4
         context = self.context_of(batch, step)
         return NoiseInputs(mask_latents, noise, timesteps, noisy_latents, image_latents, context)
+
+    @torch.no_grad()
+    def from_own_estimate(self, inputs: NoiseInputs, batch: dict[str, Any], step: int) -> NoiseInputs:
+        """Puts the network's own estimate of x_0 in its place in x_t, as a sampler does.
+
+        The noise becomes what leads from there to the true x_0, so that the network learns to mend its own errors (the
+        option "train on prediction" of LDMSeg's public training configuration; Zhou et al. 2024, arXiv 2312.00210).
+        """
+        output = self.unet_output(inputs, self.condition_of(inputs, batch, step))
+        estimate = self.scheduler.pred_original_sample(output, inputs.noisy_latents, inputs.timesteps)
+        noisy_latents = self.scheduler.add_noise(estimate, inputs.noise, inputs.timesteps)
+        noise = self.scheduler.noise_between(inputs.mask_latents, noisy_latents, inputs.timesteps)
+        return replace(inputs, noise=noise, noisy_latents=noisy_latents)
 
     def context_of(self, batch: dict[str, Any], step: int) -> Tensor | None:
         """Gives what cross-attention sees, float [B, M, D], with a share of the captions dropped; None without it."""
@@ -148,7 +163,8 @@ class DiffusionStage(LatentStage):
         """Weighs the network's error: the scalars of `forward`.
 
         Options: `diffusion.loss` is the kind of error; `diffusion.mask_void` leaves void cells out;
-        `diffusion.task_loss` adds the auto-encoder's loss on the decoded estimate of x_0.
+        `diffusion.area_weights` and `diffusion.hard_examples` weigh cells; `diffusion.task_loss` adds the
+        auto-encoder's loss on the decoded estimate of x_0.
 
         Args:
             output: the network's, float32 [B, C, h, w].
@@ -161,6 +177,10 @@ class DiffusionStage(LatentStage):
         if config.mask_void:
             slots = remap(batch["segment_ids"], batch["table"])  # [B, H, W]
             error = error * labelled_cells(slots, error.shape[-2:])
+        if config.area_weights:
+            error = error * area_weights(remap(batch["segment_ids"], batch["table"]), error.shape[-2:])
+        if config.hard_examples < 1:
+            error = error * hardest_cells(error.detach(), config.hard_examples)
         weights = self.scheduler.loss_weights.to(error.device)[inputs.timesteps]  # w(t), [B]
         losses = {"loss": (weights.view(-1, 1, 1, 1) * error).mean(), "error": error.detach().mean()}
         if config.task_loss:
@@ -186,6 +206,38 @@ class DiffusionStage(LatentStage):
             others.append("conditioning")
         self.save_networks(folder, others)
         write_model_card(folder, {"stage": "diffusion", "data": self.config.data.root, "config": self.config})
+
+
+def area_weights(slots: Tensor, size: Sequence[int]) -> Tensor:
+    """Weighs latent cells by 1 / area of their segment, float32 [B, 1, h, w], of mean 1 over an image's segments.
+
+    All segments of an image, whose cells are picked from slots [B, H, W] as in `labelled_cells`, weigh the same; void
+    cells weigh nothing.
+    """
+    cells = F.interpolate(slots[:, None].float(), tuple(size), mode="nearest").flatten(1).long()  # [B, h w]
+    areas = F.one_hot(cells).sum(1).gather(1, cells)
+    weights = torch.where(cells > 0, 1.0 / areas, 0.0)
+    labelled = (cells > 0).sum(1, keepdim=True)
+    weights = weights * labelled / weights.sum(1, keepdim=True).clamp(min=1e-6)
+    return weights.view(len(slots), 1, *size)
+
+
+def hardest_cells(error: Tensor, share: float) -> Tensor:
+    """Picks each image's cells of the largest errors, and weighs them so that the mean is over them alone.
+
+    Source: Shrivastava et al. 2016, "Training region-based object detectors with online hard example mining".
+
+    Args:
+        error: float32 [B, C, h, w].
+        share: of the cells, above 0; at least one is picked.
+
+    Returns:
+        float32 [B, 1, h, w], h w / number of picked cells, or 0.
+    """
+    of_cells = error.mean(1).flatten(1)  # [B, h w]
+    count = max(1, round(share * of_cells.shape[1]))
+    picked = torch.zeros_like(of_cells).scatter_(1, of_cells.topk(count).indices, of_cells.shape[1] / count)
+    return picked.view(len(error), 1, *error.shape[-2:])
 
 
 def _with_known(condition: Tensor, known: tuple[Tensor, Tensor] | None) -> Tensor:
