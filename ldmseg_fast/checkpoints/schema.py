@@ -59,6 +59,7 @@ class ModelIndex:
     num_inference_steps: Timesteps = 50
     self_condition: bool = True
     inpainting: bool = False
+    noise: bool = True
     id_assignment: IdAssignment = "random"
     postprocess: PostprocessConfig = PostprocessConfig()  # noqa: RUF009 (frozen)
 

@@ -184,7 +184,7 @@ class LatentStage(Stage):
         images = batch["image"]
         reduction = self.config.image_encoder.downsampling * self.config.image_encoder.picture_scale
         shape = [self.mask_vae.config.latent_channels, *(side // reduction for side in images.shape[-2:])]
-        noise = image_noise(seed, batch["image_id"], shape).to(images.device)
+        noise = image_noise(seed, batch["image_id"], shape).to(images.device) * self.config.few_step.noise
         with self.autocast():
             image_latents = self.encode_images(images)
             denoise = self.denoiser(batch)
@@ -221,6 +221,7 @@ class LatentStage(Stage):
             "num_inference_steps": config.num_inference_steps,
             "self_condition": self.self_condition,
             "id_assignment": config.data.id_assignment,
+            "noise": config.few_step.noise,
             "inpainting": config.diffusion.inpainting > 0,  # trained to take known latents as its condition
         }
         components = ["unet", "mask_vae", "image_vae", "scheduler", *others]
