@@ -177,7 +177,7 @@ def mean_pq(backend: Any, dataset: CocoPanoptic, seeds: int) -> float:
     for seed in range(seeds):
         stat = PanopticQuality(OBJECT, class_agnostic=True)
         for indices, image_latents in zip(batches, encoded):
-            noise = image_noise(seed, indices, info.latent_shape)
+            noise = image_noise(seed, indices, info.latent_shape, info.scheduler.init_noise_sigma)
             latents = backend.sample(noise, image_latents, Scheduler(info.scheduler), info.num_inference_steps)
             for index, latent in zip(indices, latents):
                 ids, segments = dataset.ground_truth(index)

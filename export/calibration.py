@@ -114,7 +114,8 @@ def calibrate(
         module.register_forward_pre_hook(partial(count, name))
     with torch.no_grad():
         image_latents = backend.encode_image(pictures)
-        noise = image_noise(0, list(range(len(pictures))), info.latent_shape)
+        deviation = info.scheduler.init_noise_sigma
+        noise = image_noise(0, list(range(len(pictures))), info.latent_shape, deviation)
         denoise = unet if backend.conditioning is None else with_context(unet, backend.conditioning, pictures)
         ddim(denoise, noise, image_latents, Scheduler(info.scheduler), CALIBRATION_STEPS, info.self_condition)
 

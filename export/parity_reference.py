@@ -214,7 +214,8 @@ def make_inputs(reference: TorchBackend, dataset: Any, index: int) -> Values:
     image_latents = reference.encode_image(image).float().cpu()
     noisy = scheduler.add_noise(mask_latents, noise, time)
     condition = mask_latents if info.self_condition else None
-    found = {"image": image, "mask_latents": mask_latents, "noise": noise, "image_latents": image_latents}
+    start = noise * info.scheduler.init_noise_sigma
+    found = {"image": image, "mask_latents": mask_latents, "noise": start, "image_latents": image_latents}
     return found | {"unet_input": unet_input(noisy, image_latents, condition), "time": time}
 
 

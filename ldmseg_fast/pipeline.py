@@ -312,7 +312,7 @@ class LDMSegPipeline:
     def ensemble(
         self,
         images: Any,
-        num_samples: int = 8,
+        num_samples: int | None = None,
         *,
         num_inference_steps: int | None = None,
         seed: int = 0,
@@ -334,7 +334,7 @@ class LDMSegPipeline:
 
         Args:
             images: as in `__call__`.
-            num_samples: k, 1 to 1000.
+            num_samples: k, 1 to 1000; default 8, or 1 of a model that starts from no noise, whose samples are equal.
             num_inference_steps, seed, image_ids, thresholds, batch_size, captions, exif: as in `__call__`.
             flip, scales, fusion, edges: what samples see and how they are joined; see `inference.ensemble.Views`.
             connected: as in `__call__`, of the joined map.
@@ -351,7 +351,14 @@ class LDMSegPipeline:
         from ldmseg_fast.inference.ensemble import Views, as_scales, sample_ensemble
 
         views = Views(flip, as_scales(scales), fusion, edges)
+        noisy = self.info.scheduler.init_noise_sigma > 0
+        num_samples = (8 if noisy else 1) if num_samples is None else num_samples
         check_count("num_samples", num_samples, 1, MAX_SAMPLES)
+        if num_samples > 1 and not noisy and not settings.get("eta"):
+            raise ArgumentError(
+                f"num_samples={num_samples}: this model starts from no noise, so that its samples are equal; give 1, and "
+                f"flip or several scales"
+            )
         refused = settings.keys() & {"generator", "latents", "output_type"}
         if refused:
             raise ArgumentError(
@@ -502,5 +509,6 @@ class LDMSegPipeline:
                 raise ArgumentError(f"latents: {latents.dtype} on {latents.device}; real numbers expected")
             return latents.float()
         if generator is not None:
-            return torch.randn(shape, generator=generator, device=generator.device)
+            deviation = self.info.scheduler.init_noise_sigma
+            return torch.randn(shape, generator=generator, device=generator.device) * deviation
         return self.sampler.noise(seed, ids)

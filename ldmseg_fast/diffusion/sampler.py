@@ -24,13 +24,16 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def image_noise(seed: int, image_ids: Sequence[int | str], shape: Sequence[int]) -> Tensor:
-    """Draws standard normal noise, float32 [B, *shape] on the CPU.
+def image_noise(seed: int, image_ids: Sequence[int | str], shape: Sequence[int], deviation: float = 1.0) -> Tensor:
+    """Draws normal noise of mean 0, float32 [B, *shape] on the CPU.
 
-    Each image's noise comes from (seed, its id), whatever its batch.
+    Each image's noise comes from (seed, its id), whatever its batch. Where sampling starts its standard deviation is
+    `scheduler.init_noise_sigma`.
     """
+    if not image_ids or deviation == 0:
+        return torch.zeros(len(image_ids), *shape)
     rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed_of(seed, i))) for i in image_ids]
-    return torch.stack(rows) if rows else torch.empty(0, *shape)
+    return torch.stack(rows) * deviation
 
 
 def unet_input(noisy_latents: Tensor, image_latents: Tensor, condition: Tensor | None) -> Tensor:

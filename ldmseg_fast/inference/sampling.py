@@ -112,7 +112,7 @@ class MaskSampler:
 
     def noise(self, seed: int, image_ids: Sequence[int | str]) -> Tensor:
         """Draws x_T, float32 [B, C, h, w], on the CPU, so that a seed means the same on every device."""
-        return image_noise(seed, image_ids, self.info.latent_shape)
+        return image_noise(seed, image_ids, self.info.latent_shape, self.info.scheduler.init_noise_sigma)
 
     def step_noise(self, seed: int, image_ids: Sequence[int | str], purpose: str, step: int) -> Tensor:
         """Draws the noise of one step, float32 [B, C, h, w] on the CPU, each image's its own too."""

@@ -26,6 +26,7 @@ from ldmseg_fast.checkpoints.model_card import write_model_card
 from ldmseg_fast.checkpoints.model_folder import save_component
 from ldmseg_fast.config import Config
 from ldmseg_fast.diffusion.sampler import Denoise, unet_input
+from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.models.conditioning import build_conditioning, drop_captions, saved_conditioning, with_context
 from ldmseg_fast.training.stages.base import per_image, random_integers, remap
 from ldmseg_fast.training.stages.latent import LatentStage, cells_of
@@ -67,6 +68,11 @@ class DiffusionStage(LatentStage):
     """
 
     def __init__(self, config: Config) -> None:
+        if config.scheduler.init_noise_sigma != 1:
+            raise ConfigError(
+                f"scheduler.init_noise_sigma={config.scheduler.init_noise_sigma:g}: stage diffusion learns to denoise, so "
+                f"that sampling starts from noise; leave it at 1, or train stage one_step"
+            )
         super().__init__(resolve_start(config))
         self.conditioning = build_conditioning(self.config.unet, self.config.conditioning)
 

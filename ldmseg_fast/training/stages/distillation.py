@@ -81,7 +81,8 @@ class DistillationStage(FewStepStage):
             noise = per_image(torch.randn, mask_latents.shape[1:], generators)  # e, [B, C, h, w]
             index = random_integers(len(times), generators)  # [B]
             time, next_time, first = times[index], previous[index], (index == 0).view(-1, 1, 1, 1)
-            noisy_latents = torch.where(first, noise, self.scheduler.add_noise(mask_latents, noise, time))  # z_t
+            start = noise * self.config.scheduler.init_noise_sigma
+            noisy_latents = torch.where(first, start, self.scheduler.add_noise(mask_latents, noise, time))  # z_t
 
             target = self.teach(batch, noisy_latents, image_latents, time, next_time, first)  # x~, [B, C, h, w]
             condition = self.condition_of(noisy_latents, image_latents, time, first, self.unet)

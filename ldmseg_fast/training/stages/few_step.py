@@ -146,6 +146,8 @@ def started_from_model(config: Config) -> Config:
             f"model.init_from={folder}: unet.conditioning={found['unet'].conditioning}; few-step training takes models "
             f"without cross-attention"
         )
+    sigma = min(config.scheduler.init_noise_sigma, found["scheduler"].init_noise_sigma)  # what has none stays without
+    found["scheduler"] = replace(found["scheduler"], init_noise_sigma=sigma)
     autoencoder = _new_autoencoder(config, folder, found) if config.few_step.new_autoencoder else None
     steps = config.few_step.steps
     if not 1 <= steps <= found["scheduler"].num_train_timesteps:

@@ -177,7 +177,8 @@ class LatentStage(Stage):
         images = batch["image"]
         reduction = self.config.image_encoder.downsampling * self.config.image_encoder.picture_scale
         shape = [self.mask_vae.config.latent_channels, *(side // reduction for side in images.shape[-2:])]
-        noise = image_noise(seed, batch["image_id"], shape).to(images.device)
+        deviation = self.config.scheduler.init_noise_sigma
+        noise = image_noise(seed, batch["image_id"], shape, deviation).to(images.device)
         with self.autocast():
             image_latents = self.encode_images(images)
             denoise = self.denoiser(batch)

@@ -91,7 +91,8 @@ class OneStepStage(FewStepStage):
     def initial_noise(self, batch: dict[str, Any], step: int, image_latents: Tensor) -> Tensor:
         """Draws x_T of each image, float32 [B, C, h, w], at the size of the image latents [B, C_image, h, w]."""
         shape = (self.mask_vae.config.latent_channels, *image_latents.shape[-2:])
-        return per_image(torch.randn, shape, self.generators(step, batch, self.name))
+        noise = per_image(torch.randn, shape, self.generators(step, batch, self.name))
+        return noise * self.config.scheduler.init_noise_sigma
 
     def unroll(
         self, noise: Tensor, image_latents: Tensor, depth: int, known: tuple[Tensor, Tensor] | None = None
