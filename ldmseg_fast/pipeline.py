@@ -356,8 +356,8 @@ class LDMSegPipeline:
         check_count("num_samples", num_samples, 1, MAX_SAMPLES)
         if num_samples > 1 and not noisy and not settings.get("eta"):
             raise ArgumentError(
-                f"num_samples={num_samples}: this model starts from no noise, so that its samples are equal; give 1, and "
-                f"flip or several scales"
+                f"num_samples={num_samples}: this model starts from no noise, so that its samples are equal; give 1, "
+                f"and flip or several scales"
             )
         refused = settings.keys() & {"generator", "latents", "output_type"}
         if refused:

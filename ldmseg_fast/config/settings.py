@@ -165,8 +165,8 @@ class SchedulerConfig:
     beta_end: Decay = 0.012
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     rescale_zero_snr: bool = False
-    # standard deviation of x_T, where sampling starts; 0, of stage one_step: it starts from zeros, so that a picture has
-    # one map whatever the seed
+    # standard deviation of x_T, where sampling starts; 0, for stage one_step: it starts from zeros, so that a picture
+    # has one map whatever the seed
     init_noise_sigma: Share = 1.0
     timestep_spacing: Literal["trailing", "leading"] = "trailing"
     loss_weighting: Literal[

@@ -70,8 +70,8 @@ class DiffusionStage(LatentStage):
     def __init__(self, config: Config) -> None:
         if config.scheduler.init_noise_sigma != 1:
             raise ConfigError(
-                f"scheduler.init_noise_sigma={config.scheduler.init_noise_sigma:g}: stage diffusion learns to denoise, so "
-                f"that sampling starts from noise; leave it at 1, or train stage one_step"
+                f"scheduler.init_noise_sigma={config.scheduler.init_noise_sigma:g}: stage diffusion learns to denoise, "
+                f"so that sampling starts from noise; leave it at 1, or train stage one_step"
             )
         super().__init__(resolve_start(config))
         self.conditioning = build_conditioning(self.config.unet, self.config.conditioning)
