@@ -19,8 +19,8 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from benchmarks.bench_quality import Tuned
 from benchmarks.measuring.options import parse_options
+from benchmarks.measuring.untrained import Tuned
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.config import DataConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic

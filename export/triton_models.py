@@ -119,7 +119,7 @@ class Preprocess(_RequestByRequest):
         given = utils.get_input_tensor_by_name(request, "seed")
         seeds = [0] * len(pictures) if given is None else array(request, "seed").reshape(-1).tolist()
         images = np.stack([resize_image(picture.pixels, side).transpose(2, 0, 1) for picture in pictures])
-        deviation = from_dict(SchedulerConfig, self.facts["scheduler"]).init_noise_sigma
+        deviation = self.facts["scheduler"].get("init_noise_sigma", 1.0)
         noise = torch.cat([image_noise(seed, [0], self.facts["latent_shape"], deviation) for seed in seeds])
         sizes = np.array([picture.size for picture in pictures], np.int64)
         found = {"images": np.ascontiguousarray(images), "noise": noise.numpy(), "size": sizes}

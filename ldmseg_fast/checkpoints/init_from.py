@@ -194,6 +194,8 @@ def _ours(config: Config, folder: Path) -> Start:
         del structure["out_channels"]
     image_encoder = started_encoder(config, found["image_vae"][0])
     own_encoder = image_encoder is config.image_encoder
+    # where sampling starts is the stage's own matter
+    schedule = asdict(found["scheduler"][0]) | {"init_noise_sigma": config.scheduler.init_noise_sigma}
     config = replace(
         config,
         unet=_adopt(config.unet, UNetConfig(), structure, "unet.", source),
@@ -204,7 +206,7 @@ def _ours(config: Config, folder: Path) -> Start:
             "image_encoder.",
             source,
         ),
-        scheduler=_adopt_defaults(config.scheduler, SchedulerConfig(), asdict(found["scheduler"][0])),
+        scheduler=_adopt_defaults(config.scheduler, SchedulerConfig(), schedule),
     )
     if not config.model.mask_vae:
         config = replace(config, model=replace(config.model, mask_vae=recorded(config.model.init_from, folder)))

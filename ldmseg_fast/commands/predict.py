@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         own = {name: getattr(args, name) for name in names}
         own |= networks_of(args)
         own |= {"flip": args.flip, "scales": " ".join(map(str, args.scales))}
-        own |= {"fusion": views_of(args).get("fusion", "medoid"), "edges": args.edges}
+        own |= {"fusion": views.get("fusion", "medoid"), "edges": args.edges}
         return {"command": "predict", **model_state(args.model_dir, args.engine_dir), **own, **sampling}
 
     def load() -> Any:

@@ -245,9 +245,7 @@ class DiffusionConfig:
     self_condition: Share = 1.0  # share of steps that train with the model's own estimate; 0: no condition channels
     loss: Literal["l2", "l1", "smooth_l1"] = "l2"
     mask_void: bool = True
-    hard_examples: Annotated[float, Range(0.001, 1)] = (
-        1.0  # share of an image's labelled cells, of the largest errors, in the loss
-    )
+    hard_examples: Annotated[float, Range(0.001, 1)] = 1.0  # share of labelled cells in the loss, of the largest errors
     area_weights: bool = False  # labelled cells weigh as 1 / area of their segment: small ones count as large ones
     own_estimate: Share = 0.0  # share of steps whose x_t is of the network's own estimate of x_0
     latent_scale: Factor = 1.0  # factor on the auto-encoder's scaling_factor; below 1 the image matters more

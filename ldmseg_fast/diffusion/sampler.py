@@ -30,7 +30,7 @@ def image_noise(seed: int, image_ids: Sequence[int | str], shape: Sequence[int],
     Each image's noise comes from (seed, its id), whatever its batch. Where sampling starts its standard deviation is
     `scheduler.init_noise_sigma`.
     """
-    if not image_ids or deviation == 0:
+    if len(image_ids) == 0 or deviation == 0:
         return torch.zeros(len(image_ids), *shape)
     rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed_of(seed, i))) for i in image_ids]
     return torch.stack(rows) * deviation

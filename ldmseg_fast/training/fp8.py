@@ -36,15 +36,20 @@ def check_fp8(device: torch.device, precision: str) -> None:
         raise ConfigError(reasons[0])
 
 
-def train_in_fp8(unet: nn.Module) -> int:
-    """Lets the linear layers of a UNet's transformers multiply in eight bits, in place, and counts them.
+def train_in_fp8(unet: nn.Module | None) -> str:
+    """Lets the linear layers of a UNet's transformers multiply in eight bits, in place, and tells what it did.
 
     Those of the timestep, which see one row a picture, stay, and so do layers whose sides no product of eight bits
     takes. On a CPU the products are emulated. Names of parameters stay.
 
+    Args:
+        unet: None in a stage without one, where nothing changes.
+
     Raises:
         ConfigError: a UNet without such layers.
     """
+    if unet is None:
+        return "train.fp8 changes nothing, the auto-encoder has no linear layers"
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # an import of seconds
 
     count = 0
@@ -65,4 +70,4 @@ def train_in_fp8(unet: nn.Module) -> int:
             f"train.fp8=true: no linear layer of this UNet's transformers has sides of multiples of {MULTIPLE}; set "
             f"train.fp8=false"
         )
-    return count
+    return f"{count} linear layers of the UNet in eight bits"

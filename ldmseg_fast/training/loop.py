@@ -118,11 +118,8 @@ class Run:
             cache = attach_cache(train_sets[0], config, self.stage.get_submodule("image_vae"), self.say)
             self.shard_check = None if cache is None else ShardCheck(cache)
         check_batch(config)
-        if settings.fp8 and stage_name == "autoencoder":
-            precision += "; train.fp8 changes nothing, the auto-encoder has no linear layers"
-        elif settings.fp8:
-            count = train_in_fp8(self.stage.get_submodule("unet"))
-            precision += f"; {count} linear layers of the UNet in eight bits"
+        if settings.fp8:
+            precision += f"; {train_in_fp8(getattr(self.stage, 'unet', None))}"
         compile_stage(self.stage, settings.compile, settings.compile_backend)
         self.optimizer = make_optimizer(self.stage, config, user_config)
         self.noise = NoiseMeter(self.stage, settings, distributed.world_size()) if settings.noise_scale else None

@@ -137,17 +137,6 @@ def test_a_model_is_exported_once(model_dir, trt, tmp_path, capsys):
         assert not model_export.is_current(model_dir, tmp_path / "e" / "onnx", replace(settings, **change))
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype", "least"),
-    [("fp32", "float32", 1), ("fp16", "float16", 5), ("int8", "float16", 5), ("int8", "float32", 4)],
-)
-def test_graphs_of_former_rules_are_made_again(precision, dtype, least, graphs, tmp_path):
-    manifest = read_manifest(graphs)
-    manifest = replace(manifest, precision=precision, options=replace(manifest.options, dtype=dtype))
-    assert not replace(manifest, rules=least).is_outdated
-    assert least == 1 or replace(manifest, rules=least - 1).is_outdated
-
-
 def test_a_comparison_that_was_asked_for_is_made(tmp_path):
     """What was compared on other pictures, or on fewer, is not taken for it."""
     settings = model_export.ExportSettings("fp32")

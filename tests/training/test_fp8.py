@@ -32,9 +32,11 @@ def test_transformers_multiply_in_eight_bits_and_nothing_else():
     unet = small_unet(conditioning="learned", cross_attention_dim=16)
     before, names = {k: v.clone() for k, v in unet.state_dict().items()}, [n for n, _ in unet.named_parameters()]
     plain = small_unet(conditioning="learned", cross_attention_dim=16)
-    count = train_in_fp8(unet)
+    told = train_in_fp8(unet)
     changed = [name for name, module in unet.named_modules() if type(module).__name__ == "Float8Linear"]
-    assert count == len(changed) > 0 and all(".attentions." in name for name in changed)
+    assert (
+        changed and told.startswith(f"{len(changed)} linear layers") and all(".attentions." in name for name in changed)
+    )
     assert any("attn2.to_k" in name for name in changed)
     assert [n for n, _ in unet.named_parameters()] == names
     for key, value in unet.state_dict().items():

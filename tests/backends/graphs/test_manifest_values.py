@@ -1,6 +1,7 @@
 """An edited `export.json` or passport is one clear error, whichever field it is; unused options are refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -48,6 +49,17 @@ def test_a_value_that_no_export_has_is_one_clear_error(folder, tmp_path, edit):
     (tmp_path / "export.json").write_text(json.dumps(sealed(values)))
     with pytest.raises(BackendError, match=r"export\.json: .*export again"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "least"),
+    [("fp32", "float32", 1), ("fp16", "float16", 5), ("int8", "float16", 5), ("int8", "float32", 4)],
+)
+def test_graphs_of_former_rules_are_made_again(precision, dtype, least, folder):
+    manifest = read_manifest(folder)
+    manifest = replace(manifest, precision=precision, options=replace(manifest.options, dtype=dtype))
+    assert not replace(manifest, rules=least).is_outdated
+    assert least == 1 or replace(manifest, rules=least - 1).is_outdated
 
 
 def edits(value):

@@ -73,10 +73,12 @@ def test_what_has_none_stays_without(one_step, silent, model_dir):
     assert one_step("scheduler.init_noise_sigma=0", start=model_dir).config.scheduler.init_noise_sigma == 0
 
 
-def test_learning_to_denoise_needs_noise(model_dir):
+def test_learning_to_denoise_needs_noise(model_dir, silent):
     settings = [*NARROW, f"model.mask_vae={model_dir}-autoencoder", "scheduler.init_noise_sigma=0"]
     with pytest.raises(ConfigError, match=r"scheduler\.init_noise_sigma=0: stage diffusion learns to denoise"):
         DiffusionStage(load_config("tiny", settings))
+    stage = DiffusionStage(load_config("tiny", [*NARROW, f"model.init_from={silent}"]))
+    assert stage.config.scheduler.init_noise_sigma == 1  # whatever it starts from
 
 
 def test_graphs_start_there_too(silent, tmp_path):
