@@ -28,8 +28,8 @@ if __package__ in (None, ""):
 from benchmarks.harness import RESULTS, BenchmarkError, Run
 from benchmarks.measuring.options import parse_options
 from benchmarks.measuring.training_runs import mean_over_trainings
-from benchmarks.measuring.untrained import QUALITIES, Tuned, classical_rows, named_rows, trivial_rows
 from benchmarks.peers.annotators import mean_over_annotators
+from benchmarks.peers.untrained import QUALITIES, Tuned, classical_rows, named_rows, trivial_rows
 from benchmarks.reporting.quality_curve import draw_curve
 from ldmseg_fast.checkpoints.hub_names import shown_name
 from ldmseg_fast.checkpoints.model_folder import load_component_config, load_index

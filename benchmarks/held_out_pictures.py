@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 import numpy as np
 
 from benchmarks.measuring.options import parse_options
-from benchmarks.measuring.untrained import Tuned
+from benchmarks.peers.untrained import Tuned
 from ldmseg_fast import LDMSegPipeline
 from ldmseg_fast.config import DataConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic

@@ -9,8 +9,8 @@ from benchmarks import bench_quality
 from benchmarks.bench_quality import Journal, fingerprint, measure
 from benchmarks.harness import BenchmarkError, Run
 from benchmarks.measuring.training_runs import mean_over_trainings
-from benchmarks.measuring.untrained import Tuned, classical_rows
 from benchmarks.peers.annotators import annotator_roots, mean_over_annotators
+from benchmarks.peers.untrained import Tuned, classical_rows
 from benchmarks.reporting import photographs_picture, quality_curve, tables
 from benchmarks.reporting.quality_curve import curves, draw_curve, pareto_front
 from ldmseg_fast.metrics import classical
