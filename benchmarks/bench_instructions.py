@@ -33,6 +33,7 @@ SWITCHES = {
     "PADDED=1": {"attention": "attention_forward_kernel"},
     "DELAYED=1": {"attention": "attention_forward_kernel"},
     "QUARTERS=1": {"attention": "attention_forward_kernel"},
+    "DESCRIBED=1": {"attention": "attention_forward_kernel"},
     "SPLITS=4": {"linear": "linear_kernel", "convolution": "convolution_kernel"},
 }
 

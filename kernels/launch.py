@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ldmseg_fast.kernels.configs import Config
@@ -52,7 +53,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, 
         raise ValueError(f"{kernel.__name__}: a grid of {grid} is more than CUDA starts at once: split the batch")
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if constants.get("DESCRIBED"):
+            triton.set_allocator(_scratch)  # where programs keep their tensor descriptors
         kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Gives a launch `size` bytes of the current device; PyTorch's blocks start on 512, as much as any `alignment`."""
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 @contextmanager

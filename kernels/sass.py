@@ -16,16 +16,42 @@ def count_sass(text: str) -> tuple[int, int, int]:
 
 
 def longest_loop(text: str) -> int:
-    """Counts the machine instructions of the longest loop in Triton's disassembly: from a label to the jump back to it.
+    r"""Counts the machine instructions of the longest loop in Triton's disassembly.
 
-    >>> longest_loop("LBB0:\\n--:-:-:Y:1\\tMUFU.EX2 R1, R2;\\n--:-:-:Y:1\\t@P0 BRA LBB0;")
+    A loop is what runs between a place that every way into it passes and a jump back to that place (a natural loop: Aho
+    et al. 2006, section 9.6.6). Code for rare cases that stands behind the program and jumps back into it makes none.
+
+    >>> longest_loop("LBB0:\n--:-:-:Y:1\tMUFU.EX2 R1, R2;\n--:-:-:Y:1\t@P0 BRA LBB0;")
     2
     """
-    lines = text.splitlines()
-    labels = {line[:-1]: place for place, line in enumerate(lines) if re.fullmatch(r"\w+:", line)}
-    loops = [0]
+    lines = [line for line in text.splitlines() if re.fullmatch(r"\w+:", line) or re.match(r"[\w:-]+\t", line)]
+    labels = {line[:-1]: place for place, line in enumerate(lines) if line.endswith(":")}
+    after: list[list[int]] = []  # where each line goes on
     for place, line in enumerate(lines):
-        jump = re.search(r"\bBRA (\w+);", line)
-        if jump and labels.get(jump[1], place) < place:
-            loops.append(count_sass("\n".join(lines[labels[jump[1]] : place + 1]))[0])
-    return max(loops) if max(loops) > 1 else 0  # each program ends in a jump to itself
+        jump = re.search(r"\bBRA (?:\S+ )?(\w+);", line)
+        always = re.search(r"\t(BRA \w+|EXIT|RET)", line)
+        targets = [labels[jump[1]]] if jump and jump[1] in labels else []
+        after.append(targets if always else [*targets, *([place + 1] if place + 1 < len(lines) else [])])
+    before: list[list[int]] = [[] for _ in lines]
+    for place, targets in enumerate(after):
+        for target in targets:
+            before[target].append(place)
+    longest = 0
+    for place, targets in enumerate(after):
+        for head in targets:
+            if head < place and place not in _reached(0, after, without=head):
+                body = {head} | _reached(place, before, without=head)
+                longest = max(longest, count_sass("\n".join(lines[each] for each in body))[0])
+    return longest if longest > 1 else 0  # each program ends in a jump to itself
+
+
+def _reached(start: int, edges: list[list[int]], without: int) -> set[int]:
+    """The places to which edges lead from `start`, itself among them, on ways that do not pass `without`."""
+    seen: set[int] = set()
+    left = [start]
+    while left:
+        place = left.pop()
+        if place not in seen and place != without:
+            seen.add(place)
+            left += edges[place]
+    return seen

@@ -7,10 +7,9 @@ from ldmseg_fast.kernels.configs import Candidates, Config, Table, make_config
 
 def _forward(warps: int, stages: int, block_m: int, block_n: int, **switches: int) -> Config:
     """Forward: PADDED heads are one product, DELAYED values are multiplied a block later, QUARTERS of the exponentials
-    are polynomials; all are off where a table does not say so."""
-    return make_config(
-        warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, **({"PADDED": 0, "DELAYED": 0, "QUARTERS": 0} | switches)
-    )
+    are polynomials, keys and values are copied by DESCRIBED tiles; all are off where a table does not say so."""
+    off = {"PADDED": 0, "DELAYED": 0, "QUARTERS": 0, "DESCRIBED": 0}
+    return make_config(warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, **(off | switches))
 
 
 TABLE: Table = {
@@ -107,14 +106,14 @@ _BLOCKS = [
 # forward, a head of 40 may also be one product of 64 columns: fewer waits, more multiplications
 _FORWARD = [
     *(_forward(w, s, 128, n) for n, w, s in product((64, 128), (4, 8), (2, 3))),
-    *(_forward(4, s, 64, n) for n, s in product((32, 64), (2, 3))),
-    *(_forward(8, 2, 128, n, PADDED=1) for n in (64, 128)),
-    *(_forward(8, 2, 128, 64, **{switch: 1}) for switch in ("DELAYED", "QUARTERS")),
+    *(_forward(4, 3, 64, n) for n in (32, 64)),
+    *(_forward(8, 2, 128, n, PADDED=1, DESCRIBED=d) for n, d in ((64, 0), (128, 0), (64, 1))),
+    *(_forward(8, 2, 128, 64, **{switch: 1}) for switch in ("DELAYED", "QUARTERS", "DESCRIBED")),
 ]
 _FORWARD_FEW = [
-    *(_forward(4, s, 64, n) for n, s in product((32, 64, 128), (2, 3))),
+    *(_forward(4, s, 64, n) for n, s in product((32, 64, 128), (2, 3)) if n * s < 384),
     *(_forward(w, s, 32, n) for n, w, s in product((32, 64), (2, 4), (2, 3))),
-    *(_forward(4, 2, 64, 64, **{switch: 1}) for switch in ("PADDED", "DELAYED")),
+    *(_forward(4, 2, 64, 64, **{switch: 1}) for switch in ("PADDED", "DELAYED", "DESCRIBED")),
 ]
 CANDIDATES: Candidates = {
     "attention_forward": _FORWARD,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ldmseg_fast.kernels.attention.tiles import LN_2, at_head, load_tile, store_tile, this_head
+from ldmseg_fast.kernels.attention.tiles import LN_2, at_head, load_tile, store_tile, this_head, tiles_of
 
 # 2^f on [-1/2, 1/2] by Remez's algorithm, relative error 7.5e-5; rounding to float16 costs 4.9e-4
 C0 = tl.constexpr(0.99992807)
@@ -48,7 +48,8 @@ def exp2_shared(x, QUARTERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.const
 def score(
     q1,
     q2,
-    k_ptr,
+    k1_ptr,  # of columns 0 to D1
+    k2_ptr,  # of D2 more
     k_row,
     start,
     keys,
@@ -56,13 +57,14 @@ def score(
     D1: tl.constexpr,
     D2: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Computes the scores [BLOCK_M, BLOCK_N] of one block of keys, -inf where there is none."""
-    k1 = load_tile(k_ptr, start, keys, k_row, BLOCK_N, 0, D1, D, MASKED)
+    k1 = load_tile(k1_ptr, start, keys, k_row, BLOCK_N, 0, D1, D, MASKED, DESCRIBED)
     scores = tl.dot(q1, tl.trans(k1))
     if D > D1:
-        k2 = load_tile(k_ptr, start, keys, k_row, BLOCK_N, D1, D2, D, MASKED)
+        k2 = load_tile(k2_ptr, start, keys, k_row, BLOCK_N, D1, D2, D, MASKED, DESCRIBED)
         scores = tl.dot(q2, tl.trans(k2), scores)
     if MASKED:
         scores = tl.where((start + tl.arange(0, BLOCK_N) < keys)[None, :], scores, float("-inf"))
@@ -88,7 +90,8 @@ def add_values(
     acc2,  # [BLOCK_M, D2] float32
     weights,
     decay,
-    v_ptr,
+    v1_ptr,  # of columns 0 to D1
+    v2_ptr,  # of D2 more
     v_row,
     start,
     keys,
@@ -96,14 +99,15 @@ def add_values(
     D1: tl.constexpr,
     D2: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Adds one block of weighted values."""
-    v1 = load_tile(v_ptr, start, keys, v_row, BLOCK_N, 0, D1, D, MASKED)
+    v1 = load_tile(v1_ptr, start, keys, v_row, BLOCK_N, 0, D1, D, MASKED, DESCRIBED)
     weights = weights.to(v1.dtype)
     acc1 = tl.dot(weights, v1, acc1 * decay[:, None])
     if D > D1:
-        v2 = load_tile(v_ptr, start, keys, v_row, BLOCK_N, D1, D2, D, MASKED)
+        v2 = load_tile(v2_ptr, start, keys, v_row, BLOCK_N, D1, D2, D, MASKED, DESCRIBED)
         acc2 = tl.dot(weights, v2, acc2 * decay[:, None])
     return acc1, acc2
 
@@ -129,6 +133,7 @@ def attention_forward_kernel(
     BLOCK_N: tl.constexpr,
     DELAYED: tl.constexpr,
     QUARTERS: tl.constexpr,  # of the exponentials that `exp2_by_fma` computes: 0, 1 or 2
+    DESCRIBED: tl.constexpr,  # keys and values are copied by tensor descriptors
 ):
     """Computes one block of queries of one head (arXiv 2307.08691, algorithm 1)."""
     start_m = tl.program_id(0) * BLOCK_M
@@ -136,6 +141,12 @@ def attention_forward_kernel(
     q_ptr, q_row = at_head(q_ptr, q_strides, image, head)
     k_ptr, k_row = at_head(k_ptr, k_strides, image, head)
     v_ptr, v_row = at_head(v_ptr, v_strides, image, head)
+    k1_ptr = tiles_of(k_ptr, keys, k_row, BLOCK_N, D1, D, DESCRIBED)
+    v1_ptr = tiles_of(v_ptr, keys, v_row, BLOCK_N, D1, D, DESCRIBED)
+    k2_ptr, v2_ptr = k1_ptr, v1_ptr
+    if D > D1:
+        k2_ptr = tiles_of(k_ptr, keys, k_row, BLOCK_N, D2, D, DESCRIBED)
+        v2_ptr = tiles_of(v_ptr, keys, v_row, BLOCK_N, D2, D, DESCRIBED)
 
     q1 = load_tile(q_ptr, start_m, tokens, q_row, BLOCK_M, 0, D1, D, True)
     q2 = load_tile(q_ptr, start_m, tokens, q_row, BLOCK_M, D1, D2, D, True)
@@ -149,24 +160,30 @@ def attention_forward_kernel(
         weights = tl.zeros([BLOCK_M, BLOCK_N], q1.dtype)
         decay = tl.full([BLOCK_M], 1.0, tl.float32)
         for start in range(0, whole, BLOCK_N):
-            scores = score(q1, q2, k_ptr, k_row, start, keys, D, D1, D2, BLOCK_N, False)
+            scores = score(*(q1, q2, k1_ptr, k2_ptr, k_row, start, keys, D, D1, D2, BLOCK_N, DESCRIBED, False))
             before = tl.maximum(start - BLOCK_N, 0)
             acc1, acc2 = add_values(
-                *(acc1, acc2, weights, decay, v_ptr, v_row, before, keys, D, D1, D2, BLOCK_N, False)
+                *(acc1, acc2, weights, decay, v1_ptr, v2_ptr, v_row, before, keys, D, D1, D2, BLOCK_N, DESCRIBED, False)
             )
             new_weights, decay, top, total = weigh(scores, top, total, scale_log2, QUARTERS)
             weights = new_weights.to(q1.dtype)
         before = tl.maximum(whole - BLOCK_N, 0)
-        acc1, acc2 = add_values(*(acc1, acc2, weights, decay, v_ptr, v_row, before, keys, D, D1, D2, BLOCK_N, True))
+        acc1, acc2 = add_values(
+            *(acc1, acc2, weights, decay, v1_ptr, v2_ptr, v_row, before, keys, D, D1, D2, BLOCK_N, DESCRIBED, True)
+        )
     else:
         for start in range(0, whole, BLOCK_N):
-            scores = score(q1, q2, k_ptr, k_row, start, keys, D, D1, D2, BLOCK_N, False)
+            scores = score(*(q1, q2, k1_ptr, k2_ptr, k_row, start, keys, D, D1, D2, BLOCK_N, DESCRIBED, False))
             weights, decay, top, total = weigh(scores, top, total, scale_log2, QUARTERS)
-            acc1, acc2 = add_values(*(acc1, acc2, weights, decay, v_ptr, v_row, start, keys, D, D1, D2, BLOCK_N, False))
+            acc1, acc2 = add_values(
+                *(acc1, acc2, weights, decay, v1_ptr, v2_ptr, v_row, start, keys, D, D1, D2, BLOCK_N, DESCRIBED, False)
+            )
     if whole < keys:
-        scores = score(q1, q2, k_ptr, k_row, whole, keys, D, D1, D2, BLOCK_N, True)
+        scores = score(*(q1, q2, k1_ptr, k2_ptr, k_row, whole, keys, D, D1, D2, BLOCK_N, DESCRIBED, True))
         rest, decay, top, total = weigh(scores, top, total, scale_log2, QUARTERS)
-        acc1, acc2 = add_values(*(acc1, acc2, rest, decay, v_ptr, v_row, whole, keys, D, D1, D2, BLOCK_N, True))
+        acc1, acc2 = add_values(
+            *(acc1, acc2, rest, decay, v1_ptr, v2_ptr, v_row, whole, keys, D, D1, D2, BLOCK_N, DESCRIBED, True)
+        )
 
     row = start_m + tl.arange(0, BLOCK_M)
     logsumexp = (top + tl.math.log2(total)) * LN_2

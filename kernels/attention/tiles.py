@@ -12,8 +12,30 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_tile(
+def tiles_of(
     matrix_ptr,  # [N, D]
+    rows,  # N
+    stride,  # between rows, in units of 8 elements
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """Makes what `load_tile` reads tiles [ROWS, COLUMNS] of one head's rows from.
+
+    That is the pointer, or a descriptor, by which the tensor memory accelerator of sm_90 copies a whole tile for one
+    thread's instruction. Where there is none the compiler makes pointers of it again.
+    """
+    if DESCRIBED:
+        row_stride = tl.cast(stride, tl.int64) * 8
+        return tl.make_tensor_descriptor(matrix_ptr, [rows, D], [row_stride, 1], [ROWS, COLUMNS])
+    else:  # a branch that is not taken is not compiled
+        return matrix_ptr
+
+
+@triton.jit
+def load_tile(
+    matrix_ptr,  # [N, D], or what `tiles_of` made of it
     row,  # first row of the tile
     rows,  # N
     stride,  # between rows, in units of 8 elements
@@ -22,8 +44,27 @@ def load_tile(
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
     MASK_ROWS: tl.constexpr,
+    DESCRIBED: tl.constexpr = False,
 ):
     """Loads [ROWS, COLUMNS] of one head's rows, zero outside the matrix."""
+    if DESCRIBED:
+        return matrix_ptr.load([row, FIRST])
+    else:
+        return _load_tile(matrix_ptr, row, rows, stride, ROWS, FIRST, COLUMNS, D, MASK_ROWS)
+
+
+@triton.jit
+def _load_tile(
+    matrix_ptr,
+    row,
+    rows,
+    stride,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
     local = tl.arange(0, ROWS)
     column = FIRST + tl.arange(0, COLUMNS)
     base = matrix_ptr + tl.cast(row, tl.int64) * (stride * 8)

@@ -112,6 +112,16 @@ def test_the_longest_loop():
     assert longest_loop("\n".join([*body, *end])) == 0
 
 
+def test_a_wait_behind_the_program_is_no_loop():
+    """It spins there, and jumps back to where it was needed, which it may have passed by."""
+    add, exit_ = "--:-:-:Y:1\tFADD R1, R1, R2;", "--:-:-:Y:1\tEXIT;"
+    loop = ["LBB0:", add, "--:-:-:Y:1\t@!P0 BRA LBB2;", "LBB1:", add, "--:-:-:Y:1\t@P1 BRA LBB0;"]
+    spin = ["LBB2:", add, "--:-:-:Y:1\t@!P0 BRA LBB2;", "--:-:-:Y:1\tBRA LBB1;"]
+    assert longest_loop("\n".join([*loop, *[add] * 20, exit_, *spin])) == 7
+    rare = ["--:-:-:Y:1\t@P2 BRA LBB4;", "LBB3:", *[add] * 9, exit_, "LBB4:", add, "--:-:-:Y:1\tBRA LBB3;"]
+    assert longest_loop("\n".join(rare)) == 0
+
+
 def test_each_function_is_collected_once():
     found, unreached = collect(90, headline=True)
     names = [(kernel, launch.kernel.__name__) for kernel, launch, _ in found]

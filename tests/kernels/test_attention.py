@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,11 +34,11 @@ def torch_attention(q, k, v, grad):
 
 
 def switch(monkeypatch, **constants):
-    """Puts constants into all forward configurations of small heads."""
+    """Puts constants into all forward configurations."""
     for name in ("attention_forward", "attention_forward_few"):
         for classes in all_configs()[name].values():
-            for constant, value in constants.items():
-                monkeypatch.setitem(classes["d48"].constants, constant, value)
+            for config, (constant, value) in product(classes.values(), constants.items()):
+                monkeypatch.setitem(config.constants, constant, value)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,11 @@ def test_padded_heads_are_a_tuned_choice(device, poison, monkeypatch, close):
     close(logsumexp, exact_logsumexp)
 
 
-@pytest.mark.parametrize("switches", [{"DELAYED": 1}, {"QUARTERS": 1}, {"QUARTERS": 2, "DELAYED": 1}], ids=str)
+SWITCHES = [{"DELAYED": 1}, {"QUARTERS": 1}, {"QUARTERS": 2, "DELAYED": 1}, {"DESCRIBED": 1}]
+SWITCHES += [{"DESCRIBED": 1, "PADDED": 1}, {"DESCRIBED": 1, "DELAYED": 1}]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
 @pytest.mark.parametrize("keys", [33, 64, 200])
 def test_switches_of_the_forward_pass(switches, keys, device, poison, monkeypatch):
     """A block's values a block later, and polynomials in the place of exponentials, are held to torch's own error."""
@@ -102,6 +108,29 @@ def test_switches_of_the_forward_pass(switches, keys, device, poison, monkeypatc
     assert error <= 2 * max(usual, rounding / 2), f"{error:.1e} against torch's {usual:.1e}"
     _, exact_logsumexp = reference.attention_forward(q.double(), k.double(), v.double(), 40**-0.5)
     torch.testing.assert_close(logsumexp.double(), exact_logsumexp, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 17, 40, 2, 8), (1, 17, 40, 2, 160), (2, 17, 1, 2, 40), (2, 1, 40, 1, 80)], ids=str
+)
+def test_described_tiles(shape, device, poison, monkeypatch, close):
+    """Of narrow and wide heads, of single rows, and of slices of one projection."""
+    switch(monkeypatch, DESCRIBED=1)
+    q, k, v, _ = make_inputs(shape, torch.float16, device)
+    k, v = torch.cat([k, v], 2).tensor_split(2, 2)
+    out, logsumexp = host.attention_forward(q, k, v, 0.2)
+    exact, exact_logsumexp = reference.attention_forward(q.double(), k.double(), v.double(), 0.2)
+    close(out, exact)
+    close(logsumexp, exact_logsumexp)
+
+
+def test_a_single_key_is_not_described(monkeypatch):
+    switch(monkeypatch, DESCRIBED=1)
+    q = torch.empty(2, 100, 2, 40, dtype=torch.float16, device="meta")
+    with launch.record() as launches:
+        host.attention_forward(q, q[:, :1], q[:, :1], 1.0)
+        host.attention_forward(q, q, q, 1.0)
+    assert [each.constants["DESCRIBED"] for each in launches] == [0, 1]
 
 
 @triton.jit

@@ -88,7 +88,7 @@ def test_what_tuning_writes_is_what_is_looked_up(tmp_path):
             assert fitting or not config.constants, f"{kernel} {name}"
             if fitting:
                 table.setdefault(kernel, {}).setdefault(90, {})[name] = fitting[0]
-    for switch in ("PADDED", "DELAYED", "QUARTERS"):
+    for switch in ("PADDED", "DELAYED", "QUARTERS", "DESCRIBED"):
         assert {c.constants[switch] for c in configs.all_candidates()["attention_forward"]} == {0, 1}
     path = tmp_path / "tuned.json"
     path.write_text(configs.dump_configs(table))
