@@ -263,7 +263,7 @@ def test_every_command_has_examples_that_parse(name, capsys):
             assert build_parser().parse_args(words[1:]).run
 
 
-def test_a_table_as_json_is_all_of_stdout(model_dir, scenes, tmp_path, capfd):
+def test_a_table_as_json_is_all_of_stdout(model_dir, scenes, tmp_path, capfd, monkeypatch):
     """`--json` of every command that prints a table."""
     truth = scenes / "annotations" / "panoptic_val2017.json"
     picture = next((scenes / "val2017").iterdir())
@@ -285,6 +285,12 @@ def test_a_table_as_json_is_all_of_stdout(model_dir, scenes, tmp_path, capfd):
     for name, arguments in commands.items():
         assert main([*name.split(), *map(str, arguments), "--json"]) == 0, name
         assert json.loads(capfd.readouterr().out), name
+    monkeypatch.chdir(tmp_path)
+    assert main(["pq", str(truth), str(truth), "--json", "-"]) == 0
+    assert json.loads(capfd.readouterr().out)
+    assert main(["pq", str(truth), str(truth), "--csv", "-"]) == 0
+    assert capfd.readouterr().out.startswith("category")
+    assert not (tmp_path / "-").exists()
 
 
 def test_a_start_is_quick():

@@ -13,6 +13,7 @@ from ldmseg_fast.errors import CheckpointError, DataError
 from ldmseg_fast.files import read_text
 
 NETWORKS = ("fused", "precision", "attention")  # how networks compute, and how a runtime runs them
+STDOUT = Path("/dev/stdout")
 RUNTIME = ("cuda_graph", "profile", "kernel_specialization", "graph_strategy")
 
 
@@ -77,15 +78,20 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the answer as JSON, and nothing else, on stdout")
 
 
+def output_file(text: str) -> Path:
+    """Makes a path of what an option for a file says; - is what the command prints to."""
+    return STDOUT if text == "-" else Path(text)
+
+
 def add_report_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --json [FILE], for commands that also write their answer as a file."""
     parser.add_argument(
         "--json",
-        type=Path,
+        type=output_file,
         nargs="?",
-        const=Path("/dev/stdout"),
+        const=STDOUT,
         metavar="FILE",
-        help="write the whole report as JSON; without FILE to stdout, and the table to stderr",
+        help="write the whole report as JSON; without FILE, or with -, to stdout, and the table to stderr",
     )
 
 

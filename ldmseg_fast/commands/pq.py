@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from ldmseg_fast.commands.options import add_report_argument
+from ldmseg_fast.commands.options import add_report_argument, output_file
 from ldmseg_fast.errors import ArgumentError, PanopticFormatError
 
 KINDS = "COCO panoptic JSON with PNGs, COCO instances or results with RLE or polygons, or a folder of panoptic PNGs"
@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class-agnostic", action="store_true", help="count every segment as one category, 'object'")
     parser.add_argument("--allow-missing", action="store_true", help="count images without prediction as empty")
     parser.add_argument("--boundary", action="store_true", help="add a column with boundary-aware PQ")
-    parser.add_argument("--csv", type=Path, help="write one line per category")
-    parser.add_argument("--per-image", type=Path, metavar="FILE", help="write one line per image, as CSV")
+    parser.add_argument("--csv", type=output_file, help="write one line per category")
+    parser.add_argument("--per-image", type=output_file, metavar="FILE", help="write one line per image, as CSV")
     add_report_argument(parser)
     parser.add_argument("--by", metavar="COLUMN", help="PQ of the images of each value, such as weather")
     parser.add_argument(

@@ -52,7 +52,7 @@ def segment_table(segments: Sequence[Mapping[str, Any]], class_agnostic: bool, u
         if not all(_is_number(value) for value in values):
             raise PanopticFormatError(
                 f"segment {values[0]!r}: `category_id` {category!r}, `iscrowd` {values[2]!r} and `area` {area!r} "
-                f"must be whole numbers up to {MAX_NUMBER}"
+                f"must be whole numbers from 0 to {MAX_NUMBER}"
             )
         if values[2] not in (0, 1):
             raise PanopticFormatError(f"segment {values[0]!r}: `iscrowd` must be 0 or 1, got {values[2]!r}")
