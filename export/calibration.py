@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ldmseg_fast.backends.model_info import ModelInfo
 from ldmseg_fast.backends.torch_backend import TorchBackend
 from ldmseg_fast.diffusion.sampler import ddim, image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler
+from ldmseg_fast.distributed import is_main
 from ldmseg_fast.models.conditioning import with_context
 from ldmseg_fast.models.layers import Attention
 
@@ -22,6 +24,7 @@ SENSITIVE = re.compile(r"(conv_in|image_conv_in|conv_out|time_embedding)(\.|$)")
 SENSITIVE_ON_CPU = re.compile(r"(conv_out|time_embedding)(\.|$)")  # the first convolution takes 4 % of a step there
 PARTS = ("to_q", "to_k", "to_v")  # of an attention
 CALIBRATION_STEPS = 4
+CELLS_AT_ONCE = 16 * 28 * 28  # latents that are denoised together: 3 of 64x64, which take 5 GiB at full size
 OUTLIERS = 3e-5  # the share of values that int8 cuts off at each end
 LARGEST = {"fp8": 448.0, "int8": 127.0}  # the values that the largest magnitudes become
 # In 16 bits, by which CPUs without VNNI add, two products of such a weight and an unsigned byte do not overflow.
@@ -112,12 +115,16 @@ def calibrate(
     attentions = {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
     for name, module in attentions.items():
         module.register_forward_pre_hook(partial(count, name))
-    with torch.no_grad():
-        image_latents = backend.encode_image(pictures)
-        deviation = info.scheduler.init_noise_sigma
-        noise = image_noise(0, list(range(len(pictures))), info.latent_shape, deviation)
-        denoise = unet if backend.conditioning is None else with_context(unet, backend.conditioning, pictures)
-        ddim(denoise, noise, image_latents, Scheduler(info.scheduler), CALIBRATION_STEPS, info.self_condition)
+    scheduler = Scheduler(info.scheduler)
+    noise = image_noise(0, list(range(len(pictures))), info.latent_shape, info.scheduler.init_noise_sigma)
+    size = max(1, CELLS_AT_ONCE // noise[0, 0].numel())
+    quiet = None if is_main() else True  # None: silent where there is no terminal
+    with torch.no_grad(), tqdm(total=len(pictures), desc="calibration", unit="image", disable=quiet) as bar:
+        for some, own_noise in zip(pictures.split(size), noise.split(size)):
+            denoise = unet if backend.conditioning is None else with_context(unet, backend.conditioning, some)
+            latents = backend.encode_image(some)
+            ddim(denoise, own_noise, latents, scheduler, CALIBRATION_STEPS, info.self_condition)
+            bar.update(len(some))
 
     def scale(name: str, end: str) -> Scale:
         low, high = spans[name, end]

@@ -47,7 +47,7 @@ from ldmseg_fast.export.parity_rows import exact_rows, loop_rows, native_rows, p
 from ldmseg_fast.metrics.pq import PanopticQuality
 
 QUANTISED = ("fp8", "int8")
-CALIBRATION_IMAGES = 16
+CALIBRATION_IMAGES, OF_LARGE = 16, 4  # pictures; a large one has as many values in a quarter of them
 OWN_IMAGES = 2  # that float32's own error is measured on
 GENERATED = "generated scenes"
 ATTENTION_OPSET = 23  # from where on graphs have the operator Attention, with its scale in float32
@@ -80,7 +80,7 @@ def plan(info: ModelInfo, manifest: Manifest, images: int | None = None, batches
         images: how many images; None: 8, or 2 of a large model.
         batches: default 1, 2 and 5, or 1 and 2 for a large model.
     """
-    large = (info.folder / "unet" / WEIGHTS).stat().st_size > LARGE_BYTES
+    large = is_large(info)
     fixed = manifest.options.batch
     steps = {4} if large else {4, 10}
     return Work(
@@ -89,6 +89,11 @@ def plan(info: ModelInfo, manifest: Manifest, images: int | None = None, batches
         steps=tuple(sorted({*steps, *manifest.options.sampler_steps})),
         rounds=2 if large else 30,
     )
+
+
+def is_large(info: ModelInfo) -> bool:
+    """Tells whether one evaluation of the model's UNet takes seconds on a CPU."""
+    return (info.folder / "unet" / WEIGHTS).stat().st_size > LARGE_BYTES
 
 
 @dataclass
@@ -326,8 +331,12 @@ def comparison_data(info: ModelInfo, data: str | None, split: str, images: int) 
         yield CocoPanoptic(data, split, info.image_size, num_slots=slots, limit=images, picture_size=info.picture_size)
 
 
-def calibration_pictures(info: ModelInfo, source: str, images: int = CALIBRATION_IMAGES) -> Tensor:
-    """Reads pictures, uint8 [B, 3, S, S], of a `source` that is GENERATED or ROOT/SPLIT of a COCO-panoptic folder."""
+def calibration_pictures(info: ModelInfo, source: str, images: int | None = None) -> Tensor:
+    """Reads pictures, uint8 [B, 3, S, S], of a `source` that is GENERATED or ROOT/SPLIT of a COCO-panoptic folder.
+
+    images: how many; None: 16, or 4 for a large model.
+    """
+    images = images or (OF_LARGE if is_large(info) else CALIBRATION_IMAGES)
     data, _, split = source.rpartition("/")
     with comparison_data(info, None if source == GENERATED else data, split, images) as dataset:
         return collate([dataset[index] for index in range(len(dataset))])["image"]
