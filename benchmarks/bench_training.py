@@ -1,12 +1,13 @@
 """Times the training engine beside a plain loop at equal batch, and weighs ZeRO's memory against the formula.
 
 python benchmarks/bench_training.py [--config coco] [--compile blocks] [--batch 8] [--quick] [--no-zero]
-    [--parts engine categories fp8]
+    [--parts engine categories moments fp8]
 
 Plain: eager modules under autocast, pictures decoded and encoded in every step, AdamW parameter by parameter, and a
 wait for the loss in every step. On a CPU a tiny model with an untrained TAESD encoder; on a GPU the full one.
-The part `categories` times steps of the preset `tiny` with categories beside the same without. The part `fp8` trains
-the same weights on the same pictures with `train.fp8` and without, and compares losses and times; it needs a GPU.
+The part `categories` times steps of the preset `tiny` with categories beside the same without. The part `moments`
+trains the same weights on the same pictures with AdamW's moments in 8 bits and in 32, and compares losses, memory and
+times; the part `fp8` with `train.fp8` and without, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
 from ldmseg_fast.models.fp8_layers import why_not_fp8_products
+from ldmseg_fast.training.adamw_8bit import Moment
 from ldmseg_fast.training.estimate import count_parameters
 from ldmseg_fast.training.inputs import training_set
 from ldmseg_fast.training.loop import Run, learning_rate
@@ -172,16 +174,16 @@ def bench_categories(record: Record, args: argparse.Namespace, folder: Path) -> 
             run.close()
 
 
-def bench_fp8(record: Record, args: argparse.Namespace, folder: Path) -> None:
-    """Compares the loss of a run in eight bits with that of the same run without, and times their steps."""
+def bench_variants(record: Record, args: argparse.Namespace, folder: Path, what: str, variants: dict[str, str]) -> None:
+    """Compares losses, moments' memory and times of runs that differ in one setting; the first is the baseline."""
     config = settings(args.config, folder)
     make_parts(folder, config)
     write_scenes(folder / "scenes", 64, max(64, min(config.data.image_size, 256)), 0, version=1)
     base = [f"train.batch_size={args.batch}", "train.warmup=1", f"train.precision={args.precision}"]
     base += [f"train.compile={args.compile}", f"data.num_workers={args.workers}"]
     runs: dict[str, Run] = {}
-    for name, fp8 in (("bf16", "false"), ("fp8", "true")):
-        own = [*base, f"train.fp8={fp8}", f"output_dir={folder / name}"]
+    for name, setting in variants.items():
+        own = [*base, setting, f"output_dir={folder / name}"]
         runs[name] = Run("diffusion", settings(args.config, folder, *own), Interrupt())
     count = 10 if args.quick else 200
     losses = {name: [float(run.take_step()["loss"]) for _ in range(count)] for name, run in runs.items()}
@@ -189,21 +191,37 @@ def bench_fp8(record: Record, args: argparse.Namespace, folder: Path) -> None:
     for name, values in losses.items():
         half = values[count // 2 :]
         record.add_value("mean loss of the last half", sum(half) / len(half), "", case=case, variant=name, curve=values)
+        moments = sum(bytes_of(moment) for shard in runs[name].optimizer.shards for moment in shard.moments.values())
+        record.add_value("moments", moments / 2**20, "MiB", case=case, variant=name)
     steps = {name: (lambda run=run: run.window.add(run.take_step())) for name, run in runs.items()}
     rounds, seconds = 5 if args.quick else 20, 15 * args.minutes
     timings = measure(steps, device=distributed.device().type, rounds=rounds, max_seconds=seconds, flush_l2=False)
-    record.add("training step in eight bits", timings, baseline="bf16", case=case, items=args.batch)
+    record.add(f"training step, {what}", timings, baseline=next(iter(variants)), case=case, items=args.batch)
     for run in runs.values():
         run.close()
 
 
-PARTS = ("engine", "categories", "fp8")
+def bytes_of(moment: torch.Tensor | Moment) -> int:
+    """Counts the bytes of a moment, float32 or in 8 bits."""
+    parts = (moment.codes, moment.scales) if isinstance(moment, Moment) else (moment,)
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+# settings that a part compares, the baseline first
+VARIANTS = {
+    "fp8": ("products in eight bits", {"bf16": "train.fp8=false", "fp8": "train.fp8=true"}),
+    "moments": (
+        "moments in eight bits",
+        {"moments of 32 bits": "train.optimizer=adamw", "moments of 8 bits": "train.optimizer=adamw_8bit"},
+    ),
+}
+PARTS = ("engine", "categories", "moments", "fp8")
 
 
 def parts_of(device: torch.device) -> tuple[str, ...]:
     """Returns the parts that can run here."""
     lacking = why_not_fp8_products(device) or importlib.util.find_spec("torchao") is None
-    return PARTS[:2] if lacking else PARTS
+    return PARTS[:-1] if lacking else PARTS
 
 
 def main() -> None:
@@ -229,9 +247,9 @@ def main() -> None:
     if "categories" in args.parts:
         with tempfile.TemporaryDirectory() as name:
             bench_categories(record, args, Path(name))
-    if "fp8" in args.parts:
+    for part in (part for part in args.parts if part in VARIANTS):
         with tempfile.TemporaryDirectory() as name:
-            bench_fp8(record, args, Path(name))
+            bench_variants(record, args, Path(name), *VARIANTS[part])
     record.save(args.out)
 
 

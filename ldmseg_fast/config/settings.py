@@ -275,7 +275,8 @@ class TrainConfig:
     steps: Positive = 200_000
     batch_size: Batch = 256  # over all ranks and accumulation steps
     accumulation: Batch = 1
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the UNet's hidden matrices; needs zero_stage=0 on many ranks
+    # muon: the UNet's hidden matrices; adamw_8bit: moments of a byte. Both need zero_stage=0 on many ranks
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     learning_rate: Weight = 1e-4
     image_encoder_lr: Weight = 1.0  # factor on learning_rate; of a pre-trained encoder 0 freezes it
     lr_factors: PrefixFactors = ()  # more such factors, by parameter-name prefix: unet.conv_in:10,unet.time:0.1

@@ -11,9 +11,13 @@ from torch import nn
 from ldmseg_fast import distributed
 from ldmseg_fast.config import TrainConfig
 from ldmseg_fast.errors import CheckpointError
+from ldmseg_fast.training.adamw_8bit import BYTES
 
 GIB, MIB = 2**30, 2**20
 SLACK = 16 * MIB  # logs, pictures, cards
+
+
+MOMENT_BYTES = {"adamw": 8.0, "muon": 8.0, "adamw_8bit": BYTES}  # of both, a parameter
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class DiskNeed:
 def disk_need(trained: int, total: int, train: TrainConfig, step: int = 0) -> DiskNeed:
     """Forecasts the disk of a run that goes on from `step`.
 
-    A checkpoint has weights, two moments and averages in float32 of what is trained; a model folder all weights.
+    A checkpoint has weights, two moments and averages of what is trained; a model folder all weights. All are float32
+    but moments in 8 bits.
 
     Args:
         trained, total: parameters.
@@ -51,8 +56,9 @@ def disk_need(trained: int, total: int, train: TrainConfig, step: int = 0) -> Di
     saves = -(-max(train.steps - step, 0) // min(train.save_every, max(train.steps, 1))) + (step > 0)
     kept = train.keep + train.keep_best + 1  # the new one is whole before an old one goes
     folders = 1 + (train.keep_best > 0)
+    moments = MOMENT_BYTES[train.optimizer]
     return DiskNeed(
-        checkpoint=4 * trained * (4 if train.ema else 3),
+        checkpoint=int(trained * (4 + moments + (4 if train.ema else 0))),
         checkpoints=max(min(saves, kept), 1),
         frozen=4 * (total - trained),
         models=4 * total * folders + 4 * trained,

@@ -22,7 +22,7 @@ from ldmseg_fast.models.layers import ResnetBlock
 from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
-from ldmseg_fast.training.disk import describe_disk, disk_need
+from ldmseg_fast.training.disk import MOMENT_BYTES, describe_disk, disk_need
 from ldmseg_fast.training.rates import factor_of, rate_factors
 from ldmseg_fast.training.stages import STAGES
 from ldmseg_fast.training.stages.few_step import FewStepStage
@@ -99,13 +99,15 @@ class StateMemory:
 def state_memory(counts: Counts, config: Config, ranks: int, zero_stage: int, on_gpu: bool = True) -> StateMemory:
     """Estimates a rank's memory but for activations (Rajbhandari et al. 2020, ZeRO, section 3).
 
-    Weights are float32 under autocast: a weight, its gradient, its average and each of two moments take 4 bytes. Stage
+    Weights are float32 under autocast: a weight, its gradient, its average and each of two moments take 4 bytes, or a
+    moment one (`train.optimizer=adamw_8bit`). Stage
     1 cuts moments, master copy and averages along the ranks, 2 the gradients too, 3 everything. On a GPU gradients pass
     through two buffers. What a step needs for a moment beside it is `passing_memory`'s.
     """
     trainable, frozen = counts.trainable, counts.total - counts.trainable
     share = trainable / ranks if zero_stage else trainable
-    optimizer, averages = (12.0 if zero_stage else 8.0) * share, 4.0 * share if config.train.ema else 0.0
+    moments = MOMENT_BYTES[config.train.optimizer]
+    optimizer, averages = (4.0 * bool(zero_stage) + moments) * share, 4.0 * share if config.train.ema else 0.0
     offloaded = optimizer + averages if config.train.offload and zero_stage else 0.0
     return StateMemory(
         weights=4.0 * (share if zero_stage == 3 else trainable),

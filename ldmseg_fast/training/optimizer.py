@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldmseg_fast import distributed
 from ldmseg_fast.config import Config
 from ldmseg_fast.errors import CheckpointError, ConfigError
+from ldmseg_fast.training.adamw_8bit import EightBitAdamW
 from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
 from ldmseg_fast.training.muon import Muon, hidden_matrices
 from ldmseg_fast.training.shards import Averages, Shard, flat_shards, parameter_shards, whole_shards
@@ -164,16 +165,23 @@ def make_optimizer(stage: Stage, config: Config, user_config: dict[str, Any] | N
     return PlainOptimizer(stage, config)
 
 
-def _make_adamw(stage: Stage, config: Config, fused: bool) -> torch.optim.AdamW:
+def make_adamw(stage: Stage, config: Config, fused: bool) -> torch.optim.AdamW:
+    """Makes what steps whole parameters, `train.optimizer`; `fused` where gradients may be divided on the device.
+
+    Raises:
+        ConfigError: an optimizer that takes parameters whole under a ZeRO stage that cuts them, or Muon with no matrix.
+    """
     settings = config.train
     groups = stage.parameter_groups()
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
     if distributed.launched() and settings.zero_stage:
         raise ConfigError(
-            f"train.optimizer=muon: train.zero_stage={settings.zero_stage} cuts the matrices that it takes whole; "
-            "choose train.zero_stage=0 or train.optimizer=adamw"
+            f"train.optimizer={settings.optimizer}: train.zero_stage={settings.zero_stage} cuts the matrices that it "
+            "takes whole; choose train.zero_stage=0 or train.optimizer=adamw"
         )
+    if settings.optimizer == "adamw_8bit":
+        return EightBitAdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
     hidden = {id(parameter) for parameter in hidden_matrices(stage)}
     if not hidden:
         raise ConfigError("train.optimizer=muon: no trained matrix of a UNet here; choose train.optimizer=adamw")
@@ -197,7 +205,7 @@ class PlainOptimizer(Optimizer):
 
     def __init__(self, stage: Stage, config: Config) -> None:
         super().__init__(stage, config)
-        self.adamw: Any = _make_adamw(stage, config, fused=True)
+        self.adamw: Any = make_adamw(stage, config, fused=True)
         self.parameters = [p for p in stage.parameters() if p.requires_grad]
         self._start(whole_shards(stage, self.adamw))
 
@@ -249,7 +257,7 @@ class DeepSpeedOptimizer(Optimizer):
         count = sum(p.numel() for p in stage.parameters() if p.requires_grad)
         settings = deepspeed_config(config, distributed.world_size(), count, on_gpu)
         settings = merge_user_config(settings, user_config, train.clip)
-        adamw = _make_adamw(stage, config, fused=not train.offload)
+        adamw = make_adamw(stage, config, fused=not train.offload)
         self.engine, *_ = deepspeed.initialize(model=stage, optimizer=adamw, config=settings)
         self.zero: Any = self.engine.optimizer
         self.zero_stage = train.zero_stage

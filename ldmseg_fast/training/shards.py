@@ -4,6 +4,8 @@ A file holds flat pieces, each named KIND:START:NAME, where START is its first e
 
     weight:0:unet.conv_in.weight  exp_avg:0:unet.conv_in.weight  exp_avg_sq:...  average:...
 
+Moments in 8 bits are exp_avg_codes and exp_avg_scales, and the other's alike.
+
 So nothing is gathered to save, nothing is pickled, and how the pieces were cut does not matter to the reader. A rank's
 random state, `random_state`, is its own, and useful to as many ranks only.
 """
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import require_file
+from ldmseg_fast.training.adamw_8bit import EightBitAdamW, Moment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,13 +40,13 @@ class Shard:
         start: the piece's first element in the flattened parameter.
         weight: master weights in float32, the whole parameter or, under ZeRO, a flat piece of it; writing to it changes
             them.
-        moments: AdamW's, alike.
+        moments: AdamW's, alike, or in 8 bits.
     """
 
     name: str
     start: int
     weight: Tensor
-    moments: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor | Moment]
 
 
 def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
@@ -56,7 +59,10 @@ def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Ten
         fused = bool(optimizer.defaults.get("fused"))
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
         for key in MOMENTS:
-            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            if isinstance(optimizer, EightBitAdamW):
+                state[key] = optimizer.new_moment(parameter, key)
+            else:
+                state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
 
 
@@ -134,10 +140,19 @@ def save_shards(path: Path, shards: Iterable[tuple[Shard, Tensor | None]]) -> No
     """
     state: dict[str, Tensor] = {}
     for shard, average in shards:
-        tensors = {"weight": shard.weight} | {key: shard.moments[key] for key in MOMENTS}
+        tensors = {"weight": shard.weight}
+        for key in MOMENTS:
+            tensors |= _parts_of(key, shard.moments[key])
         tensors |= {} if average is None else {"average": average}
         state |= {f"{kind}:{shard.start}:{shard.name}": tensor.reshape(-1) for kind, tensor in tensors.items()}
     save_weights(state, path)
+
+
+def _parts_of(key: str, moment: Tensor | Moment) -> dict[str, Tensor]:
+    """A moment's tensors as files hold them, by their kinds."""
+    if isinstance(moment, Moment):
+        return {f"{key}_codes": moment.codes, f"{key}_scales": moment.scales}
+    return {key: moment}
 
 
 class ShardReader:
@@ -159,7 +174,7 @@ class ShardReader:
                 raise CheckpointError(f"{path}: damaged shard ({str(error)[:200]}); go back to an older one") from None
 
     def has(self, kind: str) -> bool:
-        """Tells whether there are pieces of a kind: weight, exp_avg, exp_avg_sq or average."""
+        """Tells whether there are pieces of a kind: weight, exp_avg, exp_avg_sq, average, exp_avg_codes, ..."""
         return any(known == kind for known, _ in self.pieces)
 
     def read_into(self, target: Tensor, kind: str, name: str, start: int) -> None:
@@ -188,12 +203,20 @@ class ShardReader:
         Without averages in the files, those of `averages` start anew.
 
         Raises:
-            CheckpointError: something is missing.
+            CheckpointError: something is missing, or moments lie in 8 bits in one place and not in the other.
         """
+        eight = any(isinstance(shard.moments[MOMENTS[0]], Moment) for shard in shards)
+        if eight != any(kind.endswith("_codes") for kind, _ in self.pieces):
+            was, now = ("adamw", "adamw_8bit") if eight else ("adamw_8bit", "adamw")
+            raise CheckpointError(
+                f"{self.folder}: moments of train.optimizer={was}, which {now} does not take; go on with {was}, or "
+                f"start anew from the model folder with model.init_from"
+            )
         for shard in shards:
             self.read_into(shard.weight, "weight", shard.name, shard.start)
             for key in MOMENTS:
-                self.read_into(shard.moments[key], key, shard.name, shard.start)
+                for kind, part in _parts_of(key, shard.moments[key]).items():
+                    self.read_into(part, kind, shard.name, shard.start)
         if averages is None:
             return
         for value, shard in zip(averages.values, averages.shards):

@@ -53,21 +53,49 @@ def test_the_forecast_is_within_a_tenth(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
+    settings = [f"train.zero_stage={zero_stage}", f"data.num_workers={workers}"]
+    measured, forecast = measure_and_forecast(ranks, settings, scenes, tmp_path, start, monkeypatch)
+    record_property("measured_gib", round(measured, 3))
+    record_property("forecast_gib", round(forecast, 3))
+    assert forecast == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.soak
+def test_the_forecast_knows_moments_in_eight_bits(
+    scenes: Path,
+    tmp_path: Path,
+    start: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    settings = ["train.optimizer=adamw_8bit"]
+    measured, forecast = measure_and_forecast(1, settings, scenes, tmp_path, start, monkeypatch)
+    record_property("measured_gib", round(measured, 3))
+    record_property("forecast_gib", round(forecast, 3))
+    assert forecast == pytest.approx(measured, rel=0.1)
+
+
+def measure_and_forecast(
+    ranks: int,
+    own: list[str],
+    scenes: Path,
+    folder: Path,
+    start: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[float, float]:
+    """The most that a rank held of three steps of 158 million parameters, and what was forecast, in GiB."""
     from ldmseg_fast.training.loop import train
 
-    vae = train("autoencoder", load_config("tiny", [f"data.root={scenes}", f"output_dir={tmp_path / 'vae'}", *SHORT]))
-    settings = [*WIDE, *ENDLESS, f"train.zero_stage={zero_stage}", f"data.num_workers={workers}"]
-    folder = tmp_path / "run"
-    command = train_command("diffusion", folder, scenes, "--config", "tiny", f"model.mask_vae={vae}", *settings)
+    vae = train("autoencoder", load_config("tiny", [f"data.root={scenes}", f"output_dir={folder / 'vae'}", *SHORT]))
+    settings, run = [*WIDE, *ENDLESS, *own], folder / "run"
+    command = train_command("diffusion", run, scenes, "--config", "tiny", f"model.mask_vae={vae}", *settings)
     job = start(deepspeed(ranks, *command))
-    job.wait_for(lambda: (folder / "logs" / "log.jsonl").is_file() and len(losses(folder)) >= 3, 900)
+    job.wait_for(lambda: (run / "logs" / "log.jsonl").is_file() and len(losses(run)) >= 3, 900)
     measured = max(map(peak_of, job.ranks()))
     for name, value in {"RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     forecast, _ = peak_memory_forecast("diffusion", load_config("tiny", settings), ranks)
-    record_property("measured_gib", round(measured / GIB, 3))
-    record_property("forecast_gib", round(forecast / GIB, 3))
-    assert forecast == pytest.approx(measured, rel=0.1)
+    return measured / GIB, forecast / GIB
 
 
 SHORT = ["train.steps=1", "train.batch_size=2", "data.val_limit=1", "train.precision=fp32"]

@@ -1,0 +1,112 @@
+"""AdamW whose moments of large parameters take a byte a number (Dettmers et al. 2021, arXiv 2110.02861).
+
+A moment lies in blocks of 256 numbers. Each block has a float32 scale, its number of largest magnitude, and each number
+is one of 256 levels of it, which lie closer together near zero (the paper's dynamic tree). Steps are computed in
+float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # numbers that share a scale
+LEAST = 4096  # numbers of a parameter that is worth it
+BYTES = 2 * (1 + 4 / BLOCK)  # of both moments, a number
+DECADES = 7
+
+
+@cache
+def levels(signed: bool) -> Tensor:
+    """Returns the 256 levels, float32 and rising: 0, 1, and in each decade twice as many as in the one below."""
+    positive = []
+    for decade in range(DECADES):
+        bounds = torch.linspace(0.1, 1.0, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
+        positive.append((bounds[1:] + bounds[:-1]) / 2 * 10.0 ** (decade + 1 - DECADES))
+    found = torch.cat(positive)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return torch.cat([found, -found, ends] if signed else [found, ends]).sort().values.float()
+
+
+class Moment:
+    """Holds a moment of one parameter in 8 bits.
+
+    Args:
+        parameter: float, any shape; its size is a multiple of `BLOCK`. The moment is zero.
+        signed: whether it may be negative.
+    """
+
+    def __init__(self, parameter: Tensor, signed: bool) -> None:
+        self.shape, self.signed = parameter.shape, signed
+        rows, device = parameter.numel() // BLOCK, parameter.device
+        self.levels = levels(signed).to(device)
+        self.bounds = (self.levels[1:] + self.levels[:-1]) / 2
+        self.scales = torch.zeros(rows, 1, device=device)
+        zero = int((levels(signed) == 0).nonzero())
+        self.codes = torch.full((rows, BLOCK), zero, dtype=torch.uint8, device=device)
+
+    def float(self) -> Tensor:
+        """Returns the numbers, float32 of the parameter's shape."""
+        return (self.levels[self.codes.int()] * self.scales).view(self.shape)
+
+    def copy_(self, values: Tensor) -> None:
+        """Takes numbers, float of the parameter's shape; those that came from `float` stay what they are.
+
+        What is not zero does not become it where nothing is negative: updates divide by its root.
+        """
+        rows = values.float().reshape(-1, BLOCK)
+        torch.gather(rows, 1, rows.abs().argmax(1, keepdim=True), out=self.scales)
+        scales = torch.where(self.scales == 0, 1.0, self.scales)
+        codes = torch.bucketize(rows / scales, self.bounds, out_int32=True)
+        if not self.signed:
+            codes = torch.where(rows > 0, codes.clamp(min=1), codes)
+        self.codes.copy_(codes)
+
+
+class EightBitAdamW(torch.optim.AdamW):
+    """Steps as AdamW; moments of parameters of 4096 numbers on lie in 8 bits.
+
+    `grad_scale` and `found_inf` mean what they mean to fused AdamW. Parameters must be whole: no ZeRO stage above 0.
+    """
+
+    @staticmethod
+    def new_moment(parameter: Tensor, key: str) -> Moment | Tensor:
+        """Makes a moment of zeros of a parameter of any shape: `key` is "exp_avg" or "exp_avg_sq"."""
+        if parameter.numel() >= LEAST and parameter.numel() % BLOCK == 0:
+            return Moment(parameter, signed=key == "exp_avg")
+        return torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """See `torch.optim.AdamW.step`; gradients of large parameters are gone after it."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and isinstance(self.state[parameter].get("exp_avg"), Moment):
+                    self._step_one(parameter, group)
+                    parameter.grad = None
+        return super().step(closure)
+
+    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        gradient = gradient.float()
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            gradient = gradient / scale
+        taken: Tensor | float = 1.0 if (skipped := getattr(self, "found_inf", None)) is None else 1.0 - skipped
+        if isinstance(taken, Tensor):
+            gradient = torch.where(taken > 0, gradient, 0.0)
+        first, second = group["betas"]
+        state["step"] += taken
+        mean, square = state["exp_avg"].float(), state["exp_avg_sq"].float()
+        mean += (gradient - mean) * ((1 - first) * taken)
+        square += (gradient.square() - square) * ((1 - second) * taken)
+        steps = state["step"].clamp(min=1)
+        rate = group["lr"] * taken
+        root = (square / (1 - second**steps)).sqrt_().add_(group["eps"])
+        parameter.mul_(1 - rate * group["weight_decay"])
+        parameter.sub_(mean.div(root) * (rate / (1 - first**steps)))
+        state["exp_avg"].copy_(mean)
+        state["exp_avg_sq"].copy_(square)
