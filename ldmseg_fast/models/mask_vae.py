@@ -77,7 +77,8 @@ class DecoderWithCategories(nn.Sequential):
 
 
 def _encoder(config: MaskVAEConfig, out_channels: int) -> nn.Sequential:
-    widths, planes = config.widths, config.num_bits + config.category_bits
+    coded = config.num_slots if config.codes == "hadamard" else config.num_bits
+    widths, planes = config.widths, coded + config.category_bits
     layers: list[nn.Module] = [nn.Conv2d(planes, widths[0], 3, padding=1), nn.SiLU()]
     for width, next_width in itertools.pairwise(widths):
         # the first convolution of a pair has no activation after it

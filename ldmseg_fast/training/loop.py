@@ -168,7 +168,7 @@ class Run:
         while not stop:
             self.window.add(self.take_step())
             stop, bad_items, seconds = self.agreement.exchange(
-                self.interrupt.requested, len(self.bad_items.messages), time.monotonic() - self.started
+                self.interrupt.requested, len(self.bad_items.messages), time.process_time() - self.cpu_started
             )
             progress.seconds = self.seconds_before + seconds
             last = self.over()

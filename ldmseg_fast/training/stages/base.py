@@ -148,6 +148,11 @@ class Stage(nn.Module, abc.ABC):
         config, category_ids = self.mask_vae.config, batch.get("category_ids")
         if config.num_categories and category_ids is not None:
             category_ids = category_ids * (segment_ids > 0)
+        if config.codes == "hadamard":
+            codes = hadamard(config.num_slots).to(segment_ids.device)
+            codes[0] = 0.0  # void
+            planes = (0.5 + 0.5 * codes[remap(segment_ids, table)]).permute(0, 3, 1, 2)
+            return planes.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         return encode_mask_bits(
             segment_ids,
             config.num_bits,
@@ -273,6 +278,14 @@ def segments_of(batch: dict[str, Any]) -> Segments | None:
         return None
     image, number = batch["segments"].unbind(1)  # [M] each
     return Segments(image, batch["table"][image, number].long(), batch["segment_counts"])
+
+
+def hadamard(size: int) -> Tensor:
+    """Builds Sylvester's matrix, float32 [size, size], of +-1; size is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
 
 
 def remap(segment_ids: Tensor, table: Tensor) -> Tensor:

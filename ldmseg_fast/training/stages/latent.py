@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldmseg_fast.checkpoints.categories_file import load_categories, save_categories
 from ldmseg_fast.checkpoints.category_fit import check_categories
@@ -22,13 +22,16 @@ from ldmseg_fast.checkpoints.model_folder import (
     save_component,
     save_index,
 )
-from ldmseg_fast.checkpoints.shipped import resolve_model_dir
+from ldmseg_fast.checkpoints.shipped import pretrained_weights, resolve_model_dir
 from ldmseg_fast.checkpoints.start_weights import check_start, load_image_encoder, load_unet
+from ldmseg_fast.checkpoints.tensors import load_state, load_weights
+from ldmseg_fast.config import ImageEncoderConfig
 from ldmseg_fast.diffusion.inpainting import whole_cells
 from ldmseg_fast.diffusion.sampler import Denoise, ddim, image_noise
 from ldmseg_fast.diffusion.scheduler import Scheduler
 from ldmseg_fast.errors import ConfigError
 from ldmseg_fast.files import write_json
+from ldmseg_fast.models.efficientnet_lite import EfficientNetLite, efficientnet_lite_names
 from ldmseg_fast.models.image_vae import build_image_encoder
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.panoptic.postprocess import PanopticResult
@@ -103,12 +106,16 @@ class LatentStage(Stage):
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_(not name.startswith(config.model.freeze))
         self.scheduler = Scheduler(config.scheduler)
+        deepest = config.unet.block_out_channels[-1]
+        self.alignment = Alignment(self.unet, deepest) if config.diffusion.alignment else None
         self.self_condition = config.diffusion.self_condition > 0
 
     def train(self, mode: bool = True) -> LatentStage:
         """Puts what is trained into training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
         self.mask_vae.eval()
+        if self.alignment is not None:
+            self.alignment.teacher.eval()
         if not self.trains_image_vae:
             self.image_vae.eval()
         return self
@@ -219,6 +226,37 @@ class LatentStage(Stage):
         }
         components = ["unet", "mask_vae", "image_vae", "scheduler", *others]
         save_index(folder, components, settings | postprocess_settings(config.postprocess))
+
+
+class Alignment(nn.Module):
+    """Aligns the UNet's deepest features with those of a frozen network (U-REPA, arXiv 2503.18414)."""
+
+    def __init__(self, unet: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.teacher = EfficientNetLite()
+        path = pretrained_weights(ImageEncoderConfig(kind="efficientnet_lite"))
+        load_state(self.teacher, efficientnet_lite_names(load_weights(path)), str(path))
+        self.teacher.requires_grad_(False)
+        width = self.teacher.channels[2]
+        self.head = nn.Sequential(nn.Conv2d(channels, 256, 1), nn.SiLU(), nn.Conv2d(256, width, 1))
+        self.seen: list[Tensor] = []
+        unet.get_submodule("mid_block").register_forward_hook(lambda _module, _inputs, output: self.keep(output))
+
+    def keep(self, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self.seen = [output]
+
+    def loss(self, images: Tensor) -> Tensor:
+        """1 - cosine, and the squared difference of the tokens' similarities; images uint8 [B, 3, S, S]."""
+        with torch.no_grad():
+            large = F.interpolate(images.float(), scale_factor=4, mode="bilinear", antialias=True).clamp(0, 255)
+            features = self.teacher(large)[2].float()  # [B, 112, S / 4, S / 4]
+        size = features.shape[-2:]
+        own = F.interpolate(self.head(self.seen.pop()).float(), size, mode="bilinear")
+        ours, theirs = (F.normalize(each.flatten(2), dim=1) for each in (own, features))
+        tokens = 1 - (ours * theirs).sum(1).mean()
+        manifold = (ours.transpose(1, 2) @ ours - theirs.transpose(1, 2) @ theirs).square().mean()
+        return tokens + 3.0 * manifold
 
 
 def cells_of(slots: Tensor, size: Sequence[int]) -> Tensor:

@@ -81,7 +81,14 @@ class OneStepStage(FewStepStage):
             mask_logits, category_logits = self.recompute(self.mask_vae.decode_latents_both, estimate)
         if self.matches:
             batch = batch | {"table": match_slots(mask_logits, segment_ids, points, loss, table)}
-        return self.loss_of(mask_logits, estimate, batch, step, category_logits)
+        losses = self.loss_of(mask_logits, estimate, batch, step, category_logits)
+        config = self.config.diffusion
+        if self.alignment is not None and self.training and (not config.alignment_steps or step < config.alignment_steps):
+            losses["alignment"] = self.alignment.loss(batch["image"])
+            losses["loss"] = losses["loss"] + config.alignment * losses["alignment"]
+        elif self.alignment is not None:
+            losses["loss"] = losses["loss"] + 0.0 * sum(each.sum() for each in self.alignment.head.parameters())
+        return losses
 
     def depth(self, step: int) -> int:
         """Tells which of the N sampling steps carries the loss, from 1 to N; drawn where `few_step.depth` is "any"."""
