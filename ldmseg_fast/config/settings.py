@@ -53,7 +53,7 @@ class MaskVAEConfig:
 
     num_bits: Annotated[int, Range(1, 16)] = 7  # K, bit planes in
     num_slots: Slots = 128  # Q, logits out; slot 0 is void
-    codes: Literal["bits", "hadamard"] = "bits"  # planes in: num_bits of them, or num_slots, of equal distance
+    codes: Literal["bits", "hadamard", "colours"] = "bits"  # planes in: num_bits of them, or num_slots, of equal distance
     num_categories: Annotated[int, Range(0, 4095)] = 0  # C, of the data set; 0: segments without categories
     latent_channels: Width = 4
     widths: Widths = (32, 64, 128, 256)  # encoder; one stride-2 step between neighbours
@@ -252,6 +252,7 @@ class DiffusionConfig:
     latent_scale: Factor = 1.0  # factor on the auto-encoder's scaling_factor; below 1 the image matters more
     image_noise: Deviation = 0.0  # standard deviation added to image latents
     sample_posterior: bool = False
+    mean_flow: bool = False  # stage one_step: average velocities of latents (arXiv 2505.13447)
     alignment: Weight = 0.0  # of the UNet's deepest features with those of EfficientNet-Lite0
     alignment_steps: Number = 0  # after which it ends; 0: never
     task_loss: Weight = 0.0  # weight of the decoded x0 estimate's auto-encoder loss

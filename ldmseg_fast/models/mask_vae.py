@@ -165,6 +165,8 @@ class MaskVAE(nn.Module):
         Category logits are [B, categories + 1, h, w], 0 being void; None where the model has no categories.
         """
         logits = self.decoder(latents)
+        if self.config.codes == "colours" and not torch.is_grad_enabled():
+            logits = clusters(logits.float(), self.config.num_slots)
         return logits if self.config.num_categories else (logits, None)
 
     def decode_latents_both(self, mask_latents: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -228,3 +230,35 @@ def _convolutions(state: Mapping[str, Tensor], part: str) -> list[Tensor]:
             case [name, position, "weight"] if name == part and position.isdecimal() and value.ndim == 4:
                 found[int(position)] = value
     return [found[position] for position in sorted(found)]
+
+
+def clusters(colours: Tensor, num_slots: int, radius: float = 1.5) -> Tensor:
+    """Groups colours float [B, C, h, w] greedily, from where they change least; slot logits [B, num_slots, h, w]."""
+    size, (height, width) = len(colours), colours.shape[-2:]
+    logits = torch.zeros(size, num_slots, height * width)
+    change = torch.zeros(size, height, width)
+    for shift, dim in ((1, 2), (-1, 2), (1, 3), (-1, 3)):
+        change += (colours - colours.roll(shift, dim)).norm(dim=1)
+    order = change.flatten(1).argsort(1)
+    for image in range(size):
+        points = colours[image].flatten(1).T  # [N, C]
+        free, means = torch.ones(len(points), dtype=torch.bool), []
+        for _ in range(num_slots - 1):
+            left = order[image][free[order[image]]]
+            if len(left) == 0:
+                break
+            mean = points[left[0]]
+            for _ in range(3):
+                near = free & ((points - mean).norm(dim=1) < radius)
+                if not near.any():
+                    break
+                mean = points[near].mean(0)
+            near = free & ((points - mean).norm(dim=1) < radius)
+            near[left[0]] = True
+            free &= ~near
+            if near.sum() >= 3:
+                means.append(mean)
+        if means:
+            nearest = torch.cdist(points, torch.stack(means)).argmin(1)
+            logits[image].scatter_(0, nearest[None] + 1, 10.0)
+    return logits.view(size, num_slots, height, width)

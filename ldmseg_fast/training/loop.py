@@ -182,6 +182,18 @@ class Run:
             stop = stop or last or progress.validation_due
             if progress.step % settings.save_every == 0 or stop or (improved and settings.keep_best > 0):
                 self.save()
+        averages = self.optimizer.averages
+        if averages is not None and averages.powers:
+            own = averages.values
+            choices = {f"width-{width:g}": values for width, values in averages.powers.items()}
+            choices["none"] = [shard.weight.detach().float().clone() for shard in averages.shards]
+            for count in (2, 3, 5):
+                choices[f"last-{count}"] = [torch.stack(each).mean(0) for each in zip(*averages.last[-count:])]
+            for name, values in choices.items():
+                averages.values = values
+                with self.optimizer.averaged_weights():
+                    self.stage.save(Path(self.config.output_dir + "-" + name))
+            averages.values = own
         self.interrupt.agree()  # a signal to one rank ends all of them in the same way
 
     def over(self) -> bool:

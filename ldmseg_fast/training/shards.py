@@ -10,6 +10,7 @@ random state, `random_state`, is its own, and useful to as many ranks only.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -110,10 +111,18 @@ class Averages:
     def __init__(self, shards: list[Shard], decay: float) -> None:
         self.decay, self.shards = decay, shards
         self.values = [shard.weight.detach().float().clone() for shard in shards]
+        copies = os.environ.get("POWERS", "").split()
+        self.powers = {float(width): [value.clone() for value in self.values] for width in copies}
+        self.last: list[list[Tensor]] = []
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves the averages towards the weights after 1-based `step`."""
+        weights = [shard.weight.detach() for shard in self.shards]
+        for width, values in self.powers.items():  # Karras et al. 2024, arXiv 2312.02696, equations 2 and 4
+            torch._foreach_lerp_(values, weights, 1.0 - (1.0 - 1.0 / step) ** (exponent_of(width) + 1.0))
+        if step % 100 == 0:
+            self.last = [*self.last[-4:], [weight.float().clone() for weight in weights]]
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.values, [shard.weight.detach() for shard in self.shards], 1.0 - decay)
 
@@ -256,3 +265,8 @@ def set_random_state(state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def exponent_of(width: float) -> float:
+    """The exponent of a power function's average of this relative width (Karras et al. 2024, algorithm 2)."""
+    return float(np.roots([1.0, 7.0, 16.0 - width**-2, 12.0 - width**-2]).real.max())

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ldmseg_fast.config import Config
 from ldmseg_fast.diffusion.inpainting import KnownLatents
+from ldmseg_fast.diffusion.sampler import unet_input
 from ldmseg_fast.training.slot_matching import match_slots, require_assignment_solver
 from ldmseg_fast.training.stages.base import per_image
 from ldmseg_fast.training.stages.few_step import FewStepStage, ddim_update
@@ -71,6 +72,8 @@ class OneStepStage(FewStepStage):
         with self.autocast():
             image_latents = self.image_latents(batch)  # [B, C_image, h, w]
             noise = self.initial_noise(batch, step, image_latents)  # x_T, [B, C, h, w]
+            if self.config.diffusion.mean_flow:
+                return self.mean_flow(batch, step, noise, image_latents)
             if self.config.diffusion.inpainting:
                 given = self.given_pixels(batch, step)  # [B, H, W]
                 if self.matches:
@@ -79,6 +82,8 @@ class OneStepStage(FewStepStage):
             estimate = self.unroll(noise, image_latents, self.depth(step), known)  # x_0, [B, C, h, w]
             # [B, Q, h 2^u, w 2^u], and [B, C + 1, h 2^u, w 2^u] or None
             mask_logits, category_logits = self.recompute(self.mask_vae.decode_latents_both, estimate)
+        if self.mask_vae.config.codes == "colours":
+            return colour_losses(mask_logits.float(), segment_ids)
         if self.matches:
             batch = batch | {"table": match_slots(mask_logits, segment_ids, points, loss, table)}
         losses = self.loss_of(mask_logits, estimate, batch, step, category_logits)
@@ -89,6 +94,35 @@ class OneStepStage(FewStepStage):
         elif self.alignment is not None:
             losses["loss"] = losses["loss"] + 0.0 * sum(each.sum() for each in self.alignment.head.parameters())
         return losses
+
+    def mean_flow(self, batch: dict[str, Any], step: int, noise: Tensor, image_latents: Tensor) -> dict[str, Tensor]:
+        """Learns average velocities u(z_t, r, t) = (z_t - o) / t (Geng et al. 2025), o being what the network gives."""
+        latents = self.mask_latents(batch)  # x_0
+        generators = self.generators(step, batch, "mean flow")
+        drawn = torch.sigmoid(per_image(torch.randn, (2,), generators) - 0.4)
+        equal = per_image(torch.rand, (1,), generators)[:, 0] < 0.75
+        last, first = drawn.amax(1).clamp(min=0.02), drawn.amin(1)
+        first = torch.where(equal, last, first)
+        # the one step that is sampled, 0 from 1, is among them
+        whole = per_image(torch.rand, (1,), generators)[:, 0] < 0.25
+        last, first = torch.where(whole, 1.0, last), torch.where(whole, 0.0, first)
+        t, r = last.view(-1, 1, 1, 1), first.view(-1, 1, 1, 1)
+        velocity = noise - latents
+        noisy = (1 - t) * latents + t * noise
+
+        def average(sample: Tensor, time: Tensor) -> Tensor:
+            plane = (1 - (time - r)).expand_as(sample)  # zero, as in sampling, for the step from 1 to 0
+            output = self.unet(unet_input(sample, image_latents, plane), 999.0 * time.flatten(), None).float()
+            return (sample - output) / time
+
+        ours = average(noisy, t)
+        with torch.no_grad():
+            h = 0.005
+            rate = (ours.detach() - average(noisy - h * velocity, t - h)) / h
+            target = velocity - (t - r) * rate
+        error = (ours - target).square().mean((1, 2, 3))
+        loss = (error / (error.detach() + 1e-3)).mean()
+        return {"loss": loss, "error": error.mean().detach()}
 
     def depth(self, step: int) -> int:
         """Tells which of the N sampling steps carries the loss, from 1 to N; drawn where `few_step.depth` is "any"."""
@@ -181,3 +215,21 @@ class OneStepStage(FewStepStage):
         shown = (segment_ids * given.to(segment_ids.dtype)).flatten(1).long()
         seen = torch.zeros_like(table).scatter_(1, shown, 1)
         return table * seen
+
+
+def colour_losses(colours: Tensor, segment_ids: Tensor) -> dict[str, Tensor]:
+    """Pulls the colours [B, C, h, w] of a segment together and those of others apart (De Brabandere et al. 2017)."""
+    ids = F.interpolate(segment_ids[:, None].float(), colours.shape[-2:], mode="nearest")[:, 0].long().flatten(1)  # [B, N]
+    points = colours.flatten(2).transpose(1, 2)  # [B, N, C]
+    chosen = (ids[..., None] == torch.arange(1, 64, device=ids.device)).float()  # [B, N, K]
+    counts = chosen.sum(1)  # [B, K]
+    means = (chosen.transpose(1, 2) @ points) / counts.clamp(min=1)[..., None]  # [B, K, C]
+    off = (points - chosen @ means).square().sum(-1).add(1e-6).sqrt()
+    pull = (F.relu(off - 0.5).square()[..., None] * chosen).sum(1) / counts.clamp(min=1)  # [B, K]
+    there = counts > 0
+    pull = pull.sum() / there.sum()
+    apart = (means[:, :, None] - means[:, None]).square().sum(-1).add(1e-6).sqrt()
+    pairs = there[:, :, None] & there[:, None] & ~torch.eye(there.shape[1], dtype=torch.bool, device=there.device)
+    push = (F.relu(3.0 - apart).square() * pairs).sum() / pairs.sum().clamp(min=1)
+    norms = (means.norm(dim=-1) * there).sum() / there.sum()
+    return {"loss": pull + push + 0.001 * norms, "pull": pull.detach(), "push": push.detach()}
