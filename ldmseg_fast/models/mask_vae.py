@@ -165,7 +165,7 @@ class MaskVAE(nn.Module):
         Category logits are [B, categories + 1, h, w], 0 being void; None where the model has no categories.
         """
         logits = self.decoder(latents)
-        if self.config.codes == "colours" and not torch.is_grad_enabled():
+        if self.config.codes == "colours" and not torch.is_grad_enabled() and not logits.is_meta:
             logits = clusters(logits.float(), self.config.num_slots)
         return logits if self.config.num_categories else (logits, None)
 
