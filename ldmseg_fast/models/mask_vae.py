@@ -235,7 +235,7 @@ def _convolutions(state: Mapping[str, Tensor], part: str) -> list[Tensor]:
 def clusters(colours: Tensor, num_slots: int, radius: float = 1.5) -> Tensor:
     """Groups colours float [B, C, h, w] greedily, from where they change least; slot logits [B, num_slots, h, w]."""
     size, (height, width) = len(colours), colours.shape[-2:]
-    logits = torch.zeros(size, num_slots, height * width)
+    logits = torch.full((size, num_slots, height * width), -10.0)
     change = torch.zeros(size, height, width)
     for shift, dim in ((1, 2), (-1, 2), (1, 3), (-1, 3)):
         change += (colours - colours.roll(shift, dim)).norm(dim=1)

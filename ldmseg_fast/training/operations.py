@@ -72,7 +72,7 @@ def _networks(autoencoder: bool, config: Config) -> dict[str, float]:
     parts = network_parts("autoencoder" if autoencoder else "diffusion", config)
     vae, side = config.mask_vae, config.data.image_size
     small = side // vae.downsampling
-    planes = torch.empty(1, vae.num_bits + vae.category_bits, side, side, device="meta")
+    planes = torch.empty(1, (vae.num_slots if vae.codes == "hadamard" else vae.num_bits) + vae.category_bits, side, side, device="meta")
     latents = torch.empty(1, vae.latent_channels, small, small, device="meta")
     found = {
         "encode": _count(parts["mask_vae"], "encode", planes),
