@@ -91,7 +91,7 @@ def comparison(rows: Sequence[Row]) -> str:
         [
             *(row["variant"], _images(row["case"]), _how(row["case"]), _pq(row)),
             *(f"{row[key]:.1f}" for key in ("sq", "rq", "boundary_pq")),
-            *(str(row.get("training_steps", "")), f"{row['cpu_minutes']:g}" if "cpu_minutes" in row else ""),
+            *(str(row.get("training_steps", "")), f"{row['cpu_minutes']:.1f}" if "cpu_minutes" in row else ""),
         ]
         for row in rows
     ]
