@@ -79,7 +79,7 @@ def test_arms_stand_apart(campaign, monkeypatch):
     assert [row["case"]["steps"] for row in rows] == [1, 2] and all(row["case"]["arm"] for row in rows)
     compared, everything = tables.comparison(rows), tables.quality(rows)
     assert compared in everything and everything.count("| small |") == 2
-    assert compared.splitlines()[2].endswith("| 900 | 20 |")
+    assert compared.splitlines()[2].endswith("| 900 | 20.0 |")
     assert not quality_curve.curves(rows)
 
 
