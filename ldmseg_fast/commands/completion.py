@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from ldmseg_fast.commands.options import output_file
+
 SHELLS = ("bash", "zsh", "fish")
 PATHS = ("model_dir", "model", "images", "root", "data", "engine_dir", "image_vae")  # arguments that name files as text
 
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     root = build_parser()
     for parser in _parsers(root):
         for action in parser._actions:
-            if (action.type is Path or action.dest in PATHS) and action.choices is None:
+            if (action.type in (Path, output_file) or action.dest in PATHS) and action.choices is None:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(root, args.shell))
     return 0

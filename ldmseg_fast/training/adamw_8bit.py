@@ -21,7 +21,7 @@ DECADES = 7
 
 @cache
 def levels(signed: bool) -> Tensor:
-    """Returns the 256 levels, float32 and rising: 0, 1, and in each decade twice as many as in the one below."""
+    """Returns the levels, float32 [256] and rising: 0, 1, and in each decade twice as many as in the one below."""
     positive = []
     for decade in range(DECADES):
         bounds = torch.linspace(0.1, 1.0, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
@@ -49,11 +49,11 @@ class Moment:
         self.codes = torch.full((rows, BLOCK), zero, dtype=torch.uint8, device=device)
 
     def float(self) -> Tensor:
-        """Returns the numbers, float32 of the parameter's shape."""
+        """Returns the numbers, float32 of any shape, the parameter's."""
         return (self.levels[self.codes.int()] * self.scales).view(self.shape)
 
     def copy_(self, values: Tensor) -> None:
-        """Takes numbers, float of the parameter's shape; those that came from `float` stay what they are.
+        """Takes numbers, float of any shape, the parameter's; those that came from `float` stay what they are.
 
         What is not zero does not become it where nothing is negative: updates divide by its root.
         """
@@ -74,7 +74,7 @@ class EightBitAdamW(torch.optim.AdamW):
 
     @staticmethod
     def new_moment(parameter: Tensor, key: str) -> Moment | Tensor:
-        """Makes a moment of zeros of a parameter of any shape: `key` is "exp_avg" or "exp_avg_sq"."""
+        """Makes a moment of zeros of a parameter, float of any shape: `key` is "exp_avg" or "exp_avg_sq"."""
         if parameter.numel() >= LEAST and parameter.numel() % BLOCK == 0:
             return Moment(parameter, signed=key == "exp_avg")
         return torch.zeros_like(parameter, memory_format=torch.preserve_format)
