@@ -160,7 +160,7 @@ def backend_of(info: ModelInfo, manifest: Manifest, folder: Path) -> Any:
     """Returns ONNX Runtime over graphs for a CPU; of others the emulation in PyTorch."""
     if manifest.is_for_cpu:
         return load_onnx_backend(info, folder, "cpu", threads=1)
-    pictures = calibration_pictures(info, manifest.calibration)
+    pictures = calibration_pictures(info, manifest.calibration, manifest.precision)
     scales = calibrate(info, manifest.precision, torch.float16, pictures)
     return ReferenceBackend(info, manifest.options, Quantised(manifest.precision, scales, flows=True))
 

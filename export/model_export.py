@@ -100,7 +100,7 @@ def export_model(
         with comparison_data(base, settings.data, settings.split, 1):
             pass  # a wrong folder is refused before minutes of work
     if settings.calibration is not None:
-        calibration_pictures(base, _calibration(settings), 1)
+        calibration_pictures(base, _calibration(settings), settings.precision, 1)
     scale = 1.0 if settings.lora_scale is None else settings.lora_scale
     digest = model_hash(base.folder)
     with disk_full_named(out), with_lora(base, settings.lora, scale) as source:
@@ -292,7 +292,7 @@ def write_graphs(info: ModelInfo, folder: Path, options: GraphOptions, settings:
     metadata = {"model_hash": digest, "precision": settings.precision, "config": json.dumps(configs)} | packages
     scales: dict[str, LayerScales] = {}
     if settings.precision in QUANTISED:
-        pictures = calibration_pictures(info, _calibration(settings))
+        pictures = calibration_pictures(info, _calibration(settings), settings.precision)
         scales = calibrate_graphs(info, settings.precision, options, opset, pictures)
     files, loaded = {}, {}
     for name, spec in graph_specs(info, options).items():

@@ -47,7 +47,7 @@ from ldmseg_fast.export.parity_rows import exact_rows, loop_rows, native_rows, p
 from ldmseg_fast.metrics.pq import PanopticQuality
 
 QUANTISED = ("fp8", "int8")
-CALIBRATION_IMAGES, OF_LARGE = 16, 4  # pictures; a large one has as many values in a quarter of them
+CALIBRATION_IMAGES, OF_LARGE = 16, 4  # pictures; int8 cuts off shares of values, and a large model has many
 OWN_IMAGES = 2  # that float32's own error is measured on
 GENERATED = "generated scenes"
 ATTENTION_OPSET = 23  # from where on graphs have the operator Attention, with its scale in float32
@@ -238,7 +238,7 @@ def _run_torch(run: _Run) -> None:
         return
     del plain
     if manifest.precision in QUANTISED:
-        pictures = calibration_pictures(info, manifest.calibration)
+        pictures = calibration_pictures(info, manifest.calibration, manifest.precision)
         with torch.inference_mode(False):
             run.scales = calibrate_graphs(info, manifest.precision, manifest.options, manifest.opset, pictures)
     for stage in ("exact", "quantised") if run.scales else ("exact",):
@@ -331,12 +331,12 @@ def comparison_data(info: ModelInfo, data: str | None, split: str, images: int) 
         yield CocoPanoptic(data, split, info.image_size, num_slots=slots, limit=images, picture_size=info.picture_size)
 
 
-def calibration_pictures(info: ModelInfo, source: str, images: int | None = None) -> Tensor:
+def calibration_pictures(info: ModelInfo, source: str, precision: str, images: int | None = None) -> Tensor:
     """Reads pictures, uint8 [B, 3, S, S], of a `source` that is GENERATED or ROOT/SPLIT of a COCO-panoptic folder.
 
-    images: how many; None: 16, or 4 for a large model.
+    images: how many; None: 16, or 4 for a large model in int8. Scales of fp8 are those of the largest values.
     """
-    images = images or (OF_LARGE if is_large(info) else CALIBRATION_IMAGES)
+    images = images or (OF_LARGE if precision == "int8" and is_large(info) else CALIBRATION_IMAGES)
     data, _, split = source.rpartition("/")
     with comparison_data(info, None if source == GENERATED else data, split, images) as dataset:
         return collate([dataset[index] for index in range(len(dataset))])["image"]

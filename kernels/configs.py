@@ -164,10 +164,18 @@ def load_configs(path: Path) -> Table:
         for kernel, per_sm in table.items():
             for classes in per_sm.values():
                 for name, config in classes.items():
-                    _check_entry(kernel, name, config)
+                    classes[name] = _with_switches(kernel, name, config)
+                    _check_entry(kernel, name, classes[name])
         return table
     except (OSError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}: {path} is not a table of kernel configurations: {error}") from error
+
+
+def _with_switches(kernel: str, shape_class: str, config: Config) -> Config:
+    """Adds the switches that came after an entry was tuned, off as they are in what is shipped."""
+    shipped = [classes[shape_class] for classes in all_configs().get(kernel, {}).values() if shape_class in classes]
+    off = {name: 0 for entry in shipped for name, value in entry.constants.items() if value == 0}
+    return replace(config, constants=off | config.constants)
 
 
 def _check_entry(kernel: str, shape_class: str, config: Config) -> None:

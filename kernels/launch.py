@@ -1,8 +1,10 @@
 """Launches every Triton kernel, so that a check without a GPU can see exactly what would run."""
 
+import contextvars
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,9 +55,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, 
         raise ValueError(f"{kernel.__name__}: a grid of {grid} is more than CUDA starts at once: split the batch")
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        start = partial(kernel[grid], *arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
         if constants.get("DESCRIBED"):
-            triton.set_allocator(_scratch)  # where programs keep their tensor descriptors
-        kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+            contextvars.copy_context().run(_with_scratch, start)
+        else:
+            start()
+
+
+def _with_scratch(start: Callable[[], Any]) -> None:
+    """Starts a kernel whose programs keep tensor descriptors in memory; in a context of its own others keep theirs."""
+    triton.set_allocator(_scratch)
+    start()
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -26,26 +26,29 @@ def longest_loop(text: str) -> int:
     """
     lines = [line for line in text.splitlines() if re.fullmatch(r"\w+:", line) or re.match(r"[\w:-]+\t", line)]
     labels = {line[:-1]: place for place, line in enumerate(lines) if line.endswith(":")}
+    instructions = [place for place, line in enumerate(lines) if not line.endswith(":")]
+    labels |= {f"0x{16 * number:x}": place for number, place in enumerate(instructions)}  # where a jump has no label
     after: list[list[int]] = []  # where each line goes on
     for place, line in enumerate(lines):
-        jump = re.search(r"\bBRA (?:\S+ )?(\w+);", line)
-        always = re.search(r"\t(BRA \w+|EXIT|RET)", line)
+        jump = re.search(r"\bBRA(?:\.\w+)* (?:\S+, )?(\w+);", line)
+        always = re.search(r"\t(BRA \w+;|EXIT|RET)", line)
         targets = [labels[jump[1]]] if jump and jump[1] in labels else []
         after.append(targets if always else [*targets, *([place + 1] if place + 1 < len(lines) else [])])
+    seen = _reached(0, after)
     before: list[list[int]] = [[] for _ in lines]
-    for place, targets in enumerate(after):
-        for target in targets:
+    for place in seen:
+        for target in after[place]:
             before[target].append(place)
     longest = 0
-    for place, targets in enumerate(after):
-        for head in targets:
+    for place in seen:
+        for head in after[place]:
             if head < place and place not in _reached(0, after, without=head):
                 body = {head} | _reached(place, before, without=head)
                 longest = max(longest, count_sass("\n".join(lines[each] for each in body))[0])
     return longest if longest > 1 else 0  # each program ends in a jump to itself
 
 
-def _reached(start: int, edges: list[list[int]], without: int) -> set[int]:
+def _reached(start: int, edges: list[list[int]], without: int = -1) -> set[int]:
     """The places to which edges lead from `start`, itself among them, on ways that do not pass `without`."""
     seen: set[int] = set()
     left = [start]

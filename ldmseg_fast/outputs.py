@@ -52,7 +52,8 @@ def check_outputs(
                 raise ArgumentError(f"{option} {path}: would be written among what this command reads; {_CURE}")
     for number, (option, path, _) in enumerate(outputs):
         for other, other_path, _ in outputs[:number]:
-            if same_place(path, other_path) and not _is_device(path):
+            printed = is_standard_output(path) and is_standard_output(other_path)
+            if printed or (same_place(path, other_path) and not _is_device(path)):
                 raise ArgumentError(f"{other} and {option} would both be written to {path}; {_CURE}")
 
 

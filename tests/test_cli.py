@@ -290,6 +290,8 @@ def test_a_table_as_json_is_all_of_stdout(model_dir, scenes, tmp_path, capfd, mo
     assert json.loads(capfd.readouterr().out)
     assert main(["pq", str(truth), str(truth), "--csv", "-"]) == 0
     assert capfd.readouterr().out.startswith("category")
+    assert main(["pq", str(truth), str(truth), "--csv", "-", "--json", "-"]) == 2
+    assert "--json and --csv would both be written to" in capfd.readouterr().err
     assert not (tmp_path / "-").exists()
 
 

@@ -18,6 +18,7 @@ from ldmseg_fast.commands.options import (
     add_view_arguments,
     from_hub,
     model_folders,
+    output_file,
     speed_of,
     take_model,
     take_model_pinned,
@@ -70,8 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--probability", type=float, nargs="+", metavar="P", help="of a block being dropped (default 0.1 ... 0.9)"
     )
     parser.add_argument("--out", help="folder for COCO panoptic results (JSON + PNG); goes on where it was interrupted")
-    parser.add_argument("--instances", metavar="FILE", help="segments as COCO instance results (RLE, scores)")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page with pictures of errors")
+    parser.add_argument(
+        "--instances", type=output_file, metavar="FILE", help="segments as COCO instance results (RLE, scores)"
+    )
+    parser.add_argument("--page", type=output_file, metavar="FILE", help="HTML page with pictures of errors")
     parser.add_argument("--worst", type=int, default=8, metavar="K", help="worst images on the page (default 8)")
     parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")
     parser.add_argument("--no-baselines", action="store_true", help="leave the rows of trivial baselines out")
@@ -119,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         blocks=tuple(args.block or defaults.blocks),
         probabilities=tuple(args.probability or defaults.probabilities),
         out=args.out,
-        instances=args.instances,
+        instances=str(args.instances) if args.instances else None,
         page=args.page,
         worst=args.worst,
         random=args.random,

@@ -52,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="seed of the bootstrap interval, of the test and of --random (default: 0)"
     )
     parser.add_argument(
-        "--page", type=Path, metavar="FILE", help="HTML page with pictures of errors; with --against, of what changed"
+        "--page",
+        type=output_file,
+        metavar="FILE",
+        help="HTML page with pictures of errors; with --against, of what changed",
     )
     parser.add_argument("--worst", type=int, default=8, metavar="K", help="worst images on the page (default 8)")
     parser.add_argument("--random", type=int, default=8, metavar="K", help="random images on the page (default 8)")

@@ -11,12 +11,14 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256  # numbers that share a scale
 LEAST = 4096  # numbers of a parameter that is worth it
 BYTES = 2 * (1 + 4 / BLOCK)  # of both moments, a number
 DECADES = 7
+HASH = 0x1E3779B1  # odd: every bit of a number moves the ones above it
 
 
 @cache
@@ -35,13 +37,13 @@ class Moment:
     """Holds a moment of one parameter in 8 bits.
 
     Args:
-        parameter: float, any shape; its size is a multiple of `BLOCK`. The moment is zero.
+        parameter: float, any shape. The moment is zero.
         signed: whether it may be negative.
     """
 
     def __init__(self, parameter: Tensor, signed: bool) -> None:
-        self.shape, self.signed = parameter.shape, signed
-        rows, device = parameter.numel() // BLOCK, parameter.device
+        self.shape, self.signed, self.size = parameter.shape, signed, parameter.numel()
+        rows, device = -(-self.size // BLOCK), parameter.device
         self.levels = levels(signed).to(device)
         self.bounds = (self.levels[1:] + self.levels[:-1]) / 2
         self.scales = torch.zeros(rows, 1, device=device)
@@ -50,19 +52,26 @@ class Moment:
 
     def float(self) -> Tensor:
         """Returns the numbers, float32 of any shape, the parameter's."""
-        return (self.levels[self.codes.int()] * self.scales).view(self.shape)
+        return (self.levels[self.codes.int()] * self.scales).flatten()[: self.size].view(self.shape)
 
     def copy_(self, values: Tensor) -> None:
         """Takes numbers, float of any shape, the parameter's; those that came from `float` stay what they are.
 
-        What is not zero does not become it where nothing is negative: updates divide by its root.
+        Signed ones are rounded to the nearest level. Of others a step changes a thousandth, which that would lose: they
+        are rounded up or down by chance, in the mean to what they are. Chance is what the last bits of a number say,
+        the same in a run that is resumed. None of them becomes zero: updates divide by their root.
         """
-        rows = values.float().reshape(-1, BLOCK)
+        rows = F.pad(values.float().flatten(), (0, self.codes.numel() - self.size)).view(-1, BLOCK)
         torch.gather(rows, 1, rows.abs().argmax(1, keepdim=True), out=self.scales)
-        scales = torch.where(self.scales == 0, 1.0, self.scales)
-        codes = torch.bucketize(rows / scales, self.bounds, out_int32=True)
-        if not self.signed:
-            codes = torch.where(rows > 0, codes.clamp(min=1), codes)
+        shares = rows / torch.where(self.scales == 0, 1.0, self.scales)
+        if self.signed:
+            codes = torch.bucketize(shares, self.bounds, out_int32=True)
+        else:
+            below = (torch.bucketize(shares, self.levels, out_int32=True, right=True) - 1).clamp(0, 254)
+            low, high = self.levels[below], self.levels[below + 1]
+            chance = ((rows.view(torch.int32) * HASH) >> 8 & 0xFFFF) / 65536.0
+            codes = below + (chance < (shares - low) / (high - low))
+            codes = torch.where(rows > 0, codes.clamp(min=1), 0)
         self.codes.copy_(codes)
 
 
@@ -75,19 +84,29 @@ class EightBitAdamW(torch.optim.AdamW):
     @staticmethod
     def new_moment(parameter: Tensor, key: str) -> Moment | Tensor:
         """Makes a moment of zeros of a parameter, float of any shape: `key` is "exp_avg" or "exp_avg_sq"."""
-        if parameter.numel() >= LEAST and parameter.numel() % BLOCK == 0:
+        if parameter.numel() >= LEAST:
             return Moment(parameter, signed=key == "exp_avg")
         return torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """See `torch.optim.AdamW.step`; gradients of large parameters are gone after it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and isinstance(self.state[parameter].get("exp_avg"), Moment):
+                state = self.state[parameter]
+                if not state:
+                    on_device = bool(self.defaults.get("fused"))
+                    state["step"] = torch.zeros((), device=parameter.device if on_device else "cpu")
+                    state |= {key: self.new_moment(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+                if parameter.grad is not None and isinstance(state["exp_avg"], Moment):
                     self._step_one(parameter, group)
                     parameter.grad = None
-        return super().step(closure)
+        super().step()
+        return loss
 
     def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, gradient = self.state[parameter], parameter.grad

@@ -168,6 +168,7 @@ class TrainingCheckpoints:
                     "format_version": FORMAT_VERSION,
                     "world_size": world,
                     "zero_stage": optimizer.config.zero_stage,
+                    "optimizer": optimizer.config.optimizer,
                     "progress": vars(progress) | {"best": {str(k): v for k, v in progress.best.items()}},
                     "counters": optimizer.counters(),
                     "shapes": shapes,
@@ -301,6 +302,12 @@ class TrainingCheckpoints:
                 raise ValueError(f"step {progress.step!r}")
         if progress.stage != stage_name:
             raise CheckpointError(f"{folder}: a run of the {progress.stage} stage, not of the {stage_name}")
+        was, now = state.get("optimizer"), optimizer.config.optimizer  # older ones do not tell
+        if was is not None and was != now:
+            raise CheckpointError(
+                f"{folder}: its moments are of train.optimizer={was} and mean nothing to {now}; go on with {was}, or "
+                f"start another run from the model folder"
+            )
         own = {name: torch.empty(_full_shape(p), device="meta") for name, p in stage.named_parameters()}
         check_state(own, saved, str(folder))
         reader = ShardReader(folder)

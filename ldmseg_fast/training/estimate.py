@@ -23,6 +23,7 @@ from ldmseg_fast.models.mask_vae import MaskVAE
 from ldmseg_fast.models.unet import UNet
 from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
 from ldmseg_fast.training.disk import MOMENT_BYTES, describe_disk, disk_need
+from ldmseg_fast.training.optimizer import check_whole
 from ldmseg_fast.training.rates import factor_of, rate_factors
 from ldmseg_fast.training.stages import STAGES
 from ldmseg_fast.training.stages.few_step import FewStepStage
@@ -287,12 +288,16 @@ def advice(stage_name: str, config: Config, ranks: int, trainable: int | None = 
         options.append((saved, text))
     now = state_memory(counts, config, ranks, train.zero_stage).device
     for zero_stage, offload in ((train.zero_stage + 1, train.offload), (3, True)):
-        if zero_stage > 3 or (zero_stage, offload) == (train.zero_stage, train.offload):
+        if train.optimizer != "adamw" or zero_stage > 3 or (zero_stage, offload) == (train.zero_stage, train.offload):
             continue
         changed = replace(config, train=replace(train, zero_stage=zero_stage, offload=offload))
         saved = (now - state_memory(counts, changed, ranks, zero_stage).device) / GIB
         name = f"train.zero_stage={zero_stage}" + (" train.offload=true" if offload and not train.offload else "")
         options.append((saved, f"{name}: {saved:.2f} GiB less on each of {ranks} ranks"))
+    if train.optimizer == "adamw" and (ranks == 1 or not train.zero_stage):
+        changed = replace(config, train=replace(train, optimizer="adamw_8bit"))
+        saved = (now - state_memory(counts, changed, ranks, train.zero_stage).device) / GIB
+        options.append((saved, f"train.optimizer=adamw_8bit, in a new run: {saved:.2f} GiB less"))
     if resolve_precision(train.precision, distributed.device())[0] == "fp32":
         options.append((activations / 2, f"train.precision=bf16: about {activations / 2:.2f} GiB less"))
     options.append((0.0, f"data.image_size={config.data.image_size // 2}: a quarter of the activations"))
@@ -331,6 +336,7 @@ def dry_run(stage_name: str, config: Config, user_config: dict[str, Any] | None)
         CheckpointError: a pre-trained folder that is missing or damaged.
     """
     config = with_start(stage_name, config)
+    check_whole(config.train)
     precision, reason = resolve_precision(config.train.precision, distributed.device())
     config = replace(config, train=replace(config.train, precision=precision))
     ranks = distributed.world_size()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmseg_fast import distributed
-from ldmseg_fast.config import Config
+from ldmseg_fast.config import Config, TrainConfig
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.training.adamw_8bit import EightBitAdamW
 from ldmseg_fast.training.deepspeed_settings import BUCKET, deepspeed_config, merge_user_config
@@ -175,11 +175,7 @@ def make_adamw(stage: Stage, config: Config, fused: bool) -> torch.optim.AdamW:
     groups = stage.parameter_groups()
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
-    if distributed.launched() and settings.zero_stage:
-        raise ConfigError(
-            f"train.optimizer={settings.optimizer}: train.zero_stage={settings.zero_stage} cuts the matrices that it "
-            "takes whole; choose train.zero_stage=0 or train.optimizer=adamw"
-        )
+    check_whole(settings)
     if settings.optimizer == "adamw_8bit":
         return EightBitAdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
     hidden = {id(parameter) for parameter in hidden_matrices(stage)}
@@ -191,6 +187,19 @@ def make_adamw(stage: Stage, config: Config, fused: bool) -> torch.optim.AdamW:
             chosen = [parameter for parameter in group["params"] if (id(parameter) in hidden) == orthogonal]
             split += [group | {"params": chosen, "orthogonal": orthogonal}] if chosen else []
     return Muon(split, lr=settings.learning_rate, betas=settings.betas, fused=fused)
+
+
+def check_whole(settings: TrainConfig) -> None:
+    """Checks that parameters stay whole where the optimizer takes them so.
+
+    Raises:
+        ConfigError: a ZeRO stage that cuts them, under a launcher.
+    """
+    if settings.optimizer != "adamw" and settings.zero_stage and distributed.launched():
+        raise ConfigError(
+            f"train.optimizer={settings.optimizer}: train.zero_stage={settings.zero_stage} cuts the matrices that it "
+            "takes whole; choose train.zero_stage=0 or train.optimizer=adamw"
+        )
 
 
 def _norm_and_scale(gradients: list[Tensor], clip: float, loss_scale: float) -> tuple[Tensor, Tensor]:
@@ -319,6 +328,10 @@ class DeepSpeedOptimizer(Optimizer):
 
     def load_foreign(self, folder: Path) -> int:
         """See `Optimizer.load_foreign`."""
+        if self.config.optimizer != "adamw":
+            raise CheckpointError(
+                f"{folder}: DeepSpeed's checkpoints have AdamW's moments; go on with train.optimizer=adamw"
+            )
         path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint in it")

@@ -203,14 +203,13 @@ class ShardReader:
         Without averages in the files, those of `averages` start anew.
 
         Raises:
-            CheckpointError: something is missing, or moments lie in 8 bits in one place and not in the other.
+            CheckpointError: something is missing, or moments are to be in 8 bits and are not.
         """
         eight = any(isinstance(shard.moments[MOMENTS[0]], Moment) for shard in shards)
-        if eight != any(kind.endswith("_codes") for kind, _ in self.pieces):
-            was, now = ("adamw", "adamw_8bit") if eight else ("adamw_8bit", "adamw")
+        if eight and not self.has(f"{MOMENTS[0]}_codes"):
             raise CheckpointError(
-                f"{self.folder}: moments of train.optimizer={was}, which {now} does not take; go on with {was}, or "
-                f"start anew from the model folder with model.init_from"
+                f"{self.folder}: its moments are not in 8 bits, so not of train.optimizer=adamw_8bit; go on with the "
+                f"optimizer that the run began with"
             )
         for shard in shards:
             self.read_into(shard.weight, "weight", shard.name, shard.start)

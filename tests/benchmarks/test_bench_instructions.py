@@ -122,6 +122,15 @@ def test_a_wait_behind_the_program_is_no_loop():
     assert longest_loop("\n".join(rare)) == 0
 
 
+def test_jumps_that_have_no_label():
+    """The disassembly names places of 16 bytes for them; what no jump reaches is in no loop."""
+    add, exit_ = "--:-:-:Y:1\tFADD R1, R1, R2;", "--:-:-:Y:1\tEXIT;"
+    loop = [add, *[add] * 3, "--:-:-:Y:1\tBRA.U !UP0, 0x10;", exit_]
+    assert longest_loop("\n".join(loop)) == 4
+    unreached = ["LBB0:", add, add, exit_, "LBB9:", *[add] * 9, "--:-:-:Y:1\tBRA LBB0;"]
+    assert longest_loop("\n".join(unreached)) == 0
+
+
 def test_each_function_is_collected_once():
     found, unreached = collect(90, headline=True)
     names = [(kernel, launch.kernel.__name__) for kernel, launch, _ in found]

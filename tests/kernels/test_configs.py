@@ -216,3 +216,29 @@ def test_benchmark_without_a_gpu_prints_floors():
     rows = done.stdout.splitlines()
     assert {row.split()[0] for row in rows} == set(KERNELS)
     assert all("not measured (no CUDA device)" in row and "H200" in row for row in rows)
+
+
+def test_tables_tuned_before_a_switch_came_have_it_off(tmp_path):
+    table = {"attention_forward": {"90": {"d48": {"constants": {"BLOCK_M": 64, "BLOCK_N": 64}, "num_warps": 4}}}}
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(table))
+    found = configs.load_configs(path)["attention_forward"][90]["d48"].constants
+    assert found == {"BLOCK_M": 64, "BLOCK_N": 64, "PADDED": 0, "DELAYED": 0, "QUARTERS": 0, "DESCRIBED": 0}
+
+
+def test_descriptors_get_memory_in_a_context_of_their_own(monkeypatch):
+    """What other kernels of the process allocate by stays."""
+    from triton.runtime import _allocation
+
+    seen = []
+
+    class Kernel:
+        arg_names = ("x", "DESCRIBED")
+
+        def __getitem__(self, grid):
+            return lambda *_, **constants: seen.append(_allocation._allocator.get())
+
+    before = _allocation._allocator.get()
+    for switch in (1, 0):
+        launch.launch(Kernel(), (1,), torch.zeros(1), config=configs.make_config(4, 2, DESCRIBED=switch))
+    assert seen == [launch._scratch, before] and _allocation._allocator.get() is before

@@ -22,8 +22,9 @@ FORMAT_VERSION = 2
 # Since 2 weights for a CPU are of 7 bits, whose sums of two products fit 16 bits, and TensorRT's int8 has attention.
 # Since 3 a graph for a CPU has ONNX Runtime's own nodes of products and attention; since 4 the first convolution is
 # of 8 bits there. Since 5 mask decoders in half precision divide by the latents' factor before they round.
-RULES = 5
-CPU_RULES = 4  # the last that changed int8 for a CPU
+# Since 6 scales of int8 come from fewer pictures of a large model, a few at a time.
+RULES = 6
+HALF_RULES, INT8_RULES = 5, 6  # the last that changed graphs in half precision, and in int8
 FILE_NAME = "export.json"
 GRAPHS = ("image_encoder", "denoiser", "mask_decoder")
 
@@ -90,7 +91,7 @@ class Manifest:
     @property
     def is_outdated(self) -> bool:
         """Whether the graphs would be other ones by the rules of today."""
-        least = RULES if self.options.dtype != "float32" else CPU_RULES if self.is_for_cpu else 0
+        least = INT8_RULES if self.precision == "int8" else HALF_RULES if self.options.dtype != "float32" else 0
         return self.rules < least
 
     def write(self, folder: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_value_that_no_export_has_is_one_clear_error(folder, tmp_path, edit):
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "least"),
-    [("fp32", "float32", 1), ("fp16", "float16", 5), ("int8", "float16", 5), ("int8", "float32", 4)],
+    [("fp32", "float32", 1), ("fp16", "float16", 5), ("int8", "float16", 6), ("int8", "float32", 6)],
 )
 def test_graphs_of_former_rules_are_made_again(precision, dtype, least, folder):
     manifest = read_manifest(folder)
