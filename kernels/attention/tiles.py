@@ -50,33 +50,18 @@ def load_tile(
     if DESCRIBED:
         return matrix_ptr.load([row, FIRST])
     else:
-        return _load_tile(matrix_ptr, row, rows, stride, ROWS, FIRST, COLUMNS, D, MASK_ROWS)
-
-
-@triton.jit
-def _load_tile(
-    matrix_ptr,
-    row,
-    rows,
-    stride,
-    ROWS: tl.constexpr,
-    FIRST: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-):
-    local = tl.arange(0, ROWS)
-    column = FIRST + tl.arange(0, COLUMNS)
-    base = matrix_ptr + tl.cast(row, tl.int64) * (stride * 8)
-    pointers = base + local[:, None] * (stride * 8) + column[None, :]
-    inside = (row + local < rows)[:, None]
-    if FIRST + COLUMNS > D:
+        local = tl.arange(0, ROWS)
+        column = FIRST + tl.arange(0, COLUMNS)
+        base = matrix_ptr + tl.cast(row, tl.int64) * (stride * 8)
+        pointers = base + local[:, None] * (stride * 8) + column[None, :]
+        inside = (row + local < rows)[:, None]
+        if FIRST + COLUMNS > D:
+            if MASK_ROWS:
+                return tl.load(pointers, mask=inside & (column < D)[None, :], other=0.0)
+            return tl.load(pointers, mask=(column < D)[None, :], other=0.0)
         if MASK_ROWS:
-            return tl.load(pointers, mask=inside & (column < D)[None, :], other=0.0)
-        return tl.load(pointers, mask=(column < D)[None, :], other=0.0)
-    if MASK_ROWS:
-        return tl.load(pointers, mask=inside, other=0.0)
-    return tl.load(pointers)
+            return tl.load(pointers, mask=inside, other=0.0)
+        return tl.load(pointers)
 
 
 @triton.jit
