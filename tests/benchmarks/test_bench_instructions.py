@@ -127,6 +127,8 @@ def test_jumps_that_have_no_label():
     add, exit_ = "--:-:-:Y:1\tFADD R1, R1, R2;", "--:-:-:Y:1\tEXIT;"
     loop = [add, *[add] * 3, "--:-:-:Y:1\tBRA.U !UP0, 0x10;", exit_]
     assert longest_loop("\n".join(loop)) == 4
+    parted = ["LBB0:", add, "--:-:-:-:5\tBRA.DIV UR11, 0x50;", "LBB1:", add, "--:-:-:-:5\t@P0 BRA LBB0;", exit_, add]
+    assert longest_loop("\n".join([*parted, *[add] * 9, "--:-:-:-:5\tBRA LBB1;"])) == 4
     unreached = ["LBB0:", add, add, exit_, "LBB9:", *[add] * 9, "--:-:-:Y:1\tBRA LBB0;"]
     assert longest_loop("\n".join(unreached)) == 0
 
