@@ -44,7 +44,6 @@ from ldmseg_fast.distributed.ending import run_command
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.kernels.backend import KERNELS, set_backend
 from ldmseg_fast.models.fp8_layers import why_not_fp8_products
-from ldmseg_fast.training.adamw_8bit import Moment
 from ldmseg_fast.training.estimate import count_parameters
 from ldmseg_fast.training.inputs import training_set
 from ldmseg_fast.training.loop import Run, learning_rate
@@ -191,7 +190,7 @@ def bench_variants(record: Record, args: argparse.Namespace, folder: Path, what:
     for name, values in losses.items():
         half = values[count // 2 :]
         record.add_value("mean loss of the last half", sum(half) / len(half), "", case=case, variant=name, curve=values)
-        moments = sum(bytes_of(moment) for shard in runs[name].optimizer.shards for moment in shard.moments.values())
+        moments = sum(moment.nbytes for shard in runs[name].optimizer.shards for moment in shard.moments.values())
         record.add_value("moments", moments / 2**20, "MiB", case=case, variant=name)
     steps = {name: (lambda run=run: run.window.add(run.take_step())) for name, run in runs.items()}
     rounds, seconds = 5 if args.quick else 20, 15 * args.minutes
@@ -199,12 +198,6 @@ def bench_variants(record: Record, args: argparse.Namespace, folder: Path, what:
     record.add(f"training step, {what}", timings, baseline=next(iter(variants)), case=case, items=args.batch)
     for run in runs.values():
         run.close()
-
-
-def bytes_of(moment: torch.Tensor | Moment) -> int:
-    """Counts the bytes of a moment, float32 or in 8 bits."""
-    parts = (moment.codes, moment.scales) if isinstance(moment, Moment) else (moment,)
-    return sum(part.numel() * part.element_size() for part in parts)
 
 
 # settings that a part compares, the baseline first

@@ -30,7 +30,7 @@ def longest_loop(text: str) -> int:
     labels |= {f"0x{16 * number:x}": place for number, place in enumerate(instructions)}  # where a jump has no label
     after: list[list[int]] = []  # where each line goes on
     for place, line in enumerate(lines):
-        # .DIV is for threads of a warp that part, which compiled blocks never do: a rare case
+        # BRA.DIV is for a warp whose threads have parted: a rare case
         jump = None if "BRA.DIV" in line else re.search(r"\bBRA(?:\.\w+)* (?:\S+, )?(\w+);", line)
         always = re.search(r"\t(BRA \w+;|EXIT|RET)", line)
         targets = [labels[jump[1]]] if jump and jump[1] in labels else []

@@ -18,6 +18,7 @@ BLOCK = 256  # numbers that share a scale
 LEAST = 4096  # numbers of a parameter that is worth it
 BYTES = 2 * (1 + 4 / BLOCK)  # of both moments, a number
 DECADES = 7
+MOMENTS = ("exp_avg", "exp_avg_sq")
 HASH = 0x1E3779B1  # odd: every bit of a number moves the ones above it
 
 
@@ -50,6 +51,11 @@ class Moment:
         zero = int((levels(signed) == 0).nonzero())
         self.codes = torch.full((rows, BLOCK), zero, dtype=torch.uint8, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Counts the bytes that it takes, as a tensor's own does."""
+        return self.codes.nbytes + self.scales.nbytes
+
     def float(self) -> Tensor:
         """Returns the numbers, float32 of any shape, the parameter's."""
         return (self.levels[self.codes.int()] * self.scales).flatten()[: self.size].view(self.shape)
@@ -61,7 +67,8 @@ class Moment:
         are rounded up or down by chance, in the mean to what they are. Chance is what the last bits of a number say,
         the same in a run that is resumed. None of them becomes zero: updates divide by their root.
         """
-        rows = F.pad(values.float().flatten(), (0, self.codes.numel() - self.size)).view(-1, BLOCK)
+        numbers, left = values.float().flatten(), self.codes.numel() - self.size
+        rows = (F.pad(numbers, (0, left)) if left else numbers).view(-1, BLOCK)
         torch.gather(rows, 1, rows.abs().argmax(1, keepdim=True), out=self.scales)
         shares = rows / torch.where(self.scales == 0, 1.0, self.scales)
         if self.signed:
@@ -81,13 +88,6 @@ class EightBitAdamW(torch.optim.AdamW):
     `grad_scale` and `found_inf` mean what they mean to fused AdamW. Parameters must be whole: no ZeRO stage above 0.
     """
 
-    @staticmethod
-    def new_moment(parameter: Tensor, key: str) -> Moment | Tensor:
-        """Makes a moment of zeros of a parameter, float of any shape: `key` is "exp_avg" or "exp_avg_sq"."""
-        if parameter.numel() >= LEAST:
-            return Moment(parameter, signed=key == "exp_avg")
-        return torch.zeros_like(parameter, memory_format=torch.preserve_format)
-
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """See `torch.optim.AdamW.step`; gradients of large parameters are gone after it."""
@@ -97,12 +97,7 @@ class EightBitAdamW(torch.optim.AdamW):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    on_device = bool(self.defaults.get("fused"))
-                    state["step"] = torch.zeros((), device=parameter.device if on_device else "cpu")
-                    state |= {key: self.new_moment(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
-                if parameter.grad is not None and isinstance(state["exp_avg"], Moment):
+                if parameter.grad is not None and isinstance(adam_state(self, parameter)["exp_avg"], Moment):
                     self._step_one(parameter, group)
                     parameter.grad = None
         super().step()
@@ -129,3 +124,21 @@ class EightBitAdamW(torch.optim.AdamW):
         parameter.sub_(mean.div(root) * (rate / (1 - first**steps)))
         state["exp_avg"].copy_(mean)
         state["exp_avg_sq"].copy_(square)
+
+
+def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Any]:
+    """Gives AdamW's state of a parameter of any shape: "step" and the moments, float32 or in 8 bits.
+
+    It is made as the optimizer itself would make it where no step was taken yet.
+    """
+    state = optimizer.state[parameter]
+    if not state:
+        fused = bool(optimizer.defaults.get("fused"))
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
+        in_bytes = isinstance(optimizer, EightBitAdamW) and parameter.numel() >= LEAST
+        for key in MOMENTS:
+            if in_bytes:
+                state[key] = Moment(parameter, signed=key == "exp_avg")
+            else:
+                state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state

@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from ldmseg_fast.checkpoints.tensors import save_weights
 from ldmseg_fast.errors import CheckpointError
 from ldmseg_fast.files import require_file
-from ldmseg_fast.training.adamw_8bit import EightBitAdamW, Moment
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from ldmseg_fast.training.adamw_8bit import MOMENTS, Moment, adam_state
 
 
 @dataclass(frozen=True)
@@ -47,23 +45,6 @@ class Shard:
     start: int
     weight: Tensor
     moments: Mapping[str, Tensor | Moment]
-
-
-def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    """Gives AdamW's state of a parameter of any shape: "step" and the moments, all float32.
-
-    It is made as AdamW itself would make it where no step was taken yet.
-    """
-    state = optimizer.state[parameter]
-    if not state:
-        fused = bool(optimizer.defaults.get("fused"))
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
-        for key in MOMENTS:
-            if isinstance(optimizer, EightBitAdamW):
-                state[key] = optimizer.new_moment(parameter, key)
-            else:
-                state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return state
 
 
 def whole_shards(stage: nn.Module, optimizer: torch.optim.AdamW) -> list[Shard]:
