@@ -88,7 +88,8 @@ def run(argv: list[str] | None) -> None:
     from ldmseg_fast.allocator import keep_freed_memory
     from ldmseg_fast.training.loop import train
 
-    keep_freed_memory()
+    if not distributed.launched() or not config.train.zero_stage:
+        keep_freed_memory()  # DeepSpeed's flat copies come and go: kept, they were a gigabyte more of each rank
     folder = train(args.stage, config, args.resume, user_config, args.trust, notes=recipe)
     if distributed.is_main():
         print(f"model folder: {folder}")

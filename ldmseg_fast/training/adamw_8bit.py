@@ -34,6 +34,39 @@ def levels(signed: bool) -> Tensor:
     return torch.cat([found, -found, ends] if signed else [found, ends]).sort().values.float()
 
 
+class Scale:
+    """Tells between which of rising marks numbers lie, by two look-ups for a search of eight.
+
+    The upper half of a float32 names a range that is narrower than any two marks are apart, so holds one at most.
+
+    Args:
+        marks: float32 [M], rising.
+    """
+
+    def __init__(self, marks: Tensor) -> None:
+        halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).roll(2**15) << 16  # of 0, 1, ... -2, -1 [65536]
+        least = torch.where(halves < 0, halves | 0xFFFF, halves).view(torch.float32)
+        self.table = torch.searchsorted(marks, least, right=True, out_int32=True)
+        self.marks = torch.cat([marks, torch.full((1,), torch.inf)])
+
+    def to(self, device: torch.device) -> Scale:
+        """Moves it."""
+        self.table, self.marks = self.table.to(device), self.marks.to(device)
+        return self
+
+    def below(self, numbers: Tensor) -> Tensor:
+        """Counts the marks that are not above numbers, float32 of any shape: int32 of the same shape."""
+        found = self.table[numbers.view(torch.int32) >> 16]
+        return found + (numbers >= self.marks[found])
+
+
+@cache
+def marks(signed: bool, device: torch.device) -> Scale:
+    """Returns what numbers are told apart by: the middles between levels where `signed`, the levels where not."""
+    found = levels(signed)
+    return Scale((found[1:] + found[:-1]) / 2 if signed else found).to(device)
+
+
 class Moment:
     """Holds a moment of one parameter in 8 bits.
 
@@ -46,7 +79,7 @@ class Moment:
         self.shape, self.signed, self.size = parameter.shape, signed, parameter.numel()
         rows, device = -(-self.size // BLOCK), parameter.device
         self.levels = levels(signed).to(device)
-        self.bounds = (self.levels[1:] + self.levels[:-1]) / 2
+        self.marks = marks(signed, device)
         self.scales = torch.zeros(rows, 1, device=device)
         zero = int((levels(signed) == 0).nonzero())
         self.codes = torch.full((rows, BLOCK), zero, dtype=torch.uint8, device=device)
@@ -72,9 +105,9 @@ class Moment:
         torch.gather(rows, 1, rows.abs().argmax(1, keepdim=True), out=self.scales)
         shares = rows / torch.where(self.scales == 0, 1.0, self.scales)
         if self.signed:
-            codes = torch.bucketize(shares, self.bounds, out_int32=True)
+            codes = self.marks.below(shares)
         else:
-            below = (torch.bucketize(shares, self.levels, out_int32=True, right=True) - 1).clamp(0, 254)
+            below = (self.marks.below(shares) - 1).clamp(0, 254)
             low, high = self.levels[below], self.levels[below + 1]
             chance = ((rows.view(torch.int32) * HASH) >> 8 & 0xFFFF) / 65536.0
             codes = below + (chance < (shares - low) / (high - low))

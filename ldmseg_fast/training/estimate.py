@@ -130,7 +130,7 @@ def passing_memory(trainable: int, ranks: int, zero_stage: int) -> float:
     ranks on a CPU took (tests/training/test_memory_forecast.py).
     """
     share, alone = trainable / ranks, ranks == 1
-    buckets = {0: 2, 1: 0, 2: 1 if alone else 0, 3: 2 if alone else 3}[zero_stage]
+    buckets = {0: 2, 1: 0, 2: 1 if alone else 0, 3: 2 if alone else 4}[zero_stage]
     copies = {0: 0.0, 1: 2.0 * share, 2: share, 3: float(trainable)}[zero_stage]
     return 4.0 * (buckets * min(BUCKET, trainable) + copies)
 

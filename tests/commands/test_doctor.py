@@ -125,6 +125,7 @@ def test_json_is_all_of_stdout(capsys):
 @pytest.fixture
 def speed(monkeypatch, tmp_path):
     """What makes a machine fast that is described: cores, threads, a container's quota, packages, instructions."""
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
 
     def describe(
         cores=8, usable=8, quota="max 100000", threads=8, nodes=1, library="", packages=(), units=True, gpu=False

@@ -13,7 +13,7 @@ from ldmseg_fast.config import Config
 from ldmseg_fast.distributed.liveness import Interrupt
 from ldmseg_fast.errors import CheckpointError, ConfigError
 from ldmseg_fast.training import adamw_8bit
-from ldmseg_fast.training.adamw_8bit import BLOCK, EightBitAdamW, Moment, levels
+from ldmseg_fast.training.adamw_8bit import BLOCK, EightBitAdamW, Moment, levels, marks
 from ldmseg_fast.training.disk import disk_need
 from ldmseg_fast.training.estimate import Counts, advice, state_memory
 from ldmseg_fast.training.loop import Run, train
@@ -28,6 +28,17 @@ EIGHT = "train.optimizer=adamw_8bit"
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the small parameters of the tests' model count as large ones."""
     monkeypatch.setattr(adamw_8bit, "LEAST", BLOCK)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_look_ups_find_what_a_search_finds(signed: bool):
+    """At every mark, beside it, between marks, and near zero."""
+    scale = marks(signed, torch.device("cpu"))
+    edges = scale.marks[:-1]
+    beside = [torch.nextafter(edges, torch.tensor(end)) for end in (-2.0, 2.0)]
+    between = torch.linspace(-1, 1, 100_001)
+    numbers = torch.cat([edges, *beside, between, between**9, torch.tensor([0.0, -0.0, 1e-40, -1e-40])])
+    assert scale.below(numbers).tolist() == torch.searchsorted(edges, numbers, right=True).tolist()
 
 
 @pytest.mark.parametrize("signed", [True, False])
