@@ -173,6 +173,10 @@ def validate(config: Config) -> Config:
             f"set train.compile=none or train.zero_stage=2",
         ),
         (
+            not train.fp8 or train.precision in ("auto", "bf16"),
+            f"train.fp8=true goes with train.precision=bf16, not with {train.precision}; set one of the two",
+        ),
+        (
             not train.fp8 or train.zero_stage < 3,
             "train.fp8=true: ZeRO 3 fetches weights layer by layer, past torchao's layers; set train.zero_stage=2",
         ),
