@@ -60,7 +60,6 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "few_step.new_autoencoder": LATER,
     "few_step.latent_loss": ("one_step",),
     "few_step.teacher_steps": ("distillation",),
-    "num_inference_steps": ("diffusion",),
 }
 
 

@@ -74,7 +74,10 @@ def rehearse(stage_name: str, config: Config, resume: bool = False, trust: bool 
     if stage is not None:
         if config.train.compile != "none":
             check_backend(config.train.compile_backend)
-        make_adamw(stage, config, fused=False)
+        if config.train.optimizer == "muon":
+            make_adamw(stage, config, fused=False)
+        else:  # an optimizer of torch imports the compiler, a second that tells no more
+            stage.parameter_groups()
         if config.train.noise_scale:
             NoiseMeter(stage, config.train, distributed.world_size())
     if config.output_dir:

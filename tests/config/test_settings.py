@@ -233,7 +233,6 @@ def test_settings_that_are_not_written_as_such(overrides):
         ("one_step", "diffusion.hard_examples=0.5", "only stage diffusion uses it; leave it out"),
         ("one_step", "diffusion.own_estimate=0.5", "only stage diffusion uses it; leave it out"),
         ("one_step", "diffusion.area_weights=true", "only stage diffusion uses it; leave it out"),
-        ("one_step", "num_inference_steps=4", "only stage diffusion uses it; leave it out"),
         ("one_step", "conditioning.caption_dropout=0.5", "only stage diffusion uses it; leave it out"),
         ("distillation", "loss.dice=2", "only stages autoencoder, diffusion, one_step use it; leave it out"),
         ("diffusion", "loss.dice=2", "stage diffusion uses it in its task loss, which is off; set"),
