@@ -68,9 +68,9 @@ STAGES = ("autoencoder", "diffusion", "one_step", "distillation")
 OPTIONS = [
     "train.zero_stage=3", "train.accumulation=2", "train.checkpointing=blocks", "train.clip=0.1",
     "train.schedule=constant", "train.no_decay=norm,bias", "train.lr_factors=unet.conv_in:10",
-    "scheduler.prediction_type=epsilon", "diffusion.task_loss=0.1", "diffusion.sample_posterior=true",
-    "diffusion.image_noise=0.1", "data.id_assignment=random", "data.scale_min=0.5", "data.color_jitter=0.2",
-    "data.num_workers=1", "data.cache=false",
+    "scheduler.prediction_type=epsilon", "diffusion.task_loss=0.1", "diffusion.image_noise=0.1",
+    "data.id_assignment=random", "data.scale_min=0.5", "data.color_jitter=0.2", "data.num_workers=1",
+    "data.cache=false",
 ]  # fmt: skip
 PREDICTIONS = {
     "as it is": [],

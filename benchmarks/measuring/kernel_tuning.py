@@ -24,13 +24,15 @@ from ldmseg_fast.kernels import configs
 from ldmseg_fast.kernels.attention.op import FP8_ARCHITECTURE
 from ldmseg_fast.kernels.case import Case, all_cases
 
+MOST = 16  # configurations that an entry tries: tuning has minutes
+
 
 def candidates_of(kernel: str, shape_class: str) -> list[configs.Config]:
-    """Returns what tuning tries for an entry of the table, the shipped configuration first."""
+    """Returns what tuning tries for an entry of the table, the shipped configuration first, MOST at most."""
     shipped = configs.find_config(kernel, shape_class)
     names = set(shipped.constants)
     others = [c for c in configs.all_candidates().get(kernel, []) if set(c.constants) == names and c != shipped]
-    return [shipped, *others]
+    return [shipped, *others[-(MOST - 1) :]]  # the last of a list are those with switches, which no others try
 
 
 @contextmanager

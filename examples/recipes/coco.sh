@@ -27,10 +27,12 @@ if [ -z "$dry_run" ]; then
     $python -m ldmseg_fast.cli data cache "$coco" --image-vae "$stable_diffusion" --size "${SIZE:-512}"
 fi
 
-# 3. Pictures to latents
+# 3. Pictures to latents; before the first training there is no auto-encoder that could be tried
+autoencoder=(model.mask_vae="$out/autoencoder")
+[ -z "$dry_run" ] || [ -d "$out/autoencoder" ] || autoencoder=()
 $launch ldmseg_fast/train.py diffusion --config "$config" $dry_run $(resume "$out/diffusion") \
     data.root="$coco" output_dir="$out/diffusion" data.latent_cache=auto \
-    model.mask_vae="$out/autoencoder" model.init_from="$stable_diffusion" "$@"
+    ${autoencoder[@]+"${autoencoder[@]}"} model.init_from="$stable_diffusion" "$@"
 
 # 4. Class-agnostic PQ at 50 steps, and with the categories of the ground truth
 if [ -z "$dry_run" ]; then

@@ -40,6 +40,10 @@ HOW_TO_GET_ONE = (
     ".safetensors files are enough), its name on the Hub, such as CompVis/stable-diffusion-v1-4, or one .safetensors "
     "file of the whole model"
 )
+OTHER_FEATURES = (
+    "leave image_encoder.path out for the weights of Lite0 (image_encoder.variant=0) that the package brings, or give "
+    "the .safetensors file of the variant that image_encoder.variant names"
+)
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,8 @@ def _with_image_vae(start: Start) -> Start:
     if encoder.is_pyramid:
         if encoder.path == RANDOM:
             return start
+        if encoder.path and not Path(encoder.path).exists():
+            raise CheckpointError(f"image_encoder.path={encoder.path}: no such file; {OTHER_FEATURES}")
         return replace(start, features=Path(encoder.path) if encoder.path else pretrained_weights(encoder))
     path = _image_vae_path(encoder) if encoder.path else None
     if encoder.kind == "taesd":

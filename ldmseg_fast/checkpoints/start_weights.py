@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmseg_fast.checkpoints import single_file
-from ldmseg_fast.checkpoints.init_from import Start
+from ldmseg_fast.checkpoints.init_from import OTHER_FEATURES, Start
 from ldmseg_fast.checkpoints.tensors import WEIGHTS, at_most, load_state, load_weights
 from ldmseg_fast.checkpoints.weight_files import read_weights
 from ldmseg_fast.errors import CheckpointError
@@ -32,7 +33,7 @@ def load_unet(unet: UNet, start: Start) -> None:
     initialised as `model.init_noisy`, `init_image` and `init_condition` say, where the folder's model has no such part;
     its bias is copied. What reads or writes mask latents keeps its own weights under `few_step.new_autoencoder`. Parts
     that the folder's model does not have at all (cross-attention, a separate image encoder) keep their own
-    initialisation, or take a copy of the down path.
+    initialisation, or take a copy of the down path. A `unet` on the meta device is checked alone: no weight is read.
 
     Raises:
         CheckpointError: weights that are missing, damaged, or do not fit.
@@ -40,6 +41,8 @@ def load_unet(unet: UNet, start: Start) -> None:
     if start.unet is None:
         return
     state = _unet_state(start)
+    if next(unet.parameters()).is_meta:  # a rehearsal: names, shapes and types say what does not fit
+        state = {key: value.to("meta") for key, value in state.items()}
     own = unet.state_dict()
     if not unet.config.cross_attention_dim:
         state = {key: value for key, value in state.items() if not is_cross_attention(key)}
@@ -123,7 +126,8 @@ def load_image_encoder(encoder: nn.Module, start: Start) -> None:
         CheckpointError: weights that are missing, damaged, or do not fit.
     """
     if start.features is not None:
-        load_state(encoder.get_submodule("network"), _features(start.features), str(start.features))
+        with _naming_the_features(start):
+            load_state(encoder.get_submodule("network"), _features(start.features), str(start.features))
     if start.image_vae is not None:
         load_state(encoder, _image_vae_state(start, isinstance(encoder, TaesdEncoder)), str(start.image_vae))
 
@@ -146,7 +150,8 @@ def check_start(start: Start) -> None:
         )
     if start.features is not None:
         pyramid = PYRAMIDS[config.image_encoder.kind]
-        _check_sizes(lambda: pyramid(config.image_encoder), _features(start.features), start.features)
+        with _naming_the_features(start):
+            _check_sizes(lambda: pyramid(config.image_encoder), _features(start.features), start.features)
 
 
 def _check_sizes(
@@ -159,7 +164,7 @@ def _check_sizes(
     common = [name for name in own if name in state and not name.startswith(exchanged)]
     wrong = [name for name in common if own[name].shape != state[name].shape and not is_cross_attention(name)]
     if wrong or not common:
-        shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in wrong[:5]]
+        shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in wrong[:2]]
         what = f"{len(wrong)} of another shape: {', '.join(shapes)}" if wrong else "none of its tensors is there"
         raise CheckpointError(f"{source}: weights of another architecture; {what}")
 
@@ -185,6 +190,21 @@ def _image_vae_state(start: Start, taesd: bool) -> dict[str, Tensor]:
         return single_file.vae_state(start.image_vae)
     state = modern_attention_names(read_weights(start.image_vae))
     return {key: value for key, value in state.items() if not key.startswith(("decoder.", "post_quant_conv."))}
+
+
+@contextmanager
+def _naming_the_features(start: Start) -> Iterator[None]:
+    """Names the settings, and the cure, where a pyramid's weights do not fit inside."""
+    encoder = start.config.image_encoder
+    try:
+        yield
+    except CheckpointError as error:
+        if not encoder.path:
+            raise
+        raise CheckpointError(
+            f"image_encoder.kind={encoder.kind}, image_encoder.variant={encoder.variant}, image_encoder.path={error}; "
+            f"{OTHER_FEATURES}"
+        ) from None
 
 
 def _features(path: Path) -> dict[str, Tensor]:

@@ -2,12 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
+from ldmseg_fast.config.recipes import STAGE_NAMES
 from ldmseg_fast.config.settings import Config, ImageEncoderConfig, MaskVAEConfig, SchedulerConfig, UNetConfig
 from ldmseg_fast.config.values import update
 from ldmseg_fast.errors import ConfigError
+
+LATER, FEW = STAGE_NAMES[1:], STAGE_NAMES[2:]
+TASK_LOSS = (
+    "autoencoder",
+    "diffusion",
+    "one_step",
+)  # stages that score slots; diffusion where diffusion.task_loss is on
+# settings, or groups of them, that not every stage uses -> the stages that do, or that refuse them in words of their
+# own. Not here: what describes data, networks or the loss's points, which one command line may give to all stages
+USED_BY: dict[str, tuple[str, ...]] = {
+    "model.mask_vae": LATER,
+    "model.init_from": LATER,
+    "model.init_noisy": LATER,
+    "model.init_image": LATER,
+    "model.init_condition": LATER,
+    "model.freeze": LATER,
+    "conditioning": ("diffusion",),
+    "scheduler.init_noise_sigma": LATER,
+    "scheduler.loss_weighting": ("diffusion",),
+    "scheduler.max_snr": ("diffusion",),
+    "scheduler.fixed_weight": ("diffusion",),
+    "loss.ce": TASK_LOSS,
+    "loss.bce": TASK_LOSS,
+    "loss.dice": TASK_LOSS,
+    "loss.category": TASK_LOSS,
+    "loss.category_balance": TASK_LOSS,
+    "loss.kl": ("autoencoder",),
+    "loss.drop_blocks": ("autoencoder",),
+    "loss.drop_block_size": ("autoencoder",),
+    "loss.latent_noise": ("autoencoder",),
+    "diffusion.loss": ("diffusion",),
+    "diffusion.mask_void": ("diffusion", "distillation"),
+    "diffusion.hard_examples": ("diffusion",),
+    "diffusion.area_weights": ("diffusion",),
+    "diffusion.own_estimate": ("diffusion",),
+    "diffusion.latent_scale": LATER,
+    "diffusion.image_noise": ("diffusion",),
+    "diffusion.sample_posterior": (),
+    "diffusion.task_loss": ("diffusion",),
+    "diffusion.inpainting": LATER,
+    "diffusion.inpainting_block": ("diffusion", "one_step"),
+    "few_step.steps": FEW,
+    "few_step.depth": ("one_step",),
+    "few_step.matching": ("one_step",),
+    "few_step.train_decoder": ("one_step",),
+    "few_step.resize": LATER,
+    "few_step.new_autoencoder": LATER,
+    "few_step.latent_loss": ("one_step",),
+    "few_step.teacher_steps": ("distillation",),
+}
+
+
+def check_used(stage: str, given: Mapping[str, str], config: Config, base: Config) -> None:
+    """Checks that a stage uses what a command line sets for it.
+
+    What is set to its default, or to what the preset or the file has, may stand there for all stages.
+
+    Args:
+        stage: of `STAGE_NAMES`.
+        given: text by the setting's name.
+        config: with what is given.
+        base: without it.
+
+    Raises:
+        ConfigError: a setting that the stage ignores.
+    """
+    for key, text in given.items():
+        stages = USED_BY.get(key, USED_BY.get(key.partition(".")[0], STAGE_NAMES))
+        value, *others = (attrgetter(key)(each) for each in (config, base, Config()))
+        if value in others:
+            continue
+        if stage not in stages:
+            users = f"only stage{'s' * (len(stages) > 1)} {', '.join(stages)} use{'s' * (len(stages) == 1)} it"
+            raise ConfigError(f"{key}={text}: {users if stages else 'no stage uses it'}; leave it out")
+        if stage == "diffusion" and stages == TASK_LOSS and not config.diffusion.task_loss:
+            cure = "set diffusion.task_loss too, or leave it out"
+            raise ConfigError(f"{key}={text}: stage diffusion uses it in its task loss, which is off; {cure}")
 
 
 def validate(config: Config) -> Config:
@@ -90,6 +170,10 @@ def validate(config: Config) -> Config:
             train.compile == "none" or train.zero_stage < 3,
             f"train.compile={train.compile}: ZeRO 3 fetches weights layer by layer, which cannot be compiled; "
             f"set train.compile=none or train.zero_stage=2",
+        ),
+        (
+            not train.fp8 or train.precision in ("auto", "bf16"),
+            f"train.fp8=true goes with train.precision=bf16, not with {train.precision}; set one of the two",
         ),
         (
             not train.fp8 or train.zero_stage < 3,

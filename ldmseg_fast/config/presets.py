@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ldmseg_fast.config.checks import validate
+from ldmseg_fast.config.checks import check_used, validate
 from ldmseg_fast.config.recipes import recipe_of
 from ldmseg_fast.config.settings import (
     Config,
@@ -150,12 +150,12 @@ def load_config(
     Args:
         name_or_file: the preset or the file. A file may say which `stage` its settings are for, as a run's config.json.
         overrides: these win.
-        stage: whose recipe is laid over the preset; "": the preset alone.
+        stage: whose recipe is laid over the preset, and which uses what `overrides` set; "": any.
         begun: the settings of a run that goes on, nested; they take the place of the recipe's.
 
     Raises:
         ConfigError: no such preset or file, an unknown key, a wrong type, values that contradict each other, a file for
-            another stage.
+            another stage, an override that the stage ignores.
     """
     recipe: list[str] = []
     given: set[str] = set()  # settings of the UNet
@@ -181,17 +181,22 @@ def load_config(
             raise ConfigError(f"{name_or_file}: {error}") from None
     if isinstance(overrides, str):
         raise ConfigError(f"{overrides!r}: a list of settings expected, such as ['train.steps=1000']")
+    base, texts = config, {}
     for item in (*recipe, *overrides):
         key, equals, value = item.partition("=") if isinstance(item, str) else ("", "", "")
         if not equals or not key:
             raise ConfigError(f"{item!r}: settings are written key=value, such as train.steps=1000")
         if key.startswith("unet."):
             given.add(key.removeprefix("unet."))
+        texts[key] = value
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
         config = update(config, nested)
-    return validate(_with_fitting_channels(config, given))
+    config = validate(_with_fitting_channels(config, given))
+    if stage:
+        check_used(stage, texts, config, base)
+    return config
 
 
 def _with_fitting_channels(config: Config, given: Iterable[str]) -> Config:

@@ -250,7 +250,7 @@ class DiffusionConfig:
     own_estimate: Share = 0.0  # share of steps whose x_t is of the network's own estimate of x_0
     latent_scale: Factor = 1.0  # factor on the auto-encoder's scaling_factor; below 1 the image matters more
     image_noise: Deviation = 0.0  # standard deviation added to image latents
-    sample_posterior: bool = False
+    sample_posterior: bool = False  # of no effect: records of older runs have it
     task_loss: Weight = 0.0  # weight of the decoded x0 estimate's auto-encoder loss
     inpainting: Share = 0.0  # share of images that learn to complete a map, parts of which are their condition
     inpainting_block: Pixels = 16  # pixels; the map is known or not by blocks of this side

@@ -216,7 +216,6 @@ def why_not(config: Config) -> str:
         (data.paste > 0, f"data.paste={data.paste} changes pictures at random"),
         (data.color_jitter > 0, f"data.color_jitter={data.color_jitter} changes colours at random"),
         (data.resize != "pillow", f"data.resize={data.resize} differs from the cache's, which is Pillow's"),
-        (config.diffusion.sample_posterior, "diffusion.sample_posterior draws other latents each time"),
         (config.unet.conditioning == "clip_image", "unet.conditioning=clip_image sees the pictures"),
     ]
     return "; ".join(reason for found, reason in reasons if found)

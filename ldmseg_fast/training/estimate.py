@@ -26,7 +26,6 @@ from ldmseg_fast.training.disk import MOMENT_BYTES, describe_disk, disk_need
 from ldmseg_fast.training.optimizer import check_whole
 from ldmseg_fast.training.rates import factor_of, rate_factors
 from ldmseg_fast.training.stages import STAGES
-from ldmseg_fast.training.stages.few_step import FewStepStage
 
 GIB = 2**30
 # main memory before any weight is there, measured on Linux x86 with PyTorch 2.13: the program with DeepSpeed, the
@@ -315,10 +314,8 @@ def with_start(stage_name: str, config: Config) -> Config:
         ConfigError, CheckpointError: as `dry_run`.
     """
     with settings_alone():
-        stage = STAGES[stage_name]
-        if issubclass(stage, FewStepStage):
-            config = stage.started(config)
-        if stage_name != "autoencoder" and config.model.init_from:
+        config = STAGES[stage_name].started(config)
+        if stage_name != "autoencoder" and (config.model.init_from or config.image_encoder.path):
             config = resolve_start(config).config
     return config
 

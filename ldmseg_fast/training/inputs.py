@@ -14,7 +14,7 @@ import torch
 from ldmseg_fast import distributed
 from ldmseg_fast.checkpoints.categories_file import CATEGORIES, load_categories
 from ldmseg_fast.checkpoints.hub import pinned
-from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL, PREFIX, VAE, hub_name
+from ldmseg_fast.checkpoints.hub_names import DIFFUSERS, MODEL, PREFIX, VAE, HubName, hub_name
 from ldmseg_fast.checkpoints.shipped import resolve_model_dir
 from ldmseg_fast.config import Config
 from ldmseg_fast.config.categories import CategoryTable
@@ -216,6 +216,13 @@ STARTS = (
 )
 
 
+def hub_names(config: Config) -> dict[str, HubName]:
+    """Lists the models of the Hub that a run starts from, by the settings that name them."""
+    words = {f"{group}.{key}": getattr(getattr(config, group), key) for group, key, _ in STARTS}
+    found = {setting: hub_name(word) for setting, word in words.items() if word and not Path(word).exists()}
+    return {setting: name for setting, name in found.items() if name is not None}
+
+
 def pin_hub_names(config: Config, resumed: Path | None) -> Config:
     """Fetches the models of the Hub that a run starts from, and writes their commits in the place of their branches.
 
@@ -229,11 +236,12 @@ def pin_hub_names(config: Config, resumed: Path | None) -> Config:
         CheckpointError, ArgumentError: as `resolve_model_dir`.
     """
     before: dict[str, Any] = {}
+    names = hub_names(config)
     if resumed is not None and (resumed / "config.json").is_file():
         before = read_json(resumed / "config.json")
     for group, key, kinds in STARTS:
         word = getattr(getattr(config, group), key)
-        name = hub_name(word) if word and not Path(word).exists() else None
+        name = names.get(f"{group}.{key}")
         if name is None:
             continue
         old = str(before.get(group, {}).get(key, ""))

@@ -73,7 +73,7 @@ class WandbTracker:
     """Writes a run of Weights & Biases (https://docs.wandb.ai/ref/python/init); WANDB_MODE=offline needs no network."""
 
     def __init__(self, project: str, name: str, old: str | None, folder: Path, settings: dict[str, Any]) -> None:
-        self.wandb = _library("wandb", project)
+        self.wandb = library("wandb", project)
         self.id = old or uuid.uuid4().hex[:12]
         try:
             self.run = self.wandb.init(
@@ -108,7 +108,7 @@ class MlflowTracker:
     """
 
     def __init__(self, project: str, name: str, old: str | None, folder: Path, settings: dict[str, Any]) -> None:
-        self.mlflow = _library("mlflow", project)
+        self.mlflow = library("mlflow", project)
         # MLflow would try for many minutes, in which nothing is trained
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -169,7 +169,7 @@ class TrackioTracker:
     """
 
     def __init__(self, project: str, name: str, old: str | None, folder: Path, settings: dict[str, Any]) -> None:
-        self.trackio = _library("trackio", project)
+        self.trackio = library("trackio", project)
         self.id = old or f"{name}-{uuid.uuid4().hex[:8]}"
         with contextlib.redirect_stdout(sys.stderr):
             self.run = self.trackio.init(
@@ -197,7 +197,12 @@ TRACKERS: dict[str, Callable[[str, str, str | None, Path, dict[str, Any]], Track
 }
 
 
-def _library(name: str, project: str) -> Any:
+def library(name: str, project: str) -> Any:
+    """Imports what the tracker `name` needs.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError:

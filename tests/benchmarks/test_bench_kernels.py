@@ -130,6 +130,22 @@ def test_tuning_writes_the_best_after_each_entry(on_a_gpu, monkeypatch, tmp_path
     assert len(written) == 2  # no time, no table
 
 
+def test_no_entry_has_more_candidates_than_tuning_has_time_for():
+    """The shipped configuration counts where it is none of the others; each switch is still tried."""
+    lengths = set()
+    for kernel, table in configs.all_configs().items():
+        for sm, classes in table.items():
+            for shape_class, shipped in classes.items():
+                with configs.architecture(sm):
+                    tried = kernel_tuning.candidates_of(kernel, shape_class)
+                lengths.add(len(tried))
+                assert tried[0] == shipped and len(tried) <= kernel_tuning.MOST, (kernel, sm, shape_class)
+                if kernel in ("attention_forward", "attention_forward_few"):
+                    for switch in ("PADDED", "DELAYED", "DESCRIBED"):
+                        assert {config.constants[switch] for config in tried} == {0, 1}, (kernel, sm, shape_class)
+    assert kernel_tuning.MOST in lengths
+
+
 def test_the_shares_compile_every_candidate_once(on_a_gpu):
     launched = []
     cases = [make_case("planes", launching("encode_mask_bits", "planes", launched))]

@@ -1,11 +1,15 @@
 """Settings: presets, overrides, files, and errors that name the key."""
 
 import json
+import re
 from dataclasses import fields, is_dataclass, replace
+from operator import attrgetter
 
 import pytest
 
 from ldmseg_fast.config import PRESETS, Config, describe, from_dict, load_config, to_dict, update, validate
+from ldmseg_fast.config.checks import USED_BY
+from ldmseg_fast.config.recipes import STAGE_NAMES
 from ldmseg_fast.errors import ConfigError
 
 
@@ -221,3 +225,38 @@ def test_a_pipeline_is_no_folder():
 def test_settings_that_are_not_written_as_such(overrides):
     with pytest.raises(ConfigError, match=r"a list of settings expected|settings are written key=value"):
         load_config("tiny", overrides)
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "message"),
+    [
+        ("one_step", "diffusion.hard_examples=0.5", "only stage diffusion uses it; leave it out"),
+        ("one_step", "diffusion.own_estimate=0.5", "only stage diffusion uses it; leave it out"),
+        ("one_step", "diffusion.area_weights=true", "only stage diffusion uses it; leave it out"),
+        ("one_step", "conditioning.caption_dropout=0.5", "only stage diffusion uses it; leave it out"),
+        ("distillation", "loss.dice=2", "only stages autoencoder, diffusion, one_step use it; leave it out"),
+        ("diffusion", "loss.dice=2", "stage diffusion uses it in its task loss, which is off; set"),
+        ("diffusion", "loss.drop_blocks=0.5", "only stage autoencoder uses it; leave it out"),
+        ("diffusion", "few_step.teacher_steps=4", "only stage distillation uses it; leave it out"),
+        ("diffusion", "diffusion.sample_posterior=true", "no stage uses it; leave it out"),
+        ("autoencoder", "few_step.steps=4", "only stages one_step, distillation use it; leave it out"),
+        ("autoencoder", "model.init_from=tiny", "only stages diffusion, one_step, distillation use it; leave it out"),
+    ],
+)
+def test_a_setting_that_the_stage_ignores_is_refused(stage, setting, message):
+    with pytest.raises(ConfigError, match=re.escape(f"{setting}: {message}")):
+        load_config("tiny", [setting], stage)
+
+
+def test_what_all_stages_are_given_may_be_of_one():
+    """Defaults, what a preset or a file has, and what describes data and networks."""
+    for stage in STAGE_NAMES:
+        load_config("photographs", ["few_step.train_decoder=false", "few_step.steps=1", "loss.kl=1e-6"], stage)
+        load_config("photographs", ["few_step.train_decoder=true", "unet.sample_size=32", "loss.num_points=8"], stage)
+    load_config("tiny", ["loss.dice=2", "diffusion.task_loss=0.1"], "diffusion")
+    assert load_config("tiny", ["few_step.steps=4"]).few_step.steps == 4  # of no stage in particular
+
+
+def test_the_settings_that_stages_share_out_are_there():
+    for key, stages in USED_BY.items():
+        assert attrgetter(key)(Config()) is not None and set(stages) < set(STAGE_NAMES)

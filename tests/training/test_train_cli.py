@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ldmseg_fast.checkpoints.shipped import SHIPPED
+from ldmseg_fast.checkpoints.tensors import load_weights, save_weights
 from ldmseg_fast.train import main
 from tests.training.helpers import ROOT, TINY, TRAIN, Job, deepspeed, free_port, losses, torchrun, train_command
 
@@ -117,6 +120,107 @@ def test_dry_run_says_what_the_start_would_say(capfd: pytest.CaptureFixture, sce
     assert main(["autoencoder", "--config", str(TINY), f"output_dir={file / 'run'}", "--dry-run"]) == 2
     assert "a part of the path is no folder" in capfd.readouterr().err
     assert not run.parent.exists()
+
+
+@pytest.fixture(scope="session")
+def contradiction(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the scenes in which the first category is stuff and not a thing, or the other way round."""
+    root = tmp_path_factory.mktemp("training") / "contradiction"
+    shutil.copytree(scenes, root)
+    for path in (root / "annotations").glob("*.json"):
+        content = json.loads(path.read_text())
+        content["categories"][0]["isthing"] = 1 - content["categories"][0]["isthing"]
+        path.write_text(json.dumps(content))
+    return root
+
+
+PYRAMID = "image_encoder.kind=efficientnet_lite"
+LITE0 = SHIPPED / "efficientnet_lite0" / "model.safetensors"
+REFUSED = {
+    "no encoder": ("diffusion", [PYRAMID, "image_encoder.path=/nowhere.safetensors"], "leave image_encoder.path out"),
+    "another network": ("diffusion", [PYRAMID, "image_encoder.path={unet}"], "image_encoder.path="),
+    "another variant": (
+        "diffusion",
+        [PYRAMID, f"image_encoder.path={LITE0}", "image_encoder.variant=2"],
+        "or give the .safetensors file of the variant that image_encoder.variant names",
+    ),
+    "a folder": ("diffusion", [PYRAMID, "image_encoder.path={scenes}"], "image_encoder.path="),
+    "thing and stuff": (
+        "autoencoder",
+        ["data.root={scenes},{contradiction}", "mask_vae.num_categories={categories}"],
+        "correct one isthing",
+    ),
+    "categories": ("autoencoder", ["mask_vae.num_categories=3"], "mask_vae.num_categories=3"),
+    "best": ("autoencoder", ["train.best=class_pq"], "train.best=class_pq"),
+    "muon": ("autoencoder", ["train.optimizer=muon"], "train.optimizer=muon: no trained matrix"),
+    "sigma": ("diffusion", ["scheduler.init_noise_sigma=0"], "scheduler.init_noise_sigma=0: stage diffusion"),
+    "ignored": ("autoencoder", ["few_step.steps=4"], "few_step.steps=4: only stages one_step, distillation use it"),
+    "hard examples": ("one_step", ["diffusion.hard_examples=0.5"], "only stage diffusion uses it; leave it out"),
+    "prefix": ("diffusion", ["train.lr_factors=unet.nothing:2"], "no trained parameter's name starts with"),
+    "nothing trained": ("autoencoder", ["train.lr_factors=mask_vae:0"], "nothing is trained"),
+    "noise scale": ("autoencoder", ["train.noise_scale=true"], "train.noise_scale=true"),
+    "no auto-encoder": ("diffusion", ["model.mask_vae=/nowhere"], "/nowhere"),
+    "encoder's stride": ("diffusion", ["image_encoder.widths=8,16", "image_encoder.blocks=0,1"], "divides the picture"),
+    "weights are missing": ("diffusion", ["model.init_from={damaged}"], "1 missing: conv_out.bias"),
+    "one step, weights are missing": ("one_step", ["model.init_from={damaged}"], "1 missing: conv_out.bias"),
+    "teacher's steps": ("distillation", ["model.init_from={model}", "few_step.teacher_steps=1"], "few_step.teacher_"),
+    "teacher's latents": ("distillation", ["few_step.new_autoencoder=true"], "a teacher's latents are its own"),
+    "compiler": ("diffusion", ["train.compile=blocks", "train.compile_backend=x"], "train.compile_backend=x: one of"),
+    "fp8": ("diffusion", ["train.fp8=true"], "train.fp8=true goes with train.precision=bf16, not with fp32"),
+    "tracker": ("autoencoder", ["train.trackio=x"], "train.trackio=x: `pip install trackio`"),
+    "CLIP": (
+        "diffusion",
+        ["unet.conditioning=clip_text", "unet.cross_attention_dim=16", "conditioning.path=/nowhere"],
+        "conditioning.path=/nowhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_dry_run_builds_what_the_start_would_build(
+    mistake: str,
+    scenes: Path,
+    contradiction: Path,
+    autoencoder: Path,
+    diffusion: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What does not go together is the same line with --dry-run and without."""
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    stage, settings, words = REFUSED[mistake]
+    places = {"scenes": scenes, "contradiction": contradiction, "model": diffusion, "damaged": tmp_path / "damaged"}
+    if mistake.endswith("weights are missing"):
+        shutil.copytree(diffusion, places["damaged"])
+        weights = load_weights(diffusion / "unet" / "model.safetensors")
+        del weights["conv_out.bias"]
+        save_weights(weights, places["damaged"] / "unet" / "model.safetensors")
+    annotations = json.loads((scenes / "annotations" / "panoptic_train2017.json").read_text())
+    words_of = places | {"unet": diffusion / "unet/model.safetensors", "categories": len(annotations["categories"])}
+    start = [f"model.mask_vae={autoencoder}"] if stage in ("diffusion", "one_step") else []
+    fixed = ["--config", TINY, f"data.root={scenes}", f"output_dir={tmp_path / 'run'}", *start]
+    said = []
+    for more in ((), ("--dry-run",)):
+        command = [stage, *fixed, *(setting.format(**words_of) for setting in settings), *more]
+        assert main([*map(str, command)]) == 2
+        said.append(capfd.readouterr().err.strip())
+    assert said[0] == said[1] and words in said[0] and len(said[0].splitlines()) == 1
+
+
+def test_dry_run_takes_what_trains(scenes: Path, autoencoder: Path, diffusion: Path, tmp_path: Path) -> None:
+    start, model = f"model.mask_vae={autoencoder}", f"model.init_from={diffusion}"
+    for stage, *settings in (
+        ("diffusion", start, PYRAMID, "train.optimizer=muon"),
+        ("diffusion", start, "unet.conditioning=learned", "unet.cross_attention_dim=16"),
+        ("diffusion", model, "model.attention=triton"),  # of a machine with a GPU
+        ("one_step", start, "few_step.matching=none", "train.optimizer=adamw_8bit"),
+        ("one_step", start, model, "few_step.new_autoencoder=true", "few_step.matching=none"),
+        ("distillation", model, "train.accumulation=2", "train.noise_scale=true"),
+    ):
+        fixed = ["--config", str(TINY), f"data.root={scenes}", f"output_dir={tmp_path / 'run'}"]
+        assert main([stage, *fixed, *settings, "--dry-run"]) == 0, settings
+    assert not any(tmp_path.iterdir())
 
 
 def test_dry_run_merges_a_deepspeed_file(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

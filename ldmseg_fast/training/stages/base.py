@@ -49,6 +49,15 @@ class Stage(nn.Module, abc.ABC):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def started(cls, config: Config) -> Config:
+        """Puts into `config` what the run's start fixes; no weights are read.
+
+        Raises:
+            ConfigError, CheckpointError: settings that the stage, or what it starts from, contradicts.
+        """
+        return config
+
     @abc.abstractmethod
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Computes float32 scalars by name; "loss" is what is minimised.
@@ -195,7 +204,7 @@ class Stage(nn.Module, abc.ABC):
         A factor of 0 freezes what it is for.
 
         Raises:
-            ConfigError: a factor that is no number, or for a prefix that no trained parameter has.
+            ConfigError: a factor that is no number, or for a prefix that no trained parameter has; nothing is trained.
         """
         train, factors = self.config.train, rate_factors(self.config)
         kinds = parameter_kinds(self)
@@ -211,6 +220,11 @@ class Stage(nn.Module, abc.ABC):
                 continue
             decay = 0.0 if kinds[name] in train.no_decay else train.weight_decay
             groups.setdefault((decay, factor), []).append(parameter)
+        if not groups:
+            raise ConfigError(
+                "nothing is trained: model.freeze, train.lr_factors and train.image_encoder_lr stop every parameter; "
+                "leave one of them out"
+            )
         return [
             {"params": parameters, "weight_decay": decay, "lr_factor": factor}
             for (decay, factor), parameters in groups.items()

@@ -68,13 +68,18 @@ class DiffusionStage(LatentStage):
     """
 
     def __init__(self, config: Config) -> None:
+        super().__init__(resolve_start(self.started(config)))
+        self.conditioning = build_conditioning(self.config.unet, self.config.conditioning)
+
+    @classmethod
+    def started(cls, config: Config) -> Config:
+        """Takes the settings as they are; see `Stage.started`."""
         if config.scheduler.init_noise_sigma != 1:
             raise ConfigError(
                 f"scheduler.init_noise_sigma={config.scheduler.init_noise_sigma:g}: stage diffusion learns to denoise, "
                 f"so that sampling starts from noise; leave it at 1, or train stage one_step"
             )
-        super().__init__(resolve_start(config))
-        self.conditioning = build_conditioning(self.config.unet, self.config.conditioning)
+        return config
 
     def train(self, mode: bool = True) -> DiffusionStage:
         """Puts what is trained into training mode; what is frozen stays in evaluation mode."""

@@ -43,8 +43,6 @@ class DistillationStage(FewStepStage):
     name = "distillation"
 
     def __init__(self, config: Config) -> None:
-        if config.few_step.new_autoencoder:
-            raise ConfigError("few_step.new_autoencoder: a teacher's latents are its own; train stage one_step with it")
         super().__init__(config)
         few_step, train = self.config.few_step, self.config.train
         if self.config.diffusion.inpainting:
@@ -63,6 +61,13 @@ class DistillationStage(FewStepStage):
         networks = {"unet": self.unet, "image_vae": self.image_vae}
         self.teacher = nn.ModuleDict({name: copy.deepcopy(network) for name, network in networks.items()})
         self.teacher.eval().requires_grad_(False)
+
+    @classmethod
+    def started(cls, config: Config) -> Config:
+        """Puts into `config` what the teacher fixes. Errors as the class's."""
+        if config.few_step.new_autoencoder:
+            raise ConfigError("few_step.new_autoencoder: a teacher's latents are its own; train stage one_step with it")
+        return super().started(config)
 
     def train(self, mode: bool = True) -> DistillationStage:
         """Puts what is trained into training mode; the teacher and what is frozen stay in evaluation mode."""

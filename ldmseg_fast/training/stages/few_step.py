@@ -48,7 +48,7 @@ class FewStepStage(LatentStage):
 
     @classmethod
     def started(cls, config: Config) -> Config:
-        """Puts into `config` what its start fixes, a model or an auto-encoder alone. Errors as the class's."""
+        """Puts into `config` what a model, or an auto-encoder alone, fixes. Errors as the class's."""
         if cls.starts_fresh and not config.model.init_from and config.model.mask_vae:
             return started_fresh(config)
         return started_from_model(config)

@@ -62,6 +62,17 @@ def test_loss_is_weighed(option, make_stage, batch):
     assert plain(batch, 0)["error"] == other(batch, 0)["error"]
 
 
+@torch.no_grad()
+def test_what_the_network_is_trained_towards_is_float32_inside_autocast(make_stage, batch):
+    stage = make_stage()
+    bits = stage.mask_bits(batch, batch["segment_ids"], batch["table"])
+    alone = stage.mask_latents(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, changed = stage.mask_latents(batch), stage.mask_vae.encode_latents(bits)
+    assert alone.dtype == inside.dtype == torch.float32 and torch.equal(alone, inside)
+    assert changed.dtype == torch.bfloat16  # what autocast would make of them
+
+
 OPTIONS = ("diffusion.area_weights=true", "diffusion.hard_examples=0.25", "diffusion.own_estimate=1")
 
 

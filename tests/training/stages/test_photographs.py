@@ -65,10 +65,10 @@ def test_the_fast_preset_trains_and_predicts_in_one_step(scenes, tmp_path):
         "unet.in_channels=20", "unet.block_out_channels=32,32", "unet.attention=false,true", "unet.num_heads=2,4",
         "unet.layers_per_block=1", "unet.sample_size=8", "loss.num_points=128", "train.batch_size=2", "train.steps=2",
         "train.precision=fp32", "train.compile=none", "train.threads=1", "train.warmup=1", "train.log_every=1",
-        "data.val_limit=2", "few_step.matching=none", f"data.root={scenes}",
+        "data.val_limit=2", f"data.root={scenes}",
     ]  # fmt: skip
     first = train("autoencoder", load_config("coco-fast", [*small, f"output_dir={tmp_path / 'a'}"], "autoencoder"))
-    settings = [*small, f"model.mask_vae={first}", f"output_dir={tmp_path / 'b'}"]
+    settings = [*small, "few_step.matching=none", f"model.mask_vae={first}", f"output_dir={tmp_path / 'b'}"]
     whole = train("one_step", load_config("coco-fast", settings, "one_step"))
     pipe = LDMSegPipeline.from_pretrained(whole)
     assert pipe.info.num_inference_steps == 1 and not pipe.info.self_condition
