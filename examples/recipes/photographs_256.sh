@@ -46,7 +46,7 @@ timed $launch "$code/ldmseg_fast/train.py" one_step $(resume "$out/one_step") "$
     train.lr_factors="$late" postprocess.mask_threshold=0.2 train.max_minutes="${MINUTES:-20}" \
     output_dir="$out/one_step" "$@"
 
-# 3. How good it is on every set
+# 3. How good it is on every set; --out lets an evaluation go on too
 IFS=, read -ra tests <<< "${TESTS:-$sets}"
 for set in "${tests[@]}"; do
     IFS=: read -r root _ split _ <<< "$set:val2017:val2017"
@@ -54,7 +54,8 @@ for set in "${tests[@]}"; do
     report=$out/$name-$split.json
     [ -n "$split" ] && [ ! -f "$report" ] || continue
     case ",$agnostic," in *",$name,"*) how=--class-agnostic ;; *) how= ;; esac
-    timed $python -m ldmseg_fast.cli evaluate "$out/one_step" --data "$root" --split "$split" $how --json "$report"
+    timed $python -m ldmseg_fast.cli evaluate "$out/one_step" --data "$root" --split "$split" $how \
+        --out "${report%.json}" --json "$report"
 done
 
 # 4. A quarter of its size, with a card that tells how it was trained
