@@ -3,7 +3,7 @@
 python benchmarks/bench_quality.py NAME=MODEL_DIR [...] --data ROOT [...] [--split S] [--steps 1 4 10]
     [--solvers ddim heun] [--seeds 3] [--classical TRAIN_SPLIT [--names TRAIN_SPLIT]] [--picture FILE] [--journal FILE]
     [--size S] [--flip] [--scales X ...] [--fusion F] [--edges R] [--connected PX] [--mask-th X]
-    [--count-th N] [--overlap-th X] [--snapshots | --arms]
+    [--count-th N] [--overlap-th X] [--agreement N] [--snapshots | --arms]
 
 A ROOT may name splits of its own, ROOT:TRAIN:TEST; each set has rows of its own. Rows are measured one after the other;
 with --journal a stopped campaign goes on with the first that is missing. With several annotators per image the values
@@ -26,7 +26,8 @@ if __package__ in (None, ""):
     import checkout  # noqa: F401  (run as a script)
 
 from benchmarks.harness import RESULTS, BenchmarkError, Run
-from benchmarks.measuring.options import parse_options
+from benchmarks.measuring.options import parse_options, refuse_unused
+from benchmarks.measuring.sample_agreement import agreement_rows
 from benchmarks.measuring.training_runs import mean_over_trainings
 from benchmarks.peers.annotators import mean_over_annotators
 from benchmarks.peers.untrained import QUALITIES, Tuned, classical_rows, named_rows, trivial_rows
@@ -47,6 +48,9 @@ from ldmseg_fast.metrics.baselines import BASELINES
 from ldmseg_fast.training.provenance import ancestors, cpu_minutes
 
 Row = dict[str, Any]
+# what --agreement leaves out
+OF_QUALITY = ("seeds", "size", "flip", "scales", "fusion", "edges", "connected", "mask_th", "count_th", "overlap_th")
+OF_QUALITY += ("picture", "snapshots", "arms")
 DETAILS = (*QUALITIES, "pq_crowd_correct", "tp", "fp", "fn")
 
 
@@ -212,7 +216,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--class-agnostic", action="store_true", help="leave the categories of models out, on sets that lack them"
     )
-    parser.add_argument("--inpainting", action="store_true", help="completing maps with dropped blocks, in their place")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--inpainting", action="store_true", help="completing maps with dropped blocks, in their place")
+    other.add_argument(
+        "--agreement", type=int, metavar="N", help="wrong pixels by how many of N samples agree, in its place"
+    )
     parser.add_argument("--picture", type=Path, help="PNG or SVG: quality against time, with the Pareto front")
     parser.add_argument("--journal", type=Path, help="file of finished rows, by which a stopped campaign goes on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
@@ -230,7 +238,7 @@ def measure(args: argparse.Namespace, run: Run) -> None:
             where = json.dumps([row["variant"], row["case"]], sort_keys=True)
             if where not in seen:  # each model brings the trivial baselines along
                 seen.add(where)
-                run.add_value("PQ", unit="%", **row)
+                run.add_value(**{"name": "PQ", "unit": "%"} | row)
 
     for root in args.data:
         data = DataConfig(root=root, train_split=args.classical or "train2017", val_split=args.split)
@@ -256,6 +264,7 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                     steps=steps,
                     solver=solver,
                     seeds=1 if reconstruction else args.seeds,
+                    samples=args.agreement or 1,
                     limit=limit,
                     id_assignment=args.ids,
                     image_size=args.size,
@@ -268,8 +277,11 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                     class_agnostic=args.class_agnostic,
                     **views_of(args),
                 )
-                key = {"name": name, "model": fingerprint(model_dir), "data": data, "options": asdict(options)}
+                weights = fingerprint(model_dir)
+                key = {"name": name, "model": weights, "data": data, "options": asdict(options)}
                 rows_of = partial(inpainting_rows if args.inpainting else model_rows, name, model_dir, options=options)
+                if args.agreement:
+                    rows_of = partial(agreement_rows, name, model_dir, options=options, weights=weights[:16])
                 rows = journal.rows_of(key, partial(mean_over_annotators, data, split, rows_of))
                 change = snapshot if args.snapshots else arm if args.arms else None
                 found += [change(row) for row in rows if row["variant"] == name] if change else rows
@@ -308,6 +320,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give NAME=MODEL_DIR, or --classical SPLIT")
     if args.names and not args.classical:
         parser.error("--names names the segments of --classical SPLIT: give both")
+    if args.agreement:
+        refuse_unused(args, parser, "as --agreement samples the model as it is", *OF_QUALITY)
     run = Run("quality", quick=args.quick, folder=args.out)
     measure(args, run)
     if args.picture:

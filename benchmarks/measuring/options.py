@@ -12,6 +12,7 @@ from ldmseg_fast.errors import ArgumentError
 from ldmseg_fast.outputs import check_writable
 
 RANGES = OPTION_RANGES | {
+    "agreement": Range(2, 1000),
     "batch": Range(1, 2**20),
     "cell": Range(1, 16384),
     "clients": Range(1, 1024),

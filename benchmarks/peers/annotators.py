@@ -27,6 +27,7 @@ MEANS = (
     "deviation",
     "miou",
     "category_accuracy",
+    "pixels",
 )
 SUMS = ("tp", "fp", "fn")
 

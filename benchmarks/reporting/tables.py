@@ -45,7 +45,8 @@ def quality(rows: Sequence[Row]) -> str:
     models, completed, baselines = [], [], {}
     snapshots = [row for row in rows if "training_steps" in row["case"]]
     arms = [row for row in rows if "arm" in row["case"]]
-    apart = [*snapshots, *arms]
+    agreement = [row for row in rows if row["case"].get("mode") == "agreement"]
+    apart = [*snapshots, *arms, *agreement]
     aware = [row for row in rows if row["case"].get("mode") == "class-aware" and row not in apart]
     for row in rows:
         if row in aware or row in apart:
@@ -69,6 +70,8 @@ def quality(rows: Sequence[Row]) -> str:
         text += "\n" + comparison(arms)
     if snapshots:
         text += "\n" + learning_curve(snapshots)
+    if agreement:
+        text += "\n" + wrong_by_agreement(agreement)
     if not aware:
         return text
     lines = [
@@ -97,6 +100,19 @@ def comparison(rows: Sequence[Row]) -> str:
     ]
     header = ["trainings compared, %", "data, images", "sampling", "PQ", "SQ", "RQ", "boundary PQ"]
     return table([*header, "steps of training", "its CPU minutes"], lines)
+
+
+def wrong_by_agreement(rows: Sequence[Row]) -> str:
+    """Returns a line per model, data set and band of agreement: its share of all pixels, and how many are wrong."""
+    lines = [
+        [
+            *(row["variant"], _images(row["case"]), f"{_how(row['case'])}, {row['case']['samples']} samples"),
+            *(row["case"]["agreement"], f"{row['pixels']:.1f}", f"{row['value']:.1f}" if row["pixels"] else ""),
+        ]
+        for row in rows
+    ]
+    header = ["wrong by agreement of samples, %", "data, images", "sampling", "samples that agree, share"]
+    return table([*header, "of all pixels", "of these wrong"], lines)
 
 
 def learning_curve(rows: Sequence[Row]) -> str:

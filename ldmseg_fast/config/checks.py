@@ -217,7 +217,7 @@ def part_checks(part: Any, prefix: str = "") -> list[tuple[bool, str]]:
             ),
         ]
     if isinstance(part, ImageEncoderConfig):
-        fits = part.kind != "conv" or len(part.blocks) == len(part.widths)
+        fits = not part.has_convolutions or len(part.blocks) == len(part.widths)
         scale = part.picture_scale
         return [
             (fits, f"{prefix}widths and {prefix}blocks must be equally long"),

@@ -2,17 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import bench_quality
 from benchmarks.bench_quality import Journal, fingerprint, measure
 from benchmarks.harness import BenchmarkError, Run
+from benchmarks.measuring.sample_agreement import count_bands
 from benchmarks.measuring.training_runs import mean_over_trainings
 from benchmarks.peers.annotators import annotator_roots, mean_over_annotators
 from benchmarks.peers.untrained import Tuned, classical_rows
 from benchmarks.reporting import photographs_picture, quality_curve, tables
 from benchmarks.reporting.quality_curve import curves, draw_curve, pareto_front
+from ldmseg_fast.errors import ArgumentError
+from ldmseg_fast.inference.ensemble import EnsembleResult
 from ldmseg_fast.metrics import classical
 from ldmseg_fast.metrics.classical import Classical
 
@@ -81,6 +85,28 @@ def test_arms_stand_apart(campaign, monkeypatch):
     assert compared in everything and everything.count("| small |") == 2
     assert compared.splitlines()[2].endswith("| 900 | 20.0 |")
     assert not quality_curve.curves(rows)
+
+
+def test_wrong_pixels_are_counted_by_agreement():
+    """Segment 7 has a match, which a pixel of segment 8 is outside of; 9 has none; void and crowds do not count."""
+    ids = np.array([[7, 7, 7, 8, 9, 9, 0, 6]], np.int32)
+    found = np.array([[1, 1, 1, 1, 2, 1, 2, 2]], np.int32)
+    agreement = np.array([[1, 1, 0.875, 0.75, 0.5, 0.25, 0.5, 1]], np.float32)
+    segments = [{"id": each, "category_id": 1, "iscrowd": int(each == 6)} for each in (6, 7, 8, 9)]
+    result = EnsembleResult(found, [{"id": 1}, {"id": 2}], agreement, 0)
+    assert count_bands(ids, segments, result).tolist() == [[2, 1, 1, 2], [2, 1, 0, 0]]
+
+
+def test_agreement_has_a_table_of_its_own(campaign):
+    rows = campaign("--steps", "1", "--agreement", "2")
+    assert [row["case"]["agreement"] for row in rows] == ["up to 0.5", "to 0.75", "below 1", "1", "any"]
+    assert {row["name"] for row in rows} == {"wrong pixels"} and all(0 <= row["value"] <= 100 for row in rows)
+    assert sum(row["pixels"] for row in rows[:-1]) == pytest.approx(100) and rows[-1]["pixels"] == 100
+    assert rows[1]["pixels"] == 0  # of two samples
+    both = tables.quality([*campaign("--steps", "1"), *rows])
+    assert tables.wrong_by_agreement(rows) in both and both.count("| small |") == 6
+    with pytest.raises(ArgumentError, match=r"--flip True: does nothing, as --agreement samples the model as it is"):
+        bench_quality.main(["small=x", "--data", "x", "--agreement", "2", "--flip", "--quick"])
 
 
 def test_inpainting_along_edges(campaign):

@@ -100,6 +100,9 @@ def test_wrong_settings_are_named(setting, message):
         load_config("tiny", [setting])
 
 
+CONVOLUTIONS = ["image_encoder.kind=efficientnet_lite", "image_encoder.fine_features=convolutions"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -107,6 +110,8 @@ def test_wrong_settings_are_named(setting, message):
         (["unet.in_channels=36"], "unet.in_channels=36: mask \\+ image \\+ condition make 40"),
         (["unet.out_channels=8"], "unet.out_channels"),
         (["unet.num_heads=4,4"], "equally long"),
+        (["image_encoder.blocks=0,1"], "equally long"),
+        ([*CONVOLUTIONS, "image_encoder.blocks=0,1"], "equally long"),
         (["image_encoder.downsampling=8"], "image_encoder.downsampling=8"),
         (["data.image_size=60"], "data.image_size=60 must be a multiple of 16"),
         (["mask_vae.num_upscalers=3"], "overshoots"),

@@ -93,6 +93,26 @@ def test_recipe_of_photographs(scenes, tmp_path):
     assert "resumed at step 2 of 2" in run(*recipe)
 
 
+def test_recipe_of_photographs_on_a_gpu(scenes, tmp_path):
+    """A call without enough time says so and the next one goes on; every test set has a report."""
+    (tmp_path / "others").symlink_to(scenes)
+    sets, others = f"{scenes}:train2017:val2017", f"{tmp_path / 'others'}:train2017:"
+    widths = ["mask_vae.widths=8,8,16,16", "image_encoder.widths=8,8,16,16"]
+    small = [*NARROW, *widths, "data.image_size=64", "unet.sample_size=8", "unet.norm_groups=8", *SHORT]
+    script = EXAMPLES / "recipes" / "photographs_256.sh"
+    recipe = ["bash", script, tmp_path / "out", f"{sets},{others}", "others", "14", "train.compile=none", *small]
+    once = ["bash", "-c", 'rc=0; "$@" || rc=$?; [ $rc = 143 ]', "once", *recipe]
+    run(*once, SECONDS_A_CALL="1")
+    run(*recipe)
+    reports = tmp_path / "out"
+    assert [path.name for path in reports.glob("*.json")] == [f"{scenes.name}-val2017.json"]
+    assert "class_aware" in json.loads(next(reports.glob("*.json")).read_text(encoding="utf-8"))
+    assert "resumed at step 2 of 2" in run(*recipe, TESTS=f"{others}val2017")
+    assert "class_aware" not in json.loads((reports / "others-val2017.json").read_text(encoding="utf-8"))
+    card = (reports / "shipped" / "model" / "README.md").read_text(encoding="utf-8")
+    assert card.count("## training") == 2 and "--config photographs_256" in card
+
+
 def test_recipes_of_generated_scenes(tmp_path):
     """tiny.sh, a second time too, and one_step.sh on its result."""
     pytest.importorskip("scipy")

@@ -1,7 +1,7 @@
 """interrupted_trainings.py memory|disk COUNT FOLDER SCENES: a training that runs out of memory or disk again and again.
 
-Memory: one of two ranks is refused memory in a step, or is killed, as the kernel does when there is none left; which
-rank, which step and which of the two is by chance. Disk: FOLDER is a small disk, of which a file leaves little or
+Memory: one of two ranks is killed in a step, as the kernel does when there is no memory left, or is refused memory, by
+turns; which rank and which step is by chance. Disk: FOLDER is a small disk, of which a file leaves little or
 nothing free. After each end the other rank must have ended, every file must be whole, and the newest checkpoint still
 be there. Then the training goes on. At last losses and weights must be, bit for bit, those of a training that nothing
 has disturbed. The last line of the output is JSON with what was counted.
@@ -103,11 +103,11 @@ def look(folder: Path, before: int, found: Counter[str]) -> None:
 
 
 def memory(count: int, folder: Path, scenes: Path) -> Counter[str]:
-    """Runs out of memory `count` times on one of two ranks."""
+    """Runs out of memory `count` times on one of two ranks, which is killed first, then refused memory, and so on."""
     found, rng, log, run = Counter[str](lost=0, half=0, stuck=0), random.Random(0), folder / "log.txt", folder / "run"
-    for _ in range(count):
+    for number in range(count):
         before, said = newest(run), len(log.read_text()) if log.exists() else 0
-        main = without_memory(rng.randrange(2), rng.randint(1, 5), killed=rng.random() < 0.5)
+        main = without_memory(rng.randrange(2), rng.randint(1, 5), killed=number % 2 == 0)
         codes = ends(start(main, arguments(run, scenes, before + 100), log, 2))
         assert 0 not in codes, log.read_text()[-3000:]
         found["killed" if -signal.SIGKILL in codes else "refused"] += 1

@@ -109,11 +109,12 @@ def test_twenty_signals(
 def test_twenty_ranks_without_memory(
     tmp_path: Path, start: Start, record_property: Callable[[str, object], None]
 ) -> None:
+    """Twenty are killed and twenty are refused memory."""
     folder = tmp_path / "campaign"
     folder.mkdir()
-    found = campaign("memory", COUNT, folder, tmp_path, start)
+    found = campaign("memory", 2 * COUNT, folder, tmp_path, start)
     check(found, record_property)
-    assert found["killed"] + found["refused"] == found["named"] == COUNT and found["stuck"] == 0
+    assert found["killed"] == found["refused"] == COUNT and found["named"] == 2 * COUNT and found["stuck"] == 0
 
 
 @pytest.mark.soak
@@ -136,4 +137,8 @@ def test_two_ranks_without_memory(tmp_path: Path, start: Start) -> None:
     folder = tmp_path / "campaign"
     folder.mkdir()
     found = campaign("memory", 2, folder, tmp_path, start)
-    assert found["named"] == 2 and not any(found[name] for name in ("lost", "half", "left", "different", "stuck"))
+    assert (
+        found["killed"] == found["refused"] == 1
+        and found["named"] == 2
+        and not any(found[name] for name in ("lost", "half", "left", "different", "stuck"))
+    )
