@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ class LDMSegPipeline:
         *,
         cuda_graph: bool | None = None,
         fused: bool | str = False,
+        class_agnostic: bool = False,
         precision: str | None = None,
         lanes: int = 1,
         threads: int | None = None,
@@ -104,6 +106,8 @@ class LDMSegPipeline:
                 rounding. "epilogues" takes still fewer: our own kernels multiply and convolve, and what makes features
                 also makes the moments of their normalisation. No GPU has timed either yet, so it is off by default. A
                 network without such a form runs as it is, with a warning.
+            class_agnostic: leave the categories of a model that has them out: segments are objects, and two of stuff
+                stay two.
             precision: of the torch backends, in the place of `dtype`: "fp32", "tf32" (float32 whose products a GPU
                 rounds to TF32 in our calls; with "fp32" it does what the process says), "bf16", "fp16", or "fp8", with
                 which the UNet multiplies e4m3 numbers on GPUs of sm_89 and newer. Elsewhere these are left out, with a
@@ -133,7 +137,10 @@ class LDMSegPipeline:
         speed: dict[str, Any] = {"cuda_graph": cuda_graph, "fused": fused, "precision": precision}
         speed |= {"lanes": lanes, "threads": threads, "profile": profile}
         speed |= {"kernel_specialization": kernel_specialization, "graph_strategy": graph_strategy}
-        return cls(load_backend(folder, backend, engine_dir, device, dtype, image_size, attention, **speed))
+        loaded = load_backend(folder, backend, engine_dir, device, dtype, image_size, attention, **speed)
+        if class_agnostic:
+            loaded.info = replace(loaded.info, categories=None)
+        return cls(loaded)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the model itself, bit for bit; see `checkpoints.model_folder.copy_model`.

@@ -39,7 +39,7 @@ class TorchAgreement:
         sampling: the evaluation's num_inference_steps, solver and eta.
         seed, thresholds: likewise.
         limit: how many of this rank's images are compared at most.
-        cuda_graph: of the torch backend, see `LDMSegPipeline.from_pretrained`.
+        cuda_graph, class_agnostic: of the torch backend, see `LDMSegPipeline.from_pretrained`.
     """
 
     def __init__(
@@ -51,8 +51,11 @@ class TorchAgreement:
         thresholds: PostprocessConfig,
         limit: int,
         cuda_graph: bool | None = None,
+        class_agnostic: bool = False,
     ) -> None:
-        self.pipe = LDMSegPipeline.from_pretrained(model_dir, image_size=image_size, cuda_graph=cuda_graph)
+        self.pipe = LDMSegPipeline.from_pretrained(
+            model_dir, image_size=image_size, cuda_graph=cuda_graph, class_agnostic=class_agnostic
+        )
         self.settings = {**sampling, "seed": seed, "thresholds": thresholds}
         self.limit = limit
         self.ours, self.torch = (PanopticQuality(OBJECT, class_agnostic=True) for _ in range(2))

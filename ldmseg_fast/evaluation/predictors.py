@@ -83,6 +83,7 @@ class DiffusionModel:
         ensemble: `num_samples` and what `Views` has, of `LDMSegPipeline.ensemble`; None: one sample a picture. Maps
             are completed with its edges alone.
         connected: as `LDMSegPipeline` has it.
+        class_agnostic: whether categories of the model are left out.
 
     Raises:
         CheckpointError, BackendError, DataError: a folder that is not what it should be.
@@ -109,9 +110,12 @@ class DiffusionModel:
         speed: Mapping[str, Any],
         ensemble: dict[str, Any] | None = None,
         connected: int = 0,
+        class_agnostic: bool = False,
     ) -> None:
         self.ensemble = ensemble
-        self.pipe = LDMSegPipeline.from_pretrained(model_dir, backend, engine_dir, image_size=image_size, **speed)
+        self.pipe = LDMSegPipeline.from_pretrained(
+            model_dir, backend, engine_dir, image_size=image_size, class_agnostic=class_agnostic, **speed
+        )
         info = self.pipe.info
         slots, pictures = info.mask_vae.num_slots, info.picture_size
         self.dataset = CocoPanoptic(data, split, info.image_size, num_slots=slots, limit=limit, picture_size=pictures)
@@ -124,6 +128,7 @@ class DiffusionModel:
         self.facts = {"backend": backend, **self.sampling, "image_size": info.image_size, "seed": seed}
         usual = {"precision": None, "attention": "auto", "fused": False}  # what results depend on, within rounding
         self.facts |= {name: speed[name] for name, value in usual.items() if speed[name] != value}
+        self.facts |= {"class_agnostic": True} if class_agnostic else {}
         if ensemble is not None:
             self.facts["ensemble"] = ensemble | {"scales": list(ensemble["scales"])}
 
@@ -158,6 +163,7 @@ class Autoencoder:
         model_dir, data, split, thresholds, limit, image_size: as `DiffusionModel` has them.
         seed: the first seed of the assignment of slots, for the report.
         id_assignment: how segments get slots; None: as in the model's training.
+        class_agnostic: whether categories that it decodes are left out.
 
     Raises:
         CheckpointError, DataError: a folder that is not what it should be.
@@ -177,6 +183,7 @@ class Autoencoder:
         seed: int,
         image_size: int | None,
         id_assignment: str | None,
+        class_agnostic: bool = False,
     ) -> None:
         index = load_index(model_dir)
         self.folder = model_dir
@@ -198,8 +205,10 @@ class Autoencoder:
         )
         if self.categories is not None:
             self.dataset.use_categories(self.categories)
+        self.categories = None if class_agnostic else self.categories
         self.thresholds = thresholds
         self.facts = {"backend": "torch", "id_assignment": scheme, "image_size": self.size, "seed": seed}
+        self.facts |= {"class_agnostic": True} if class_agnostic else {}
 
     def segment(self, indices: Sequence[int], seed: int) -> list[PanopticResult]:
         """See `Predictor.segment`."""

@@ -8,6 +8,7 @@ import pytest
 
 from ldmseg_fast.checkpoints.categories_file import load_categories
 from ldmseg_fast.checkpoints.model_folder import load_component_config
+from ldmseg_fast.config import PostprocessConfig
 from ldmseg_fast.data.coco_panoptic import CocoPanoptic
 from ldmseg_fast.data.scenes import CATEGORIES
 from ldmseg_fast.errors import ArgumentError, DataError
@@ -17,6 +18,7 @@ from ldmseg_fast.evaluation.scores import SegmentationScores
 from ldmseg_fast.evaluation.semantic import SemanticIoU
 from ldmseg_fast.metrics.pq_files import evaluate_files
 from ldmseg_fast.panoptic.results import PanopticResult
+from ldmseg_fast.pipeline import LDMSegPipeline
 
 OPTIONS = {"limit": 4, "mask_threshold": 0.0, "count_threshold": 0, "overlap_threshold": 0.0, "baselines": False}
 
@@ -83,6 +85,43 @@ def test_data_sets_that_do_not_fit_are_refused_by_name(category_model, renamed):
     assert report["mode"] == "class-agnostic" and "class_aware" not in report
     with pytest.raises(ArgumentError, match="give one of them"):
         EvaluationOptions(class_agnostic=True, class_aware="GT")
+
+
+@pytest.mark.parametrize("edges", [0, 2])
+def test_categories_that_are_left_out_fuse_nothing(category_model, category_scenes, tmp_path, edges):
+    """Stuff of one category is one segment of a model with categories, and stays apart without them."""
+    data = CocoPanoptic(category_scenes, "val2017", 32)
+    pictures = [data.load_image(index) for index in range(4)]
+    settings = {"thresholds": PostprocessConfig(0.0, 0, 0.0)} | ({"edges": edges} if edges else {})
+    stuff = shutil.copytree(category_model, tmp_path / "stuff")
+    listed = json.loads((stuff / "categories.json").read_text())
+    (stuff / "categories.json").write_text(json.dumps([category | {"isthing": 0} for category in listed]))
+
+    def segments(**how):
+        pipe = LDMSegPipeline.from_pretrained(stuff, **how)
+        found = pipe.ensemble(pictures, 1, **settings) if edges else pipe(pictures, **settings)
+        return [segment for result in found for segment in result.segments_info]
+
+    named, plain = segments(), segments(class_agnostic=True)
+    assert all("name" in segment for segment in named) and not any("name" in segment for segment in plain)
+    assert len(plain) > len(named) and not any(segment["was_fused"] for segment in plain)
+
+
+@pytest.mark.parametrize("inpainting", [False, True])
+def test_class_agnostic_scores_are_of_maps_without_categories(
+    category_model, category_scenes, monkeypatch, tmp_path, inpainting
+):
+    asked = []
+    load = LDMSegPipeline.from_pretrained
+    monkeypatch.setattr(
+        LDMSegPipeline, "from_pretrained", lambda *a, **k: asked.append(k["class_agnostic"]) or load(*a, **k)
+    )
+    how = {"inpainting": True, "blocks": (8,)} if inpainting else {"class_agnostic": True}
+    report = evaluate(category_model, category_scenes, EvaluationOptions(**OPTIONS, **how, out=str(tmp_path)))
+    assert asked == [True] and report["class_agnostic" if not inpainting else "inpainting"]
+    if not inpainting:
+        with pytest.raises(ArgumentError, match="class_agnostic"):
+            evaluate(category_model, category_scenes, EvaluationOptions(**OPTIONS, out=str(tmp_path)))
 
 
 def test_foreign_categories_still_vote(category_model, category_scenes, tmp_path):
