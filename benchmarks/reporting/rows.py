@@ -6,7 +6,8 @@ go, whatever their variants and cases. The subject of a row is
 - its name up to the first comma or bracket, whatever the numbers in it: what one function of a benchmark measures
   ("growth, peak memory" is of "growth", and "10 steps" is of "4 steps"), of one model where the case names it, and
   on CPUs with VNNI or on those without where it says so;
-- in the suite "quality" a model, or a baseline, on the same images in the same way, whatever the number of steps;
+- in the suite "quality" a model, or a baseline, on the same images in the same way, whatever the steps, thresholds and
+  number of trainings;
 - in the suite "instructions" a function as one version of Triton compiles it;
 - in the suite "soak" a test; a whole campaign, which has the row "tests", replaces all rows.
 
@@ -26,8 +27,8 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 Row = dict[str, Any]
-# what a run of one subject may vary, beside what it is: steps, and how annotators were joined
-VARIED = ("steps", "annotators")
+# what a run of one subject may vary, beside what it is: how annotators were joined, trainings that the row is the mean of
+VARIED = ("steps", "annotators", "trainings", "mask_threshold", "overlap_threshold")
 # what makes equal names of other suites two subjects, where the case has it
 APART = ("model", "vnni")
 

@@ -101,10 +101,13 @@ def test_other_weights_replace_a_model_everywhere(write):
     assert [path.name for path in superseded_files(folder)] == ["quality-1.json", "quality-2.json"]
 
 
-def test_the_means_over_annotators_replace_pooled_rows(write):
+@pytest.mark.parametrize(
+    "way", [{"annotators": 3}, {"trainings": 3}, {"mask_threshold": 0.3}, {"overlap_threshold": 0.4}]
+)
+def test_means_and_other_thresholds_replace_a_plain_row(write, way):
     write("quality-1", pq(1.0))
     row = pq(2.0)
-    folder = write("quality-2", row | {"case": row["case"] | {"annotators": 3}})
+    folder = write("quality-2", row | {"case": row["case"] | way})
     assert values("quality", folder) == [2.0]
 
 
