@@ -27,7 +27,7 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 Row = dict[str, Any]
-# what a run of one subject may vary, beside what it is: steps, thresholds, and of how many annotators or trainings a row
+# what a run of one subject may vary, beside what it is: steps, thresholds, and of how many annotators or trainings it
 # is the mean
 VARIED = ("steps", "annotators", "trainings", "mask_threshold", "overlap_threshold")
 # what makes equal names of other suites two subjects, where the case has it
