@@ -128,7 +128,7 @@ class DiffusionModel:
         self.facts = {"backend": backend, **self.sampling, "image_size": info.image_size, "seed": seed}
         usual = {"precision": None, "attention": "auto", "fused": False}  # what results depend on, within rounding
         self.facts |= {name: speed[name] for name, value in usual.items() if speed[name] != value}
-        self.facts |= {"class_agnostic": True} if class_agnostic else {}
+        self.facts |= {"categories": "left out"} if class_agnostic and info.mask_vae.num_categories else {}
         if ensemble is not None:
             self.facts["ensemble"] = ensemble | {"scales": list(ensemble["scales"])}
 
@@ -208,7 +208,7 @@ class Autoencoder:
         self.categories = None if class_agnostic else self.categories
         self.thresholds = thresholds
         self.facts = {"backend": "torch", "id_assignment": scheme, "image_size": self.size, "seed": seed}
-        self.facts |= {"class_agnostic": True} if class_agnostic else {}
+        self.facts |= {"categories": "left out"} if class_agnostic and self.vae.config.num_categories else {}
 
     def segment(self, indices: Sequence[int], seed: int) -> list[PanopticResult]:
         """See `Predictor.segment`."""

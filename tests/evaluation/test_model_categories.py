@@ -120,7 +120,7 @@ def test_class_agnostic_scores_are_of_maps_without_categories(
     report = evaluate(category_model, category_scenes, EvaluationOptions(**OPTIONS, **how, out=str(tmp_path)))
     assert asked == [True] and report["class_agnostic" if not inpainting else "inpainting"]
     if not inpainting:
-        with pytest.raises(ArgumentError, match="class_agnostic"):
+        with pytest.raises(ArgumentError, match="categories"):
             evaluate(category_model, category_scenes, EvaluationOptions(**OPTIONS, out=str(tmp_path)))
 
 
