@@ -50,7 +50,7 @@ from ldmseg_fast.training.provenance import ancestors, cpu_minutes
 Row = dict[str, Any]
 # what --agreement leaves out
 OF_QUALITY = ("seeds", "size", "flip", "scales", "fusion", "edges", "connected", "mask_th", "count_th", "overlap_th")
-OF_QUALITY += ("picture", "snapshots", "arms")
+OF_QUALITY += ("unfused", "picture", "snapshots", "arms")
 DETAILS = (*QUALITIES, "pq_crowd_correct", "tp", "fp", "fn")
 
 
@@ -112,6 +112,8 @@ def model_rows(name: str, model_dir: Path, data: str, options: EvaluationOptions
         facts["prediction_type"] = load_component_config(model_dir, "scheduler")[0].prediction_type
         if options.image_size:
             own_case["size"] = report["image_size"]
+    if options.unfused:
+        own_case["unfused"] = True
     if options.connected:
         own_case["connected"] = options.connected
     if options.mask_threshold is not None:
@@ -166,6 +168,7 @@ def inpainting_rows(name: str, model_dir: Path, data: str, options: EvaluationOp
     facts = {"ms_per_image": 1000 * report["seconds_per_image"], "steps": report["num_inference_steps"]}
     facts["weights"] = fingerprint(model_dir)[:16]
     own_case = case | ({"views": f"edges {options.edges}"} if options.edges else {})
+    own_case |= {"unfused": True} if options.unfused else {}
     scores = {name: report["inpainting"]} | report["inpainting"]["baselines"]
     return [
         {
@@ -214,8 +217,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     apart.add_argument("--arms", action="store_true", help="the models are trainings to compare: a table of their own")
     parser.add_argument(
-        "--class-agnostic", action="store_true", help="leave the categories of models out, on sets that lack them"
+        "--class-agnostic", action="store_true", help="score models without categories, on sets that lack them"
     )
+    parser.add_argument("--unfused", action="store_true", help="and leave them out of the maps: stuff stays apart")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--inpainting", action="store_true", help="completing maps with dropped blocks, in their place")
     other.add_argument(
@@ -275,6 +279,7 @@ def measure_set(args: argparse.Namespace, journal: Journal, place: SetPlace, add
                     inpainting=args.inpainting,
                     boundary=not args.inpainting,
                     class_agnostic=args.class_agnostic,
+                    unfused=args.unfused,
                     **views_of(args),
                 )
                 weights = fingerprint(model_dir)

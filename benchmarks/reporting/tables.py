@@ -55,6 +55,7 @@ def quality(rows: Sequence[Row]) -> str:
         pq = _pq(row)
         if case.get("mode") == "inpainting":
             how = f"inpainting, blocks of {case['block']} px" + (f", {case['views']}" if "views" in case else "")
+            how += ", unfused" if case.get("unfused") else ""
             completed.append([row["variant"], data, how, pq, "", "", "", ""])
             continue
         edges = f"{row['boundary_pq']:.1f}" if "boundary_pq" in row else ""
@@ -147,8 +148,9 @@ def _how(case: dict[str, Any]) -> str:
     least = [
         f"{name} threshold {case[f'{name}_threshold']:g}" for name in ("mask", "overlap") if f"{name}_threshold" in case
     ]
+    unfused = "unfused" if case.get("unfused") else ""
     pieces = f"connected, from {case['connected']} px" if "connected" in case else ""
-    others = ["" if solver == "ddim" else solver, size, case.get("views", ""), pieces, *least]
+    others = ["" if solver == "ddim" else solver, size, case.get("views", ""), unfused, pieces, *least]
     others.append(f"mean of {case['trainings']} trainings" if "trainings" in case else "")
     return ", ".join([f"{case['steps']} steps", *filter(None, others)])
 

@@ -55,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=0, help="first N images only")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the DDIM solver, 0 to 1")
     parser.add_argument(
-        "--class-agnostic", action="store_true", help="leave the categories of a model that has them out"
+        "--class-agnostic", action="store_true", help="leave the categories of a model that has them out of the scores"
+    )
+    parser.add_argument(
+        "--unfused",
+        action="store_true",
+        help="with --class-agnostic or --inpainting: leave them out of the maps too, so that stuff stays apart",
     )
     parser.add_argument(
         "--class-aware",
@@ -117,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         baselines=not args.no_baselines,
         boundary=args.boundary,
         class_agnostic=args.class_agnostic,
+        unfused=args.unfused,
         class_aware=args.class_aware,
         inpainting=args.inpainting,
         blocks=tuple(args.block or defaults.blocks),

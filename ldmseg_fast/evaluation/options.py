@@ -52,7 +52,8 @@ class EvaluationOptions:
     agreement_images: int = 64  # of a backend other than torch, compared with torch; per rank
     baselines: bool = True
     boundary: bool = False  # also count boundary PQ
-    class_agnostic: bool = False  # of a model with categories: leave them out
+    class_agnostic: bool = False  # of a model with categories: its maps are scored without
+    unfused: bool = False  # the same, and stuff of one category stays apart in them
     class_aware: str | None = None  # "GT", a folder of semantic PNGs, or a COCO panoptic result JSON
     inpainting: bool = False
     blocks: tuple[int, ...] = (PAPER_BLOCK,)  # sides in pixels of the blocks that are dropped
@@ -100,6 +101,10 @@ class EvaluationOptions:
                 f"--probability {_listed(self.probabilities)}: numbers from 0 to 1",
             ),
             (not (self.class_agnostic and self.class_aware), "--class-agnostic and --class-aware: give one of them"),
+            (
+                self.class_agnostic or self.inpainting or not self.unfused,
+                "--unfused leaves the categories out of the maps: give --class-agnostic or --inpainting with it",
+            ),
             (
                 not (self.inpainting and self.class_aware),
                 "--inpainting is class-agnostic: evaluate without --class-aware",

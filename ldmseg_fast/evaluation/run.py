@@ -139,7 +139,7 @@ def evaluate(model_dir: str | Path, data: str | Path, options: EvaluationOptions
                 thresholds,
                 options.agreement_images,
                 options.cuda_graph,
-                options.class_agnostic,
+                options.unfused,
             )
         gallery = Gallery(dataset, options.worst, options.random, options.seed) if options.page else None
         instances: Instances | None = [] if options.instances else None
@@ -214,7 +214,7 @@ def load_predictor(
             seed=options.seed,
             image_size=options.image_size,
             id_assignment=options.id_assignment,
-            class_agnostic=options.class_agnostic or options.inpainting,
+            class_agnostic=options.unfused,
         )
     return DiffusionModel(
         model_dir,
@@ -232,7 +232,7 @@ def load_predictor(
         speed=options.speed,
         ensemble={"num_samples": options.samples, **asdict(options.views)} if options.is_ensemble else None,
         connected=options.connected,
-        class_agnostic=options.class_agnostic or options.inpainting,
+        class_agnostic=options.unfused,
     )
 
 

@@ -85,6 +85,8 @@ def test_data_sets_that_do_not_fit_are_refused_by_name(category_model, renamed):
     assert report["mode"] == "class-agnostic" and "class_aware" not in report
     with pytest.raises(ArgumentError, match="give one of them"):
         EvaluationOptions(class_agnostic=True, class_aware="GT")
+    with pytest.raises(ArgumentError, match=r"--unfused.*give --class-agnostic"):
+        EvaluationOptions(unfused=True)
 
 
 @pytest.mark.parametrize("edges", [0, 2])
@@ -108,7 +110,7 @@ def test_categories_that_are_left_out_fuse_nothing(category_model, category_scen
 
 
 @pytest.mark.parametrize("inpainting", [False, True])
-def test_class_agnostic_scores_are_of_maps_without_categories(
+def test_unfused_scores_are_of_maps_without_categories(
     category_model, category_scenes, monkeypatch, tmp_path, inpainting
 ):
     asked = []
@@ -117,6 +119,7 @@ def test_class_agnostic_scores_are_of_maps_without_categories(
         LDMSegPipeline, "from_pretrained", lambda *a, **k: asked.append(k["class_agnostic"]) or load(*a, **k)
     )
     how = {"inpainting": True, "blocks": (8,)} if inpainting else {"class_agnostic": True}
+    how |= {"unfused": True}
     report = evaluate(category_model, category_scenes, EvaluationOptions(**OPTIONS, **how, out=str(tmp_path)))
     assert asked == [True] and report["class_agnostic" if not inpainting else "inpainting"]
     if not inpainting:
